@@ -1,0 +1,1 @@
+"""Models behind two Protocols (base.py): what reads and what trains."""

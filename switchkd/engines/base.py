@@ -1,0 +1,65 @@
+"""What the rest of the house expects of a teacher and of a student engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from switchkd.types import Blocks, Sessions, Signal, WeightBundle
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TeacherBusy(Exception):
+    """No free session slot: close some, or ask again later."""
+
+
+class UnknownSession(Exception):
+    """The teacher does not hold a session (expired, or another replica's): open it again with all its tokens."""
+
+    def __init__(self, session_ids: Sequence[int]) -> None:
+        super().__init__(f"unknown teacher sessions {list(session_ids)}; open them again")
+        self.session_ids = list(session_ids)
+
+    def __reduce__(self) -> tuple:
+        return (UnknownSession, (self.session_ids,))
+
+
+class Teacher(Protocol):
+    """Holds sessions and answers with its signal. Every call may be repeated without harm."""
+
+    def open(self, sessions: Sessions) -> None:
+        """Take sequences in. Raises TeacherBusy (none is taken) when they do not all fit."""
+
+    def score(self, blocks: Blocks) -> Signal:
+        """Read the blocks (see types.Blocks). Raises UnknownSession before anything is computed."""
+
+    def close(self, session_ids: np.ndarray) -> None:
+        """Forget sessions; unknown ones are ignored."""
+
+
+class OutputHead(Protocol):
+    """A model's last layer taken apart: hidden states to float32 logits over the shared vocabulary."""
+
+    vocab_size: int
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, D] in any float dtype to float32 [N, V]."""
+
+
+class StudentEngine(Protocol):
+    """The student as a token-level engine: numbered slots, each with a cache of its own length."""
+
+    num_slots: int
+    max_len: int
+    head: OutputHead
+
+    def extend(self, slots: np.ndarray, starts: np.ndarray, token_ids: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
+        """Cut slot b to `starts[b]` tokens, append its tokens, and return the final hidden state of every appended
+        token, flat, [N, D] in the model's dtype. `starts[b]` may not exceed what the slot holds."""
+
+    def load_weights(self, bundle: WeightBundle) -> None:
+        """Replace all weights. Caches are stale afterwards: the caller extends from 0 again."""

@@ -1,0 +1,186 @@
+"""What travels between the rooms: prompts in, rollouts out, and the teacher's signal beside every token.
+
+Everything here is plain NumPy and integers, so that one record is one object on the wire. Ragged values are
+flat arrays with lengths. bfloat16 travels as uint16 (`Signal.dtype` says so).
+
+Shapes: B sequences, N flat positions, T completion tokens of one rollout, D hidden width, V shared vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+
+
+class Source(IntEnum):
+    """Who wrote a token."""
+
+    STUDENT = 0
+    TEACHER = 1
+    DATA = 2
+
+
+class Origin(IntEnum):
+    """Where a whole completion comes from: drawn per rollout from its id (or once per batch)."""
+
+    ROLLOUT = 0
+    DATASET = 1
+    TEACHER = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One row of a data set after templating and tokenizing."""
+
+    prompt_id: str
+    text: str
+    token_ids: np.ndarray  # int32 [P], P >= 1
+    reference: str = ""
+    reference_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # int32 [R], ends with a stop id
+    references: tuple[str, ...] = ()
+    answer: str = ""
+    teacher: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One rollout to be made. A pure function of the run's seed and `rollout_id`."""
+
+    rollout_id: int  # position in the run's start order; unique for ever
+    batch: int  # the optimizer step (0-based, over the whole run) that will train on it under `fifo`
+    stage: int
+    origin: Origin
+    prompt: Prompt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sessions:
+    """Sequences that a teacher is asked to keep a cache for."""
+
+    session_ids: np.ndarray  # int64 [B]
+    token_ids: np.ndarray  # int32 [N], the prompts, flat
+    lengths: np.ndarray  # int32 [B]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Blocks:
+    """One RPC of one worker: cut each session to `base_lens`, append `token_ids`, read.
+
+    The answer holds a row for every position from `first_rows` to the end of the session: the row of position i
+    is the distribution of token i + 1. Sending a block twice gives the same answer.
+    """
+
+    session_ids: np.ndarray  # int64 [B]
+    base_lens: np.ndarray  # int32 [B], tokens of the session (prompt included) that are kept
+    first_rows: np.ndarray  # int32 [B], first position whose row is wanted, at most base_len + length - 1
+    token_ids: np.ndarray  # int32 [N], accepted and then drafted tokens, flat
+    lengths: np.ndarray  # int32 [B]; 0 is allowed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Signal:
+    """What the teacher says about some positions: its final hidden states, or whole rows of logits.
+
+    `kind` "hidden": values [N, D] in the teacher's dtype, to be multiplied with the teacher's output head.
+    `kind` "full": values [N, V] float32 logits.
+    """
+
+    kind: str
+    dtype: str  # "float32", "float16" or "bfloat16" (then values are uint16)
+    values: np.ndarray
+    lengths: np.ndarray  # int32 [B], rows per session
+
+    def take(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Rows of `values`, as they travel."""
+        return self.values[rows]
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.values.nbytes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutStats:
+    """What making one rollout cost."""
+
+    num_rounds: int = 0  # rounds of draft, score, decide in which it was live
+    num_drafted: int = 0  # student tokens drafted, kept or not
+    num_breaks: int = 0  # blocks cut short by a token that differs from the drafted one
+    num_near_ties: int = 0  # tokens whose two best scores lie within the stated tolerance
+    teacher_positions: int = 0  # positions the teacher read, prompt excluded
+    signal_bytes: int = 0  # bytes the teacher sent for it, rejected positions included
+    time_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """A prompt with its completion, who wrote what, and the teacher's signal for each token. What a learner sees."""
+
+    rollout_id: int
+    batch: int
+    stage: int
+    prompt_id: str
+    origin: Origin
+    prompt_ids: np.ndarray  # int32 [P]
+    token_ids: np.ndarray  # int32 [T], stop id included
+    sources: np.ndarray  # uint8 [T], of Source
+    weight_versions: np.ndarray  # int32 [T], the student's version when the token was decided
+    statistic: np.ndarray  # float32 [T], what the rule looked at; NaN where it did not look
+    threshold: np.ndarray  # float32 [T]
+    uncertainty: np.ndarray  # float32 [T], 1 - p(token) of the teacher: ATKD's UnC; NaN without a teacher
+    signal: Signal | None  # T rows; None when the stage needs no teacher
+    finish_reason: str  # "stop" or "length"
+    approximate: bool = False
+    teacher: str = ""  # which teacher, when there are several
+    stats: RolloutStats = RolloutStats()
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def oldest_version(self) -> int:
+        """Staleness counts a rollout's oldest token."""
+        return int(self.weight_versions.min()) if len(self.weight_versions) else 0
+
+    @property
+    def teacher_frac(self) -> float:
+        return float((self.sources == Source.TEACHER).mean()) if len(self.sources) else 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchPlan:
+    """Which rollouts one optimizer step trains on, and the numbers that all ranks must agree on."""
+
+    step: int  # 0-based over the whole run
+    stage: int
+    rollout_ids: tuple[tuple[int, ...], ...]  # [rank][...]
+    num_loss_tokens: int  # over all ranks and micro-batches
+    num_hard: int = 0  # ATKD's second denominator
+    hard_threshold: float = 0.0  # ATKD: hard where uncertainty >= this
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What an optimizer step reports."""
+
+    step: int
+    version: int  # weight version after the step
+    loss: float
+    grad_norm: float
+    lr: float
+    num_loss_tokens: int
+    time_s: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightBundle:
+    """One student weight version, packed: flat buckets and a manifest (see weights.py)."""
+
+    version: int
+    manifest: tuple[tuple[str, str, tuple[int, ...], int, int, int], ...]  # name, dtype, shape, bucket, offset, nbytes
+    buckets: tuple[np.ndarray, ...]  # uint8
+    checksum: str
