@@ -1,0 +1,219 @@
+"""What the user may say: one YAML file with dotted overrides becomes one checked `Config`.
+
+In: a path and overrides such as `rollout.num_workers=2`. Out: a frozen tree of sections (`sections.py`), or a
+ConfigError whose text names the key, the value and the remedy. Imports nothing heavy: a typo is answered in a blink.
+
+Defaults that come from a paper are those of the rule (see `SAMPLING_OF_RULE`); `resolved()` shows them filled in.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from switchkd.sections import Config, Sampling, Section, Stage
+
+ALIASES = {"switch": "jsd_threshold", "adaswitch": "kl_spike", "skd": "outside_top_k"}
+"""The papers' names, accepted wherever a rule's type is."""
+
+_ADASWITCH_SAMPLING = {"student": (0.5, 0.5), "teacher": (0.2, 0.5)}
+SAMPLING_OF_RULE = {"kl_spike": _ADASWITCH_SAMPLING, "outside_top_k": _ADASWITCH_SAMPLING}
+"""Temperature and top-p that a rule's paper names; all others sample at temperature 1, untruncated."""
+
+RULES = ("student", "teacher", "random", "mixture", "jsd_threshold", "kl_spike", "outside_top_k")
+LOSSES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "cross_entropy", "atkd")
+
+
+class ConfigError(Exception):
+    """What is wrong with the user's input and what to do about it, in one line."""
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, apply `a.b=value` overrides, check everything that can be checked without the models.
+
+    Relative data paths are taken from the config file's folder. Raises ConfigError.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist; give a path such as configs/quickstart.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"config file {path} cannot be read as YAML: {_one_line(error)}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"config file {path} holds no keys; see configs/quickstart.yaml for an example")
+    for override in overrides:
+        _apply_override(raw, override)
+    config = parse(raw)
+    return _anchor_data(config, path.resolve().parent)
+
+
+def parse(raw: dict[str, Any]) -> Config:
+    """Check a tree of plain values. Raises ConfigError with one line that names the key, the value and the remedy."""
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+    stages = tuple(_complete_stage(i, stage) for i, stage in enumerate(config.train.stages))
+    config = config.model_copy(update={"train": config.train.model_copy(update={"stages": stages})})
+    _check_across(config)
+    return config
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """Every key with the value it has, as plain values: what is written into the run folder."""
+    return config.model_dump(mode="json")
+
+
+def dump_yaml(config: Config) -> str:
+    return yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, sep, text = override.partition("=")
+    if not sep or not key:
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    *parents, last = key.strip().split(".")
+    node: Any = raw
+    for part in parents:
+        node = _child(node, part, key)
+    value = yaml.safe_load(text) if text.strip() else ""
+    if isinstance(node, list):
+        node[_index(node, last, key)] = value
+    else:
+        node[last] = value
+
+
+def _child(node: Any, part: str, key: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, part, key)]
+    if node.get(part) is None:
+        node[part] = {}
+    if not isinstance(node[part], dict | list):
+        raise ConfigError(f"override {key}: {part} is a value ({node[part]!r}), not a section")
+    return node[part]
+
+
+def _index(node: list, part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(f"override {key}: {part!r} is not an index into a list of {len(node)}")
+    return int(part)
+
+
+def _complete_stage(index: int, stage: Stage) -> Stage:
+    """Fill in names and the rule's own sampling settings, so that the resolved config shows what will happen."""
+    rule = stage.rule
+    kind = ALIASES.get(rule.type, rule.type)
+    if ":" not in kind and kind not in RULES:
+        raise ConfigError(_unknown(f"train.stages.{index}.rule.type", rule.type, (*RULES, *ALIASES), "my_file:my_rule"))
+    if ":" not in stage.loss.type and stage.loss.type not in LOSSES:
+        raise ConfigError(_unknown(f"train.stages.{index}.loss.type", stage.loss.type, LOSSES, "my_file:my_loss"))
+    own = SAMPLING_OF_RULE.get(kind, {})
+    filled = {
+        side: Sampling(
+            temperature=_first(given.temperature, own.get(side, (1.0, 1.0))[0]),
+            top_p=_first(given.top_p, own.get(side, (1.0, 1.0))[1]),
+            top_k=_first(given.top_k, 0),
+        )
+        for side, given in (("student", rule.student), ("teacher", rule.teacher))
+    }
+    rule = rule.model_copy(update={"type": kind, **filled})
+    return stage.model_copy(update={"rule": rule, "name": stage.name or f"stage-{index + 1}"})
+
+
+def _first(*values: Any) -> Any:
+    return next(value for value in values if value is not None)
+
+
+def _check_across(config: Config) -> None:
+    stages = config.train.stages
+    names = [stage.name for stage in stages]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"train.stages: the name {name!r} stands twice; give each stage its own")
+    ranks = config.learner.num_ranks
+    for i, stage in enumerate(stages):
+        if stage.batch_size % ranks:
+            raise ConfigError(
+                f"train.stages.{i}.batch_size={stage.batch_size} is no multiple of learner.num_ranks={ranks}; "
+                f"take {-(-stage.batch_size // ranks) * ranks}"
+            )
+        if stage.batch_size > config.replay.capacity:
+            raise ConfigError(
+                f"train.stages.{i}.batch_size={stage.batch_size} is above replay.capacity={config.replay.capacity}; "
+                "raise the capacity"
+            )
+    if config.learner.zero_stage == 0 and config.learner.dtype == "bfloat16":
+        raise ConfigError("learner.zero_stage=0 with learner.dtype=bfloat16 has a wrong first Adam step; take stage 1")
+    if config.learner.dtype == "float16":
+        raise ConfigError("learner.dtype=float16 is not supported; take bfloat16 or float32")
+    if (config.train.select_by or config.train.early_stop) and not config.eval.data:
+        raise ConfigError("train.select_by and train.early_stop need eval.data; name a file or remove them")
+    if config.train.early_stop and not config.train.select_by:
+        raise ConfigError("train.early_stop needs train.select_by; name a metric such as rouge_l")
+    by = config.train.select_by
+    if by and by not in config.eval.metrics:
+        raise ConfigError(_unknown("train.select_by", by, config.eval.metrics, "one of eval.metrics"))
+
+
+def _anchor_data(config: Config, folder: Path) -> Config:
+    """Paths that exist beside the config file become absolute; other names are left for the hub."""
+
+    def anchored(name: str) -> str:
+        looks_local = name.startswith((".", "/", "~")) or Path(name).suffix in (".jsonl", ".json", ".parquet")
+        return str((folder / Path(name).expanduser()).resolve()) if name and looks_local else name
+
+    data = config.data.model_copy(update={"train": anchored(config.data.train)})
+    evaluation = config.eval.model_copy(update={"data": anchored(config.eval.data)})
+    return config.model_copy(update={"data": data, "eval": evaluation})
+
+
+def _unknown(key: str, value: str, known: tuple[str, ...], other: str) -> str:
+    near = difflib.get_close_matches(value, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{key}={value!r} is not known; {hint}choose one of {', '.join(known)}, or {other}"
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(first["loc"])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"{key}: unknown key (value {_short(first['input'])}); {hint}{more}"
+    if first["type"] == "missing":
+        return f"{key}: this key is required; add it{more}"
+    text = first["msg"].removeprefix("Value error, ")
+    return f"{key}={_short(first['input'])}: {text[0].lower()}{text[1:]}{more}"
+
+
+def _known_keys(loc: tuple[Any, ...]) -> list[str]:
+    section: Any = Config
+    for part in loc[:-1]:
+        if isinstance(part, int):
+            continue
+        section = _section_in(section.model_fields[part].annotation) if part in section.model_fields else section
+    return list(section.model_fields)
+
+
+def _section_in(annotation: Any) -> Any:
+    """The Section inside `X`, `X | None` or `tuple[X, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    inner = [_section_in(arg) for arg in getattr(annotation, "__args__", ())]
+    return next((section for section in inner if section is not None), None)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

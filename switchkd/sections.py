@@ -1,0 +1,269 @@
+"""The keys of a config file: one class per section, each key with its default and what it means.
+
+Imports nothing heavy. `config.py` reads files into these classes and says what is wrong with them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+Frac = Annotated[float, Field(ge=0, le=1)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """A group of keys. Unknown keys are errors; values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Run(Section):
+    dir: str
+    """The run's folder. Relative to the working directory; absolute (on shared storage) for submitted jobs."""
+    seed: int = 0
+    overwrite: bool = False
+    """Move a folder that holds another run aside and start anew."""
+
+
+class Model(Section):
+    model: str = "demo"
+    """A folder, a hub name, or `demo` (SmolLM2-135M-Instruct, see `switchkd fetch-demo`)."""
+    revision: str | None = None
+    dtype: Dtype = "float32"
+    device: str = "auto"
+    """`auto` (a GPU when the process sees one), `cpu`, `cuda`, `cuda:1`."""
+    attn: Literal["sdpa", "eager"] = "sdpa"
+    trust_remote_code: bool = False
+    threads: NonNegativeInt = 0
+    """CPU threads of each process of this role; 0 = as many as there are cores."""
+    num_cpus: float = Field(1.0, ge=0)
+    num_gpus: float = Field(0.0, ge=0)
+    """Per replica (teacher) or per rollout worker (student), as Ray counts them."""
+
+
+class Teacher(Model):
+    backend: Literal["hf"] = "hf"
+    signal: Literal["hidden", "full"] = "hidden"
+    replicas: PositiveInt = 1
+    max_sessions: PositiveInt = 64
+    lease_s: PositiveFloat = 600.0
+    """A session not used for so long is forgotten."""
+    device_map: str | None = None
+
+
+class Cut(Section):
+    """Cut the student out of the teacher by depth, once, before training (see `switchkd init-student`)."""
+
+    layers: tuple[NonNegativeInt, ...] | None = None
+    num_layers: PositiveInt | None = None
+    """Keep so many layers, first and last always, evenly spread. Give this or `layers`."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Cut:
+        if (self.layers is None) == (self.num_layers is None):
+            raise ValueError("give exactly one of layers and num_layers")
+        return self
+
+
+class Lora(Section):
+    r: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    dropout: Frac = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+class Student(Model):
+    cut: Cut | None = None
+    """When set, `model` is not read: the student is cut out of the teacher."""
+    lora: Lora | None = None
+
+
+class Data(Section):
+    train: str = ""
+    """JSONL or parquet path (relative to the config file), or a hub name that `datasets` knows."""
+    split: str = "train"
+    prompt_field: str = "prompt"
+    reference_field: str = "reference"
+    messages_field: str | None = None
+    """A field of chat messages; the last assistant message is the reference."""
+    template: str | None = None
+    """A text with {prompt}; by default the tokenizer's chat template, else the bare prompt."""
+    system: str | None = None
+    max_prompt_tokens: PositiveInt = 512
+    max_reference_tokens: PositiveInt = 512
+    max_skipped_frac: Frac = 0.1
+    num_rows: PositiveInt | None = None
+    shuffle: bool = True
+
+
+class Sampling(Section):
+    temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: NonNegativeInt | None = None
+
+
+class StepSchedule(Section):
+    """Multiply the rule's threshold over the stage's steps, from `start` to `end`."""
+
+    start: float = 1.0
+    end: float = 1.0
+
+
+class Rule(Section):
+    """Who writes the next token (`switching.py`)."""
+
+    type: str = "jsd_threshold"
+    params: dict[str, Any] = {}
+    student: Sampling = Sampling()
+    teacher: Sampling = Sampling()
+    teacher_budget: float | int | None = None
+    """A float is a share of max_new_tokens, an int a number of tokens; then the student writes."""
+    step_schedule: StepSchedule | None = None
+
+
+class Loss(Section):
+    """What is minimised (`losses.py`)."""
+
+    type: str = "forward_kl"
+    params: dict[str, Any] = {}
+    lm_coef: float = Field(0.0, ge=0)
+    """Adds this much cross-entropy on the labels of tokens that the data set wrote."""
+
+
+class Mix(Section):
+    """Where completions come from; fractions are normalised."""
+
+    rollout: float = Field(0.0, ge=0)
+    dataset: float = Field(0.0, ge=0)
+    teacher: float = Field(0.0, ge=0)
+    drawn: Literal["per_rollout", "per_batch"] = "per_rollout"
+
+    @model_validator(mode="after")
+    def _some(self) -> Mix:
+        if self.rollout + self.dataset + self.teacher <= 0:
+            raise ValueError("at least one of rollout, dataset, teacher must be above 0")
+        return self
+
+
+class Stage(Section):
+    name: str = ""
+    steps: NonNegativeInt
+    batch_size: PositiveInt = 8
+    """Completions of one optimizer step, over all ranks."""
+    mix: Mix = Mix(rollout=1.0)
+    rule: Rule = Rule()
+    loss: Loss = Loss()
+    max_new_tokens: PositiveInt = 128
+    lr: PositiveFloat = 1e-5
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_frac: Frac = 0.03
+    min_lr_frac: Frac = 0.0
+
+    @property
+    def needs_teacher(self) -> bool:
+        return not (self.loss.type == "cross_entropy" and self.mix.rollout == 0 and self.mix.teacher == 0)
+
+
+class Train(Section):
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    max_staleness: NonNegativeInt = 0
+    """How many weight versions a trained token may lag behind; 0 is strictly synchronous."""
+    select_by: str | None = None
+    """A metric of `eval`, such as `rouge_l`: `student/` is then the best, `student-last/` the last."""
+    early_stop: PositiveInt | None = None
+    """Stop a run whose `select_by` did not improve in so many evaluations."""
+
+
+class Learner(Section):
+    num_ranks: PositiveInt = 1
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    dtype: Dtype = "float32"
+    micro_batch_size: PositiveInt = 8
+    gradient_checkpointing: bool = False
+    gradient_clipping: float = Field(1.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    chunk_tokens: PositiveInt = 256
+    """Positions whose logits exist at the same time."""
+    timeout_s: PositiveFloat = 600.0
+    threads: NonNegativeInt = 0
+    num_cpus: float = Field(1.0, ge=0)
+    num_gpus: float = Field(0.0, ge=0)
+
+
+class RolloutSection(Section):
+    num_workers: PositiveInt = 1
+    slots: PositiveInt = 8
+    """Sequences that one worker generates at the same time."""
+    block_size: PositiveInt = 4
+    lead: Literal["student", "lockstep"] = "student"
+    """Who takes the next step. Speed only: the tokens are the same."""
+    on_new_weights: Literal["finish", "reprefill"] = "finish"
+    save: bool = True
+    """Write rollouts.jsonl."""
+
+
+class Replay(Section):
+    capacity: PositiveInt = 4096
+    policy: Literal["fifo", "completion", "uniform"] = "fifo"
+    lease_s: PositiveFloat = 3600.0
+
+
+class Eval(Section):
+    data: str = ""
+    split: str = "test"
+    every: NonNegativeInt = 0
+    """Steps between evaluations during training; 0 = at stage boundaries only."""
+    metrics: tuple[Literal["rouge_l", "exact_match", "agreement", "kl"], ...] = ("rouge_l", "agreement", "kl")
+    num_prompts: PositiveInt = 200
+    seeds: tuple[int, ...] = (0,)
+    temperature: float = Field(1.0, ge=0)
+    """Of the scored texts; agreement and KL are also taken on the greedy text."""
+    max_new_tokens: PositiveInt = 128
+
+
+class Checkpoint(Section):
+    every: NonNegativeInt = 50
+    keep_last: PositiveInt = 2
+
+
+class Metrics(Section):
+    log_every: PositiveInt = 1
+    tensorboard: bool = False
+    wandb: str | None = None
+    """A W&B project."""
+
+
+class Cluster(Section):
+    mode: Literal["local", "ray", "inprocess"] = "local"
+    """`local` starts a private Ray on this machine (inside `ray job submit` it joins the job's cluster), `ray` joins
+    `address`, `inprocess` uses no Ray."""
+    address: str = "auto"
+    wait_s: float = Field(0.0, ge=0)
+    """Wait so long for a cluster to grow to what the run needs."""
+    object_store_gb: PositiveFloat = 0.5
+
+
+class Config(Section):
+    run: Run
+    teacher: Teacher = Teacher()
+    student: Student = Student()
+    data: Data = Data()
+    rollout: RolloutSection = RolloutSection()
+    train: Train
+    learner: Learner = Learner()
+    replay: Replay = Replay()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    metrics: Metrics = Metrics()
+    cluster: Cluster = Cluster()
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(stage.needs_teacher for stage in self.train.stages)
+
+    @property
+    def num_steps(self) -> int:
+        return sum(stage.steps for stage in self.train.stages)
