@@ -1,0 +1,314 @@
+"""Losses, ATKD's split and weights, and the chunked sum, against float64 loops in the papers' notation."""
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import Tensor
+
+from switchkd.algo import losses
+from switchkd.algo.chunked import chunked_loss
+
+torch.set_num_threads(1)
+
+N, V = 12, 30
+
+
+def kl(a: list[float], b: list[float]) -> float:
+    return math.fsum(x * math.log(x / y) for x, y in zip(a, b, strict=True) if x > 0)
+
+
+def mix(a: list[float], b: list[float], share: float) -> list[float]:
+    return [share * x + (1 - share) * y for x, y in zip(a, b, strict=True)]
+
+
+def without(a: list[float], g: int) -> list[float]:
+    rest = math.fsum(x for i, x in enumerate(a) if i != g)
+    return [x / rest for i, x in enumerate(a) if i != g]
+
+
+def tkd(p: list[float], q: list[float], g: int) -> float:
+    return kl([p[g], 1 - p[g]], [q[g], 1 - q[g]])
+
+
+def dkd(p: list[float], q: list[float], g: int) -> float:
+    return kl(without(p, g), without(q, g))
+
+
+def atkd(p: list[float], q: list[float], g: int, hard: bool, lam: float) -> float:
+    return (1 - lam) * (tkd(p, q, g) + dkd(p, q, g)) if hard else lam * dkd(p, q, g)
+
+
+# name: (loss, its numbers, the paper's formula of (p, q, label, hard))
+PAPERS: dict[str, tuple[Callable, dict, Callable]] = {
+    "forward_kl": (losses.forward_kl, {}, lambda p, q, g, h: kl(p, q)),
+    "reverse_kl": (losses.reverse_kl, {}, lambda p, q, g, h: kl(q, p)),
+    "jsd": (
+        losses.jsd,
+        {"beta": 0.3},
+        lambda p, q, g, h: 0.3 * kl(p, mix(p, q, 0.3)) + 0.7 * kl(q, mix(p, q, 0.3)),
+    ),
+    "skew_kl": (losses.skew_kl, {"alpha": 0.1}, lambda p, q, g, h: kl(p, mix(p, q, 0.1))),
+    "skew_kl_0": (losses.skew_kl, {"alpha": 0}, lambda p, q, g, h: kl(p, q)),
+    "skew_reverse_kl": (losses.skew_reverse_kl, {"alpha": 0.1}, lambda p, q, g, h: kl(q, mix(p, q, 0.9))),
+    "tvd": (losses.tvd, {}, lambda p, q, g, h: sum(abs(x - y) for x, y in zip(p, q, strict=True)) / 2),
+    "cross_entropy": (losses.cross_entropy, {}, lambda p, q, g, h: -math.log(q[g])),
+    "atkd": (losses.atkd, {"lam": 0.2}, lambda p, q, g, h: atkd(p, q, g, h, 0.2)),
+    "atkd_reverse": (losses.atkd, {"lam": 0.4, "direction": "reverse"}, lambda p, q, g, h: atkd(q, p, g, h, 0.4)),
+}
+
+
+def batch(num: int = N, vocab: int = V, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Teacher and student logits, labels, mask, hard."""
+    generator = torch.Generator().manual_seed(seed)
+    p = torch.randn(num, vocab, generator=generator) * 2
+    q = p + torch.randn(num, vocab, generator=generator)
+    labels = torch.randint(1, vocab, (num,), generator=generator)
+    mask = torch.arange(num) % 4 != 1
+    return p, q, labels, mask, torch.arange(num) % 3 == 0
+
+
+def grad(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
+
+
+def law(logits: Tensor) -> list[float]:
+    weights = [math.exp(z) for z in (logits.double() - logits.double().max()).tolist()]
+    return [w / math.fsum(weights) for w in weights]
+
+
+def expected(name: str, p: Tensor, q: Tensor, labels: Tensor, mask: Tensor, hard: Tensor) -> list[float]:
+    formula = PAPERS[name][2]
+    return [
+        formula(law(p[n]), law(q[n]), int(labels[n]), bool(hard[n])) if mask[n] else 0.0 for n in range(len(labels))
+    ]
+
+
+def extras(name: str, hard: Tensor) -> dict:
+    return PAPERS[name][1] | ({"hard": hard} if name.startswith("atkd") else {})
+
+
+@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("holes", [False, True])
+def test_loss_equals_the_paper(name: str, holes: bool) -> None:
+    """Each loss is its paper's sum, token by token, also where both laws are zero at some ids."""
+    p, q, labels, mask, hard = batch()
+    if holes:
+        labels = labels // 5 * 5 + 1
+        p[:, ::5] = q[:, ::5] = -math.inf
+    loss = PAPERS[name][0](p, q, labels, mask, **extras(name, hard))
+    assert loss.dtype == torch.float32
+    assert loss.tolist() == pytest.approx(expected(name, p, q, labels, mask, hard), abs=3e-6)
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_gradient_equals_finite_differences(name: str) -> None:
+    """The gradient with respect to the student's logits is the derivative of the paper's sum; the teacher gets none."""
+    p, q, labels, mask, hard = batch(num=4, vocab=7)
+    p.requires_grad_(), q.requires_grad_()
+    PAPERS[name][0](p, q, labels, mask, **extras(name, hard)).sum().backward()
+    assert p.grad is None
+    step, numeric = 1e-5, torch.zeros(4, 7, dtype=torch.float64)
+    for n, v in ((n, v) for n in range(4) for v in range(7)):
+        sides = []
+        for sign in (1, -1):
+            moved = q.detach().double().clone()
+            moved[n, v] += sign * step
+            sides.append(sum(expected(name, p.detach(), moved, labels, mask, hard)))
+        numeric[n, v] = (sides[0] - sides[1]) / (2 * step)
+    torch.testing.assert_close(grad(q).double(), numeric, atol=5e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_masked_rows_and_shared_holes_have_no_gradient(name: str) -> None:
+    """NaN, infinities and padding labels in masked rows leave loss and gradient 0 there; holes get exactly 0."""
+    p, q, labels, mask, hard = batch()
+    p[:, 0] = q[:, 0] = -math.inf
+    clean = q.clone().requires_grad_()
+    PAPERS[name][0](p, clean, labels, mask, **extras(name, hard)).sum().backward()
+    p[1], q[1], q[5], labels[~mask] = math.nan, math.inf, math.nan, -100
+    q.requires_grad_()
+    loss = PAPERS[name][0](p, q, labels, mask, **extras(name, hard))
+    loss.sum().backward()
+    assert (loss[~mask] == 0).all() and (grad(q)[~mask] == 0).all() and (grad(q)[:, 0] == 0).all()
+    assert torch.equal(grad(q), grad(clean)) and grad(q).isfinite().all()
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_loss_is_stable_for_extreme_logits(name: str) -> None:
+    """Certain and near-certain rows, and half-precision logits, give finite losses and gradients."""
+    p, q, labels, mask, hard = batch()
+    p[0, labels[0]] += 200
+    q[0, labels[0]] -= 60
+    q[2, labels[2]] += 100
+    for dtype in (torch.float32, torch.bfloat16):
+        own = q.to(dtype, copy=True).requires_grad_()
+        loss = PAPERS[name][0](p.to(dtype), own, labels, mask, **extras(name, hard))
+        loss.sum().backward()
+        assert loss.isfinite().all() and grad(own).isfinite().all() and (loss > -1e-5).all()
+
+
+def test_the_share_stands_on_the_right_side() -> None:
+    """beta is the teacher's share of jsd's mixture, alpha the anchor's own share in both skewed losses."""
+    p, q, labels, _, _ = batch()
+    everywhere = torch.ones(N, dtype=torch.bool)
+    # as beta goes to 0 the loss goes to beta KL(p||q), as it goes to 1 to (1 - beta) KL(q||p)
+    p_near, q_near = (losses.jsd(p, q, labels, everywhere, beta=b) / min(b, 1 - b) for b in (1e-4, 1 - 1e-4))
+    torch.testing.assert_close(p_near, losses.forward_kl(p, q, labels, everywhere), rtol=0.02, atol=2e-3)
+    torch.testing.assert_close(q_near, losses.reverse_kl(p, q, labels, everywhere), rtol=0.02, atol=2e-3)
+    assert (losses.skew_kl(p, q, labels, everywhere, alpha=0.99) < 1e-2).all()
+    swapped = losses.skew_kl(q, p, labels, everywhere, alpha=0.1)
+    torch.testing.assert_close(losses.skew_reverse_kl(p, q, labels, everywhere, alpha=0.1), swapped)
+
+
+def test_kl_is_tkd_plus_unc_times_dkd() -> None:
+    """KL(p||q) = TKD + UnC DKD, with TKD and DKD taken out of the ATKD loss itself."""
+    p, q, labels, _, _ = batch()
+    everywhere = torch.ones(N, dtype=torch.bool)
+    only_dkd = losses.atkd(p, q, labels, everywhere, hard=~everywhere, lam=1.0)
+    both = losses.atkd(p, q, labels, everywhere, hard=everywhere, lam=0.0)
+    unc = losses.uncertainty(p, labels)
+    total = (both - only_dkd) + unc * only_dkd
+    torch.testing.assert_close(total, losses.forward_kl(p, q, labels, everywhere), atol=3e-6, rtol=1e-5)
+
+
+def test_uncertainty_keeps_its_digits_near_certainty() -> None:
+    """UnC is right to 1e-4 of its value where p_g is so near 1 that 1 - p_g is 0 in fp32."""
+    logits = torch.zeros(1, 11)
+    logits[0, 3] = 30
+    unc = losses.uncertainty(logits, torch.tensor([3]))
+    assert unc.item() == pytest.approx(10 * math.exp(-30), rel=1e-4)
+    p, _, labels, _, _ = batch()
+    exact = [1 - law(row)[g] for row, g in zip(p, labels.tolist(), strict=True)]
+    assert losses.uncertainty(p, labels).tolist() == pytest.approx(exact, abs=1e-6)
+
+
+@pytest.mark.parametrize("hard_frac", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
+def test_atkd_threshold_is_the_lower_quantile(hard_frac: float) -> None:
+    """The threshold is sorted(UnC)[floor((1 - hard_frac)(n - 1))] in exact arithmetic, for every n."""
+    for n in range(1, 42):
+        unc = torch.rand(n, generator=torch.Generator().manual_seed(n))
+        index = math.floor((1 - Fraction(str(hard_frac))) * (n - 1))
+        assert losses.atkd_threshold(unc, hard_frac=hard_frac) == sorted(unc.tolist())[index]
+    assert losses.atkd_threshold(torch.zeros(0)) == 0.0
+
+
+def test_atkd_step_loss_has_two_denominators() -> None:
+    """sum(weights * loss) = lam mean_easy(DKD) + (1 - lam)(mean_hard(TKD) + mean_hard(DKD)) over the valid tokens."""
+    p, q, labels, mask, _ = batch(num=40)
+    unc = losses.uncertainty(p, labels)
+    threshold = losses.atkd_threshold(unc[mask])
+    hard = unc >= threshold
+    loss = losses.atkd(p, q, labels, mask, hard=hard)
+    valid = [n for n in range(40) if mask[n]]
+    parts = {n: (tkd(law(p[n]), law(q[n]), int(labels[n])), dkd(law(p[n]), law(q[n]), int(labels[n]))) for n in valid}
+    easy_dkd = [parts[n][1] for n in valid if unc[n] < threshold]
+    hard_parts = [parts[n] for n in valid if unc[n] >= threshold]
+    by_hand = 0.2 * sum(easy_dkd) / len(easy_dkd) + 0.8 * sum(t + d for t, d in hard_parts) / len(hard_parts)
+    assert (losses.atkd_weights(mask, hard) * loss).sum().item() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_weights_sum_to_one_per_group_and_to_zero_for_an_empty_one() -> None:
+    """Each group's weights sum to 1 over the step; counts of all ranks replace the local ones; empty groups give 0."""
+    *_, mask, hard = batch()
+    assert losses.token_weights(mask).sum().item() == pytest.approx(1)
+    weights = losses.atkd_weights(mask, hard)
+    assert weights[hard].sum().item() == pytest.approx(1) and weights[~hard].sum().item() == pytest.approx(1)
+    nothing = torch.zeros_like(mask)
+    assert losses.atkd_weights(mask, nothing).sum().item() == pytest.approx(1)
+    assert losses.token_weights(nothing).sum().item() == 0
+    assert losses.token_weights(mask, num_loss_tokens=90)[0].item() == pytest.approx(1 / 90)
+    shared = losses.atkd_weights(mask, hard, num_easy=50, num_hard=20)
+    assert shared[0].item() == pytest.approx(1 / 20) and shared[2].item() == pytest.approx(1 / 50)
+
+
+def test_impossible_numbers_are_refused() -> None:
+    """A share outside its range is refused in a line that names it."""
+    p, q, labels, mask, hard = batch()
+    for named, loss, numbers in (
+        ("beta", losses.jsd, {"beta": 0}),
+        ("beta", losses.jsd, {"beta": 1.0}),
+        ("alpha", losses.skew_kl, {"alpha": 1}),
+        ("alpha", losses.skew_reverse_kl, {"alpha": -0.1}),
+        ("lam", losses.atkd, {"hard": hard, "lam": 2}),
+        ("direction", losses.atkd, {"hard": hard, "direction": "up"}),
+    ):
+        with pytest.raises(ValueError, match=named):
+            loss(p, q, labels, mask, **numbers)
+
+
+# --- chunked ---------------------------------------------------------------------------------------------------------
+
+
+class Setup:
+    """A head, hidden states and teacher rows for one loss."""
+
+    def __init__(self, name: str, num: int = 23) -> None:
+        p, _, self.labels, self.mask, hard = batch(num=num)
+        self.loss, numbers, _ = PAPERS[name]
+        self.numbers = numbers
+        self.extras = {"hard": hard} if name.startswith("atkd") else {}
+        self.p = None if name == "cross_entropy" else p
+        self.weights = losses.atkd_weights(self.mask, hard)
+        torch.manual_seed(1)
+        self.hidden = torch.randn(num, 6).requires_grad_()
+        self.head = torch.nn.Linear(6, V)
+        self.most_rows = 0
+
+    def rows(self, chunk: slice) -> Tensor | None:
+        self.most_rows = max(self.most_rows, chunk.stop - chunk.start)
+        return None if self.p is None else self.p[chunk]
+
+    def per_token(self, p: Tensor | None, q: Tensor, labels: Tensor, mask: Tensor, **own: Tensor) -> Tensor:
+        return self.loss(p, q, labels, mask, **own, **self.numbers)
+
+    def chunked(self, chunk: int, use_reentrant: bool) -> tuple[Tensor, Tensor]:
+        given = (self.hidden, self.head, self.rows, self.labels, self.mask, self.weights, self.per_token, self.extras)
+        return chunked_loss(*given, chunk, use_reentrant=use_reentrant)
+
+    def gradients(self, total: Tensor) -> list[Tensor]:
+        total.backward()
+        found = [grad(self.hidden), grad(self.head.weight), grad(self.head.bias)]
+        self.hidden.grad = self.head.weight.grad = self.head.bias.grad = None
+        return found
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("name", PAPERS)
+def test_chunked_equals_whole(name: str, use_reentrant: bool) -> None:
+    """Value, per-token losses and all gradients equal those of one full [N, V] product, for any chunk."""
+    setup = Setup(name)
+    whole = setup.per_token(setup.p, setup.head(setup.hidden), setup.labels, setup.mask, **setup.extras)
+    reference = (setup.weights * whole).sum()
+    gradients = setup.gradients(reference)
+    for chunk in (1, 5, 23, 100):
+        setup.most_rows = 0
+        total, per_token = setup.chunked(chunk, use_reentrant)
+        torch.testing.assert_close(total, reference.detach(), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(per_token, whole.detach(), rtol=1e-5, atol=1e-6)
+        assert not per_token.requires_grad and setup.most_rows == min(chunk, 23)
+        for ours, theirs in zip(setup.gradients(total), gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_chunked_of_nothing_reaches_head_and_hidden(use_reentrant: bool) -> None:
+    """N = 0 gives a differentiable zero whose gradients, all zero, reach the head and the hidden states."""
+    setup = Setup("forward_kl", num=0)
+    total, per_token = setup.chunked(4, use_reentrant)
+    assert total.item() == 0 and per_token.shape == (0,)
+    hidden, weight, bias = setup.gradients(total)
+    assert hidden.shape == (0, 6) and (weight == 0).all() and (bias == 0).all()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_chunked_trains_a_head_on_frozen_hidden_states(use_reentrant: bool) -> None:
+    """The head gets its gradient even where the hidden states ask for none."""
+    setup = Setup("reverse_kl")
+    setup.hidden = setup.hidden.detach()
+    total, _ = setup.chunked(5, use_reentrant)
+    total.backward()
+    assert grad(setup.head.weight).abs().sum() > 0

@@ -1,0 +1,201 @@
+"""Keyed draws: the generator, the exact pruning, the truncation and the law."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from switchkd.algo import sampling
+from switchkd.algo.sampling import Purpose, Sampling, coin, draw, gumbel, noise_bits, noise_bits_torch
+
+torch.set_num_threads(1)
+
+SETTINGS = [
+    Sampling(),
+    Sampling(temperature=0.0),
+    Sampling(temperature=0.2, top_p=0.5),
+    Sampling(temperature=0.5, top_p=0.5),
+    Sampling(temperature=0.5),
+    Sampling(top_p=0.9),
+    Sampling(top_k=7),
+    Sampling(top_k=40, top_p=0.5),
+    Sampling(temperature=2.0, top_k=10_000),
+]
+
+
+def rows(num: int, vocab: int, seed: int, scale: float = 3.0) -> torch.Tensor:
+    return torch.randn(num, vocab, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def draw_simply(
+    logits: torch.Tensor, run_seed: int, ids: list, positions: list, purpose: int, s: Sampling
+) -> list[int]:
+    """The definition, one id after the other: temper, order by (prob desc, id asc), cut, add the noise, arg max."""
+    tokens = []
+    for row, rollout_id, t in zip(logits.double().tolist(), ids, positions, strict=True):
+        order = sorted(range(len(row)), key=lambda i: (-row[i], i))
+        if s.temperature == 0:
+            tokens.append(order[0])
+            continue
+        if s.top_k:
+            order = order[: s.top_k]
+        mass = [math.exp((row[i] - row[order[0]]) / s.temperature) for i in order]
+        kept: list[int] = []
+        before = 0.0
+        for i, m in zip(order, mass, strict=True):
+            if not kept or before < s.top_p * math.fsum(mass) or s.top_p == 1:
+                kept.append(i)
+            before += m
+        bits = noise_bits(run_seed, rollout_id, t, purpose, len(row))
+        score = {i: row[i] / s.temperature - math.log(-math.log((int(bits[i]) >> 11) / 2**53)) for i in kept}
+        tokens.append(min(kept, key=lambda i: (-score[i], i)))
+    return tokens
+
+
+@pytest.mark.parametrize("key", [(0, 0, 0, 0), (7, 123, 45, 2), (-1, -(2**63), 2**63 - 1, 3), (2**63 + 5, 9, -4, 1)])
+def test_torch_noise_equals_numpy(key: tuple[int, int, int, int]) -> None:
+    """The torch generator gives numpy's Philox bits, bit for bit, for any 64-bit key."""
+    run_seed, rollout_id, t, purpose = key
+    ids, positions = torch.tensor([rollout_id, 3]), torch.tensor([t, 8])
+    ours = noise_bits_torch(run_seed, ids, positions, purpose, 103).numpy().view(np.uint64)
+    np.testing.assert_array_equal(ours[0], noise_bits(run_seed, rollout_id, t, purpose, 103))
+    np.testing.assert_array_equal(ours[1], noise_bits(run_seed, 3, 8, purpose, 103))
+
+
+def test_streams_do_not_overlap_and_are_prefixes() -> None:
+    """No two keys share a number, and a longer stream begins with the shorter one."""
+    keys = [(s, r, t, p) for s in (0, 1) for r in (0, 1, -1) for t in (0, 1, 2) for p in Purpose]
+    streams = [noise_bits(*key, num=1000) for key in keys]
+    assert np.unique(np.concatenate(streams)).size == 1000 * len(keys)
+    np.testing.assert_array_equal(noise_bits(*keys[5], num=10), streams[5][:10])
+
+
+def test_gumbel_of_extreme_bits() -> None:
+    """U = 0 never wins, U next to 1 is finite, and the low 11 bits are not read."""
+    values = gumbel(np.array([0, 2**11 - 1, 2**11, 2**64 - 1, 2**63], dtype=np.uint64))
+    assert values[0] == values[1] == -math.inf
+    assert values[2] == pytest.approx(-math.log(53 * math.log(2)))
+    assert values[3] == pytest.approx(53 * math.log(2), rel=1e-6)
+    assert values[4] == pytest.approx(-math.log(math.log(2)))
+
+
+def test_coin_is_uniform_and_keyed() -> None:
+    """Coins are uniform on [0, 1), repeatable, and differ by rollout, position and seed."""
+    ids, positions = np.repeat(np.arange(40), 100), np.tile(np.arange(100), 40)
+    coins = coin(3, ids, positions)
+    assert stats.kstest(coins, "uniform").pvalue > 1e-3
+    np.testing.assert_array_equal(coins[:7], coin(3, ids[:7], positions[:7]))
+    assert np.unique(np.concatenate([coins, coin(4, ids, positions)])).size == 8000
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize("kind", ["normal", "flat", "peaked", "ties", "holes"])
+def test_draw_equals_the_definition(setting: Sampling, kind: str) -> None:
+    """The pruned draw, and the one for devices, give the token of the unpruned definition, ties included."""
+    logits = rows(12, 700, seed=1)
+    if kind == "flat":
+        logits = logits * 0.01
+    elif kind == "peaked":
+        logits[:, 5] += 30
+    elif kind == "ties":
+        logits = (logits / 2).round()
+    elif kind == "holes":
+        logits[:, ::3] = -math.inf
+    ids, positions = list(range(100, 112)), list(range(12))
+    expected = draw_simply(logits, 11, ids, positions, Purpose.GUMBEL, setting)
+    key: dict = {"run_seed": 11, "purpose": Purpose.GUMBEL, "sampling": setting}
+    assert draw(logits, rollout_ids=ids, positions=positions, **key).tolist() == expected
+    keys = torch.tensor(ids), torch.tensor(positions)
+    on_device, margin = sampling.draw_on_device(logits, 11, *keys, purpose=Purpose.GUMBEL, sampling=setting)
+    assert on_device.tolist() == expected
+    tokens, exact = draw(logits, rollout_ids=ids, positions=positions, return_margin=True, **key)
+    assert tokens.tolist() == expected
+    np.testing.assert_allclose(exact, margin.numpy(), atol=1e-9)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.5, 0.999])
+def test_how_much_is_pruned_does_not_matter(top_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On large rows, sharp to flat, the token and the margin do not depend on how many ids are scored first."""
+    logits = torch.cat([rows(6, 20_000, seed=s, scale=scale) for s, scale in enumerate((4.0, 1.0, 0.0))])
+    key: dict = {
+        "run_seed": 5,
+        "rollout_ids": range(18),
+        "positions": [9] * 18,
+        "purpose": 0,
+        "sampling": Sampling(top_p=top_p),
+    }
+    found = []
+    for depth, most in ((5.0, 2048), (0.0, 1), (1.0, 30), (math.inf, 10**9)):
+        monkeypatch.setattr(sampling, "_MAX_SCORED", most)
+        monkeypatch.setattr(sampling, "_DEPTH", depth)
+        found.append((draw(logits, **key), *draw(logits, return_margin=True, **key)))
+    for tokens, again, margin in found:
+        assert tokens.tolist() == again.tolist() == found[-1][0].tolist()
+        np.testing.assert_array_equal(margin, found[-1][2])
+
+
+@pytest.mark.parametrize("setting", [Sampling(), Sampling(temperature=0.5, top_p=0.7), Sampling(top_k=5)], ids=str)
+def test_draws_follow_the_law(setting: Sampling) -> None:
+    """Over positions the drawn ids follow the tempered, truncated and renormalised distribution (chi-square)."""
+    logits, num = rows(1, 30, seed=8, scale=1.0), 6000
+    tempered = (logits[0].double() / setting.temperature).softmax(-1)
+    prob, order = tempered.sort(descending=True)
+    keep = (prob.cumsum(0) - prob < setting.top_p) & (torch.arange(30) < (setting.top_k or 30))
+    law = torch.zeros(30, dtype=torch.float64).scatter(0, order[keep], prob[keep] / prob[keep].sum()).numpy()
+    key: dict = {"run_seed": 0, "rollout_ids": [4] * num, "positions": range(num), "purpose": 0, "sampling": setting}
+    counts = np.bincount(draw(logits.expand(num, -1), **key), minlength=30)
+    assert counts[law == 0].sum() == 0
+    assert stats.chisquare(counts[law > 0], law[law > 0] * num).pvalue > 1e-3
+
+
+def test_coupled_draws_agree() -> None:
+    """Draws of two models at one position agree far more than independent ones: at least (1 - TV) / (1 + TV)."""
+    num, p, q = 3000, rows(1, 50, seed=1, scale=1.0), rows(1, 50, seed=1, scale=1.0) + rows(1, 50, seed=2, scale=0.5)
+    tv = float((p.softmax(-1) - q.softmax(-1)).abs().sum() / 2)
+    key: dict = {"run_seed": 0, "rollout_ids": [1] * num, "positions": range(num), "sampling": Sampling()}
+    p_tokens = draw(p.expand(num, -1), purpose=Purpose.GUMBEL, **key)
+    q_tokens = draw(q.expand(num, -1), purpose=Purpose.GUMBEL, **key)
+    assert (p_tokens == q_tokens).mean() > (1 - tv) / (1 + tv) - 0.03
+    independent = draw(p.expand(num, -1), purpose=Purpose.SKD, **key)
+    assert (independent == q_tokens).mean() < 0.2
+
+
+def test_skd_noise_is_independent_of_the_draft() -> None:
+    """Given which id the student drafted, the teacher's SKD draw follows p; with the shared noise it does not."""
+    num, p, q = 6000, rows(1, 8, seed=3, scale=1.0), rows(1, 8, seed=4, scale=1.0)
+    key: dict = {"run_seed": 0, "rollout_ids": [1] * num, "positions": range(num), "sampling": Sampling()}
+    drafted = draw(q.expand(num, -1), purpose=Purpose.GUMBEL, **key)
+    pvalue = {}
+    for purpose in (Purpose.GUMBEL, Purpose.SKD):
+        table = np.zeros((8, 8))
+        np.add.at(table, (drafted, draw(p.expand(num, -1), purpose=purpose, **key)), 1)
+        pvalue[purpose] = stats.chi2_contingency(table).pvalue
+    assert pvalue[Purpose.SKD] > 1e-3 > pvalue[Purpose.GUMBEL]
+
+
+def test_a_row_does_not_know_its_neighbours() -> None:
+    """A token depends on its own row and key only: any batch gives the same one, from any float type."""
+    logits = rows(9, 500, seed=6).bfloat16()
+    key: dict = {"run_seed": 2, "purpose": 0, "sampling": Sampling(top_p=0.8)}
+    together = draw(logits, rollout_ids=range(9), positions=range(9), **key)
+    alone = [draw(logits[i : i + 1].float(), rollout_ids=[i], positions=[i], **key)[0] for i in range(9)]
+    assert together.tolist() == alone
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1}, {"temperature": math.nan}, {"top_p": 0}, {"top_k": -2}])
+def test_sampling_refuses_what_is_no_setting(bad: dict) -> None:
+    """An impossible setting is refused with its name and value."""
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Sampling(**bad)
+
+
+def test_draw_refuses_rows_without_a_law() -> None:
+    """NaN in a row, a row of -inf, or a missing key is an error, not a token."""
+    key: dict = {"run_seed": 0, "purpose": 0, "sampling": Sampling()}
+    for bad in (torch.tensor([[0.0, math.nan]]), torch.full((1, 2), -math.inf)):
+        with pytest.raises(ValueError, match="finite"):
+            draw(bad, rollout_ids=[0], positions=[0], **key)
+    with pytest.raises(ValueError, match="one of each per row"):
+        draw(torch.zeros(2, 3), rollout_ids=[0], positions=[0, 1], **key)
