@@ -184,3 +184,29 @@ class WeightBundle:
     manifest: tuple[tuple[str, str, tuple[int, ...], int, int, int], ...]  # name, dtype, shape, bucket, offset, nbytes
     buckets: tuple[np.ndarray, ...]  # uint8
     checksum: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkReport:
+    """What one call to a rollout worker cost."""
+
+    worker: int
+    version: int
+    num_rollouts: int
+    num_tokens: int
+    num_teacher_tokens: int
+    num_teacher_calls: int
+    num_near_ties: int
+    signal_bytes: int
+    time_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exam:
+    """A share of an evaluation: the student alone, on these prompts, once per seed and once greedily."""
+
+    prompts: tuple[tuple[int, Prompt], ...]  # index in the evaluation set, prompt
+    seeds: tuple[int, ...]
+    temperature: float
+    max_new_tokens: int
+    with_teacher: bool  # agreement and KL on references and on the student's own greedy text

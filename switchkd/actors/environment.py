@@ -1,0 +1,38 @@
+"""How a Ray process is made ready: threads, tokens, secrets. Every actor's __init__ calls `prepare` first."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
+"""Travel as an argument from process to process: never in a runtime environment, which Ray logs."""
+
+
+class Secrets:
+    """Values that must not show up in a log: their repr is empty."""
+
+    def __init__(self, values: Mapping[str, str]) -> None:
+        self._values = dict(values)
+
+    @classmethod
+    def of_this_process(cls) -> Secrets:
+        return cls({name: os.environ[name] for name in SECRETS if name in os.environ})
+
+    def __repr__(self) -> str:
+        return "Secrets(...)"
+
+    def apply(self) -> None:
+        os.environ.update(self._values)
+
+
+def prepare(secrets: Secrets, working_dir: str) -> None:
+    """Take over the driver's secrets and let a user's own rule or loss be imported from where the driver stands."""
+    import sys
+
+    secrets.apply()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if working_dir not in sys.path:
+        sys.path.insert(0, working_dir)
+    if os.path.isdir(working_dir):
+        os.chdir(working_dir)

@@ -1,0 +1,161 @@
+"""A worker's way to the teachers: each session sticks to one replica, and outlives it.
+
+In: the calls of `engines.base.Teacher`. The router keeps every session's tokens, so that a lost replica (or a lost
+session) costs one re-prefill elsewhere and nothing else. One router per rollout worker, in its process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
+
+from switchkd.engines.base import TeacherBusy, UnknownSession
+from switchkd.types import Blocks, Sessions, Signal
+
+RETRY_FOR_S = 300.0
+"""How long a router looks for a living replica before it gives up."""
+QUARANTINE_S = 5.0
+"""How long a replica that failed gets no new session."""
+
+
+class TeacherRouter:
+    def __init__(self, replicas: Sequence[Any], first: int = 0) -> None:
+        self.replicas = list(replicas)
+        self._home: dict[int, int] = {}  # session id -> replica
+        self._tokens: dict[int, np.ndarray] = {}  # session id -> its tokens, as last sent
+        self._bad_until = [0.0] * len(self.replicas)
+        self._first = first  # workers start at different replicas
+
+    # ── the Teacher protocol ───────────────────────────────────────────────────────────────────────────────────────
+
+    def open(self, sessions: Sessions) -> None:
+        tokens = np.split(sessions.token_ids, np.cumsum(sessions.lengths)[:-1])
+        wanted = {int(s): part for s, part in zip(sessions.session_ids, tokens, strict=True)}
+        self._place(wanted)
+        self._tokens.update(wanted)
+
+    def score(self, blocks: Blocks) -> Signal:
+        """Split by replica, ask all at once, put together in the order asked. Lost sessions are opened again."""
+        deadline = time.monotonic() + RETRY_FOR_S
+        parts = np.split(blocks.token_ids, np.cumsum(blocks.lengths)[:-1])
+        answers: dict[int, tuple[Signal, np.ndarray]] = {}
+        missing = list(range(len(blocks.session_ids)))
+        while missing:
+            asked = self._ask(blocks, parts, missing)
+            answers.update(asked)
+            missing = [i for i in missing if i not in asked]
+            if missing and time.monotonic() > deadline:
+                raise RuntimeError(f"no teacher replica answered for {RETRY_FOR_S:g} s; see the teachers' logs")
+        for i, part in enumerate(parts):
+            session = int(blocks.session_ids[i])
+            self._tokens[session] = np.concatenate([self._tokens[session][: blocks.base_lens[i]], part])
+        ordered = [answers[i] for i in range(len(parts))]
+        return Signal(
+            kind=ordered[0][0].kind,
+            dtype=ordered[0][0].dtype,
+            values=np.concatenate([values for _, values in ordered]),
+            lengths=np.array([len(values) for _, values in ordered], np.int32),
+        )
+
+    def close(self, session_ids: np.ndarray) -> None:
+        by_replica: dict[int, list[int]] = {}
+        for session in session_ids.tolist():
+            self._tokens.pop(session, None)
+            home = self._home.pop(session, None)
+            if home is not None:
+                by_replica.setdefault(home, []).append(session)
+        for home, ids in by_replica.items():
+            self.replicas[home].close.remote(np.array(ids, np.int64))  # nobody waits for it
+
+    # ── replicas ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _ask(self, blocks: Blocks, parts: Sequence[np.ndarray], which: list[int]) -> dict[int, tuple[Signal, np.ndarray]]:
+        """One call per replica for the blocks `which`; what failed is missing from the answer and lives elsewhere."""
+        by_replica: dict[int, list[int]] = {}
+        for i in which:
+            by_replica.setdefault(self._home[int(blocks.session_ids[i])], []).append(i)
+        calls = {
+            home: self.replicas[home].score.remote(_select(blocks, parts, members))
+            for home, members in by_replica.items()
+        }
+        answers: dict[int, tuple[Signal, np.ndarray]] = {}
+        for home, call in calls.items():
+            try:
+                signal: Signal = ray.get(call)
+            except UnknownSession as error:
+                self._reopen(error.session_ids, blocks)
+                continue
+            except (ActorDiedError, ActorUnavailableError, RayActorError):
+                self._bad_until[home] = time.monotonic() + QUARANTINE_S
+                self._reopen([int(blocks.session_ids[i]) for i in by_replica[home]], blocks)
+                continue
+            pieces = np.split(signal.values, np.cumsum(signal.lengths)[:-1])
+            answers.update({i: (signal, piece) for i, piece in zip(by_replica[home], pieces, strict=True)})
+        return answers
+
+    def _reopen(self, session_ids: Sequence[int], blocks: Blocks) -> None:
+        """Open lost sessions with the tokens that the coming block keeps of them."""
+        base = dict(zip(blocks.session_ids.tolist(), blocks.base_lens.tolist(), strict=True))
+        wanted = {session: self._tokens[session][: base[session]] for session in session_ids}
+        for session in session_ids:
+            self._home.pop(session, None)
+        deadline = time.monotonic() + RETRY_FOR_S
+        while True:
+            try:
+                return self._place(wanted)
+            except TeacherBusy:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+
+    def _place(self, sessions: dict[int, np.ndarray]) -> None:
+        """Give sessions to the replica that holds the fewest of ours. Raises TeacherBusy when none has room."""
+        deadline = time.monotonic() + RETRY_FOR_S
+        busy = 0
+        while True:
+            home = self._least_loaded(busy)
+            try:
+                ray.get(self.replicas[home].open.remote(_as_sessions(sessions)))
+                self._home.update(dict.fromkeys(sessions, home))
+                return
+            except TeacherBusy:
+                busy += 1
+                if busy >= len(self.replicas):
+                    raise
+            except (ActorDiedError, ActorUnavailableError, RayActorError):
+                self._bad_until[home] = time.monotonic() + QUARANTINE_S
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
+    def _least_loaded(self, rank: int) -> int:
+        """The replica of the given rank in order of health, load, and distance from this worker's first."""
+        now, num = time.monotonic(), len(self.replicas)
+        load = [0] * num
+        for home in self._home.values():
+            load[home] += 1
+        order = sorted(range(num), key=lambda i: (self._bad_until[i] > now, load[i], (i - self._first) % num))
+        return order[rank % num]
+
+
+def _as_sessions(sessions: dict[int, np.ndarray]) -> Sessions:
+    return Sessions(
+        session_ids=np.array(list(sessions), np.int64),
+        token_ids=np.concatenate(list(sessions.values())).astype(np.int32),
+        lengths=np.array([len(part) for part in sessions.values()], np.int32),
+    )
+
+
+def _select(blocks: Blocks, parts: Sequence[np.ndarray], members: list[int]) -> Blocks:
+    return Blocks(
+        session_ids=blocks.session_ids[members],
+        base_lens=blocks.base_lens[members],
+        first_rows=blocks.first_rows[members],
+        token_ids=np.concatenate([parts[i] for i in members]).astype(np.int32),
+        lengths=blocks.lengths[members],
+    )

@@ -1,0 +1,189 @@
+"""Rooms are furnished: from a resolved config to the teacher, the workers and the learner ranks of one run.
+
+Every process calls the one function for its role, with nothing but the config and what it must share with the others
+(the teacher's output head, ports). Whether the caller is a Ray actor or this process makes no difference here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from switchkd.batching import LossSpec
+from switchkd.build import build_loss, build_modes
+from switchkd.engines.base import Teacher
+from switchkd.engines.heads import HeadArrays, LinearHead
+from switchkd.engines.loading import load_model, load_tokenizer, pad_id, shared_vocab, stop_ids
+from switchkd.rollout import RolloutWorker
+from switchkd.sections import Config, Model
+from switchkd.types import BatchPlan, Rollout, StepResult, WeightBundle
+from switchkd.worker import Worker, set_threads
+
+if TYPE_CHECKING:
+    import torch
+
+    from switchkd.engines.deepspeed_learner import DeepSpeedLearner, LearnerSettings
+    from switchkd.engines.hf_engine import HFTeacher
+
+
+def max_len(config: Config) -> int:
+    """Positions that every cache must hold: the longest prompt with the longest completion of any stage."""
+    longest = max(stage.max_new_tokens for stage in config.train.stages)
+    longest = max(longest, config.data.max_reference_tokens, config.eval.max_new_tokens if config.eval.data else 0)
+    return config.data.max_prompt_tokens + longest
+
+
+def device_of(model: Model | str) -> str:
+    import torch
+
+    wanted = model if isinstance(model, str) else model.device
+    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+
+def _load(model: Model, device: str, device_map: str | None = None) -> torch.nn.Module:
+    return load_model(
+        model.model,
+        dtype=model.dtype,
+        device=device,
+        attn=model.attn,
+        trust_remote_code=model.trust_remote_code,
+        revision=model.revision,
+        device_map=device_map,
+    )
+
+
+def make_teacher(config: Config) -> HFTeacher:
+    """The teacher service of one process."""
+    from switchkd.engines.hf_engine import HFTeacher
+
+    set_threads(config.teacher.threads)
+    section = config.teacher
+    return HFTeacher(
+        _load(section, device_of(section), section.device_map),
+        vocab_size=shared_vocab(load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)),
+        max_sessions=section.max_sessions,
+        max_len=max_len(config),
+        lease_s=section.lease_s,
+        signal=section.signal,
+    )
+
+
+def make_worker(
+    config: Config,
+    index: int,
+    teacher: Teacher | None,
+    head: HeadArrays | None,
+    new_weights: Callable[[], WeightBundle | None] | None = None,
+) -> Worker:
+    """One rollout worker with the student's folder as weight version 0."""
+    from switchkd.engines.hf_engine import HFStudent
+
+    set_threads(config.student.threads)
+    section = config.student
+    device = device_of(section)
+    tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
+    model = _load(section, device)
+    student = HFStudent(
+        model, num_slots=config.rollout.slots, max_len=max_len(config), vocab_size=shared_vocab(tokenizer)
+    )
+    rollouts = RolloutWorker(
+        student=student,
+        teacher=teacher,
+        head=None if head is None else LinearHead.from_arrays(head, device=device),
+        stop_ids=stop_ids(model, tokenizer),
+        block_size=config.rollout.block_size,
+        lead=config.rollout.lead,
+        new_weights=new_weights if config.rollout.on_new_weights == "reprefill" else None,
+    )
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    return Worker(rollouts, build_modes(config), decode, index=index)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gang:
+    """Where a learner rank stands among its peers."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    master_addr: str = "127.0.0.1"
+    master_port: int = 0
+
+
+def learner_settings(config: Config) -> LearnerSettings:
+    from switchkd.engines.deepspeed_learner import LearnerSettings
+
+    tokenizer = load_tokenizer(config.student.model, trust_remote_code=config.student.trust_remote_code)
+    learner, student = config.learner, config.student
+    return LearnerSettings(
+        model=student.model,
+        dtype=learner.dtype,
+        zero_stage=learner.zero_stage,
+        micro_batch_size=learner.micro_batch_size,
+        gradient_checkpointing=learner.gradient_checkpointing,
+        gradient_clipping=learner.gradient_clipping,
+        weight_decay=learner.weight_decay,
+        betas=learner.betas,
+        chunk_tokens=learner.chunk_tokens,
+        timeout_s=learner.timeout_s,
+        lora=None if student.lora is None else student.lora.model_dump(),
+        vocab_size=shared_vocab(tokenizer),
+        pad_id=pad_id(tokenizer),
+        attn=student.attn,
+        trust_remote_code=student.trust_remote_code,
+        threads=learner.threads,
+        seed=config.run.seed,
+        device=device_of(student),
+    )
+
+
+Fetch = Callable[[list[int]], list[Rollout]]
+
+
+class LearnerRank:
+    """One rank of the learner: fetches its rollouts itself, so that the driver never touches them."""
+
+    def __init__(self, config: Config, gang: Gang, heads: dict[str, HeadArrays], fetch: Fetch) -> None:
+        from switchkd.engines.deepspeed_learner import DeepSpeedLearner
+
+        set_threads(config.learner.threads)
+        self.config, self.gang, self.fetch = config, gang, fetch
+        self.losses: list[LossSpec] = [build_loss(stage) for stage in config.train.stages]
+        self.learner: DeepSpeedLearner = DeepSpeedLearner(
+            learner_settings(config),
+            rank=gang.rank,
+            local_rank=gang.local_rank,
+            world_size=gang.world_size,
+            master_addr=gang.master_addr,
+            master_port=gang.master_port,
+            teacher_heads=heads,
+        )
+
+    def step(self, plan: BatchPlan, lr: float) -> StepResult:
+        rollouts = self.fetch(list(plan.rollout_ids[self.gang.rank]))
+        return self.learner.step(plan, rollouts, loss=self.losses[plan.stage], lr=lr, version_after=plan.step + 1)
+
+    def publish(self, version: int) -> WeightBundle | None:
+        """Rank 0 answers with the packed weights, in the dtype that the rollout workers run."""
+        return self.learner.publish(version, self.config.student.dtype)
+
+    def save(self, folder: Path, tag: str) -> None:
+        self.learner.save(folder, tag)
+
+    def load(self, folder: Path, tag: str) -> None:
+        self.learner.load(folder, tag)
+
+    def export(self, folder: Path) -> None:
+        """A transformers folder; rank 0 adds the tokenizer."""
+        self.learner.export(folder)
+        if self.gang.rank == 0:
+            tokenizer = load_tokenizer(
+                self.config.student.model, trust_remote_code=self.config.student.trust_remote_code
+            )
+            tokenizer.save_pretrained(folder)
+
+    def close(self) -> None:
+        self.learner.close()

@@ -1,0 +1,212 @@
+"""Names in a config become objects: one match per choice, and nothing else in the house looks at a name.
+
+In: checked config sections. Out: rules, losses, modes. A user's own rule or loss is named `my_file:my_name` and imported
+from the working directory: it is the user's code and runs with the user's rights.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from switchkd.algo import losses, switching
+from switchkd.algo.sampling import Purpose, Sampling
+from switchkd.algo.switching import Rule
+from switchkd.batching import LossSpec
+from switchkd.config import ConfigError
+from switchkd.rows import Mode
+from switchkd.sections import Config, Stage
+from switchkd.sections import Sampling as SamplingSection
+from switchkd.types import Origin
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageModes:
+    """How a stage's completions are written, by origin, and whether the teacher scores them."""
+
+    rollout: Mode
+    teacher: Mode
+    scored: bool
+
+    def of(self, origin: Origin) -> Mode | None:
+        """None: the data set wrote it."""
+        return {Origin.ROLLOUT: self.rollout, Origin.TEACHER: self.teacher, Origin.DATASET: None}[origin]
+
+
+def named(name: str, what: str) -> Callable[..., Any]:
+    """`my_file:my_name` from the working directory. Raises ConfigError."""
+    module, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{what} {name!r}: no module {error.name!r} in {here}; start where {module}.py lies"
+        ) from None
+    except AttributeError:
+        raise ConfigError(f"{what} {name!r}: {module}.py has no {attribute!r}") from None
+    if not callable(found):
+        raise ConfigError(f"{what} {name!r} is a {type(found).__name__}, not a function")
+    return found
+
+
+def build_rule(stage: Stage) -> Rule:
+    """The stage's switching rule. Raises ConfigError naming the parameter that it refuses."""
+    rule = _called(_rule_constructor(stage.rule.type), f"rule {stage.rule.type}", _rule_params(stage))
+    if not isinstance(rule, Rule):
+        raise ConfigError(f"rule {stage.rule.type!r} returned {type(rule).__name__}; return a switchkd Rule")
+    schedule = stage.rule.step_schedule
+    if schedule is None:
+        return rule
+    return switching.with_step_schedule(rule, start=schedule.start, end=schedule.end, steps=max(stage.steps, 1))
+
+
+def _rule_constructor(kind: str) -> Callable[..., Any]:
+    match kind:
+        case "student":
+            return switching.student
+        case "teacher":
+            return switching.teacher
+        case "random":
+            return switching.random
+        case "mixture":
+            return switching.mixture
+        case "jsd_threshold":
+            return switching.jsd_threshold
+        case "kl_spike":
+            return switching.kl_spike
+        case "outside_top_k":
+            return switching.outside_top_k
+        case _:
+            return named(kind, "rule")
+
+
+def _rule_params(stage: Stage) -> dict[str, Any]:
+    params = dict(stage.rule.params)
+    if stage.rule.type == "jsd_threshold":
+        params.setdefault("max_new_tokens", stage.max_new_tokens)
+    return params
+
+
+def build_loss(stage: Stage) -> LossSpec:
+    """The stage's loss. Raises ConfigError naming the parameter that it refuses."""
+    kind, params = stage.loss.type, dict(stage.loss.params)
+    hard_frac = params.pop("hard_frac", 0.5) if kind == "atkd" else None
+    if kind == "atkd" and "lambda" in params:
+        params["lam"] = params.pop("lambda")
+    per_token = _loss_function(kind)
+    _check_params(per_token, f"loss {kind}", params)
+    return LossSpec(
+        name=kind,
+        per_token=per_token,
+        numbers=params,
+        hard_frac=hard_frac,
+        lm_coef=stage.loss.lm_coef,
+        needs_teacher=kind != "cross_entropy",
+    )
+
+
+def _loss_function(kind: str) -> Callable[..., Any]:
+    match kind:
+        case "forward_kl":
+            return losses.forward_kl
+        case "reverse_kl":
+            return losses.reverse_kl
+        case "jsd":
+            return losses.jsd
+        case "skew_kl":
+            return losses.skew_kl
+        case "skew_reverse_kl":
+            return losses.skew_reverse_kl
+        case "tvd":
+            return losses.tvd
+        case "cross_entropy":
+            return losses.cross_entropy
+        case "atkd":
+            return losses.atkd
+        case _:
+            return named(kind, "loss")
+
+
+def _called(function: Callable[..., Any], what: str, params: dict[str, Any]) -> Any:
+    _check_params(function, what, params)
+    try:
+        return function(**params)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{what}: {error}") from None
+
+
+def _check_params(function: Callable[..., Any], what: str, params: dict[str, Any]) -> None:
+    import inspect
+
+    known = inspect.signature(function).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        return
+    given = {"p_logits", "q_logits", "labels", "mask", "hard"}  # what the learner itself passes to a loss
+    free = [name for name in known if name not in given]
+    for name in params:
+        if name not in free:
+            choices = ", ".join(free) or "none"
+            raise ConfigError(f"{what}: unknown parameter {name!r} (value {params[name]!r}); it takes {choices}")
+
+
+def sampling(section: SamplingSection) -> Sampling:
+    """A completed section (config.py fills in the rule's own values)."""
+    return Sampling(
+        temperature=1.0 if section.temperature is None else section.temperature,
+        top_p=1.0 if section.top_p is None else section.top_p,
+        top_k=section.top_k or 0,
+    )
+
+
+def build_modes(config: Config) -> list[StageModes]:
+    """How each stage writes, in order."""
+    modes = []
+    first_step = 0
+    for stage in config.train.stages:
+        modes.append(_stage_modes(config, stage, first_step))
+        first_step += stage.steps
+    return modes
+
+
+def _stage_modes(config: Config, stage: Stage, first_step: int) -> StageModes:
+    common: dict[str, Any] = {
+        "student": sampling(stage.rule.student),
+        "teacher": sampling(stage.rule.teacher),
+        "max_new_tokens": stage.max_new_tokens,
+        "seed": config.run.seed,
+        "first_step": first_step,
+        "wants_uncertainty": stage.loss.type == "atkd",
+    }
+    rollout = Mode(
+        rule=build_rule(stage),
+        scheduled=stage.rule.step_schedule is not None,
+        teacher_budget=_budget(stage),
+        **common,
+    )
+    return StageModes(rollout=rollout, teacher=Mode(rule=switching.teacher(), **common), scored=stage.needs_teacher)
+
+
+def _budget(stage: Stage) -> int | None:
+    """A float is a share of max_new_tokens, an int a number of tokens."""
+    budget = stage.rule.teacher_budget
+    return round(budget * stage.max_new_tokens) if isinstance(budget, float) else budget
+
+
+def eval_mode(*, temperature: float, max_new_tokens: int, seed: int) -> Mode:
+    """The student alone, unscored, with draws of evaluation's own purpose."""
+    return Mode(
+        rule=switching.student(),
+        student=Sampling(temperature=temperature),
+        teacher=Sampling(),
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        purpose=Purpose.EVAL,
+        scored=False,
+    )

@@ -1,0 +1,70 @@
+"""The processes that train() talks to, as promises: every handle answers with a `concurrent.futures.Future`.
+
+`local.py` keeps them in this process, `actors/launch.py` on a Ray cluster; `train.py` cannot tell which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from switchkd.evaluate import EvalRow
+from switchkd.replay import Entry
+from switchkd.types import BatchPlan, Exam, StepResult, Task, WorkReport
+
+
+class WorkerLost(Exception):
+    """A rollout worker died; its tasks are to be given out again. The handle has a fresh worker by then."""
+
+
+class WorkerHandle(Protocol):
+    def generate(self, tasks: list[Task]) -> Future[WorkReport]:
+        """Write rollouts and put them into the replay. Safe to repeat."""
+
+    def load_weights(self, weights: Any) -> Future[None]:
+        """What `LearnerHandle.publish` answered; calls made later see the new version."""
+
+    def examine(self, exam: Exam) -> Future[list[EvalRow]]: ...
+
+
+class ReplayHandle(Protocol):
+    def take(self, step: int, num: int, version: int, stage: int) -> Future[list[Entry] | None]:
+        """Lease one step's rollouts; None while they are not all there."""
+
+    def commit(self, step: int, rollout_ids: list[int]) -> Future[None]:
+        """They were trained on: write them to rollouts.jsonl and keep them until `durable`."""
+
+    def durable(self, step: int) -> Future[None]: ...
+
+    def save(self, path: Path, step: int) -> Future[None]:
+        """What a run resumed at `step` needs."""
+
+    def restore(self, path: Path) -> Future[list[int]]:
+        """Ids of the rollouts that wait for training."""
+
+    def stats(self) -> Future[dict[str, float]]: ...
+
+
+class LearnerHandle(Protocol):
+    def step(self, plan: BatchPlan, lr: float) -> Future[StepResult]: ...
+
+    def publish(self, version: int) -> Future[Any]:
+        """Pack the weights once; the answer goes to `WorkerHandle.load_weights` as it is."""
+
+    def save(self, folder: Path, tag: str) -> Future[None]: ...
+
+    def load(self, folder: Path, tag: str) -> Future[None]: ...
+
+    def export(self, folder: Path) -> Future[None]:
+        """An ordinary transformers folder, tokenizer included."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class House:
+    workers: list[WorkerHandle]
+    replay: ReplayHandle
+    learner: LearnerHandle
+    close: Callable[[], None]

@@ -1,0 +1,78 @@
+"""The whole house in one process: no Ray, one teacher, one worker, one learner rank. For tests and debugging.
+
+Every handle runs its call at once and answers with a future that is already done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from switchkd.assembly import Gang, LearnerRank, make_teacher, make_worker
+from switchkd.config import ConfigError
+from switchkd.engines.heads import HeadArrays
+from switchkd.house import House
+from switchkd.replay_service import ReplayService, make_replay
+from switchkd.sections import Config
+from switchkd.worker import Worker
+
+
+def done(function: Callable[..., Any], *args: Any) -> Future[Any]:
+    """Call now; the answer or the error as a future."""
+    future: Future[Any] = Future()
+    try:
+        future.set_result(function(*args))
+    except Exception as error:
+        future.set_exception(error)
+    return future
+
+
+class Direct:
+    """A handle to an object of this process: every method answers with a finished future."""
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def __getattr__(self, name: str) -> Callable[..., Future[Any]]:
+        method = getattr(self._target, name)
+        return lambda *args: done(method, *args)
+
+
+class DirectWorker:
+    """A worker that puts into a replay of the same process."""
+
+    def __init__(self, worker: Worker, replay: ReplayService) -> None:
+        self.worker, self.replay = worker, replay
+
+    def generate(self, tasks: list[Any]) -> Future[Any]:
+        return done(self.worker.generate, tasks, self.replay.put)
+
+    def load_weights(self, weights: Any) -> Future[None]:
+        return done(self.worker.load_weights, weights)
+
+    def examine(self, exam: Any) -> Future[Any]:
+        return done(self.worker.examine, exam)
+
+
+def build_house(config: Config, run_dir: Path) -> House:
+    """Raises ConfigError for what one process cannot be."""
+    if config.learner.num_ranks > 1 or config.rollout.num_workers > 1 or config.teacher.replicas > 1:
+        raise ConfigError(
+            f"cluster.mode=inprocess is one process: learner.num_ranks={config.learner.num_ranks}, "
+            f"rollout.num_workers={config.rollout.num_workers}, teacher.replicas={config.teacher.replicas} must be 1; "
+            "take cluster.mode=local"
+        )
+    teacher = make_teacher(config) if config.needs_teacher else None
+    head = teacher.head().to_arrays() if teacher is not None and config.teacher.signal == "hidden" else None
+    heads: dict[str, HeadArrays] = {} if head is None else {"": head}
+    replay = make_replay(config, run_dir)
+    worker = make_worker(config, 0, teacher, head)
+    learner = LearnerRank(config, Gang(), heads, replay.fetch)
+    return House(
+        workers=[DirectWorker(worker, replay)],
+        replay=Direct(replay),
+        learner=Direct(learner),
+        close=learner.close,
+    )

@@ -1,0 +1,138 @@
+"""One completion while it is being written: what a rollout worker knows of it between two rounds.
+
+A `Mode` says how it is written (rule, sampling, limits), a `Row` holds its tokens, what decided them, and how much of
+it each model has read.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from switchkd.algo.sampling import Purpose, Sampling
+from switchkd.algo.switching import Rule, init_memory
+from switchkd.types import Rollout, RolloutStats, Signal, Source, Task
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mode:
+    """How a completion is written. Rows of one mode (and training step) are decided together."""
+
+    rule: Rule
+    student: Sampling
+    teacher: Sampling
+    max_new_tokens: int
+    seed: int
+    purpose: Purpose = Purpose.GUMBEL  # of both models' coupled draws; evaluation has its own
+    teacher_budget: int | None = None  # tokens; then the student writes
+    scheduled: bool = False  # the threshold changes over training steps, ...
+    first_step: int = 0  # ... counted from the stage's first
+    scored: bool = True  # False: the student writes alone and nobody scores it
+    wants_uncertainty: bool = False  # ATKD's UnC rides along
+
+
+@dataclass(slots=True)
+class Row:
+    """A completion in the making. `tokens` is prompt and completion; a model has read `*_len` of them."""
+
+    task: Task
+    mode: Mode
+    slot: int
+    tokens: list[int]
+    memory: torch.Tensor  # float64 [1, M], the rule's
+    started: float = field(default_factory=time.monotonic)
+    student_len: int = 0
+    teacher_len: int = 0
+    carry: np.ndarray | None = None  # [1, D]: the teacher's row of the last token, when it has read it already
+    sources: list[int] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    statistic: list[float] = field(default_factory=list)
+    threshold: list[float] = field(default_factory=list)
+    uncertainty: list[float] = field(default_factory=list)
+    signal: list[np.ndarray] = field(default_factory=list)  # pieces [n, D], one row per decided token
+    num_teacher: int = 0
+    finish_reason: str = ""
+    num_rounds: int = 0
+    num_drafted: int = 0
+    num_breaks: int = 0
+    num_near_ties: int = 0
+    teacher_positions: int = 0
+    signal_bytes: int = 0
+
+    @classmethod
+    def start(cls, task: Task, mode: Mode, slot: int) -> Row:
+        prompt = task.prompt.token_ids.tolist()
+        return cls(
+            task=task, mode=mode, slot=slot, tokens=prompt, memory=init_memory(mode.rule, 1), teacher_len=len(prompt)
+        )
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.task.prompt.token_ids)
+
+    @property
+    def t(self) -> int:
+        """Index of the next completion token."""
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps into its stage, for schedules."""
+        return self.task.batch - self.mode.first_step
+
+    @property
+    def teacher_may_write(self) -> bool:
+        return self.mode.teacher_budget is None or self.num_teacher < self.mode.teacher_budget
+
+    def accept(self, token: int, source: Source, version: int, stop_ids: frozenset[int]) -> None:
+        """Append a decided token; the row is finished at a stop id or at its limit."""
+        self.tokens.append(token)
+        self.sources.append(source)
+        self.versions.append(version)
+        self.num_teacher += source == Source.TEACHER
+        if token in stop_ids:
+            self.finish_reason = "stop"
+        elif self.t >= self.mode.max_new_tokens:
+            self.finish_reason = "length"
+
+    def rollout(self, signal_kind: str, signal_dtype: str, approximate: bool = False) -> Rollout:
+        """The finished record."""
+        num = self.t
+        values = np.concatenate(self.signal) if self.signal else None
+        signal = None
+        if values is not None:
+            signal = Signal(kind=signal_kind, dtype=signal_dtype, values=values, lengths=np.array([num], np.int32))
+        return Rollout(
+            rollout_id=self.task.rollout_id,
+            batch=self.task.batch,
+            stage=self.task.stage,
+            prompt_id=self.task.prompt.prompt_id,
+            origin=self.task.origin,
+            prompt_ids=self.task.prompt.token_ids.astype(np.int32),
+            token_ids=np.array(self.tokens[self.prompt_len :], np.int32),
+            sources=np.array(self.sources, np.uint8),
+            weight_versions=np.array(self.versions, np.int32),
+            statistic=_floats(self.statistic, num),
+            threshold=_floats(self.threshold, num),
+            uncertainty=_floats(self.uncertainty, num),
+            signal=signal,
+            finish_reason=self.finish_reason,
+            approximate=approximate,
+            teacher=self.task.prompt.teacher,
+            stats=RolloutStats(
+                num_rounds=self.num_rounds,
+                num_drafted=self.num_drafted,
+                num_breaks=self.num_breaks,
+                num_near_ties=self.num_near_ties,
+                teacher_positions=self.teacher_positions,
+                signal_bytes=self.signal_bytes,
+                time_s=time.monotonic() - self.started,
+            ),
+        )
+
+
+def _floats(values: list[float], num: int) -> np.ndarray:
+    return np.array(values, np.float32) if len(values) == num else np.full(num, np.nan, np.float32)

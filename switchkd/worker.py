@@ -1,0 +1,155 @@
+"""A rollout worker's day: completions for the stage at hand, new weights, and now and then an examination.
+
+In: tasks, or an `Exam`. Out: rollouts through `put`, or `EvalRow`s. Actors and `local.py` wrap this class.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from switchkd.algo.divergence import agreement, kl
+from switchkd.build import StageModes, eval_mode
+from switchkd.evaluate import EvalRow
+from switchkd.rollout import Job, RolloutWorker
+from switchkd.types import Exam, Origin, Prompt, Rollout, Source, Task, WeightBundle, WorkReport
+
+Put = Callable[[list[Rollout]], None]
+_REFERENCES, _GREEDY = 1 << 40, 1 << 41
+"""First session ids of what an examination lets the teacher read: no rollout counts so far."""
+
+
+class Worker:
+    def __init__(
+        self,
+        rollouts: RolloutWorker,
+        modes: Sequence[StageModes],
+        decode: Callable[[Sequence[int]], str],
+        *,
+        index: int = 0,
+    ) -> None:
+        self.rollouts = rollouts
+        self.modes = list(modes)
+        self.decode = decode
+        self.index = index
+
+    def load_weights(self, bundle: WeightBundle) -> None:
+        self.rollouts.load_weights(bundle)
+
+    def generate(self, tasks: Sequence[Task], put: Put) -> WorkReport:
+        """Write all tasks; each finished rollout goes to `put` at once."""
+        started, calls = time.monotonic(), self.rollouts.num_teacher_calls
+        tally = {"rollouts": 0, "tokens": 0, "teacher": 0, "ties": 0, "bytes": 0}
+
+        def emit(done: list[Rollout]) -> None:
+            put(done)
+            tally["rollouts"] += len(done)
+            for rollout in done:
+                tally["tokens"] += rollout.num_tokens
+                tally["teacher"] += int((rollout.sources == Source.TEACHER).sum())
+                tally["ties"] += rollout.stats.num_near_ties
+                tally["bytes"] += rollout.stats.signal_bytes
+
+        for stage in sorted({task.stage for task in tasks}):
+            modes = self.modes[stage]
+            part = [task for task in tasks if task.stage == stage]
+            self.rollouts.run([Job(task=t, mode=modes.of(t.origin), scored=modes.scored) for t in part], emit)
+        return WorkReport(
+            worker=self.index,
+            version=self.rollouts.version,
+            num_rollouts=tally["rollouts"],
+            num_tokens=tally["tokens"],
+            num_teacher_tokens=tally["teacher"],
+            num_teacher_calls=self.rollouts.num_teacher_calls - calls,
+            num_near_ties=tally["ties"],
+            signal_bytes=tally["bytes"],
+            time_s=time.monotonic() - started,
+        )
+
+    def examine(self, exam: Exam) -> list[EvalRow]:
+        """The student alone: its text per seed, and beside the teacher on references and on its own greedy text."""
+        rows = []
+        for seed in exam.seeds:
+            written = self._write(exam, exam.temperature, seed)
+            rows += [
+                EvalRow(
+                    index=index,
+                    prompt_id=prompt.prompt_id,
+                    seed=seed,
+                    text=self.decode(written[index].token_ids.tolist()),
+                    num_tokens=written[index].num_tokens,
+                )
+                for index, prompt in exam.prompts
+            ]
+        return [*rows, *self._beside_teacher(exam)] if exam.with_teacher else rows
+
+    def _write(self, exam: Exam, temperature: float, seed: int) -> dict[int, Rollout]:
+        mode = eval_mode(temperature=temperature, max_new_tokens=exam.max_new_tokens, seed=seed)
+        found: dict[int, Rollout] = {}
+
+        def emit(done: list[Rollout]) -> None:
+            found.update({rollout.rollout_id: rollout for rollout in done})
+
+        self.rollouts.run([Job(task=_task(i, prompt), mode=mode, scored=False) for i, prompt in exam.prompts], emit)
+        return found
+
+    def _beside_teacher(self, exam: Exam) -> list[EvalRow]:
+        greedy = self._write(exam, 0.0, 0)
+        rows = []
+        for index, prompt in exam.prompts:
+            own = Prompt(
+                prompt_id=prompt.prompt_id,
+                text=prompt.text,
+                token_ids=prompt.token_ids,
+                reference_ids=greedy[index].token_ids,
+            )
+            on_reference = self._compare(_task(_REFERENCES + index, prompt))
+            on_greedy = self._compare(_task(_GREEDY + index, own))
+            rows.append(
+                EvalRow(
+                    index=index,
+                    prompt_id=prompt.prompt_id,
+                    seed=-1,
+                    text=self.decode(greedy[index].token_ids.tolist()),
+                    num_tokens=greedy[index].num_tokens,
+                    reference_tokens=on_reference[0],
+                    reference_agree=on_reference[1],
+                    reference_kl=on_reference[2],
+                    greedy_tokens=on_greedy[0],
+                    greedy_agree=on_greedy[1],
+                    greedy_kl=on_greedy[2],
+                )
+            )
+        return rows
+
+    def _compare(self, task: Task, chunk: int = 64) -> tuple[int, int, float]:
+        """Both models read a given completion: number of tokens, of equal arg maxes, and the sum of KL(p||q)."""
+        num = len(task.prompt.reference_ids)
+        if num == 0:
+            return 0, 0, 0.0
+        (piece,) = self.rollouts.score_references([task])
+        ids = np.concatenate([task.prompt.token_ids, task.prompt.reference_ids]).astype(np.int32)
+        student = self.rollouts.student
+        hidden = student.extend(np.array([0]), np.array([0], np.int32), ids, np.array([len(ids)], np.int32))
+        hidden = hidden[len(ids) - num - 1 : len(ids) - 1]
+        agree, divergence = 0, 0.0
+        for i in range(0, num, chunk):
+            p_logits = self.rollouts.reader.logits(piece[i : i + chunk])
+            q_logits = student.head.logits(hidden[i : i + chunk])
+            agree += int(agreement(p_logits, q_logits).sum())
+            divergence += float(kl(p_logits, q_logits).double().sum())
+        return num, agree, divergence
+
+
+def _task(rollout_id: int, prompt: Prompt) -> Task:
+    return Task(rollout_id=rollout_id, batch=0, stage=0, origin=Origin.ROLLOUT, prompt=prompt)
+
+
+def set_threads(num: int) -> None:
+    """CPU threads of this process; 0 = all cores. Ray pins every actor to one, so each role says what it wants."""
+    import os
+
+    torch.set_num_threads(num or os.cpu_count() or 1)
