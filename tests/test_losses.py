@@ -265,9 +265,9 @@ class Setup:
     def per_token(self, p: Tensor | None, q: Tensor, labels: Tensor, mask: Tensor, **own: Tensor) -> Tensor:
         return self.loss(p, q, labels, mask, **own, **self.numbers)
 
-    def chunked(self, chunk: int, use_reentrant: bool) -> tuple[Tensor, Tensor]:
+    def chunked(self, chunk: int, use_reentrant: bool, num_chunks: int = 1) -> tuple[Tensor, Tensor]:
         given = (self.hidden, self.head, self.rows, self.labels, self.mask, self.weights, self.per_token, self.extras)
-        return chunked_loss(*given, chunk, use_reentrant=use_reentrant)
+        return chunked_loss(*given, chunk, num_chunks=num_chunks, use_reentrant=use_reentrant)
 
     def gradients(self, total: Tensor) -> list[Tensor]:
         total.backward()
@@ -312,3 +312,26 @@ def test_chunked_trains_a_head_on_frozen_hidden_states(use_reentrant: bool) -> N
     total, _ = setup.chunked(5, use_reentrant)
     total.backward()
     assert grad(setup.head.weight).abs().sum() > 0
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3, 9])
+def test_chunked_calls_the_head_as_often_as_asked(num_chunks: int) -> None:
+    """Empty surplus chunks change nothing but the number of head calls, forward and backward: ZeRO-3 counts on it."""
+    setup, calls = Setup("forward_kl"), []
+    total, per_token = setup.chunked(8, use_reentrant=False)
+    gradients = setup.gradients(total)
+    setup.head.register_forward_hook(lambda *_: calls.append(1))
+    padded, padded_per_token = setup.chunked(8, use_reentrant=False, num_chunks=num_chunks)
+    for ours, theirs in zip(setup.gradients(padded), gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert torch.equal(padded_per_token, per_token) and len(calls) == 2 * max(num_chunks, 3)
+
+
+def test_only_the_non_reentrant_kind_gives_the_head_its_gradient_once() -> None:
+    """The head's gradient hook runs once per backward, but once per chunk if reentrant: ZeRO 2 and 3 refuse that."""
+    for use_reentrant, expected_fires in ((False, 1), (True, 3)):
+        setup = Setup("forward_kl")
+        fires: list[int] = []
+        setup.head.weight.register_post_accumulate_grad_hook(lambda _, fires=fires: fires.append(1))
+        setup.chunked(8, use_reentrant)[0].backward()
+        assert len(fires) == expected_fires
