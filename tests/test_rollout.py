@@ -1,0 +1,287 @@
+"""Rollouts on toy chains: block switching is exact, whatever the block size, the batch and the order of work."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from toy import STOP, VOCAB, ToyStudent, ToyTeacher, pair, rows_of, task
+
+from switchkd.algo import divergence, switching
+from switchkd.algo.sampling import Purpose, Sampling, coin, gumbel, noise_bits
+from switchkd.rollout import Job, RolloutWorker
+from switchkd.rows import Mode
+from switchkd.types import Origin, Rollout, Source
+
+MAX_NEW = 20
+RULES = {
+    "student": switching.student(),
+    "teacher": switching.teacher(),
+    "random": switching.random(prob=0.5),
+    "mixture": switching.mixture(alpha=0.2),
+    "switch": switching.jsd_threshold(max_new_tokens=MAX_NEW),
+    "switch-linear": switching.jsd_threshold(schedule="linear", max_new_tokens=MAX_NEW),
+    "switch-constant": switching.jsd_threshold(schedule="constant", tau_0=0.2, max_new_tokens=MAX_NEW),
+    "switch-growth": switching.jsd_threshold(schedule="exponential_growth", max_new_tokens=MAX_NEW),
+    "adaswitch": switching.kl_spike(K=1.5, L=3),
+    "adaswitch-available": switching.kl_spike(K=1.5, L=3, divergence="reverse_kl", warm_up="available"),
+    "skd": switching.outside_top_k(k=5),
+}
+SAMPLINGS = {
+    "greedy": (Sampling(temperature=0.0), Sampling(temperature=0.0)),
+    "sampled": (Sampling(), Sampling()),
+    "papers": (Sampling(temperature=0.5, top_p=0.5), Sampling(temperature=0.2, top_p=0.5)),
+    "mixed": (Sampling(temperature=0.7, top_k=8), Sampling(temperature=1.0, top_p=0.9)),
+}
+
+
+def mode(rule: switching.Rule, sampling: str = "sampled", seed: int = 7, **more) -> Mode:  # type: ignore[no-untyped-def]
+    student, teacher = SAMPLINGS[sampling]
+    return Mode(rule=rule, student=student, teacher=teacher, max_new_tokens=MAX_NEW, seed=seed, **more)
+
+
+def write(a_mode: Mode, ids, *, block_size: int, slots: int, lead: str = "student", distance: float = 1.0):  # type: ignore[no-untyped-def]
+    """Rollouts by id, and the worker that wrote them."""
+    p, q = pair(distance)
+    worker = RolloutWorker(
+        student=ToyStudent(q, slots),
+        teacher=ToyTeacher(p),
+        head=None,
+        stop_ids=frozenset({STOP}),
+        block_size=block_size,
+        lead=lead,
+    )
+    found: dict[int, Rollout] = {}
+
+    def emit(rollouts: list[Rollout]) -> None:
+        for rollout in rollouts:
+            assert rollout.rollout_id not in found
+            found[rollout.rollout_id] = rollout
+
+    worker.run([Job(task=task(i), mode=a_mode) for i in ids], emit)
+    return found, worker
+
+
+def literal(a_mode: Mode, rollout_id: int, distance: float = 1.0) -> tuple[list[int], list[int]]:
+    """Token by token in float64, in the papers' words: who owns it, then that model's own keyed draw."""
+    p, q = pair(distance)
+    rule = a_mode.rule
+    tokens, sources = task(rollout_id).prompt.token_ids.tolist(), []
+    num_prompt, memory = len(tokens), switching.init_memory(rule, 1)
+    while len(tokens) - num_prompt < MAX_NEW:
+        t = len(tokens) - num_prompt
+        p_row, q_row = rows_of(p, tokens)[-1].double(), rows_of(q, tokens)[-1].double()
+        noise = gumbel(noise_bits(a_mode.seed, rollout_id, t, Purpose.GUMBEL, VOCAB))
+        drafted = _pick(q_row, a_mode.student, noise)
+        statistic = rule.statistic(
+            p_logits=p_row[None],
+            q_logits=q_row[None],
+            drafted=torch.tensor([drafted]),
+            coins=torch.from_numpy(coin(a_mode.seed, [rollout_id], [t])),
+        )
+        threshold = rule.threshold(torch.tensor([t]), 0, memory)
+        memory = rule.update(memory, statistic, threshold)
+        owner = Source.TEACHER if bool(statistic > threshold) else Source.STUDENT
+        if a_mode.teacher_budget is not None and sources.count(Source.TEACHER) >= a_mode.teacher_budget:
+            owner = Source.STUDENT
+        token = drafted
+        if owner == Source.TEACHER:
+            own = gumbel(noise_bits(a_mode.seed, rollout_id, t, rule.replacement, VOCAB))
+            token = _pick(p_row, a_mode.teacher, own)
+        tokens.append(token)
+        sources.append(owner)
+        if token == STOP:
+            break
+    return tokens[num_prompt:], sources
+
+
+def _pick(row: torch.Tensor, sampling: Sampling, noise: np.ndarray) -> int:
+    """Tempered, truncated, then the arg max with the noise; float64, sorted in full."""
+    if sampling.temperature == 0:
+        return int(np.argmax(row.numpy()))
+    scores = row.numpy() / sampling.temperature
+    order = np.lexsort((np.arange(VOCAB), -scores))
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    mass = np.exp(scores[order] - scores[order].max())
+    mass /= mass.sum()
+    kept = order[np.cumsum(mass) - mass < sampling.top_p]
+    return int(kept[np.argmax(scores[kept] + noise[kept])])
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("name", RULES)
+def test_equals_the_literal_loop(name: str, sampling: str) -> None:
+    """Block switching writes exactly what a token-by-token float64 loop writes, owners included."""
+    a_mode = mode(RULES[name], sampling)
+    found, _ = write(a_mode, range(12), block_size=5, slots=4)
+    for rollout_id, rollout in found.items():
+        tokens, sources = literal(a_mode, rollout_id)
+        assert rollout.token_ids.tolist() == tokens
+        assert rollout.sources.tolist() == sources
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_same_for_every_block_size_batch_and_lead(name: str) -> None:
+    """K, batch size, order of the work and who leads change nothing but the speed."""
+    a_mode = mode(RULES[name])
+    wanted, _ = write(a_mode, range(9), block_size=1, slots=1)
+    for block_size, slots, lead, ids in [
+        (1, 4, "lockstep", range(9)),
+        (2, 3, "student", range(9)),
+        (5, 8, "student", reversed(range(9))),
+        (8, 2, "student", [4, 0, 8, 1, 3, 2, 7, 5, 6]),
+        (32, 9, "student", range(9)),
+    ]:
+        found, _ = write(a_mode, ids, block_size=block_size, slots=slots, lead=lead)
+        for i, rollout in wanted.items():
+            assert found[i].token_ids.tolist() == rollout.token_ids.tolist()
+            assert found[i].sources.tolist() == rollout.sources.tolist()
+            assert np.allclose(found[i].statistic, rollout.statistic, atol=1e-6)
+            assert found[i].threshold.tolist() == rollout.threshold.tolist()
+
+
+@pytest.mark.parametrize("name", ["switch", "adaswitch", "skd", "teacher"])
+@pytest.mark.parametrize("block_size", [1, 3, 8])
+def test_signal_belongs_to_its_token(name: str, block_size: int) -> None:
+    """Row t of the signal is the teacher's distribution of token t given the prompt and the tokens before it."""
+    p, _ = pair()
+    found, _ = write(mode(RULES[name]), range(8), block_size=block_size, slots=3)
+    for rollout in found.values():
+        whole = [*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]
+        first = len(rollout.prompt_ids) - 1
+        assert rollout.signal is not None
+        assert torch.equal(torch.from_numpy(rollout.signal.values), rows_of(p, whole)[first:-1])
+
+
+def test_statistic_is_the_divergence_of_the_rows() -> None:
+    """What a rollout reports as its statistic is JSD base 2 of the two rows at that token."""
+    p, q = pair()
+    found, _ = write(mode(RULES["switch"]), range(4), block_size=4, slots=4)
+    for rollout in found.values():
+        whole = [*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]
+        first = len(rollout.prompt_ids) - 1
+        want = divergence.jsd(rows_of(p, whole)[first:-1].double(), rows_of(q, whole)[first:-1].double(), log_base=2)
+        assert np.allclose(rollout.statistic, want.numpy(), atol=1e-6)
+        assert np.allclose(rollout.threshold, [math.exp(-0.1 * t) for t in range(rollout.num_tokens)])
+
+
+@pytest.mark.parametrize(("name", "sampling"), [("random", "sampled"), ("skd", "sampled"), ("switch", "mixed")])
+def test_law_of_the_first_token(name: str, sampling: str) -> None:
+    """Over many rollouts the first token follows p or q of its owner, SKD's replacement included (chi-square)."""
+    a_mode = mode(switching.outside_top_k(k=5) if name == "skd" else RULES[name], sampling, seed=3)
+    if name == "switch":  # by itself SWITCH starts with the student: force the teacher
+        a_mode = mode(switching.jsd_threshold(schedule="constant", tau_0=1e-9, max_new_tokens=MAX_NEW), sampling)
+    ids = [7 * i for i in range(6000)]  # all have the same prompt
+    short = Mode(**{name: getattr(a_mode, name) for name in Mode.__slots__} | {"max_new_tokens": 1})
+    found, _ = write(short, ids, block_size=1, slots=512)
+    p, q = pair()
+    prompt = task(0).prompt.token_ids.tolist()
+    laws = {Source.TEACHER: (p, a_mode.teacher), Source.STUDENT: (q, a_mode.student)}
+    for source, (chain, sampling_of) in laws.items():
+        drawn = [int(r.token_ids[0]) for r in found.values() if r.sources[0] == source]
+        if not drawn:
+            continue
+        law = _law(rows_of(chain, prompt)[-1].double(), sampling_of)
+        if name == "skd" and source == Source.STUDENT:  # accepted drafts: q given that the teacher allows it
+            allowed = torch.topk(rows_of(p, prompt)[-1], 5).indices.numpy()
+            law = np.where(np.isin(np.arange(VOCAB), allowed), law, 0)
+            law /= law.sum()
+        counts = np.bincount(drawn, minlength=VOCAB)
+        assert counts[law == 0].sum() == 0
+        common = law * len(drawn) >= 5
+        seen = np.append(counts[common], counts[~common].sum())
+        expected = np.append(law[common], law[~common].sum()) * len(drawn)
+        kept = expected > 0
+        assert stats.chisquare(seen[kept], expected[kept]).pvalue > 1e-3
+
+
+def _law(row: torch.Tensor, sampling: Sampling) -> np.ndarray:
+    probs = torch.softmax(row / sampling.temperature, -1).numpy()
+    order = np.lexsort((np.arange(VOCAB), -probs))
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    mass = probs[order] / probs[order].sum()
+    kept = order[np.cumsum(mass) - mass < sampling.top_p]
+    law = np.zeros(VOCAB)
+    law[kept] = probs[kept] / probs[kept].sum()
+    return law
+
+
+def test_teacher_budget() -> None:
+    """Once the budget is spent the student writes; the tokens still equal the literal loop's."""
+    a_mode = mode(RULES["random"], teacher_budget=3)
+    found, _ = write(a_mode, range(10), block_size=4, slots=4)
+    spent = 0
+    for rollout_id, rollout in found.items():
+        tokens, sources = literal(a_mode, rollout_id)
+        assert rollout.token_ids.tolist() == tokens and rollout.sources.tolist() == sources
+        spent = max(spent, int((rollout.sources == Source.TEACHER).sum()))
+    assert spent == 3
+
+
+def test_blocks_save_teacher_calls() -> None:
+    """With a close pair, blocks of four need well under half of lockstep's teacher calls for the same tokens."""
+    a_mode = mode(RULES["switch"])
+    blocks, fast = write(a_mode, range(8), block_size=4, slots=8, distance=0.2)
+    single, slow = write(a_mode, range(8), block_size=1, slots=8, lead="lockstep", distance=0.2)
+    assert all(blocks[i].token_ids.tolist() == single[i].token_ids.tolist() for i in blocks)
+    assert fast.num_teacher_calls < 0.5 * slow.num_teacher_calls
+
+
+def test_references_are_scored_as_they_stand() -> None:
+    """A data-set completion keeps its tokens and gets the teacher's row for each of them."""
+    p, q = pair()
+    worker = RolloutWorker(
+        student=ToyStudent(q, 2), teacher=ToyTeacher(p), head=None, stop_ids=frozenset({STOP}), block_size=4
+    )
+    found: list[Rollout] = []
+    references = [np.array(ids, np.int32) for ids in ([5, 6, STOP], [4], [9, 9, 9, 9, STOP])]
+    tasks = [task(i, origin=Origin.DATASET, reference_ids=ids) for i, ids in enumerate(references)]
+    worker.run([Job(task=t, mode=None) for t in tasks], found.extend)
+    assert [r.token_ids.tolist() for r in found] == [ids.tolist() for ids in references]
+    for rollout in found:
+        whole = [*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]
+        assert rollout.signal is not None
+        assert torch.equal(torch.from_numpy(rollout.signal.values), rows_of(p, whole)[len(rollout.prompt_ids) - 1 : -1])
+        assert set(rollout.sources.tolist()) == {Source.DATA}
+
+
+def test_new_weights_in_mid_rollout() -> None:
+    """`reprefill`: tokens decided after new weights came carry the new version, and the student's draws are its own."""
+
+    class Bundle:
+        version = 5
+
+        def __init__(self, chain: torch.Tensor) -> None:
+            self.chain = chain
+
+    p, q = pair()
+    calls = {"n": 0}
+    bundle = Bundle(pair(2.0)[1])
+
+    def offered() -> Bundle | None:
+        calls["n"] += 1
+        return bundle if calls["n"] > 3 else None
+
+    worker = RolloutWorker(
+        student=ToyStudent(q, 2),
+        teacher=ToyTeacher(p),
+        head=None,
+        stop_ids=frozenset(),
+        block_size=2,
+        new_weights=offered,  # type: ignore[arg-type]
+    )
+    found: list[Rollout] = []
+    worker.run([Job(task=task(0), mode=mode(RULES["student"]))], found.extend)
+    versions = found[0].weight_versions.tolist()
+    assert versions == sorted(versions) and set(versions) == {0, 5}
+    whole = [*found[0].prompt_ids.tolist(), *found[0].token_ids.tolist()]
+    for t, version in enumerate(versions):
+        chain = bundle.chain if version == 5 else q
+        noise = gumbel(noise_bits(7, 0, t, Purpose.GUMBEL, VOCAB))
+        row = rows_of(chain, whole[: len(found[0].prompt_ids) + t])[-1].double()
+        assert found[0].token_ids[t] == _pick(row, Sampling(), noise)

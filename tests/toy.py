@@ -1,0 +1,101 @@
+"""Two toy chains as student and teacher: the next token's distribution depends on the last two tokens. Exact and fast."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from switchkd.engines.base import UnknownSession
+from switchkd.types import Blocks, Origin, Prompt, Sessions, Signal, Task
+
+VOCAB = 24
+STOP = 0
+
+
+def table(seed: int, sharpness: float = 1.5) -> torch.Tensor:
+    """Logits [V, V, V] of a chain of order two."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(VOCAB, VOCAB, VOCAB, generator=generator) * sharpness
+
+
+def pair(distance: float = 1.0, sharpness: float = 1.5) -> tuple[torch.Tensor, torch.Tensor]:
+    """(teacher, student) tables, `distance` apart."""
+    p = table(1, sharpness)
+    return p, p + distance * table(2, 1.0)
+
+
+def rows_of(chain: torch.Tensor, tokens: list[int]) -> torch.Tensor:
+    """Rows [len(tokens), V]: row i is the distribution of token i + 1."""
+    before = [STOP, *tokens[:-1]]
+    return chain[torch.tensor(before), torch.tensor(tokens)]
+
+
+class IdentityHead:
+    vocab_size = VOCAB
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.float()
+
+
+class ToyStudent:
+    def __init__(self, chain: torch.Tensor, num_slots: int) -> None:
+        self.chain, self.num_slots, self.max_len, self.head = chain, num_slots, 10_000, IdentityHead()
+        self.held: dict[int, list[int]] = {}
+        self.num_steps = 0
+
+    def extend(self, slots, starts, token_ids, lengths):  # type: ignore[no-untyped-def]
+        self.num_steps += 1
+        rows = []
+        for slot, start, part in zip(slots, starts, np.split(token_ids, np.cumsum(lengths)[:-1]), strict=True):
+            held = self.held.get(int(slot), [])
+            assert start <= len(held), "the worker asks for a cache that it never filled"
+            self.held[int(slot)] = held[:start] + part.tolist()
+            rows.append(rows_of(self.chain, self.held[int(slot)])[start:])
+        return torch.cat(rows)
+
+    def load_weights(self, bundle):  # type: ignore[no-untyped-def]
+        self.chain, self.held = bundle.chain, {}
+
+
+class ToyTeacher:
+    """Sends whole rows."""
+
+    def __init__(self, chain: torch.Tensor) -> None:
+        self.chain = chain
+        self.sessions: dict[int, list[int]] = {}
+
+    def open(self, sessions: Sessions) -> None:
+        parts = np.split(sessions.token_ids, np.cumsum(sessions.lengths)[:-1])
+        self.sessions.update({int(s): part.tolist() for s, part in zip(sessions.session_ids, parts, strict=True)})
+
+    def score(self, blocks: Blocks) -> Signal:
+        lost = [int(s) for s in blocks.session_ids if int(s) not in self.sessions]
+        if lost:
+            raise UnknownSession(lost)
+        rows = []
+        parts = np.split(blocks.token_ids, np.cumsum(blocks.lengths)[:-1])
+        for s, base, first, part in zip(blocks.session_ids, blocks.base_lens, blocks.first_rows, parts, strict=True):
+            assert base <= len(self.sessions[int(s)])
+            self.sessions[int(s)] = self.sessions[int(s)][:base] + part.tolist()
+            rows.append(rows_of(self.chain, self.sessions[int(s)])[first:].numpy())
+        return Signal(
+            kind="full",
+            dtype="float32",
+            values=np.concatenate(rows),
+            lengths=np.array([len(part) for part in rows], np.int32),
+        )
+
+    def close(self, session_ids) -> None:  # type: ignore[no-untyped-def]
+        for session in session_ids.tolist():
+            self.sessions.pop(session, None)
+
+
+def task(rollout_id: int, prompt: list[int] | None = None, origin: Origin = Origin.ROLLOUT, **more) -> Task:  # type: ignore[no-untyped-def]
+    ids = np.array(prompt or [1 + rollout_id % 7, 3], np.int32)
+    return Task(
+        rollout_id=rollout_id,
+        batch=0,
+        stage=0,
+        origin=origin,
+        prompt=Prompt(prompt_id=str(rollout_id), text="", token_ids=ids, **more),
+    )
