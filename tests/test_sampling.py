@@ -199,3 +199,13 @@ def test_draw_refuses_rows_without_a_law() -> None:
             draw(bad, rollout_ids=[0], positions=[0], **key)
     with pytest.raises(ValueError, match="one of each per row"):
         draw(torch.zeros(2, 3), rollout_ids=[0], positions=[0, 1], **key)
+
+
+@pytest.mark.parametrize("setting", SETTINGS[2:], ids=str)
+def test_both_truncations_keep_the_same_ids(setting: Sampling) -> None:
+    """The nucleus grown from the top on a CPU is the one cut from a full sort on a device, ties included."""
+    logits = torch.cat([rows(20, 3000, seed=1), rows(20, 3000, seed=2, scale=2.0).round(), torch.zeros(1, 3000)])
+    cut = sampling._truncated(logits, setting).isfinite()
+    for row, expected in zip(logits.numpy(), cut, strict=True):
+        kept = sampling._kept(row, float(row.max()), setting)
+        assert (list(range(3000)) if kept is None else kept.tolist()) == expected.nonzero()[:, 0].tolist()
