@@ -1,0 +1,211 @@
+"""A model's output layer taken apart, so that hidden states can travel instead of rows of logits.
+
+In: a causal language model. Out: its final hidden states, and the `LinearHead` that makes float32 logits of them,
+anywhere; with the arrays in which both travel.
+
+Shapes: N positions, D hidden width, V shared vocabulary, B sequences, T positions of a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from switchkd.config import ConfigError
+
+# How far a rebuilt logit may lie from the model's own, as a share of the largest: rounding of the model's dtype.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadArrays:
+    """An output head as it travels."""
+
+    weight: np.ndarray  # [V, D], bfloat16 as uint16
+    weight_dtype: str
+    bias: np.ndarray  # float32 [V], or [0] without one
+    scale: float
+    softcap: float  # 0 for none
+
+
+class LinearHead:
+    """logits = cap(scale * (hidden @ weight.T + bias)), computed in the weight's dtype, float32 by default.
+
+    The soft-cap is Gemma-2's: cap(x) = c * tanh(x / c).
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, scale: float = 1.0,
+                 softcap: float = 0.0) -> None:  # fmt: skip
+        self.weight, self.bias, self.scale, self.softcap = weight, bias, scale, softcap
+        self.vocab_size = weight.shape[0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., D] in any float dtype to float32 [..., V]. Differentiable in `hidden`."""
+        hidden = hidden.to(device=self.weight.device, dtype=self.weight.dtype)
+        out = torch.nn.functional.linear(hidden, self.weight, self.bias).float()
+        if self.scale != 1.0:
+            out = out * self.scale
+        if self.softcap:
+            out = torch.tanh(out / self.softcap) * self.softcap
+        return out
+
+    def copy_from(self, model: Any) -> None:
+        """Take the model's present weights, in place: who holds this head sees the new ones."""
+        layer = model.get_output_embeddings()
+        with torch.no_grad():
+            self.weight.copy_(layer.weight[: self.vocab_size])
+            if self.bias is not None:
+                self.bias.copy_(layer.bias[: self.vocab_size])
+
+    def to_arrays(self) -> HeadArrays:
+        """As bfloat16 where that loses nothing (the usual checkpoint), which halves what travels."""
+        weight = self.weight.detach()
+        short = weight.to(torch.bfloat16)
+        if torch.equal(short.to(weight.dtype), weight):
+            weight = short
+        values, dtype = signal_from_hidden(weight)
+        bias = np.zeros(0, np.float32) if self.bias is None else self.bias.detach().float().cpu().numpy()
+        return HeadArrays(weight=values, weight_dtype=dtype, bias=bias, scale=self.scale, softcap=self.softcap)
+
+    @classmethod
+    def from_arrays(
+        cls, arrays: HeadArrays, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> LinearHead:
+        """The head on another process's device."""
+        weight = hidden_from_signal(arrays.weight, arrays.weight_dtype, device).to(dtype)
+        bias = torch.tensor(arrays.bias, device=device, dtype=dtype) if len(arrays.bias) else None
+        return cls(weight, bias, scale=arrays.scale, softcap=arrays.softcap)
+
+
+def head_of(model: Any, vocab_size: int, dtype: torch.dtype = torch.float32) -> LinearHead:
+    """The output head of any causal language model, cut to the shared vocabulary, checked against the model's own
+    logits. Shares the model's memory where the dtype allows.
+
+    Raises ConfigError where the logits are not of LinearHead's form.
+    """
+    layer = model.get_output_embeddings()
+    weight = getattr(layer, "weight", None)
+    name = model.config.name_or_path or type(model).__name__
+    if weight is None or weight.ndim != 2 or weight.shape[0] < vocab_size:
+        shape = None if weight is None else tuple(weight.shape)
+        raise ConfigError(
+            f"the output layer of {name} has a weight of shape {shape}, {vocab_size} rows are needed; set "
+            f"teacher.signal: full, or take a model that knows the whole tokenizer"
+        )
+    bias = getattr(layer, "bias", None)
+    weight = weight.detach()[:vocab_size].to(dtype)
+    bias = None if bias is None else bias.detach()[:vocab_size].to(dtype)
+    softcap = float(getattr(model.config.get_text_config(), "final_logit_softcapping", None) or 0.0)
+    hidden, own = _probe(model)
+    own = own[..., :vocab_size]
+    limit, errors = _TOLERANCE.get(model.dtype, 1e-4), {}
+    for scale in _scales(model.config.get_text_config()):
+        head = LinearHead(weight, bias, scale=scale, softcap=softcap)
+        errors[scale] = float((head.logits(hidden) - own.to(weight.device)).abs().max() / own.abs().max())
+        if errors[scale] <= limit:
+            return head
+    raise ConfigError(
+        f"the logits of {name} cannot be rebuilt from its last hidden state (relative error "
+        f"{min(errors.values()):.2g}, limit {limit:.2g}); set teacher.signal: full"
+    )
+
+
+def final_hidden(model: Any, **inputs: Any) -> torch.Tensor:
+    """The input of the output layer at every position, [B, T, D], whatever the model does before it. No logits are
+    computed: the output layer is run on no rows at all."""
+    seen: list[torch.Tensor] = []
+
+    def take(hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(hidden)
+        return hidden[:0]
+
+    with _before_head(model, take):
+        model(**inputs)
+    if not seen:
+        raise _unhookable(model)
+    return seen[0]
+
+
+def own_logits(model: Any, rows: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """The model's own logits, float32 [N, its vocabulary], at the flat positions `rows` (int64 [N], row-major in
+    [B, T])."""
+    seen: list[bool] = []
+
+    def pick(hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(True)
+        return hidden.flatten(0, 1)[rows.to(hidden.device)][None]
+
+    with _before_head(model, pick):
+        logits = model(**inputs).logits
+    flat = logits.flatten(0, 1)
+    return (flat if seen else flat[rows.to(flat.device)]).float()
+
+
+def signal_from_hidden(hidden: torch.Tensor) -> tuple[np.ndarray, str]:
+    """A tensor as it travels, and the name of its dtype: bfloat16 as uint16, which NumPy has no better name for."""
+    hidden = hidden.detach().cpu()
+    if hidden.dtype == torch.bfloat16:
+        return hidden.view(torch.int16).numpy().view(np.uint16), "bfloat16"
+    return hidden.numpy(), str(hidden.dtype).removeprefix("torch.")
+
+
+def hidden_from_signal(values: np.ndarray, dtype: str, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The tensor that travelled, in its dtype. Shares the array's memory on a CPU, unless the array is read-only (an
+    object store's), where a write through the tensor would be fatal."""
+    if not values.flags.writeable:
+        values = values.copy()
+    if dtype == "bfloat16":
+        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16).to(device)
+    return torch.from_numpy(values).to(device)
+
+
+@contextmanager
+def _before_head(model: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """While inside, the output layer gets change(its input)."""
+    layer = model.get_output_embeddings()
+    if layer is None:
+        yield
+        return
+    handle = layer.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _unhookable(model: Any) -> ConfigError:
+    return ConfigError(f"{type(model).__name__} does not call its output layer as a module; set teacher.signal: full")
+
+
+def _scales(config: Any) -> list[float]:
+    """Factors that a config announces for its logits, most likely first. The same name multiplies in one family and
+    divides in another (Granite divides by `logits_scaling`, HyperCLOVA X multiplies), so the probe decides."""
+    scales = []
+    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier"):
+        value = getattr(config, name, None)
+        if isinstance(value, int | float) and value:
+            scales += [float(value), 1.0 / float(value)]
+    return [*scales, 1.0]
+
+
+@torch.no_grad()
+def _probe(model: Any, num_tokens: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states and the model's own float32 logits on a few fixed pseudo-random tokens."""
+    seen: list[torch.Tensor] = []
+
+    def look(hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(hidden)
+        return hidden
+
+    size = model.get_input_embeddings().weight.shape[0]
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, size, (1, num_tokens))).to(model.device)
+    with _before_head(model, look):
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    if not seen:
+        raise _unhookable(model)
+    return seen[0][0], logits[0].float()

@@ -1,0 +1,165 @@
+"""transformers models behind the house's two promises: the student that drafts, the teacher that keeps sessions.
+
+In: slots or sessions, and token ids to append to them. Out: final hidden states, as tensors (`HFStudent`) or as they
+travel (`HFTeacher`). One caller at a time.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from switchkd.engines.base import TeacherBusy, UnknownSession
+from switchkd.engines.heads import LinearHead, head_of, signal_from_hidden
+from switchkd.engines.slot_model import SlotModel
+from switchkd.types import Blocks, Sessions, Signal, WeightBundle
+
+
+class HFStudent:
+    """The student (a StudentEngine): a SlotModel with its float32 output head and replaceable weights."""
+
+    def __init__(self, model: Any, *, num_slots: int, max_len: int, vocab_size: int, prefill_chunk: int = 512) -> None:
+        self._slots = SlotModel(model, num_slots=num_slots, max_len=max_len, prefill_chunk=prefill_chunk)
+        self.model, self.num_slots, self.max_len = model, num_slots, max_len
+        self.head = head_of(model, vocab_size)
+
+    def extend(self, slots: np.ndarray, starts: np.ndarray, token_ids: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
+        """See StudentEngine."""
+        return self._slots.extend(slots, starts, token_ids, lengths)
+
+    def load_weights(self, bundle: WeightBundle) -> None:
+        """See StudentEngine. Every slot is empty afterwards; `head` stays the same object."""
+        from switchkd.weights import unpack_into
+
+        unpack_into(self.model, bundle)
+        self.head.copy_from(self.model)
+        self._slots.reset()
+
+
+@dataclass(slots=True)
+class _Session:
+    slot: int
+    tokens: np.ndarray  # int64, all that the caller ever appended and did not cut
+    num_read: int  # so many of them are in the cache
+    touched: float
+
+    def take(self, tokens: np.ndarray) -> None:
+        """Opened again: a beginning of what is held changes nothing (a late repeat), anything else replaces it."""
+        size = min(len(tokens), len(self.tokens))
+        differ = np.flatnonzero(tokens[:size] != self.tokens[:size])
+        common = int(differ[0]) if len(differ) else size
+        if common < len(tokens):
+            self.tokens, self.num_read = tokens, min(self.num_read, common)
+
+
+class HFTeacher:
+    """A teacher (see base.Teacher) on one process's devices. Opening is free: the first score reads the prompt.
+
+    It keeps every session's tokens, so rows may be asked for again, and before what the cache holds.
+    """
+
+    def __init__(self, model: Any, *, vocab_size: int, max_sessions: int, max_len: int, lease_s: float = 600.0,
+                 signal: Literal["hidden", "full"] = "hidden", prefill_chunk: int = 512,
+                 clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
+        self.model, self.vocab_size, self.lease_s, self.kind = model, vocab_size, lease_s, signal
+        if signal == "hidden":
+            head_of(model, vocab_size, model.dtype)  # an error belongs to the start, not to the first score
+        self._slots = SlotModel(
+            model, num_slots=max_sessions, max_len=max_len, prefill_chunk=prefill_chunk,
+            output="hidden" if signal == "hidden" else "logits",
+        )  # fmt: skip
+        self._clock = clock
+        self._sessions: dict[int, _Session] = {}
+        self._free = list(range(max_sessions))  # a heap: low slots first, so that the used ones lie together
+
+    @property
+    def num_positions_read(self) -> int:
+        """Positions that the model has read, prompts and repetitions included, padding not."""
+        return self._slots.num_positions_read
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self._sessions)
+
+    def head(self) -> LinearHead:
+        """The float32 output head that belongs to signals of kind "hidden"."""
+        return head_of(self.model, self.vocab_size)
+
+    def open(self, sessions: Sessions) -> None:
+        """See Teacher. A session that is already held keeps what was read of a common beginning."""
+        now = self._evict()
+        prompts = dict(zip(sessions.session_ids.tolist(), _split(sessions.token_ids, sessions.lengths), strict=True))
+        for session_id, tokens in prompts.items():
+            if not 0 < len(tokens) <= self._slots.max_len:
+                raise ValueError(
+                    f"session {session_id} has {len(tokens)} tokens; a session takes 1 to {self._slots.max_len}"
+                )
+        if len(new := prompts.keys() - self._sessions.keys()) > len(self._free):
+            raise TeacherBusy(f"{len(new)} sessions asked for, {len(self._free)} of {self._slots.num_slots} are free")
+        for session_id, tokens in prompts.items():
+            held = self._sessions.get(session_id)
+            if held is None:
+                held = _Session(heapq.heappop(self._free), tokens, 0, now)
+                self._sessions[session_id] = held
+            held.take(tokens)
+            held.touched = now
+
+    def score(self, blocks: Blocks) -> Signal:
+        """See Teacher. A session that does not reach `base_lens` counts as unknown."""
+        now = self._evict()
+        ids = blocks.session_ids.tolist()
+        bases, firsts = blocks.base_lens.astype(np.int64), blocks.first_rows.astype(np.int64)
+        ends = bases + blocks.lengths
+        self._check_blocks(ids, bases, firsts, ends)
+        sessions = [self._sessions[i] for i in ids]
+        starts = np.minimum(np.minimum([s.num_read for s in sessions], bases), firsts)
+        new = _split(blocks.token_ids, blocks.lengths)
+        for session, base, start, tokens in zip(sessions, bases, starts, new, strict=True):
+            session.tokens = np.concatenate([session.tokens[:base], tokens])
+            session.num_read, session.touched = int(start), now  # true even if reading fails
+        slots = np.array([s.slot for s in sessions], np.int64)
+        unread = np.concatenate([s.tokens[s.num_read :] for s in sessions])
+        rows = self._slots.extend(slots, starts, unread, ends - starts, ends - firsts)
+        for session in sessions:
+            session.num_read = len(session.tokens)
+        values, dtype = signal_from_hidden(rows if self.kind == "hidden" else rows[:, : self.vocab_size].contiguous())
+        return Signal(kind=self.kind, dtype=dtype, values=values, lengths=(ends - firsts).astype(np.int32))
+
+    def close(self, session_ids: np.ndarray) -> None:
+        """See Teacher."""
+        self._evict()
+        for session_id in session_ids.tolist():
+            self._forget(session_id)
+
+    def _check_blocks(self, ids: list[int], bases: np.ndarray, firsts: np.ndarray, ends: np.ndarray) -> None:
+        held = [len(self._sessions[i].tokens) if i in self._sessions else -1 for i in ids]
+        if unknown := [i for i, num, base in zip(ids, held, bases, strict=True) if num < base or num < 0]:
+            raise UnknownSession(unknown)
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"sessions {ids} are named twice in one call")
+        for session_id, base, first, end in zip(ids, bases, firsts, ends, strict=True):
+            if not 0 <= first < end or base < 0:
+                raise ValueError(f"session {session_id}: first row {first} of {end} positions, {base} kept")
+            if end > self._slots.max_len:
+                raise ValueError(f"session {session_id} would have {end} tokens; it takes {self._slots.max_len}")
+
+    def _evict(self) -> float:
+        """Forget the sessions whose lease has run out. Returns the time."""
+        now = self._clock()
+        for session_id in [i for i, s in self._sessions.items() if now - s.touched > self.lease_s]:
+            self._forget(session_id)
+        return now
+
+    def _forget(self, session_id: int) -> None:
+        if (session := self._sessions.pop(session_id, None)) is not None:
+            heapq.heappush(self._free, session.slot)
+
+
+def _split(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    return np.split(flat.astype(np.int64), np.cumsum(lengths)[:-1])

@@ -1,0 +1,160 @@
+"""Names and folders become models and tokenizers, ready to be read from; what a tokenizer and a model agree on.
+
+In: what the user wrote in the config. Out: transformers' objects, stop ids, the size of the shared vocabulary.
+Weights are read from safetensors only: loading a checkpoint must not run code. transformers is imported late.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from switchkd.config import ConfigError
+
+# Where tokenizers differ although their vocabularies are equal: merges, normalizers, splitting, special tokens.
+PROBES = (
+    "Hello, world!",
+    "  two  spaces\tand\ttabs \n\n and lines\r\n",
+    "1234567 3.14159 1,000,000",
+    "don't WON'T it's we'll I'M",
+    "naïve café ﬁne Å Å ½ x²",
+    "Grüße, 你好世界, こんにちは, Привет, مرحبا, שלום",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301 \u200b\u00a0\ufeff",
+    "def f(x):\n    return {'a': [x**2, -1e-5]}  # ok",
+    "https://example.org/a_b-c?d=e&f=%20#g",
+    "AAAAAAAAAAAAAAAA aaaaaaaaaaaaaaaa ................",
+    "<s></s><unk><pad><|endoftext|><|im_start|>user<|im_end|>",
+    "",
+    " ",
+    "antidisestablishmentarianism supercalifragilistic",
+)
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str,
+    device: str = "auto",
+    attn: str = "sdpa",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    device_map: str | None = None,
+) -> Any:
+    """A causal language model in eval mode without gradients, on `device` (or spread by `device_map`).
+
+    Raises ConfigError for a folder that holds no model, and for an attention that the model's numbers do not survive.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _check_folder(name, "config.json", "give the folder that save_pretrained wrote, or a hub name")
+    _check_weights(name)
+    if device_map is None:
+        device_map = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            device_map=device_map,
+            token=_token(),
+        )
+    except OSError as error:
+        raise ConfigError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    _check_attention(model, name, attn)
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """The model's tokenizer. Raises ConfigError for a folder that holds none."""
+    from transformers import AutoTokenizer
+
+    _check_folder(name, "tokenizer_config.json", "save the tokenizer beside the model with save_pretrained")
+    try:
+        return AutoTokenizer.from_pretrained(
+            name, trust_remote_code=trust_remote_code, revision=revision, token=_token()
+        )
+    except OSError as error:
+        raise ConfigError(f"tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Every id that ends a text: of the generation config, the model's config and the tokenizer together. Chat models
+    end a turn with another id than a document, and say so in only one of the three."""
+    found: set[int] = set()
+    for config in (getattr(model, "generation_config", None), model.config, model.config.get_text_config(), tokenizer):
+        ids = getattr(config, "eos_token_id", None)
+        found.update(ids if isinstance(ids, list | tuple) else () if ids is None else (ids,))
+    return frozenset(int(i) for i in found if 0 <= i < shared_vocab(tokenizer))
+
+
+def shared_vocab(tokenizer: Any) -> int:
+    """V: ids that both models know. Rows of a model's table beyond it are padding and are never drawn."""
+    return len(tokenizer)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """Any id will do where padding is masked; the tokenizer's own reads best in a dump."""
+    for i in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if i is not None:
+            return int(i)
+    return 0
+
+
+def same_tokenizer(a: Any, b: Any) -> str:
+    """Empty when both tokenizers turn every probe into the same ids, else one line that names the first difference."""
+    if len(a) != len(b):
+        return f"the tokenizers have {len(a)} and {len(b)} tokens"
+    vocab_a, vocab_b = a.get_vocab(), b.get_vocab()
+    if vocab_a != vocab_b:
+        token = min(t for t in vocab_a.keys() | vocab_b.keys() if vocab_a.get(t) != vocab_b.get(t))
+        return f"token {token!r} has id {vocab_a.get(token)} in one tokenizer and {vocab_b.get(token)} in the other"
+    for probe in PROBES:
+        for special in (False, True):
+            ids_a, ids_b = (list(t.encode(probe, add_special_tokens=special)) for t in (a, b))
+            if ids_a != ids_b:
+                return f"{probe!r} becomes {ids_a[:12]} in one tokenizer and {ids_b[:12]} in the other"
+    return ""
+
+
+def _token() -> str | bool:
+    """The environment's, never a file's: what a job may read is decided where it is started."""
+    return os.environ.get("HF_TOKEN") or False
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _check_folder(name: str, file: str, remedy: str) -> None:
+    folder = Path(name)
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if folder.is_dir() and not (folder / file).exists():
+        raise ConfigError(f"folder {name} holds no {file}; {remedy}")
+    if looks_local and not folder.is_dir():
+        raise ConfigError(f"folder {name} does not exist; {remedy}")
+
+
+def _check_weights(name: str) -> None:
+    folder = Path(name)
+    if folder.is_dir() and not list(folder.glob("*.safetensors")):
+        others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in folder.glob(pattern))
+        found = f" (only {', '.join(others[:3])})" if others else ""
+        raise ConfigError(
+            f"folder {name} holds no *.safetensors weights{found}; load the model once with transformers where you "
+            f"trust it and write it again with save_pretrained"
+        )
+
+
+def _check_attention(model: Any, name: str, attn: str) -> None:
+    """transformers' sdpa attention ignores Gemma-2's soft-cap of the attention scores without a word."""
+    cap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    if attn == "sdpa" and cap:
+        raise ConfigError(
+            f"model {name!r} soft-caps its attention scores at {cap}, which attn: sdpa leaves out; set attn: eager"
+        )

@@ -1,0 +1,222 @@
+"""One transformers model with a SlotCache: ragged rows in, final hidden states out.
+
+In: token ids, each row to be appended at its own place of its own numbered slot. Out: final hidden states (or whole
+rows of logits) of the positions that were asked for. Rows of unlike lengths are read in several padded forward passes, long
+ones in chunks, so that memory stays bounded and a long prompt costs its neighbours nothing.
+
+Shapes: B rows, N flat positions, Q padded tokens per row, D hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from switchkd.config import ConfigError
+from switchkd.engines.heads import final_hidden, own_logits
+from switchkd.engines.slot_cache import Call, SlotCache, build_masks, layer_windows, round_up, use_grouped_sdpa
+
+Output = Literal["hidden", "logits"]
+
+MAX_FORWARD_TOKENS = 4096  # padded tokens of one forward pass: bounds the memory of a prefill
+# Padded tokens that cost as much as one more forward pass. 135M on a CPU: 26 (fp32) to 35 (bf16), and a split batch also
+# gathers its slots. On a GPU a forward pass of a few hundred tokens is free (not measured here).
+FORWARD_COST = {"cpu": 64, "cuda": 512}
+
+
+class SlotModel:
+    """A model with a SlotCache: appends ragged rows, each at its own position of its own slot."""
+
+    def __init__(self, model: Any, *, num_slots: int, max_len: int, prefill_chunk: int = 512,
+                 output: Output = "hidden") -> None:  # fmt: skip
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if limit and max_len > limit:
+            raise ConfigError(
+                f"prompt and completion may take {max_len} tokens, {model.config.model_type} model has {limit} "
+                f"positions; lower data.max_prompt_tokens or max_new_tokens"
+            )
+        use_grouped_sdpa(model)
+        self.model, self.output = model, output
+        self.num_slots, self.max_len, self.prefill_chunk = num_slots, max_len, prefill_chunk
+        self.lens = np.zeros(num_slots, np.int64)  # tokens that each slot holds
+        self.num_positions_read = 0
+        self._cache = SlotCache(num_slots, max_len)
+        self._windows = layer_windows(model.config)
+        self._additive = model.dtype if model.config._attn_implementation == "eager" else None
+        self._check_model()
+
+    def extend(self, slots: np.ndarray, starts: np.ndarray, token_ids: np.ndarray, lengths: np.ndarray,
+               keep: np.ndarray | None = None) -> torch.Tensor:  # fmt: skip
+        """Cut slot b to `starts[b]`, append its tokens, and return the last `keep[b]` of its appended positions (all by
+        default), flat: hidden states [N, D] in the model's dtype, or (`output` "logits") the model's own logits."""
+        slots, starts, lengths = (np.asarray(x, np.int64) for x in (slots, starts, lengths))
+        keep = lengths if keep is None else np.asarray(keep, np.int64)
+        self._check_rows(slots, starts, token_ids, lengths)
+        self.lens[slots] = starts  # true whatever happens below
+        batch = _Ragged(slots, starts, np.asarray(token_ids, np.int64), lengths, keep)
+        parts = []
+        for offset in range(0, int(lengths.max(initial=0)), self.prefill_chunk):
+            sizes = np.clip(lengths - offset, 0, self.prefill_chunk)
+            for rows in group_rows(sizes, FORWARD_COST.get(self.model.device.type, 512)):
+                parts.append(self._forward(batch, rows[np.argsort(slots[rows])], offset, sizes))
+        self.lens[slots] = starts + lengths
+        self.num_positions_read += int(lengths.sum())
+        return _assemble(parts, int(keep.sum()))
+
+    def reset(self) -> None:
+        """Every slot is empty again."""
+        self.lens[:] = 0
+
+    @torch.inference_mode()
+    def _forward(self, batch: _Ragged, rows: np.ndarray, offset: int, sizes: np.ndarray) -> _Part:
+        """One padded forward pass over `sizes` tokens of some rows, from token `offset` of each."""
+        slots, lens = batch.slots[rows], sizes[rows, None]
+        column = np.arange(int(lens.max()))
+        valid = column < lens
+        # Padding repeats the row's last token, so that it has something to look at and no index is out of range.
+        column = offset + np.minimum(column, lens - 1)
+        positions = batch.starts[rows, None] + column
+        ids = batch.token_ids[batch.offsets[rows, None] + column]
+        write_at = np.where(valid, positions, self._cache.scratch)
+        places = batch.places(rows, column)
+        wanted = np.flatnonzero(valid & (places >= 0))
+        flat = [ids.ravel(), positions.ravel(), write_at.ravel(), slots, wanted]
+        packed = _to_device(np.concatenate(flat), self.model.device).split([len(part) for part in flat])
+        ids_t, positions_t, write_t = (part.view(ids.shape) for part in packed[:3])
+        length = min(round_up(int(positions.max()) + 1), self._cache.scratch + 1)
+        first = int(slots[0]) if (np.diff(slots) == 1).all() else -1
+        self._cache.begin(Call(slots=packed[3], write_at=write_t, length=length, first=first))
+        values = self._read(
+            packed[4],
+            input_ids=ids_t,
+            position_ids=positions_t,
+            attention_mask=build_masks(self._windows, positions_t, length, self._additive),
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        return _Part(places.ravel()[wanted], values)
+
+    def _read(self, rows: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """Hidden states or logits at the flat positions `rows` of one forward pass."""
+        if self.output == "logits":
+            return own_logits(self.model, rows, **inputs)
+        hidden = final_hidden(self.model, **inputs).flatten(0, 1)
+        return hidden if len(rows) == len(hidden) else hidden[rows.to(hidden.device)]
+
+    def _check_rows(self, slots: np.ndarray, starts: np.ndarray, token_ids: np.ndarray, lengths: np.ndarray) -> None:
+        if len(token_ids) != lengths.sum():
+            raise ValueError(f"lengths sum to {lengths.sum()}, but {len(token_ids)} tokens were given")
+        if len(set(slots.tolist())) != len(slots):
+            raise ValueError(f"slots {slots.tolist()} name one slot twice")
+        for slot, start, held, end in zip(slots, starts, self.lens[slots], starts + lengths, strict=True):
+            if start > held:
+                raise ValueError(f"slot {slot} holds {held} tokens, it cannot be cut to {start}")
+            if end > self.max_len:
+                raise ValueError(f"slot {slot} would hold {end} tokens; it has room for {self.max_len}")
+
+    @torch.inference_mode()
+    def _check_model(self) -> None:
+        """Read a few tokens in ragged pieces and compare with one clean forward pass: some architectures build masks
+        or position biases of their own from the shape of the batch, and would be silently wrong here."""
+        window = max(self._windows.values())
+        num = min(window + 8 if 0 < window <= 64 else 16, self.max_len)
+        rows = min(2, self.num_slots)
+        if num < 8:
+            return
+        size = self.model.get_input_embeddings().weight.shape[0]
+        ids = np.random.default_rng(0).integers(0, size, num)
+        slots, starts = np.arange(rows), np.array([num - 3, num - 5])[:rows]
+        self.extend(slots, np.zeros(rows), np.concatenate([ids[:n] for n in starts]), starts)
+        tail = self.extend(slots, starts, np.concatenate([ids[n:] for n in starts]), num - starts, np.full(rows, 3))
+        whole = torch.from_numpy(ids)[None].to(self.model.device)
+        ones = torch.ones_like(whole)  # without it GPT-2 warns of padding
+        tail_rows = torch.arange(num - 3, num, device=whole.device)
+        own = self._read(tail_rows, input_ids=whole, attention_mask=ones, use_cache=False)
+        own = own.float().repeat(rows, 1)
+        error = float((tail.float() - own).norm() / own.norm())
+        if not error <= (1e-3 if self.model.dtype == torch.float32 else 0.1):
+            raise ConfigError(
+                f"model type {self.model.config.model_type} reads wrongly from a cache with a length per row "
+                f"(relative error {error:.2g}); choose another model, or teacher.backend: vllm where it is the teacher"
+            )
+        self.reset()
+        self.num_positions_read = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Ragged:
+    """The rows of one `extend`. Their tokens lie one after the other, so do the places of what is returned."""
+
+    slots: np.ndarray
+    starts: np.ndarray
+    token_ids: np.ndarray
+    lengths: np.ndarray
+    keep: np.ndarray
+
+    @property
+    def offsets(self) -> np.ndarray:
+        return np.cumsum(self.lengths) - self.lengths
+
+    def places(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Where token `columns[r, i]` of row `rows[r]` goes in the answer, -1 where it is not wanted."""
+        ahead = columns - (self.lengths - self.keep)[rows, None]
+        first = np.cumsum(self.keep) - self.keep
+        return np.where(ahead >= 0, first[rows, None] + ahead, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one forward pass contributes to the answer."""
+
+    places: np.ndarray
+    values: torch.Tensor
+
+
+def _assemble(parts: Sequence[_Part], total: int) -> torch.Tensor:
+    if not parts:
+        return torch.empty(0, 0)
+    if len(parts) == 1 and (parts[0].places == np.arange(total)).all():
+        return parts[0].values
+    out = parts[0].values.new_empty(total, parts[0].values.shape[1])
+    for part in parts:
+        out[torch.from_numpy(part.places).to(out.device)] = part.values
+    return out
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def group_rows(sizes: np.ndarray, forward_cost: int) -> list[np.ndarray]:
+    """Split ragged rows (empty ones left out) into padded forward passes, so that padded tokens and `forward_cost` per
+    pass are fewest in sum: a long prompt does not make its neighbours' single tokens long."""
+    order = np.argsort(-sizes, kind="stable")
+    order = order[sizes[order] > 0]
+    groups = []
+    for part in np.split(order, _cuts(sizes[order], forward_cost)):
+        rows = max(1, MAX_FORWARD_TOKENS // int(sizes[part[0]])) if len(part) else 1
+        groups += [part[i : i + rows] for i in range(0, len(part), rows)]
+    return groups
+
+
+def _cuts(sizes: np.ndarray, forward_cost: int) -> list[int]:
+    """Where to cut sizes, sorted downwards, into runs: dynamic programming over the start of the last run."""
+    num = len(sizes)
+    if num == 0 or sizes[0] * num - sizes.sum() <= forward_cost:
+        return []
+    best, start_of = np.zeros(num + 1), np.zeros(num + 1, np.int64)
+    for end in range(1, num + 1):
+        costs = best[:end] + sizes[:end] * (end - np.arange(end)) + forward_cost
+        start_of[end] = np.argmin(costs)
+        best[end] = costs[start_of[end]]
+    cuts: list[int] = []
+    end = int(start_of[num])
+    while end > 0:
+        cuts.insert(0, end)
+        end = int(start_of[end])
+    return cuts
