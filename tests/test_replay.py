@@ -1,0 +1,343 @@
+"""Rollouts wait: none is lost, none trained twice, none too old."""
+
+import heapq
+import pickle
+import random
+from itertools import accumulate
+
+import numpy as np
+import pytest
+
+from switchkd.replay import Entry, Replay, ReplayFull, allowed_until
+from switchkd.types import Origin, Rollout
+
+BATCH = 4
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def rollout(rollout_id: int, version: int = 0, batch: int | None = None, stage: int = 0, length: int = 3) -> Rollout:
+    return Rollout(
+        rollout_id=rollout_id,
+        batch=rollout_id // BATCH if batch is None else batch,
+        stage=stage,
+        prompt_id=f"p{rollout_id}",
+        origin=Origin.ROLLOUT,
+        prompt_ids=np.arange(2, dtype=np.int32),
+        token_ids=np.arange(length, dtype=np.int32),
+        sources=np.array([0, 1, 1][:length], np.uint8),
+        weight_versions=np.full(length, version, np.int32),
+        statistic=np.full(length, np.nan, np.float32),
+        threshold=np.zeros(length, np.float32),
+        uncertainty=np.full(length, 0.25, np.float32),
+        signal=None,
+        finish_reason="stop",
+    )
+
+
+def ids(entries: list[Entry] | None) -> list[int]:
+    assert entries is not None
+    return [entry.rollout_id for entry in entries]
+
+
+def filled(num: int, **settings) -> Replay:
+    replay = Replay(**{"capacity": 100, **settings})
+    replay.put([rollout(i) for i in range(num)])
+    return replay
+
+
+def test_fifo_gives_each_step_its_own_batch_in_start_order():
+    """Under `fifo` a step gets exactly the rollouts of its batch, sorted by id, whatever the order of arrival."""
+    replay = Replay(capacity=100)
+    for i in (5, 2, 0, 7, 3, 1):
+        replay.put([rollout(i)])
+    assert replay.take(1, BATCH, 0, 0) is None
+    assert ids(replay.take(0, BATCH, 0, 0)) == [0, 1, 2, 3]
+    replay.put([rollout(4), rollout(6)])
+    assert ids(replay.take(1, BATCH, 0, 0)) == [4, 5, 6, 7]
+
+
+def test_entry_describes_its_rollout():
+    """An entry tells of its rollout what a batch plan needs."""
+    replay = Replay(capacity=100)
+    replay.put([rollout(0, version=7, batch=3, stage=2)])
+    (entry,) = replay.take(3, 1, 9, 2)
+    told = (entry.batch, entry.stage, entry.num_tokens, entry.oldest_version, entry.finish_reason)
+    assert told == (3, 2, 3, 7, "stop")
+    assert entry.teacher_frac == pytest.approx(2 / 3)
+    np.testing.assert_array_equal(entry.uncertainty, np.full(3, 0.25, np.float32))
+
+
+def test_completion_gives_the_first_finished_of_the_stage():
+    """Under `completion` the first arrivals of the stage are taken, whichever batch they were started for."""
+    replay = Replay(capacity=100, policy="completion")
+    replay.put([rollout(9, stage=1)])
+    for i in (7, 2, 5, 0):
+        replay.put([rollout(i)])
+    assert ids(replay.take(0, 3, 0, 0)) == [2, 5, 7]
+    assert replay.take(1, 3, 0, 0) is None
+
+
+def test_uniform_draws_from_seed_and_step_and_keeps_what_it_drew():
+    """Under `uniform` the draw is a function of (seed, step, what is there), and a trained rollout can come again."""
+    drawn = []
+    for seed in (0, 0, 1):
+        replay = filled(12, policy="uniform", seed=seed)
+        drawn.append([])
+        for step in range(6):
+            drawn[-1].append(ids(replay.take(step, BATCH, 0, 0)))
+            replay.commit(step, drawn[-1][-1])
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len({i for step in drawn[0] for i in step}) < 6 * BATCH
+    assert all(len(set(step)) == BATCH for step in drawn[0])
+
+
+def test_uniform_evicts_the_oldest():
+    """Under `uniform` a full store pushes its lowest id out, and that id is not taken again."""
+    replay = filled(5, policy="uniform", capacity=5)
+    replay.put([rollout(5), rollout(6)])
+    assert replay.stats()["num_waiting"] == 5
+    assert replay.put([rollout(0)]) == []
+    with pytest.raises(KeyError, match="0"):
+        replay.fetch([0])
+
+
+@pytest.mark.parametrize("state", ["waiting", "leased", "committed", "retired"])
+def test_put_is_idempotent(state):
+    """A rollout that is here, leased, committed or retired is not taken in again."""
+    replay = filled(BATCH)
+    if state != "waiting":
+        taken = ids(replay.take(0, BATCH, 0, 0))
+    if state in ("committed", "retired"):
+        assert replay.commit(0, taken)
+    if state == "retired":
+        replay.durable(1)
+    assert replay.put([rollout(i) for i in range(BATCH + 1)]) == [BATCH]
+
+
+def test_full_replay_takes_what_has_room_and_says_what_has_not():
+    """ReplayFull names the refused ids after taking the others, and keeps its numbers across a process."""
+    replay = Replay(capacity=BATCH)
+    with pytest.raises(ReplayFull, match=r"replay.capacity") as caught:
+        replay.put([rollout(i) for i in (6, 2, 1, 5)])
+    full = pickle.loads(pickle.dumps(caught.value))
+    assert (full.accepted, full.refused) == ([1, 2], [5, 6])
+    assert str(full) == str(caught.value)
+
+
+def test_a_full_replay_never_refuses_what_a_step_waits_for():
+    """Later rollouts cannot take the room of the ones that the next step needs."""
+    replay = Replay(capacity=BATCH)
+    for i in range(4 * BATCH - 1, BATCH - 1, -1):
+        with pytest.raises(ReplayFull):
+            replay.put([rollout(i)])
+    assert replay.put([rollout(i) for i in range(BATCH)]) == list(range(BATCH))
+
+
+def test_lease_goes_back_when_it_runs_out():
+    """An expired lease makes its rollouts takeable again; asking in time renews it."""
+    clock = Clock()
+    replay = filled(BATCH, policy="completion", lease_s=10.0, clock=clock)
+    replay.take(0, BATCH, 0, 0)
+    clock.now = 8.0
+    assert ids(replay.take(0, BATCH, 0, 0)) == [0, 1, 2, 3]
+    clock.now = 17.0
+    assert replay.take(1, BATCH, 0, 0) is None
+    clock.now = 18.0
+    assert ids(replay.take(1, BATCH, 0, 0)) == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="lease_s"):
+        replay.commit(0, [0, 1, 2, 3])
+
+
+def test_late_commit_counts_when_nobody_else_was_given_the_rollouts():
+    """A commit after the lease ran out stands: the step was trained."""
+    clock = Clock()
+    replay = filled(BATCH, lease_s=10.0, clock=clock)
+    replay.take(0, BATCH, 0, 0)
+    clock.now = 11.0
+    assert replay.stats()["num_waiting"] == BATCH
+    assert replay.commit(0, [0, 1, 2, 3]) and not replay.commit(0, [3, 2, 1, 0])
+    assert replay.stats()["num_committed"] == BATCH
+
+
+def test_commit_of_other_rollouts_than_taken_is_refused():
+    """A step is trained on all that it took, or the store says so."""
+    replay = filled(BATCH)
+    replay.take(0, BATCH, 0, 0)
+    with pytest.raises(ValueError, match="other rollouts"):
+        replay.commit(0, [0, 1])
+    with pytest.raises(ValueError, match="rewind"):
+        replay.commit(0, [0, 1, 2, 3])
+        replay.take(0, BATCH, 0, 0)
+
+
+@pytest.mark.parametrize("policy", ["fifo", "completion", "uniform"])
+def test_rewound_steps_get_the_same_rollouts(policy):
+    """After a rewind, each step since the checkpoint is given exactly what it was trained on before."""
+    replay = Replay(capacity=100, policy=policy)
+    replay.put([rollout(i) for i in random.Random(0).sample(range(12), 12)])
+    before = {}
+    for step in range(3):
+        before[step] = ids(replay.take(step, BATCH, 0, 0))
+        replay.commit(step, before[step])
+    replay.durable(1)
+    assert replay.rewind(1) == sorted({*before[1], *before[2]})
+    replay.put([rollout(i) for i in range(12, 16)])
+    assert ids(replay.take(2, BATCH, 0, 0)) == before[2]
+    assert ids(replay.take(1, BATCH, 0, 0)) == before[1]
+    with pytest.raises(ValueError, match="forgotten"):
+        replay.rewind(0)
+
+
+def test_durable_forgets_what_earlier_steps_trained_on():
+    """A durable checkpoint frees the rollouts of the steps before it, and only those."""
+    replay = filled(2 * BATCH)
+    for step in range(2):
+        replay.commit(step, ids(replay.take(step, BATCH, 0, 0)))
+    replay.durable(1)
+    assert replay.fetch([4])[0].rollout_id == 4
+    with pytest.raises(KeyError):
+        replay.fetch([3])
+    assert replay.stats()["num_committed"] == BATCH
+
+
+@pytest.mark.parametrize("policy", ["fifo", "completion", "uniform"])
+def test_restored_state_goes_on_alike(policy):
+    """A replay restored from `state` gives the same steps the same rollouts as one that never stopped."""
+    replay = Replay(capacity=100, policy=policy)
+    replay.put([rollout(i) for i in random.Random(1).sample(range(18), 18)])
+    replay.commit(0, ids(replay.take(0, BATCH, 0, 0)))
+    replay.take(1, BATCH, 0, 0)
+    other = Replay(capacity=100, policy=policy)
+    other.restore(replay.state(step=1))
+    assert other.missing(20) == replay.missing(20)
+    assert ids(other.take(1, BATCH, 0, 0)) == ids(replay.take(1, BATCH, 0, 0))
+    rest = [rollout(i) for i in range(20)]
+    assert other.put(rest) == replay.put(rest)
+    for step in range(2, 5):
+        assert ids(other.take(step, BATCH, 0, 0)) == ids(replay.take(step, BATCH, 0, 0))
+
+
+def test_checkpoint_state_leaves_out_what_was_trained_before():
+    """`state(step)` carries no rollout of earlier steps, yet knows that they were trained."""
+    replay = filled(3 * BATCH)
+    replay.commit(0, ids(replay.take(0, BATCH, 0, 0)))
+    replay.take(1, BATCH, 0, 0)
+    state = replay.state(step=1)
+    assert [one.rollout_id for one in state["rollouts"]] == list(range(4, 12))
+    other = Replay(capacity=100)
+    other.restore(state)
+    assert other.put([rollout(0)]) == []
+    assert other.stats()["num_waiting"] == 2 * BATCH
+
+
+def test_stats_count_and_weigh():
+    """`stats` tells waiting, leased and committed apart, and how far what was taken lags behind."""
+    replay = Replay(capacity=100)
+    replay.put([rollout(i, version=i // 2) for i in range(3 * BATCH)])
+    replay.commit(0, ids(replay.take(0, BATCH, 2, 0)))
+    replay.take(1, BATCH, 5, 0)
+    stats = replay.stats()
+    assert (stats["num_waiting"], stats["num_leased"], stats["num_committed"]) == (4, 4, 4)
+    assert stats["oldest_version"] == 4
+    assert (stats["mean_staleness"], stats["max_staleness"]) == (2.5, 3)
+    assert stats["bytes"] == 12 * (2 * 4 + 3 * (4 + 1 + 4 + 4 + 4 + 4))
+
+
+def test_allowed_until_ends_with_the_last_batch():
+    """Admission opens whole batches, up to version + max_staleness, and no further than the run."""
+    batch_ends = [4, 8, 8, 20]
+    assert [allowed_until(version, 0, batch_ends) for version in range(6)] == [4, 8, 8, 20, 20, 20]
+    assert allowed_until(1, 2, batch_ends) == 20
+    assert allowed_until(0, 3, []) == 0
+
+
+@pytest.mark.parametrize("policy", ["fifo", "completion"])
+@pytest.mark.parametrize("seed", range(30))
+def test_no_rollout_is_lost_or_trained_twice(policy, seed):
+    """Under any interleaving of puts (some twice), takes, expiries, rewinds, checkpoints and restarts, every rollout
+    of the surviving history is trained on once, and each step that was trained again got the same rollouts."""
+    rng = random.Random(seed)
+    num_steps, clock = 12, Clock()
+    settings = {"capacity": 2 * BATCH, "policy": policy, "lease_s": 5.0, "clock": clock}
+    replay = Replay(**settings)
+    trained: dict[int, list[int]] = {}
+    step = durable = 0
+    saved = replay.state()
+    for _ in range(100_000):
+        if step == num_steps:
+            break
+        act = rng.random()
+        if act < 0.6:
+            some = rng.sample(range(num_steps * BATCH), rng.randint(1, 3))
+            try:
+                replay.put([rollout(i) for i in some])
+            except ReplayFull as full:
+                assert not set(full.accepted) & set(full.refused)
+        elif act < 0.8:
+            entries = replay.take(step, BATCH, step, 0)
+            if entries is not None and rng.random() < 0.7:
+                replay.commit(step, ids(entries))
+                trained[step] = ids(entries)
+                step += 1
+        elif act < 0.9:
+            clock.now += rng.choice([1.0, 6.0])
+        elif act < 0.96:
+            back = {i for done in range(durable, step) for i in trained[done]}
+            assert set(replay.rewind(durable)) == back
+            for again in range(durable, step):
+                assert ids(replay.take(again, BATCH, again, 0)) == trained[again]
+                replay.commit(again, trained[again])
+        elif act < 0.98:
+            saved, durable = replay.state(step), step
+            replay.durable(step)
+        else:
+            replay = Replay(**settings)
+            replay.restore(saved)
+            step = durable
+            trained = {done: own for done, own in trained.items() if done < step}
+        stats = replay.stats()
+        assert stats["num_waiting"] + stats["num_leased"] <= 2 * BATCH
+    assert sorted(i for own in trained.values() for i in own) == list(range(num_steps * BATCH))
+
+
+@pytest.mark.parametrize("max_staleness", range(4))
+@pytest.mark.parametrize("seed", range(5))
+def test_staleness_stays_below_its_bound(max_staleness, seed):
+    """With admission by `allowed_until` and `fifo`, no token is older than max_staleness versions when it is trained
+    on, whatever the durations; above 0 the bound is used."""
+    rng = random.Random(seed)
+    sizes = [rng.choice([2, 4, 6]) for _ in range(40)]
+    batch_ends = list(accumulate(sizes))
+    batch_of = [step for step, size in enumerate(sizes) for _ in range(size)]
+    replay = Replay(capacity=6)
+    running: list[tuple[float, int, int]] = []  # end, id, weight version at the start
+    version, next_id, now, worst = 0, 0, 0.0, 0
+    busy_until = None
+    while version < len(sizes):
+        while next_id < allowed_until(version, max_staleness, batch_ends) and len(running) < 5:
+            heapq.heappush(running, (now + rng.expovariate(1.0), next_id, version))
+            next_id += 1
+        if busy_until is None and (entries := replay.take(version, sizes[version], version, 0)) is not None:
+            stats = replay.stats()
+            worst = max(worst, int(stats["max_staleness"]))
+            assert stats["max_staleness"] == max(version - entry.oldest_version for entry in entries) <= max_staleness
+            busy_until, training = now + rng.expovariate(2.0), ids(entries)
+        if busy_until is not None and (not running or busy_until <= running[0][0]):
+            now = busy_until
+            replay.commit(version, training)
+            version, busy_until = version + 1, None
+            replay.durable(version)
+            continue
+        now, rollout_id, began = heapq.heappop(running)
+        try:
+            replay.put([rollout(rollout_id, version=began, batch=batch_of[rollout_id])])
+        except ReplayFull:
+            heapq.heappush(running, (now + 0.1, rollout_id, began))
+    assert worst == max_staleness
