@@ -1,0 +1,200 @@
+"""Rollouts go to disk and come back, without pickle; and one rollout becomes one readable line of rollouts.jsonl.
+
+In: Rollouts. Out: one safetensors file, in which each field of all rollouts is one flat tensor, signals are grouped by
+width and dtype, and what is not an array stands as JSON in the tensor `records` (a file's header is limited, a tensor
+is not). Every array comes back bit for bit, NaN included.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from switchkd.files import json_safe, write_atomic
+from switchkd.types import Origin, Rollout, RolloutStats, Signal, Source
+
+FORMAT = {"format": "switchkd-rollouts", "version": "1"}
+
+TOKEN_FIELDS = {
+    "token_ids": np.int32,
+    "sources": np.uint8,
+    "weight_versions": np.int32,
+    "statistic": np.float32,
+    "threshold": np.float32,
+    "uncertainty": np.float32,
+}
+"""Arrays with one value per token of the completion."""
+
+PLAIN_FIELDS = ("rollout_id", "batch", "stage", "prompt_id", "finish_reason", "approximate", "teacher")
+
+
+def save_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:
+    """Write them whole or not at all."""
+    _save(path, rollouts, {})
+
+
+def load_rollouts(path: Path) -> list[Rollout]:
+    return _load(path)[0]
+
+
+def save_replay_state(path: Path, state: dict[str, Any]) -> None:
+    """What `Replay.state` returns, in one file."""
+    _save(path, state["rollouts"], {key: value for key, value in state.items() if key != "rollouts"})
+
+
+def load_replay_state(path: Path) -> dict[str, Any]:
+    rollouts, rest = _load(path)
+    return {"rollouts": rollouts, **rest}
+
+
+def rollout_to_row(
+    rollout: Rollout, prompt_text: str, decode: Callable[[Sequence[int]], str], step: int | None = None
+) -> dict[str, Any]:
+    """One line of rollouts.jsonl: who wrote what, and what the rule saw. Strict JSON, NaN is null.
+
+    `step` is the optimizer step that trained on it (by default its own batch). `segments` are the runs of tokens with
+    one source, with their texts; `versions` are runs `[weight_version, num_tokens]`.
+    """
+    runs = _runs(rollout.sources)
+    ends = np.cumsum([num for _, num in runs]).tolist()
+    texts = texts_between(rollout.token_ids.tolist(), ends, decode)
+    row = {
+        "step": rollout.batch if step is None else step,
+        **{name: getattr(rollout, name) for name in PLAIN_FIELDS},
+        "origin": Origin(rollout.origin).name.lower(),
+        "prompt": prompt_text,
+        "completion": decode(rollout.token_ids.tolist()),
+        "segments": [
+            {"source": Source(source).name.lower(), "num_tokens": num, "text": text}
+            for (source, num), text in zip(runs, texts, strict=True)
+        ],
+        "num_tokens": rollout.num_tokens,
+        "teacher_frac": rollout.teacher_frac,
+        "token_ids": rollout.token_ids,
+        "statistic": _rounded(rollout.statistic),
+        "threshold": _rounded(rollout.threshold),
+        "uncertainty": _rounded(rollout.uncertainty),
+        "versions": [list(run) for run in _runs(rollout.weight_versions)],
+        "stats": asdict(rollout.stats),
+    }
+    return json_safe(row)
+
+
+def texts_between(token_ids: Sequence[int], ends: Iterable[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
+    """The text of each run of tokens that ends before ends[i]; joined they are the text of all.
+
+    Tokens cannot be decoded one run at a time: a character may lie across two of them, and some tokenizers drop the
+    space in front of the first. So each run is what it adds to the run before; a half character waits for the next.
+    """
+    texts: list[str] = []
+    start = read = 0
+    last = len(token_ids)
+    for end in ends:
+        before, text = decode(token_ids[start:read]), decode(token_ids[start:end])
+        if text.endswith("\ufffd") and end < last:
+            texts.append("")
+            continue
+        texts.append(text[len(before) :])
+        start, read = read, end
+    return texts
+
+
+def _save(path: Path, rollouts: Sequence[Rollout], rest: dict[str, Any]) -> None:
+    records = json.dumps({"rollouts": [_record(rollout) for rollout in rollouts], "rest": rest})
+    tensors = {
+        "records": np.frombuffer(records.encode(), np.uint8),
+        "prompt_ids": _flat([rollout.prompt_ids for rollout in rollouts], np.int32),
+        **{name: _flat([getattr(r, name) for r in rollouts], dtype) for name, dtype in TOKEN_FIELDS.items()},
+    }
+    groups: dict[str, list[Signal]] = {}
+    for rollout in rollouts:
+        if rollout.signal is not None:
+            groups.setdefault(_group(rollout.signal), []).append(rollout.signal)
+    for name, signals in groups.items():
+        tensors[f"values.{name}"] = np.concatenate([signal.values for signal in signals])
+        tensors[f"lengths.{name}"] = np.concatenate([signal.lengths for signal in signals])
+    write_atomic(path, lambda beside: save_file(tensors, beside, metadata=FORMAT))
+
+
+def _load(path: Path) -> tuple[list[Rollout], dict[str, Any]]:
+    tensors = load_file(path)
+    if "records" not in tensors:
+        raise ValueError(f"{path} holds no rollouts of this program (no tensor `records`)")
+    told = json.loads(tensors["records"].tobytes())
+    records = told["rollouts"]
+    prompts = _split(tensors["prompt_ids"], [record["prompt_length"] for record in records])
+    lengths = [record["length"] for record in records]
+    columns: dict[str, list[Any]] = {name: _split(tensors[name], lengths) for name in TOKEN_FIELDS}
+    signals = _split_signals(tensors, records)
+    rollouts = [
+        Rollout(
+            **{name: record[name] for name in PLAIN_FIELDS},
+            origin=Origin(record["origin"]),
+            prompt_ids=prompts[i],
+            **{name: column[i] for name, column in columns.items()},
+            signal=signals[i],
+            stats=RolloutStats(**record["stats"]),
+        )
+        for i, record in enumerate(records)
+    ]
+    return rollouts, told["rest"]
+
+
+def _record(rollout: Rollout) -> dict[str, Any]:
+    return {
+        **{name: getattr(rollout, name) for name in PLAIN_FIELDS},
+        "origin": int(rollout.origin),
+        "stats": json_safe(asdict(rollout.stats)),
+        "prompt_length": len(rollout.prompt_ids),
+        "length": rollout.num_tokens,
+        "signal": None if rollout.signal is None else _signal_record(rollout.signal),
+    }
+
+
+def _signal_record(signal: Signal) -> dict[str, Any]:
+    sizes = {"num_rows": len(signal.values), "num_lengths": len(signal.lengths)}
+    return {"group": _group(signal), "kind": signal.kind, "dtype": signal.dtype, **sizes}
+
+
+def _group(signal: Signal) -> str:
+    """Signals of one group fit into one tensor, such as `uint16x576`."""
+    return f"{signal.values.dtype.name}x{'x'.join(map(str, signal.values.shape[1:]))}"
+
+
+def _split_signals(tensors: dict[str, np.ndarray], records: list[dict[str, Any]]) -> list[Signal | None]:
+    signals: list[Signal | None] = [None] * len(records)
+    told = [(i, record["signal"]) for i, record in enumerate(records) if record["signal"]]
+    for group in sorted({one["group"] for _, one in told}):
+        members = [(i, one) for i, one in told if one["group"] == group]
+        values = _split(tensors[f"values.{group}"], [one["num_rows"] for _, one in members])
+        lengths = _split(tensors[f"lengths.{group}"], [one["num_lengths"] for _, one in members])
+        for (i, one), rows, counts in zip(members, values, lengths, strict=True):
+            signals[i] = Signal(kind=one["kind"], dtype=one["dtype"], values=rows, lengths=counts)
+    return signals
+
+
+def _flat(arrays: list[np.ndarray], dtype: Any) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype), *(array.astype(dtype, copy=False) for array in arrays)])
+
+
+def _split(flat: np.ndarray, lengths: list[int]) -> list[np.ndarray]:
+    """Copies, not views: one rollout must not keep all others in memory."""
+    ends = np.cumsum([0, *lengths])
+    return [flat[start:end].copy() for start, end in pairwise(ends)]
+
+
+def _runs(values: np.ndarray) -> list[tuple[int, int]]:
+    """Run-length pairs (value, count)."""
+    return [(int(value), sum(1 for _ in run)) for value, run in groupby(values.tolist())]
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    """Six digits: what float32 holds, without the tail that float64 shows."""
+    return [float(f"{value:.6g}") for value in values.tolist()]

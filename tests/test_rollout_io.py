@@ -1,0 +1,172 @@
+"""Rollouts on disk: every bit comes back, every line is strict JSON."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from switchkd.replay import Replay
+from switchkd.rollout_io import (
+    load_replay_state,
+    load_rollouts,
+    rollout_to_row,
+    save_replay_state,
+    save_rollouts,
+    texts_between,
+)
+from switchkd.types import Origin, Rollout, RolloutStats, Signal, Source
+
+
+def rollout(rollout_id: int = 0, sources=(0, 0, 1, 0, 2), *, signal: Signal | None = None, **more) -> Rollout:
+    num = len(sources)
+    values = {
+        "rollout_id": rollout_id,
+        "batch": rollout_id // 4,
+        "stage": 1,
+        "prompt_id": f"é-{rollout_id}",
+        "origin": Origin.ROLLOUT,
+        "prompt_ids": np.arange(rollout_id + 1, dtype=np.int32),
+        "token_ids": np.arange(100, 100 + num, dtype=np.int32),
+        "sources": np.array(sources, np.uint8),
+        "weight_versions": np.arange(num, dtype=np.int32) // 3,
+        "statistic": np.array([np.nan, np.inf, 1 / 3, 0, 1e-9][:num], np.float32),
+        "threshold": np.linspace(1, 0, num, dtype=np.float32),
+        "uncertainty": np.full(num, np.nan, np.float32),
+        "signal": signal,
+        "finish_reason": "stop",
+        "stats": RolloutStats(num_drafted=7, time_s=0.5),
+    }
+    return Rollout(**{**values, **more})
+
+
+def signal(num: int, width: int, dtype: str, kind: str = "hidden") -> Signal:
+    rng = np.random.default_rng(num)
+    held = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}[dtype]
+    values = rng.integers(0, 60_000, (num, width)).astype(held)
+    return Signal(kind=kind, dtype=dtype, values=values, lengths=np.array([num], np.int32))
+
+
+def some_rollouts() -> list[Rollout]:
+    return [
+        rollout(0, signal=signal(5, 8, "bfloat16")),
+        rollout(1),
+        rollout(2, (), signal=signal(0, 8, "bfloat16"), finish_reason="length", approximate=True, teacher="math"),
+        rollout(3, (2, 2), signal=signal(2, 16, "float32", "full"), origin=Origin.DATASET),
+        rollout(4, (1,), signal=signal(1, 8, "bfloat16")),
+    ]
+
+
+def assert_same(a: object, b: object) -> None:
+    for name in type(a).__dataclass_fields__:
+        x, y = getattr(a, name), getattr(b, name)
+        assert type(x) is type(y), name
+        if isinstance(x, np.ndarray):
+            assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes()), name
+        elif isinstance(x, Signal):
+            assert_same(x, y)
+        else:
+            assert x == y, name
+
+
+def test_rollouts_come_back_bit_for_bit(tmp_path):
+    """Saving and loading changes nothing: NaN, no tokens, no signal, several signal widths and dtypes."""
+    path = tmp_path / "rollouts.safetensors"
+    save_rollouts(path, some_rollouts())
+    back = load_rollouts(path)
+    assert len(back) == 5
+    for a, b in zip(some_rollouts(), back, strict=True):
+        assert_same(a, b)
+
+
+def test_loaded_arrays_stand_alone(tmp_path):
+    """A loaded rollout keeps no other one in memory."""
+    save_rollouts(tmp_path / "r", some_rollouts())
+    for one in load_rollouts(tmp_path / "r"):
+        assert one.token_ids.base is None and (one.signal is None or one.signal.values.base is None)
+
+
+def test_no_rollouts(tmp_path):
+    """An empty list is a file like any other."""
+    save_rollouts(tmp_path / "none", [])
+    assert load_rollouts(tmp_path / "none") == []
+
+
+def test_replay_state_comes_back(tmp_path):
+    """A replay that went through a file serves on as the one that did not."""
+    replay = Replay(capacity=100)
+    replay.put([rollout(i) for i in range(12)])
+    replay.commit(0, [entry.rollout_id for entry in replay.take(0, 4, 0, 1)])
+    save_replay_state(tmp_path / "replay", replay.state())
+    other = Replay(capacity=100)
+    other.restore(load_replay_state(tmp_path / "replay"))
+    assert other.stats() == replay.stats() | {"mean_staleness": pytest.approx(np.nan, nan_ok=True)} | {
+        "max_staleness": pytest.approx(np.nan, nan_ok=True)
+    }
+    assert other.rewind(0) == [0, 1, 2, 3]
+
+
+def test_a_crash_while_saving_leaves_the_old_file(tmp_path, monkeypatch):
+    """A file is replaced whole or not at all."""
+    path = tmp_path / "rollouts"
+    save_rollouts(path, some_rollouts()[:1])
+    monkeypatch.setattr(os, "replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_rollouts(path, some_rollouts())
+    assert len(load_rollouts(path)) == 1
+
+
+def test_another_file_is_refused(tmp_path):
+    """A safetensors file of something else is named, not misread."""
+    save_file({"weight": np.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="holds no rollouts"):
+        load_rollouts(tmp_path / "model.safetensors")
+
+
+def test_row_tells_who_wrote_what_in_strict_json():
+    """A line has texts, run-length segments, versions and what the rule saw; NaN and infinity are null."""
+    row = rollout_to_row(rollout(6), "Hi", lambda ids: "".join(f"<{i}>" for i in ids), step=3)
+    row = json.loads(json.dumps(row, allow_nan=False))
+    assert (row["step"], row["rollout_id"], row["stage"], row["origin"]) == (3, 6, 1, "rollout")
+    assert (row["prompt"], row["completion"]) == ("Hi", "<100><101><102><103><104>")
+    assert [(one["source"], one["num_tokens"], one["text"]) for one in row["segments"]] == [
+        ("student", 2, "<100><101>"),
+        ("teacher", 1, "<102>"),
+        ("student", 1, "<103>"),
+        ("data", 1, "<104>"),
+    ]
+    assert row["token_ids"] == [100, 101, 102, 103, 104]
+    assert row["statistic"] == [None, None, 0.333333, 0.0, 1e-9]
+    assert row["versions"] == [[0, 3], [1, 2]]
+    assert row["teacher_frac"] == 0.2
+    assert row["stats"]["num_drafted"] == 7
+
+
+def test_row_of_an_empty_completion():
+    """A rollout without tokens is a row too; without a step it is filed under its batch."""
+    row = rollout_to_row(rollout(9, ()), "", lambda ids: "")
+    assert (row["step"], row["segments"], row["completion"]) == (2, [], "")
+
+
+def test_texts_of_runs_join_to_the_whole_text():
+    """Cut anywhere, the texts of runs join to the text of all, also where a character spans two tokens and where the
+    decoder drops a leading space."""
+    encoded = " naïve 日本 ok".encode()
+
+    def decode(ids) -> str:
+        text = bytes(ids).decode(errors="replace")
+        return text.removeprefix(" ")
+
+    for cut in range(1, len(encoded)):
+        texts = texts_between(list(encoded), [cut, len(encoded)], decode)
+        assert "".join(texts) == decode(encoded)
+        assert "\ufffd" not in "".join(texts)
+    every = texts_between(list(encoded), range(1, len(encoded) + 1), decode)
+    assert "".join(every) == decode(encoded)
+
+
+def test_sources_have_names():
+    """Every Source has its own name in a row."""
+    row = rollout_to_row(rollout(0, tuple(Source)), "", lambda ids: "x" * len(ids))
+    assert [one["source"] for one in row["segments"]] == ["student", "teacher", "data"]
