@@ -16,7 +16,7 @@ from switchkd.batching import LossSpec
 from switchkd.build import build_loss, build_modes
 from switchkd.engines.base import Teacher
 from switchkd.engines.heads import HeadArrays, LinearHead
-from switchkd.engines.loading import load_model, load_tokenizer, pad_id, shared_vocab, stop_ids
+from switchkd.engines.loading import load_model, load_tokenizer, pad_id, shared_vocab
 from switchkd.rollout import RolloutWorker
 from switchkd.sections import Config, Model
 from switchkd.types import BatchPlan, Rollout, StepResult, WeightBundle
@@ -76,9 +76,10 @@ def make_worker(
     index: int,
     teacher: Teacher | None,
     head: HeadArrays | None,
+    stop_ids: frozenset[int],
     new_weights: Callable[[], WeightBundle | None] | None = None,
 ) -> Worker:
-    """One rollout worker with the student's folder as weight version 0."""
+    """One rollout worker with the student's folder as weight version 0. `stop_ids` are those of both models."""
     from switchkd.engines.hf_engine import HFStudent
 
     set_threads(config.student.threads)
@@ -93,7 +94,7 @@ def make_worker(
         student=student,
         teacher=teacher,
         head=None if head is None else LinearHead.from_arrays(head, device=device),
-        stop_ids=stop_ids(model, tokenizer),
+        stop_ids=stop_ids,
         block_size=config.rollout.block_size,
         lead=config.rollout.lead,
         new_weights=new_weights if config.rollout.on_new_weights == "reprefill" else None,

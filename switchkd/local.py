@@ -43,10 +43,11 @@ class Direct:
 class DirectWorker:
     """A worker that puts into a replay of the same process."""
 
-    def __init__(self, worker: Worker, replay: ReplayService) -> None:
+    def __init__(self, worker: Worker, replay: ReplayService | None) -> None:
         self.worker, self.replay = worker, replay
 
     def generate(self, tasks: list[Any]) -> Future[Any]:
+        assert self.replay is not None, "this worker only takes examinations"
         return done(self.worker.generate, tasks, self.replay.put)
 
     def load_weights(self, weights: Any) -> Future[None]:
@@ -56,7 +57,7 @@ class DirectWorker:
         return done(self.worker.examine, exam)
 
 
-def build_house(config: Config, run_dir: Path) -> House:
+def build_house(config: Config, run_dir: Path, stop_ids: frozenset[int]) -> House:
     """Raises ConfigError for what one process cannot be."""
     if config.learner.num_ranks > 1 or config.rollout.num_workers > 1 or config.teacher.replicas > 1:
         raise ConfigError(
@@ -68,7 +69,7 @@ def build_house(config: Config, run_dir: Path) -> House:
     head = teacher.head().to_arrays() if teacher is not None and config.teacher.signal == "hidden" else None
     heads: dict[str, HeadArrays] = {} if head is None else {"": head}
     replay = make_replay(config, run_dir)
-    worker = make_worker(config, 0, teacher, head)
+    worker = make_worker(config, 0, teacher, head, stop_ids)
     learner = LearnerRank(config, Gang(), heads, replay.fetch)
     return House(
         workers=[DirectWorker(worker, replay)],

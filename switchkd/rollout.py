@@ -144,7 +144,7 @@ class RolloutWorker:
 
     # ── one round ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _round(self, rows: Sequence[Row]) -> None:
+    def _round(self, rows: list[Row]) -> None:
         for alone in (True, False):
             group = [row for row in rows if row.mode.scored != alone]
             if not group:
@@ -155,7 +155,7 @@ class RolloutWorker:
             else:
                 self._settle(group, draft)
 
-    def _draft(self, rows: Sequence[Row], block_size: int) -> Draft:
+    def _draft(self, rows: list[Row], block_size: int) -> Draft:
         """The student writes up to `block_size` tokens a row with its keyed draws; nothing is drafted past a stop."""
         size = 1 if self.lead == "lockstep" else block_size
         limits = np.array([min(size, row.mode.max_new_tokens - row.t) for row in rows])
@@ -167,13 +167,13 @@ class RolloutWorker:
         q_logits: torch.Tensor | None = None
         alive = np.arange(len(rows))
         for k in range(drafted.shape[1]):
-            logits = self._student_logits([rows[r] for r in alive], read[alive], [pending[r] for r in alive])
+            logits = self._student_logits([rows[int(r)] for r in alive], read[alive], [pending[r] for r in alive])
             if keep and q_logits is None:
                 q_logits = logits.new_empty((*drafted.shape, logits.shape[-1]))
             if q_logits is not None:
                 q_logits[alive, k] = logits
             read[alive] += [len(pending[r]) for r in alive]
-            drafted[alive, k] = self._student_draws([rows[r] for r in alive], k, logits)
+            drafted[alive, k] = self._student_draws([rows[int(r)] for r in alive], k, logits)
             counts[alive] += 1
             for r in alive:
                 pending[r] = [int(drafted[r, k])]

@@ -19,13 +19,13 @@ from types import FrameType
 from typing import Any
 
 from switchkd.batching import plan_batch
-from switchkd.checkpoint import RunFolder, TrainState
+from switchkd.checkpoint import Checkpoint, RunFolder, TrainState
 from switchkd.examination import Examiner
 from switchkd.house import House, WorkerLost
 from switchkd.metrics import MetricsLog
 from switchkd.replay import Entry
 from switchkd.schedule import RunPlan
-from switchkd.sections import Config, Stage
+from switchkd.sections import Config
 from switchkd.types import Origin, StepResult, Task, WorkReport
 
 PREFETCH = 2
@@ -58,12 +58,13 @@ class Trainer:
 
     # ── start and end ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    def resume(self, state: TrainState, checkpoint: Any) -> None:
+    def resume(self, checkpoint: Checkpoint) -> None:
         """Take up a checkpoint: weights and optimizer, waiting rollouts, counters."""
+        state = checkpoint.state
         self.house.learner.load(checkpoint.learner_folder, checkpoint.tag).result()
         self.skip = set(self.house.replay.restore(checkpoint.replay_file).result())
         self.state = replace(state, incarnation=state.incarnation + 1)
-        self.next_id = self._first_id(state.step)
+        self.next_id = self.plan.first_id(state.step)
         self.saved_step = state.step
         self.started -= state.elapsed_s
 
@@ -86,12 +87,6 @@ class Trainer:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stop_signal = number
 
-    def _stage(self, step: int) -> Stage:
-        return self.plan.stages[self.plan.stage_of_step(step)]
-
-    def _first_id(self, step: int) -> int:
-        return self.plan.rollout_ids(step).start if step < self.plan.num_steps else self.plan.num_rollouts
-
     # ── one step ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _one_step(self) -> None:
@@ -112,15 +107,15 @@ class Trainer:
         last_of_stage = self.state.step in self.plan.stage_ends
         every = self.config.eval.every
         if last_of_stage or (every and self.state.step % every == 0):
-            self._examine(self._stage(step).name if last_of_stage else "")
+            self._examine(self.plan.stage(step).name if last_of_stage else "")
         if self.config.checkpoint.every and self.state.step % self.config.checkpoint.every == 0:
             self._checkpoint()
 
     def _gather(self) -> list[Entry] | None:
         """Keep the workers busy until this step's rollouts are all in the replay; None when told to stop."""
         step = self.state.step
-        stage = self.plan.stage_of_step(step)
-        num = self.plan.stages[stage].batch_size
+        stage = self.plan.stage_index(step)
+        num = self.plan.batch_size(step)
         while not self.stop_signal:
             self._feed()
             entries = self.house.replay.take(step, num, self.state.version, stage).result()
@@ -128,16 +123,18 @@ class Trainer:
                 self._check_staleness(entries)
                 return entries
             if not self.working:
-                raise RuntimeError(f"step {step} lacks rollouts, but no worker has a task; this is a bug, please report")
+                raise RuntimeError(
+                    f"step {step} lacks rollouts, but no worker has a task; this is a bug, please report"
+                )
             self._wait([])
         return None
 
     def _learn(self, entries: list[Entry]) -> StepResult:
         """One optimizer step; workers go on meanwhile as far as admission lets them."""
         step = self.state.step
-        loss = self._stage(step).loss
+        loss = self.plan.stage(step).loss
         hard_frac = loss.params.get("hard_frac", 0.5) if loss.type == "atkd" else None
-        batch = plan_batch(step, self.plan.stage_of_step(step), entries, self.config.learner.num_ranks, hard_frac)
+        batch = plan_batch(step, self.plan.stage_index(step), entries, self.config.learner.num_ranks, hard_frac)
         learning = self.house.learner.step(batch, self.plan.lr_at(step))
         while not learning.done():
             self._feed()
@@ -146,14 +143,14 @@ class Trainer:
 
     def _check_staleness(self, entries: list[Entry]) -> None:
         """Admission bounds it; a violation is our error, and a wrong number in a paper would be worse than a stop."""
-        if self.config.replay.policy != "fifo" or not self._stage(self.state.step).mix.rollout:
+        if self.config.replay.policy != "fifo" or not self.plan.stage(self.state.step).mix.rollout:
             return
         worst = max(self.state.version - entry.oldest_version for entry in entries)
         if worst > self.config.train.max_staleness and not self._all_from_data(entries):
             raise RuntimeError(f"staleness {worst} above train.max_staleness={self.config.train.max_staleness}")
 
     def _all_from_data(self, entries: list[Entry]) -> bool:
-        return all(self.plan.task(entry.rollout_id).origin != Origin.ROLLOUT for entry in entries)
+        return all(self.plan.origin(entry.rollout_id) != Origin.ROLLOUT for entry in entries)
 
     # ── workers ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -171,12 +168,12 @@ class Trainer:
 
     def _next_tasks(self) -> list[Task]:
         tasks: list[Task] = []
-        while self.next_id < self.plan.num_rollouts and not self.stop_signal:
+        while self.next_id < self.plan.num_tasks and not self.stop_signal:
             if self.next_id in self.skip:
                 self.next_id += 1
                 continue
             step = self.plan.step_of(self.next_id)
-            share = -(-self._stage(step).batch_size // len(self.house.workers))
+            share = -(-self.plan.batch_size(step) // len(self.house.workers))
             if len(tasks) >= share or not self._admitted(step):
                 break
             tasks.append(self.plan.task(self.next_id))
@@ -186,7 +183,7 @@ class Trainer:
     def _admitted(self, step: int) -> bool:
         """Admission bounds staleness: a rollout for `step` may start once step - version <= max_staleness."""
         ahead = step - self.state.step
-        if self.plan.task(self.next_id).origin == Origin.ROLLOUT:
+        if self.plan.origin(self.next_id) == Origin.ROLLOUT:
             return ahead <= self.config.train.max_staleness
         return ahead <= max(self.config.train.max_staleness, PREFETCH)
 
@@ -231,7 +228,7 @@ class Trainer:
         tokens = sum(report.num_tokens for report in reports)
         staleness = [self.state.version - 1 - entry.oldest_version for entry in entries]
         row = {
-            "stage": self._stage(step).name,
+            "stage": self.plan.stage(step).name,
             "weight_version": result.version,
             "lr": result.lr,
             **result.metrics,

@@ -1,4 +1,4 @@
-"""Two toy chains as student and teacher: the next token's distribution depends on the last two tokens. Exact and fast."""
+"""Two toy chains as student and teacher: the next token's distribution depends on the last two tokens."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ In: a resolved config. Out: a House for `train.py`. What does not fit is said be
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets as random_tokens
 from concurrent.futures import Future
@@ -39,7 +40,7 @@ def connect(config: Config, log: MetricsLog) -> None:
 
 def _join(config: Config) -> None:
     address = None if os.environ.get("RAY_ADDRESS") else config.cluster.address
-    ray.init(address=address, logging_level="warning", log_to_driver=False)
+    ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
 
 
 def _start_private(config: Config) -> None:
@@ -55,7 +56,7 @@ def _start_private(config: Config) -> None:
         num_cpus=max(os.cpu_count() or 1, int(needed.get("CPU", 0)) + 1),
         include_dashboard=False,
         object_store_memory=int(config.cluster.object_store_gb * 1e9),
-        logging_level="error",
+        logging_level=logging.ERROR,
         log_to_driver=False,
     )
 
@@ -89,31 +90,26 @@ class RayReplay:
         return lambda *args: gathered([method.remote(*args)])
 
 
-def build_house(config: Config, run_dir: Path, log: MetricsLog) -> House:
+def build_house(config: Config, run_dir: Path, stop_ids: frozenset[int], log: MetricsLog) -> House:
     """Start all actors of the run. The cluster must be connected."""
     plain, common = config.model_dump(), (Secrets.of_this_process(), os.getcwd())
     roles = {role: parts[0] for role, parts in bundles(config).items()}
 
-    def options(role: str, **more: Any) -> dict[str, Any]:
-        return {"num_cpus": roles[role]["CPU"], "num_gpus": roles[role]["GPU"], **more}
+    def options(role: str) -> dict[str, float]:
+        return {"num_cpus": roles[role]["CPU"], "num_gpus": roles[role]["GPU"]}
 
     log.note("starting actors")
-    replay = ReplayActor.remote(plain, str(run_dir), *common)
+    replay = _start(ReplayActor, {}, plain, str(run_dir), *common)
     teachers = []
     if config.needs_teacher:
-        teachers = [
-            TeacherActor.options(**options("teacher")).remote(plain, *common) for _ in range(config.teacher.replicas)
-        ]
+        teachers = [_start(TeacherActor, options("teacher"), plain, *common) for _ in range(config.teacher.replicas)]
     head: HeadArrays | None = ray.get(teachers[0].head.remote()) if teachers else None
     head_ref = ray.put(head)
     workers = [
-        RolloutActor.options(**options("rollout")).remote(plain, i, teachers, head_ref, replay, *common)
+        _start(RolloutActor, options("rollout"), plain, i, teachers, head_ref, stop_ids, replay, *common)
         for i in range(config.rollout.num_workers)
     ]
-    ranks = [
-        LearnerActor.options(**options("learner")).remote(plain, replay, *common)
-        for _ in range(config.learner.num_ranks)
-    ]
+    ranks = [_start(LearnerActor, options("learner"), plain, replay, *common) for _ in range(config.learner.num_ranks)]
     learner = LearnerGroup(ranks)
     started = learner.start({} if head is None else {"": head})
     gathered([actor.ready.remote() for actor in [replay, *teachers, *workers]]).result()
@@ -129,3 +125,7 @@ def build_house(config: Config, run_dir: Path, log: MetricsLog) -> House:
         learner=learner,
         close=close,
     )
+
+
+def _start(actor: Any, options: dict[str, float], *args: Any) -> Any:
+    return actor.options(**options).remote(*args)

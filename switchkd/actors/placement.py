@@ -32,7 +32,7 @@ def totals(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def lacking(config: Config, available: Mapping[str, float]) -> str:
-    """"" when the cluster is large enough, else what it lacks and who asks for it."""
+    """ "" when the cluster is large enough, else what it lacks and who asks for it."""
     roles = bundles(config)
     needed = totals(part for parts in roles.values() for part in parts)
     for name, amount in needed.items():
@@ -46,7 +46,9 @@ def lacking(config: Config, available: Mapping[str, float]) -> str:
     return ""
 
 
-def wait_for_resources(config: Config, available: Callable[[], Mapping[str, float]], say: Callable[[str], None]) -> None:
+def wait_for_resources(
+    config: Config, available: Callable[[], Mapping[str, float]], say: Callable[[str], None]
+) -> None:
     """Wait up to `cluster.wait_s` for the cluster to grow. Raises ConfigError naming what is missing."""
     deadline = time.monotonic() + config.cluster.wait_s
     told = ""

@@ -28,6 +28,7 @@ class RolloutActor:
         index: int,
         teachers: Sequence[Any],
         head: HeadArrays | None,
+        stop_ids: frozenset[int],
         replay: Any,
         secrets: Secrets,
         working_dir: str,
@@ -36,7 +37,7 @@ class RolloutActor:
         router = TeacherRouter(teachers, first=index) if teachers else None
         self.replay = replay
         self.offered: WeightBundle | None = None
-        self.worker = make_worker(Config.model_validate(config), index, router, head, lambda: self.offered)
+        self.worker = make_worker(Config.model_validate(config), index, router, head, stop_ids, lambda: self.offered)
 
     def ready(self) -> bool:
         return True

@@ -22,14 +22,16 @@ from switchkd.types import Blocks, Sessions, Signal
 class TeacherActor:
     def __init__(self, config: dict[str, Any], secrets: Secrets, working_dir: str) -> None:
         prepare(secrets, working_dir)
-        self.teacher = make_teacher(Config.model_validate(config))
+        parsed = Config.model_validate(config)
+        self.signal = parsed.teacher.signal
+        self.teacher = make_teacher(parsed)
 
     def ready(self) -> bool:
         return True
 
     def head(self) -> HeadArrays | None:
         """The output head for everybody who rebuilds rows; None when whole rows travel."""
-        return self.teacher.head().to_arrays() if self.teacher.signal_kind == "hidden" else None
+        return self.teacher.head().to_arrays() if self.signal == "hidden" else None
 
     def open(self, sessions: Sessions) -> None:
         self.teacher.open(sessions)

@@ -74,7 +74,9 @@ class TeacherRouter:
 
     # ── replicas ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _ask(self, blocks: Blocks, parts: Sequence[np.ndarray], which: list[int]) -> dict[int, tuple[Signal, np.ndarray]]:
+    def _ask(
+        self, blocks: Blocks, parts: Sequence[np.ndarray], which: list[int]
+    ) -> dict[int, tuple[Signal, np.ndarray]]:
         """One call per replica for the blocks `which`; what failed is missing from the answer and lives elsewhere."""
         by_replica: dict[int, list[int]] = {}
         for i in which:

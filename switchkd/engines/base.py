@@ -55,7 +55,10 @@ class StudentEngine(Protocol):
 
     num_slots: int
     max_len: int
-    head: OutputHead
+
+    @property
+    def head(self) -> OutputHead:
+        """Of the present weights."""
 
     def extend(self, slots: np.ndarray, starts: np.ndarray, token_ids: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
         """Cut slot b to `starts[b]` tokens, append its tokens, and return the final hidden state of every appended

@@ -1,0 +1,157 @@
+"""What the commands do: a run from its config to its student, an evaluation, a few rollouts to look at.
+
+In: a checked config. Out: a run folder, or numbers and rollouts on the console. Everything that can be refused is
+refused before an actor starts.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+
+from switchkd import local
+from switchkd.assembly import make_teacher, make_worker
+from switchkd.checkpoint import RunFolder, TrainState, open_run
+from switchkd.config import ConfigError
+from switchkd.examination import Examiner
+from switchkd.files import write_json_atomic
+from switchkd.house import House
+from switchkd.metrics import MetricsLog
+from switchkd.preflight import Ready, check_resources, prepare
+from switchkd.prompts import PromptStream
+from switchkd.schedule import RunPlan
+from switchkd.sections import Config
+from switchkd.train import Trainer
+from switchkd.types import Origin, Rollout, Task
+from switchkd.worker import Worker
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """How a run ended. Written to summary.json."""
+
+    run_dir: str
+    student: str
+    steps: int
+    finished: bool
+    stopped_early: bool
+    best: float | None
+    best_step: int | None
+    elapsed_s: float
+    stage_scores: tuple[tuple[str, dict[str, float]], ...]
+
+
+def train(config: Config, *, resume: bool = False) -> Summary:
+    """Run a config to its end, or to SIGTERM. Raises ConfigError before anything is started or overwritten."""
+    ready = prepare(config)
+    log = MetricsLog(ready.config.metrics)
+    try:
+        return _train(ready, log, resume)
+    finally:
+        log.close()
+
+
+def _train(ready: Ready, log: MetricsLog, resume: bool) -> Summary:
+    config = ready.config
+    log.note(f"data: {ready.prompts.report()}")
+    _connect(config, log)
+    with open_run(config, resume) as folder:
+        plan = _plan(ready)
+        checkpoint = folder.checkpoint
+        log.open(folder.path, plan.num_steps, checkpoint.state if checkpoint else TrainState())
+        house = _build_house(ready, folder, log)
+        try:
+            trainer = Trainer(config, plan, house, folder, log, _examiner(ready))
+            if checkpoint is not None:
+                trainer.resume(checkpoint)
+            state = trainer.run()
+        finally:
+            house.close()
+        summary = _summary(folder, state, plan)
+        write_json_atomic(folder.path / "summary.json", asdict(summary))
+    log.summary(summary.stage_scores, summary.student, summary.finished)
+    return summary
+
+
+def _connect(config: Config, log: MetricsLog) -> None:
+    if config.cluster.mode == "inprocess":
+        check_resources(config, _this_machine())
+        return
+    from switchkd.actors import launch
+
+    launch.connect(config, log)
+
+
+def _this_machine() -> dict[str, float]:
+    import torch
+
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+
+
+def _build_house(ready: Ready, folder: RunFolder, log: MetricsLog) -> House:
+    if ready.config.cluster.mode == "inprocess":
+        return local.build_house(ready.config, folder.path, ready.stop_ids)
+    from switchkd.actors import launch
+
+    return launch.build_house(ready.config, folder.path, ready.stop_ids, log)
+
+
+def _plan(ready: Ready) -> RunPlan:
+    config = ready.config
+    stream = PromptStream(ready.prompts.prompts, seed=config.run.seed, shuffle=config.data.shuffle)
+    return RunPlan(config.train.stages, stream, seed=config.run.seed)
+
+
+def _examiner(ready: Ready) -> Examiner:
+    prompts = ready.eval_prompts.prompts if ready.eval_prompts else ()
+    return Examiner(ready.config.eval, prompts, has_teacher=ready.config.needs_teacher)
+
+
+def _summary(folder: RunFolder, state: TrainState, plan: RunPlan) -> Summary:
+    finished = state.step >= plan.num_steps or state.stopped_early
+    student = folder.path / "student"
+    return Summary(
+        run_dir=str(folder.path.resolve()),
+        student=str(student.resolve()) if student.exists() else "",
+        steps=state.step,
+        finished=finished,
+        stopped_early=state.stopped_early,
+        best=state.best,
+        best_step=state.best_step,
+        elapsed_s=state.elapsed_s,
+        stage_scores=state.stage_scores,
+    )
+
+
+# --- without a run ---------------------------------------------------------------------------------------------------
+
+
+def evaluate(config: Config) -> dict[str, float]:
+    """Scores of the student that the config names, on `eval.data`, in this process."""
+    if not config.eval.data:
+        raise ConfigError("eval.data is empty; name a JSONL or parquet file with prompts and references")
+    ready = prepare(config)
+    examiner = _examiner(ready)
+    return examiner.examine([local.DirectWorker(_worker(ready), None)])
+
+
+def sample(config: Config, num: int, stage: int) -> tuple[list[Rollout], Worker]:
+    """A few rollouts as the given stage would write them with the student's present weights, in this process."""
+    ready = prepare(config)
+    plan = _plan(ready)
+    worker = _worker(ready)
+    found: list[Rollout] = []
+    first = plan.first_id(plan.stage_ends[stage - 1]) if stage else 0
+    tasks = [
+        Task(rollout_id=first + i, batch=0, stage=stage, origin=Origin.ROLLOUT, prompt=plan.prompts[first + i][1])
+        for i in range(num)
+    ]
+    worker.generate(tasks, found.extend)
+    return sorted(found, key=lambda rollout: rollout.rollout_id), worker
+
+
+def _worker(ready: Ready) -> Worker:
+    config = ready.config
+    teacher = make_teacher(config) if config.needs_teacher else None
+    head = teacher.head().to_arrays() if teacher is not None and config.teacher.signal == "hidden" else None
+    return make_worker(config, 0, teacher, head, ready.stop_ids)
