@@ -1,0 +1,276 @@
+"""A run's folder is opened, and the run is saved in it and found again.
+
+In: a Config, and whether to resume; later a learner and a replay that have written their parts, and the loop's own
+numbers. Out: a RunFolder that no other live process holds, and one folder per checkpoint, complete or ignored:
+
+    <run.dir>/config.yaml                                    what was resolved
+    <run.dir>/checkpoints/step-00000050/learner/             DeepSpeed writes here
+                                        student/             the student as a transformers folder
+                                        replay.safetensors   rollouts not yet trained
+                                        state.json           TrainState; size and checksum of every other file
+    <run.dir>/checkpoints/LATEST                             "step-00000050"
+
+The order makes a crash harmless: everything is written into `step-00000050.partial` and fsynced, the folder gets its
+name, the pointer moves, older ones go. Killed anywhere between, the previous checkpoint still stands.
+
+Nothing of an earlier run is deleted: its folder is moved to `<dir>.old-<n>`, lines that a resume cuts to `lost/`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from switchkd.config import ConfigError, dump_yaml
+from switchkd.files import fsync_dir, redact, seal, unseal, write_text_atomic
+from switchkd.resume import CONFIG, HISTORY, check_same, cut_back
+from switchkd.run_lock import RunLock
+from switchkd.sections import Config
+
+STATE, LATEST = "state.json", "LATEST"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainState:
+    """What the loop must know to go on. Plain JSON values."""
+
+    step: int = 0  # the next optimizer step, 0-based over the run: as many are done
+    version: int = 0  # weight version of the student as saved
+    incarnation: int = 0  # counts restarts of the learner; versions are told apart by it
+    best: float | None = None  # of `train.select_by`
+    best_step: int | None = None
+    evals_since_best: int = 0
+    stopped_early: bool = False
+    elapsed_s: float = 0.0
+    stage_scores: tuple[tuple[str, dict[str, float]], ...] = ()  # stage that ended ("start" at first), its evaluation
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, told: dict[str, Any]) -> TrainState:
+        """Missing keys take their default; a key that this version does not know is an error."""
+        unknown = set(told) - {one.name for one in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown keys {sorted(unknown)}: written by another version of switchkd")
+        scores = tuple((name, values) for name, values in told.get("stage_scores", ()))
+        return cls(**{**told, "stage_scores": scores})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draft:
+    """A checkpoint's folder while it is being filled."""
+
+    path: Path
+    step: int
+
+    @property
+    def tag(self) -> str:
+        """Fresh for every checkpoint: DeepSpeed leaves stale shards under a tag that is used again."""
+        return _name(self.step)
+
+    @property
+    def learner_folder(self) -> Path:
+        return self.path / "learner"
+
+    @property
+    def student_folder(self) -> Path:
+        return self.path / "student"
+
+    @property
+    def replay_file(self) -> Path:
+        return self.path / "replay.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint(Draft):
+    """A complete one, whose files were checked."""
+
+    state: TrainState
+
+
+def begin(run_dir: Path, step: int) -> Draft:
+    """A fresh folder. What a crash left under its name is moved aside."""
+    path = run_dir / "checkpoints" / f"{_name(step)}.partial"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _move_aside(path)
+    draft = Draft(path=path, step=step)
+    draft.learner_folder.mkdir(parents=True)
+    return draft
+
+
+def finish(draft: Draft, state: TrainState, keep_last: int = 2) -> Checkpoint:
+    """Make a filled draft durable and point to it; then delete all but the last `keep_last`.
+
+    Nothing may write into the folder any more. Afterwards `Replay.durable(state.step)` is safe.
+    """
+    if draft.step != state.step:
+        raise ValueError(f"{draft.path.name} was begun for another step than {state.step}")
+    for part in (draft.learner_folder, draft.replay_file):
+        if not part.exists() or (part.is_dir() and not any(part.iterdir())):
+            raise RuntimeError(f"nothing was saved at {part}; run.dir must lie on storage that all machines share")
+    seal(draft.path, STATE, asdict(state))
+    final = draft.path.with_name(_name(state.step))
+    _move_aside(final)
+    os.replace(draft.path, final)
+    fsync_dir(final.parent)
+    checkpoint = Checkpoint(path=final, step=state.step, state=state)
+    _point_to(checkpoint)
+    _prune(final, keep_last)
+    return checkpoint
+
+
+def latest(run_dir: Path) -> Checkpoint | None:
+    """The checkpoint that LATEST points to or, if that one is damaged, the newest whole one before it; says so.
+
+    Folders newer than the pointer are not looked at: they were never finished, or belong to a history that a resume
+    has cut away.
+    """
+    root = run_dir / "checkpoints"
+    pointed = (root / LATEST).read_text().strip() if (root / LATEST).exists() else ""
+    folders = sorted(_numbered(root), key=_step_of, reverse=True)
+    if re.fullmatch(r"step-\d+", pointed):
+        folders = [path for path in folders if _step_of(path) <= _step_of(Path(pointed))]
+        if pointed not in {path.name for path in folders}:
+            log.warning("checkpoint %s is gone though %s names it; taking an earlier one", pointed, root / LATEST)
+    for path in folders:
+        try:  # a folder may hold anything after a crash
+            state = TrainState.from_json(unseal(path, STATE))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("checkpoint %s is skipped: %s", path, error)
+            continue
+        return Checkpoint(path=path, step=state.step, state=state)
+    return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFolder:
+    """Held by this process until `close`."""
+
+    path: Path
+    checkpoint: Checkpoint | None  # to go on from; None: begin at step 0
+    keep_last: int
+    lock: RunLock
+
+    def begin(self, step: int) -> Draft:
+        self.check()
+        return begin(self.path, step)
+
+    def finish(self, draft: Draft, state: TrainState) -> Checkpoint:
+        self.check()
+        return finish(draft, state, self.keep_last)
+
+    def check(self) -> None:
+        """Raise when another process took the folder over: going on would mix two histories."""
+        if not self.lock.held:
+            raise RuntimeError(f"{self.path} was taken over by another process; this one must stop")
+
+    def close(self) -> None:
+        self.lock.release()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def open_run(config: Config, resume: bool = False) -> RunFolder:
+    """Make or reopen `run.dir` and write the resolved config into it. Raises ConfigError.
+
+    A resume cuts the history back to the checkpoint it goes on from; without one the run begins anew.
+    """
+    path = Path(config.run.dir).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run.dir={path} cannot be made ({error.strerror}); give a folder you may write to") from None
+    with ExitStack() as on_error:
+        lock = RunLock(path)
+        on_error.callback(lambda: lock.release())
+        checkpoint = None
+        if resume:
+            checkpoint = _reopen(path, config)
+        elif any((path / name).exists() for name in (CONFIG, "checkpoints", *HISTORY)):
+            if not config.run.overwrite:
+                raise ConfigError(
+                    f"run.dir={path} already holds a run; add --resume to go on with it, run.overwrite=true to move it "
+                    f"aside, or give another run.dir"
+                )
+            lock = _start_over(path, lock)
+        write_text_atomic(path / CONFIG, redact(dump_yaml(config)))
+        on_error.pop_all()
+    return RunFolder(path=path, checkpoint=checkpoint, keep_last=config.checkpoint.keep_last, lock=lock)
+
+
+def _reopen(path: Path, config: Config) -> Checkpoint | None:
+    check_same(path, config)
+    checkpoint = latest(path)
+    if checkpoint is None and _numbered(path / "checkpoints"):
+        raise ConfigError(
+            f"{path}/checkpoints holds no checkpoint that can be read (see the messages above); bring one back, or "
+            f"start anew with run.overwrite=true and without --resume"
+        )
+    if checkpoint is not None:
+        _point_to(checkpoint)  # first: a damaged one that reads well later must not meet a history without its steps
+    else:
+        log.warning("%s holds no checkpoint: the run begins at step 0", path)
+    cut = cut_back(path, checkpoint.step if checkpoint else None)
+    if any(cut.values()):
+        log.warning("cut back to the checkpoint; lines moved to %s: %s", path / "lost", cut)
+    return checkpoint
+
+
+def _start_over(path: Path, lock: RunLock) -> RunLock:
+    """Move the folder aside, its lock with it, and begin an empty one."""
+    num = 0
+    while (old := path.with_name(f"{path.name}.old-{num}")).exists():
+        num += 1
+    lock.stop()
+    os.rename(path, old)
+    log.warning("%s was moved to %s", path, old)
+    lock.move(old)
+    lock.release()
+    path.mkdir()
+    return RunLock(path)
+
+
+def _point_to(checkpoint: Checkpoint) -> None:
+    write_text_atomic(checkpoint.path.parent / LATEST, checkpoint.path.name + "\n")
+
+
+def _prune(pointed: Path, keep_last: int) -> None:
+    """Delete what is neither pointed to nor among the last before it: older ones, and leftovers of crashes."""
+    earlier = sorted((path for path in _numbered(pointed.parent) if _step_of(path) <= _step_of(pointed)), key=_step_of)
+    for path in pointed.parent.glob("step-*"):
+        if path not in earlier[-keep_last:]:
+            # half deleted, it must not look like a checkpoint
+            shutil.rmtree(path if ".aside-" in path.name else _move_aside(path))
+
+
+def _move_aside(path: Path) -> Path:
+    num = 0
+    while (aside := path.with_name(f"{path.name}.aside-{num}")).exists():
+        num += 1
+    if path.exists():
+        os.replace(path, aside)
+    return aside
+
+
+def _numbered(root: Path) -> list[Path]:
+    """All folders that carry a checkpoint's final name, whole or not."""
+    return [path for path in root.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))

@@ -1,0 +1,137 @@
+"""What a resume may change, and what it takes back.
+
+In: a run's folder, the config that was asked for, the step to go on from. Out: a ConfigError that names each key that
+may not change, and a history (metrics.jsonl, rollouts.jsonl) in which every step stands once. Cut lines are kept in
+`lost/`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from switchkd.config import ConfigError, dump_yaml, parse, resolved
+from switchkd.files import fsync_dir, redact, write_atomic
+from switchkd.sections import Config
+
+CONFIG = "config.yaml"
+HISTORY = ("metrics.jsonl", "rollouts.jsonl")
+
+MAY_CHANGE = (
+    "run.dir",
+    "run.overwrite",
+    "cluster.*",
+    "metrics.*",
+    "checkpoint.*",
+    "eval.every",
+    "train.early_stop",
+    "*.threads",
+    "*.num_cpus",
+    "*.num_gpus",
+    "*.device",
+    "teacher.device_map",
+    "teacher.replicas",
+    "teacher.max_sessions",
+    "teacher.lease_s",
+    "rollout.num_workers",
+    "rollout.slots",
+    "rollout.block_size",
+    "rollout.lead",
+    "rollout.save",
+    "learner.timeout_s",
+    "learner.micro_batch_size",
+    "learner.gradient_checkpointing",
+    "learner.chunk_tokens",
+    "replay.lease_s",
+)
+"""Keys that say where, how fast or how long, never what is computed: a resume may change them. The last stage's steps
+may grow besides."""
+
+
+def check_same(run_dir: Path, config: Config) -> None:
+    """ConfigError when a config differs from the stored one in more than a resume may change."""
+    path = run_dir / CONFIG
+    if not path.exists():
+        return
+    stored = _stored(path)
+    old, new = dict(_leaves(stored)), dict(_leaves(yaml.safe_load(redact(dump_yaml(config)))))
+    last_steps = f"train.stages.{len(stored['train']['stages']) - 1}.steps"
+    changed = [
+        f"{key} was {old.get(key)!r} and is now {new.get(key)!r}"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key)
+        and not any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
+        and not (key == last_steps and new.get(key, 0) > old[key])
+    ]
+    if changed:
+        more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
+        raise ConfigError(
+            f"--resume of {run_dir}: {'; '.join(changed[:3])}{more}; set it back, or start a new run in another run.dir"
+        )
+
+
+def cut_back(run_dir: Path, step: int | None) -> dict[str, int]:
+    """Cut metrics.jsonl and rollouts.jsonl to rows of steps before `step` (None: to nothing).
+
+    Cut lines, a half-written last one included, are appended to `lost/<file>`. Returns how many, by file.
+    """
+    return {name: _cut_file(run_dir / name, step) for name in HISTORY if (run_dir / name).exists()}
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """The stored config, with the defaults of keys that are newer than it."""
+    try:
+        return resolved(parse(yaml.safe_load(path.read_text(encoding="utf-8"))))
+    except (ConfigError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read by this version of switchkd: {error}") from None
+
+
+def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values; the items of a list of sections are numbered."""
+    if isinstance(tree, dict) and tree:
+        for name, value in tree.items():
+            yield from _leaves(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
+        for i, item in enumerate(tree):
+            yield from _leaves(item, f"{key}.{i}")
+    else:
+        yield key, tree
+
+
+def _cut_file(path: Path, step: int | None) -> int:
+    """Streams: rollouts.jsonl may be larger than memory. Lost lines are safe before the file gets shorter."""
+    with path.open("rb") as lines:
+        num_cut = sum(not _stays(line, step) for line in lines)
+    if not num_cut:
+        return 0
+    lost = path.parent / "lost" / path.name
+    lost.parent.mkdir(exist_ok=True)
+    with path.open("rb") as lines, lost.open("ab") as out:
+        out.writelines(line if line.endswith(b"\n") else line + b"\n" for line in lines if not _stays(line, step))
+        out.flush()
+        os.fsync(out.fileno())
+    fsync_dir(lost.parent)
+    write_atomic(path, lambda beside: _keep(path, beside, step))
+    return num_cut
+
+
+def _keep(path: Path, beside: Path, step: int | None) -> None:
+    with path.open("rb") as lines, beside.open("wb") as out:
+        out.writelines(line for line in lines if _stays(line, step))
+
+
+def _stays(line: bytes, step: int | None) -> bool:
+    """Whole rows of earlier steps stay. A line without an end was being written when the process died."""
+    if step is None or not line.endswith(b"\n"):
+        return False
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] < step
