@@ -1,0 +1,256 @@
+"""A data set becomes Prompts: read, put through the template, tokenized, filtered, and dealt out in a fixed order.
+
+In: the `data` section and a tokenizer. Out: a PromptSet, and a PromptStream that is a pure function of (seed, index),
+so that a run resumes anywhere. Every complaint names the file and, for JSONL, the line.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from switchkd.config import ConfigError
+from switchkd.records import Record, read_records
+from switchkd.sections import Config, Data
+from switchkd.types import Prompt
+
+TOO_LONG, EMPTY, NO_REFERENCE = "over max_prompt_tokens", "empty prompt", "no reference"
+EPOCH_ORDER, ORIGIN_OF_ROLLOUT, ORIGIN_OF_BATCH = 1, 2, 3  # what random words are for
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptSet:
+    """The usable rows of a data set, and what became of the others."""
+
+    prompts: tuple[Prompt, ...]
+    num_rows: int
+    skipped: dict[str, int]  # reason: rows
+    num_cut: int  # references cut at max_reference_tokens
+
+    @property
+    def num_skipped(self) -> int:
+        return sum(self.skipped.values())
+
+    @property
+    def longest_prompt(self) -> int:
+        return max(len(prompt.token_ids) for prompt in self.prompts)
+
+    @property
+    def longest_with_reference(self) -> int:
+        return max(len(prompt.token_ids) + len(prompt.reference_ids) for prompt in self.prompts)
+
+    def report(self) -> str:
+        """One line for the console."""
+        parts = [f"{len(self.prompts)} prompts"]
+        parts += [f"{num} skipped ({reason})" for reason, num in self.skipped.items()]
+        parts += [f"{self.num_cut} references cut at max_reference_tokens"] if self.num_cut else []
+        return ", ".join(parts)
+
+
+def eval_data(config: Config) -> Data:
+    """The `data` section as evaluation reads it: same fields and template, its own file and number of rows."""
+    own = {"train": config.eval.data, "split": config.eval.split, "num_rows": config.eval.num_prompts}
+    return config.data.model_copy(update=own)
+
+
+def load_prompts(data: Data, tokenizer: Any, *, stop_id: int, need_references: bool = False) -> PromptSet:
+    """Read `data.train` and tokenize it. `stop_id` ends every reference (see `answer_end`).
+
+    Prompts that are empty or over `max_prompt_tokens` are skipped and counted, rows without a reference too where
+    references are needed. Raises ConfigError, for more than `max_skipped_frac` of them as well.
+    """
+    _check_template(data, tokenizer)
+    records = read_records(data)
+    rows = [_Row.read(record, data, need_references) for record in records]
+    texts = [_templated(row, data, tokenizer) for row in rows]
+    prompt_ids = _tokenize(tokenizer, texts, whole=not _writes_start(data, tokenizer))
+    reference_ids = _tokenize(tokenizer, [row.reference for row in rows], whole=False)
+    prompts, skipped, num_cut = [], Counter[str](), 0
+    for row, ids, answer in zip(rows, prompt_ids, reference_ids, strict=True):
+        reason = _unusable(row, ids, data, need_references)
+        if reason:
+            skipped[reason] += 1
+            continue
+        cut = len(answer) >= data.max_reference_tokens
+        num_cut += cut
+        ended = answer[: data.max_reference_tokens] if cut else [*answer, stop_id]
+        prompts.append(row.prompt(ids, ended if row.reference.strip() else []))
+    _check_skipped(data, skipped, len(rows), max(map(len, prompt_ids)))
+    return PromptSet(prompts=tuple(prompts), num_rows=len(rows), skipped=dict(skipped), num_cut=num_cut)
+
+
+def answer_end(data: Data, tokenizer: Any, stop_ids: Iterable[int]) -> int:
+    """The id that ends an answer: the first stop id that the chat template writes after an assistant's words, else the
+    tokenizer's end-of-sequence id. Raises ConfigError when there is none."""
+    if _uses_chat(data, tokenizer):
+        word = "answer"
+        chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": word}]
+        after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(word)[2]
+        known = set(stop_ids)
+        ends = [i for i in tokenizer(after, add_special_tokens=False)["input_ids"] if i in known]
+        if ends:
+            return ends[0]
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
+    return int(tokenizer.eos_token_id)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Row:
+    """What a record says, checked, before templating."""
+
+    where: str
+    prompt_id: str
+    messages: tuple[dict[str, str], ...]  # without the answer; for plain prompts one message of the user
+    reference: str
+    references: tuple[str, ...]
+    answer: str
+    teacher: str
+
+    @classmethod
+    def read(cls, record: Record, data: Data, need_references: bool) -> _Row:
+        fields = record.fields
+        if data.messages_field:
+            messages, reference = _conversation(record, data.messages_field)
+        else:
+            messages = ({"role": "user", "content": record.text(data.prompt_field, needed=True)},)
+            elsewhere = "references" in fields
+            reference = record.text(data.reference_field, needed=need_references and not elsewhere)
+        references = tuple(record.texts("references"))
+        return cls(
+            where=record.where,
+            prompt_id=str(fields.get("id", record.where)),
+            messages=messages,
+            reference=reference or (references[0] if references else ""),
+            references=references,
+            answer=record.text("answer") if data.reference_field != "answer" else "",
+            teacher=record.text("teacher"),
+        )
+
+    @property
+    def text(self) -> str:
+        return self.messages[-1]["content"] if self.messages else ""
+
+    def prompt(self, ids: list[int], reference_ids: list[int]) -> Prompt:
+        return Prompt(
+            prompt_id=self.prompt_id,
+            text=self.text,
+            token_ids=np.asarray(ids, np.int32),
+            reference=self.reference,
+            reference_ids=np.asarray(reference_ids, np.int32),
+            references=self.references,
+            answer=self.answer,
+            teacher=self.teacher,
+        )
+
+
+def _conversation(record: Record, field: str) -> tuple[tuple[dict[str, str], ...], str]:
+    """The messages before the last answer of the assistant, and that answer."""
+    messages = record.messages(field)
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+    if last is None:
+        return tuple(messages), ""
+    return tuple(messages[:last]), messages[last]["content"]
+
+
+def _uses_chat(data: Data, tokenizer: Any) -> bool:
+    return data.template is None and bool(getattr(tokenizer, "chat_template", None))
+
+
+def _writes_start(data: Data, tokenizer: Any) -> bool:
+    """Chat templates write the start token themselves, a template of the user's may."""
+    start = tokenizer.bos_token
+    return _uses_chat(data, tokenizer) or bool(start and data.template and data.template.startswith(start))
+
+
+def _check_template(data: Data, tokenizer: Any) -> None:
+    if data.template is not None and "{prompt}" not in data.template:
+        raise ConfigError(f"data.template={data.template!r} does not contain {{prompt}}; put it where the prompt goes")
+    if data.messages_field and not _uses_chat(data, tokenizer):
+        reason = "the tokenizer has no chat template" if data.template is None else "data.template takes bare prompts"
+        raise ConfigError(
+            f"data.messages_field={data.messages_field!r}, but {reason}; use prompt_field, or change the other"
+        )
+    if data.system and not _uses_chat(data, tokenizer):
+        raise ConfigError("data.system needs the tokenizer's chat template; write it into data.template instead")
+
+
+def _templated(row: _Row, data: Data, tokenizer: Any) -> str:
+    """The text that the model reads; empty for an empty prompt."""
+    if not row.text.strip():
+        return ""
+    if data.template is not None:
+        return data.template.replace("{prompt}", row.text)
+    if not _uses_chat(data, tokenizer):
+        return row.text
+    messages = list(row.messages)
+    if data.system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": data.system})
+    try:  # templates are programs of their own, and refuse what they do not know (system messages, two users in a row)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:
+        raise ConfigError(
+            f"{row.where}: the chat template refuses these messages: {' '.join(str(error).split())}"
+        ) from None
+
+
+def _tokenize(tokenizer: Any, texts: list[str], *, whole: bool) -> list[list[int]]:
+    """Token ids of each text. `whole`: with the tokenizer's start token if it has one, but never with an end token."""
+    ids = tokenizer(texts, add_special_tokens=whole, truncation=False, verbose=False)["input_ids"]
+    end = tokenizer.eos_token_id
+    return [row[:-1] if whole and len(row) > 1 and row[-1] == end else row for row in ids]
+
+
+def _unusable(row: _Row, ids: list[int], data: Data, need_references: bool) -> str | None:
+    if not ids or not row.text.strip():
+        return EMPTY
+    if len(ids) > data.max_prompt_tokens:
+        return TOO_LONG
+    return NO_REFERENCE if need_references and not row.reference.strip() else None
+
+
+def _check_skipped(data: Data, skipped: Counter[str], num_rows: int, longest: int) -> None:
+    num = sum(skipped.values())
+    if num < num_rows and num <= data.max_skipped_frac * num_rows:
+        return
+    reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+    raise ConfigError(
+        f"{data.train}: {num} of {num_rows} prompts cannot be used ({reasons}), more than data.max_skipped_frac="
+        f"{data.max_skipped_frac:g} allows; data.max_prompt_tokens is {data.max_prompt_tokens}, the longest prompt has "
+        f"{longest} tokens"
+    )
+
+
+class PromptStream:
+    """An endless, seeded walk over a PromptSet: `stream[i]` is `(epoch, prompt)`, the same whenever it is asked."""
+
+    def __init__(self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool = True) -> None:
+        self.prompts, self.seed, self.shuffle = prompts, seed, shuffle
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        """Prompts of one epoch."""
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> tuple[int, Prompt]:
+        epoch, place = divmod(index, len(self.prompts))
+        return epoch, self.prompts[int(self._order(epoch)[place]) if self.shuffle else place]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            while len(self._orders) > 2:
+                del self._orders[next(iter(self._orders))]
+            # sorted raw words, not Generator.permutation: NumPy may change what the latter makes of them
+            words = random_words(self.seed, epoch, EPOCH_ORDER, len(self.prompts))
+            self._orders[epoch] = np.argsort(words, kind="stable")
+        return self._orders[epoch]
+
+
+def random_words(seed: int, index: int, purpose: int, num: int) -> np.ndarray:
+    """uint64 [num], a function of the arguments only."""
+    key = np.array([seed % (1 << 64), index], np.uint64)
+    return np.random.Philox(key=key, counter=[0, 0, 0, purpose]).random_raw(num)

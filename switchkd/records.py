@@ -1,0 +1,162 @@
+"""Files and hub data sets become Records: rows with the place they came from, so that a complaint can name it.
+
+In: a `data` section. Out: a list of Records. JSONL is read here line by line; parquet and hub names go through
+`datasets`. Every error is a ConfigError of one line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from switchkd.config import ConfigError
+from switchkd.sections import Data
+
+_JSON = (".jsonl", ".json")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row. Its methods read a field or say, with the place, what is wrong with it."""
+
+    where: str  # file:line
+    fields: dict[str, Any]
+
+    def text(self, field: str, *, needed: bool = False) -> str:
+        """Empty where the field is missing (unless needed) or null."""
+        if needed and field not in self.fields:
+            there = ", ".join(map(repr, self.fields)) or "none"
+            raise ConfigError(
+                f"{self.where}: no field {field!r}, only {there}; set data.prompt_field and its neighbours"
+            )
+        value = self.fields.get(field)
+        if value is None:
+            return ""
+        if isinstance(value, int | float) and not isinstance(value, bool) and not needed:
+            return str(value)  # an `answer` of 42
+        if not isinstance(value, str):
+            raise ConfigError(f"{self.where}: field {field!r} is {_kind(value)}, not a text")
+        return self._clean(value, field)
+
+    def _clean(self, value: str, field: str) -> str:
+        """Half a UTF-16 pair is valid JSON, but no text: tokenizers fail on it."""
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise ConfigError(
+                f"{self.where}: field {field!r} holds half a surrogate pair (\\ud800 to \\udfff); remove it"
+            )
+        return value
+
+    def texts(self, field: str) -> list[str]:
+        """A list of texts; empty where the field is missing."""
+        value = self.fields.get(field) or []
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ConfigError(f"{self.where}: field {field!r} is {_kind(value)}, not a list of texts")
+        return value
+
+    def messages(self, field: str) -> list[dict[str, str]]:
+        """Chat messages, each with a role and a content."""
+        if field not in self.fields:
+            self.text(field, needed=True)
+        value = self.fields.get(field)
+        if not isinstance(value, list):
+            raise ConfigError(f"{self.where}: field {field!r} is {_kind(value)}, not a list of messages")
+        for i, message in enumerate(value):
+            known = isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
+            if not known:
+                raise ConfigError(f"{self.where}: message {i} of {field!r} needs a role and a content, both texts")
+        return [{"role": item["role"], "content": self._clean(item["content"], field)} for item in value]
+
+
+def read_records(data: Data) -> list[Record]:
+    """All rows of `data.train`, or the first `num_rows`. Raises ConfigError; never returns an empty list."""
+    if not data.train:
+        raise ConfigError("data.train is empty; name a JSONL or parquet file, or a data set of the hub")
+    path = Path(data.train).expanduser()
+    if path.suffix in (*_JSON, ".parquet") or path.is_absolute():
+        rows = _read_file(path)
+    else:
+        rows = _read_hub(data.train, data.split)
+    records = list(islice(rows, data.num_rows))
+    if not records:
+        raise ConfigError(f"{data.train} holds no rows; each line is an object such as {_EXAMPLE}")
+    return records
+
+
+_EXAMPLE = '{"prompt": "...", "reference": "..."}'
+
+
+def _read_file(path: Path) -> Iterator[Record]:
+    if not path.is_file():
+        what = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise ConfigError(f"data file {path} {what}; relative paths start at the config file's folder")
+    if path.suffix in _JSON:
+        return _read_jsonl(path)
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    raise ConfigError(f"data file {path}: {path.suffix or 'no'} ending is not known; use .jsonl or .parquet")
+
+
+def _read_jsonl(path: Path) -> Iterator[Record]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}:{number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{where}: not UTF-8 text (byte {error.start}); convert the file") from None
+            except json.JSONDecodeError as error:
+                text = (
+                    f"{where}: not JSON ({error.msg} at column {error.colno}); each line is one object, as {_EXAMPLE}"
+                )
+                raise ConfigError(text) from None
+            if not isinstance(row, dict):
+                raise ConfigError(f"{where}: {_kind(row)}, not an object; each line is one, as {_EXAMPLE}")
+            yield Record(where, row)
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
+    import pyarrow.parquet
+
+    try:  # a file from elsewhere
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data file {path} cannot be read as parquet: {_first_line(error)}") from None
+    rows = (row for batch in batches for row in batch.to_pylist())
+    return (Record(f"{path}:{i}", row) for i, row in enumerate(rows, start=1))
+
+
+def _read_hub(name: str, split: str) -> Iterator[Record]:
+    """`owner/name`, or `owner/name:subset` where the data set has several."""
+    from datasets import load_dataset
+
+    repo, _, subset = name.partition(":")
+    try:  # the network, and other people's files
+        rows = load_dataset(repo, subset or None, split=split)
+    except Exception as error:
+        raise ConfigError(
+            f"data {name!r} (split {split!r}) is neither a .jsonl or .parquet file nor a data set that can be had from "
+            f"the hub: {_first_line(error)}"
+        ) from None
+    return (Record(f"{name}/{split}:{i}", row) for i, row in enumerate(rows, start=1))
+
+
+def _kind(value: Any) -> str:
+    names = {
+        str: "a text",
+        int: "a number",
+        float: "a number",
+        bool: "true or false",
+        list: "a list",
+        dict: "an object",
+    }
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,247 @@
+"""Data sets become prompts; a malformed one is named with file and line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import EOS, tiny_tokenizer
+
+from switchkd.config import ConfigError
+from switchkd.prompts import PromptStream, answer_end, load_prompts
+from switchkd.sections import Data
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def jsonl(folder: Path, *rows: object, name: str = "data.jsonl") -> str:
+    path = folder / name
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def load(path: str, tokenizer, need_references: bool = False, **data):
+    return load_prompts(Data(train=path, **data), tokenizer, stop_id=EOS, need_references=need_references)
+
+
+def test_fields_template_and_stop_id(tmp_path, tokenizer):
+    """A row becomes the chat-templated prompt, the reference with the stop id, and its extra fields."""
+    row = {"id": 7, "prompt": "hi there", "reference": "yes", "references": ["yes", "ok"], "answer": 42, "teacher": "t"}
+    loaded = load(jsonl(tmp_path, row), tokenizer)
+    (prompt,) = loaded.prompts
+    assert tokenizer.decode(prompt.token_ids) == "<user>hi there<assistant>"
+    assert tokenizer.decode(prompt.reference_ids) == "yes<eos>" and prompt.reference_ids[-1] == EOS
+    assert (prompt.prompt_id, prompt.text, prompt.references) == ("7", "hi there", ("yes", "ok"))
+    assert (prompt.answer, prompt.teacher) == ("42", "t")
+    assert prompt.token_ids.dtype == prompt.reference_ids.dtype == np.int32
+    assert loaded.num_skipped == 0 and loaded.report() == "1 prompts"
+
+
+def test_messages(tmp_path, tokenizer):
+    """The last answer of the assistant is the reference, what stands before it the prompt; a system text leads."""
+    chat = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")]
+    row = {"chat": [{"role": role, "content": text} for role, text in chat]}
+    (prompt,) = load(jsonl(tmp_path, row), tokenizer, messages_field="chat", system="S").prompts
+    assert tokenizer.decode(prompt.token_ids).startswith("<system>S<user>a<assistant>b<eos><user>c<assistant>")
+    assert (prompt.text, prompt.reference) == ("c", "d")
+
+
+def test_own_template_and_no_template(tmp_path, tokenizer):
+    """`template` replaces the chat template; a tokenizer without one gets the bare prompt."""
+    path = jsonl(tmp_path, {"prompt": "x {y}", "reference": ""})
+    (prompt,) = load(path, tokenizer, template="Q: {prompt}\nA: ").prompts
+    assert tokenizer.decode(prompt.token_ids) == "Q: x {y}\nA: " and len(prompt.reference_ids) == 0
+    bare = tiny_tokenizer()
+    bare.chat_template = None
+    (prompt,) = load(path, bare).prompts
+    assert bare.decode(prompt.token_ids) == "x {y}"
+
+
+def test_start_token_once(tmp_path):
+    """A bare prompt gets the tokenizer's start token, a chat template that writes its own gets no second one."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = "<user>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<user> $A <eos>", special_tokens=[("<user>", 3), ("<eos>", EOS)]
+    )
+    path = jsonl(tmp_path, {"prompt": "x", "reference": "y"})
+    assert tokenizer.decode(load(path, tokenizer, template="{prompt}").prompts[0].token_ids) == "<user>x"
+    assert tokenizer.decode(load(path, tokenizer, template="<user>{prompt}").prompts[0].token_ids) == "<user>x"
+    chat = load(path, tokenizer).prompts[0]
+    assert tokenizer.decode(chat.token_ids) == "<user>x<assistant>"
+    assert tokenizer.decode(chat.reference_ids) == "y<eos>"
+
+
+def test_answer_end_is_what_the_template_writes(tokenizer):
+    """With several stop ids the one after an assistant's words ends references, not the tokenizer's end of text."""
+    several = tiny_tokenizer()
+    several.eos_token = "<pad>"
+    assert answer_end(Data(), several, [EOS, several.eos_token_id]) == EOS
+    assert answer_end(Data(template="{prompt}"), several, [EOS]) == several.eos_token_id
+    several.eos_token = None
+    with pytest.raises(ConfigError, match="no end-of-sequence"):
+        answer_end(Data(template="{prompt}"), several, [EOS])
+
+
+def test_skipped_and_cut_are_counted(tmp_path, tokenizer):
+    """Long and empty prompts are skipped, long references cut without a stop id; both are counted and told."""
+    rows = [
+        {"prompt": "q" * 50, "reference": "r"},
+        {"prompt": " ", "reference": "r"},
+        {"prompt": None, "reference": "r"},
+    ]
+    rows += [{"prompt": "ok", "reference": "zzzzz"}, {"prompt": "ok", "reference": "zzzz"}]
+    loaded = load(jsonl(tmp_path, *rows), tokenizer, max_prompt_tokens=9, max_reference_tokens=5, max_skipped_frac=0.6)
+    assert loaded.skipped == {"over max_prompt_tokens": 1, "empty prompt": 2} and loaded.num_skipped == 3
+    assert [list(p.reference_ids).count(EOS) for p in loaded.prompts] == [0, 1]
+    assert loaded.num_cut == 1 and len(loaded.prompts[0].reference_ids) == 5
+    skipped = "1 skipped (over max_prompt_tokens), 2 skipped (empty prompt)"
+    assert loaded.report() == f"2 prompts, {skipped}, 1 references cut at max_reference_tokens"
+
+
+def test_too_many_skipped(tmp_path, tokenizer):
+    """More than max_skipped_frac is an error that names the counts, the limit and the longest prompt."""
+    rows = [{"prompt": "p" * 30}] * 2 + [{"prompt": "p"}] * 8
+    with pytest.raises(
+        ConfigError, match=r"2 of 10 prompts .*2 over max_prompt_tokens.*=0.1 .* is 20, .* has 32 tokens"
+    ):
+        load(jsonl(tmp_path, *rows), tokenizer, max_prompt_tokens=20)
+
+
+def test_references_where_needed(tmp_path, tokenizer):
+    """Where references are needed, a file without the field is an error, a row with an empty one is skipped."""
+    with pytest.raises(ConfigError, match=r"data.jsonl:1: no field 'reference', only 'prompt', 'output'"):
+        load(jsonl(tmp_path, {"prompt": "a", "output": "b"}), tokenizer, need_references=True)
+    rows = [{"prompt": "a", "reference": "b"}] * 9 + [{"prompt": "a", "reference": ""}]
+    assert load(jsonl(tmp_path, *rows), tokenizer, need_references=True).skipped == {"no reference": 1}
+    several = jsonl(tmp_path, {"prompt": "a", "references": ["b", "c"]})
+    assert load(several, tokenizer, need_references=True).prompts[0].reference == "b"
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"prompt": "a"}', '{"prompt": '], r"data.jsonl:2: not JSON \(.*column"),
+        (['{"prompt": "a"}', "", "[1]"], r"data.jsonl:3: a list, not an object"),
+        (['{"question": "a", "id": 1}'], r"data.jsonl:1: no field 'prompt', only 'question', 'id'; set"),
+        (['{"prompt": ["a"]}'], r"data.jsonl:1: field 'prompt' is a list, not a text"),
+        (['{"prompt": 5}'], r"data.jsonl:1: field 'prompt' is a number, not a text"),
+        (['{"prompt": "a", "reference": {}}'], r"data.jsonl:1: field 'reference' is an object, not a text"),
+        (['{"prompt": "a", "references": "b"}'], r"data.jsonl:1: field 'references' is a text, not a list of texts"),
+        (['{"prompt": "\\ud800"}'], r"data.jsonl:1: field 'prompt' holds half a surrogate pair"),
+        (["", ""], r"holds no rows"),
+    ],
+)
+def test_malformed_lines(tmp_path, tokenizer, lines, message):
+    """Whatever is wrong with a file is one line with the place of it."""
+    with pytest.raises(ConfigError, match=message) as error:
+        load(jsonl(tmp_path, *lines), tokenizer)
+    assert "\n" not in str(error.value)
+
+
+def test_not_utf8(tmp_path, tokenizer):
+    """Latin-1 bytes are named with their line."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xe9"}\n')
+    with pytest.raises(ConfigError, match=r"data.jsonl:2: not UTF-8"):
+        load(str(path), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hello", "is a text, not a list of messages"),
+        ([{"role": "user"}], "message 0 of 'm' needs a role and a content"),
+    ],
+)
+def test_malformed_messages(tmp_path, tokenizer, messages, message):
+    """Messages need their two keys."""
+    with pytest.raises(ConfigError, match=message):
+        load(jsonl(tmp_path, {"m": messages}), tokenizer, messages_field="m")
+
+
+def test_missing_and_unknown_files(tmp_path, tokenizer):
+    """A file that is not there, an ending that is not known, a folder: one line each."""
+    for name, message in (
+        ("no.jsonl", "does not exist"),
+        ("", "is a folder"),
+        ("x.csv", "'?.csv'? ending is not known"),
+    ):
+        (tmp_path / "x.csv").write_text("a,b")
+        with pytest.raises(ConfigError, match=message):
+            load(str(tmp_path / name), tokenizer)
+
+
+def test_settings_that_contradict(tmp_path, tokenizer):
+    """A template without {prompt}, messages or a system text without a chat template are refused."""
+    path = jsonl(tmp_path, {"prompt": "a"})
+    for data in (
+        {"template": "Q:"},
+        {"messages_field": "m", "template": "{prompt}"},
+        {"system": "S", "template": "{prompt}"},
+    ):
+        with pytest.raises(ConfigError, match=r"data\."):
+            load(path, tokenizer, **data)
+
+
+def test_template_that_refuses(tmp_path):
+    """A chat template that raises (no system role, as Gemma's) is told with the row's place."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(ConfigError, match=r"data.jsonl:1: the chat template refuses .* System role not supported"):
+        load(jsonl(tmp_path, {"prompt": "a"}), tokenizer, system="S")
+
+
+def test_parquet(tmp_path, tokenizer):
+    """Parquet rows are read like JSONL rows; a broken file is one line."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path = str(tmp_path / "data.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", "b", "c"], "references": [["x"], None, []]}), path)
+    loaded = load(path, tokenizer, num_rows=2)
+    assert [p.text for p in loaded.prompts] == ["a", "b"] and loaded.prompts[0].references == ("x",)
+    Path(path).write_text("not parquet")
+    with pytest.raises(ConfigError, match="cannot be read as parquet"):
+        load(path, tokenizer)
+
+
+def test_hub_name_out_of_reach(tokenizer, monkeypatch):
+    """A hub name that cannot be had is one line with the reason."""
+    import datasets
+
+    def refuse(*args, **kwargs):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(ConfigError, match=r"'someone/some' \(split 'train'\) .* no route$"):
+        load("someone/some", tokenizer)
+
+
+class TestStream:
+    """The order of prompts is a pure function of seed and index."""
+
+    def test_epochs_are_permutations(self):
+        """Each epoch shows each prompt once, in another order, whatever was asked before."""
+        stream = PromptStream(list("abcdefghij"), seed=3)
+        seen = [stream[i] for i in range(30)]
+        epochs = [[prompt for epoch, prompt in seen if epoch == e] for e in range(3)]
+        assert [sorted(order) for order in epochs] == [list("abcdefghij")] * 3
+        assert epochs[0] != epochs[1] != epochs[2]
+        fresh = PromptStream(list("abcdefghij"), seed=3)
+        assert [fresh[i] for i in reversed(range(30))] == seen[::-1]
+        assert [PromptStream(list("abcdefghij"), seed=4)[i][1] for i in range(10)] != epochs[0]
+
+    def test_far_ahead_and_in_file_order(self):
+        """Any index is as cheap as the first; shuffle can be off; a negative seed is a seed."""
+        assert PromptStream("abc", seed=-1)[3 * 10**12 + 1][0] == 10**12
+        assert [PromptStream("abc", seed=0, shuffle=False)[i] for i in (0, 4)] == [(0, "a"), (1, "b")]
+
+    def test_order_is_stable_for_ever(self):
+        """A new NumPy may not change what a resumed run trains on next."""
+        assert "".join(PromptStream("abcdefgh", seed=1)[i][1] for i in range(16)) == "eafgchdbadgcfbhe"
