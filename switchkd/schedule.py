@@ -1,0 +1,112 @@
+"""What a run does at each step: which rollout ids train in it, where each completion comes from, and the learning rate.
+
+In: the stages and a PromptStream. Out: Tasks and numbers, all pure functions of (config, seed, index): workers, learner
+and a resumed run ask the same questions and get the same answers. Rollout ids are start indices and continue over
+stages; more steps in the last stage change no earlier task.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from itertools import accumulate
+from typing import Protocol
+
+from switchkd.prompts import ORIGIN_OF_BATCH, ORIGIN_OF_ROLLOUT, random_words
+from switchkd.sections import Mix, Stage
+from switchkd.types import Origin, Prompt, Task
+
+
+class Prompts(Protocol):
+    """An endless list of (epoch, prompt)."""
+
+    def __getitem__(self, index: int) -> tuple[int, Prompt]: ...
+
+
+class RunPlan:
+    """The order of a run's rollouts (ids 0 to `num_tasks` - 1) over its steps (0 to `num_steps` - 1) and stages."""
+
+    def __init__(self, stages: tuple[Stage, ...], prompts: Prompts, *, seed: int) -> None:
+        self.stages, self.prompts, self.seed = stages, prompts, seed
+        self.stage_ends = list(accumulate(stage.steps for stage in stages))
+        """First step after each stage."""
+        sizes = [stage.batch_size for stage in stages for _ in range(stage.steps)]
+        self.batch_ends = list(accumulate(sizes))
+        """First rollout id after each step."""
+
+    @property
+    def num_steps(self) -> int:
+        return self.stage_ends[-1]
+
+    @property
+    def num_tasks(self) -> int:
+        return self.batch_ends[-1] if self.batch_ends else 0
+
+    def stage_index(self, step: int) -> int:
+        """Which stage a step belongs to."""
+        self._check_step(step)
+        return bisect_right(self.stage_ends, step)
+
+    def stage(self, step: int) -> Stage:
+        return self.stages[self.stage_index(step)]
+
+    def batch_size(self, step: int) -> int:
+        return self.stage(step).batch_size
+
+    def step_of(self, rollout_id: int) -> int:
+        """The step that trains on a rollout under `fifo`."""
+        if not 0 <= rollout_id < self.num_tasks:
+            raise IndexError(f"rollout id {rollout_id} is outside this run's 0 to {self.num_tasks - 1}")
+        return bisect_right(self.batch_ends, rollout_id)
+
+    def first_id(self, step: int) -> int:
+        """The first rollout that a step trains on under `fifo`; for the step after the last, one beyond the last."""
+        return self.batch_ends[step - 1] if step else 0
+
+    def rollout_ids(self, step: int) -> range:
+        """All rollouts that a step trains on under `fifo`."""
+        self._check_step(step)
+        return range(self.first_id(step), self.batch_ends[step])
+
+    def task(self, rollout_id: int) -> Task:
+        """What to do for one start index."""
+        step = self.step_of(rollout_id)
+        _, prompt = self.prompts[rollout_id]
+        origin = self.origin(rollout_id)
+        return Task(rollout_id=rollout_id, batch=step, stage=self.stage_index(step), origin=origin, prompt=prompt)
+
+    def origin(self, rollout_id: int) -> Origin:
+        """Where a completion comes from, drawn from its id, or from its batch's number."""
+        step = self.step_of(rollout_id)
+        mix = self.stage(step).mix
+        if mix.drawn == "per_batch":
+            return _drawn(mix, _coin(self.seed, step, ORIGIN_OF_BATCH))
+        return _drawn(mix, _coin(self.seed, rollout_id, ORIGIN_OF_ROLLOUT))
+
+    def lr_at(self, step: int) -> float:
+        """A step's learning rate: warm-up from above 0 to the stage's `lr`, then its schedule down to `min_lr_frac`."""
+        stage = self.stage(step)
+        done = step - (self.stage_ends[self.stage_index(step)] - stage.steps)
+        warm_up = math.ceil(stage.warmup_frac * stage.steps)
+        if done < warm_up:
+            return stage.lr * (done + 1) / warm_up
+        progress = (done - warm_up) / (stage.steps - warm_up)
+        falling = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+        return stage.lr * (stage.min_lr_frac + (1 - stage.min_lr_frac) * falling[stage.lr_schedule])
+
+    def _check_step(self, step: int) -> None:
+        if not 0 <= step < self.num_steps:
+            raise IndexError(f"step {step} is outside this run's 0 to {self.num_steps - 1}")
+
+
+def _drawn(mix: Mix, coin: float) -> Origin:
+    shares = {Origin.ROLLOUT: mix.rollout, Origin.DATASET: mix.dataset, Origin.TEACHER: mix.teacher}
+    present = [origin for origin, share in shares.items() if share > 0]
+    ends = accumulate(shares[origin] / sum(shares.values()) for origin in present)
+    # the last one takes what rounding left over
+    return next((origin for origin, end in zip(present[:-1], ends, strict=False) if coin < end), present[-1])
+
+
+def _coin(seed: int, index: int, purpose: int) -> float:
+    """A number in [0, 1) with 53 random bits, a function of its arguments only."""
+    return (int(random_words(seed, index, purpose, 1)[0]) >> 11) * 2.0**-53
