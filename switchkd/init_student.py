@@ -1,0 +1,148 @@
+"""Cuts a student out of a teacher by depth: some of its layers, everything else as it is.
+
+In: the folder (or hub name) of a decoder-only transformers model. Out: an ordinary model folder with the same
+tokenizer, chat template and generation config. Such a cut writes noise until it has been trained on reference text.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from switchkd.config import ConfigError
+from switchkd.model_folder import check_model_folder
+
+
+def spread(num_layers: int, of: int) -> tuple[int, ...]:
+    """`num_layers` of `of` layer indices: the first and the last, the second and the last but one, and between those
+    evenly (12 of 30: 0, 1, 4, 7, ..., 25, 28, 29). Both ends do work that the middle layers share."""
+    if not 2 <= num_layers <= of:
+        raise ConfigError(f"num_layers={num_layers} of {of} layers: choose 2 to {of}, or list the layers")
+    if num_layers == 2:
+        return 0, of - 1
+    if num_layers == 3:
+        return 0, of // 2, of - 1
+    inner = num_layers - 3
+    return 0, *(1 + round(i * (of - 3) / inner) for i in range(inner + 1)), of - 1
+
+
+def init_student(
+    teacher_folder: str | Path,
+    out_folder: str | Path,
+    *,
+    layers: Sequence[int] | None = None,
+    num_layers: int | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Write the cut model to `out_folder`, which must not hold anything yet. Give `layers` or `num_layers`.
+
+    Raises ConfigError for layers that the teacher does not have, and for models whose layers cannot be taken apart.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = Path(out_folder).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not empty; remove it or choose another folder")
+    check_model_folder(str(teacher_folder), "teacher")
+    given = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = _config(teacher_folder, given)
+    kept = _checked(layers, num_layers, config.get_text_config(decoder=True).num_hidden_layers)
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_folder, config=config, dtype="auto", **given)
+    student = cut(teacher, kept)
+    tokenizer = AutoTokenizer.from_pretrained(teacher_folder, **given)
+    _save(out, student, tokenizer)
+    return out
+
+
+def _save(out: Path, *parts: Any) -> None:
+    """Beside, then renamed: a folder of that name is always whole."""
+    making = out.with_name(f".{out.name}.making")
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True)
+    try:
+        for part in parts:
+            part.save_pretrained(making)
+        if out.exists():
+            out.rmdir()  # empty, see above
+        making.rename(out)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+def _config(folder: str | Path, given: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    try:  # other people's files, or the hub
+        return AutoConfig.from_pretrained(folder, **given)
+    except (OSError, ValueError) as error:
+        line = next(iter(str(error).strip().splitlines()), "")
+        raise ConfigError(
+            f"teacher {str(folder)!r} is not a model folder or hub name that can be read: {line}"
+        ) from None
+
+
+def _checked(layers: Sequence[int] | None, num_layers: int | None, of: int) -> tuple[int, ...]:
+    if (layers is None) == (num_layers is None):
+        raise ConfigError("give exactly one of layers and num_layers")
+    if num_layers is not None:
+        return spread(num_layers, of)
+    kept = tuple(layers or ())
+    if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= of:
+        raise ConfigError(f"layers={','.join(map(str, kept))}: list some of 0 to {of - 1}, rising, each once")
+    return kept
+
+
+def cut(teacher: Any, layers: Sequence[int]) -> Any:
+    """The model with only these layers, as a new model of the same class: what depends on a layer's index (its cache
+    slot, its attention window) is built anew by the model's own constructor."""
+    path = layer_list(teacher)
+    new_index = {old: new for new, old in enumerate(layers)}
+    pattern = re.compile(rf"^{re.escape(path)}\.(\d+)\.")
+    state = {}
+    for name, tensor in teacher.state_dict().items():
+        found = pattern.match(name)
+        if found and int(found[1]) not in new_index:
+            continue
+        state[pattern.sub(f"{path}.{new_index[int(found[1])]}.", name) if found else name] = tensor.clone()
+    student, report = type(teacher).from_pretrained(
+        None,
+        config=_cut_config(teacher.config, layers),
+        state_dict=state,
+        dtype=teacher.dtype,
+        output_loading_info=True,
+    )
+    wrong = {what: sorted(names) for what, names in report.items() if names}
+    if wrong:  # layers that differ in shape, or share weights with other layers
+        raise ConfigError(f"{type(teacher).__name__} cannot be cut to layers {list(layers)}: {str(wrong)[:200]}")
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    return student.eval()
+
+
+def layer_list(model: Any) -> str:
+    """The name of the module list that holds the decoder's layers, such as `model.layers`. Raises ConfigError."""
+    from torch.nn import ModuleList
+
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    found = [name for name, part in model.named_modules() if isinstance(part, ModuleList) and len(part) == depth]
+    outer = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+    if len(outer) != 1:
+        what = "no list" if not outer else f"several lists ({', '.join(outer)})"
+        raise ConfigError(f"{type(model).__name__} has {what} of {depth} layers; it cannot be cut by depth")
+    return outer[0]
+
+
+def _cut_config(config: Any, layers: Sequence[int]) -> Any:
+    """The config of the cut model: fewer layers, and every list with one entry a layer cut alike."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config(decoder=True)
+    depth = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == depth:
+            setattr(text, name, [value[i] for i in layers])
+    text.num_hidden_layers = len(layers)
+    return config

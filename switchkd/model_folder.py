@@ -1,0 +1,55 @@
+"""Looks into a model folder without loading it: is everything there that `from_pretrained` will want?
+
+In: what the user wrote as a model. Out: nothing, or a ConfigError that names the missing file and the remedy.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from switchkd.config import ConfigError
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf")
+
+
+def looks_local(name: str) -> bool:
+    """Hub names are `name` or `owner/name`."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).is_dir()
+
+
+def check_model_folder(name: str, key: str) -> None:
+    """Raise ConfigError when `name`, the value of `key`, is a folder that lacks config, weights or tokenizer."""
+    if not looks_local(name):
+        return
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{key}={name}: there is no such folder; give the one that save_pretrained wrote, or a hub name"
+        )
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{key}={name}: the folder has no config.json; give the one that save_pretrained wrote")
+    _check_weights(folder, key)
+    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        raise ConfigError(f"{key}={name}: the folder has no tokenizer; save it there with tokenizer.save_pretrained")
+
+
+def _check_weights(folder: Path, key: str) -> None:
+    """Safetensors only: other formats may run code when they are loaded."""
+    if not list(folder.glob("*.safetensors")):
+        others = sorted(path.name for pattern in _OTHER_WEIGHTS for path in folder.glob(pattern))
+        found = f" (only {', '.join(others[:3])}: write it again with save_pretrained)" if others else ""
+        raise ConfigError(f"{key}={folder}: the folder has no weights, no *.safetensors{found}; give a complete model")
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:  # a file from elsewhere
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, AttributeError):
+        raise ConfigError(f"{key}={folder}: {index.name} cannot be read; copy the model again") from None
+    missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+    if missing:
+        raise ConfigError(
+            f"{key}={folder}: {len(missing)} of {len(shards)} weight files are missing, first {missing[0]}"
+        )
