@@ -1,6 +1,6 @@
 """Names in a config become objects: one match per choice, and nothing else in the house looks at a name.
 
-In: checked config sections. Out: rules, losses, modes. A user's own rule or loss is named `my_file:my_name` and 
+In: checked config sections. Out: rules, losses, modes. A user's own rule or loss is named `my_file:my_name` and
 imported from the working directory: it is the user's code and runs with the user's rights.
 """
 

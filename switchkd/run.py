@@ -77,6 +77,10 @@ def _connect(config: Config, log: MetricsLog) -> None:
     if config.cluster.mode == "inprocess":
         check_resources(config, _this_machine())
         return
+    from switchkd.actors import environment
+
+    if environment.is_private(config.cluster.mode):
+        environment.for_private_cluster()
     from switchkd.actors import launch
 
     launch.connect(config, log)

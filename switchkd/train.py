@@ -96,6 +96,7 @@ class Trainer:
         if entries is None:
             return
         waited = time.monotonic() - waited
+        staleness = self._staleness(entries)
         result = self._learn(entries)
         self.house.replay.commit(self.state.step, [entry.rollout_id for entry in entries]).result()
         step = self.state.step
@@ -103,7 +104,7 @@ class Trainer:
             self.state, step=step + 1, version=result.version, elapsed_s=time.monotonic() - self.started
         )
         self.weights = None
-        self._log_step(step, entries, result, waited)
+        self._log_step(step, entries, staleness, result, waited)
         last_of_stage = self.state.step in self.plan.stage_ends
         every = self.config.eval.every
         if last_of_stage or (every and self.state.step % every == 0):
@@ -141,16 +142,16 @@ class Trainer:
             self._wait([learning])
         return learning.result()
 
+    def _staleness(self, entries: list[Entry]) -> list[int]:
+        """Ages, in versions, of the rollouts that the student wrote at: data-set and teacher text does not age."""
+        written = [entry for entry in entries if self.plan.origin(entry.rollout_id) == Origin.ROLLOUT]
+        return [self.state.version - entry.oldest_version for entry in written]
+
     def _check_staleness(self, entries: list[Entry]) -> None:
         """Admission bounds it; a violation is our error, and a wrong number in a paper would be worse than a stop."""
-        if self.config.replay.policy != "fifo" or not self.plan.stage(self.state.step).mix.rollout:
-            return
-        worst = max(self.state.version - entry.oldest_version for entry in entries)
-        if worst > self.config.train.max_staleness and not self._all_from_data(entries):
-            raise RuntimeError(f"staleness {worst} above train.max_staleness={self.config.train.max_staleness}")
-
-    def _all_from_data(self, entries: list[Entry]) -> bool:
-        return all(self.plan.origin(entry.rollout_id) != Origin.ROLLOUT for entry in entries)
+        worst, limit = max(self._staleness(entries), default=0), self.config.train.max_staleness
+        if self.config.replay.policy == "fifo" and worst > limit:
+            raise RuntimeError(f"staleness {worst} above train.max_staleness={limit}; please report this")
 
     # ── workers ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -222,11 +223,12 @@ class Trainer:
 
     # ── look and save ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _log_step(self, step: int, entries: list[Entry], result: StepResult, waited: float) -> None:
+    def _log_step(
+        self, step: int, entries: list[Entry], staleness: list[int], result: StepResult, waited: float
+    ) -> None:
         now = time.monotonic()
         reports, self.reports = self.reports, []
         tokens = sum(report.num_tokens for report in reports)
-        staleness = [self.state.version - 1 - entry.oldest_version for entry in entries]
         row = {
             "stage": self.plan.stage(step).name,
             "weight_version": result.version,
@@ -241,7 +243,7 @@ class Trainer:
             "teacher/calls": sum(report.num_teacher_calls for report in reports),
             "teacher/signal_bytes": sum(report.signal_bytes for report in reports),
             "replay/staleness_mean": _mean(staleness),
-            "replay/staleness_max": max(staleness),
+            "replay/staleness_max": max(staleness, default=0),
             "time/step_s": now - self.last_step_end,
             "time/learn_s": result.time_s,
             "time/wait_rollouts_s": waited,

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import os
+import secrets as random_tokens
 from collections.abc import Mapping
 
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
 """Travel as an argument from process to process: never in a runtime environment, which Ray logs."""
+
+
+def is_private(mode: str) -> bool:
+    """Does this run start a Ray of its own? Not inside a submitted job: there it joins the job's cluster."""
+    return mode == "local" and not (os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"))
+
+
+def for_private_cluster() -> None:
+    """Loopback only, a token that lives in memory only, no usage report. Ray reads these once, when it is imported:
+    call this before."""
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", random_tokens.token_hex(32))
 
 
 class Secrets:

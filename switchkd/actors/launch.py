@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets as random_tokens
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from switchkd.actors import environment
 from switchkd.actors.environment import Secrets
 from switchkd.actors.futures import gathered, of_worker
 from switchkd.actors.learner_actor import LearnerActor, LearnerGroup
@@ -31,10 +31,10 @@ from switchkd.types import Exam, Task
 def connect(config: Config, log: MetricsLog) -> None:
     """Join the job's or the named cluster, or start a private one on this machine, and wait until the run fits."""
     if not ray.is_initialized():
-        if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID") or config.cluster.mode == "ray":
-            _join(config)
-        else:
+        if environment.is_private(config.cluster.mode):
             _start_private(config)
+        else:
+            _join(config)
     wait_for_resources(config, ray.cluster_resources, log.note)
 
 
@@ -44,11 +44,7 @@ def _join(config: Config) -> None:
 
 
 def _start_private(config: Config) -> None:
-    """A cluster of this process alone: loopback only, a token in memory only, no dashboard, no usage report."""
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN", random_tokens.token_hex(32))
+    """A cluster of this process alone (`environment.for_private_cluster` went before), without a dashboard."""
     needed = totals(part for parts in bundles(config).values() for part in parts)
     ray.init(
         address="local",
@@ -104,9 +100,8 @@ def build_house(config: Config, run_dir: Path, stop_ids: frozenset[int], log: Me
     if config.needs_teacher:
         teachers = [_start(TeacherActor, options("teacher"), plain, *common) for _ in range(config.teacher.replicas)]
     head: HeadArrays | None = ray.get(teachers[0].head.remote()) if teachers else None
-    head_ref = ray.put(head)
     workers = [
-        _start(RolloutActor, options("rollout"), plain, i, teachers, head_ref, stop_ids, replay, *common)
+        _start(RolloutActor, options("rollout"), plain, i, teachers, stop_ids, replay, *common)
         for i in range(config.rollout.num_workers)
     ]
     ranks = [_start(LearnerActor, options("learner"), plain, replay, *common) for _ in range(config.learner.num_ranks)]

@@ -11,7 +11,6 @@ import ray
 from switchkd.actors.environment import Secrets, prepare
 from switchkd.actors.teacher_router import TeacherRouter
 from switchkd.assembly import make_worker
-from switchkd.engines.heads import HeadArrays
 from switchkd.evaluate import EvalRow
 from switchkd.replay import ReplayFull
 from switchkd.sections import Config
@@ -27,7 +26,6 @@ class RolloutActor:
         config: dict[str, Any],
         index: int,
         teachers: Sequence[Any],
-        head: HeadArrays | None,
         stop_ids: frozenset[int],
         replay: Any,
         secrets: Secrets,
@@ -37,6 +35,7 @@ class RolloutActor:
         router = TeacherRouter(teachers, first=index) if teachers else None
         self.replay = replay
         self.offered: WeightBundle | None = None
+        head = router.head() if router else None
         self.worker = make_worker(Config.model_validate(config), index, router, head, stop_ids, lambda: self.offered)
 
     def ready(self) -> bool:

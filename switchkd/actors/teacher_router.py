@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
+from ray.exceptions import RayActorError
 
 from switchkd.engines.base import TeacherBusy, UnknownSession
+from switchkd.engines.heads import HeadArrays
 from switchkd.types import Blocks, Sessions, Signal
 
 RETRY_FOR_S = 300.0
@@ -72,6 +73,19 @@ class TeacherRouter:
         for home, ids in by_replica.items():
             self.replicas[home].close.remote(np.array(ids, np.int64))  # nobody waits for it
 
+    def head(self) -> HeadArrays | None:
+        """The teacher's output head, from whichever replica answers; None when it sends whole rows."""
+        deadline = time.monotonic() + RETRY_FOR_S
+        while True:
+            home = self._least_loaded(0)
+            try:
+                return ray.get(self.replicas[home].head.remote())
+            except RayActorError:
+                self._bad_until[home] = time.monotonic() + QUARANTINE_S
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
     # ── replicas ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _ask(
@@ -92,7 +106,7 @@ class TeacherRouter:
             except UnknownSession as error:
                 self._reopen(error.session_ids, blocks)
                 continue
-            except (ActorDiedError, ActorUnavailableError, RayActorError):
+            except RayActorError:  # it died, or cannot be reached just now
                 self._bad_until[home] = time.monotonic() + QUARANTINE_S
                 self._reopen([int(blocks.session_ids[i]) for i in by_replica[home]], blocks)
                 continue
@@ -129,7 +143,7 @@ class TeacherRouter:
                 busy += 1
                 if busy >= len(self.replicas):
                     raise
-            except (ActorDiedError, ActorUnavailableError, RayActorError):
+            except RayActorError:  # it died, or cannot be reached just now
                 self._bad_until[home] = time.monotonic() + QUARANTINE_S
                 if time.monotonic() > deadline:
                     raise
