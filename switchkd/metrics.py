@@ -1,0 +1,223 @@
+"""Numbers go to metrics.jsonl, the console and, where asked for, TensorBoard and W&B.
+
+In: one row per optimizer step, with names such as `loss/...`, `rollout/...` or `time/...`, and evaluations with
+`eval/...`. Out: a line each, flushed at once; on a terminal a live bar, else a plain line per `log_every` steps.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from switchkd.checkpoint import TrainState
+from switchkd.config import ConfigError
+from switchkd.files import json_safe, write_text_atomic
+from switchkd.resume import CONFIG
+from switchkd.sections import Metrics
+
+StageScores = Sequence[tuple[str, Mapping[str, float]]]
+"""The evaluation at each stage's end; "start" is the one before the first step."""
+
+METRICS = "metrics.jsonl"
+WANDB_ID = "wandb_run_id"
+
+COLUMNS = {
+    "agreement": "eval/agreement",
+    "agreement, own text": "eval/agreement_greedy",
+    "KL": "eval/kl",
+    "KL, own text": "eval/kl_greedy",
+    "ROUGE-L": "eval/rouge_l",
+    "exact match": "eval/exact_match",
+    "teacher share": "rollout/teacher_frac",
+    "tokens/s": "rollout/tokens_per_s",
+}
+"""The final table: titles and metrics. One that no row has is left out."""
+
+SHORT = {
+    "loss/total": "loss",
+    "rollout/teacher_frac": "teacher",
+    "rollout/tokens_per_s": "tokens/s",
+}
+"""What a console line shows of a step."""
+
+
+class MetricsLog:
+    """All sinks of one run: the console from the start, files from `open` on."""
+
+    def __init__(self, settings: Metrics, console: Console | None = None) -> None:
+        self.settings = settings
+        self.console = console or Console()
+        self._num_steps = self._first_step = 0
+        self._started = time.monotonic()
+        self._run_dir: Path | None = None
+        self._file: TextIO | None = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        self._bar: Progress | None = None
+
+    def open(self, run_dir: Path, num_steps: int, state: TrainState) -> None:
+        """Append to the run folder's files, which a resume has cut back to `state`. ConfigError without wandb."""
+        self._run_dir, self._num_steps, self._first_step = run_dir, num_steps, state.step
+        self._started = time.monotonic()
+        self._file = (run_dir / METRICS).open("a", encoding="utf-8")
+        if self.settings.tensorboard:
+            self._tensorboard = _tensorboard(run_dir, state.step)
+        if self.settings.wandb:
+            self._wandb = _wandb(run_dir, self.settings.wandb)
+        if self.console.is_terminal:
+            self._bar = _bar(self.console)
+            self._bar.add_task("", total=num_steps, completed=state.step, line="starting")
+            self._bar.start()
+
+    def step(self, step: int, row: Mapping[str, Any]) -> None:
+        """What an optimizer step (0-based) reports."""
+        line = _line(self._write({"step": step, **row}))
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step + 1, line=line)
+        elif (step + 1) % self.settings.log_every == 0 or step + 1 == self._num_steps:
+            self.note(f"step {step + 1}/{self._num_steps}  {line}  {self._eta(step + 1)}")
+
+    def evaluation(self, num_done: int, stage_end: str, scores: Mapping[str, float]) -> None:
+        """Scores after `num_done` steps; `stage_end` names the stage that ended with them, "start" before the first.
+
+        Filed under the last step done (-1 before the first), so that a checkpoint taken now keeps it.
+        """
+        self._write({"step": num_done - 1, **({"stage_end": stage_end} if stage_end else {}), **scores})
+        told = "  ".join(f"{k.removeprefix('eval/')} {v:.4g}" for k, v in scores.items() if not k.endswith("_std"))
+        self.note(f"evaluation after {num_done} steps: {told}")
+
+    def note(self, text: str) -> None:
+        """A line for the console."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def summary(self, stage_scores: StageScores, student: str, finished: bool) -> None:
+        """The last words: the table, and where the student is or how to go on."""
+        self._stop_bar()
+        if self._run_dir and (rows := summary_rows(stage_scores, self._run_dir / METRICS)):
+            self.console.print(summary_table(rows))
+        if finished:
+            self.note(f"student: {student}")
+        else:
+            self.note(f"stopped before the end; --resume goes on with {self._run_dir}")
+
+    def close(self) -> None:
+        self._stop_bar()
+        if self._file:
+            self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def _stop_bar(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+    def _write(self, told: dict[str, Any]) -> dict[str, Any]:
+        """To all sinks; returns the row in plain values."""
+        assert self._file is not None, "open() comes first"
+        row = json_safe(told)
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        numbers = {key: float(value) for key, value in row.items() if key != "step" and is_number(value)}
+        if self._tensorboard:
+            for key, value in numbers.items():
+                self._tensorboard.add_scalar(key, value, max(row["step"], 0))
+            self._tensorboard.flush()
+        if self._wandb:
+            self._wandb.log({"step": row["step"], **numbers})
+        return row
+
+    def _eta(self, num_done: int) -> str:
+        per_step = (time.monotonic() - self._started) / max(num_done - self._first_step, 1)
+        left = int(per_step * (self._num_steps - num_done))
+        return f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+
+
+def summary_rows(stage_scores: StageScores, metrics_file: Path) -> list[dict[str, Any]]:
+    """One row per stage, and one for the start: its scores, and the means over its steps of what COLUMNS asks for.
+
+    The means come from metrics.jsonl, which also has the steps before a resume.
+    """
+    with metrics_file.open(encoding="utf-8") as lines:
+        steps = [row for row in map(json.loads, lines) if "stage" in row]
+    scores = dict(stage_scores)
+    rows = []
+    for name in dict.fromkeys([*scores, *(row["stage"] for row in steps)]):
+        own = [row for row in steps if row["stage"] == name]
+        columns = {key: [row[key] for row in own if is_number(row.get(key))] for key in COLUMNS.values()}
+        means = {key: sum(values) / len(values) for key, values in columns.items() if values}
+        rows.append({"name": name, **means, **scores.get(name, {})})
+    return rows
+
+
+def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Before and after each stage: rows have a `name`, metrics of COLUMNS, and a `..._std` where seeds were several."""
+    shown = {title: key for title, key in COLUMNS.items() if any(is_number(row.get(key)) for row in rows)}
+    table = Table(title="before and after each stage", caption="agreement and KL (nats a token): with the teacher")
+    table.add_column("after")
+    for title in shown:
+        table.add_column(title, justify="right")
+    for row in rows:
+        table.add_row(str(row["name"]), *(_cell(row, key) for key in shown.values()))
+    return table
+
+
+def _cell(row: Mapping[str, Any], key: str) -> str:
+    if not is_number(value := row.get(key)):
+        return "-"
+    std = row.get(f"{key}_std")
+    return f"{value:.4g}" + (f" ± {std:.2g}" if std else "")
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """The stage and the numbers of SHORT."""
+    parts = [str(row.get("stage", ""))]
+    for key, name in SHORT.items():
+        value = row.get(key)
+        if is_number(value):
+            parts.append(f"{name} {value:.1%}" if key.endswith("_frac") else f"{name} {value:.4g}")
+    return "  ".join(part for part in parts if part)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _bar(console: Console) -> Progress:
+    columns = (MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.fields[line]}"), TimeRemainingColumn())
+    return Progress(*columns, console=console)
+
+
+def _tensorboard(run_dir: Path, first_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # seconds to import
+
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+
+
+def _wandb(run_dir: Path, project: str) -> Any:
+    """A resumed run goes on under its old id. The x axis is our own step: W&B's cannot go back to a checkpoint."""
+    try:  # not among what we require
+        import wandb
+    except ImportError:
+        raise ConfigError(f"metrics.wandb={project!r} needs wandb: pip install 'switchkd[wandb]'") from None
+    known, config = run_dir / WANDB_ID, run_dir / CONFIG
+    run = wandb.init(
+        project=project,
+        id=known.read_text().strip() if known.exists() else None,
+        resume="allow",
+        dir=str(run_dir),
+        config=yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else {},
+    )
+    write_text_atomic(known, f"{run.id}\n")
+    run.define_metric("*", step_metric="step")
+    return run

@@ -1,0 +1,187 @@
+"""Numbers reach every sink, at once and in order, and the run's last words are right."""
+
+import io
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from switchkd.checkpoint import TrainState
+from switchkd.config import ConfigError
+from switchkd.metrics import MetricsLog, summary_rows
+from switchkd.sections import Metrics
+
+
+def quiet(terminal: bool = False) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=160)
+
+
+def opened(run_dir, num_steps=4, step=0, console=None, **settings) -> MetricsLog:
+    log = MetricsLog(Metrics(**settings), console or quiet())
+    log.open(run_dir, num_steps, TrainState(step=step))
+    return log
+
+
+def row(stage="warm", **more):
+    return {"stage": stage, "loss/total": 0.5, "rollout/teacher_frac": 0.25, "rollout/tokens_per_s": 1234.5, **more}
+
+
+def lines(run_dir) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def said(log: MetricsLog) -> str:
+    return log.console.file.getvalue()
+
+
+def test_rows_are_there_at_once(tmp_path):
+    """Each row is on disk before `step` returns, in strict JSON: NaN is null, NumPy values are plain."""
+    log = opened(tmp_path)
+    log.step(0, row(lr=np.float32(0.5), bad=float("nan"), count=np.int64(3)))
+    assert lines(tmp_path) == [{"step": 0, **row(lr=0.5, bad=None, count=3)}]
+    log.close()
+
+
+def test_a_resumed_log_appends(tmp_path):
+    """Opening again goes on below the rows that are there."""
+    for step in (0, 1):
+        log = opened(tmp_path, step=step)
+        log.step(step, row())
+        log.close()
+    assert [one["step"] for one in lines(tmp_path)] == [0, 1]
+
+
+def test_an_evaluation_is_filed_under_the_last_step_done(tmp_path):
+    """Scores after n steps stand under step n - 1, so that the checkpoint taken after n steps keeps them."""
+    log = opened(tmp_path)
+    log.evaluation(0, "start", {"eval/kl": 2.0, "eval/kl_std": 0.1})
+    log.evaluation(3, "", {"eval/kl": 1.0})
+    log.close()
+    assert lines(tmp_path) == [
+        {"step": -1, "stage_end": "start", "eval/kl": 2.0, "eval/kl_std": 0.1},
+        {"step": 2, "eval/kl": 1.0},
+    ]
+    assert "after 0 steps: kl 2" in said(log) and "kl_std" not in said(log)
+
+
+def test_plain_lines_come_every_few_steps(tmp_path):
+    """Without a terminal a line is printed per `log_every` steps and for the last one, with no control codes."""
+    log = opened(tmp_path, num_steps=5, log_every=2)
+    for step in range(5):
+        log.step(step, row(**{"loss/total": np.float32(0.5)}))
+    log.close()
+    told = said(log).splitlines()
+    assert [line.split()[1] for line in told] == ["2/5", "4/5", "5/5"]
+    assert "warm  loss 0.5  teacher 25.0%  tokens/s 1234" in told[0] and "left" in told[0]
+    assert "\x1b" not in said(log)
+
+
+def test_a_terminal_gets_a_bar(tmp_path):
+    """On a terminal one live line shows step, stage, loss, teacher's share and speed; notes stand above it."""
+    log = opened(tmp_path, console=quiet(terminal=True))
+    log.step(2, row())
+    log.note("a [note]")
+    log.summary([], "out/student", True)
+    log.close()
+    assert "3/4" in said(log) and "loss 0.5" in said(log) and "a [note]" in said(log)
+    assert "step 3/4" not in said(log)
+
+
+def test_notes_need_no_run_folder():
+    """The console works before a run folder is open, and closing then is fine."""
+    log = MetricsLog(Metrics(), quiet())
+    log.note("waiting for a cluster")
+    log.close()
+    assert said(log) == "waiting for a cluster\n"
+
+
+def test_summary_shows_each_stage_before_and_after(tmp_path):
+    """The table has a row for the start and one per stage: scores with their deviation, means over its steps."""
+    log = opened(tmp_path)
+    log.step(0, row())
+    log.step(1, row(**{"rollout/teacher_frac": 0.75}))
+    log.step(2, row("main"))
+    scores = [
+        ("start", {"eval/kl": 2.0, "eval/rouge_l": 11.1, "eval/rouge_l_std": 0.5}),
+        ("warm", {"eval/kl": 1.0, "eval/rouge_l": 22.2}),
+        ("main", {"eval/kl": 0.5, "eval/rouge_l": 33.3}),
+    ]
+    rows = summary_rows(scores, log_file := tmp_path / "metrics.jsonl")
+    assert [(one["name"], one.get("rollout/teacher_frac")) for one in rows] == [
+        ("start", None),
+        ("warm", 0.5),
+        ("main", 0.25),
+    ]
+    log.summary(scores, "runs/a/student", True)
+    log.close()
+    table = said(log)
+    assert all(text in table for text in ("ROUGE-L", "11.1 ± 0.5", "33.3", "teacher share", "student: runs/a/student"))
+    assert "exact match" not in table and log_file.exists()
+
+
+def test_summary_without_scores(tmp_path):
+    """A run without evaluations still shows its stages; a stopped one says how to go on."""
+    log = opened(tmp_path)
+    log.step(0, row())
+    log.summary([], "", False)
+    log.close()
+    assert "warm" in said(log) and "--resume" in said(log) and "student:" not in said(log)
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    """With `tensorboard: true` each number of a row is a scalar under its own name and step."""
+    pytest.importorskip("tensorboard")
+    log = opened(tmp_path, tensorboard=True)
+    log.step(3, row())
+    log.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (scalar,) = events.Scalars("loss/total")
+    assert (scalar.step, scalar.value) == (3, 0.5)
+
+
+def test_wandb_goes_on_under_its_old_id(tmp_path, monkeypatch):
+    """W&B is told our own step, the stored config and, on a resume, the id of the first time."""
+    calls, rows = [], []
+
+    def init(**arguments):
+        calls.append(arguments)
+        return SimpleNamespace(
+            id=arguments["id"] or "abc123",
+            log=rows.append,
+            define_metric=lambda *args, **kw: None,
+            finish=lambda: rows.append("finished"),
+        )
+
+    fake = ModuleType("wandb")
+    fake.init = init
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    (tmp_path / "config.yaml").write_text("run: {dir: x}\n")
+    for step in (0, 1):
+        log = opened(tmp_path, step=step, wandb="kd")
+        log.step(step, row())
+        log.close()
+    assert [call["id"] for call in calls] == [None, "abc123"]
+    assert calls[0]["project"] == "kd" and calls[0]["config"] == {"run": {"dir": "x"}}
+    assert rows[0] == {"step": 0, "loss/total": 0.5, "rollout/teacher_frac": 0.25, "rollout/tokens_per_s": 1234.5}
+    assert rows.count("finished") == 2
+
+
+def test_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    """Asking for W&B without the package is a ConfigError with the command to install it."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"pip install 'switchkd\[wandb\]'"):
+        opened(tmp_path, wandb="kd")
+
+
+def test_nothing_heavy_is_imported():
+    """Torch and W&B are imported only when asked for."""
+    import subprocess
+
+    code = "import sys, switchkd.metrics; print([m for m in ('torch', 'wandb', 'tensorboard') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
