@@ -189,6 +189,8 @@ def test_rewound_steps_get_the_same_rollouts(policy):
     replay.durable(1)
     assert replay.rewind(1) == sorted({*before[1], *before[2]})
     replay.put([rollout(i) for i in range(12, 16)])
+    if policy != "uniform":
+        assert ids(replay.take(3, BATCH, 0, 0)) == [12, 13, 14, 15]
     assert ids(replay.take(2, BATCH, 0, 0)) == before[2]
     assert ids(replay.take(1, BATCH, 0, 0)) == before[1]
     with pytest.raises(ValueError, match="forgotten"):
@@ -259,7 +261,7 @@ def test_allowed_until_ends_with_the_last_batch():
 
 
 @pytest.mark.parametrize("policy", ["fifo", "completion"])
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(12))
 def test_no_rollout_is_lost_or_trained_twice(policy, seed):
     """Under any interleaving of puts (some twice), takes, expiries, rewinds, checkpoints and restarts, every rollout
     of the surviving history is trained on once, and each step that was trained again got the same rollouts."""
