@@ -1,0 +1,161 @@
+"""A student weight version is packed into flat buckets, travels, and is unpacked into another model.
+
+In: named tensors, of any device, one after the other (a generator may free each one before it makes the next).
+Out: a WeightBundle: uint8 buckets in host memory, a manifest (name, dtype, shape, bucket, offset, nbytes), a checksum.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+import zlib
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from switchkd.types import WeightBundle
+
+BUCKET_BYTES = 256 * 2**20
+_ALIGN = 64  # a view as any dtype needs an aligned start
+
+Entry = tuple[str, str, tuple[int, ...], int, int, int]
+
+
+def pack(
+    named_tensors: Iterable[tuple[str, Tensor]],
+    version: int,
+    bucket_bytes: int = BUCKET_BYTES,
+    *,
+    dtype: str | torch.dtype | None = None,
+) -> WeightBundle:
+    """Copy tensors into buckets of `bucket_bytes` (a larger tensor has a bucket of its own).
+
+    `dtype` casts the floating ones, such as fp32 masters to the rollout workers' bfloat16. Of tensors that share their
+    memory (tied weights) the first name is packed.
+    """
+    writer, tied = _Writer(bucket_bytes), _Tied()
+    for name, tensor in named_tensors:
+        if not tied.seen_before(tensor):
+            writer.write(name, tensor, _dtype(dtype))
+    buckets = writer.finish()
+    manifest = tuple(writer.manifest)
+    return WeightBundle(version=version, manifest=manifest, buckets=buckets, checksum=_checksum(manifest, buckets))
+
+
+def unpack(bundle: WeightBundle) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors, as views of the buckets: not to be written to. Checks the sum first."""
+    found = _checksum(bundle.manifest, bundle.buckets)
+    if found != bundle.checksum:
+        raise ValueError(
+            f"weights of version {bundle.version} are damaged (checksum {found}, not {bundle.checksum}): publish again"
+        )
+    return _views(bundle)
+
+
+@torch.no_grad()
+def unpack_into(module: nn.Module, bundle: WeightBundle) -> None:
+    """Overwrite all weights of `module`, cast to its dtypes. Either everything fits or nothing is written.
+
+    Each parameter is needed under one of its names (tied weights have several); persistent buffers may be left out.
+    """
+    targets: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    needed = {id(tensor) for tensor in targets.values()}
+    targets |= {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if name not in targets}
+    _check_fit(bundle, targets, needed)
+    for name, tensor in unpack(bundle):
+        targets[name].copy_(tensor)
+
+
+def _check_fit(bundle: WeightBundle, targets: dict[str, Tensor], needed: set[int]) -> None:
+    given = set()
+    for name, _, shape, *_ in bundle.manifest:
+        if name not in targets:
+            raise ValueError(f"weights of version {bundle.version} hold {name}, the model does not: another student?")
+        if tuple(targets[name].shape) != shape:
+            raise ValueError(
+                f"weights of version {bundle.version}: {name} is {list(shape)}, the model's {list(targets[name].shape)}"
+            )
+        given.add(id(targets[name]))
+    missing = next((name for name, tensor in targets.items() if id(tensor) in needed - given), None)
+    if missing is not None:
+        raise ValueError(f"weights of version {bundle.version} lack {missing}, the model does not: another student?")
+
+
+class _Writer:
+    """Fills one bucket after the other."""
+
+    def __init__(self, bucket_bytes: int) -> None:
+        self.bucket_bytes = bucket_bytes
+        self.manifest: list[Entry] = []
+        self._buckets: list[np.ndarray] = []
+        self._used = 0  # bytes of the last bucket
+
+    def write(self, name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        flat = tensor.detach().contiguous().reshape(-1)
+        nbytes = flat.numel() * flat.element_size()
+        offset = self._reserve(nbytes)
+        target = torch.from_numpy(self._buckets[-1][offset : offset + nbytes])
+        target.copy_(flat.view(torch.uint8))  # raw bytes, since NumPy has no bfloat16
+        text = str(tensor.dtype).removeprefix("torch.")
+        self.manifest.append((name, text, tuple(tensor.shape), len(self._buckets) - 1, offset, nbytes))
+
+    def finish(self) -> tuple[np.ndarray, ...]:
+        self._close()
+        return tuple(self._buckets)
+
+    def _reserve(self, nbytes: int) -> int:
+        offset = -(-self._used // _ALIGN) * _ALIGN
+        if not self._buckets or offset + nbytes > len(self._buckets[-1]):
+            self._close()
+            # memory that is never written to costs nothing, so the last bucket may be far too long
+            self._buckets.append(np.empty(max(nbytes, self.bucket_bytes), np.uint8))
+            offset = 0
+        elif offset > self._used:
+            self._buckets[-1][self._used : offset] = 0  # the checksum reads the gap too
+        self._used = offset + nbytes
+        return offset
+
+    def _close(self) -> None:
+        if self._buckets:
+            self._buckets[-1] = self._buckets[-1][: self._used]
+
+
+class _Tied:
+    """Tells a second name of the same memory from other tensors that merely came to lie where a freed one lay."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple, weakref.ref[Tensor]] = {}
+
+    def seen_before(self, tensor: Tensor) -> bool:
+        if tensor.numel() == 0:
+            return False
+        key = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        earlier = self._seen.get(key)
+        if earlier is not None and earlier() is not None:
+            return True
+        self._seen[key] = weakref.ref(tensor)
+        return False
+
+
+def _views(bundle: WeightBundle) -> Iterator[tuple[str, Tensor]]:
+    for name, dtype, shape, bucket, offset, nbytes in bundle.manifest:
+        with warnings.catch_warnings():  # what comes out of an object store is read-only, and torch warns of that
+            warnings.simplefilter("ignore", UserWarning)
+            flat = torch.from_numpy(bundle.buckets[bucket][offset : offset + nbytes])
+        yield name, flat.view(getattr(torch, dtype)).reshape(shape)
+
+
+def _checksum(manifest: tuple[Entry, ...], buckets: tuple[np.ndarray, ...]) -> str:
+    """CRC-32 of manifest and buckets: 2.6 GB/s on one core, four times a cryptographic one."""
+    crc = zlib.crc32(repr(manifest).encode())
+    for bucket in buckets:
+        crc = zlib.crc32(bucket.data, crc)
+    return f"{crc:08x}"
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
