@@ -1,0 +1,184 @@
+"""Rollouts become batches: which rank trains on which, in which micro-batches, and as which tensors.
+
+In: finished rollouts (or what is known of them), a loss. Out: a BatchPlan that all ranks agree on, and padded Batches.
+
+Shapes: B sequences, T positions (prompt and completion, padded on the right), N loss tokens of all B sequences, flat,
+D the teacher's hidden width, V the shared vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from switchkd.algo.losses import atkd_threshold
+from switchkd.engines.heads import hidden_from_signal
+from switchkd.types import BatchPlan, Rollout, Signal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossSpec:
+    """What a stage minimises: a per-token loss with its numbers, and how its tokens are weighted."""
+
+    name: str
+    per_token: Callable[..., Tensor]  # (p_logits [N, V], q_logits [N, V], labels [N], mask [N], **numbers) -> [N]
+    numbers: dict[str, Any] = field(default_factory=dict)
+    hard_frac: float | None = None  # ATKD: the share of hard tokens; the loss then takes `hard` bool [N]
+    lm_coef: float = 0.0  # this much cross-entropy is added on tokens of Source.DATA, over the same denominator
+    needs_teacher: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherRows:
+    """The signal of one teacher for loss tokens `start` to `stop` of a batch."""
+
+    teacher: str
+    kind: str  # as Signal.kind
+    start: int
+    stop: int
+    values: Tensor  # [stop - start, D] in the teacher's dtype, or float32 [stop - start, V]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Padded sequences, and one entry per loss token: the state that predicts it, and what is known of it."""
+
+    input_ids: Tensor  # int64 [B, T]
+    attention_mask: Tensor  # int64 [B, T], 1 = a token
+    position_ids: Tensor  # int64 [B, T]
+    rows: Tensor  # int64 [N], the sequence of the state that predicts the token
+    positions: Tensor  # int64 [N], its position there: one before the token's own
+    labels: Tensor  # int64 [N]
+    sources: Tensor  # uint8 [N], of Source
+    uncertainty: Tensor  # float32 [N]
+    teacher: tuple[TeacherRows, ...]  # covers all N in order, or is empty
+
+    def to(self, device: torch.device | str) -> Batch:
+        tensors = {name: getattr(self, name).to(device) for name in _TENSORS}
+        return Batch(**tensors, teacher=tuple(replace(rows, values=rows.values.to(device)) for rows in self.teacher))
+
+
+_TENSORS = (
+    "input_ids", "attention_mask", "position_ids", "rows", "positions", "labels", "sources", "uncertainty",
+)  # fmt: skip
+
+
+def collate(rollouts: Sequence[Rollout], pad_id: int, *, needs_teacher: bool = True) -> Batch:
+    """Pad on the right; token t of a completion after P prompt tokens is predicted by the state at P - 1 + t.
+
+    No rollouts at all give one sequence of one padding token and N = 0. Raises ValueError where a signal is missing.
+    """
+    sequences = [np.concatenate([r.prompt_ids, r.token_ids]) for r in rollouts]
+    width = max((len(s) for s in sequences), default=1)
+    input_ids = np.full((max(len(sequences), 1), width), pad_id, np.int64)
+    attention_mask = np.zeros_like(input_ids)
+    for row, sequence in enumerate(sequences):
+        input_ids[row, : len(sequence)] = sequence
+        attention_mask[row, : len(sequence)] = 1
+    if not rollouts:
+        attention_mask[0, 0] = 1  # attention over nothing is NaN in some kernels
+    firsts = [len(r.prompt_ids) - 1 for r in rollouts]
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(attention_mask),
+        position_ids=torch.arange(width).expand(len(input_ids), width).contiguous(),
+        rows=_flat([np.full(r.num_tokens, row) for row, r in enumerate(rollouts)], np.int64),
+        positions=_flat([first + np.arange(r.num_tokens) for first, r in zip(firsts, rollouts, strict=True)], np.int64),
+        labels=_flat([r.token_ids for r in rollouts], np.int64),
+        sources=_flat([r.sources for r in rollouts], np.uint8),
+        uncertainty=_flat([r.uncertainty for r in rollouts], np.float32),
+        teacher=_teacher_rows(rollouts) if needs_teacher else (),
+    )
+
+
+def split_micro(rollouts: Sequence[Rollout], micro_batch_size: int) -> list[list[Rollout]]:
+    """Micro-batches of similar lengths, the longest first: if memory is short, the first one says so."""
+    ordered = sorted(rollouts, key=lambda r: (-len(r.prompt_ids) - r.num_tokens, r.rollout_id))
+    return [ordered[start : start + micro_batch_size] for start in range(0, len(ordered), micro_batch_size)]
+
+
+def num_micro_batches(plan: BatchPlan, micro_batch_size: int) -> int:
+    """Of every rank, so that all make the same number of backward calls: a rank with fewer rollouts adds empty ones."""
+    return max(1, max(-(-len(ids) // micro_batch_size) for ids in plan.rollout_ids))
+
+
+class PlanEntry(Protocol):
+    """What planning needs to know of a rollout; a Rollout will do."""
+
+    @property
+    def rollout_id(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def uncertainty(self) -> np.ndarray: ...
+
+
+def plan_batch(
+    step: int, stage: int, entries: Sequence[PlanEntry], num_ranks: int, hard_frac: float | None = None
+) -> BatchPlan:
+    """Deal rollouts out by length, and count what the loss divides by. The order of `entries` does not matter.
+
+    Dealing goes there and back again (0, 1, 1, 0, ...): totals are near each other, and so are the lengths of the
+    ranks' n-th rollouts, for whose micro-batches they wait on each other. Counts differ by one at most.
+    """
+    ordered = sorted(entries, key=lambda e: (-e.num_tokens, e.rollout_id))
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    for i, entry in enumerate(ordered):
+        lap, place = divmod(i, num_ranks)
+        shares[place if lap % 2 == 0 else num_ranks - 1 - place].append(entry.rollout_id)
+    num_hard, threshold = _hard_split(ordered, hard_frac) if hard_frac is not None else (0, 0.0)
+    return BatchPlan(
+        step=step,
+        stage=stage,
+        rollout_ids=tuple(tuple(share) for share in shares),
+        num_loss_tokens=sum(entry.num_tokens for entry in ordered),
+        num_hard=num_hard,
+        hard_threshold=threshold,
+    )
+
+
+def _hard_split(entries: Sequence[PlanEntry], hard_frac: float) -> tuple[int, float]:
+    """ATKD's split over the whole optimizer step: (hard tokens, the UnC from which a token is hard)."""
+    for entry in entries:
+        if np.isnan(entry.uncertainty).any():
+            raise ValueError(
+                f"rollout {entry.rollout_id} has tokens without the teacher's uncertainty, which ATKD splits by: "
+                "let the teacher score every completion of this stage"
+            )
+    uncertainty = _flat([entry.uncertainty for entry in entries], np.float32)
+    threshold = atkd_threshold(uncertainty, hard_frac=hard_frac)
+    return int((uncertainty >= threshold).sum()), threshold
+
+
+def _teacher_rows(rollouts: Sequence[Rollout]) -> tuple[TeacherRows, ...]:
+    """One entry for each run of neighbours with the same teacher."""
+    segments: list[TeacherRows] = []
+    start = 0
+    for (teacher, kind), group in groupby(rollouts, key=lambda r: (r.teacher, _signal(r).kind)):
+        signals = [_signal(r) for r in group]
+        values = torch.cat([hidden_from_signal(s.values, s.dtype) for s in signals])
+        stop = start + len(values)
+        segments.append(TeacherRows(teacher=teacher, kind=kind, start=start, stop=stop, values=values))
+        start = stop
+    return tuple(segments)
+
+
+def _signal(rollout: Rollout) -> Signal:
+    if rollout.signal is None:
+        raise ValueError(f"rollout {rollout.rollout_id} carries no teacher signal, but the loss needs one")
+    if len(rollout.signal.values) != rollout.num_tokens:
+        raise ValueError(
+            f"rollout {rollout.rollout_id} has {rollout.num_tokens} tokens, "
+            f"but its teacher signal has {len(rollout.signal.values)} rows"
+        )
+    return rollout.signal
+
+
+def _flat(parts: Sequence[np.ndarray], dtype: type) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype, copy=False))

@@ -1,0 +1,126 @@
+"""For the learner: rollouts with a real teacher signal, and the step that a reader of torch would write."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tiny import NUM_TOKENS, PAD, save_tiny, tiny_model
+
+from switchkd.algo import losses
+from switchkd.batching import LossSpec
+from switchkd.engines.heads import HeadArrays, final_hidden, head_of, signal_from_hidden
+from switchkd.types import Origin, Rollout, Signal, Source
+
+TEACHER_VOCAB = 136  # wider than the student's table of 128; both are wider than the 120 tokens they share
+NUMBERS = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.0}
+
+FORWARD_KL = LossSpec(name="forward_kl", per_token=losses.forward_kl)
+SKEWED = LossSpec(name="skew_reverse_kl", per_token=losses.skew_reverse_kl, numbers={"alpha": 0.1}, lm_coef=0.5)
+ATKD = LossSpec(name="atkd", per_token=losses.atkd, numbers={"lam": 0.2}, hard_frac=0.5)
+CROSS_ENTROPY = LossSpec(name="cross_entropy", per_token=losses.cross_entropy, needs_teacher=False)
+
+
+def student_folder(path: Path, family: str = "llama", **config: Any) -> Path:
+    return save_tiny(path, family, seed=1, **config)
+
+
+def teacher_model() -> Any:
+    return tiny_model("llama", seed=2, vocab_size=TEACHER_VOCAB, hidden_size=24, num_attention_heads=3,
+                      num_key_value_heads=1)  # fmt: skip
+
+
+def teacher_heads() -> dict[str, HeadArrays]:
+    return {"": head_of(teacher_model(), NUM_TOKENS).to_arrays()}
+
+
+@torch.no_grad()
+def make_rollouts(num: int, *, seed: int = 0, kind: str = "hidden", longest: int = 14) -> list[Rollout]:
+    """Random texts of very different lengths, written by all three sources, scored by the teacher."""
+    rng = np.random.default_rng(seed)
+    teacher = teacher_model()
+    return [_rollout(i, teacher, rng, kind, longest) for i in range(num)]
+
+
+def _rollout(index: int, teacher: Any, rng: np.random.Generator, kind: str, longest: int) -> Rollout:
+    prompt, tokens = (rng.integers(5, NUM_TOKENS, n).astype(np.int32) for n in rng.integers(1, longest, 2))
+    ids = torch.from_numpy(np.concatenate([prompt, tokens])).long()[None]
+    rows = slice(len(prompt) - 1, len(prompt) - 1 + len(tokens))
+    logits = teacher(ids).logits[0, rows, :NUM_TOKENS]
+    if kind == "hidden":
+        values, dtype = signal_from_hidden(final_hidden(teacher, input_ids=ids)[0, rows])
+    else:
+        values, dtype = logits.numpy(), "float32"
+    return Rollout(
+        rollout_id=index, batch=0, stage=0, prompt_id="", origin=Origin.ROLLOUT, prompt_ids=prompt, token_ids=tokens,
+        sources=rng.integers(0, 3, len(tokens)).astype(np.uint8), weight_versions=np.zeros(len(tokens), np.int32),
+        statistic=np.zeros(len(tokens), np.float32), threshold=np.zeros(len(tokens), np.float32),
+        uncertainty=losses.uncertainty(logits, torch.from_numpy(tokens).long()).numpy(),
+        signal=Signal(kind=kind, dtype=dtype, values=values, lengths=np.array([len(tokens)], np.int32)),
+        finish_reason="length",
+    )  # fmt: skip
+
+
+class NaiveLearner:
+    """One sequence at a time without padding, whole rows of logits, one backward call, torch's own AdamW."""
+
+    def __init__(self, model: Any, *, clip: float = 1.0) -> None:
+        self.model, self.clip, self.teacher = copy.deepcopy(model).requires_grad_(True), clip, teacher_model()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), **NUMBERS)
+
+    def step(self, rollouts: Sequence[Rollout], spec: LossSpec) -> tuple[float, float]:
+        """(loss, gradient norm)."""
+        loss = self.loss(rollouts, spec)
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        return loss.item(), norm.item()
+
+    def loss(self, rollouts: Sequence[Rollout], spec: LossSpec) -> torch.Tensor:
+        p_rows, q_rows, labels, sources = [], [], [], []
+        for r in rollouts:
+            ids = torch.from_numpy(np.concatenate([r.prompt_ids, r.token_ids])).long()[None]
+            with torch.no_grad():
+                p_logits = self.teacher(ids).logits[0, :, :NUM_TOKENS]
+            q_logits = self.model(ids).logits[0, :, :NUM_TOKENS]
+            for i in range(len(r.prompt_ids), ids.shape[1]):  # token i is predicted by the row before it
+                p_rows.append(p_logits[i - 1])
+                q_rows.append(q_logits[i - 1])
+                labels.append(ids[0, i])
+                sources.append(r.sources[i - len(r.prompt_ids)])
+        return self._reduce(torch.stack(p_rows), torch.stack(q_rows), torch.stack(labels), sources, spec)
+
+    def _reduce(self, p: torch.Tensor, q: torch.Tensor, labels: torch.Tensor, sources: list[int],
+                spec: LossSpec) -> torch.Tensor:  # fmt: skip
+        mask = torch.ones(len(labels), dtype=torch.bool)
+        if spec.hard_frac is not None:
+            unc = losses.uncertainty(p, labels)
+            hard = unc >= losses.atkd_threshold(unc, hard_frac=spec.hard_frac)
+            each = spec.per_token(p, q, labels, mask, hard=hard, **spec.numbers)
+            total = each[hard].mean() + each[~hard].mean()
+        else:
+            total = spec.per_token(p, q, labels, mask, **spec.numbers).mean()
+        lm = torch.nn.functional.cross_entropy(q, labels, reduction="none")
+        from_data = torch.tensor([s == Source.DATA for s in sources])
+        return total + spec.lm_coef * (lm * from_data).sum() / len(labels)
+
+
+def settings_of(folder: Path, **changes: Any) -> Any:
+    from switchkd.engines.deepspeed_learner import LearnerSettings
+
+    # ZeRO-3 keeps small parameters whole, and all of ours are small: then nothing would be tested
+    whole = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    given = {"micro_batch_size": 2, "chunk_tokens": 5, "timeout_s": 60.0, "threads": 1, "deepspeed": whole}
+    return LearnerSettings(model=str(folder), vocab_size=NUM_TOKENS, pad_id=PAD, device="cpu", **(given | changes))
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Relative, in the Euclidean norm over all tensors."""
+    assert a.keys() == b.keys(), a.keys() ^ b.keys()
+    square = sum(float((a[name].double() - b[name].double()).square().sum()) for name in a)
+    return (square / sum(float(b[name].double().square().sum()) for name in b)) ** 0.5

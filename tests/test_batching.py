@@ -1,0 +1,150 @@
+"""Rollouts become batches: the right state for each token, the same numbers for every rank."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from learning import make_rollouts
+from tiny import PAD, tiny_model
+
+from switchkd.algo.losses import atkd_threshold
+from switchkd.batching import collate, num_micro_batches, plan_batch, split_micro
+
+torch.set_num_threads(1)
+
+
+def test_the_state_before_a_token_predicts_it() -> None:
+    """labels[i] stands in the sequence at rows[i], positions[i] + 1, for every completion token and no other."""
+    rollouts = make_rollouts(6)
+    batch = collate(rollouts, PAD)
+    assert torch.equal(batch.input_ids[batch.rows, batch.positions + 1], batch.labels)
+    for row, rollout in enumerate(rollouts):
+        mine = batch.rows == row
+        first, last = len(rollout.prompt_ids) - 1, len(rollout.prompt_ids) + rollout.num_tokens - 2
+        assert batch.positions[mine].tolist() == list(range(first, last + 1))
+        assert batch.labels[mine].tolist() == rollout.token_ids.tolist()
+        assert batch.sources[mine].tolist() == rollout.sources.tolist()
+
+
+def test_a_model_that_copies_shows_the_alignment() -> None:
+    """With states that *are* the next token, the picked states equal the labels: off by one would not."""
+    batch = collate(make_rollouts(5), PAD)
+    states = torch.roll(batch.input_ids, -1, dims=1)
+    assert torch.equal(states[batch.rows, batch.positions], batch.labels)
+    assert not torch.equal(torch.roll(states, 1, dims=1)[batch.rows, batch.positions], batch.labels)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2"])
+def test_padding_changes_no_state(family: str) -> None:
+    """Hidden states of loss tokens in a padded batch equal those of each sequence alone."""
+    model, rollouts = tiny_model(family, attn="eager"), make_rollouts(4)
+    batch = collate(rollouts, PAD)
+    with torch.no_grad():
+        inputs = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+        together = model.base_model(input_ids=batch.input_ids, **inputs)[0][batch.rows, batch.positions]
+        alone = [
+            model.base_model(torch.from_numpy(np.concatenate([r.prompt_ids, r.token_ids])).long()[None])[0][
+                0, len(r.prompt_ids) - 1 : -1
+            ]
+            for r in rollouts
+        ]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=2e-5)
+
+
+def test_the_signal_stays_with_its_tokens() -> None:
+    """Signals of several teachers and kinds cover the loss tokens in order, neighbours of one teacher in one piece."""
+    rollouts = [replace(r, teacher=t) for r, t in zip(make_rollouts(5), "aabba", strict=True)]
+    rollouts[4] = replace(make_rollouts(5, kind="full")[4], teacher="a")
+    batch = collate(rollouts, PAD)
+    assert [(s.teacher, s.kind) for s in batch.teacher] == [("a", "hidden"), ("b", "hidden"), ("a", "full")]
+    assert [s.start for s in batch.teacher] == [0, *(s.stop for s in batch.teacher[:-1])]
+    assert batch.teacher[-1].stop == len(batch.labels)
+    assert np.array_equal(batch.teacher[2].values.numpy(), rollouts[4].signal.values)
+
+
+def test_bfloat16_travels_as_uint16() -> None:
+    """A bfloat16 signal comes out as the numbers that went in, from read-only memory too."""
+    rollout = make_rollouts(1)[0]
+    wanted = torch.from_numpy(rollout.signal.values).bfloat16()
+    values = wanted.view(torch.int16).numpy().view(np.uint16).copy()
+    values.flags.writeable = False
+    travelled = replace(rollout, signal=replace(rollout.signal, dtype="bfloat16", values=values))
+    assert torch.equal(collate([travelled], PAD).teacher[0].values, wanted)
+
+
+def test_missing_signals_are_errors() -> None:
+    """A loss with a teacher refuses a rollout without its rows, naming it; a loss without one does not look."""
+    rollout = make_rollouts(1)[0]
+    with pytest.raises(ValueError, match="rollout 0 carries no teacher signal"):
+        collate([replace(rollout, signal=None)], PAD)
+    short = replace(rollout.signal, values=rollout.signal.values[:-1])
+    with pytest.raises(ValueError, match="rows"):
+        collate([replace(rollout, signal=short)], PAD)
+    assert collate([replace(rollout, signal=None)], PAD, needs_teacher=False).teacher == ()
+
+
+def test_an_empty_batch_has_a_sequence_and_no_tokens() -> None:
+    """A rank without rollouts still has something to run."""
+    batch = collate([], PAD)
+    assert batch.input_ids.tolist() == [[PAD]] and batch.attention_mask.tolist() == [[1]]
+    assert len(batch.labels) == len(batch.rows) == 0 and batch.teacher == ()
+
+
+def test_micro_batches_are_sorted_by_length() -> None:
+    """Longest first, whatever order they came in; each rollout once; less padding than in that order."""
+    rollouts = make_rollouts(11)
+    micro = split_micro(rollouts, 4)
+    assert micro == split_micro(rollouts[::-1], 4)
+    lengths = [len(r.prompt_ids) + r.num_tokens for group in micro for r in group]
+    assert lengths == sorted(lengths, reverse=True) and [len(group) for group in micro] == [4, 4, 3]
+    assert sorted(r.rollout_id for group in micro for r in group) == list(range(11))
+    padding = [int((collate(g, PAD).attention_mask == 0).sum()) for g in micro]
+    unsorted = [int((collate(rollouts[i : i + 4], PAD).attention_mask == 0).sum()) for i in range(0, 11, 4)]
+    assert sum(padding) < sum(unsorted)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8])
+def test_a_plan_is_fair_and_independent_of_order(num_ranks: int) -> None:
+    """Each rollout once, counts within one, tokens of ranks with equal counts within one longest rollout."""
+    rollouts = make_rollouts(22, longest=40)
+    plan = plan_batch(5, 1, rollouts, num_ranks)
+    assert plan == plan_batch(5, 1, rollouts[::-1], num_ranks)
+    assert sorted(i for ids in plan.rollout_ids for i in ids) == list(range(22))
+    counts = [len(ids) for ids in plan.rollout_ids]
+    assert max(counts) - min(counts) <= 1
+    tokens = [sum(rollouts[i].num_tokens for i in ids) for ids in plan.rollout_ids]
+    longest = max(r.num_tokens for r in rollouts)
+    for count in set(counts):
+        same = [t for t, c in zip(tokens, counts, strict=True) if c == count]
+        assert max(same) - min(same) <= longest
+    assert plan.num_loss_tokens == sum(r.num_tokens for r in rollouts)
+
+
+def test_ranks_agree_on_the_number_of_micro_batches() -> None:
+    """The fullest rank decides, and a step is never without one."""
+    plan = plan_batch(0, 0, make_rollouts(5), 2)
+    assert [len(ids) for ids in plan.rollout_ids] == [3, 2]
+    assert [num_micro_batches(plan, size) for size in (1, 2, 3, 8)] == [3, 2, 1, 1]
+    assert num_micro_batches(plan_batch(0, 0, [], 2), 4) == 1
+
+
+def test_atkd_is_split_over_the_whole_step() -> None:
+    """Threshold and count are those of all tokens together, the same for any number of ranks."""
+    rollouts = make_rollouts(9)
+    unc = torch.from_numpy(np.concatenate([r.uncertainty for r in rollouts]))
+    for num_ranks in (1, 3):
+        plan = plan_batch(0, 0, rollouts, num_ranks, hard_frac=0.3)
+        assert plan.hard_threshold == atkd_threshold(unc, hard_frac=0.3)
+        assert plan.num_hard == int((unc >= plan.hard_threshold).sum())
+    assert plan_batch(0, 0, rollouts, 1).num_hard == 0
+
+
+def test_atkd_needs_the_teachers_uncertainty() -> None:
+    """A rollout that no teacher scored is named."""
+    rollouts = make_rollouts(3)
+    rollouts[1] = replace(rollouts[1], uncertainty=np.full_like(rollouts[1].uncertainty, np.nan))
+    with pytest.raises(ValueError, match="rollout 1 has tokens without"):
+        plan_batch(0, 0, rollouts, 1, hard_frac=0.5)
