@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import re
 import shutil
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +67,9 @@ def _save(out: Path, *parts: Any) -> None:
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
     try:
-        for part in parts:
-            part.save_pretrained(making)
+        with redirect_stdout(sys.stderr):  # saving imports DeepSpeed where it is installed, and that logs to stdout
+            for part in parts:
+                part.save_pretrained(making)
         if out.exists():
             out.rmdir()  # empty, see above
         making.rename(out)

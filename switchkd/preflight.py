@@ -1,0 +1,297 @@
+"""Refuses what cannot work, before any actor starts; and fetches, cuts and reads what the actors will need.
+
+In: a checked config. Out: a `Ready` (config with model folders, tokenizer, prompts), or a ConfigError of one line that
+names the key, the value and the remedy. `check` costs seconds and writes nothing; `prepare` adds models and data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from switchkd.assembly import max_len
+from switchkd.build import build_loss, build_rule
+from switchkd.config import ConfigError
+from switchkd.demo import cache_dir, fetch_demo
+from switchkd.engines.loading import load_tokenizer, same_tokenizer, stop_ids
+from switchkd.examination import WITH_TEACHER
+from switchkd.init_student import init_student
+from switchkd.model_folder import check_model_folder, looks_local
+from switchkd.prompts import PromptSet, answer_end, eval_data, load_prompts
+from switchkd.sections import Config, Cut, Model, Stage
+
+_JOB_VARIABLES = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_ID")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ready:
+    """Everything that was made while looking."""
+
+    config: Config  # `demo` and `cut` replaced by folders
+    tokenizer: Any
+    stop_ids: frozenset[int]  # of both models: each ends a completion
+    stop_id: int  # the one that ends the data set's references
+    prompts: PromptSet
+    eval_prompts: PromptSet | None
+
+
+def prepare(config: Config) -> Ready:
+    """All checks that need no cluster, in the order of their cost. Raises ConfigError."""
+    check(config)
+    config = resolve_models(config)
+    tokenizer, ends = check_models(config)
+    stop_id = answer_end(config.data, tokenizer, ends)
+    needs = any(stage.mix.dataset > 0 and stage.steps for stage in config.train.stages)
+    prompts = load_prompts(config.data, tokenizer, stop_id=stop_id, need_references=needs)
+    evaluated = None
+    if config.eval.data:
+        evaluated = load_prompts(eval_data(config), tokenizer, stop_id=stop_id)
+    return Ready(
+        config=config, tokenizer=tokenizer, stop_ids=ends, stop_id=stop_id, prompts=prompts, eval_prompts=evaluated
+    )
+
+
+# --- from the config and the disk ------------------------------------------------------------------------------------
+
+
+def check(config: Config) -> None:
+    """What can be said without a model in memory. Raises ConfigError."""
+    _check_run_dir(config)
+    for index, stage in enumerate(config.train.stages):
+        try:
+            _check_stage(stage)
+        except ConfigError as error:
+            raise ConfigError(f"train.stages.{index} ({stage.name}): {error}") from None
+    _check_eval(config)
+    _check_data(config)
+    if _reads_teacher(config) and config.teacher.model != "demo":
+        check_model_folder(config.teacher.model, "teacher.model")
+    if config.student.cut is None and config.student.model != "demo":
+        check_model_folder(config.student.model, "student.model")
+
+
+def _check_run_dir(config: Config) -> None:
+    path = Path(config.run.dir).expanduser()
+    if not path.is_absolute() and any(os.environ.get(name) for name in _JOB_VARIABLES):
+        raise ConfigError(
+            f"run.dir={config.run.dir} is relative, but a submitted job's working directory is a copy that disappears; "
+            "give an absolute path on storage that outlives the job"
+        )
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"run.dir={config.run.dir} is a file; give a folder")
+
+
+def _check_stage(stage: Stage) -> None:
+    """Rule and loss are built and tried, to hear what they refuse; then combinations that would train on nothing."""
+    for kind, name, attempt in (("rule", stage.rule.type, build_rule), ("loss", stage.loss.type, _try_loss)):
+        try:
+            attempt(stage)
+        except ConfigError:
+            raise
+        except Exception as error:
+            if ":" not in name and not isinstance(error, ValueError):
+                raise  # ours, not the user's
+            told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ConfigError(f"{kind} {name}: {told}") from None
+    plain = stage.loss.type == "cross_entropy"
+    if plain and stage.mix.rollout > 0 and stage.rule.type == "student":
+        raise ConfigError(
+            "loss cross_entropy on tokens that the student wrote itself teaches it nothing; take a distillation loss, "
+            "or mix.dataset or mix.teacher instead of mix.rollout"
+        )
+    if stage.loss.lm_coef > 0 and stage.mix.dataset == 0:
+        raise ConfigError(f"loss.lm_coef={stage.loss.lm_coef:g} counts on data-set tokens, but mix.dataset is 0")
+
+
+def _try_loss(stage: Stage) -> None:
+    """A loss says what it thinks of its numbers when it is called; so does a user's own, with its shapes."""
+    import torch
+
+    loss = build_loss(stage)
+    num, vocab = 3, 64
+    logits = torch.linspace(-1, 1, num * vocab).view(num, vocab)
+    mask = torch.ones(num, dtype=torch.bool)
+    hard = {} if loss.hard_frac is None else {"hard": mask}
+    values = loss.per_token(logits, logits.flip(1), torch.arange(num), mask, **hard, **loss.numbers)
+    if not isinstance(values, torch.Tensor) or values.shape != (num,):
+        shape = list(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+        raise ConfigError(
+            f"loss {stage.loss.type} returned {shape} for {num} tokens; return one value a token, [{num}]"
+        )
+    if loss.hard_frac is not None and not 0 <= loss.hard_frac <= 1:
+        raise ConfigError(f"loss {stage.loss.type}: hard_frac is {loss.hard_frac}: give a share from 0 to 1")
+
+
+def _check_eval(config: Config) -> None:
+    by = config.train.select_by
+    if by in WITH_TEACHER and not config.needs_teacher:
+        raise ConfigError(f"train.select_by={by} compares with a teacher, and no stage has one; take rouge_l")
+
+
+def _check_data(config: Config) -> None:
+    if not config.data.train:
+        raise ConfigError("data.train is empty; name a JSONL or parquet file, or a data set of the hub")
+    for key, name in (("data.train", config.data.train), ("eval.data", config.eval.data)):
+        if Path(name).is_absolute() and not Path(name).is_file():
+            raise ConfigError(f"{key}={name}: there is no such file; relative paths start at the config file's folder")
+
+
+def _reads_teacher(config: Config) -> bool:
+    return config.needs_teacher or config.student.cut is not None
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def resolve_models(config: Config) -> Config:
+    """The config with `demo` replaced by the fetched folder and a `cut` made (once, in the user's cache). Both stay on
+    this machine: on a cluster without a shared home set $SWITCHKD_CACHE to shared storage."""
+    teacher, student = config.teacher, config.student
+    if _reads_teacher(config) and teacher.model == "demo":
+        teacher = teacher.model_copy(update={"model": str(fetch_demo())})
+    if student.cut is not None:
+        student = student.model_copy(update={"model": str(cut_student(teacher, student.cut)), "cut": None})
+    elif student.model == "demo":
+        student = student.model_copy(update={"model": str(fetch_demo())})
+    return config.model_copy(update={"teacher": teacher, "student": student})
+
+
+def cut_student(teacher: Model, cut: Cut) -> Path:
+    """The folder of the cut, made if need be. Its name holds a digest of what it was made from."""
+    from filelock import FileLock
+
+    which = hashlib.sha256(f"{_fingerprint(teacher)} {cut.layers} {cut.num_layers}".encode()).hexdigest()[:12]
+    num = cut.num_layers or len(cut.layers or ())
+    folder = cache_dir() / "cuts" / f"{Path(teacher.model).name}-{num}-layers-{which}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not folder.exists():
+            init_student(
+                teacher.model,
+                folder,
+                layers=cut.layers,
+                num_layers=cut.num_layers,
+                revision=teacher.revision,
+                trust_remote_code=teacher.trust_remote_code,
+            )
+    return folder
+
+
+def _fingerprint(model: Model) -> str:
+    """Changes when the model's files do."""
+    if not looks_local(model.model):
+        return f"{model.model}@{model.revision}"
+    folder = Path(model.model).expanduser().resolve()
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors", ".jinja")]
+    return f"{folder} " + " ".join(f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files)
+
+
+def check_models(config: Config) -> tuple[Any, frozenset[int]]:
+    """The student's tokenizer and the stop ids of both models, from their small files alone. Raises ConfigError where
+    the tokenizers differ or the run needs more positions than a model has."""
+    student = _tokenizer(config.student)
+    ends: frozenset[int] = frozenset()
+    roles: list[tuple[str, Model]] = [("student", config.student)]
+    if config.needs_teacher:
+        roles.append(("teacher", config.teacher))
+        difference = same_tokenizer(_tokenizer(config.teacher), student)
+        if difference:
+            raise ConfigError(
+                f"teacher.model={config.teacher.model} and student.model={config.student.model} need one tokenizer: "
+                f"{difference}; choose models of one family"
+            )
+    for role, section in roles:
+        model = _read_config(section, f"{role}.model")
+        _check_model(config, model, section, role)
+        ends |= stop_ids(model, student)
+    return student, ends
+
+
+def _tokenizer(section: Model) -> Any:
+    return load_tokenizer(section.model, trust_remote_code=section.trust_remote_code, revision=section.revision)
+
+
+def _read_config(section: Model, key: str) -> Any:
+    """The model's config and generation config, as `stop_ids` reads them off a model."""
+    from transformers import AutoConfig, GenerationConfig
+
+    given: dict[str, Any] = {"revision": section.revision, "token": os.environ.get("HF_TOKEN") or False}
+    try:  # other people's files, or the hub
+        config = AutoConfig.from_pretrained(section.model, trust_remote_code=section.trust_remote_code, **given)
+    except (OSError, ValueError) as error:
+        line = next(iter(str(error).strip().splitlines()), "")
+        raise ConfigError(f"{key}={section.model}: its config cannot be read: {line}") from None
+    try:
+        generation = GenerationConfig.from_pretrained(section.model, **given)
+    except OSError:  # many models have none
+        generation = None
+    return SimpleNamespace(config=config, generation_config=generation)
+
+
+def _check_model(config: Config, model: Any, section: Model, role: str) -> None:
+    text = model.config.get_text_config(decoder=True)
+    limit, wanted, prompt = (
+        getattr(text, "max_position_embeddings", None),
+        max_len(config),
+        config.data.max_prompt_tokens,
+    )
+    if limit and wanted > limit:
+        raise ConfigError(
+            f"{role}.model={section.model} has {limit} positions, but data.max_prompt_tokens={prompt} and the longest "
+            f"completion ({wanted - prompt}) need {wanted}; lower data.max_prompt_tokens, data.max_reference_tokens or "
+            "max_new_tokens"
+        )
+    if section.attn == "sdpa" and getattr(text, "attn_logit_softcapping", None):
+        raise ConfigError(f"{role}.attn=sdpa leaves out the soft-cap of {section.model}'s attention; set it to eager")
+
+
+# --- the machine or the cluster --------------------------------------------------------------------------------------
+
+
+def needs(config: Config) -> dict[str, dict[str, float]]:
+    """CPUs and GPUs that each role asks for, all its processes together."""
+    learner, workers = config.learner, config.rollout.num_workers
+    roles: dict[str, tuple[int, float, float]] = {
+        "rollout.num_workers": (workers, config.student.num_cpus, config.student.num_gpus),
+        "learner.num_ranks": (learner.num_ranks, learner.num_cpus, learner.num_gpus),
+    }
+    if config.needs_teacher:
+        teacher = config.teacher
+        roles["teacher.replicas"] = (teacher.replicas, teacher.num_cpus, teacher.num_gpus)
+    return {key: {"CPU": num * cpus, "GPU": num * gpus} for key, (num, cpus, gpus) in roles.items()}
+
+
+def check_resources(config: Config, available: dict[str, float]) -> None:
+    """Raise ConfigError when the roles ask for more than there is. On one machine (`cluster.mode` local or inprocess)
+    they take turns on its CPUs, so each must fit alone; a GPU is never shared unseen."""
+    asked = needs(config)
+    shared = config.cluster.mode != "ray"
+    for resource in ("CPU", "GPU"):
+        there = available.get(resource, 0.0)
+        roles = {key: wants[resource] for key, wants in asked.items() if wants[resource]}
+        if shared and resource == "CPU":
+            too_big = {key: num for key, num in roles.items() if num > there}
+        else:
+            too_big = roles if sum(roles.values()) > there else {}
+        if too_big:
+            raise ConfigError(_missing(resource, too_big, there, config))
+
+
+def _missing(resource: str, roles: dict[str, float], there: float, config: Config) -> str:
+    total = sum(roles.values())
+    values = {
+        "rollout.num_workers": config.rollout.num_workers,
+        "learner.num_ranks": config.learner.num_ranks,
+        "teacher.replicas": config.teacher.replicas,
+    }
+    listed = ", ".join(f"{num:g} for {key}={values[key]}" for key, num in roles.items())
+    where = "cluster" if config.cluster.mode == "ray" else "machine"
+    waiting = ", or set cluster.wait_s to wait for a cluster that grows" if where == "cluster" else ""
+    return (
+        f"the run needs {total:g} {resource}s ({listed}), the {where} has {there:g}: {total - there:g} missing; "
+        f"lower them, or their num_{resource.lower()}s{waiting}"
+    )

@@ -1,0 +1,288 @@
+"""What cannot work is refused before anything is started, in one line."""
+
+import json
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from tiny import NUM_TOKENS, save_tiny, tiny_tokenizer
+
+from switchkd import demo, preflight
+from switchkd.config import ConfigError, parse
+from switchkd.preflight import check, check_models, check_resources, prepare, resolve_models
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "teacher", num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "student", seed=1)
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"q{i}", "reference": f"r{i}"}) + "\n" for i in range(5)))
+    return path
+
+
+@pytest.fixture
+def config(teacher, student, data, tmp_path):
+    """A config that can run, with changes by dotted section."""
+
+    def make(stage: dict | None = None, **sections):
+        raw = {
+            "run": {"dir": str(tmp_path / "run")},
+            "teacher": {"model": str(teacher)},
+            "student": {"model": str(student)},
+            "data": {"train": str(data), "max_prompt_tokens": 64, "max_reference_tokens": 64},
+            "train": {"stages": [{"steps": 2, "max_new_tokens": 16, **(stage or {})}]},
+        }
+        for name, section in sections.items():
+            raw[name] = {**raw.get(name, {}), **section}
+        return parse(raw)
+
+    return make
+
+
+def refused(message: str, act, *args) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        act(*args)
+    assert "\n" not in str(error.value), "one line"
+
+
+def test_ready(config, teacher, tmp_path):
+    """A good config gives tokenizer, prompts, both models' stop ids and the reference's end; nothing is written."""
+    ready = prepare(config(eval={"data": config().data.train, "num_prompts": 3}))
+    assert len(ready.prompts.prompts) == 5 and len(ready.eval_prompts.prompts) == 3
+    assert ready.stop_ids == {1} and ready.stop_id == 1 and len(ready.tokenizer) == NUM_TOKENS
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl"]
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer"])
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_incomplete_model_folder(config, tmp_path, role, missing):
+    """A model folder without config, weights or tokenizer: the key, the folder and what is missing."""
+    folder = save_tiny(tmp_path / "broken")
+    for path in folder.glob(f"{missing}*"):
+        path.unlink()
+    what = {"config.json": r"no config\.json", "model.safetensors": "no weights", "tokenizer": "no tokenizer"}[missing]
+    refused(rf"{role}\.model=.*broken: the folder has {what}", check, config(**{role: {"model": str(folder)}}))
+
+
+def test_weights_in_other_formats_and_missing_shards(config, tmp_path):
+    """Pickled weights are not loaded; an index that names files which are not there is told."""
+    folder = save_tiny(tmp_path / "broken")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    refused(r"no \*.safetensors \(only pytorch_model.bin", check, config(student={"model": str(folder)}))
+    (folder / "model-1.safetensors").touch()
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused("1 of 2 weight files are missing, first model-2", check, config(student={"model": str(folder)}))
+
+
+def test_no_such_folder(config):
+    """A path that is not there is not taken for a hub name."""
+    refused(r"student\.model=/no/such: there is no such folder", check, config(student={"model": "/no/such"}))
+
+
+def test_different_tokenizers(config, tmp_path):
+    """Teacher and student with different vocabularies: both models and the first difference are named."""
+    folder = save_tiny(tmp_path / "other")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["more"])
+    tokenizer.save_pretrained(folder)
+    refused(r"teacher.model=.*student.model=.*120 tokens", check_models, config(teacher={"model": str(folder)}))
+
+
+def test_too_long(config):
+    """Prompt and completion must fit into both models."""
+    wanted = config(data={"max_prompt_tokens": 1000})
+    refused(r"student\.model=.* has 1024 positions, but data.max_prompt_tokens=1000 .* need 1064", check_models, wanted)
+
+
+def test_soft_cap(config, tmp_path):
+    """An attention that leaves the model's soft-cap out is refused."""
+    folder = save_tiny(tmp_path / "gemma", "gemma2")
+    refused(r"teacher\.attn=sdpa .* eager", check_models, config(teacher={"model": str(folder)}))
+
+
+def test_stop_ids_are_a_union(config, tmp_path):
+    """Stop ids of both generation configs count."""
+    folder = save_tiny(tmp_path / "chatty")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 4]}))
+    assert check_models(config(teacher={"model": str(folder)}))[1] == {1, 4}
+
+
+class TestRulesAndLosses:
+    """Parameters, combinations and the user's own functions."""
+
+    @pytest.mark.parametrize(
+        ("stage", "message"),
+        [
+            ({"rule": {"type": "switch", "params": {"tau": 1}}}, r"stages\.0 \(stage-1\): .*unknown parameter 'tau'"),
+            ({"rule": {"type": "switch", "params": {"schedule": "lin"}}}, r"schedule is 'lin': choose one of"),
+            ({"rule": {"type": "adaswitch", "params": {"L": 0}}}, r"L is 0"),
+            ({"rule": {"type": "random", "params": {"prob": 2}}}, r"prob is 2"),
+            ({"loss": {"type": "jsd", "params": {"beta": 2}}}, r"loss jsd: .*beta"),
+            ({"loss": {"type": "skew_kl", "params": {"alfa": 1}}}, r"unknown parameter 'alfa'"),
+            ({"loss": {"type": "atkd", "params": {"hard_frac": 2}}}, r"hard_frac"),
+            ({"loss": {"type": "atkd", "params": {"direction": "up"}}}, r"direction"),
+            ({"loss": {"type": "cross_entropy"}, "rule": {"type": "student"}}, r"teaches it nothing"),
+            ({"loss": {"type": "forward_kl", "lm_coef": 1}}, r"lm_coef=1 .* mix.dataset is 0"),
+        ],
+    )
+    def test_refused(self, config, stage, message):
+        """The stage and the parameter are named."""
+        refused(message, check, config(stage))
+
+    OWN = """
+        import torch
+        from switchkd.algo.switching import Rule, student
+        def good_rule(): return student()
+        def no_rule(): return 5
+        def sulks(): raise RuntimeError("no\\nthanks")
+        def good_loss(p_logits, q_logits, labels, mask, *, w=1.0): return (p_logits - q_logits).abs().sum(-1) * mask * w
+        def scalar_loss(p_logits, q_logits, labels, mask): return q_logits.sum()
+        number = 5
+    """
+
+    @pytest.fixture(autouse=True)
+    def own_file(self, tmp_path, monkeypatch):
+        (tmp_path / "own_functions.py").write_text(textwrap.dedent(self.OWN))
+        (tmp_path / "own_broken.py").write_text("def f(:\n")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        yield
+        for name in ("own_functions", "own_broken"):
+            sys.modules.pop(name, None)
+
+    def test_own_functions(self, config):
+        """A rule and a loss of one's own are taken from the working directory."""
+        rule, loss = {"type": "own_functions:good_rule"}, {"type": "own_functions:good_loss", "params": {"w": 2}}
+        check(config({"rule": rule, "loss": loss}))
+
+    @pytest.mark.parametrize(
+        ("stage", "message"),
+        [
+            ({"rule": {"type": "no_such_file:x"}}, r"no module 'no_such_file'"),
+            ({"rule": {"type": "own_functions:x"}}, r"own_functions\.py has no 'x'"),
+            ({"rule": {"type": "own_functions:number"}}, r"is a int, not a function"),
+            ({"rule": {"type": "own_functions:no_rule"}}, r"returned int"),
+            ({"rule": {"type": "own_functions:sulks"}}, r"own_functions:sulks: RuntimeError: no thanks"),
+            ({"rule": {"type": "own_broken:f"}}, r"own_broken:f: SyntaxError"),
+            ({"loss": {"type": "own_functions:good_loss", "params": {"v": 2}}}, r"unknown parameter 'v' .* it takes w"),
+            ({"loss": {"type": "own_functions:scalar_loss"}}, r"returned \[\] for 3 tokens; return one value a token"),
+            ({"loss": {"type": "own_functions:nope"}}, r"own_functions\.py has no 'nope'"),
+        ],
+    )
+    def test_own_functions_that_cannot_be_used(self, config, stage, message):
+        """A file that is not there, a name that it lacks, a wrong result or an exception: one line."""
+        refused(message, check, config(stage))
+
+
+def test_data_set_stages_need_references(config, data):
+    """A stage that reads references refuses data without them."""
+    data.write_text('{"prompt": "a"}\n')
+    prepare(config())
+    refused("no field 'reference'", prepare, config({"mix": {"dataset": 1}}))
+
+
+def test_missing_data(config, tmp_path):
+    """Data that is not named or not there."""
+    refused("data.train is empty", check, config(data={"train": ""}))
+    refused(
+        r"eval\.data=.*nope.jsonl: there is no such file", check, config(eval={"data": str(tmp_path / "nope.jsonl")})
+    )
+
+
+def test_select_by_needs_a_teacher(config, data):
+    """Choosing the best by agreement makes no sense without a teacher."""
+    alone = {"mix": {"dataset": 1}, "loss": {"type": "cross_entropy"}, "steps": 1}
+    wanted = config(train={"stages": [alone], "select_by": "kl"}, eval={"data": str(data)})
+    refused(r"select_by=kl compares with a teacher", check, wanted)
+
+
+def test_relative_run_dir_in_a_job(config, monkeypatch):
+    """In a submitted job a relative run folder would be lost."""
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    refused(r"run.dir=runs/x is relative, but a submitted job", check, config(run={"dir": "runs/x"}))
+    check(config())
+
+
+def test_run_dir_is_a_file(config, data):
+    """A file is not a run folder."""
+    refused("is a file", check, config(run={"dir": str(data)}))
+
+
+def test_no_teacher_is_looked_at_when_none_is_needed(config):
+    """Fine-tuning needs no teacher, so a wrong one does not matter."""
+    stage = {"mix": {"dataset": 1}, "loss": {"type": "cross_entropy"}}
+    prepare(config(stage, teacher={"model": "/no/such"}))
+
+
+class TestResolve:
+    """`demo` and `cut` become folders."""
+
+    def test_cut_is_made_once(self, config, teacher, tmp_path, monkeypatch):
+        """The cut lies in the cache, is found again, and another cut is another folder."""
+        monkeypatch.setenv("SWITCHKD_CACHE", str(tmp_path / "cache"))
+        wanted = config(student={"cut": {"num_layers": 2}})
+        first, again = resolve_models(wanted), resolve_models(wanted)
+        assert first == again and first.student.cut is None
+        folder = Path(first.student.model)
+        assert folder.is_relative_to(tmp_path / "cache") and (folder / "model.safetensors").exists()
+        assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 2
+        other = resolve_models(config(student={"cut": {"layers": [0, 2, 3]}}))
+        assert other.student.model != first.student.model
+        assert resolve_models(first) == first
+
+    def test_cut_that_cannot_be(self, config, tmp_path, monkeypatch):
+        """Too many layers are refused and leave no folder behind."""
+        monkeypatch.setenv("SWITCHKD_CACHE", str(tmp_path / "cache"))
+        refused("num_layers=9 of 4", resolve_models, config(student={"cut": {"num_layers": 9}}))
+        assert not [path for path in (tmp_path / "cache" / "cuts").iterdir() if path.is_dir()]
+
+    def test_demo_is_fetched_where_it_is_used(self, config, student, monkeypatch):
+        """`demo` is fetched for the role that uses it, and not at all when no role does."""
+        calls = []
+        monkeypatch.setattr(preflight, "fetch_demo", lambda: calls.append(1) or student)
+        assert resolve_models(config(teacher={"model": "demo"})).teacher.model == str(student)
+        resolve_models(config())
+        stage = {"mix": {"dataset": 1}, "loss": {"type": "cross_entropy"}}
+        resolve_models(config(stage, teacher={"model": "demo"}))
+        assert len(calls) == 1 and demo.NAME == "SmolLM2-135M-Instruct"
+
+
+class TestResources:
+    """Roles against what there is."""
+
+    def test_one_machine_takes_turns(self, config):
+        """On two cores the three roles share them; but no role may be larger than the machine."""
+        two = {"CPU": 2.0}
+        check_resources(config(), two)
+        check_resources(config(rollout={"num_workers": 2}, learner={"num_ranks": 2}), two)
+        three = config({"batch_size": 9}, learner={"num_ranks": 3})
+        refused(
+            r"needs 3 CPUs \(3 for learner.num_ranks=3\), the machine has 2: 1 missing", check_resources, three, two
+        )
+        refused(r"8 for rollout.num_workers=8", check_resources, config(rollout={"num_workers": 8}), two)
+
+    def test_a_cluster_does_not(self, config):
+        """On a cluster the sum must fit; the line lists every role and offers to wait."""
+        cluster = {"mode": "ray"}
+        check_resources(config(cluster=cluster), {"CPU": 3.0})
+        roles = r"1 for rollout.num_workers=1, 1 for learner.num_ranks=1, 1 for teacher.replicas=1"
+        message = rf"needs 3 CPUs \({roles}\), the cluster has 2: 1 missing; .*cluster.wait_s"
+        refused(message, check_resources, config(cluster=cluster), {"CPU": 2.0})
+
+    def test_gpus(self, config):
+        """GPUs are counted in fractions and never shared unseen."""
+        sections = {"teacher": {"num_gpus": 0.5}, "student": {"num_gpus": 0.5}, "learner": {"num_gpus": 1}}
+        check_resources(config(**sections), {"CPU": 4.0, "GPU": 2.0})
+        refused(r"needs 2 GPUs .* has 1: 1 missing", check_resources, config(**sections), {"CPU": 4.0, "GPU": 1.0})
+        refused(r"has 0", check_resources, config(**sections), {"CPU": 4.0})
