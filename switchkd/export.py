@@ -1,0 +1,85 @@
+"""The student's way out of a run folder: found, copied, pushed to the model hub.
+
+In: a run folder and what to do with its student. Out: the path of an ordinary transformers folder. The hub's token is
+read from $HF_TOKEN and goes nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from switchkd.config import ConfigError
+
+_STEP = "step-"
+
+
+def export_run(run_dir: Path, *, step: int | None = None, out: Path | None = None, push: str | None = None) -> Path:
+    """The student of a run (`student/`, or that of checkpoint `step`), copied to `out` and pushed to the hub repository
+    `push` where given. Returns the folder. Raises ConfigError."""
+    folder = find_student(run_dir) if step is None else _student_of_step(run_dir, step)
+    token = os.environ.get("HF_TOKEN")
+    if push and not token:
+        raise ConfigError(f"--push {push} needs a token; set HF_TOKEN in the environment")
+    if out is not None:
+        folder = _copy(folder, out.expanduser())
+    if push:
+        _push(folder, push, str(token))
+    return folder
+
+
+def find_student(run_dir: Path) -> Path:
+    """`student/` of a run folder. Raises ConfigError."""
+    if not run_dir.is_dir():
+        raise ConfigError(f"run folder {run_dir} does not exist")
+    folder = run_dir / "student"
+    if not (folder / "config.json").is_file():
+        steps = _steps(run_dir)
+        hint = f"take --step {max(steps)}" if steps else "train it to the end, or resume it"
+        raise ConfigError(f"run folder {run_dir} has no student yet; {hint}")
+    return folder
+
+
+def _student_of_step(run_dir: Path, step: int) -> Path:
+    steps = _steps(run_dir)
+    if step not in steps:
+        there = f"there are {', '.join(map(str, sorted(steps)))}" if steps else "there is none"
+        raise ConfigError(f"run folder {run_dir} has no checkpoint of step {step} with a student; {there}")
+    return steps[step]
+
+
+def _steps(run_dir: Path) -> dict[int, Path]:
+    """Checkpoints that hold a student, by step. Half-written ones have another name."""
+    found = {}
+    for path in (run_dir / "checkpoints").glob(f"{_STEP}*/student/config.json"):
+        number = path.parents[1].name.removeprefix(_STEP)
+        if number.isdigit():
+            found[int(number)] = path.parent
+    return found
+
+
+def _copy(folder: Path, out: Path) -> Path:
+    """Beside, then renamed: what stands at `out` is whole."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out} exists and is not empty; remove it or choose another folder")
+    making = out.with_name(f".{out.name}.making")
+    shutil.rmtree(making, ignore_errors=True)
+    making.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(folder, making)
+    if out.exists():
+        out.rmdir()
+    making.rename(out)
+    return out
+
+
+def _push(folder: Path, repo: str, token: str) -> None:
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    try:  # the network, and a repository that may not be ours
+        api.create_repo(repo, exist_ok=True, private=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a student trained with switchkd")
+    except Exception as error:
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__).replace(token, "***")
+        raise ConfigError(f"--push {repo} failed: {line}") from None

@@ -1,0 +1,86 @@
+"""Rollouts as the user sees them: on the terminal, coloured by who wrote what, or as JSON lines.
+
+In: Rollouts and a decoder. Out: records of plain values, printed or written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from switchkd.types import Rollout, Source
+
+STYLES = {Source.STUDENT: "green", Source.TEACHER: "bold magenta", Source.DATA: "cyan"}
+_REASONS = {"stop": "eos"}  # scripts know it by this word
+
+Decode = Callable[[Sequence[int]], str]
+
+
+def record(rollout: Rollout, prompt: str, decode: Decode) -> dict[str, Any]:
+    """One line of `switchkd rollout --out`. `sources`: 0 student, 1 teacher, 2 data. An end-of-sequence token that was
+    written is the last of `token_ids`."""
+    return {
+        "rollout_id": rollout.rollout_id,
+        "prompt": prompt,
+        "prompt_token_ids": rollout.prompt_ids.tolist(),
+        "token_ids": rollout.token_ids.tolist(),
+        "sources": rollout.sources.tolist(),
+        "weight_versions": rollout.weight_versions.tolist(),
+        "finish_reason": _REASONS.get(rollout.finish_reason, rollout.finish_reason),
+        "text": decode(rollout.token_ids.tolist()),
+    }
+
+
+def write_lines(records: Iterable[dict[str, Any]], path: Path) -> None:
+    """One JSON object a line; the file appears when it is complete."""
+    making = path.with_name(path.name + ".tmp")
+    with making.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in records)
+    making.replace(path)
+
+
+def show(records: Iterable[dict[str, Any]], decode: Decode, console: Any = None) -> None:
+    """Print each rollout with its prompt. Without colours the teacher's words stand in ⟦ ⟧."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = console or Console(soft_wrap=True, highlight=False)
+    colours = console.color_system is not None
+    legend = Text("who wrote it:")
+    for source, style in STYLES.items():
+        legend.append("  ").append(source.name.lower(), style)
+    console.print(legend if colours else "who wrote it: the teacher ⟦like this⟧")
+    for row in records:
+        num = len(row["sources"])
+        share = row["sources"].count(Source.TEACHER) / max(num, 1)
+        title = f"\n#{row['rollout_id']}: {num} tokens, {share:.0%} by the teacher, ends by {row['finish_reason']}"
+        console.print(Text(title, "dim"))
+        console.print(Text(row["prompt"].strip(), "bold"))
+        console.print(_painted(row, decode, colours))
+
+
+def _painted(row: dict[str, Any], decode: Decode, colours: bool) -> Any:
+    from rich.text import Text
+
+    text = Text()
+    for source, piece in runs(row, decode):
+        if colours:
+            text.append(piece, STYLES[source])
+        else:
+            text.append(f"⟦{piece}⟧" if source == Source.TEACHER else piece)
+    return text
+
+
+def runs(row: dict[str, Any], decode: Decode) -> list[tuple[Source, str]]:
+    """The completion as texts of one writer each. Decoded from the start each time: a letter may be several tokens, and
+    some decoders drop a leading space."""
+    texts, done, end = [], "", 0
+    for source, group in groupby(row["sources"]):
+        end += len(list(group))
+        so_far = decode(row["token_ids"][:end])
+        texts.append((Source(source), so_far[len(done) :]))
+        done = so_far
+    return texts

