@@ -1,8 +1,8 @@
 """One transformers model with a SlotCache: ragged rows in, final hidden states out.
 
 In: token ids, each row to be appended at its own place of its own numbered slot. Out: final hidden states (or whole
-rows of logits) of the positions that were asked for. Rows of unlike lengths are read in several padded forward passes, long
-ones in chunks, so that memory stays bounded and a long prompt costs its neighbours nothing.
+rows of logits) of the positions that were asked for. Rows of unlike lengths are read in several padded forward passes,
+long ones in chunks: memory stays bounded, and a long prompt costs its neighbours nothing.
 
 Shapes: B rows, N flat positions, Q padded tokens per row, D hidden width.
 """
@@ -23,8 +23,8 @@ from switchkd.engines.slot_cache import Call, SlotCache, build_masks, layer_wind
 Output = Literal["hidden", "logits"]
 
 MAX_FORWARD_TOKENS = 4096  # padded tokens of one forward pass: bounds the memory of a prefill
-# Padded tokens that cost as much as one more forward pass. 135M on a CPU: 26 (fp32) to 35 (bf16), and a split batch also
-# gathers its slots. On a GPU a forward pass of a few hundred tokens is free (not measured here).
+# Padded tokens that cost as much as one more forward pass. 135M on a CPU: 26 (fp32) to 35 (bf16), and a split batch
+# also gathers its slots. On a GPU a forward pass of a few hundred tokens is free (not measured here).
 FORWARD_COST = {"cpu": 64, "cuda": 512}
 
 

@@ -1,0 +1,228 @@
+"""What every teacher backend must do, as functions that take a `Bench`: one file for all backends.
+
+Each function states one claim. The reference is a clean full forward pass of transformers without any cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from switchkd.engines.base import Teacher, TeacherBusy, UnknownSession
+from switchkd.types import Blocks, Sessions, Signal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """How a backend is built and read.
+
+    `make(max_sessions, max_len)` builds a teacher, `model` is the same model in plain transformers, `logits` turns a
+    signal into float32 [N, V].
+    """
+
+    make: Callable[[int, int], Teacher]
+    model: Any
+    logits: Callable[[Signal], torch.Tensor]
+    vocab_size: int
+    atol: float = 2e-5
+
+    @torch.no_grad()
+    def clean(self, ids: np.ndarray, first: int) -> torch.Tensor:
+        """The rows of positions first, first + 1, ... of one sequence."""
+        whole = torch.from_numpy(np.asarray(ids, np.int64))[None]
+        return self.model(input_ids=whole, use_cache=False).logits[0, first:, : self.vocab_size].float()
+
+    def ids(self, *shape: int, seed: int = 0) -> np.ndarray:
+        return np.random.default_rng(seed).integers(5, self.vocab_size, shape)
+
+
+def sessions(prompts: dict[int, np.ndarray]) -> Sessions:
+    return Sessions(
+        session_ids=np.array(list(prompts), np.int64),
+        token_ids=np.concatenate(list(prompts.values())).astype(np.int32),
+        lengths=np.array([len(p) for p in prompts.values()], np.int32),
+    )
+
+
+def blocks(*rows: tuple[int, int, int, np.ndarray]) -> Blocks:
+    """Rows of (session id, base length, first row, tokens)."""
+    return Blocks(
+        session_ids=np.array([r[0] for r in rows], np.int64),
+        base_lens=np.array([r[1] for r in rows], np.int32),
+        first_rows=np.array([r[2] for r in rows], np.int32),
+        token_ids=np.concatenate([np.asarray(r[3], np.int32) for r in rows]),
+        lengths=np.array([len(r[3]) for r in rows], np.int32),
+    )
+
+
+def ask(bench: Bench, teacher: Teacher, *rows: tuple[int, int, int, np.ndarray]) -> list[torch.Tensor]:
+    """One score call: logits per session, with the signal's own lengths checked."""
+    request = blocks(*rows)
+    signal = teacher.score(request)
+    assert signal.lengths.tolist() == (request.base_lens + request.lengths - request.first_rows).tolist()
+    assert signal.values.shape[0] == signal.lengths.sum()
+    assert signal.values.dtype == (np.uint16 if signal.dtype == "bfloat16" else np.dtype(signal.dtype))
+    return list(bench.logits(signal).split(signal.lengths.tolist()))
+
+
+def close_to(bench: Bench, got: torch.Tensor, want: torch.Tensor) -> None:
+    torch.testing.assert_close(got, want, atol=bench.atol, rtol=0)
+
+
+def rows_equal_a_clean_forward(bench: Bench) -> None:
+    """Prompts of 1 to many tokens in one ragged call give the rows of clean forward passes."""
+    teacher = bench.make(4, 96)
+    ids = {i: bench.ids(n, seed=i) for i, n in enumerate((70, 1, 13, 2))}
+    teacher.open(sessions(ids))
+    news = {i: bench.ids(n, seed=10 + i) for i, n in enumerate((5, 3, 0, 9))}
+    got = ask(bench, teacher, *((i, len(ids[i]), len(ids[i]) - 1, news[i]) for i in ids))
+    for i, rows in enumerate(got):
+        close_to(bench, rows, bench.clean(np.concatenate([ids[i], news[i]]), len(ids[i]) - 1))
+
+
+def cuts_and_continuations(bench: Bench, rounds: int = 12) -> None:
+    """Random rounds of cutting back, appending and rejecting over random subsets of sessions stay right."""
+    rng = np.random.default_rng(1)
+    teacher = bench.make(4, 64)
+    held = {i: bench.ids(int(rng.integers(1, 12)), seed=i) for i in range(4)}
+    teacher.open(sessions(held))
+    for _ in range(rounds):
+        rows = []
+        for i in rng.permutation(4)[: rng.integers(1, 5)].tolist():
+            base = int(rng.integers(1, len(held[i]) + 1)) if rng.random() < 0.6 else len(held[i])
+            new = rng.integers(5, bench.vocab_size, min(int(rng.integers(0, 9)), 64 - base))
+            first = int(rng.integers(max(0, base - 3), base + len(new)))
+            held[i] = np.concatenate([held[i][:base], new])
+            rows.append((i, base, first, new))
+        for (i, _, first, _), got in zip(rows, ask(bench, teacher, *rows), strict=True):
+            close_to(bench, got, bench.clean(held[i], first))
+
+
+def a_block_equals_token_by_token(bench: Bench) -> None:
+    """One block of eight gives the rows of eight blocks of one."""
+    prompt, block = bench.ids(9), bench.ids(8, seed=1)
+    teacher = bench.make(2, 64)
+    teacher.open(sessions({0: prompt, 1: prompt}))
+    (whole,) = ask(bench, teacher, (0, 9, 8, block))
+    steps = [ask(bench, teacher, (1, 9, 8, block[:1]))[0]]
+    steps += [ask(bench, teacher, (1, 9 + k, 9 + k, block[k : k + 1]))[0] for k in range(1, 8)]
+    close_to(bench, torch.cat(steps), whole)
+
+
+def company_does_not_matter(bench: Bench) -> None:
+    """A session's rows are the same alone, beside others, and in another order."""
+    prompts = {i: bench.ids(n, seed=i) for i, n in ((7, 3), (3, 40), (5, 11))}
+    alone, together = bench.make(1, 64), bench.make(5, 64)
+    together.open(sessions(prompts))
+    orders = [[3, 5, 7], [7, 3], [5]]
+    for order in orders:
+        rows = [(i, len(prompts[i]), len(prompts[i]) - 1, bench.ids(4, seed=20 + i)) for i in order]
+        for row, got in zip(rows, ask(bench, together, *rows), strict=True):
+            alone.open(sessions({row[0]: prompts[row[0]]}))
+            close_to(bench, got, ask(bench, alone, row)[0])
+            alone.close(np.array([row[0]]))
+
+
+def repeats_are_harmless(bench: Bench) -> None:
+    """Opening again, scoring again and closing again change nothing; a late `open` does not lose what was read."""
+    prompt, block = bench.ids(6), bench.ids(5, seed=1)
+    teacher = bench.make(1, 64)
+    request = (4, 6, 5, block)
+    teacher.open(sessions({4: prompt}))
+    (first,) = ask(bench, teacher, request)
+    for _ in range(2):
+        teacher.open(sessions({4: prompt}))
+        close_to(bench, ask(bench, teacher, request)[0], first)
+    (more,) = ask(bench, teacher, (4, 11, 10, block))
+    teacher.open(sessions({4: prompt}))
+    close_to(bench, ask(bench, teacher, (4, 11, 10, block))[0], more)
+    teacher.close(np.array([4]))
+    teacher.close(np.array([4, 99]))
+    teacher.open(sessions({4: block}))
+    close_to(bench, ask(bench, teacher, (4, 5, 0, prompt))[0], bench.clean(np.concatenate([block, prompt]), 0))
+
+
+def a_session_may_be_opened_with_other_tokens(bench: Bench) -> None:
+    """Opened again with tokens that differ in the middle, a session reads the new ones."""
+    old = bench.ids(12)
+    new = old.copy()
+    new[5:] = bench.ids(7, seed=3)
+    teacher = bench.make(1, 64)
+    teacher.open(sessions({0: old}))
+    ask(bench, teacher, (0, 12, 0, old[:2]))
+    teacher.open(sessions({0: new}))
+    close_to(bench, ask(bench, teacher, (0, 12, 11, old[:2]))[0], bench.clean(np.concatenate([new, old[:2]]), 11))
+
+
+def old_rows_may_be_asked_for(bench: Bench) -> None:
+    """Rows far before what is cached, with nothing appended, are the clean ones."""
+    ids = bench.ids(20)
+    teacher = bench.make(1, 64)
+    teacher.open(sessions({0: ids}))
+    nothing = np.zeros(0, np.int32)
+    close_to(bench, ask(bench, teacher, (0, 20, 19, nothing))[0], bench.clean(ids, 19))
+    close_to(bench, ask(bench, teacher, (0, 20, 0, nothing))[0], bench.clean(ids, 0))
+    close_to(bench, ask(bench, teacher, (0, 8, 2, nothing))[0], bench.clean(ids[:8], 2))
+
+
+def unknown_sessions_are_named_first(bench: Bench) -> None:
+    """One unknown session fails the whole call, by name, and the known ones are as before."""
+    ids, block = bench.ids(10), bench.ids(3, seed=1)
+    teacher = bench.make(3, 64)
+    teacher.open(sessions({1: ids, 2: ids}))
+    (want,) = ask(bench, teacher, (1, 10, 9, block))
+    with pytest.raises(UnknownSession) as raised:
+        teacher.score(blocks((1, 2, 1, block), (77, 10, 9, block), (2, 10, 9, block), (78, 1, 0, block)))
+    assert raised.value.session_ids == [77, 78]
+    close_to(bench, ask(bench, teacher, (1, 13, 9, block[:0]))[0], want)
+    with pytest.raises(UnknownSession) as raised:  # it does not hold so many tokens: open it again with them
+        teacher.score(blocks((2, 11, 10, block)))
+    assert raised.value.session_ids == [2]
+
+
+def a_full_teacher_takes_none(bench: Bench) -> None:
+    """Busy is said before any session is taken; closing one makes room; held sessions need none."""
+    teacher = bench.make(2, 32)
+    ids = bench.ids(4)
+    teacher.open(sessions({1: ids}))
+    with pytest.raises(TeacherBusy):
+        teacher.open(sessions({2: ids, 3: ids}))
+    with pytest.raises(UnknownSession):
+        teacher.score(blocks((2, 4, 3, ids)))
+    teacher.open(sessions({1: ids, 2: ids}))
+    with pytest.raises(TeacherBusy):
+        teacher.open(sessions({3: ids}))
+    teacher.close(np.array([1]))
+    teacher.open(sessions({3: ids}))
+    close_to(bench, ask(bench, teacher, (3, 4, 3, ids[:0]))[0], bench.clean(ids, 3))
+
+
+def too_long_is_refused(bench: Bench) -> None:
+    """A session longer than max_len is an error before anything is computed, and harms nobody."""
+    teacher = bench.make(2, 16)
+    ids = bench.ids(16)
+    teacher.open(sessions({0: ids}))
+    with pytest.raises(ValueError, match="17"):
+        teacher.open(sessions({1: bench.ids(17)}))
+    with pytest.raises(ValueError, match="18"):
+        teacher.score(blocks((0, 16, 15, ids[:2])))
+    close_to(bench, ask(bench, teacher, (0, 16, 0, ids[:0]))[0], bench.clean(ids, 0))
+
+
+CLAIMS = (
+    rows_equal_a_clean_forward,
+    cuts_and_continuations,
+    a_block_equals_token_by_token,
+    company_does_not_matter,
+    repeats_are_harmless,
+    a_session_may_be_opened_with_other_tokens,
+    old_rows_may_be_asked_for,
+    unknown_sessions_are_named_first,
+    a_full_teacher_takes_none,
+    too_long_is_refused,
+)

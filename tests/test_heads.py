@@ -1,0 +1,145 @@
+"""A head taken off its model gives the model's own logits, here and after a journey."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import NUM_TOKENS, tiny_model
+
+from switchkd.config import ConfigError
+from switchkd.engines.heads import (
+    LinearHead,
+    final_hidden,
+    head_of,
+    hidden_from_signal,
+    own_logits,
+    signal_from_hidden,
+)
+
+torch.set_num_threads(1)
+
+IDS = torch.from_numpy(np.random.default_rng(0).integers(5, 120, (2, 9)))
+FAMILIES = ["llama", "llama_tied", "qwen2", "gpt2", "opt", "opt_projected", "gemma2", "gemma3", "cohere", "granite"]
+
+
+def own(model):
+    return model(input_ids=IDS, use_cache=False).logits.float()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_models_own_logits(family):
+    """Head times final hidden states equals the model's logits, cut to the shared vocabulary, tied or not."""
+    model = tiny_model(family)
+    head = head_of(model, NUM_TOKENS)
+    logits = head.logits(final_hidden(model, input_ids=IDS, use_cache=False))
+    assert logits.dtype == torch.float32 and logits.shape == (2, 9, NUM_TOKENS) and head.vocab_size == NUM_TOKENS
+    torch.testing.assert_close(logits, own(model)[..., :NUM_TOKENS], atol=2e-5, rtol=0)
+
+
+def test_scale_and_softcap_are_found():
+    """Granite divides, Cohere multiplies, Gemma-2 soft-caps; the others do nothing."""
+    assert head_of(tiny_model("granite", logits_scaling=8.0), 120).scale == 1 / 8
+    assert head_of(tiny_model("cohere", logit_scale=0.5), 120).scale == 0.5
+    capped = head_of(tiny_model("gemma2"), 120)
+    assert (capped.scale, capped.softcap) == (1.0, 5.0)
+    plain = head_of(tiny_model("llama"), 120)
+    assert (plain.scale, plain.softcap) == (1.0, 0.0)
+
+
+def test_bias():
+    """An output layer with a bias keeps it, cut like the rows."""
+    model = tiny_model("llama")
+    torch.manual_seed(0)
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(128), requires_grad=False)
+    head = head_of(model, NUM_TOKENS)
+    got = head.logits(final_hidden(model, input_ids=IDS))
+    torch.testing.assert_close(got, own(model)[..., :NUM_TOKENS], atol=2e-5, rtol=0)
+    there = LinearHead.from_arrays(head.to_arrays())
+    assert there.bias is not None and torch.equal(there.bias, head.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_passes_the_check(dtype):
+    """Rounding of the model's own logits is not taken for another formula."""
+    for family in ("llama", "gemma2", "granite", "cohere"):
+        head = head_of(tiny_model(family, dtype=dtype), NUM_TOKENS)
+        assert head.weight.dtype == torch.float32
+
+
+def test_another_formula_is_refused():
+    """Logits that are not of the head's form are found out at the start, and the message names the way out."""
+    model = tiny_model("llama")
+    model.lm_head.register_forward_hook(lambda _, __, out: out + out.square() * 0.1)
+    with pytest.raises(ConfigError, match="signal: full"):
+        head_of(model, NUM_TOKENS)
+    with pytest.raises(ConfigError, match="signal: full"):
+        head_of(tiny_model("llama"), 129)  # the tokenizer knows more than the model
+
+
+def test_final_hidden_computes_no_logits():
+    """The output layer runs on no rows."""
+    model = tiny_model("llama")
+    shapes = []
+    model.lm_head.register_forward_hook(lambda _, __, out: shapes.append(tuple(out.shape)))
+    assert final_hidden(model, input_ids=IDS).shape == (2, 9, 32)
+    assert shapes == [(0, 9, 128)] and not model.lm_head._forward_pre_hooks
+
+
+def test_final_hidden_carries_gradients():
+    """The learner's student goes through it: gradients reach the first layer."""
+    model = tiny_model("llama").requires_grad_(True)
+    head = head_of(model, NUM_TOKENS)
+    head.logits(final_hidden(model, input_ids=IDS)).sum().backward()
+    assert model.model.embed_tokens.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
+def test_own_logits(family):
+    """The model's own logits at chosen flat positions only."""
+    model = tiny_model(family)
+    rows = torch.tensor([3, 17, 0])
+    want = own(model).flatten(0, 1)[rows]
+    torch.testing.assert_close(own_logits(model, rows, input_ids=IDS), want, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite", "opt_projected"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_travels(family, dtype):
+    """To arrays and back nothing is lost; bfloat16 weights travel in two bytes, float32 ones in four."""
+    head = head_of(tiny_model(family, dtype=dtype), NUM_TOKENS)
+    arrays = head.to_arrays()
+    assert arrays.weight.itemsize == (2 if dtype == torch.bfloat16 else 4)
+    there = LinearHead.from_arrays(arrays)
+    assert torch.equal(there.weight, head.weight) and there.weight.dtype == torch.float32
+    hidden = torch.randn(5, head.weight.shape[1])
+    assert torch.equal(there.logits(hidden), head.logits(hidden))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_signals_travel(dtype):
+    """Hidden states survive the journey bit by bit, bfloat16 as uint16, without a copy on a CPU."""
+    hidden = torch.randn(7, 5).to(dtype)
+    values, name = signal_from_hidden(hidden)
+    assert values.dtype == (np.uint16 if dtype == torch.bfloat16 else np.dtype(name))
+    back = hidden_from_signal(values, name)
+    assert back.dtype == dtype and torch.equal(back, hidden) and back.data_ptr() == hidden.data_ptr()
+
+
+def test_read_only_arrays_are_copied():
+    """What comes out of an object store must not be written through."""
+    values, name = signal_from_hidden(torch.randn(3, 4).bfloat16())
+    values = values.copy()
+    values.flags.writeable = False
+    back = hidden_from_signal(values, name)
+    back.zero_()
+    assert values.any()
+
+
+def test_new_weights_reach_a_held_head():
+    """copy_from changes the same object, tied and untied, in the model's dtype or another."""
+    for family, dtype in (("llama", torch.float32), ("llama_tied", torch.bfloat16)):
+        old, new = tiny_model(family, dtype=dtype), tiny_model(family, dtype=dtype, seed=1)
+        head, want = head_of(old, NUM_TOKENS), head_of(new, NUM_TOKENS)
+        head.copy_from(new)
+        assert torch.equal(head.weight, want.weight)
