@@ -42,8 +42,8 @@ class ReplayHandle(Protocol):
     def save(self, path: Path, step: int) -> Future[None]:
         """What a run resumed at `step` needs."""
 
-    def restore(self, path: Path) -> Future[list[int]]:
-        """Ids of the rollouts that wait for training."""
+    def restore(self, path: Path, num_started: int) -> Future[list[int]]:
+        """Ids of the started rollouts that are to be made again."""
 
     def stats(self) -> Future[dict[str, float]]: ...
 

@@ -1,6 +1,6 @@
 """The replay with its books: what was trained on goes to rollouts.jsonl, what waits goes into checkpoints.
 
-In: the calls of `house.ReplayHandle` and, from workers and learners, `put` and `fetch`. An actor or `local.py` wraps it.
+In: the calls of `house.ReplayHandle` and, from workers and learners, `put` and `fetch`. Wrapped by an actor or `local.py`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class ReplayService:
 
     def commit(self, step: int, rollout_ids: Sequence[int]) -> None:
         """The step is trained: one line per rollout, then the store lets them rest until a checkpoint is durable."""
-        if self.rollouts_file is not None:
-            with self.rollouts_file.open("a", encoding="utf-8") as file:
-                for rollout in self.replay.fetch(rollout_ids):
-                    row = rollout_to_row(rollout, self.decode(rollout.prompt_ids.tolist()), self.decode, step)
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.replay.commit(step, rollout_ids)
+        rollouts = self.replay.fetch(rollout_ids)
+        if not self.replay.commit(step, rollout_ids) or self.rollouts_file is None:
+            return
+        rows = [rollout_to_row(r, self.decode(r.prompt_ids.tolist()), self.decode, step) for r in rollouts]
+        with self.rollouts_file.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def durable(self, step: int) -> None:
         self.replay.durable(step)
@@ -48,11 +48,10 @@ class ReplayService:
         """What a run resumed at `step` needs."""
         save_replay_state(path, self.replay.state(step))
 
-    def restore(self, path: Path) -> list[int]:
-        """Take over a checkpoint's state; ids of the rollouts that are there."""
-        state = load_replay_state(path)
-        self.replay.restore(state)
-        return [rollout.rollout_id for rollout in state["rollouts"]]
+    def restore(self, path: Path, num_started: int) -> list[int]:
+        """Take over a checkpoint's state; of the rollouts 0 to num_started - 1, those to be made again."""
+        self.replay.restore(load_replay_state(path))
+        return self.replay.missing(num_started)
 
     def stats(self) -> dict[str, float]:
         return self.replay.stats()

@@ -44,7 +44,7 @@ class Trainer:
         self.log, self.examiner = log, examiner
         self.state = TrainState()
         self.next_id = 0
-        self.skip: set[int] = set()  # finished before a resume, waiting in the replay
+        self.missing: deque[int] = deque()  # started before a resume, never finished
         self.again: deque[list[Task]] = deque()  # tasks of dead workers
         self.tries: dict[int, int] = {}
         self.working: dict[int, tuple[Future[WorkReport], list[Task]]] = {}
@@ -62,9 +62,9 @@ class Trainer:
         """Take up a checkpoint: weights and optimizer, waiting rollouts, counters."""
         state = checkpoint.state
         self.house.learner.load(checkpoint.learner_folder, checkpoint.tag).result()
-        self.skip = set(self.house.replay.restore(checkpoint.replay_file).result())
+        self.next_id = state.extra["num_started"]
+        self.missing.extend(self.house.replay.restore(checkpoint.replay_file, self.next_id).result())
         self.state = replace(state, incarnation=state.incarnation + 1)
-        self.next_id = self.plan.first_id(state.step)
         self.saved_step = state.step
         self.started -= state.elapsed_s
 
@@ -109,7 +109,9 @@ class Trainer:
         every = self.config.eval.every
         if last_of_stage or (every and self.state.step % every == 0):
             self._examine(self.plan.stage(step).name if last_of_stage else "")
-        if self.config.checkpoint.every and self.state.step % self.config.checkpoint.every == 0:
+        if not self.config.checkpoint.every:
+            self.house.replay.durable(self.state.step).result()  # nobody will go back: let the rollouts rest
+        elif self.state.step % self.config.checkpoint.every == 0:
             self._checkpoint()
 
     def _gather(self) -> list[Entry] | None:
@@ -168,25 +170,28 @@ class Trainer:
             self.working[index] = (self.house.workers[index].generate(tasks), tasks)
 
     def _next_tasks(self) -> list[Task]:
+        """What one worker may start now: at most its share of a batch."""
         tasks: list[Task] = []
-        while self.next_id < self.plan.num_tasks and not self.stop_signal:
-            if self.next_id in self.skip:
-                self.next_id += 1
-                continue
-            step = self.plan.step_of(self.next_id)
-            share = -(-self.plan.batch_size(step) // len(self.house.workers))
-            if len(tasks) >= share or not self._admitted(step):
+        while (rollout_id := self._next_admitted()) is not None:
+            share = -(-self.plan.batch_size(self.plan.step_of(rollout_id)) // len(self.house.workers))
+            if len(tasks) >= share:
                 break
-            tasks.append(self.plan.task(self.next_id))
-            self.next_id += 1
+            tasks.append(self.plan.task(rollout_id))
+            if self.missing:
+                self.missing.popleft()
+            else:
+                self.next_id += 1
         return tasks
 
-    def _admitted(self, step: int) -> bool:
-        """Admission bounds staleness: a rollout for `step` may start once step - version <= max_staleness."""
-        ahead = step - self.state.step
-        if self.plan.origin(self.next_id) == Origin.ROLLOUT:
-            return ahead <= self.config.train.max_staleness
-        return ahead <= max(self.config.train.max_staleness, PREFETCH)
+    def _next_admitted(self) -> int | None:
+        """Admission bounds staleness: a rollout for step s may start once s - version <= max_staleness."""
+        rollout_id = self.missing[0] if self.missing else self.next_id
+        if rollout_id >= self.plan.num_tasks or self.stop_signal:
+            return None
+        limit = self.config.train.max_staleness
+        if self.plan.origin(rollout_id) != Origin.ROLLOUT:
+            limit = max(limit, PREFETCH)
+        return rollout_id if self.plan.step_of(rollout_id) - self.state.step <= limit else None
 
     def _give_weights(self, index: int) -> None:
         if self.worker_version[index] == self.state.version:
@@ -281,9 +286,10 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         """Learner, replay and counters as of now, whole or not at all."""
-        self.state = replace(self.state, elapsed_s=time.monotonic() - self.started)
         if self.saved_step == self.state.step:
             return
+        extra = {"num_started": self.next_id}
+        self.state = replace(self.state, elapsed_s=time.monotonic() - self.started, extra=extra)
         draft = self.folder.begin(self.state.step)
         self.house.learner.save(draft.learner_folder, draft.tag).result()
         self.house.learner.export(draft.student_folder).result()

@@ -41,8 +41,8 @@ class ReplayActor:
     def save(self, path: Path, step: int) -> None:
         self.service.save(path, step)
 
-    def restore(self, path: Path) -> list[int]:
-        return self.service.restore(path)
+    def restore(self, path: Path, num_started: int) -> list[int]:
+        return self.service.restore(path, num_started)
 
     def stats(self) -> dict[str, float]:
         return self.service.stats()
