@@ -32,6 +32,8 @@ PROBES = (
     "antidisestablishmentarianism supercalifragilistic",
 )
 
+_REMEDY = "(give a folder, or check the hub name, the network and, for gated models, HF_TOKEN)"
+
 
 def load_model(
     name: str,
@@ -65,7 +67,7 @@ def load_model(
             token=_token(),
         )
     except OSError as error:
-        raise ConfigError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise ConfigError(f"model {name!r} cannot be loaded: {_first_line(error)} {_REMEDY}") from error
     _check_attention(model, name, attn)
     return model.eval().requires_grad_(False)
 
@@ -80,7 +82,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str 
             name, trust_remote_code=trust_remote_code, revision=revision, token=_token()
         )
     except OSError as error:
-        raise ConfigError(f"tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise ConfigError(f"tokenizer of {name!r} cannot be loaded: {_first_line(error)} {_REMEDY}") from error
 
 
 def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
