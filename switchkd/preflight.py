@@ -6,7 +6,6 @@ names the key, the value and the remedy. `check` costs seconds and writes nothin
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,15 @@ from typing import Any
 from switchkd.assembly import max_len
 from switchkd.build import build_loss, build_rule
 from switchkd.config import ConfigError
-from switchkd.demo import cache_dir, fetch_demo
+from switchkd.demo import HUB_TIMEOUT_S
 from switchkd.engines.loading import load_tokenizer, same_tokenizer, stop_ids
 from switchkd.examination import WITH_TEACHER
-from switchkd.init_student import init_student
 from switchkd.model_folder import check_model_folder, looks_local
 from switchkd.prompts import PromptSet, answer_end, eval_data, load_prompts
-from switchkd.sections import Config, Cut, Model, Stage
+from switchkd.resolve import reads_teacher, resolve_models
+from switchkd.sections import Config, Model, Stage
 
+_SMALL_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "*.py"]
 _JOB_VARIABLES = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_ID")
 
 
@@ -68,7 +68,7 @@ def check(config: Config) -> None:
             raise ConfigError(f"train.stages.{index} ({stage.name}): {error}") from None
     _check_eval(config)
     _check_data(config)
-    if _reads_teacher(config) and config.teacher.model != "demo":
+    if reads_teacher(config) and config.teacher.model != "demo":
         check_model_folder(config.teacher.model, "teacher.model")
     if config.student.cut is None and config.student.model != "demo":
         check_model_folder(config.student.model, "student.model")
@@ -140,65 +140,18 @@ def _check_data(config: Config) -> None:
             raise ConfigError(f"{key}={name}: there is no such file; relative paths start at the config file's folder")
 
 
-def _reads_teacher(config: Config) -> bool:
-    return config.needs_teacher or config.student.cut is not None
-
-
 # --- models ----------------------------------------------------------------------------------------------------------
-
-
-def resolve_models(config: Config) -> Config:
-    """The config with `demo` replaced by the fetched folder and a `cut` made (once, in the user's cache). Both stay on
-    this machine: on a cluster without a shared home set $SWITCHKD_CACHE to shared storage."""
-    teacher, student = config.teacher, config.student
-    if _reads_teacher(config) and teacher.model == "demo":
-        teacher = teacher.model_copy(update={"model": str(fetch_demo())})
-    if student.cut is not None:
-        student = student.model_copy(update={"model": str(cut_student(teacher, student.cut)), "cut": None})
-    elif student.model == "demo":
-        student = student.model_copy(update={"model": str(fetch_demo())})
-    return config.model_copy(update={"teacher": teacher, "student": student})
-
-
-def cut_student(teacher: Model, cut: Cut) -> Path:
-    """The folder of the cut, made if need be. Its name holds a digest of what it was made from."""
-    from filelock import FileLock
-
-    which = hashlib.sha256(f"{_fingerprint(teacher)} {cut.layers} {cut.num_layers}".encode()).hexdigest()[:12]
-    num = cut.num_layers or len(cut.layers or ())
-    folder = cache_dir() / "cuts" / f"{Path(teacher.model).name}-{num}-layers-{which}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if not folder.exists():
-            init_student(
-                teacher.model,
-                folder,
-                layers=cut.layers,
-                num_layers=cut.num_layers,
-                revision=teacher.revision,
-                trust_remote_code=teacher.trust_remote_code,
-            )
-    return folder
-
-
-def _fingerprint(model: Model) -> str:
-    """Changes when the model's files do."""
-    if not looks_local(model.model):
-        return f"{model.model}@{model.revision}"
-    folder = Path(model.model).expanduser().resolve()
-    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors", ".jinja")]
-    return f"{folder} " + " ".join(f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files)
 
 
 def check_models(config: Config) -> tuple[Any, frozenset[int]]:
     """The student's tokenizer and the stop ids of both models, from their small files alone. Raises ConfigError where
     the tokenizers differ or the run needs more positions than a model has."""
-    student = _tokenizer(config.student)
+    student = _tokenizer(config.student, "student.model")
     ends: frozenset[int] = frozenset()
     roles: list[tuple[str, Model]] = [("student", config.student)]
     if config.needs_teacher:
         roles.append(("teacher", config.teacher))
-        difference = same_tokenizer(_tokenizer(config.teacher), student)
+        difference = same_tokenizer(_tokenizer(config.teacher, "teacher.model"), student)
         if difference:
             raise ConfigError(
                 f"teacher.model={config.teacher.model} and student.model={config.student.model} need one tokenizer: "
@@ -211,8 +164,32 @@ def check_models(config: Config) -> tuple[Any, frozenset[int]]:
     return student, ends
 
 
-def _tokenizer(section: Model) -> Any:
+def _tokenizer(section: Model, key: str) -> Any:
+    _reach_hub(section, key)
     return load_tokenizer(section.model, trust_remote_code=section.trust_remote_code, revision=section.revision)
+
+
+def _reach_hub(section: Model, key: str) -> None:
+    """A hub name's small files, fetched or found in the cache. transformers by itself would try each for half a minute
+    where there is no network."""
+    from huggingface_hub import snapshot_download
+
+    if looks_local(section.model):
+        return
+    try:  # the network
+        snapshot_download(
+            section.model,
+            revision=section.revision,
+            allow_patterns=_SMALL_FILES,
+            etag_timeout=HUB_TIMEOUT_S,
+            token=os.environ.get("HF_TOKEN") or False,
+        )
+    except Exception as error:
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"{key}={section.model} is no folder here, and the hub does not give it: {line}; check the name, set "
+            "HF_TOKEN for a gated model, or give a folder"
+        ) from None
 
 
 def _read_config(section: Model, key: str) -> Any:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from tiny import NUM_TOKENS, save_tiny, tiny_tokenizer
 
-from switchkd import demo, preflight
+from switchkd import demo, resolve
 from switchkd.config import ConfigError, parse
-from switchkd.preflight import check, check_models, check_resources, prepare, resolve_models
+from switchkd.preflight import check, check_models, check_resources, prepare
+from switchkd.resolve import resolve_models
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,18 @@ def test_too_long(config):
     """Prompt and completion must fit into both models."""
     wanted = config(data={"max_prompt_tokens": 1000})
     refused(r"student\.model=.* has 1024 positions, but data.max_prompt_tokens=1000 .* need 1064", check_models, wanted)
+
+
+def test_hub_out_of_reach(config, monkeypatch):
+    """A hub name that cannot be had is refused at once, with the reason."""
+    import huggingface_hub
+
+    def refuse(*args, **kwargs):
+        raise OSError("no route to host\nsecond line")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    message = r"student\.model=owner/name is no folder here, and the hub does not give it: no route to host; .*HF_TOKEN"
+    refused(message, check_models, config(student={"model": "owner/name"}))
 
 
 def test_soft_cap(config, tmp_path):
@@ -250,7 +263,7 @@ class TestResolve:
     def test_demo_is_fetched_where_it_is_used(self, config, student, monkeypatch):
         """`demo` is fetched for the role that uses it, and not at all when no role does."""
         calls = []
-        monkeypatch.setattr(preflight, "fetch_demo", lambda: calls.append(1) or student)
+        monkeypatch.setattr(resolve, "fetch_demo", lambda: calls.append(1) or student)
         assert resolve_models(config(teacher={"model": "demo"})).teacher.model == str(student)
         resolve_models(config())
         stage = {"mix": {"dataset": 1}, "loss": {"type": "cross_entropy"}}

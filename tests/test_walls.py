@@ -33,7 +33,7 @@ LAYERS = [
     ],
     ["worker", "replay_service", "house"],
     ["assembly", "examination"],
-    ["preflight", "eval_config", "actors", "local", "train"],
+    ["resolve", "preflight", "eval_config", "actors", "local", "train"],
     ["run"],
     ["cli"],
 ]

@@ -1,0 +1,62 @@
+"""`demo` and `cut` in a config become model folders, made once in the user's cache.
+
+In: a config. Out: the same with folders in their place, so that no process after this one fetches or cuts anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from switchkd.demo import cache_dir, fetch_demo
+from switchkd.init_student import init_student
+from switchkd.model_folder import looks_local
+from switchkd.sections import Config, Cut, Model
+
+
+def reads_teacher(config: Config) -> bool:
+    """Does the run need the teacher's folder, be it only to cut the student out of it?"""
+    return config.needs_teacher or config.student.cut is not None
+
+
+def resolve_models(config: Config) -> Config:
+    """The config with `demo` replaced by the fetched folder and a `cut` made (once, in the user's cache). Both stay on
+    this machine: on a cluster without a shared home set $SWITCHKD_CACHE to shared storage."""
+    teacher, student = config.teacher, config.student
+    if reads_teacher(config) and teacher.model == "demo":
+        teacher = teacher.model_copy(update={"model": str(fetch_demo())})
+    if student.cut is not None:
+        student = student.model_copy(update={"model": str(cut_student(teacher, student.cut)), "cut": None})
+    elif student.model == "demo":
+        student = student.model_copy(update={"model": str(fetch_demo())})
+    return config.model_copy(update={"teacher": teacher, "student": student})
+
+
+def cut_student(teacher: Model, cut: Cut) -> Path:
+    """The folder of the cut, made if need be. Its name holds a digest of what it was made from."""
+    from filelock import FileLock
+
+    which = hashlib.sha256(f"{_fingerprint(teacher)} {cut.layers} {cut.num_layers}".encode()).hexdigest()[:12]
+    num = cut.num_layers or len(cut.layers or ())
+    folder = cache_dir() / "cuts" / f"{Path(teacher.model).name}-{num}-layers-{which}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not folder.exists():
+            init_student(
+                teacher.model,
+                folder,
+                layers=cut.layers,
+                num_layers=cut.num_layers,
+                revision=teacher.revision,
+                trust_remote_code=teacher.trust_remote_code,
+            )
+    return folder
+
+
+def _fingerprint(model: Model) -> str:
+    """Changes when the model's files do."""
+    if not looks_local(model.model):
+        return f"{model.model}@{model.revision}"
+    folder = Path(model.model).expanduser().resolve()
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors", ".jinja")]
+    return f"{folder} " + " ".join(f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files)
