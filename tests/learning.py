@@ -122,5 +122,7 @@ def settings_of(folder: Path, **changes: Any) -> Any:
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """Relative, in the Euclidean norm over all tensors."""
     assert a.keys() == b.keys(), a.keys() ^ b.keys()
-    square = sum(float((a[name].double() - b[name].double()).square().sum()) for name in a)
-    return (square / sum(float(b[name].double().square().sum()) for name in b)) ** 0.5
+    pairs = [(a[name].detach().double(), b[name].detach().double()) for name in a]
+    return (
+        sum((x - y).square().sum().item() for x, y in pairs) / sum(y.square().sum().item() for _, y in pairs)
+    ) ** 0.5

@@ -1,0 +1,246 @@
+"""One rank of the learner: DeepSpeed trains the student on rollouts. The only file that imports deepspeed.
+
+In: a BatchPlan and this rank's rollouts. Out: a StepResult, packed weights, checkpoints, a transformers folder.
+All methods are collective: every rank of the gang calls them in the same order. After any error the gang is spoiled:
+end all its processes, start new ones with a new port and load the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from switchkd.batching import Batch, LossSpec, collate, num_micro_batches, split_micro
+from switchkd.engines.heads import HeadArrays, LinearHead
+from switchkd.engines.learner_settings import LearnerSettings, deepspeed_config, param_groups
+from switchkd.engines.student_build import build_student, export_student
+from switchkd.engines.student_module import Objective, full_tensors
+from switchkd.engines.tally import Tally
+from switchkd.types import BatchPlan, Rollout, StepResult, WeightBundle
+from switchkd.weights import pack
+
+
+class DeepSpeedLearner:
+    """One rank. `teacher_heads` by teacher name, for rollouts whose signal is hidden states."""
+
+    def __init__(
+        self,
+        settings: LearnerSettings,
+        *,
+        rank: int,
+        local_rank: int,
+        world_size: int,
+        master_addr: str,
+        master_port: int,
+        teacher_heads: Mapping[str, HeadArrays],
+    ) -> None:
+        self.settings, self.rank, self.world_size = settings, rank, world_size
+        self.device = _device(settings.device, local_rank)
+        _set_environment(self.device, rank, world_size, master_addr, master_port)
+        torch.set_num_threads(settings.threads or os.cpu_count() or 1)
+        _join(self.device, settings.timeout_s)
+        config = deepspeed_config(settings, world_size)
+        torch.manual_seed(settings.seed)  # the same adapters on all ranks
+        zero3 = config if config["zero_optimization"]["stage"] == 3 else None
+        self.student = build_student(settings, zero3, self.device, self._gather)
+        torch.manual_seed(settings.seed * 1_000_003 + rank)  # but not the same dropout
+        self.engine = _initialize(self.student, settings, config)
+        _limit_waits(settings.timeout_s)
+        self.engine.train()
+        self.heads: dict[str, LinearHead] = {
+            name: LinearHead.from_arrays(arrays, self.device) for name, arrays in teacher_heads.items()
+        }
+
+    def step(
+        self, plan: BatchPlan, rollouts: Sequence[Rollout], *, loss: LossSpec, lr: float, version_after: int
+    ) -> StepResult:
+        """One optimizer step on this rank's share of the plan, in any number of micro-batches.
+
+        The loss is one sum over the tokens of all ranks with the plan's denominators. DeepSpeed averages gradients over
+        ranks, hence the factor `world_size`. Raises RuntimeError, on all ranks and before the weights change, where the
+        loss is not finite.
+        """
+        start = time.monotonic()
+        self._check_share(plan, rollouts)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        micro = split_micro(rollouts, self.settings.micro_batch_size)
+        num_micro = num_micro_batches(plan, self.settings.micro_batch_size)
+        tally = Tally(self.device)
+        for i in range(num_micro):
+            share = micro[i] if i < len(micro) else []
+            batch = collate(share, self.settings.pad_id, needs_teacher=loss.needs_teacher).to(self.device)
+            self.engine.set_gradient_accumulation_boundary(i == num_micro - 1)
+            self._backward(batch, Objective(loss, plan, batch), tally)
+        tally.sum_over_ranks()
+        if not math.isfinite(tally.loss):
+            raise RuntimeError(f"step {plan.step}: loss is {tally.loss}; the weights are those before the step")
+        grad_norm = self._update(plan.step)
+        return StepResult(
+            step=plan.step,
+            version=version_after,
+            loss=tally.loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            num_loss_tokens=plan.num_loss_tokens,
+            time_s=time.monotonic() - start,
+            metrics={**tally.metrics(), "loss/grad_norm": grad_norm, **_memory(self.device)},
+        )
+
+    def publish(self, version: int, dtype: str) -> WeightBundle | None:
+        """The weights as the rollout workers load them: packed on rank 0, None elsewhere."""
+        tensors = full_tensors(self.student.model, self._gather)
+        if self.rank == 0:
+            return pack(tensors, version, dtype=dtype)
+        for _ in tensors:
+            pass  # partitioned weights are gathered by all ranks together
+        return None
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write a checkpoint to folder/tag. Take a fresh tag each time: a used one keeps stale shards."""
+        if not self.engine.save_checkpoint(
+            str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=self.settings.lora is not None
+        ):
+            raise RuntimeError(f"DeepSpeed did not write checkpoint {folder}/{tag}")
+        torch.save(_random_state(self.device), folder / tag / f"random_rank{self.rank}.pt")
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Continue exactly where `save` stood, on as many ranks as it had."""
+        states = sorted((folder / tag).glob("random_rank*.pt"))
+        if len(states) != self.world_size:
+            raise ValueError(
+                f"{folder / tag} is a checkpoint of {len(states)} ranks, the learner has {self.world_size}: "
+                f"set learner.num_ranks to {len(states)}"
+            )
+        path, _ = self.engine.load_checkpoint(
+            str(folder), tag=tag, load_lr_scheduler_states=False, load_module_strict=self.settings.lora is None
+        )
+        if path is None:
+            raise FileNotFoundError(f"DeepSpeed found no checkpoint in {folder}/{tag}")
+        state = folder / tag / f"random_rank{self.rank}.pt"
+        _set_random_state(torch.load(state, weights_only=True), self.device)
+
+    def export(self, folder: Path) -> None:
+        """Rank 0 writes an ordinary transformers folder, adapters merged; the adapter itself goes to folder/adapter."""
+        export_student(self.student.model, folder, self.settings.model, self._gather, write=self.rank == 0)
+
+    def close(self) -> None:
+        """Leave the gang. A process of world size 1 keeps its group of one, so that it can build another learner."""
+        self.engine.destroy()
+        if self.world_size > 1:
+            import deepspeed.comm
+
+            deepspeed.comm.destroy_process_group()
+
+    def _backward(self, batch: Batch, objective: Objective, tally: Tally) -> None:
+        total = self.engine(batch, objective, self.heads)
+        self.engine.backward(total * self.world_size)
+        tally.add(batch, objective, total)
+
+    def _update(self, step: int) -> float:
+        """Change the weights; the norm of the gradient before clipping."""
+        stage_0 = self.engine.zero_optimization_stage() == 0
+        if stage_0:  # where DeepSpeed reports no norm
+            grads = [p.grad for p in self.student.parameters() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(grads))
+        self.engine.step()
+        if not stage_0:
+            norm = float(self.engine.get_global_grad_norm())
+        if not math.isfinite(norm):
+            raise RuntimeError(
+                f"step {step}: gradient norm is {norm}; resume from the last checkpoint with a smaller lr"
+            )
+        return norm
+
+    def _gather(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager:
+        if self.settings.zero_stage < 3 or not parameters:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(parameters))
+
+    def _check_share(self, plan: BatchPlan, rollouts: Sequence[Rollout]) -> None:
+        if len(plan.rollout_ids) != self.world_size:
+            raise ValueError(f"step {plan.step} is planned for {len(plan.rollout_ids)} ranks of {self.world_size}")
+        given, planned = sorted(r.rollout_id for r in rollouts), sorted(plan.rollout_ids[self.rank])
+        if given != planned:
+            raise ValueError(f"step {plan.step}: rank {self.rank} got rollouts {given}, the plan says {planned}")
+
+
+def _initialize(student: torch.nn.Module, settings: LearnerSettings, config: dict[str, Any]) -> Any:
+    import deepspeed
+
+    optimizer = torch.optim.AdamW(
+        param_groups(student, settings.weight_decay), lr=0.0, betas=settings.betas, fused=True
+    )
+    return deepspeed.initialize(model=student, optimizer=optimizer, config=config, dist_init_required=False)[0]
+
+
+def _device(device: str, local_rank: int) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank % torch.cuda.device_count())  # a Ray actor sees its own GPU only, as 0
+
+
+def _set_environment(device: torch.device, rank: int, world_size: int, addr: str, port: int) -> None:
+    """Must happen before deepspeed is imported. One missing variable, and it goes looking for mpi4py."""
+    values: dict[str, object] = {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": addr, "MASTER_PORT": port}
+    values |= {"LOCAL_RANK": device.index or 0, "LOCAL_SIZE": world_size}  # DeepSpeed takes the device from it
+    os.environ.update({name: str(value) for name, value in values.items()})
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        if addr in ("127.0.0.1", "localhost"):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    else:
+        torch.cuda.set_device(device)
+
+
+def _join(device: torch.device, timeout_s: float) -> None:
+    import deepspeed
+    from deepspeed.utils.logging import logger
+
+    logger.setLevel(logging.WARNING)
+    if device.type == "cpu":
+        # without this it compiles an extension for 50 s, or fails for want of a compiler
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="gloo" if device.type == "cpu" else "nccl",
+        auto_mpi_discovery=False,
+        timeout=timedelta(seconds=timeout_s),
+    )
+
+
+def _limit_waits(timeout_s: float) -> None:
+    """Trap: DeepSpeed makes further groups, whose members wait for a lost rank for torch's default of half an hour."""
+    from torch.distributed import distributed_c10d as c10d
+
+    for group in list(c10d._world.pg_map):
+        c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+
+def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+def _set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    if device.type != "cuda":
+        return {}
+    return {"loss/peak_memory_gb": torch.cuda.max_memory_allocated(device) / 2**30}

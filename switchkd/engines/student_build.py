@@ -1,0 +1,133 @@
+"""The student to be trained is loaded, given adapters where asked, and written back as an ordinary folder.
+
+In: LearnerSettings. Out: a StudentModule for DeepSpeed; later a transformers folder. Nothing here imports deepspeed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from switchkd.engines.heads import _scales, head_of
+from switchkd.engines.learner_settings import LearnerSettings
+from switchkd.engines.loading import load_model
+from switchkd.engines.student_module import Gather, StudentModule, causal_model, full_tensors
+
+
+def build_student(
+    settings: LearnerSettings, zero3_config: dict[str, Any] | None, device: torch.device, gather: Gather
+) -> StudentModule:
+    """The student on `device`, in training mode: dropout is what its config says (0 in most current models).
+
+    With `zero3_config` no rank ever holds all of it, unless its config scales the logits, which takes a look.
+    """
+    if zero3_config is None:
+        model = load_model(settings.model, dtype=settings.dtype, device=str(device), attn=settings.attn,
+                           trust_remote_code=settings.trust_remote_code, revision=settings.revision)  # fmt: skip
+    else:
+        model = _load_partitioned(settings, zero3_config)
+    scale, softcap = _logit_numbers(model, settings, gather, partitioned=zero3_config is not None)
+    model.requires_grad_(settings.lora is None)
+    if settings.lora is not None:
+        model = _with_adapters(model, settings.lora)
+    if settings.gradient_checkpointing:
+        # the reentrant kind gives no gradients where the first layer's input needs none, as under LoRA
+        causal_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    return StudentModule(
+        model, vocab_size=settings.vocab_size, scale=scale, softcap=softcap, chunk=settings.chunk_tokens
+    )
+
+
+def export_student(model: Any, folder: Path, source: str, gather: Gather, *, write: bool) -> None:
+    """Safetensors, config and generation config, adapters merged; the adapter goes to folder/adapter.
+
+    All ranks enter, those that `write` write. The tokenizer is the caller's.
+    """
+    weights = {}
+    for name, tensor in full_tensors(model, gather):
+        if write:
+            weights[name] = tensor.to("cpu", copy=True)
+    if write:
+        _save(causal_model(model), folder, source, weights)
+    if hasattr(model, "peft_config"):
+        adapters = {name: p for name, p in model.named_parameters() if "lora_" in name}
+        with gather(list(adapters.values())):
+            if write:
+                state = {name: p.detach().to("cpu", copy=True) for name, p in adapters.items()}
+                # trap: "auto" asks the hub whether the vocabulary grew
+                model.save_pretrained(folder / "adapter", state_dict=state, save_embedding_layers=False)
+
+
+def _save(causal: Any, folder: Path, source: str, weights: dict[str, torch.Tensor]) -> None:
+    from transformers import GenerationConfig
+
+    # transformers refuses to write some generation configs that it reads: after the training that would be too late
+    causal.generation_config = GenerationConfig.from_model_config(causal.config)
+    causal.save_pretrained(folder, state_dict=weights)
+    generation = Path(source) / "generation_config.json"
+    if generation.exists():
+        shutil.copy(generation, folder / generation.name)
+
+
+def _load_partitioned(settings: LearnerSettings, config: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    alive = HfDeepSpeedConfig(config)  # while this object lives, from_pretrained hands every layer out to the ranks
+    model = AutoModelForCausalLM.from_pretrained(
+        settings.model,
+        dtype=getattr(torch, settings.dtype),
+        attn_implementation=settings.attn,
+        use_safetensors=True,
+        trust_remote_code=settings.trust_remote_code,
+        revision=settings.revision,
+    )
+    del alive  # other models of this process are loaded whole
+    _restore_buffers(model, settings)
+    return model
+
+
+def _restore_buffers(model: Any, settings: LearnerSettings) -> None:
+    """Trap: loading in parts makes *every* new tensor in the training dtype, rotary frequencies included: in bfloat16 a
+    far position turns by the wrong angle, and the student that learns is not the one that writes."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        reference = AutoModelForCausalLM.from_config(
+            model.config, dtype=getattr(torch, settings.dtype), trust_remote_code=settings.trust_remote_code
+        )
+    for name, module in reference.named_modules():
+        target = model.get_submodule(name)
+        for key in module._non_persistent_buffers_set:
+            if module._buffers[key] is not None:
+                target._buffers[key] = module._buffers[key].to(target._buffers[key].device)
+
+
+def _logit_numbers(model: Any, settings: LearnerSettings, gather: Gather, *, partitioned: bool) -> tuple[float, float]:
+    """Scale and soft-cap of the student's logits (see heads.LinearHead)."""
+    config = model.config.get_text_config()
+    if partitioned and len(_scales(config)) == 1:
+        return 1.0, float(getattr(config, "final_logit_softcapping", None) or 0.0)
+    with torch.no_grad(), gather(list(model.parameters())):
+        head = head_of(model, settings.vocab_size)
+    return head.scale, head.softcap
+
+
+def _with_adapters(model: Any, lora: dict[str, Any]) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    targets = lora["target_modules"]
+    config = LoraConfig(
+        r=lora["r"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"],
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM",
+    )
+    # DeepSpeed keeps the fp32 masters, and refuses a module of two dtypes
+    return get_peft_model(model, config, autocast_adapter_dtype=False)

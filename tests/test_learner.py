@@ -1,0 +1,245 @@
+"""The learner on one rank, held against a step that any reader of torch would write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from learning import (
+    ATKD,
+    CROSS_ENTROPY,
+    FORWARD_KL,
+    NUMBERS,
+    SKEWED,
+    NaiveLearner,
+    distance,
+    make_rollouts,
+    settings_of,
+    student_folder,
+    teacher_heads,
+)
+from tiny import tiny_model
+
+from switchkd.algo import losses
+from switchkd.batching import LossSpec, collate, plan_batch
+from switchkd.types import Rollout, Source, StepResult
+from switchkd.weights import unpack
+
+torch.set_num_threads(1)
+
+Build = Callable[..., Any]
+
+
+@pytest.fixture
+def build() -> Iterator[Build]:
+    """Makes learners on one rank in this process, and closes them."""
+    from switchkd.engines.deepspeed_learner import DeepSpeedLearner
+
+    made = []
+
+    def make(folder: Path, **settings: Any) -> DeepSpeedLearner:
+        learner = DeepSpeedLearner(
+            settings_of(folder, **settings),
+            rank=0,
+            local_rank=0,
+            world_size=1,
+            master_addr="127.0.0.1",
+            master_port=0,
+            teacher_heads=teacher_heads(),
+        )
+        made.append(learner)
+        return learner
+
+    yield make
+    for learner in made:
+        learner.close()
+
+
+def run_step(
+    learner: Any, rollouts: list[Rollout], spec: LossSpec, step: int = 0, lr: float = NUMBERS["lr"]
+) -> StepResult:
+    plan = plan_batch(step, 0, rollouts, 1, spec.hard_frac)
+    return learner.step(plan, rollouts, loss=spec, lr=lr, version_after=step + 1)
+
+
+def weights(learner: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in unpack(learner.publish(0, "float32"))}
+
+
+@pytest.mark.parametrize("spec", [FORWARD_KL, SKEWED, ATKD, CROSS_ENTROPY], ids=lambda s: s.name)
+def test_three_steps_equal_the_naive_ones(spec: LossSpec, build: Build, tmp_path: Path) -> None:
+    """Loss, gradient norm and weights after AdamW equal those of whole rows, no padding and one backward call."""
+    learner = build(student_folder(tmp_path))
+    naive = NaiveLearner(tiny_model("llama", seed=1))
+    for step in range(3):
+        rollouts = make_rollouts(5, seed=step)
+        result, (loss, norm) = run_step(learner, rollouts, spec, step), naive.step(rollouts, spec)
+        assert result.loss == pytest.approx(loss, rel=2e-6)
+        assert result.grad_norm == pytest.approx(norm, rel=2e-6 if step == 0 else 1e-5)
+    assert distance(weights(learner), dict(naive.model.named_parameters())) < 1e-6
+    moved = distance(dict(naive.model.named_parameters()), dict(tiny_model("llama", seed=1).named_parameters()))
+    assert moved > 1e-2
+
+
+@pytest.mark.parametrize("spec", [FORWARD_KL, SKEWED, ATKD], ids=lambda s: s.name)
+def test_the_loss_does_not_depend_on_the_split(spec: LossSpec, build: Build, tmp_path: Path) -> None:
+    """One micro-batch or seven, chunks of 3 or of 1,000: the same loss, gradient norm and weights."""
+    folder, rollouts = student_folder(tmp_path), make_rollouts(7)
+    whole = build(folder, micro_batch_size=8, chunk_tokens=1000)
+    parts = build(folder, micro_batch_size=1, chunk_tokens=3)
+    a, b = run_step(whole, rollouts, spec), run_step(parts, rollouts, spec)
+    assert a.loss == pytest.approx(b.loss, rel=1e-6) and a.grad_norm == pytest.approx(b.grad_norm, rel=1e-6)
+    assert distance(weights(whole), weights(parts)) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "qwen2", "gpt2", "opt_projected", "gemma2", "cohere", "granite"])
+def test_every_family_of_output_layers(family: str, build: Build, tmp_path: Path) -> None:
+    """Tied, projected, scaled and soft-capped output layers train as transformers itself would have them."""
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if family == "gpt2" else {}
+    dropout |= {"dropout": 0.0} if family.startswith("opt") else {}
+    learner = build(student_folder(tmp_path, family, **dropout), attn="eager")
+    naive = NaiveLearner(tiny_model(family, seed=1, attn="eager", **dropout).train())
+    rollouts = make_rollouts(4)
+    result, (loss, norm) = run_step(learner, rollouts, FORWARD_KL), naive.step(rollouts, FORWARD_KL)
+    assert result.loss == pytest.approx(loss, rel=5e-6) and result.grad_norm == pytest.approx(norm, rel=2e-5)
+    assert weights(learner).keys() == dict(naive.model.named_parameters()).keys()
+
+
+def test_whole_rows_teach_the_same_as_hidden_states(build: Build, tmp_path: Path) -> None:
+    """`signal: full` and `signal: hidden` give the same loss."""
+    learner = build(student_folder(tmp_path))
+    hidden, full = (run_step(learner, make_rollouts(4, kind=k), FORWARD_KL, lr=0.0) for k in ("hidden", "full"))
+    assert hidden.loss == pytest.approx(full.loss, rel=1e-5)
+
+
+def test_it_learns_one_batch_by_heart(build: Build, tmp_path: Path) -> None:
+    """Forty steps on the same rollouts take the KL to a small part of what it was."""
+    learner, rollouts = build(student_folder(tmp_path), micro_batch_size=8), make_rollouts(4)
+    losses_seen = [run_step(learner, rollouts, FORWARD_KL, step).loss for step in range(40)]
+    assert losses_seen[-1] < 0.1 * losses_seen[0]
+
+
+def test_nothing_is_trained_without_a_step_size(build: Build, tmp_path: Path) -> None:
+    """The caller's lr is the one that counts: 0 leaves the folder's weights as they are."""
+    learner = build(student_folder(tmp_path))
+    run_step(learner, make_rollouts(3), FORWARD_KL, lr=0.0)
+    assert distance(weights(learner), dict(tiny_model("llama", seed=1).named_parameters())) == 0
+
+
+def test_metrics_are_means_over_their_tokens(build: Build, tmp_path: Path) -> None:
+    """Per-source means weighted by their counts give the step's mean; the KL is reported beside any other loss."""
+    learner, rollouts = build(student_folder(tmp_path)), make_rollouts(5)
+    metrics = run_step(learner, rollouts, FORWARD_KL, lr=0.0).metrics
+    sources = np.concatenate([r.sources for r in rollouts])
+    names = {Source.STUDENT: "loss/student", Source.TEACHER: "loss/teacher", Source.DATA: "loss/data"}
+    assert sum((sources == s).mean() * metrics[name] for s, name in names.items()) == pytest.approx(
+        metrics["loss/total"]
+    )
+    assert metrics["loss/kl"] == pytest.approx(metrics["loss/total"])
+    skewed = run_step(learner, rollouts, SKEWED, lr=0.0).metrics
+    assert skewed["loss/kl"] == pytest.approx(metrics["loss/kl"])
+    assert 0 < skewed["loss/padding_frac"] < 1 and skewed["loss/lm"] > 0
+    no_teacher = run_step(learner, rollouts, CROSS_ENTROPY, lr=0.0).metrics
+    assert "loss/kl" not in no_teacher and "loss/lm" not in no_teacher
+
+
+def test_clipping_and_decay_are_torchs(build: Build, tmp_path: Path) -> None:
+    """The norm is reported before clipping; decay touches matrices only."""
+    rollouts = make_rollouts(3)
+    learner = build(student_folder(tmp_path), gradient_clipping=0.05)
+    naive = NaiveLearner(tiny_model("llama", seed=1), clip=0.05)
+    assert run_step(learner, rollouts, FORWARD_KL).grad_norm == pytest.approx(naive.step(rollouts, FORWARD_KL)[1])
+    assert distance(weights(learner), dict(naive.model.named_parameters())) < 1e-6
+    unclipped = build(tmp_path, gradient_clipping=0.0)
+    naive = NaiveLearner(tiny_model("llama", seed=1), clip=float("inf"))
+    assert run_step(unclipped, rollouts, FORWARD_KL).grad_norm == pytest.approx(naive.step(rollouts, FORWARD_KL)[1])
+    assert distance(weights(unclipped), dict(naive.model.named_parameters())) < 1e-6
+    plain, decayed = build(tmp_path), build(tmp_path, weight_decay=0.5)
+    for built in (plain, decayed):
+        run_step(built, rollouts, FORWARD_KL)
+    before = dict(tiny_model("llama", seed=1).named_parameters())
+    for name, tensor in weights(decayed).items():
+        expected = NUMBERS["lr"] * 0.5 * before[name] if tensor.ndim > 1 else torch.zeros_like(tensor)
+        torch.testing.assert_close(weights(plain)[name] - tensor, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_gradient_checkpointing_changes_nothing(build: Build, tmp_path: Path) -> None:
+    """Computing activations again gives the same weights."""
+    folder, rollouts = student_folder(tmp_path), make_rollouts(4)
+    learners = [build(folder, gradient_checkpointing=flag) for flag in (False, True)]
+    for learner in learners:
+        run_step(learner, rollouts, FORWARD_KL)
+    assert distance(weights(learners[0]), weights(learners[1])) < 1e-7
+
+
+def test_the_export_is_an_ordinary_folder(build: Build, tmp_path: Path) -> None:
+    """transformers loads it, with the trained weights, the dtype and the source's generation config."""
+    from transformers import AutoModelForCausalLM
+
+    folder = student_folder(tmp_path / "student", "qwen2")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 7], "temperature": 0.3, "pad_token_id": 0}')
+    learner = build(folder)
+    run_step(learner, make_rollouts(3), FORWARD_KL)
+    learner.export(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert distance(dict(model.named_parameters()), weights(learner)) == 0
+    assert model.generation_config.eos_token_id == [1, 7] and model.dtype == torch.float32
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    run_step(learner, make_rollouts(3), FORWARD_KL, 1)  # exporting is no end
+
+
+def test_a_wrong_loss_stops_before_the_weights_change(build: Build, tmp_path: Path) -> None:
+    """NaN in the teacher's signal is an error that names the step, and the weights are those before it."""
+    learner, rollouts = build(student_folder(tmp_path)), make_rollouts(3)
+    before = weights(learner)
+    values = np.full_like(rollouts[1].signal.values, math.nan)
+    rollouts[1] = replace(rollouts[1], signal=replace(rollouts[1].signal, values=values))
+    with pytest.raises(RuntimeError, match="step 4: loss is nan"):
+        run_step(learner, rollouts, FORWARD_KL, 4)
+    assert distance(weights(learner), before) == 0
+
+
+def test_wrong_arguments_are_named(build: Build, tmp_path: Path) -> None:
+    """Rollouts that are not this rank's, an unknown teacher, LoRA on the output layer, float16."""
+    folder, rollouts = student_folder(tmp_path), make_rollouts(3)
+    learner = build(folder)
+    with pytest.raises(ValueError, match=r"rank 0 got rollouts \[0, 1\], the plan says \[0, 1, 2\]"):
+        learner.step(plan_batch(0, 0, rollouts, 1), rollouts[:2], loss=FORWARD_KL, lr=0.1, version_after=1)
+    with pytest.raises(ValueError, match="planned for 2 ranks"):
+        learner.step(plan_batch(0, 0, rollouts, 2), rollouts, loss=FORWARD_KL, lr=0.1, version_after=1)
+    with pytest.raises(ValueError, match="teacher 'other'"):
+        run_step(learner, [replace(r, teacher="other") for r in rollouts], FORWARD_KL)
+    with pytest.raises(ValueError, match="output layer"):
+        build(folder, lora={"r": 2, "alpha": 4.0, "dropout": 0.0, "target_modules": ["lm_head"]})
+    with pytest.raises(ValueError, match="float16"):
+        settings_of(folder, dtype="float16")
+
+
+def test_a_checkpoint_of_other_ranks_is_refused(build: Build, tmp_path: Path) -> None:
+    """The error names both numbers of ranks."""
+    learner = build(student_folder(tmp_path / "student"))
+    learner.save(tmp_path, "tag")
+    learner.load(tmp_path, "tag")
+    (tmp_path / "tag" / "random_rank1.pt").touch()
+    with pytest.raises(ValueError, match="checkpoint of 2 ranks, the learner has 1"):
+        learner.load(tmp_path, "tag")
+
+
+def test_logits_never_exist_all_at_once(build: Build, tmp_path: Path) -> None:
+    """No call of the loss sees more than chunk_tokens positions."""
+    sizes = []
+
+    def spy(p: torch.Tensor, q: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(q))
+        return losses.forward_kl(p, q, labels, mask)
+
+    rollouts = make_rollouts(5, longest=40)
+    learner = build(student_folder(tmp_path), micro_batch_size=8)
+    run_step(learner, rollouts, LossSpec(name="spy", per_token=spy))
+    assert max(sizes) == 5 and sum(sizes) == 2 * len(collate(rollouts, 0).labels)  # forward, and again backward
