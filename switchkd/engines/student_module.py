@@ -63,7 +63,7 @@ class Objective:
 
     def __init__(self, spec: LossSpec, plan: BatchPlan, batch: Batch) -> None:
         self.spec = spec
-        self.recording = True  # off for the backward pass, which computes every chunk again
+        self.recording = False  # on in the forward pass only: the backward pass computes every chunk again
         self.seen: dict[str, list[Tensor]] = {"loss": [], "kl": [], "lm": []}
         mask = torch.ones_like(batch.labels, dtype=torch.bool)
         self.weights = token_weights(mask, num_loss_tokens=plan.num_loss_tokens)
