@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from switchkd import resources
 from switchkd.batching import LossSpec
 from switchkd.build import build_loss, build_modes
 from switchkd.engines.base import Teacher
@@ -45,7 +46,7 @@ def device_of(model: Model | str) -> str:
 
 def _load(model: Model, device: str, device_map: str | None = None) -> torch.nn.Module:
     return load_model(
-        model.model,
+        model.path,
         dtype=model.dtype,
         device=device,
         attn=model.attn,
@@ -59,11 +60,11 @@ def make_teacher(config: Config) -> HFTeacher:
     """The teacher service of one process."""
     from switchkd.engines.hf_engine import HFTeacher
 
-    set_threads(config.teacher.threads)
+    set_threads(resources.of_role(config, "teacher").threads)
     section = config.teacher
     return HFTeacher(
         _load(section, device_of(section), section.device_map),
-        vocab_size=shared_vocab(load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)),
+        vocab_size=shared_vocab(load_tokenizer(section.path, trust_remote_code=section.trust_remote_code)),
         max_sessions=section.max_sessions,
         max_len=max_len(config),
         lease_s=section.lease_s,
@@ -82,13 +83,13 @@ def make_worker(
     """One rollout worker with the student's folder as weight version 0. `stop_ids` are those of both models."""
     from switchkd.engines.hf_engine import HFStudent
 
-    set_threads(config.student.threads)
+    set_threads(resources.of_role(config, "rollout").threads)
     section = config.student
     device = device_of(section)
-    tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
+    tokenizer = load_tokenizer(section.path, trust_remote_code=section.trust_remote_code)
     model = _load(section, device)
     student = HFStudent(
-        model, num_slots=config.rollout.slots, max_len=max_len(config), vocab_size=shared_vocab(tokenizer)
+        model, num_slots=config.rollout.batch_size, max_len=max_len(config), vocab_size=shared_vocab(tokenizer)
     )
     rollouts = RolloutWorker(
         student=student,
@@ -117,26 +118,27 @@ class Gang:
 def learner_settings(config: Config) -> LearnerSettings:
     from switchkd.engines.deepspeed_learner import LearnerSettings
 
-    tokenizer = load_tokenizer(config.student.model, trust_remote_code=config.student.trust_remote_code)
+    tokenizer = load_tokenizer(config.student.path, trust_remote_code=config.student.trust_remote_code)
     learner, student = config.learner, config.student
     return LearnerSettings(
-        model=student.model,
+        model=student.path,
         dtype=learner.dtype,
         zero_stage=learner.zero_stage,
-        micro_batch_size=learner.micro_batch_size,
+        micro_batch_tokens=learner.micro_batch_tokens,
         gradient_checkpointing=learner.gradient_checkpointing,
-        gradient_clipping=learner.gradient_clipping,
+        gradient_clipping=learner.grad_clip,
         weight_decay=learner.weight_decay,
         betas=learner.betas,
         chunk_tokens=learner.chunk_tokens,
         timeout_s=learner.timeout_s,
-        lora=None if student.lora is None else student.lora.model_dump(),
+        deepspeed=learner.deepspeed,
+        lora=None if learner.lora is None else learner.lora.model_dump(),
         vocab_size=shared_vocab(tokenizer),
         pad_id=pad_id(tokenizer),
         attn=student.attn,
         trust_remote_code=student.trust_remote_code,
-        threads=learner.threads,
-        seed=config.run.seed,
+        threads=resources.of_role(config, "learner").threads or 0,
+        seed=config.seed,
         device=device_of(student),
     )
 
@@ -150,7 +152,7 @@ class LearnerRank:
     def __init__(self, config: Config, gang: Gang, heads: dict[str, HeadArrays], fetch: Fetch) -> None:
         from switchkd.engines.deepspeed_learner import DeepSpeedLearner
 
-        set_threads(config.learner.threads)
+        set_threads(resources.of_role(config, "learner").threads)
         self.config, self.gang, self.fetch = config, gang, fetch
         self.losses: list[LossSpec] = [build_loss(stage) for stage in config.train.stages]
         self.learner: DeepSpeedLearner = DeepSpeedLearner(
@@ -182,7 +184,7 @@ class LearnerRank:
         self.learner.export(folder)
         if self.gang.rank == 0:
             tokenizer = load_tokenizer(
-                self.config.student.model, trust_remote_code=self.config.student.trust_remote_code
+                self.config.student.path, trust_remote_code=self.config.student.trust_remote_code
             )
             tokenizer.save_pretrained(folder)
 

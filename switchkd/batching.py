@@ -97,15 +97,21 @@ def collate(rollouts: Sequence[Rollout], pad_id: int, *, needs_teacher: bool = T
     )
 
 
-def split_micro(rollouts: Sequence[Rollout], micro_batch_size: int) -> list[list[Rollout]]:
-    """Micro-batches of similar lengths, the longest first: if memory is short, the first one says so."""
-    ordered = sorted(rollouts, key=lambda r: (-len(r.prompt_ids) - r.num_tokens, r.rollout_id))
-    return [ordered[start : start + micro_batch_size] for start in range(0, len(ordered), micro_batch_size)]
+def split_micro(rollouts: Sequence[Rollout], max_tokens: int) -> list[list[Rollout]]:
+    """Micro-batches of similar lengths with at most `max_tokens` positions each, padding included (one rollout may have
+    more). The longest come first: if memory is short, the first one says so."""
+    ordered = sorted(rollouts, key=lambda r: (-_length(r), r.rollout_id))
+    micro: list[list[Rollout]] = []
+    for rollout in ordered:
+        if micro and (len(micro[-1]) + 1) * _length(micro[-1][0]) <= max_tokens:
+            micro[-1].append(rollout)
+        else:
+            micro.append([rollout])
+    return micro
 
 
-def num_micro_batches(plan: BatchPlan, micro_batch_size: int) -> int:
-    """Of every rank, so that all make the same number of backward calls: a rank with fewer rollouts adds empty ones."""
-    return max(1, max(-(-len(ids) // micro_batch_size) for ids in plan.rollout_ids))
+def _length(rollout: Rollout) -> int:
+    return len(rollout.prompt_ids) + rollout.num_tokens
 
 
 class PlanEntry(Protocol):

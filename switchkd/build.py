@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from switchkd.algo.switching import Rule
 from switchkd.batching import LossSpec
 from switchkd.config import ConfigError
 from switchkd.rows import Mode
-from switchkd.sections import Config, Stage
+from switchkd.sections import Config, Loss, Stage
+from switchkd.sections import Rule as RuleSection
 from switchkd.sections import Sampling as SamplingSection
 from switchkd.types import Origin
 
@@ -87,19 +88,50 @@ def _rule_constructor(kind: str) -> Callable[..., Any]:
             return named(kind, "rule")
 
 
+_RULE_KEYS = {
+    "jsd_threshold": {"tau0": "tau_0", "decay": "decay", "half_life": "half_life", "schedule": "schedule",
+                      "log_base": "log_base"},
+    "kl_spike": {"factor": "K", "window": "L", "divergence": "divergence", "warm_up": "warm_up"},
+    "outside_top_k": {"top_k": "k"},
+    "random": {"prob": "prob"},
+    "mixture": {"prob": "alpha"},
+}  # fmt: skip
+"""Keys of `rule` that each rule takes, and what its constructor calls them."""
+_LOSS_KEYS = {
+    "jsd": ("beta",),
+    "skew_kl": ("alpha",),
+    "skew_reverse_kl": ("alpha",),
+    "atkd": ("hard_frac", "lam", "direction"),
+}
+
+
+def _given(section: RuleSection | Loss, kind: str, known: Iterable[str], every: Iterable[str]) -> dict[str, Any]:
+    """The keys that the user set. Raises ConfigError for one that this rule or loss does not know."""
+    what = "rule" if isinstance(section, RuleSection) else "loss"
+    takes = set(known)
+    found = {key: value for key in every if (value := getattr(section, key)) is not None}
+    for key, value in found.items():
+        if key not in takes:
+            choices = ", ".join(sorted(takes)) or ("its own, under params" if ":" in kind else "none")
+            raise ConfigError(f"{what} {kind}: unknown parameter {key!r} (value {value!r}); it takes {choices}")
+    return found
+
+
 def _rule_params(stage: Stage) -> dict[str, Any]:
-    params = dict(stage.rule.params)
-    if stage.rule.type == "jsd_threshold":
+    rule, names = stage.rule, _RULE_KEYS.get(stage.rule.type, {})
+    every = {key for keys in _RULE_KEYS.values() for key in keys}
+    params = {names[key]: value for key, value in _given(rule, rule.type, names, sorted(every)).items()} | rule.params
+    if rule.type == "jsd_threshold":
         params.setdefault("max_new_tokens", stage.max_new_tokens)
     return params
 
 
 def build_loss(stage: Stage) -> LossSpec:
     """The stage's loss. Raises ConfigError naming the parameter that it refuses."""
-    kind, params = stage.loss.type, dict(stage.loss.params)
+    kind = stage.loss.type
+    every = sorted({key for keys in _LOSS_KEYS.values() for key in keys})
+    params = _given(stage.loss, kind, _LOSS_KEYS.get(kind, ()), every) | stage.loss.params
     hard_frac = params.pop("hard_frac", 0.5) if kind == "atkd" else None
-    if kind == "atkd" and "lambda" in params:
-        params["lam"] = params.pop("lambda")
     per_token = _loss_function(kind)
     _check_params(per_token, f"loss {kind}", params)
     return LossSpec(
@@ -180,7 +212,7 @@ def _stage_modes(config: Config, stage: Stage, first_step: int) -> StageModes:
         "student": sampling(stage.rule.student),
         "teacher": sampling(stage.rule.teacher),
         "max_new_tokens": stage.max_new_tokens,
-        "seed": config.run.seed,
+        "seed": config.seed,
         "first_step": first_step,
         "wants_uncertainty": stage.loss.type == "atkd",
     }

@@ -47,7 +47,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     if not isinstance(raw, dict):
         raise ConfigError(f"config file {path} holds no keys; see configs/quickstart.yaml for an example")
     for override in overrides:
-        _apply_override(raw, override)
+        apply_override(raw, override)
     config = parse(raw)
     return _anchor_data(config, path.resolve().parent)
 
@@ -55,13 +55,47 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
 def parse(raw: dict[str, Any]) -> Config:
     """Check a tree of plain values. Raises ConfigError with one line that names the key, the value and the remedy."""
     try:
-        config = Config.model_validate(raw)
+        config = Config.model_validate(_with_stages(raw))
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
-    stages = tuple(_complete_stage(i, stage) for i, stage in enumerate(config.train.stages))
-    config = config.model_copy(update={"train": config.train.model_copy(update={"stages": stages})})
+    stages = tuple(_complete_stage(config, i, stage) for i, stage in enumerate(config.train.stages))
+    train = config.train.model_copy(update={"stages": stages, "num_steps": None})
+    config = config.model_copy(update={"train": train})
     _check_across(config)
     return config
+
+
+_FROM_ROLLOUT = ("rule", "max_new_tokens")
+_FROM_LEARNER = ("loss", "lr", "scheduler", "warmup_steps", "min_lr_frac")
+_FROM_TRAIN = ("batch_size", "mix")
+
+
+def _with_stages(raw: dict[str, Any]) -> dict[str, Any]:
+    """Every stage with what it leaves out filled in from `rollout`, `learner` and `train`; one stage where none is
+    given. `train.num_steps` sets the last one's steps. What is not a section is left for pydantic to name."""
+    train = raw.get("train")
+    if not isinstance(train, dict):
+        return raw
+    stages = train.get("stages") or [{"name": "train", "steps": train.get("num_steps")}]
+    if not isinstance(stages, list | tuple) or not all(isinstance(stage, dict) for stage in stages):
+        return raw
+    if train.get("num_steps") is None and stages[-1].get("steps") is None:
+        raise ConfigError("train.num_steps: this key is required where train.stages does not say the steps; add it")
+    shared: dict[str, Any] = {}
+    for section, keys in (("rollout", _FROM_ROLLOUT), ("learner", _FROM_LEARNER), ("train", _FROM_TRAIN)):
+        given = raw.get(section)
+        shared |= {key: given[key] for key in keys if isinstance(given, dict) and key in given}
+    filled = [{**shared, **{key: _over(shared.get(key), value) for key, value in stage.items()}} for stage in stages]
+    if train.get("num_steps") is not None:
+        filled[-1]["steps"] = train["num_steps"]
+    return {**raw, "train": {**train, "stages": filled}}
+
+
+def _over(shared: Any, own: Any) -> Any:
+    """A stage's rule or loss that names no type changes single keys of the shared one."""
+    if isinstance(shared, dict) and isinstance(own, dict) and "type" not in own:
+        return {**shared, **own}
+    return own
 
 
 def resolved(config: Config) -> dict[str, Any]:
@@ -73,7 +107,7 @@ def dump_yaml(config: Config) -> str:
     return yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True)
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
     key, sep, text = override.partition("=")
     if not sep or not key:
         raise ConfigError(f"override {override!r} is not of the form section.key=value")
@@ -104,23 +138,24 @@ def _index(node: list, part: str, key: str) -> int:
     return int(part)
 
 
-def _complete_stage(index: int, stage: Stage) -> Stage:
-    """Fill in names and the rule's own sampling settings, so that the resolved config shows what will happen."""
+def _complete_stage(config: Config, index: int, stage: Stage) -> Stage:
+    """Fill in names and sampling (the stage's, else the model's, else the rule's own), so that the resolved config
+    shows what will happen."""
     rule = stage.rule
     kind = ALIASES.get(rule.type, rule.type)
     if ":" not in kind and kind not in RULES:
         raise ConfigError(_unknown(f"train.stages.{index}.rule.type", rule.type, (*RULES, *ALIASES), "my_file:my_rule"))
     if ":" not in stage.loss.type and stage.loss.type not in LOSSES:
         raise ConfigError(_unknown(f"train.stages.{index}.loss.type", stage.loss.type, LOSSES, "my_file:my_loss"))
-    own = SAMPLING_OF_RULE.get(kind, {})
-    filled = {
-        side: Sampling(
-            temperature=_first(given.temperature, own.get(side, (1.0, 1.0))[0]),
-            top_p=_first(given.top_p, own.get(side, (1.0, 1.0))[1]),
-            top_k=_first(given.top_k, 0),
+    papers = SAMPLING_OF_RULE.get(kind, {})
+    filled = {}
+    for side, given, model in (("student", rule.student, config.student), ("teacher", rule.teacher, config.teacher)):
+        temperature, top_p = papers.get(side, (1.0, 1.0))
+        filled[side] = Sampling(
+            temperature=_first(given.temperature, model.temperature, temperature),
+            top_p=_first(given.top_p, model.top_p, top_p),
+            top_k=_first(given.top_k, model.top_k, 0),
         )
-        for side, given in (("student", rule.student), ("teacher", rule.teacher))
-    }
     rule = rule.model_copy(update={"type": kind, **filled})
     return stage.model_copy(update={"rule": rule, "name": stage.name or f"stage-{index + 1}"})
 
@@ -167,7 +202,7 @@ def _anchor_data(config: Config, folder: Path) -> Config:
         looks_local = name.startswith((".", "/", "~")) or Path(name).suffix in (".jsonl", ".json", ".parquet")
         return str((folder / Path(name).expanduser()).resolve()) if name and looks_local else name
 
-    data = config.data.model_copy(update={"train": anchored(config.data.train)})
+    data = config.data.model_copy(update={"path": anchored(config.data.path)})
     evaluation = config.eval.model_copy(update={"data": anchored(config.eval.data)})
     return config.model_copy(update={"data": data, "eval": evaluation})
 

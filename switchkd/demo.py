@@ -84,7 +84,7 @@ def _fill(folder: Path, source: str) -> None:
         reasons.append(reason)
     raise ConfigError(
         f"the demo model {NAME} cannot be fetched: {'; '.join(reasons)}; "
-        "connect to one of them, or set teacher.model to a model folder of your own"
+        "connect to one of them, or set teacher.path to a model folder of your own"
     )
 
 

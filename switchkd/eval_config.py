@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from switchkd.config import ConfigError, _apply_override, load, parse, resolved
+from switchkd.config import ConfigError, apply_override, load, parse, resolved
 from switchkd.examination import WITH_TEACHER
 from switchkd.export import find_student
 from switchkd.sections import Config
@@ -38,15 +38,16 @@ def eval_config(
     base = load(file, list(overrides)) if file else _minimal(model, overrides)
     compared = bool(teacher) or (file is not None and base.needs_teacher)
     raw = resolved(base)
-    raw["student"] |= {"model": str(find_student(folder) if is_run else model), "cut": None, "lora": None}
+    raw["student"] |= {"path": str(find_student(folder) if is_run else model), "cut": None}
+    raw["learner"]["lora"] = None
     raw["train"] = {"stages": [_WITH_TEACHER if compared else _NO_TEACHER]}
     if teacher:
-        raw["teacher"]["model"] = teacher
+        raw["teacher"]["path"] = teacher
     if data:
         raw["eval"]["data"] = str(Path(data).expanduser().resolve()) if Path(data).expanduser().exists() else data
     if not raw["eval"]["data"]:
         raise ConfigError("eval needs data; give --data FILE, or eval.data=FILE")
-    raw["data"] |= {"train": raw["eval"]["data"], "split": raw["eval"]["split"]}  # nothing else is read
+    raw["data"] |= {"path": raw["eval"]["data"], "split": raw["eval"]["split"]}  # nothing else is read
     raw["eval"]["metrics"] = _metrics(metrics, raw["eval"]["metrics"], compared)
     return parse(raw)
 
@@ -61,7 +62,7 @@ def _metrics(wanted: Sequence[str] | None, default: Sequence[str], compared: boo
 
 
 def _minimal(model: str, overrides: Sequence[str]) -> Config:
-    raw: dict[str, Any] = {"run": {"dir": "."}, "student": {"model": model}, "train": {"stages": [_WITH_TEACHER]}}
+    raw: dict[str, Any] = {"run": {"dir": "."}, "student": {"path": model}, "train": {"stages": [_WITH_TEACHER]}}
     for override in overrides:
-        _apply_override(raw, override)
+        apply_override(raw, override)
     return parse(raw)

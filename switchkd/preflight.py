@@ -68,10 +68,10 @@ def check(config: Config) -> None:
             raise ConfigError(f"train.stages.{index} ({stage.name}): {error}") from None
     _check_eval(config)
     _check_data(config)
-    if reads_teacher(config) and config.teacher.model != "demo":
-        check_model_folder(config.teacher.model, "teacher.model")
-    if config.student.cut is None and config.student.model != "demo":
-        check_model_folder(config.student.model, "student.model")
+    if reads_teacher(config) and config.teacher.path != "demo":
+        check_model_folder(config.teacher.path, "teacher.path")
+    if config.student.cut is None and config.student.path != "demo":
+        check_model_folder(config.student.path, "student.path")
 
 
 def _check_run_dir(config: Config) -> None:
@@ -133,9 +133,9 @@ def _check_eval(config: Config) -> None:
 
 
 def _check_data(config: Config) -> None:
-    if not config.data.train:
-        raise ConfigError("data.train is empty; name a JSONL or parquet file, or a data set of the hub")
-    for key, name in (("data.train", config.data.train), ("eval.data", config.eval.data)):
+    if not config.data.path:
+        raise ConfigError("data.path is empty; name a JSONL or parquet file, or a data set of the hub")
+    for key, name in (("data.path", config.data.path), ("eval.data", config.eval.data)):
         if Path(name).is_absolute() and not Path(name).is_file():
             raise ConfigError(f"{key}={name}: there is no such file; relative paths start at the config file's folder")
 
@@ -146,15 +146,15 @@ def _check_data(config: Config) -> None:
 def check_models(config: Config) -> tuple[Any, frozenset[int]]:
     """The student's tokenizer and the stop ids of both models, from their small files alone. Raises ConfigError where
     the tokenizers differ or the run needs more positions than a model has."""
-    student = _tokenizer(config.student, "student.model")
+    student = _tokenizer(config.student, "student.path")
     ends: frozenset[int] = frozenset()
     roles: list[tuple[str, Model]] = [("student", config.student)]
     if config.needs_teacher:
         roles.append(("teacher", config.teacher))
-        difference = same_tokenizer(_tokenizer(config.teacher, "teacher.model"), student)
+        difference = same_tokenizer(_tokenizer(config.teacher, "teacher.path"), student)
         if difference:
             raise ConfigError(
-                f"teacher.model={config.teacher.model} and student.model={config.student.model} need one tokenizer: "
+                f"teacher.path={config.teacher.path} and student.path={config.student.path} need one tokenizer: "
                 f"{difference}; choose models of one family"
             )
     for role, section in roles:
@@ -166,7 +166,7 @@ def check_models(config: Config) -> tuple[Any, frozenset[int]]:
 
 def _tokenizer(section: Model, key: str) -> Any:
     _reach_hub(section, key)
-    return load_tokenizer(section.model, trust_remote_code=section.trust_remote_code, revision=section.revision)
+    return load_tokenizer(section.path, trust_remote_code=section.trust_remote_code, revision=section.revision)
 
 
 def _reach_hub(section: Model, key: str) -> None:
@@ -174,11 +174,11 @@ def _reach_hub(section: Model, key: str) -> None:
     where there is no network."""
     from huggingface_hub import snapshot_download
 
-    if looks_local(section.model):
+    if looks_local(section.path):
         return
     try:  # the network
         snapshot_download(
-            section.model,
+            section.path,
             revision=section.revision,
             allow_patterns=_SMALL_FILES,
             etag_timeout=HUB_TIMEOUT_S,
@@ -187,7 +187,7 @@ def _reach_hub(section: Model, key: str) -> None:
     except Exception as error:
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(
-            f"{key}={section.model} is no folder here, and the hub does not give it: {line}; check the name, set "
+            f"{key}={section.path} is no folder here, and the hub does not give it: {line}; check the name, set "
             "HF_TOKEN for a gated model, or give a folder"
         ) from None
 
@@ -198,12 +198,12 @@ def _read_config(section: Model, key: str) -> Any:
 
     given: dict[str, Any] = {"revision": section.revision, "token": os.environ.get("HF_TOKEN") or False}
     try:  # other people's files, or the hub
-        config = AutoConfig.from_pretrained(section.model, trust_remote_code=section.trust_remote_code, **given)
+        config = AutoConfig.from_pretrained(section.path, trust_remote_code=section.trust_remote_code, **given)
     except (OSError, ValueError) as error:
         line = next(iter(str(error).strip().splitlines()), "")
-        raise ConfigError(f"{key}={section.model}: its config cannot be read: {line}") from None
+        raise ConfigError(f"{key}={section.path}: its config cannot be read: {line}") from None
     try:
-        generation = GenerationConfig.from_pretrained(section.model, **given)
+        generation = GenerationConfig.from_pretrained(section.path, **given)
     except OSError:  # many models have none
         generation = None
     return SimpleNamespace(config=config, generation_config=generation)
@@ -218,57 +218,9 @@ def _check_model(config: Config, model: Any, section: Model, role: str) -> None:
     )
     if limit and wanted > limit:
         raise ConfigError(
-            f"{role}.model={section.model} has {limit} positions, but data.max_prompt_tokens={prompt} and the longest "
+            f"{role}.model={section.path} has {limit} positions, but data.max_prompt_tokens={prompt} and the longest "
             f"completion ({wanted - prompt}) need {wanted}; lower data.max_prompt_tokens, data.max_reference_tokens or "
             "max_new_tokens"
         )
     if section.attn == "sdpa" and getattr(text, "attn_logit_softcapping", None):
-        raise ConfigError(f"{role}.attn=sdpa leaves out the soft-cap of {section.model}'s attention; set it to eager")
-
-
-# --- the machine or the cluster --------------------------------------------------------------------------------------
-
-
-def needs(config: Config) -> dict[str, dict[str, float]]:
-    """CPUs and GPUs that each role asks for, all its processes together."""
-    learner, workers = config.learner, config.rollout.num_workers
-    roles: dict[str, tuple[int, float, float]] = {
-        "rollout.num_workers": (workers, config.student.num_cpus, config.student.num_gpus),
-        "learner.num_ranks": (learner.num_ranks, learner.num_cpus, learner.num_gpus),
-    }
-    if config.needs_teacher:
-        teacher = config.teacher
-        roles["teacher.replicas"] = (teacher.replicas, teacher.num_cpus, teacher.num_gpus)
-    return {key: {"CPU": num * cpus, "GPU": num * gpus} for key, (num, cpus, gpus) in roles.items()}
-
-
-def check_resources(config: Config, available: dict[str, float]) -> None:
-    """Raise ConfigError when the roles ask for more than there is. On one machine (`cluster.mode` local or inprocess)
-    they take turns on its CPUs, so each must fit alone; a GPU is never shared unseen."""
-    asked = needs(config)
-    shared = config.cluster.mode != "ray"
-    for resource in ("CPU", "GPU"):
-        there = available.get(resource, 0.0)
-        roles = {key: wants[resource] for key, wants in asked.items() if wants[resource]}
-        if shared and resource == "CPU":
-            too_big = {key: num for key, num in roles.items() if num > there}
-        else:
-            too_big = roles if sum(roles.values()) > there else {}
-        if too_big:
-            raise ConfigError(_missing(resource, too_big, there, config))
-
-
-def _missing(resource: str, roles: dict[str, float], there: float, config: Config) -> str:
-    total = sum(roles.values())
-    values = {
-        "rollout.num_workers": config.rollout.num_workers,
-        "learner.num_ranks": config.learner.num_ranks,
-        "teacher.replicas": config.teacher.replicas,
-    }
-    listed = ", ".join(f"{num:g} for {key}={values[key]}" for key, num in roles.items())
-    where = "cluster" if config.cluster.mode == "ray" else "machine"
-    waiting = ", or set cluster.wait_s to wait for a cluster that grows" if where == "cluster" else ""
-    return (
-        f"the run needs {total:g} {resource}s ({listed}), the {where} has {there:g}: {total - there:g} missing; "
-        f"lower them, or their num_{resource.lower()}s{waiting}"
-    )
+        raise ConfigError(f"{role}.attn=sdpa leaves out the soft-cap of {section.path}'s attention; set it to eager")

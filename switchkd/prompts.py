@@ -58,7 +58,7 @@ def eval_data(config: Config) -> Data:
 
 
 def load_prompts(data: Data, tokenizer: Any, *, stop_id: int, need_references: bool = False) -> PromptSet:
-    """Read `data.train` and tokenize it. `stop_id` ends every reference (see `answer_end`).
+    """Read `data.path` and tokenize it. `stop_id` ends every reference (see `answer_end`).
 
     Prompts that are empty or over `max_prompt_tokens` are skipped and counted, rows without a reference too where
     references are needed. Raises ConfigError, for more than `max_skipped_frac` of them as well.
@@ -219,7 +219,7 @@ def _check_skipped(data: Data, skipped: Counter[str], num_rows: int, longest: in
         return
     reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
     raise ConfigError(
-        f"{data.train}: {num} of {num_rows} prompts cannot be used ({reasons}), more than data.max_skipped_frac="
+        f"{data.path}: {num} of {num_rows} prompts cannot be used ({reasons}), more than data.max_skipped_frac="
         f"{data.max_skipped_frac:g} allows; data.max_prompt_tokens is {data.max_prompt_tokens}, the longest prompt has "
         f"{longest} tokens"
     )

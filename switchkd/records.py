@@ -72,17 +72,17 @@ class Record:
 
 
 def read_records(data: Data) -> list[Record]:
-    """All rows of `data.train`, or the first `num_rows`. Raises ConfigError; never returns an empty list."""
-    if not data.train:
-        raise ConfigError("data.train is empty; name a JSONL or parquet file, or a data set of the hub")
-    path = Path(data.train).expanduser()
+    """All rows of `data.path`, or the first `num_rows`. Raises ConfigError; never returns an empty list."""
+    if not data.path:
+        raise ConfigError("data.path is empty; name a JSONL or parquet file, or a data set of the hub")
+    path = Path(data.path).expanduser()
     if path.suffix in (*_JSON, ".parquet") or path.is_absolute():
         rows = _read_file(path)
     else:
-        rows = _read_hub(data.train, data.split)
+        rows = _read_hub(data.path, data.split)
     records = list(islice(rows, data.num_rows))
     if not records:
-        raise ConfigError(f"{data.train} holds no rows; each line is an object such as {_EXAMPLE}")
+        raise ConfigError(f"{data.path} holds no rows; each line is an object such as {_EXAMPLE}")
     return records
 
 

@@ -60,7 +60,7 @@ class ReplayService:
 def make_replay(config: Config, run_dir: Path) -> ReplayService:
     """The replay of one run."""
     section = config.replay
-    replay = Replay(capacity=section.capacity, policy=section.policy, lease_s=section.lease_s, seed=config.run.seed)
-    tokenizer = load_tokenizer(config.student.model, trust_remote_code=config.student.trust_remote_code)
+    replay = Replay(capacity=section.capacity, policy=section.policy, lease_s=section.lease_s, seed=config.seed)
+    tokenizer = load_tokenizer(config.student.path, trust_remote_code=config.student.trust_remote_code)
     decode = partial(tokenizer.decode, skip_special_tokens=False)
     return ReplayService(replay, run_dir / "rollouts.jsonl" if config.rollout.save else None, decode)

@@ -23,12 +23,12 @@ def resolve_models(config: Config) -> Config:
     """The config with `demo` replaced by the fetched folder and a `cut` made (once, in the user's cache). Both stay on
     this machine: on a cluster without a shared home set $SWITCHKD_CACHE to shared storage."""
     teacher, student = config.teacher, config.student
-    if reads_teacher(config) and teacher.model == "demo":
-        teacher = teacher.model_copy(update={"model": str(fetch_demo())})
+    if reads_teacher(config) and teacher.path == "demo":
+        teacher = teacher.model_copy(update={"path": str(fetch_demo())})
     if student.cut is not None:
-        student = student.model_copy(update={"model": str(cut_student(teacher, student.cut)), "cut": None})
-    elif student.model == "demo":
-        student = student.model_copy(update={"model": str(fetch_demo())})
+        student = student.model_copy(update={"path": str(cut_student(teacher, student.cut)), "cut": None})
+    elif student.path == "demo":
+        student = student.model_copy(update={"path": str(fetch_demo())})
     return config.model_copy(update={"teacher": teacher, "student": student})
 
 
@@ -38,12 +38,12 @@ def cut_student(teacher: Model, cut: Cut) -> Path:
 
     which = hashlib.sha256(f"{_fingerprint(teacher)} {cut.layers} {cut.num_layers}".encode()).hexdigest()[:12]
     num = cut.num_layers or len(cut.layers or ())
-    folder = cache_dir() / "cuts" / f"{Path(teacher.model).name}-{num}-layers-{which}"
+    folder = cache_dir() / "cuts" / f"{Path(teacher.path).name}-{num}-layers-{which}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if not folder.exists():
             init_student(
-                teacher.model,
+                teacher.path,
                 folder,
                 layers=cut.layers,
                 num_layers=cut.num_layers,
@@ -55,8 +55,8 @@ def cut_student(teacher: Model, cut: Cut) -> Path:
 
 def _fingerprint(model: Model) -> str:
     """Changes when the model's files do."""
-    if not looks_local(model.model):
-        return f"{model.model}@{model.revision}"
-    folder = Path(model.model).expanduser().resolve()
+    if not looks_local(model.path):
+        return f"{model.path}@{model.revision}"
+    folder = Path(model.path).expanduser().resolve()
     files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors", ".jinja")]
     return f"{folder} " + " ".join(f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files)

@@ -26,8 +26,11 @@ class Prompts(Protocol):
 class RunPlan:
     """The order of a run's rollouts (ids 0 to `num_tasks` - 1) over its steps (0 to `num_steps` - 1) and stages."""
 
-    def __init__(self, stages: tuple[Stage, ...], prompts: Prompts, *, seed: int) -> None:
+    def __init__(
+        self, stages: tuple[Stage, ...], prompts: Prompts, *, seed: int, samples_per_prompt: int = 1
+    ) -> None:
         self.stages, self.prompts, self.seed = stages, prompts, seed
+        self.samples_per_prompt = samples_per_prompt
         self.stage_ends = list(accumulate(stage.steps for stage in stages))
         """First step after each stage."""
         sizes = [stage.batch_size for stage in stages for _ in range(stage.steps)]
@@ -71,7 +74,7 @@ class RunPlan:
     def task(self, rollout_id: int) -> Task:
         """What to do for one start index."""
         step = self.step_of(rollout_id)
-        _, prompt = self.prompts[rollout_id]
+        _, prompt = self.prompts[rollout_id // self.samples_per_prompt]
         origin = self.origin(rollout_id)
         return Task(rollout_id=rollout_id, batch=step, stage=self.stage_index(step), origin=origin, prompt=prompt)
 
@@ -87,12 +90,12 @@ class RunPlan:
         """A step's learning rate: warm-up from above 0 to the stage's `lr`, then its schedule down to `min_lr_frac`."""
         stage = self.stage(step)
         done = step - (self.stage_ends[self.stage_index(step)] - stage.steps)
-        warm_up = math.ceil(stage.warmup_frac * stage.steps)
+        warm_up = min(stage.warmup_steps, stage.steps)
         if done < warm_up:
             return stage.lr * (done + 1) / warm_up
         progress = (done - warm_up) / (stage.steps - warm_up)
         falling = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
-        return stage.lr * (stage.min_lr_frac + (1 - stage.min_lr_frac) * falling[stage.lr_schedule])
+        return stage.lr * (stage.min_lr_frac + (1 - stage.min_lr_frac) * falling[stage.scheduler])
 
     def _check_step(self, step: int) -> None:
         if not 0 <= step < self.num_steps:

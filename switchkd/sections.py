@@ -22,13 +22,15 @@ class Section(BaseModel):
 class Run(Section):
     dir: str
     """The run's folder. Relative to the working directory; absolute (on shared storage) for submitted jobs."""
-    seed: int = 0
+    mode: Literal["ray", "inprocess"] = "ray"
+    """`ray` joins the cluster of a submitted job or of `cluster.address`, else starts a private one on this machine.
+    `inprocess` uses no Ray."""
     overwrite: bool = False
     """Move a folder that holds another run aside and start anew."""
 
 
 class Model(Section):
-    model: str = "demo"
+    path: str = "demo"
     """A folder, a hub name, or `demo` (SmolLM2-135M-Instruct, see `switchkd fetch-demo`)."""
     revision: str | None = None
     dtype: Dtype = "float32"
@@ -36,11 +38,10 @@ class Model(Section):
     """`auto` (a GPU when the process sees one), `cpu`, `cuda`, `cuda:1`."""
     attn: Literal["sdpa", "eager"] = "sdpa"
     trust_remote_code: bool = False
-    threads: NonNegativeInt = 0
-    """CPU threads of each process of this role; 0 = as many as there are cores."""
-    num_cpus: float = Field(1.0, ge=0)
-    num_gpus: float = Field(0.0, ge=0)
-    """Per replica (teacher) or per rollout worker (student), as Ray counts them."""
+    temperature: float | None = Field(None, ge=0)
+    """With which it writes; 0 is greedy. Null takes what the rule's paper says (else 1)."""
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: NonNegativeInt | None = None
 
 
 class Teacher(Model):
@@ -67,22 +68,14 @@ class Cut(Section):
         return self
 
 
-class Lora(Section):
-    r: PositiveInt = 16
-    alpha: PositiveFloat = 32.0
-    dropout: Frac = 0.0
-    target_modules: str | tuple[str, ...] = "all-linear"
-
-
 class Student(Model):
     cut: Cut | None = None
-    """When set, `model` is not read: the student is cut out of the teacher."""
-    lora: Lora | None = None
+    """When set, `path` is not read: the student is cut out of the teacher."""
 
 
 class Data(Section):
-    train: str = ""
-    """JSONL or parquet path (relative to the config file), or a hub name that `datasets` knows."""
+    path: str = ""
+    """JSONL or parquet (relative to the config file), or a hub name that `datasets` knows (`name:subset` too)."""
     split: str = "train"
     prompt_field: str = "prompt"
     reference_field: str = "reference"
@@ -112,11 +105,30 @@ class StepSchedule(Section):
 
 
 class Rule(Section):
-    """Who writes the next token (`switching.py`)."""
+    """Who writes the next token (`algo/switching.py`). Null takes the rule's own default; a key that the rule does not
+    know is an error."""
 
     type: str = "jsd_threshold"
+    tau0: float | None = None
+    decay: float | None = None
+    half_life: float | None = None
+    """In tokens; instead of `decay`."""
+    schedule: str | None = None
+    log_base: float | None = None
+    window: int | None = None
+    """AdaSwitch's L."""
+    factor: float | None = None
+    """AdaSwitch's K."""
+    divergence: str | None = None
+    warm_up: str | None = None
+    top_k: int | None = None
+    """SKD's K: a drafted id outside the teacher's first K is replaced."""
+    prob: float | None = None
+    """Of `random` and `mixture`: the teacher's share."""
     params: dict[str, Any] = {}
+    """What a rule of your own (`my_file:my_rule`) takes."""
     student: Sampling = Sampling()
+    """In this stage; null takes `student.temperature` and so on."""
     teacher: Sampling = Sampling()
     teacher_budget: float | int | None = None
     """A float is a share of max_new_tokens, an int a number of tokens; then the student writes."""
@@ -124,10 +136,19 @@ class Rule(Section):
 
 
 class Loss(Section):
-    """What is minimised (`losses.py`)."""
+    """What is minimised (`algo/losses.py`). Null takes the loss's own default."""
 
     type: str = "forward_kl"
+    alpha: float | None = None
+    """Of the skewed losses."""
+    beta: float | None = None
+    """Of `jsd`: the teacher's share."""
+    hard_frac: float | None = None
+    lam: float | None = None
+    """ATKD's lambda."""
+    direction: Literal["forward", "reverse"] | None = None
     params: dict[str, Any] = {}
+    """What a loss of your own (`my_file:my_loss`) takes."""
     lm_coef: float = Field(0.0, ge=0)
     """Adds this much cross-entropy on the labels of tokens that the data set wrote."""
 
@@ -147,18 +168,22 @@ class Mix(Section):
         return self
 
 
+Scheduler = Literal["constant", "linear", "cosine"]
+
+
 class Stage(Section):
+    """A part of the run. What it leaves out it takes from `rollout`, `learner` and `train` (see `config.py`)."""
+
     name: str = ""
     steps: NonNegativeInt
     batch_size: PositiveInt = 8
-    """Completions of one optimizer step, over all ranks."""
     mix: Mix = Mix(rollout=1.0)
     rule: Rule = Rule()
     loss: Loss = Loss()
     max_new_tokens: PositiveInt = 128
     lr: PositiveFloat = 1e-5
-    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_frac: Frac = 0.03
+    scheduler: Scheduler = "cosine"
+    warmup_steps: NonNegativeInt = 0
     min_lr_frac: Frac = 0.0
 
     @property
@@ -167,36 +192,57 @@ class Stage(Section):
 
 
 class Train(Section):
-    stages: tuple[Stage, ...] = Field(min_length=1)
-    max_staleness: NonNegativeInt = 0
-    """How many weight versions a trained token may lag behind; 0 is strictly synchronous."""
+    num_steps: NonNegativeInt | None = None
+    """Given by itself it sets the last stage's steps; without stages, the run's."""
+    batch_size: PositiveInt = 8
+    """Rollouts of one optimizer step, over all ranks."""
+    mix: Mix = Mix(rollout=1.0)
+    stages: tuple[Stage, ...] = ()
+    checkpoint_every: NonNegativeInt = 50
+    """Steps; 0 = at the end only."""
     select_by: str | None = None
     """A metric of `eval`, such as `rouge_l`: `student/` is then the best, `student-last/` the last."""
     early_stop: PositiveInt | None = None
     """Stop a run whose `select_by` did not improve in so many evaluations."""
 
 
+class Lora(Section):
+    r: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    dropout: Frac = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
 class Learner(Section):
     num_ranks: PositiveInt = 1
     zero_stage: Literal[0, 1, 2, 3] = 1
+    lr: PositiveFloat = 1e-5
+    scheduler: Scheduler = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    min_lr_frac: Frac = 0.0
+    loss: Loss = Loss()
+    lora: Lora | None = None
     dtype: Dtype = "float32"
-    micro_batch_size: PositiveInt = 8
+    micro_batch_tokens: PositiveInt = 8192
+    """Tokens (prompts and padding included) that one rank reads at the same time; at least one sequence."""
     gradient_checkpointing: bool = False
-    gradient_clipping: float = Field(1.0, ge=0)
+    grad_clip: float = Field(1.0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     chunk_tokens: PositiveInt = 256
     """Positions whose logits exist at the same time."""
+    deepspeed: dict[str, Any] = {}
+    """Passed through into DeepSpeed's own config, over what switchkd sets."""
     timeout_s: PositiveFloat = 600.0
-    threads: NonNegativeInt = 0
-    num_cpus: float = Field(1.0, ge=0)
-    num_gpus: float = Field(0.0, ge=0)
 
 
 class RolloutSection(Section):
+    rule: Rule = Rule()
     num_workers: PositiveInt = 1
-    slots: PositiveInt = 8
-    """Sequences that one worker generates at the same time."""
+    batch_size: PositiveInt = 8
+    """Rows that one worker holds: sequences that it writes at the same time."""
+    max_new_tokens: PositiveInt = 128
+    samples_per_prompt: PositiveInt = 1
     block_size: PositiveInt = 4
     lead: Literal["student", "lockstep"] = "student"
     """Who takes the next step. Speed only: the tokens are the same."""
@@ -206,6 +252,8 @@ class RolloutSection(Section):
 
 
 class Replay(Section):
+    max_staleness: NonNegativeInt = 0
+    """How many weight versions a trained token may lag behind; 0 is strictly synchronous."""
     capacity: PositiveInt = 4096
     policy: Literal["fifo", "completion", "uniform"] = "fifo"
     lease_s: PositiveFloat = 3600.0
@@ -225,7 +273,6 @@ class Eval(Section):
 
 
 class Checkpoint(Section):
-    every: NonNegativeInt = 50
     keep_last: PositiveInt = 2
 
 
@@ -237,26 +284,42 @@ class Metrics(Section):
 
 
 class Cluster(Section):
-    mode: Literal["local", "ray", "inprocess"] = "local"
-    """`local` starts a private Ray on this machine (inside `ray job submit` it joins the job's cluster), `ray` joins
-    `address`, `inprocess` uses no Ray."""
-    address: str = "auto"
+    address: str = ""
+    """Of a running Ray cluster (`auto`, `host:port`). Empty: the submitted job's, else a private one on this machine."""
     wait_s: float = Field(0.0, ge=0)
     """Wait so long for a cluster to grow to what the run needs."""
     object_store_gb: PositiveFloat = 0.5
 
 
+class Resources(Section):
+    """Of each process of a role, as Ray counts them."""
+
+    num_cpus: float | None = Field(None, ge=0)
+    """Null: 1, and on a private cluster an even share of this machine."""
+    num_gpus: float = Field(0.0, ge=0)
+    threads: PositiveInt | None = None
+    """CPU threads. Null: see `resources.py`."""
+
+
+class ResourcesOfRoles(Section):
+    teacher: Resources = Resources()
+    rollout: Resources = Resources()
+    learner: Resources = Resources()
+
+
 class Config(Section):
+    seed: int = 0
     run: Run
     teacher: Teacher = Teacher()
     student: Student = Student()
     data: Data = Data()
     rollout: RolloutSection = RolloutSection()
-    train: Train
-    learner: Learner = Learner()
     replay: Replay = Replay()
+    learner: Learner = Learner()
+    train: Train
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
+    resources: ResourcesOfRoles = ResourcesOfRoles()
     metrics: Metrics = Metrics()
     cluster: Cluster = Cluster()
 

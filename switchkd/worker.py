@@ -36,6 +36,11 @@ class Worker:
         self.decode = decode
         self.index = index
 
+    @property
+    def version(self) -> int:
+        """Of the weights in use."""
+        return self.rollouts.version
+
     def load_weights(self, bundle: WeightBundle) -> None:
         self.rollouts.load_weights(bundle)
 
@@ -59,7 +64,7 @@ class Worker:
             self.rollouts.run([Job(task=t, mode=modes.of(t.origin), scored=modes.scored) for t in part], emit)
         return WorkReport(
             worker=self.index,
-            version=self.rollouts.version,
+            version=self.version,
             num_rollouts=tally["rollouts"],
             num_tokens=tally["tokens"],
             num_teacher_tokens=tally["teacher"],
@@ -148,8 +153,6 @@ def _task(rollout_id: int, prompt: Prompt) -> Task:
     return Task(rollout_id=rollout_id, batch=0, stage=0, origin=Origin.ROLLOUT, prompt=prompt)
 
 
-def set_threads(num: int) -> None:
-    """CPU threads of this process; 0 = all cores. Ray pins every actor to one, so each role says what it wants."""
-    import os
-
-    torch.set_num_threads(num or os.cpu_count() or 1)
+def set_threads(num: int | None) -> None:
+    """CPU threads of this process. Ray pins every actor to one, so each role says what it wants."""
+    torch.set_num_threads(num or 1)

@@ -115,7 +115,7 @@ def settings_of(folder: Path, **changes: Any) -> Any:
 
     # ZeRO-3 keeps small parameters whole, and all of ours are small: then nothing would be tested
     whole = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-    given = {"micro_batch_size": 2, "chunk_tokens": 5, "timeout_s": 60.0, "threads": 1, "deepspeed": whole}
+    given = {"micro_batch_tokens": 40, "chunk_tokens": 5, "timeout_s": 60.0, "threads": 1, "deepspeed": whole}
     return LearnerSettings(model=str(folder), vocab_size=NUM_TOKENS, pad_id=PAD, device="cpu", **(given | changes))
 
 

@@ -91,8 +91,8 @@ def test_three_steps_equal_the_naive_ones(spec: LossSpec, build: Build, tmp_path
 def test_the_loss_does_not_depend_on_the_split(spec: LossSpec, build: Build, tmp_path: Path) -> None:
     """One micro-batch or seven, chunks of 3 or of 1,000: the same loss, gradient norm and weights."""
     folder, rollouts = student_folder(tmp_path), make_rollouts(7)
-    whole = build(folder, micro_batch_size=8, chunk_tokens=1000)
-    parts = build(folder, micro_batch_size=1, chunk_tokens=3)
+    whole = build(folder, micro_batch_tokens=10_000, chunk_tokens=1000)
+    parts = build(folder, micro_batch_tokens=1, chunk_tokens=3)
     a, b = run_step(whole, rollouts, spec), run_step(parts, rollouts, spec)
     assert a.loss == pytest.approx(b.loss, rel=1e-6) and a.grad_norm == pytest.approx(b.grad_norm, rel=1e-6)
     assert distance(weights(whole), weights(parts)) < 1e-6
@@ -120,7 +120,7 @@ def test_whole_rows_teach_the_same_as_hidden_states(build: Build, tmp_path: Path
 
 def test_it_learns_one_batch_by_heart(build: Build, tmp_path: Path) -> None:
     """Forty steps on the same rollouts take the KL to a small part of what it was."""
-    learner, rollouts = build(student_folder(tmp_path), micro_batch_size=8), make_rollouts(4)
+    learner, rollouts = build(student_folder(tmp_path), micro_batch_tokens=10_000), make_rollouts(4)
     losses_seen = [run_step(learner, rollouts, FORWARD_KL, step).loss for step in range(40)]
     assert losses_seen[-1] < 0.1 * losses_seen[0]
 
@@ -240,6 +240,6 @@ def test_logits_never_exist_all_at_once(build: Build, tmp_path: Path) -> None:
         return losses.forward_kl(p, q, labels, mask)
 
     rollouts = make_rollouts(5, longest=40)
-    learner = build(student_folder(tmp_path), micro_batch_size=8)
+    learner = build(student_folder(tmp_path), micro_batch_tokens=10_000)
     run_step(learner, rollouts, LossSpec(name="spy", per_token=spy))
     assert max(sizes) == 5 and sum(sizes) == 2 * len(collate(rollouts, 0).labels)  # forward, and again backward

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from switchkd.batching import Batch, LossSpec, collate, num_micro_batches, split_micro
+from switchkd.batching import Batch, LossSpec, collate, split_micro
 from switchkd.engines.heads import HeadArrays, LinearHead
 from switchkd.engines.learner_settings import LearnerSettings, deepspeed_config, param_groups
 from switchkd.engines.student_build import build_student, export_student
@@ -51,9 +51,9 @@ class DeepSpeedLearner:
         config = deepspeed_config(settings, world_size)
         torch.manual_seed(settings.seed)  # the same adapters on all ranks
         zero3 = config if config["zero_optimization"]["stage"] == 3 else None
-        self.student = build_student(settings, zero3, self.device, self._gather)
+        self.module = build_student(settings, zero3, self.device, self._gather)
         torch.manual_seed(settings.seed * 1_000_003 + rank)  # but not the same dropout
-        self.engine = _initialize(self.student, settings, config)
+        self.engine = _initialize(self.module, settings, config)
         _limit_waits(settings.timeout_s)
         self.engine.train()
         self.heads: dict[str, LinearHead] = {
@@ -73,8 +73,8 @@ class DeepSpeedLearner:
         self._check_share(plan, rollouts)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        micro = split_micro(rollouts, self.settings.micro_batch_size)
-        num_micro = num_micro_batches(plan, self.settings.micro_batch_size)
+        micro = split_micro(rollouts, self.settings.micro_batch_tokens)
+        num_micro = self._most(max(1, len(micro)))
         tally = Tally(self.device)
         for i in range(num_micro):
             share = micro[i] if i < len(micro) else []
@@ -98,7 +98,7 @@ class DeepSpeedLearner:
 
     def publish(self, version: int, dtype: str) -> WeightBundle | None:
         """The weights as the rollout workers load them: packed on rank 0, None elsewhere."""
-        tensors = full_tensors(self.student.model, self._gather)
+        tensors = full_tensors(self.module.model, self._gather)
         if self.rank == 0:
             return pack(tensors, version, dtype=dtype)
         for _ in tensors:
@@ -131,7 +131,7 @@ class DeepSpeedLearner:
 
     def export(self, folder: Path) -> None:
         """Rank 0 writes an ordinary transformers folder, adapters merged; the adapter itself goes to folder/adapter."""
-        export_student(self.student.model, folder, self.settings.model, self._gather, write=self.rank == 0)
+        export_student(self.module.model, folder, self.settings.model, self._gather, write=self.rank == 0)
 
     def close(self) -> None:
         """Leave the gang. A process of world size 1 keeps its group of one, so that it can build another learner."""
@@ -150,7 +150,7 @@ class DeepSpeedLearner:
         """Change the weights; the norm of the gradient before clipping."""
         stage_0 = self.engine.zero_optimization_stage() == 0
         if stage_0:  # where DeepSpeed reports no norm
-            grads = [p.grad for p in self.student.parameters() if p.grad is not None]
+            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(grads))
         self.engine.step()
         if not stage_0:
@@ -167,6 +167,13 @@ class DeepSpeedLearner:
         import deepspeed
 
         return deepspeed.zero.GatheredParameters(list(parameters))
+
+    def _most(self, num: int) -> int:
+        """The largest over all ranks: each makes as many backward calls, with empty micro-batches where it has fewer."""
+        found = torch.tensor(num, device=self.device)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+        return int(found)
 
     def _check_share(self, plan: BatchPlan, rollouts: Sequence[Rollout]) -> None:
         if len(plan.rollout_ids) != self.world_size:

@@ -24,7 +24,7 @@ class LearnerSettings:
     attn: str = "sdpa"
     trust_remote_code: bool = False
     zero_stage: int = 1
-    micro_batch_size: int = 8
+    micro_batch_tokens: int = 8192  # positions that one rank reads at a time, padding included
     gradient_checkpointing: bool = False
     gradient_clipping: float = 1.0  # 0 = off
     weight_decay: float = 0.0
@@ -48,9 +48,9 @@ def deepspeed_config(settings: LearnerSettings, world_size: int) -> dict[str, An
     stage = max(settings.zero_stage, 1) if bf16 else settings.zero_stage
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
+        "train_micro_batch_size_per_gpu": 1,  # not used: how many sequences there are varies
         "gradient_accumulation_steps": 1,
-        "train_batch_size": settings.micro_batch_size * world_size,
+        "train_batch_size": world_size,
         "gradient_clipping": settings.gradient_clipping,
         "zero_optimization": zero,
         "bf16": {"enabled": bf16, "check_grad_overflow": True} if bf16 else {"enabled": False},
