@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -54,7 +55,7 @@ class Case:
 
     family: str = "llama"
     loss: str = "forward_kl"
-    num_rollouts: int = 5  # ranks get 3 and 2: with micro-batches of 2 the second one's last is empty
+    num_rollouts: int = 5  # ranks get 3 and 2, and with micro-batches of 30 tokens the second one runs empty ones
     resume: bool = False
     export: bool = False
     fault: str = ""
@@ -96,7 +97,7 @@ def build(case: Case, folder: Path, rank: int, port: int) -> Any:
     from switchkd.engines.deepspeed_learner import DeepSpeedLearner
 
     return DeepSpeedLearner(
-        settings_of(folder, **case.settings),
+        settings_of(folder, **{"micro_batch_tokens": 30, **case.settings}),
         rank=rank,
         local_rank=rank,
         world_size=2,
@@ -123,8 +124,8 @@ def published(learner: Any) -> dict[str, torch.Tensor]:
     return {} if bundle is None else {name: tensor.clone() for name, tensor in unpack(bundle)}
 
 
-def run_case(case: Case, folder: Path, rank: int, ports: list[int], out: Path) -> Outcome:
-    learner = build(case, folder, rank, ports[0])
+def run_case(case: Case, folder: Path, rank: int, out: Path) -> Outcome:
+    learner = build(case, folder, rank, meeting_port(out / "port", rank))
     results = []
     for step in range(NUM_STEPS):
         if case.resume and step == NUM_STEPS - 1:
@@ -136,17 +137,32 @@ def run_case(case: Case, folder: Path, rank: int, ports: list[int], out: Path) -
     learner.close()
     resumed, resumed_weights = [], {}
     if case.resume:
-        learner = build(case, folder, rank, ports[1])
+        learner = build(case, folder, rank, meeting_port(out / "port_again", rank))
         learner.load(out / "checkpoint", "tag")
         resumed, resumed_weights = [train(learner, case, rank, NUM_STEPS - 1)], published(learner)
         learner.close()
     return Outcome(results=results, weights=weights, resumed=resumed, resumed_weights=resumed_weights)
 
 
+def meeting_port(file: Path, rank: int) -> int:
+    """Rank 0 finds a free port and writes it down, at the last moment: others on the machine take ports too."""
+    if rank == 0:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        file.parent.mkdir(exist_ok=True)
+        (part := file.with_suffix(".part")).write_text(str(port))
+        part.rename(file)
+    deadline = time.monotonic() + 60
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return int(file.read_text())
+
+
 def be_a_rank(root: Path, rank: int) -> None:
-    for name, (case, folder, ports) in pickle.loads((root / "cases.pkl").read_bytes()).items():
+    for name, (case, folder) in pickle.loads((root / "cases.pkl").read_bytes()).items():
         start = time.monotonic()
-        outcome = run_case(case, folder, rank, ports, root / name)
+        outcome = run_case(case, folder, rank, root / name)
         (root / f"{name}.rank{rank}.pkl").write_bytes(pickle.dumps(outcome))
         print(f"{name}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
 
@@ -154,20 +170,11 @@ def be_a_rank(root: Path, rank: int) -> None:
 # --- the tests -------------------------------------------------------------------------------------------------------
 
 
-def free_ports(num: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(num)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
 def run_gang(cases: dict[str, Case], root: Path, timeout_s: float) -> tuple[int | None, str]:
     """Two ranks through all cases: the return code of rank 0 (None: it had to be ended) and what both said."""
     families = {case.family for case in cases.values()}
     folders = {family: student_folder(root / "students" / family, family, **no_dropout(family)) for family in families}
-    ports = free_ports(2 * len(cases))
-    job = {name: (case, folders[case.family], ports[2 * i : 2 * i + 2]) for i, (name, case) in enumerate(cases.items())}
+    job = {name: (case, folders[case.family]) for name, case in cases.items()}
     (root / "cases.pkl").write_bytes(pickle.dumps(job))
     logs = [(root / f"rank{rank}.log").open("w") for rank in range(2)]
     ranks = [
@@ -185,7 +192,8 @@ def run_gang(cases: dict[str, Case], root: Path, timeout_s: float) -> tuple[int 
             process.kill()
             process.wait()
             log.close()
-    return code, "\n\n".join((root / f"rank{rank}.log").read_text()[-4000:] for rank in range(2))
+    said = [re.sub(r"(\[rank\d\]: )+", "", (root / f"rank{rank}.log").read_text()) for rank in range(2)]
+    return code, "\n\n".join(text[-4000:] for text in said)
 
 
 def no_dropout(family: str) -> dict[str, float]:

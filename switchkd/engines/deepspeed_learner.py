@@ -169,7 +169,7 @@ class DeepSpeedLearner:
         return deepspeed.zero.GatheredParameters(list(parameters))
 
     def _most(self, num: int) -> int:
-        """The largest over all ranks: each makes as many backward calls, with empty micro-batches where it has fewer."""
+        """The largest of all ranks: each makes so many backward calls, with empty micro-batches if it has fewer."""
         found = torch.tensor(num, device=self.device)
         if self.world_size > 1:
             torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
