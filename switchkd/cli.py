@@ -1,7 +1,8 @@
 """The door: `switchkd train`, `eval`, `rollout`, `export`, `init-student`, `fetch-demo`.
 
-In: a command line. Out: an exit code: 0, 2 for what the user can mend (one line on stderr), 1 for everything else (its
-traceback goes to the run's `logs/`, or to the terminal with --debug). Imports nothing heavy until a command runs.
+In: a command line. Out: an exit code: 0, 2 for what the user can mend (one line on stderr), 143 for a run that SIGTERM
+stopped and that can go on, 1 for everything else (its traceback goes to the run's `logs/`, or to the terminal with
+--debug). Imports nothing heavy until a command runs.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="switchkd", add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
 )
+STOPPED = 128 + 15
+"""Exit code of a run that SIGTERM ended: what waits for the command must not take it for finished."""
+
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the config to replace.")]
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
 
@@ -118,7 +122,9 @@ def train(
     with _traceback_into(wanted.run.dir):
         from switchkd.run import train as run
 
-        run(wanted, resume=resume)
+        summary = run(wanted, resume=resume)
+    if not summary.finished:
+        raise typer.Exit(STOPPED)
 
 
 def _dry_run(config: Config) -> None:

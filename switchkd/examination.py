@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from switchkd.evaluate import EvalRow, aggregate
-from switchkd.house import WorkerHandle
+from switchkd.house import Weights, WorkerHandle
 from switchkd.sections import Eval
 from switchkd.types import Exam, Prompt
 
@@ -37,10 +37,10 @@ class Examiner:
             for i in range(min(num_workers, len(numbered)))
         ]
 
-    def examine(self, workers: Sequence[WorkerHandle]) -> dict[str, float]:
-        """Scores of the weights that the workers hold. Waits for all of them."""
+    def examine(self, workers: Sequence[WorkerHandle], weights: Weights | None = None) -> dict[str, float]:
+        """Scores of these weights. Waits for all workers; raises WorkerLost when one died."""
         shares = self.shares(len(workers))
-        futures = [worker.examine(exam) for worker, exam in zip(workers, shares, strict=False)]
+        futures = [worker.examine(exam, weights) for worker, exam in zip(workers, shares, strict=False)]
         rows: list[EvalRow] = [row for future in futures for row in future.result()]
         rows.sort(key=lambda row: (row.seed, row.index))
         return aggregate(rows, self.settings.metrics, self.prompts)

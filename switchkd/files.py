@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,17 @@ def write_text_atomic(path: Path, text: str) -> None:
 def write_json_atomic(path: Path, obj: Any) -> None:
     """NaN and infinity become null, NumPy values plain ones."""
     write_text_atomic(path, json.dumps(json_safe(obj), indent=1, allow_nan=False) + "\n")
+
+
+def replace_dir(new: Path, path: Path) -> None:
+    """Put a finished folder in the place of an older one. Killed in between, the older one is `<name>.old`."""
+    old = path.with_name(path.name + ".old")
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(path, old)
+    os.replace(new, path)
+    fsync_dir(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def fsync_file(path: Path) -> None:

@@ -16,18 +16,31 @@ from switchkd.replay import Entry
 from switchkd.types import BatchPlan, Exam, StepResult, Task, WorkReport
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """A published version. Each call that needs weights brings them: a restarted worker cannot use old ones unseen."""
+
+    version: int
+    packed: Any  # what `LearnerHandle.publish` answered
+
+
 class WorkerLost(Exception):
-    """A rollout worker died; its tasks are to be given out again. The handle has a fresh worker by then."""
+    """A rollout worker died; its tasks are to be given out again."""
 
 
 class WorkerHandle(Protocol):
-    def generate(self, tasks: list[Task]) -> Future[WorkReport]:
+    """Weights None: whatever is loaded will do (at first the student's folder)."""
+
+    def generate(self, tasks: list[Task], weights: Weights | None) -> Future[WorkReport]:
         """Write rollouts and put them into the replay. Safe to repeat."""
 
-    def load_weights(self, weights: Any) -> Future[None]:
-        """What `LearnerHandle.publish` answered; calls made later see the new version."""
+    def offer(self, weights: Weights) -> None:
+        """Newer weights for the rollouts that are being written (`rollout.on_new_weights: reprefill`)."""
 
-    def examine(self, exam: Exam) -> Future[list[EvalRow]]: ...
+    def examine(self, exam: Exam, weights: Weights | None) -> Future[list[EvalRow]]: ...
+
+    def back(self) -> Future[None]:
+        """Done when a lost worker can work again."""
 
 
 class ReplayHandle(Protocol):
@@ -52,7 +65,7 @@ class LearnerHandle(Protocol):
     def step(self, plan: BatchPlan, lr: float) -> Future[StepResult]: ...
 
     def publish(self, version: int) -> Future[Any]:
-        """Pack the weights once; the answer goes to `WorkerHandle.load_weights` as it is."""
+        """Pack the weights once; the answer travels to the workers as `Weights.packed`."""
 
     def save(self, folder: Path, tag: str) -> Future[None]: ...
 

@@ -13,9 +13,10 @@ from typing import Any
 from switchkd.assembly import Gang, LearnerRank, make_teacher, make_worker
 from switchkd.config import ConfigError
 from switchkd.engines.heads import HeadArrays
-from switchkd.house import House
+from switchkd.house import House, Weights
 from switchkd.replay_service import ReplayService, make_replay
 from switchkd.sections import Config
+from switchkd.types import Exam, Task
 from switchkd.worker import Worker
 
 
@@ -46,25 +47,34 @@ class DirectWorker:
     def __init__(self, worker: Worker, replay: ReplayService | None) -> None:
         self.worker, self.replay = worker, replay
 
-    def generate(self, tasks: list[Any]) -> Future[Any]:
+    def generate(self, tasks: list[Task], weights: Weights | None) -> Future[Any]:
         assert self.replay is not None, "this worker only takes examinations"
+        self.offer(weights)
         return done(self.worker.generate, tasks, self.replay.put)
 
-    def load_weights(self, weights: Any) -> Future[None]:
-        return done(self.worker.load_weights, weights)
+    def offer(self, weights: Weights | None) -> None:
+        if weights is not None and weights.version > self.worker.version:
+            self.worker.load_weights(weights.packed)
 
-    def examine(self, exam: Any) -> Future[Any]:
+    def examine(self, exam: Exam, weights: Weights | None) -> Future[Any]:
+        self.offer(weights)
         return done(self.worker.examine, exam)
+
+    def back(self) -> Future[None]:
+        return done(lambda: None)
+
+
+def check_single(config: Config) -> None:
+    """ConfigError for what one process cannot be."""
+    if config.learner.num_ranks > 1 or config.rollout.num_workers > 1 or config.teacher.replicas > 1:
+        raise ConfigError(
+            f"run.mode=inprocess is one process: learner.num_ranks={config.learner.num_ranks}, "
+            f"rollout.num_workers={config.rollout.num_workers}, teacher.replicas={config.teacher.replicas} must be 1; "
+            "take run.mode=local"
+        )
 
 
 def build_house(config: Config, run_dir: Path, stop_ids: frozenset[int]) -> House:
-    """Raises ConfigError for what one process cannot be."""
-    if config.learner.num_ranks > 1 or config.rollout.num_workers > 1 or config.teacher.replicas > 1:
-        raise ConfigError(
-            f"cluster.mode=inprocess is one process: learner.num_ranks={config.learner.num_ranks}, "
-            f"rollout.num_workers={config.rollout.num_workers}, teacher.replicas={config.teacher.replicas} must be 1; "
-            "take cluster.mode=local"
-        )
     teacher = make_teacher(config) if config.needs_teacher else None
     head = teacher.head().to_arrays() if teacher is not None and config.teacher.signal == "hidden" else None
     heads: dict[str, HeadArrays] = {} if head is None else {"": head}

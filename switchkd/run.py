@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass
 
-from switchkd import local
+from switchkd import local, resources
 from switchkd.assembly import make_teacher, make_worker
 from switchkd.checkpoint import RunFolder, TrainState, open_run
 from switchkd.config import ConfigError
@@ -17,7 +17,7 @@ from switchkd.examination import Examiner
 from switchkd.files import write_json_atomic
 from switchkd.house import House
 from switchkd.metrics import MetricsLog
-from switchkd.preflight import Ready, check_resources, prepare
+from switchkd.preflight import Ready, prepare
 from switchkd.prompts import PromptStream
 from switchkd.schedule import RunPlan
 from switchkd.sections import Config
@@ -54,7 +54,7 @@ def train(config: Config, *, resume: bool = False) -> Summary:
 def _train(ready: Ready, log: MetricsLog, resume: bool) -> Summary:
     config = ready.config
     log.note(f"data: {ready.prompts.report()}")
-    _connect(config, log)
+    _check_room(config, log)
     with open_run(config, resume) as folder:
         plan = _plan(ready)
         checkpoint = folder.checkpoint
@@ -73,17 +73,20 @@ def _train(ready: Ready, log: MetricsLog, resume: bool) -> Summary:
     return summary
 
 
-def _connect(config: Config, log: MetricsLog) -> None:
-    if config.cluster.mode == "inprocess":
-        check_resources(config, _this_machine())
-        return
+def _check_room(config: Config, log: MetricsLog) -> None:
+    """ConfigError when the machine, or the cluster that is joined here, is too small. Starts nothing."""
     from switchkd.actors import environment
 
-    if environment.is_private(config.cluster.mode):
+    if config.run.mode == "inprocess":
+        local.check_single(config)
+    elif resources.is_private(config):
         environment.for_private_cluster()
-    from switchkd.actors import launch
+    else:
+        from switchkd.actors import launch
 
-    launch.connect(config, log)
+        launch.join(config, log)
+        return
+    resources.check(config, _this_machine())
 
 
 def _this_machine() -> dict[str, float]:
@@ -93,7 +96,7 @@ def _this_machine() -> dict[str, float]:
 
 
 def _build_house(ready: Ready, folder: RunFolder, log: MetricsLog) -> House:
-    if ready.config.cluster.mode == "inprocess":
+    if ready.config.run.mode == "inprocess":
         return local.build_house(ready.config, folder.path, ready.stop_ids)
     from switchkd.actors import launch
 
@@ -102,8 +105,8 @@ def _build_house(ready: Ready, folder: RunFolder, log: MetricsLog) -> House:
 
 def _plan(ready: Ready) -> RunPlan:
     config = ready.config
-    stream = PromptStream(ready.prompts.prompts, seed=config.run.seed, shuffle=config.data.shuffle)
-    return RunPlan(config.train.stages, stream, seed=config.run.seed)
+    stream = PromptStream(ready.prompts.prompts, seed=config.seed, shuffle=config.data.shuffle)
+    return RunPlan(config.train.stages, stream, seed=config.seed, samples_per_prompt=config.rollout.samples_per_prompt)
 
 
 def _examiner(ready: Ready) -> Examiner:

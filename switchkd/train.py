@@ -10,6 +10,7 @@ The loop waits for whatever ends first: a worker's call or the learner's step. I
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from collections import deque
@@ -21,7 +22,8 @@ from typing import Any
 from switchkd.batching import plan_batch
 from switchkd.checkpoint import Checkpoint, RunFolder, TrainState
 from switchkd.examination import Examiner
-from switchkd.house import House, WorkerLost
+from switchkd.files import replace_dir
+from switchkd.house import House, Weights, WorkerLost
 from switchkd.metrics import MetricsLog
 from switchkd.replay import Entry
 from switchkd.schedule import RunPlan
@@ -47,9 +49,8 @@ class Trainer:
         self.missing: deque[int] = deque()  # started before a resume, never finished
         self.again: deque[list[Task]] = deque()  # tasks of dead workers
         self.tries: dict[int, int] = {}
-        self.working: dict[int, tuple[Future[WorkReport], list[Task]]] = {}
-        self.weights: Any = None  # what publish answered for state.version
-        self.worker_version = [0] * len(house.workers)
+        self.working: dict[int, tuple[Future[Any], list[Task]]] = {}  # a lost worker has no tasks
+        self.weights: Weights | None = None  # of state.version, once somebody needed them
         self.reports: list[WorkReport] = []
         self.stop_signal = 0
         self.saved_step = -1
@@ -61,10 +62,12 @@ class Trainer:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Take up a checkpoint: weights and optimizer, waiting rollouts, counters."""
         state = checkpoint.state
+        enough = self.config.train.early_stop  # may have changed
+        stopped = enough is not None and state.evals_since_best >= enough
         self.house.learner.load(checkpoint.learner_folder, checkpoint.tag).result()
         self.next_id = state.extra["num_started"]
         self.missing.extend(self.house.replay.restore(checkpoint.replay_file, self.next_id).result())
-        self.state = replace(state, incarnation=state.incarnation + 1)
+        self.state = replace(state, incarnation=state.incarnation + 1, stopped_early=stopped)
         self.saved_step = state.step
         self.started -= state.elapsed_s
 
@@ -72,17 +75,21 @@ class Trainer:
         """Train to the last step (or to early stop, or to SIGTERM: then the state is saved first)."""
         previous = signal.signal(signal.SIGTERM, self._on_signal)
         try:
-            if self.state.step == 0:
+            if self.state.step == 0 and not self.state.stage_scores:
                 self._examine("start")
-            while self.state.step < self.plan.num_steps and not self.stop_signal and not self.state.stopped_early:
+            while not self.finished and not self.stop_signal:
                 self._one_step()
-            self._drain()
             self._checkpoint()
-            if not self.stop_signal:
-                self._export_last()
+            if self.finished:
+                best = self.config.train.select_by and self.state.best is not None
+                self._export("student-last" if best else "student")
         finally:
             signal.signal(signal.SIGTERM, previous)
         return self.state
+
+    @property
+    def finished(self) -> bool:
+        return self.state.step >= self.plan.num_steps or self.state.stopped_early
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stop_signal = number
@@ -104,14 +111,16 @@ class Trainer:
             self.state, step=step + 1, version=result.version, elapsed_s=time.monotonic() - self.started
         )
         self.weights = None
+        if self.config.rollout.on_new_weights == "reprefill":
+            self._offer_weights()
         self._log_step(step, entries, staleness, result, waited)
         last_of_stage = self.state.step in self.plan.stage_ends
         every = self.config.eval.every
         if last_of_stage or (every and self.state.step % every == 0):
             self._examine(self.plan.stage(step).name if last_of_stage else "")
-        if not self.config.checkpoint.every:
+        if not self.config.train.checkpoint_every:
             self.house.replay.durable(self.state.step).result()  # nobody will go back: let the rollouts rest
-        elif self.state.step % self.config.checkpoint.every == 0:
+        elif self.state.step % self.config.train.checkpoint_every == 0:
             self._checkpoint()
 
     def _gather(self) -> list[Entry] | None:
@@ -136,7 +145,7 @@ class Trainer:
         """One optimizer step; workers go on meanwhile as far as admission lets them."""
         step = self.state.step
         loss = self.plan.stage(step).loss
-        hard_frac = loss.params.get("hard_frac", 0.5) if loss.type == "atkd" else None
+        hard_frac = (0.5 if loss.hard_frac is None else loss.hard_frac) if loss.type == "atkd" else None
         batch = plan_batch(step, self.plan.stage_index(step), entries, self.config.learner.num_ranks, hard_frac)
         learning = self.house.learner.step(batch, self.plan.lr_at(step))
         while not learning.done():
@@ -151,9 +160,9 @@ class Trainer:
 
     def _check_staleness(self, entries: list[Entry]) -> None:
         """Admission bounds it; a violation is our error, and a wrong number in a paper would be worse than a stop."""
-        worst, limit = max(self._staleness(entries), default=0), self.config.train.max_staleness
+        worst, limit = max(self._staleness(entries), default=0), self.config.replay.max_staleness
         if self.config.replay.policy == "fifo" and worst > limit:
-            raise RuntimeError(f"staleness {worst} above train.max_staleness={limit}; please report this")
+            raise RuntimeError(f"staleness {worst} above replay.max_staleness={limit}; please report this")
 
     # ── workers ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -165,9 +174,9 @@ class Trainer:
             tasks = self.again.popleft() if self.again else self._next_tasks()
             if not tasks:
                 return
-            if any(task.origin == Origin.ROLLOUT for task in tasks):
-                self._give_weights(index)
-            self.working[index] = (self.house.workers[index].generate(tasks), tasks)
+            student_writes = any(task.origin == Origin.ROLLOUT for task in tasks)
+            weights = self._current_weights() if student_writes else None
+            self.working[index] = (self.house.workers[index].generate(tasks, weights), tasks)
 
     def _next_tasks(self) -> list[Task]:
         """What one worker may start now: at most its share of a batch."""
@@ -188,39 +197,48 @@ class Trainer:
         rollout_id = self.missing[0] if self.missing else self.next_id
         if rollout_id >= self.plan.num_tasks or self.stop_signal:
             return None
-        limit = self.config.train.max_staleness
+        limit = self.config.replay.max_staleness
         if self.plan.origin(rollout_id) != Origin.ROLLOUT:
             limit = max(limit, PREFETCH)
         return rollout_id if self.plan.step_of(rollout_id) - self.state.step <= limit else None
 
-    def _give_weights(self, index: int) -> None:
-        if self.worker_version[index] == self.state.version:
-            return
-        if self.weights is None:
-            self.weights = self.house.learner.publish(self.state.version).result()
-        self.house.workers[index].load_weights(self.weights)
-        self.worker_version[index] = self.state.version
+    def _current_weights(self) -> Weights | None:
+        """The learner's, packed once per version; None while the student's folder is all there is."""
+        version = self.state.version
+        if self.weights is None and version > 0:
+            self.weights = Weights(version=version, packed=self.house.learner.publish(version).result())
+        return self.weights
+
+    def _offer_weights(self) -> None:
+        for index, (_, tasks) in self.working.items():
+            if any(task.origin == Origin.ROLLOUT for task in tasks) and (weights := self._current_weights()):
+                self.house.workers[index].offer(weights)
 
     def _wait(self, others: list[Future[Any]]) -> None:
         """Until something ends, at most a second (so that a signal is seen); finished work is taken in."""
         wait([*others, *(future for future, _ in self.working.values())], timeout=1.0, return_when=FIRST_COMPLETED)
+        self._collect()
+
+    def _collect(self) -> None:
         for index, (future, tasks) in list(self.working.items()):
             if not future.done():
                 continue
             del self.working[index]
             try:
-                self.reports.append(future.result())
+                report: WorkReport | None = future.result()
             except WorkerLost:
                 self._give_again(index, tasks)
+            else:
+                self.reports += [report] if report else []
 
     def _give_again(self, index: int, tasks: list[Task]) -> None:
-        """A worker died: its tasks go out again (puts are idempotent), and its successor needs the weights."""
+        """A worker died: its tasks go out again (puts are idempotent), to whoever is free first."""
         tries = self.tries[tasks[0].rollout_id] = self.tries.get(tasks[0].rollout_id, 0) + 1
         if tries >= MAX_TRIES:
             raise RuntimeError(f"rollouts {tasks[0].rollout_id}.. lost their worker {tries} times; see its log")
         self.log.note(f"rollout worker {index} died; its {len(tasks)} rollouts are written again")
-        self.worker_version[index] = 0  # the successor starts from the student's folder
         self.again.append(tasks)
+        self.working[index] = (self.house.workers[index].back(), [])
 
     def _drain(self) -> None:
         while self.working:
@@ -231,6 +249,7 @@ class Trainer:
     def _log_step(
         self, step: int, entries: list[Entry], staleness: list[int], result: StepResult, waited: float
     ) -> None:
+        self._collect()
         now = time.monotonic()
         reports, self.reports = self.reports, []
         tokens = sum(report.num_tokens for report in reports)
@@ -241,7 +260,7 @@ class Trainer:
             **result.metrics,
             "rollout/teacher_frac": _mean([entry.teacher_frac for entry in entries]),
             "rollout/length": _mean([entry.num_tokens for entry in entries]),
-            "rollout/stopped_frac": _mean([entry.finish_reason == "stop" for entry in entries]),
+            "rollout/stopped_frac": _mean([entry.finish_reason == "eos" for entry in entries]),
             "rollout/tokens": tokens,
             "rollout/tokens_per_s": tokens / max(sum(report.time_s for report in reports), 1e-9),
             "rollout/near_ties": sum(report.num_near_ties for report in reports),
@@ -261,14 +280,22 @@ class Trainer:
         if not self.examiner.prompts:
             return
         self._drain()
-        for index in range(len(self.house.workers)):
-            self._give_weights(index)
-        scores = self.examiner.examine(self.house.workers)
+        scores = self._scores()
         self.log.evaluation(self.state.step, stage_end, scores)
         self.last_step_end = time.monotonic()
         self._select(scores)
         if stage_end:
             self.state = replace(self.state, stage_scores=(*self.state.stage_scores, (stage_end, scores)))
+
+    def _scores(self) -> dict[str, float]:
+        for _ in range(MAX_TRIES):
+            try:
+                return self.examiner.examine(self.house.workers, self._current_weights())
+            except WorkerLost:
+                self.log.note("a rollout worker died; the evaluation begins again")
+                for worker in self.house.workers:
+                    worker.back().result()
+        raise RuntimeError(f"{MAX_TRIES} evaluations lost a rollout worker; see its log")
 
     def _select(self, scores: dict[str, float]) -> None:
         """Keep the best student so far, by `train.select_by`, and stop early when it no longer improves."""
@@ -277,7 +304,7 @@ class Trainer:
             return
         score = scores[f"eval/{by}"] * (-1 if by == "kl" else 1)
         if self.state.best is None or score > self.state.best:
-            self.house.learner.export(self.folder.path / "student").result()
+            self._export("student")
             self.state = replace(self.state, best=score, best_step=self.state.step, evals_since_best=0)
             return
         since = self.state.evals_since_best + 1
@@ -298,9 +325,12 @@ class Trainer:
         self.house.replay.durable(self.state.step).result()
         self.saved_step = self.state.step
 
-    def _export_last(self) -> None:
-        best = self.config.train.select_by and self.state.best is not None
-        self.house.learner.export(self.folder.path / ("student-last" if best else "student")).result()
+    def _export(self, name: str) -> None:
+        """Beside, then renamed: who reads the folder meets a whole student."""
+        beside = self.folder.path / f"{name}.partial"
+        shutil.rmtree(beside, ignore_errors=True)
+        self.house.learner.export(beside).result()
+        replace_dir(beside, self.folder.path / name)
 
 
 def _mean(values: list[Any]) -> float:

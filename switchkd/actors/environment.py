@@ -10,11 +10,6 @@ SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
 """Travel as an argument from process to process: never in a runtime environment, which Ray logs."""
 
 
-def is_private(mode: str) -> bool:
-    """Does this run start a Ray of its own? Not inside a submitted job: there it joins the job's cluster."""
-    return mode == "local" and not (os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"))
-
-
 def for_private_cluster() -> None:
     """Loopback only, a token that lives in memory only, no usage report. Ray reads these once, when it is imported:
     call this before."""

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
-from threading import Lock
+from threading import Lock, Thread
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from switchkd.house import WorkerLost
 
 
 def _cause(error: BaseException) -> BaseException:
     """What the actor raised, not Ray's wrapping of it, where it can be told apart."""
-    return error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
+    if isinstance(error, RayTaskError) and error.cause is not None:
+        return error.cause
+    lines = str(error).strip().splitlines()
+    if isinstance(error, ActorDiedError) and lines and "creation task" in lines[0]:
+        return RuntimeError(f"an actor could not start: {lines[-1]}")
+    return error
 
 
 def of_worker(ref: Any) -> Future[Any]:
@@ -30,6 +36,21 @@ def of_worker(ref: Any) -> Future[Any]:
             answer.set_exception(_cause(error))
 
     ref.future().add_done_callback(settle)
+    return answer
+
+
+def in_thread(function: Callable[[], None]) -> Future[None]:
+    """For a call that waits. The thread does not keep the process alive."""
+    answer: Future[None] = Future()
+
+    def work() -> None:
+        try:
+            function()
+            answer.set_result(None)
+        except Exception as error:
+            answer.set_exception(_cause(error))
+
+    Thread(target=work, daemon=True).start()
     return answer
 
 
