@@ -1,0 +1,102 @@
+"""Whole runs of tiny models: models and data in a folder, a config, and what a run left behind."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny import save_tiny
+
+from switchkd.config import load
+from switchkd.sections import Config
+
+BASE: dict[str, Any] = {
+    "run": {"dir": "run", "mode": "inprocess"},
+    "teacher": {"path": "teacher"},
+    "student": {"path": "student"},
+    "data": {"path": "./data.jsonl", "max_prompt_tokens": 64, "max_reference_tokens": 32},
+    "rollout": {"batch_size": 4, "max_new_tokens": 12},
+    "learner": {"lr": 1e-3},
+    "resources": {role: {"threads": 1} for role in ("teacher", "rollout", "learner")},
+    "train": {"batch_size": 4, "checkpoint_every": 3},
+}
+
+WARM_UP = {"name": "warm-up", "steps": 3, "mix": {"dataset": 1}}
+SWITCH = {
+    "name": "switch", "steps": 4, "mix": {"rollout": 0.75, "dataset": 0.25},
+    "rule": {"type": "switch", "half_life": 6}, "loss": {"type": "skew_reverse_kl", "alpha": 0.1},
+}  # fmt: skip
+ADASWITCH = {
+    "name": "adaswitch", "steps": 3, "rule": {"type": "adaswitch", "window": 2, "factor": 1.05, "warm_up": "available"},
+    "loss": {"type": "atkd"},
+}  # fmt: skip
+STAGES = [WARM_UP, SWITCH, ADASWITCH]
+NUM_ROLLOUTS = 40  # of STAGES
+
+
+def furnish(place: Path) -> Path:
+    """A teacher, a student and 30 questions."""
+    save_tiny(place / "teacher", num_hidden_layers=3, seed=1)
+    save_tiny(place / "student", seed=2)
+    rows = [{"prompt": f"say {i} in the house", "reference": f"the answer is {i} there"} for i in range(30)]
+    (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
+
+
+def config_file(place: Path, stages: list[dict[str, Any]], name: str = "config.yaml", **sections: Any) -> Path:
+    """A config in `place`: BASE with these stages, and with the given sections laid over it."""
+    config = deepcopy(BASE)
+    config["train"]["stages"] = stages
+    for key, value in sections.items():
+        config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
+    path = place / name
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return path
+
+
+def config(place: Path, stages: list[dict[str, Any]], **sections: Any) -> Config:
+    return load(config_file(place, stages, **sections))
+
+
+# --- what a run left behind ------------------------------------------------------------------------------------------
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def steps(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of optimizer steps, without those of evaluations."""
+    return [row for row in lines(run_dir / "metrics.jsonl") if "loss/total" in row]
+
+
+def rollouts(run_dir: Path) -> dict[int, tuple[Any, ...]]:
+    """What each rollout is: tokens, who wrote them, the step that trained on them. Fails where an id stands twice."""
+    rows = lines(run_dir / "rollouts.jsonl")
+    found = {row["rollout_id"]: (row["token_ids"], _sources(row), row["step"]) for row in rows}
+    assert len(found) == len(rows), "a rollout stands twice"
+    return found
+
+
+def _sources(row: dict[str, Any]) -> list[tuple[str, int]]:
+    return [(part["source"], part["num_tokens"]) for part in row["segments"]]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def distance(one: Path, other: Path) -> float:
+    """Largest difference between two model folders' weights."""
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

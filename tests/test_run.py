@@ -1,0 +1,370 @@
+"""A run from its config to its student, in one process: stages, kill and resume, the best student, one's own code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs import (
+    ADASWITCH,
+    NUM_ROLLOUTS,
+    STAGES,
+    SWITCH,
+    WARM_UP,
+    config,
+    config_file,
+    distance,
+    furnish,
+    lines,
+    rollouts,
+    steps,
+    tree,
+    weights,
+)
+
+from switchkd import cli
+from switchkd.config import ConfigError, load
+from switchkd.metrics import MetricsLog
+from switchkd.run import Summary, train
+
+EVAL = {"data": "./data.jsonl", "num_prompts": 6, "max_new_tokens": 12}
+ONE_STEP = [{"name": "only", "steps": 1}]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    return furnish(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def place(models, tmp_path, monkeypatch) -> Path:
+    """A working directory of one's own with the models in it."""
+    for name in ("teacher", "student", "data.jsonl"):
+        (tmp_path / name).symlink_to(models / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def whole(models) -> tuple[Path, Summary]:
+    """STAGES from start to end, with evaluations: the run that others are held against."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(models)
+        summary = train(config(models, STAGES, name="whole.yaml", run={"dir": "whole"}, eval=EVAL))
+    return models / "whole", summary
+
+
+def command(monkeypatch, capsys, *args: object) -> tuple[int, str, str]:
+    """`switchkd ...` in this process: exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["switchkd", *map(str, args)])
+    capsys.readouterr()
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    return (code, *capsys.readouterr())
+
+
+def loads(folder: Path) -> torch.nn.Module:
+    """The student as anybody would load it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    prompt = AutoTokenizer.from_pretrained(folder)("say 3 in the house", return_tensors="pt")
+    assert model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
+    return model
+
+
+# --- from start to end -----------------------------------------------------------------------------------------------
+
+
+def test_three_stages(whole):
+    """Three stages leave the promised folder: every step and every rollout once, and a student that loads."""
+    run, summary = whole
+    assert [row["step"] for row in steps(run)] == list(range(10))
+    assert [row["stage"] for row in steps(run)] == [stage["name"] for stage in STAGES for _ in range(stage["steps"])]
+    assert [row["weight_version"] for row in steps(run)] == list(range(1, 11))
+    promised = {"step", "weight_version", "loss/total", "rollout/teacher_frac", "rollout/tokens_per_s", "time/step_s"}
+    assert all(promised <= row.keys() and row["replay/staleness_max"] == 0 for row in steps(run))
+    assert sorted(rollouts(run)) == list(range(NUM_ROLLOUTS))
+    assert all(step == rollout_id // 4 for rollout_id, (_, _, step) in rollouts(run).items())
+    told = json.loads((run / "summary.json").read_text())
+    assert told["finished"] and told["steps"] == 10 and told["student"] == str(run / "student") == summary.student
+    loads(run / "student")
+    assert (run / "student" / "chat_template.jinja").exists() and not (run / "student.partial").exists()
+    assert distance(run / "student", run.parent / "student") > 1e-3
+    assert len(list((run / "checkpoints").glob("step-*"))) == 2, "checkpoint.keep_last"
+
+
+def test_learning_shows(whole):
+    """Each evaluation stands under its stage; the warm-up lowers the KL with the teacher on held-out references."""
+    run, summary = whole
+    scores = dict(summary.stage_scores)
+    assert list(scores) == ["start", "warm-up", "switch", "adaswitch"]
+    assert scores["warm-up"]["eval/kl"] < 0.95 * scores["start"]["eval/kl"]
+    assert [row["stage_end"] for row in lines(run / "metrics.jsonl") if "stage_end" in row] == list(scores)
+
+
+def test_sources(whole):
+    """Who wrote: data only in the warm-up, all three under SWITCH's mix, student and teacher under AdaSwitch."""
+    written = {name: set() for name in ("warm-up", "switch", "adaswitch")}
+    for row in lines(whole[0] / "rollouts.jsonl"):
+        written[STAGES[row["stage"]]["name"]] |= {part["source"] for part in row["segments"]}
+    assert written == {
+        "warm-up": {"data"}, "switch": {"student", "teacher", "data"}, "adaswitch": {"student", "teacher"},
+    }  # fmt: skip
+
+
+def test_commands_on_a_run(whole, models, monkeypatch, capsys):
+    """`rollout` writes as a stage would, `eval RUN` scores its student, `export RUN --step N` finds a checkpoint's."""
+    run, _ = whole
+    monkeypatch.chdir(models)
+    args = ["--num", 2, "--stage", "adaswitch", "--out", models / "r.jsonl"]
+    code, _, err = command(monkeypatch, capsys, "rollout", models / "whole.yaml", *args)
+    assert code == 0, err
+    assert [row["rollout_id"] for row in lines(models / "r.jsonl")] == [28, 29]
+    code, out, err = command(monkeypatch, capsys, "eval", run, "--json")
+    assert code == 0, err
+    last = dict(whole[1].stage_scores)["adaswitch"]
+    assert json.loads(out) == pytest.approx(last, abs=1e-6), "as at the end of the run"
+    code, out, err = command(monkeypatch, capsys, "export", run, "--step", 9, "--out", models / "ninth")
+    assert code == 0, err
+    assert distance(models / "ninth", run / "student") > 0
+    assert distance(run / "checkpoints" / "step-00000010" / "student", run / "student") == 0
+
+
+# --- stopped and taken up again --------------------------------------------------------------------------------------
+
+DIE_AFTER = """
+import os, signal, sys
+from switchkd import cli
+from switchkd.metrics import MetricsLog
+
+log_step = MetricsLog.step
+
+def die(self, step, row):
+    log_step(self, step, row)
+    if step == {step}:
+        os.kill(os.getpid(), signal.{signal})
+
+MetricsLog.step = die
+sys.argv = ["switchkd", "train", "config.yaml"]
+cli.main()
+"""
+
+
+def test_kill_and_resume(place, whole, monkeypatch, capsys):
+    """SIGKILL between checkpoints: after --resume every rollout stands once, as in the run that was not killed, and the
+    student has its weights bit for bit; what was cut lies in lost/."""
+    config_file(place, STAGES, eval=EVAL)
+    died = subprocess.run(
+        [sys.executable, "-c", DIE_AFTER.format(step=4, signal="SIGKILL")], capture_output=True, text=True, check=False
+    )
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert [row["step"] for row in steps(Path("run"))] == [0, 1, 2, 3, 4] and len(rollouts(Path("run"))) == 20
+    assert not Path("run/student").exists()
+    code, out, err = command(monkeypatch, capsys, "train", "config.yaml", "--resume")
+    assert code == 0, err
+    assert "step 4/10" in out and "step 3/10" not in out, "from the checkpoint of step 3"
+    assert [row["step"] for row in lines(Path("run/lost/metrics.jsonl"))] == [3, 4]
+    assert len(lines(Path("run/lost/rollouts.jsonl"))) == 8
+    assert rollouts(Path("run")) == rollouts(whole[0])
+    assert [row["loss/total"] for row in steps(Path("run"))] == [row["loss/total"] for row in steps(whole[0])]
+    assert distance(Path("run/student"), whole[0] / "student") == 0
+    assert json.loads(Path("run/summary.json").read_text())["stage_scores"] == [
+        [name, pytest.approx(scores)] for name, scores in whole[1].stage_scores
+    ]
+
+
+def test_sigterm_saves(place, whole, monkeypatch, capsys):
+    """SIGTERM ends a run after the step at hand with a checkpoint of it and exit code 143; --resume completes it."""
+    config_file(place, STAGES, eval=EVAL)
+    log_step = MetricsLog.step
+
+    def stop(self, step, row):
+        log_step(self, step, row)
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "step", stop)
+        code, out, err = command(patch, capsys, "train", "config.yaml")
+    assert code == 143, err
+    assert "--resume goes on" in out and not json.loads(Path("run/summary.json").read_text())["finished"]
+    assert Path("run/checkpoints/LATEST").read_text().strip() == "step-00000005"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the handler was put back"
+    code, _, err = command(monkeypatch, capsys, "train", "config.yaml", "--resume")
+    assert code == 0, err
+    assert not Path("run/lost").exists(), "nothing was lost"
+    assert rollouts(Path("run")) == rollouts(whole[0])
+    assert distance(Path("run/student"), whole[0] / "student") == 0
+
+
+def test_sigterm_before_the_first_step(place, monkeypatch):
+    """Stopped before the first step, a run resumes at it, and its first evaluation stands once."""
+    wanted = config(place, ONE_STEP, eval=EVAL)
+    evaluation = MetricsLog.evaluation
+
+    def stop(self, *args):
+        evaluation(self, *args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "evaluation", stop)
+        assert not train(wanted).finished
+    assert train(wanted, resume=True).steps == 1
+    assert [row.get("stage_end") for row in lines(place / "run" / "metrics.jsonl")] == ["start", None, "only"]
+
+
+def test_resume_without_a_checkpoint(place):
+    """A run that died before its first checkpoint starts anew; what it had written lies in lost/."""
+    wanted = config(place, ONE_STEP)
+    train(wanted)
+    first = rollouts(place / "run")
+    shutil.rmtree(place / "run" / "checkpoints")
+    assert train(wanted, resume=True).steps == 1
+    assert rollouts(place / "run") == first and len(lines(place / "run" / "lost" / "rollouts.jsonl")) == 4
+
+
+def test_more_steps_and_refusals(place, monkeypatch, capsys):
+    """A finished run goes on with more steps. Any other key that would change what is computed is named and refused
+    with exit code 2, and so is a folder that holds a run; the folder stays as it was."""
+    config_file(place, ONE_STEP, learner={"lr": 1e-3, "scheduler": "constant"})
+    train(load("config.yaml"))
+    before = tree(place / "run")
+    for args, message in {
+        ("--resume", "learner.lr=0.1"): "train.stages.0.lr was 0.001 and is now 0.1",
+        ("--resume", "seed=7"): "seed was 0 and is now 7",
+        ("--resume", "train.num_steps=0"): "train.stages.0.steps was 1 and is now 0",
+        (): "already holds a run; add --resume",
+    }.items():
+        code, _, err = command(monkeypatch, capsys, "train", "config.yaml", *args)
+        said = [line for line in err.splitlines() if line.startswith("switchkd: error:")]
+        assert code == 2 and len(said) == 1 and message in said[0], err
+        assert tree(place / "run") == before
+    code, _, err = command(monkeypatch, capsys, "train", "config.yaml", "--resume", "train.num_steps=2")
+    assert code == 0, err
+    assert [row["step"] for row in steps(place / "run")] == [0, 1] and sorted(rollouts(place / "run")) == list(range(8))
+    train(load("config.yaml", ["train.num_steps=2", "run.dir=at-once"]))
+    assert rollouts(place / "run") == rollouts(place / "at-once")
+    assert distance(place / "run" / "student", place / "at-once" / "student") == 0
+
+
+# --- the student's way out -------------------------------------------------------------------------------------------
+
+
+def test_the_best_student(place):
+    """`train.select_by`: student/ is the best evaluated one, student-last/ the last; a run that no longer improves
+    stops early, and goes on when it may."""
+    ruin = {"name": "ruin", "steps": 4, "mix": {"dataset": 1}, "lr": 5.0, "scheduler": "constant"}
+    stages = [{**WARM_UP, "steps": 2}, ruin]
+    learner = {"lr": 1e-3, "scheduler": "constant"}
+    evaluated = {**EVAL, "every": 1, "metrics": ["kl"]}
+    selected = {"batch_size": 4, "checkpoint_every": 1, "select_by": "kl", "early_stop": 2}
+
+    def wanted(**changed):
+        train_section = {**selected, **changed}
+        return config(place, stages, learner=learner, eval=evaluated, train={**train_section, "stages": stages},
+                      checkpoint={"keep_last": 9})  # fmt: skip
+
+    summary = train(wanted())
+    run = place / "run"
+    scores = [row["eval/kl"] for row in lines(run / "metrics.jsonl") if "eval/kl" in row][1:]
+    assert summary.finished and summary.stopped_early and summary.steps == 4 and summary.best_step == 2
+    assert scores.index(min(scores)) == 1 and summary.best == -scores[1]
+    at = {step: run / "checkpoints" / f"step-{step:08d}" / "student" for step in (2, 4)}
+    assert distance(run / "student", at[2]) == 0 and distance(run / "student-last", at[4]) == 0
+    assert distance(at[2], at[4]) > 0.01
+    assert train(wanted(), resume=True).steps == 4, "it stays stopped"
+    assert train(wanted(early_stop=None), resume=True).steps == 6
+
+
+def test_lora(place):
+    """A student with adapters: student/ is the merged model, adapter/ beside it gives the same logits on the base."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    lora = {"r": 2, "alpha": 8.0, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
+    train(config(place, [SWITCH | {"steps": 2}], learner={"lr": 1e-2, "lora": lora}))
+    merged, student = loads(Path("run/student")), AutoModelForCausalLM.from_pretrained("student")
+    adapted = PeftModel.from_pretrained(student, "run/student/adapter")
+    ids = torch.arange(5, 25)[None]
+    assert torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-5)
+    before = weights(Path("student"))
+    changed = {name for name, value in weights(Path("run/student")).items() if (value != before[name]).any()}
+    assert changed and all("q_proj" in name or "v_proj" in name for name in changed)
+
+
+# --- what a user brings ----------------------------------------------------------------------------------------------
+
+OWN = """
+import torch
+from switchkd.algo import divergence
+from switchkd.algo.switching import Rule
+
+
+def uncertain(*, nats: float = 2.0) -> Rule:
+    '''The teacher writes where the student's entropy exceeds `nats`.'''
+    return Rule(
+        name="uncertain",
+        statistic=lambda *, p_logits, q_logits, drafted, coins: divergence.entropy(q_logits),
+        threshold=lambda t, step, memory: torch.full(t.shape, nats, dtype=torch.float64),
+    )
+
+
+def squares(p_logits, q_logits, labels, mask, *, scale: float = 1.0):
+    return scale * ((p_logits.softmax(-1) - q_logits.softmax(-1)) ** 2).sum(-1) * mask
+"""
+
+
+def test_own_rule_and_loss(place, monkeypatch):
+    """`my_file:my_rule` and `my_file:my_loss` are taken from the working directory, with their parameters."""
+    (place / "my_file.py").write_text(OWN)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    stage = {
+        "name": "own", "steps": 1, "rule": {"type": "my_file:uncertain", "params": {"nats": 3.9}},
+        "loss": {"type": "my_file:squares", "params": {"scale": 100.0}},
+    }  # fmt: skip
+    train(config(place, [stage]))
+    rows = lines(place / "run" / "rollouts.jsonl")
+    for row in rows:
+        sources = [part["source"] for part in row["segments"] for _ in range(part["num_tokens"])]
+        assert sources == ["teacher" if value > 3.9 else "student" for value in row["statistic"]]
+    assert 0 < sum(row["teacher_frac"] for row in rows) < len(rows)
+    (step,) = steps(place / "run")
+    assert step["loss/total"] > 2, "sums of squares are below 2"
+    assert step["rollout/tokens_per_s"] > 0 and step["rollout/teacher_frac"] > 0
+
+
+def test_fine_tuning_needs_no_teacher(place, monkeypatch):
+    """Cross-entropy on references loads no teacher, and looks for none."""
+    import switchkd.local
+
+    def fail(config):
+        raise AssertionError("a teacher was loaded")
+
+    monkeypatch.setattr(switchkd.local, "make_teacher", fail)
+    stage = {"name": "tune", "steps": 2, "mix": {"dataset": 1}, "loss": {"type": "cross_entropy"}}
+    summary = train(config(place, [stage], teacher={"path": "/nowhere"}, eval={**EVAL, "metrics": ["rouge_l"]}))
+    first, second = (row["loss/total"] for row in steps(place / "run"))
+    assert summary.finished and second < first
+    assert set(summary.stage_scores[-1][1]) == {"eval/rouge_l", "eval/rouge_l_std", "eval/length", "eval/length_std"}
+
+
+def test_other_ways_to_write(place):
+    """Newer weights in mid-rollout, lockstep, another replay policy and age: accepted, and the run ends well."""
+    other = {"on_new_weights": "reprefill", "lead": "lockstep", "block_size": 2, "batch_size": 2, "max_new_tokens": 12}
+    wanted = config(
+        place, [ADASWITCH | {"steps": 2}], rollout=other, replay={"policy": "completion", "max_staleness": 1}
+    )
+    assert train(wanted).finished
+    with pytest.raises(ConfigError, match="on_new_weights='restart'"):
+        config(place, ONE_STEP, rollout={"on_new_weights": "restart"})
