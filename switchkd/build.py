@@ -161,7 +161,7 @@ def _loss_function(kind: str) -> Callable[..., Any]:
         case "cross_entropy":
             return losses.cross_entropy
         case "atkd":
-            return losses.atkd
+            return losses.atkd_tokens
         case _:
             return named(kind, "loss")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from switchkd.algo.divergence import agreement, kl
+from switchkd.algo.divergence import agreement, forward_kl, per_row
 from switchkd.build import StageModes, eval_mode
 from switchkd.evaluate import EvalRow
 from switchkd.rollout import Job, RolloutWorker
@@ -145,7 +145,7 @@ class Worker:
             p_logits = self.rollouts.reader.logits(piece[i : i + chunk])
             q_logits = student.head.logits(hidden[i : i + chunk])
             agree += int(agreement(p_logits, q_logits).sum())
-            divergence += float(kl(p_logits, q_logits).double().sum())
+            divergence += float(per_row(forward_kl, p_logits, q_logits).sum())
         return num, agree, divergence
 
 

@@ -21,7 +21,7 @@ NUMBERS = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.0}
 
 FORWARD_KL = LossSpec(name="forward_kl", per_token=losses.forward_kl)
 SKEWED = LossSpec(name="skew_reverse_kl", per_token=losses.skew_reverse_kl, numbers={"alpha": 0.1}, lm_coef=0.5)
-ATKD = LossSpec(name="atkd", per_token=losses.atkd, numbers={"lam": 0.2}, hard_frac=0.5)
+ATKD = LossSpec(name="atkd", per_token=losses.atkd_tokens, numbers={"lam": 0.2}, hard_frac=0.5)
 CROSS_ENTROPY = LossSpec(name="cross_entropy", per_token=losses.cross_entropy, needs_teacher=False)
 
 

@@ -55,8 +55,12 @@ PAPERS: dict[str, tuple[Callable, dict, Callable]] = {
     "skew_reverse_kl": (losses.skew_reverse_kl, {"alpha": 0.1}, lambda p, q, g, h: kl(q, mix(p, q, 0.9))),
     "tvd": (losses.tvd, {}, lambda p, q, g, h: sum(abs(x - y) for x, y in zip(p, q, strict=True)) / 2),
     "cross_entropy": (losses.cross_entropy, {}, lambda p, q, g, h: -math.log(q[g])),
-    "atkd": (losses.atkd, {"lam": 0.2}, lambda p, q, g, h: atkd(p, q, g, h, 0.2)),
-    "atkd_reverse": (losses.atkd, {"lam": 0.4, "direction": "reverse"}, lambda p, q, g, h: atkd(q, p, g, h, 0.4)),
+    "atkd": (losses.atkd_tokens, {"lam": 0.2}, lambda p, q, g, h: atkd(p, q, g, h, 0.2)),
+    "atkd_reverse": (
+        losses.atkd_tokens,
+        {"lam": 0.4, "direction": "reverse"},
+        lambda p, q, g, h: atkd(q, p, g, h, 0.4),
+    ),
 }
 
 
@@ -168,8 +172,8 @@ def test_kl_is_tkd_plus_unc_times_dkd() -> None:
     """KL(p||q) = TKD + UnC DKD, with TKD and DKD taken out of the ATKD loss itself."""
     p, q, labels, _, _ = batch()
     everywhere = torch.ones(N, dtype=torch.bool)
-    only_dkd = losses.atkd(p, q, labels, everywhere, hard=~everywhere, lam=1.0)
-    both = losses.atkd(p, q, labels, everywhere, hard=everywhere, lam=0.0)
+    only_dkd = losses.atkd_tokens(p, q, labels, everywhere, hard=~everywhere, lam=1.0)
+    both = losses.atkd_tokens(p, q, labels, everywhere, hard=everywhere, lam=0.0)
     unc = losses.uncertainty(p, labels)
     total = (both - only_dkd) + unc * only_dkd
     torch.testing.assert_close(total, losses.forward_kl(p, q, labels, everywhere), atol=3e-6, rtol=1e-5)
@@ -202,13 +206,132 @@ def test_atkd_step_loss_has_two_denominators() -> None:
     unc = losses.uncertainty(p, labels)
     threshold = losses.atkd_threshold(unc[mask])
     hard = unc >= threshold
-    loss = losses.atkd(p, q, labels, mask, hard=hard)
+    loss = losses.atkd_tokens(p, q, labels, mask, hard=hard)
     valid = [n for n in range(40) if mask[n]]
     parts = {n: (tkd(law(p[n]), law(q[n]), int(labels[n])), dkd(law(p[n]), law(q[n]), int(labels[n]))) for n in valid}
     easy_dkd = [parts[n][1] for n in valid if unc[n] < threshold]
     hard_parts = [parts[n] for n in valid if unc[n] >= threshold]
     by_hand = 0.2 * sum(easy_dkd) / len(easy_dkd) + 0.8 * sum(t + d for t, d in hard_parts) / len(hard_parts)
     assert (losses.atkd_weights(mask, hard) * loss).sum().item() == pytest.approx(by_hand, rel=1e-5)
+
+
+def slow_atkd(
+    p: Tensor, q: Tensor, labels: Tensor, loss_mask: Tensor, *, hard_frac: float, lam: float, direction: str
+) -> float:
+    """The paper's loss of logits [B, T, V], token by token."""
+    valid = loss_mask.nonzero().tolist()
+    laws = [(law(p[b, t]), law(q[b, t]), int(labels[b, t])) for b, t in valid]
+    unc = [1 - p_law[g] for p_law, _, g in laws]
+    threshold = sorted(unc)[math.floor((1 - Fraction(str(hard_frac))) * (len(unc) - 1))]
+    first_second = [(a, b, g) if direction == "forward" else (b, a, g) for a, b, g in laws]
+    easy = [dkd(*three) for three, u in zip(first_second, unc, strict=True) if u < threshold]
+    hard = [(tkd(*three), dkd(*three)) for three, u in zip(first_second, unc, strict=True) if u >= threshold]
+    loss = lam * sum(easy) / len(easy) if easy else 0.0
+    return loss + (1 - lam) * (sum(t for t, _ in hard) / len(hard) + sum(d for _, d in hard) / len(hard))
+
+
+def sequences(holes: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits [3, 5, V], labels and loss mask [3, 5] of which 11 are trained; what is masked out is rubbish."""
+    p, q, labels, _, _ = batch(num=15)
+    p, q, labels = p.view(3, 5, V).clone(), q.view(3, 5, V).clone(), labels.view(3, 5).clone()
+    if holes:
+        labels = labels // 5 * 5 + 1
+        p[..., ::5] = q[..., ::5] = -math.inf
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[0, 3:] = mask[2, :2] = False
+    p[0, 3], q[0, 4], q[2, 0], labels[~mask] = math.nan, math.inf, math.nan, -100
+    return p, q, labels, mask
+
+
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("hard_frac", [0.0, 0.3, 0.5, 1.0])
+def test_atkd_equals_the_paper(hard_frac: float, direction: str, holes: bool) -> None:
+    """The scalar splits all valid tokens of the call at one threshold and divides each group by its own size."""
+    p, q, labels, mask = sequences(holes)
+    numbers = {"hard_frac": hard_frac, "lam": 0.3, "direction": direction}
+    expected = slow_atkd(p, q, labels, mask, **numbers)
+    assert losses.atkd(p, q, labels, mask, **numbers).item() == pytest.approx(expected, abs=3e-6)
+    exact = losses.atkd(p.double(), q.double(), labels, mask.int(), **numbers)
+    assert exact.dtype == torch.float64 and exact.shape == () and exact.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_atkd_by_default_is_forward_with_the_papers_numbers() -> None:
+    """hard_frac 0.5, lambda 0.2, forward; of an even number of tokens the lower median is the threshold."""
+    p, q, labels, mask = sequences()
+    mask[1, 0] = False  # leaves 10
+    expected = slow_atkd(p, q, labels, mask, hard_frac=0.5, lam=0.2, direction="forward")
+    assert losses.atkd(p.double(), q.double(), labels, mask).item() == pytest.approx(expected, abs=1e-12)
+    unc = losses.uncertainty(p[mask], labels[mask])
+    assert (unc >= losses.atkd_threshold(unc)).sum() == 6
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_atkd_gradient_is_that_of_the_naive_formula(direction: str) -> None:
+    """The student's gradient is autograd's of TKD and DKD as written, 0 where masked out; the teacher gets none."""
+    p, q, labels, mask = sequences()
+    p, q = p.double().requires_grad_(), q.double().requires_grad_()
+    losses.atkd(p, q, labels, mask, direction=direction).backward()
+    assert p.grad is None and (grad(q)[~mask] == 0).all()
+    own = q.detach()[mask].requires_grad_()
+    p_law, q_law, n, g = p.detach()[mask].softmax(-1), own.softmax(-1), torch.arange(11), labels[mask]
+    unc = 1 - p_law[n, g]
+    a, b = (p_law, q_law) if direction == "forward" else (q_law, p_law)
+    a_g, b_g = a[n, g], b[n, g]
+    tkd_naive = a_g * (a_g / b_g).log() + (1 - a_g) * ((1 - a_g) / (1 - b_g)).log()
+    others = torch.ones(11, V).scatter(1, g[:, None], 0).bool()
+    a_rest, b_rest = (x[others].view(11, V - 1) / (1 - x_g)[:, None] for x, x_g in ((a, a_g), (b, b_g)))
+    dkd_naive = (a_rest * (a_rest / b_rest).log()).sum(dim=-1)
+    hard = unc >= unc.sort().values[5]
+    (0.2 * dkd_naive[~hard].mean() + 0.8 * (tkd_naive[hard].mean() + dkd_naive[hard].mean())).backward()
+    torch.testing.assert_close(grad(q)[mask], grad(own), atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_atkd_passes_gradcheck_with_holes(direction: str) -> None:
+    """Finite differences agree in float64, ids of -inf included."""
+    p, q, labels, mask, _ = batch(num=6, vocab=7)
+    p[:, 0] = q[:, 0] = -math.inf
+    p, q, labels, mask = p.double().view(2, 3, 7), q.double().view(2, 3, 7), labels.view(2, 3), mask.view(2, 3)
+    assert torch.autograd.gradcheck(lambda z: losses.atkd(p, z, labels, mask, direction=direction), q.requires_grad_())
+
+
+def test_atkd_with_an_empty_group() -> None:
+    """Tokens of equal uncertainty are all hard and easy ones add 0; without a valid token loss and gradient are 0."""
+    p, q, labels, mask = sequences()
+    p, q, labels = p[1:2, :1].expand(1, 5, V), q[1:2].clone().requires_grad_(), labels[1:2, :1].expand(1, 5)
+    p_law, g = law(p[0, 0]), int(labels[0, 0])
+    parts = [tkd(p_law, law(row), g) + dkd(p_law, law(row), g) for row in q[0].detach()]
+    assert losses.atkd(p, q, labels, mask[1:2]).item() == pytest.approx(0.8 * sum(parts) / 5, abs=3e-6)
+    nothing = losses.atkd(p, q, labels, torch.zeros_like(mask[1:2]))
+    nothing.backward()
+    assert nothing.item() == 0 and (grad(q) == 0).all()
+
+
+def test_atkd_where_the_label_is_the_only_possible_id() -> None:
+    """Both laws are then certain of it: no uncertainty, loss 0, gradient 0."""
+    p, q = torch.full((1, 2, 7), -math.inf), torch.full((1, 2, 7), -math.inf)
+    p[..., 3], q[..., 3] = 2.0, -1.0
+    q.requires_grad_()
+    for direction in ("forward", "reverse"):
+        loss = losses.atkd(p, q, torch.full((1, 2), 3), torch.ones(1, 2), direction=direction)
+        loss.backward()
+        assert loss.item() == 0 and (grad(q) == 0).all()
+
+
+def test_atkd_is_the_weighted_sum_that_a_step_takes() -> None:
+    """The scalar of one call is the learner's sum(weights * atkd_tokens) of the same tokens, for half precision too."""
+    p, q, labels, mask = sequences()
+    for dtype in (torch.float32, torch.bfloat16):
+        p, q = p.to(dtype), q.to(dtype)
+        flat = p.flatten(0, 1), q.flatten(0, 1), labels.flatten(), mask.flatten()
+        unc = losses.uncertainty(p[mask], labels[mask])
+        hard = torch.zeros(15, dtype=torch.bool)
+        hard[flat[3]] = unc >= losses.atkd_threshold(unc)
+        each = losses.atkd_tokens(*flat, hard=hard)
+        scalar = losses.atkd(p, q, labels, mask)
+        assert scalar.dtype == torch.float32
+        torch.testing.assert_close(scalar, (losses.atkd_weights(flat[3], hard) * each).sum())
 
 
 def test_weights_sum_to_one_per_group_and_to_zero_for_an_empty_one() -> None:
@@ -233,8 +356,8 @@ def test_impossible_numbers_are_refused() -> None:
         ("beta", losses.jsd, {"beta": 1.0}),
         ("alpha", losses.skew_kl, {"alpha": 1}),
         ("alpha", losses.skew_reverse_kl, {"alpha": -0.1}),
-        ("lam", losses.atkd, {"hard": hard, "lam": 2}),
-        ("direction", losses.atkd, {"hard": hard, "direction": "up"}),
+        ("lam", losses.atkd_tokens, {"hard": hard, "lam": 2}),
+        ("direction", losses.atkd_tokens, {"hard": hard, "direction": "up"}),
     ):
         with pytest.raises(ValueError, match=named):
             loss(p, q, labels, mask, **numbers)

@@ -1,8 +1,10 @@
-"""How far apart two next-token distributions are: one number per row of logits, without gradients.
+"""How far apart two next-token distributions are: one number per row of logits.
 
-In: teacher's and student's logits, [N, V] each, any float type, -inf allowed at the same ids of both.
-Out: float64 [N], in nats unless said otherwise. Rows are worked on a few at a time, in at least fp32, so that the
-memory taken beside the logits stays at a few rows.
+In: teacher's and student's logits, [..., V] each, any float type, -inf allowed at the same ids of both. Out: [...] in
+nats unless said otherwise, computed and returned in fp32, or in fp64 if that went in. The student's logits get a
+gradient, the teacher's none. p = softmax(teacher_logits), q = softmax(student_logits).
+
+A switching rule wants the numbers only: `per_row` gives them without gradients, a few rows at a time.
 """
 
 import math
@@ -11,30 +13,76 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+_FLOOR = -1e4  # stands for log 0: exp gives 0, and the difference of two is 0 instead of NaN
 _CPU_ELEMENTS = 2**16  # a chunk that stays in the cache of a core
 _DEVICE_ELEMENTS = 2**24
 
 
-def kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+def forward_kl(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     """KL(p‖q) = sum p ln(p / q)."""
-    return _per_row(_kl, p_logits, q_logits)
+    return _kl(*_logs(teacher_logits, student_logits))
 
 
-def reverse_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+def reverse_kl(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     """KL(q‖p) = sum q ln(q / p)."""
-    return _per_row(_kl, q_logits, p_logits)
+    log_p, log_q = _logs(teacher_logits, student_logits)
+    return _kl(log_q, log_p)
 
 
-def jsd(p_logits: Tensor, q_logits: Tensor, *, log_base: float = math.e) -> Tensor:
-    """1/2 KL(p‖m) + 1/2 KL(q‖m), m = (p + q) / 2: the statistic of SWITCH (arXiv 2410.19503). In [0, 1] for base 2."""
+def jsd(teacher_logits: Tensor, student_logits: Tensor, *, beta: float = 0.5, log_base: float = math.e) -> Tensor:
+    """beta KL(p‖m) + (1 - beta) KL(q‖m), m = beta p + (1 - beta) q: beta is the teacher's share (GKD, 2306.13649).
+
+    In base 2 and with beta 1/2 it lies in [0, 1] and is the statistic of SWITCH (arXiv 2410.19503).
+    """
+    if not 0 < beta < 1:
+        raise ValueError(f"beta is {beta}: the JSD is zero at 0 and 1; choose between them, or forward_kl, reverse_kl")
     if not log_base > 1:
         raise ValueError(f"log_base is {log_base}: choose a base above 1, such as 2 (JSD in [0, 1]) or e (nats)")
-    return _per_row(_jsd, p_logits, q_logits).clamp_(max=math.log(2)) / math.log(log_base)
+    p, q = (x.softmax(dim=-1) for x in _inputs(teacher_logits, student_logits))
+    # p/m = 1 + (1 - beta) d and q/m = 1 - beta d with d = (p-q)/m: log1p keeps its digits where p is close to q, if
+    # both terms of an id are added before the ids are. In place where autograd allows it: rules wait for this
+    info = torch.finfo(p.dtype)
+    most = 1 - 4 * info.eps  # where p or q is 0 its term is 0 times a finite number
+    d = (p - q).div_(torch.lerp(q, p, beta).clamp_(min=info.tiny / info.eps)).clamp_(-most / (1 - beta), most / beta)
+    q_terms = (-beta * d).log1p_().mul_(q)
+    nats = d.mul_(1 - beta).log1p_().mul_(p).lerp_(q_terms, 1 - beta).sum(dim=-1)
+    largest = -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)  # of laws that share no id
+    return nats.clamp(max=largest) / math.log(log_base)
+
+
+def skew_kl(teacher_logits: Tensor, student_logits: Tensor, *, alpha: float = 0.1) -> Tensor:
+    """KL(p ‖ alpha p + (1 - alpha) q) (DistiLLM, arXiv 2402.03898, eq. 4)."""
+    return _skewed(*_logs(teacher_logits, student_logits), alpha)
+
+
+def skew_reverse_kl(teacher_logits: Tensor, student_logits: Tensor, *, alpha: float = 0.1) -> Tensor:
+    """KL(q ‖ (1 - alpha) p + alpha q) (DistiLLM; the loss of SWITCH's main results)."""
+    log_p, log_q = _logs(teacher_logits, student_logits)
+    return _skewed(log_q, log_p, alpha)
+
+
+def tvd(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """Total variation distance, 1/2 sum |p - q|."""
+    p, q = (x.softmax(dim=-1) for x in _inputs(teacher_logits, student_logits))
+    return (p - q).abs().sum(dim=-1) / 2
+
+
+# --- numbers for rules, without gradients ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def per_row(function: Callable[..., Tensor], *logits: Tensor, **numbers: float) -> Tensor:
+    """`function` of rows [N, V], never below zero, float64 [N], in the memory of a few rows beside the logits."""
+    num, vocab = logits[0].shape
+    out = torch.empty(num, dtype=torch.float64, device=logits[0].device)
+    for rows in _chunks(num, vocab, logits[0].device):
+        out[rows] = function(*(x[rows] for x in logits), **numbers).double()
+    return out.clamp_(min=0)  # rounding, these are sums of signed terms
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """-sum p ln p."""
-    return _per_row(_entropy, logits)
+    """-sum p ln p of rows [N, V], float64 [N]."""
+    return per_row(_entropy, logits)
 
 
 @torch.no_grad()
@@ -43,42 +91,40 @@ def agreement(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     return p_logits.argmax(dim=-1) == q_logits.argmax(dim=-1)
 
 
-@torch.no_grad()
-def _per_row(of_chunk: Callable[..., Tensor], *logits: Tensor) -> Tensor:
-    num, vocab = logits[0].shape
-    out = torch.empty(num, dtype=torch.float64, device=logits[0].device)
-    for rows in _chunks(num, vocab, logits[0].device):
-        out[rows] = of_chunk(*(_at_least_fp32(x[rows]) for x in logits)).double()
-    return out.clamp_(min=0)  # rounding, these are sums of signed terms
+# --- shared parts ----------------------------------------------------------------------------------------------------
+
+
+def _inputs(teacher_logits: Tensor, student_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """In one type, at least fp32, the teacher's without a gradient."""
+    dtype = torch.promote_types(torch.promote_types(teacher_logits.dtype, student_logits.dtype), torch.float32)
+    return teacher_logits.detach().to(dtype), student_logits.to(dtype)
+
+
+def _logs(teacher_logits: Tensor, student_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """ln p and ln q, with ln 0 as a finite number."""
+    p_logits, q_logits = _inputs(teacher_logits, student_logits)
+    return p_logits.log_softmax(dim=-1).clamp(min=_FLOOR), q_logits.log_softmax(dim=-1).clamp(min=_FLOOR)
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    return (log_a.exp() * (log_a - log_b)).sum(dim=-1)
+
+
+def _skewed(log_a: Tensor, log_b: Tensor, alpha: float) -> Tensor:
+    """KL(a ‖ alpha a + (1 - alpha) b) = -sum a ln(alpha + (1 - alpha) b / a)."""
+    if not 0 <= alpha < 1:
+        raise ValueError(f"alpha is {alpha}: give a share from 0 up to, but not, 1; the papers use 0.1")
+    if alpha == 0:
+        return _kl(log_a, log_b)
+    share = log_a.new_full((), math.log(alpha))
+    return -(log_a.exp() * torch.logaddexp(share, log_b - log_a + math.log1p(-alpha))).sum(dim=-1)
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1).clamp(min=_FLOOR)
+    return -(log_p.exp() * log_p).sum(dim=-1)
 
 
 def _chunks(num: int, vocab: int, device: torch.device) -> Iterator[slice]:
     size = max((_CPU_ELEMENTS if device.type == "cpu" else _DEVICE_ELEMENTS) // vocab, 1)
     return (slice(start, start + size) for start in range(0, num, size))
-
-
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    log_ratio = p_logits.log_softmax(dim=-1)
-    p = log_ratio.exp()
-    log_ratio.sub_(q_logits.log_softmax(dim=-1))
-    return log_ratio.masked_fill_(p == 0, 0).mul_(p).sum(dim=-1)  # 0 ln 0 = 0
-
-
-def _jsd(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    # 2p/(p+q) = 1 + d and 2q/(p+q) = 1 - d with d = (p-q)/(p+q): log1p keeps its digits where p is close to q
-    p, q = p_logits.softmax(dim=-1), q_logits.softmax(dim=-1)
-    info = torch.finfo(p.dtype)
-    d = (p - q).div_((p + q).clamp_(min=info.tiny))
-    d.clamp_(info.eps - 1, 1 - info.eps)  # where one of them is 0 its term is 0 times a finite number
-    q_terms = d.neg().log1p_().mul_(q)
-    return d.log1p_().mul_(p).add_(q_terms).sum(dim=-1).div_(2)
-
-
-def _entropy(logits: Tensor) -> Tensor:
-    log_p = logits.log_softmax(dim=-1)
-    p = log_p.exp()
-    return log_p.masked_fill_(p == 0, 0).mul_(p).sum(dim=-1).neg_()

@@ -1,65 +1,86 @@
 """Losses: one number per response token, from the teacher's and the student's logits at that position.
 
-    loss(p_logits [N, V], q_logits [N, V], labels int64 [N], mask bool [N], **numbers) -> float32 [N]
+    loss(p_logits [N, V], q_logits [N, V], labels int64 [N], mask bool [N], **numbers) -> [N], at least fp32
 
 p = teacher (no gradient), q = student, natural logarithm, label = the token that stands in the sequence. A masked-out
 position gives 0 and no gradient, whatever stands in its row; logits of -inf are allowed at ids shared by both. The
 step's loss is sum(weights * loss) with the weights below: they hold the denominator, one for the whole step.
+`atkd` is that sum for a step held in one tensor.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-_FLOOR = -1e4  # stands for log 0: exp gives 0, and the difference of two is 0 instead of NaN
+from switchkd.algo import divergence
 
 
 def forward_kl(p_logits: Tensor, q_logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """KL(p‖q)."""
-    return _masked(_kl(_log_p(p_logits, mask), _log_q(q_logits, mask)), mask)
+    return _masked(divergence.forward_kl, p_logits, q_logits, mask)
 
 
 def reverse_kl(p_logits: Tensor, q_logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """KL(q‖p)."""
-    return _masked(_kl(_log_q(q_logits, mask), _log_p(p_logits, mask)), mask)
+    return _masked(divergence.reverse_kl, p_logits, q_logits, mask)
 
 
 def jsd(p_logits: Tensor, q_logits: Tensor, labels: Tensor, mask: Tensor, *, beta: float = 0.5) -> Tensor:
-    """beta KL(p‖m) + (1 - beta) KL(q‖m), m = beta p + (1 - beta) q: beta is the teacher's share (GKD, 2306.13649)."""
-    if not 0 < beta < 1:
-        raise ValueError(f"beta is {beta}: the JSD is zero at 0 and 1; choose between them, or forward_kl, reverse_kl")
-    log_p, log_q = _log_p(p_logits, mask), _log_q(q_logits, mask)
-    log_m = _log_mix(log_p, log_q, beta)
-    return _masked(beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m), mask)
+    """beta KL(p‖m) + (1 - beta) KL(q‖m), m = beta p + (1 - beta) q."""
+    return _masked(divergence.jsd, p_logits, q_logits, mask, beta=beta)
 
 
 def skew_kl(p_logits: Tensor, q_logits: Tensor, labels: Tensor, mask: Tensor, *, alpha: float = 0.1) -> Tensor:
-    """KL(p ‖ alpha p + (1 - alpha) q) (DistiLLM, arXiv 2402.03898, eq. 4)."""
-    _check_alpha(alpha)
-    log_p, log_q = _log_p(p_logits, mask), _log_q(q_logits, mask)
-    return _masked(_kl(log_p, _log_mix(log_p, log_q, alpha)), mask)
+    """KL(p ‖ alpha p + (1 - alpha) q)."""
+    return _masked(divergence.skew_kl, p_logits, q_logits, mask, alpha=alpha)
 
 
 def skew_reverse_kl(p_logits: Tensor, q_logits: Tensor, labels: Tensor, mask: Tensor, *, alpha: float = 0.1) -> Tensor:
-    """KL(q ‖ (1 - alpha) p + alpha q) (DistiLLM; the loss of SWITCH's main results)."""
-    _check_alpha(alpha)
-    log_p, log_q = _log_p(p_logits, mask), _log_q(q_logits, mask)
-    return _masked(_kl(log_q, _log_mix(log_q, log_p, alpha)), mask)
+    """KL(q ‖ (1 - alpha) p + alpha q)."""
+    return _masked(divergence.skew_reverse_kl, p_logits, q_logits, mask, alpha=alpha)
 
 
 def tvd(p_logits: Tensor, q_logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """Total variation distance, 1/2 sum |p - q|."""
-    p, q = _log_p(p_logits, mask).exp(), _log_q(q_logits, mask).exp()
-    return _masked((p - q).abs().sum(dim=-1) / 2, mask)
+    return _masked(divergence.tvd, p_logits, q_logits, mask)
 
 
 def cross_entropy(p_logits: Tensor | None, q_logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """-log q of the label: fine-tuning, no teacher needed (p_logits may be None)."""
-    return _masked(-_at(_log_q(q_logits, mask), _valid(labels, mask)), mask)
+    per_token = F.cross_entropy(_clean(q_logits, mask), _valid(labels, mask), reduction="none")
+    return per_token.masked_fill(~mask, 0)
+
+
+# --- ATKD (Zhong et al., ACL 2024) -----------------------------------------------------------------------------------
 
 
 def atkd(
+    teacher_logits: Tensor,
+    student_logits: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor,
+    *,
+    hard_frac: float = 0.5,
+    lam: float = 0.2,
+    direction: str = "forward",
+) -> Tensor:
+    """lam mean_easy(DKD) + (1 - lam) (mean_hard(TKD) + mean_hard(DKD)) over the valid tokens of the call, a scalar.
+
+    Logits [B, T, V], labels and loss_mask (true = train) [B, T]: logits[b, t] predict labels[b, t]. The threshold that
+    parts easy from hard is found over all valid tokens, and each group has its own denominator; an empty one gives 0.
+    """
+    valid = loss_mask.bool()
+    p_logits, q_logits, labels = teacher_logits[valid], student_logits[valid], labels[valid].long()
+    unc = uncertainty(p_logits, labels)
+    hard = unc >= atkd_threshold(unc, hard_frac=hard_frac)
+    each = atkd_tokens(p_logits, q_logits, labels, valid[valid], hard=hard, lam=lam, direction=direction)
+    return each[~hard].sum() / max(_count(~hard), 1) + each[hard].sum() / max(_count(hard), 1)
+
+
+def atkd_tokens(
     p_logits: Tensor,
     q_logits: Tensor,
     labels: Tensor,
@@ -69,7 +90,7 @@ def atkd(
     lam: float = 0.2,
     direction: str = "forward",
 ) -> Tensor:
-    """ATKD (Zhong et al., ACL 2024): lam DKD for easy tokens, (1 - lam) (TKD + DKD) for hard ones (`hard` bool [N]).
+    """lam DKD for easy tokens, (1 - lam) (TKD + DKD) for hard ones (`hard` bool [N]).
 
     TKD = KL([p_g, 1 - p_g] ‖ [q_g, 1 - q_g]); DKD = KL(p' ‖ q'), both without the label g and renormalised;
     `reverse` swaps the roles of p and q in both. Weights: `atkd_weights`; the split: `atkd_threshold`.
@@ -78,22 +99,19 @@ def atkd(
         raise ValueError(f"lam is {lam}: give the weight of the easy tokens, from 0 to 1; the paper uses 0.2")
     if direction not in ("forward", "reverse"):
         raise ValueError(f"direction is {direction!r}: choose forward or reverse")
-    target = _valid(labels, mask)
-    p_parts = _target_and_others(_log_p(p_logits, mask), target)
-    q_parts = _target_and_others(_log_q(q_logits, mask), target)
-    first, second = (p_parts, q_parts) if direction == "forward" else (q_parts, p_parts)
-    tkd, dkd = _kl(first[0], second[0]), _kl(first[1], second[1])
-    return _masked(torch.where(hard, (1 - lam) * (tkd + dkd), lam * dkd), mask)
-
-
-# --- ATKD's split and the weights ------------------------------------------------------------------------------------
+    kl = divergence.forward_kl if direction == "forward" else divergence.reverse_kl
+    target = _valid(labels, mask)[:, None]
+    p_pair, p_others = _target_and_others(_clean(p_logits.detach(), mask), target)
+    q_pair, q_others = _target_and_others(_clean(q_logits, mask), target)
+    tkd, dkd = kl(p_pair, q_pair), kl(p_others, q_others)
+    return torch.where(hard, (1 - lam) * (tkd + dkd), lam * dkd).masked_fill(~mask, 0)
 
 
 @torch.no_grad()
 def uncertainty(p_logits: Tensor, labels: Tensor) -> Tensor:
-    """ATKD's UnC = 1 - p_g, float32 [N], summed over the other ids: 1 - p_g itself has no digits left near p_g = 1."""
-    log_p = p_logits.to(_float(p_logits)).log_softmax(dim=-1)
-    return log_p.scatter_(1, labels[:, None], -math.inf).exp_().sum(dim=-1).float()
+    """ATKD's UnC = 1 - p_g, [N], summed over the other ids: 1 - p_g itself has no digits left near p_g = 1."""
+    log_p = _at_least_fp32(p_logits).log_softmax(dim=-1)
+    return log_p.scatter_(1, labels[:, None], -math.inf).exp_().sum(dim=-1)
 
 
 def atkd_threshold(unc: Tensor, *, hard_frac: float = 0.5) -> float:
@@ -104,6 +122,9 @@ def atkd_threshold(unc: Tensor, *, hard_frac: float = 0.5) -> float:
         return 0.0
     index = math.floor((1 - hard_frac) * (unc.numel() - 1) + 1e-9)  # (1 - 0.9) * 10 is 0.99..98 in floats
     return unc.flatten().kthvalue(index + 1).values.item()
+
+
+# --- the weights of a step -------------------------------------------------------------------------------------------
 
 
 def token_weights(mask: Tensor, *, num_loss_tokens: float | None = None) -> Tensor:
@@ -120,43 +141,15 @@ def atkd_weights(mask: Tensor, hard: Tensor, *, num_easy: float | None = None, n
 # --- shared parts ----------------------------------------------------------------------------------------------------
 
 
-def _float(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
+def _masked(
+    function: Callable[..., Tensor], p_logits: Tensor, q_logits: Tensor, mask: Tensor, **numbers: float
+) -> Tensor:
+    return function(_clean(p_logits, mask), _clean(q_logits, mask), **numbers).masked_fill(~mask, 0)
 
 
-def _log_q(logits: Tensor, mask: Tensor) -> Tensor:
-    """Log-probabilities in at least fp32, uniform in masked rows, log 0 as a finite number."""
-    # filling the logits, not the loss: a NaN or inf in a masked row would reach the gradient as 0 * NaN
-    log_q = logits.to(_float(logits)).masked_fill(~mask[:, None], 0).log_softmax(dim=-1)
-    return log_q.masked_fill(log_q == -math.inf, _FLOOR)
-
-
-def _log_p(logits: Tensor, mask: Tensor) -> Tensor:
-    return _log_q(logits.detach(), mask)
-
-
-def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a‖b) over the last dimension."""
-    return (log_a.exp() * (log_a - log_b)).sum(dim=-1)
-
-
-def _log_mix(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
-    """log(share a + (1 - share) b)."""
-    if share == 0:
-        return log_b
-    return torch.logaddexp(log_a + math.log(share), log_b + math.log1p(-share))
-
-
-def _target_and_others(log_a: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of [g, not g], [N, 2], and of the ids without g, renormalised, [N, V] (g at the floor)."""
-    others = log_a.scatter(1, target[:, None], _FLOOR)
-    log_rest = others.logsumexp(dim=-1, keepdim=True)
-    renormalised = (others - log_rest).scatter(1, target[:, None], _FLOOR)
-    return torch.cat([log_a.gather(1, target[:, None]), log_rest], dim=1), renormalised
-
-
-def _at(rows: Tensor, ids: Tensor) -> Tensor:
-    return rows.gather(1, ids[:, None])[:, 0]
+def _clean(logits: Tensor, mask: Tensor) -> Tensor:
+    """With zeros in masked rows: masking the loss alone would let a NaN there reach the gradient as 0 * NaN."""
+    return _at_least_fp32(logits).masked_fill(~mask[:, None], 0)
 
 
 def _valid(labels: Tensor, mask: Tensor) -> Tensor:
@@ -164,14 +157,15 @@ def _valid(labels: Tensor, mask: Tensor) -> Tensor:
     return labels.masked_fill(~mask, 0)
 
 
-def _masked(per_token: Tensor, mask: Tensor) -> Tensor:
-    return per_token.masked_fill(~mask, 0).float()
+def _at_least_fp32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _target_and_others(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of [g, not g], [N, 2], and of the ids without g, [N, V]: a softmax renormalises each."""
+    others = logits.scatter(1, target, torch.finfo(logits.dtype).min)  # finite: g may be the only id that is not -inf
+    return torch.cat([logits.gather(1, target), others.logsumexp(dim=-1, keepdim=True)], dim=1), others
 
 
 def _count(mask: Tensor) -> float:
     return float(mask.sum())
-
-
-def _check_alpha(alpha: float) -> None:
-    if not 0 <= alpha < 1:
-        raise ValueError(f"alpha is {alpha}: give a share from 0 up to, but not, 1; the papers use 0.1")

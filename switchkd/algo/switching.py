@@ -30,7 +30,7 @@ from torch import Tensor
 from switchkd.algo import divergence
 from switchkd.algo.sampling import Purpose
 
-_DIVERGENCES = {"kl": divergence.kl, "reverse_kl": divergence.reverse_kl, "jsd": divergence.jsd}
+_DIVERGENCES = {"kl": divergence.forward_kl, "reverse_kl": divergence.reverse_kl, "jsd": divergence.jsd}
 _SCHEDULES = ("exponential", "linear", "constant", "exponential_growth")
 _WARM_UPS = ("full_window", "available")
 
@@ -144,7 +144,7 @@ def jsd_threshold(
 
 
 def _jsd(*, p_logits: Tensor, q_logits: Tensor, drafted: Tensor, coins: Tensor, log_base: float) -> Tensor:
-    return divergence.jsd(p_logits, q_logits, log_base=log_base)
+    return divergence.per_row(divergence.jsd, p_logits, q_logits, log_base=log_base)
 
 
 def _tau(
@@ -188,7 +188,7 @@ def kl_spike(*, K: float = 3.0, L: int = 10, divergence: str = "kl", warm_up: st
 
 
 def _divergence(*, p_logits: Tensor, q_logits: Tensor, drafted: Tensor, coins: Tensor, name: str) -> Tensor:
-    return _DIVERGENCES[name](p_logits, q_logits)
+    return divergence.per_row(_DIVERGENCES[name], p_logits, q_logits)
 
 
 def _spike(t: Tensor, step: int, memory: Tensor, *, K: float, num_needed: int) -> Tensor:
