@@ -173,6 +173,7 @@ class StepResult:
     lr: float
     num_loss_tokens: int
     time_s: float
+    skipped: bool = False  # loss or gradient was not finite: the weights are those before the step
     metrics: dict[str, float] = field(default_factory=dict)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,27 @@ ATKD = LossSpec(name="atkd", per_token=losses.atkd_tokens, numbers={"lam": 0.2},
 CROSS_ENTROPY = LossSpec(name="cross_entropy", per_token=losses.cross_entropy, needs_teacher=False)
 
 
+def _flat(p: torch.Tensor, q: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Infinity on even labels, of derivative zero."""
+    return torch.where(labels % 2 == 0, math.inf, losses.forward_kl(p, q, labels, mask))
+
+
+def _steep(p: torch.Tensor, q: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """A root at zero: a finite number without a derivative, on `spoiled` rollouts too."""
+    kl = losses.forward_kl(p, q, labels, mask).nan_to_num()
+    return (kl - kl.detach()).sqrt()
+
+
+def _constant(p: torch.Tensor, q: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Nothing to derive."""
+    return torch.full(labels.shape, math.nan)
+
+
+FLAT, STEEP, CONSTANT = (LossSpec(name=f.__name__, per_token=f) for f in (_flat, _steep, _constant))
+BAD = (FORWARD_KL, FLAT, STEEP, CONSTANT)
+"""Losses that cannot be trained on; FORWARD_KL only on `spoiled` rollouts."""
+
+
 def student_folder(path: Path, family: str = "llama", **config: Any) -> Path:
     return save_tiny(path, family, seed=1, **config)
 
@@ -44,6 +67,14 @@ def make_rollouts(num: int, *, seed: int = 0, kind: str = "hidden", longest: int
     rng = np.random.default_rng(seed)
     teacher = teacher_model()
     return [_rollout(i, teacher, rng, kind, longest) for i in range(num)]
+
+
+def spoiled(rollouts: list[Rollout], index: int = 1) -> list[Rollout]:
+    """The same with NaN in one rollout's teacher signal."""
+    signal = rollouts[index].signal
+    assert signal is not None
+    bad = replace(rollouts[index], signal=replace(signal, values=np.full_like(signal.values, math.nan)))
+    return [*rollouts[:index], bad, *rollouts[index + 1 :]]
 
 
 def _rollout(index: int, teacher: Any, rng: np.random.Generator, kind: str, longest: int) -> Rollout:

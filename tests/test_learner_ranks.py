@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import pickle
 import re
 import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ from learning import (
     FORWARD_KL,
     NUMBERS,
     SKEWED,
+    STEEP,
     NaiveLearner,
     distance,
     make_rollouts,
     settings_of,
+    spoiled,
     student_folder,
     teacher_heads,
 )
@@ -56,6 +59,7 @@ class Case:
     family: str = "llama"
     loss: str = "forward_kl"
     num_rollouts: int = 5  # ranks get 3 and 2, and with micro-batches of 30 tokens the second one runs empty ones
+    bad: bool = False  # two steps between that cannot be trained on
     resume: bool = False
     export: bool = False
     fault: str = ""
@@ -66,6 +70,7 @@ class Case:
 class Outcome:
     results: list[StepResult]
     weights: dict[str, torch.Tensor]
+    skipped: list[StepResult]
     resumed: list[StepResult]
     resumed_weights: dict[str, torch.Tensor]
 
@@ -88,6 +93,8 @@ CASES = {
     "lora_tied_gpt2": Case(family="gpt2", export=True, settings={"zero_stage": 2, "lora": LORA}),
     **{f"resume{s}": Case(resume=True, settings={"zero_stage": s}) for s in (0, 1, 2, 3)},
 }
+LIKE = ["zero0", "zero1", "zero2", "zero3", "whole3", "bf16_1", "bf16_2", "bf16_3", "lora1", "lora3"]
+CASES |= {f"bad_{name}": replace(CASES[name], bad=True, resume=False, export=False) for name in LIKE}
 
 
 # --- one rank --------------------------------------------------------------------------------------------------------
@@ -105,6 +112,14 @@ def build(case: Case, folder: Path, rank: int, port: int) -> Any:
         master_port=port,
         teacher_heads=teacher_heads(),
     )
+
+
+def train_badly(learner: Any, case: Case, rank: int) -> list[StepResult]:
+    """A loss that is not finite, in one rollout of one rank; then a gradient that is not."""
+    rollouts = spoiled(make_rollouts(case.num_rollouts, seed=9))
+    plan = plan_batch(1, 0, rollouts, 2)
+    share = [rollouts[i] for i in plan.rollout_ids[rank]]
+    return [learner.step(plan, share, loss=loss, lr=1.0, version_after=2) for loss in (FORWARD_KL, STEEP)]
 
 
 def train(learner: Any, case: Case, rank: int, step: int) -> StepResult:
@@ -126,8 +141,10 @@ def published(learner: Any) -> dict[str, torch.Tensor]:
 
 def run_case(case: Case, folder: Path, rank: int, out: Path) -> Outcome:
     learner = build(case, folder, rank, meeting_port(out / "port", rank))
-    results = []
+    results, skipped = [], []
     for step in range(NUM_STEPS):
+        if case.bad and step == NUM_STEPS - 1:
+            skipped = train_badly(learner, case, rank)
         if case.resume and step == NUM_STEPS - 1:
             learner.save(out / "checkpoint", "tag")
         results.append(train(learner, case, rank, step))
@@ -141,7 +158,7 @@ def run_case(case: Case, folder: Path, rank: int, out: Path) -> Outcome:
         learner.load(out / "checkpoint", "tag")
         resumed, resumed_weights = [train(learner, case, rank, NUM_STEPS - 1)], published(learner)
         learner.close()
-    return Outcome(results=results, weights=weights, resumed=resumed, resumed_weights=resumed_weights)
+    return Outcome(results=results, skipped=skipped, weights=weights, resumed=resumed, resumed_weights=resumed_weights)
 
 
 def meeting_port(file: Path, rank: int) -> int:
@@ -247,6 +264,19 @@ def test_a_resumed_learner_goes_on_bit_by_bit(name: str, gang: dict[str, Any]) -
     assert outcome.resumed[0].loss == outcome.results[-1].loss
     assert outcome.resumed[0].grad_norm == outcome.results[-1].grad_norm
     assert distance(outcome.resumed_weights, outcome.weights) == 0
+
+
+@pytest.mark.parametrize("name", LIKE)
+def test_bad_steps_never_happened(name: str, gang: dict[str, Any]) -> None:
+    """One rank's NaN makes both skip; what they train afterwards is that of the same case without it, bit by bit."""
+    outcome, expected = gang[f"bad_{name}"], gang[name]
+    assert [r.skipped for r in outcome.skipped] == [True, True] and not any(r.skipped for r in outcome.results)
+    assert [math.isfinite(r.loss) for r in outcome.skipped] == [False, True]
+    for ours, theirs in zip(outcome.results, expected.results, strict=True):
+        assert (ours.loss, ours.grad_norm) == (theirs.loss, theirs.grad_norm)
+    assert distance(outcome.weights, expected.weights) == 0
+    other: Outcome = pickle.loads((gang["root"] / f"bad_{name}.rank1.pkl").read_bytes())
+    assert [r.skipped for r in other.skipped] == [True, True]
 
 
 @pytest.mark.parametrize("stage", range(4))

@@ -65,12 +65,12 @@ class DeepSpeedLearner:
     ) -> StepResult:
         """One optimizer step on this rank's share of the plan, in any number of micro-batches.
 
-        The loss is one sum over the tokens of all ranks with the plan's denominators. DeepSpeed averages gradients over
-        ranks, hence the factor `world_size`. Raises RuntimeError, on all ranks and before the weights change, where the
-        loss is not finite.
+        The loss is one sum over the tokens of all ranks with the plan's denominators. Where it, or the gradient, is not
+        finite, all ranks skip: all that the next step depends on, random numbers included, stays as it was.
         """
         start = time.monotonic()
         self._check_share(plan, rollouts)
+        before = _random_state(self.device)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         micro = split_micro(rollouts, self.settings.micro_batch_tokens)
@@ -79,12 +79,11 @@ class DeepSpeedLearner:
         for i in range(num_micro):
             share = micro[i] if i < len(micro) else []
             batch = collate(share, self.settings.pad_id, needs_teacher=loss.needs_teacher).to(self.device)
-            self.engine.set_gradient_accumulation_boundary(i == num_micro - 1)
-            self._backward(batch, Objective(loss, plan, batch), tally)
-        tally.sum_over_ranks()
-        if not math.isfinite(tally.loss):
-            raise RuntimeError(f"step {plan.step}: loss is {tally.loss}; the weights are those before the step")
-        grad_norm = self._update(plan.step)
+            self._backward(batch, Objective(loss, plan, batch), tally, last=i == num_micro - 1)
+        grad_norm = self._update()
+        skipped = not math.isfinite(grad_norm)
+        if skipped:
+            _set_random_state(before, self.device)
         return StepResult(
             step=plan.step,
             version=version_after,
@@ -93,7 +92,13 @@ class DeepSpeedLearner:
             lr=lr,
             num_loss_tokens=plan.num_loss_tokens,
             time_s=time.monotonic() - start,
-            metrics={**tally.metrics(), "loss/grad_norm": grad_norm, **_memory(self.device)},
+            skipped=skipped,
+            metrics={
+                **tally.metrics(),
+                "loss/grad_norm": grad_norm,
+                "loss/skipped": float(skipped),
+                **_memory(self.device),
+            },
         )
 
     def publish(self, version: int, dtype: str) -> WeightBundle | None:
@@ -141,25 +146,36 @@ class DeepSpeedLearner:
 
             deepspeed.comm.destroy_process_group()
 
-    def _backward(self, batch: Batch, objective: Objective, tally: Tally) -> None:
+    def _backward(self, batch: Batch, objective: Objective, tally: Tally, *, last: bool) -> None:
+        """Before the step's last backward call its loss is known. DeepSpeed drops a gradient that is not finite from
+        the buffers of every stage, so a loss that is not finite is given one, whatever its own derivative."""
+        self.engine.set_gradient_accumulation_boundary(last)
         total = self.engine(batch, objective, self.heads)
-        self.engine.backward(total * self.world_size)
         tally.add(batch, objective, total)
+        factor = float(self.world_size)
+        if last:
+            tally.sum_over_ranks()
+            factor = factor if math.isfinite(tally.loss) else math.nan
+        self.engine.backward(total * factor)
 
-    def _update(self, step: int) -> float:
-        """Change the weights; the norm of the gradient before clipping."""
-        stage_0 = self.engine.zero_optimization_stage() == 0
-        if stage_0:  # where DeepSpeed reports no norm
+    def _update(self) -> float:
+        """Change the weights; the norm of the gradient before clipping. Infinity: nothing changed, it is dropped."""
+        if self.engine.zero_optimization_stage() == 0:  # where DeepSpeed reports no norm, and drops nothing
             grads = [p.grad for p in self.module.parameters() if p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(grads))
+            if not math.isfinite(norm):
+                self.engine.zero_grad()
+                return math.inf
+            self.engine.step()
+            return norm
         self.engine.step()
-        if not stage_0:
-            norm = float(self.engine.get_global_grad_norm())
-        if not math.isfinite(norm):
+        norm = float(self.engine.get_global_grad_norm())
+        if not math.isfinite(norm) and self.engine.was_step_applied():
             raise RuntimeError(
-                f"step {step}: gradient norm is {norm}; resume from the last checkpoint with a smaller lr"
+                f"the gradient's norm is {norm} and DeepSpeed trained on it: leave bf16.check_grad_overflow on in "
+                "learner.deepspeed, and resume from the last checkpoint"
             )
-        return norm
+        return norm if math.isfinite(norm) else math.inf
 
     def _gather(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager:
         if self.settings.zero_stage < 3 or not parameters:
