@@ -324,7 +324,7 @@ class RolloutWorker:
             threshold=nan,
             uncertainty=unc,
             signal=None if piece is None else self.reader.signal(piece),
-            finish_reason="stop" if num and int(ids[-1]) in self.stop_ids else "length",
+            finish_reason="eos" if num and int(ids[-1]) in self.stop_ids else "length",
             teacher=job.task.prompt.teacher,
         )
 

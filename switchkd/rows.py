@@ -94,7 +94,7 @@ class Row:
         self.versions.append(version)
         self.num_teacher += source == Source.TEACHER
         if token in stop_ids:
-            self.finish_reason = "stop"
+            self.finish_reason = "eos"
         elif self.t >= self.mode.max_new_tokens:
             self.finish_reason = "length"
 

@@ -131,7 +131,7 @@ class Rollout:
     threshold: np.ndarray  # float32 [T]
     uncertainty: np.ndarray  # float32 [T], 1 - p(token) of the teacher: ATKD's UnC; NaN without a teacher
     signal: Signal | None  # T rows; None when the stage needs no teacher
-    finish_reason: str  # "stop" or "length"
+    finish_reason: str  # "eos" (a stop id was written) or "length"
     approximate: bool = False
     teacher: str = ""  # which teacher, when there are several
     stats: RolloutStats = RolloutStats()

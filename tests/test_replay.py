@@ -37,7 +37,7 @@ def rollout(rollout_id: int, version: int = 0, batch: int | None = None, stage: 
         threshold=np.zeros(length, np.float32),
         uncertainty=np.full(length, 0.25, np.float32),
         signal=None,
-        finish_reason="stop",
+        finish_reason="eos",
     )
 
 
@@ -69,7 +69,7 @@ def test_entry_describes_its_rollout():
     replay.put([rollout(0, version=7, batch=3, stage=2)])
     (entry,) = replay.take(3, 1, 9, 2)
     told = (entry.batch, entry.stage, entry.num_tokens, entry.oldest_version, entry.finish_reason)
-    assert told == (3, 2, 3, 7, "stop")
+    assert told == (3, 2, 3, 7, "eos")
     assert entry.teacher_frac == pytest.approx(2 / 3)
     np.testing.assert_array_equal(entry.uncertainty, np.full(3, 0.25, np.float32))
 

@@ -35,7 +35,7 @@ def rollout(rollout_id: int = 0, sources=(0, 0, 1, 0, 2), *, signal: Signal | No
         "threshold": np.linspace(1, 0, num, dtype=np.float32),
         "uncertainty": np.full(num, np.nan, np.float32),
         "signal": signal,
-        "finish_reason": "stop",
+        "finish_reason": "eos",
         "stats": RolloutStats(num_drafted=7, time_s=0.5),
     }
     return Rollout(**{**values, **more})
