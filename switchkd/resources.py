@@ -1,8 +1,8 @@
 """What each process of a run gets of the machines: CPUs and GPUs as Ray counts them, and CPU threads.
 
-In: a config. Out: plain numbers. On a private cluster (one's own machine) the roles share the cores: Ray is asked for no
-more than there are, teachers and workers get one thread each per share, and the learner, while nobody else works
-(`replay.max_staleness: 0`), all of them.
+In: a config. Out: plain numbers. On a private cluster (one's own machine) the roles share the cores. Ray is asked for
+no more than there are; teachers and workers divide the threads; the learner, while nobody else works
+(`replay.max_staleness: 0`), has all of them.
 """
 
 from __future__ import annotations
@@ -34,10 +34,22 @@ def of_role(config: Config, role: str, cores: int | None = None) -> Resources:
     cores = cores or os.cpu_count() or 1
     num_cpus = given.num_cpus
     if num_cpus is None:
-        even = int(100 * cores / sum(counts(config).values())) / 100
-        num_cpus = min(1.0, even) if is_private(config) else 1.0
+        num_cpus = min(1.0, _even_share(config, cores)) if is_private(config) else 1.0
     threads = given.threads or _threads(config, role, num_cpus, cores)
     return Resources(num_cpus=num_cpus, num_gpus=given.num_gpus, threads=threads)
+
+
+def _even_share(config: Config, cores: int) -> float:
+    """Of what the roles that say how many CPUs they want leave to the processes of the others; Ray counts hundredths
+    exactly."""
+    left, sharing = float(cores), 0
+    for role, number in counts(config).items():
+        each = getattr(config.resources, role).num_cpus
+        if each is None:
+            sharing += number
+        else:
+            left -= number * each
+    return max(0, int(100 * left / sharing + 1e-6)) / 100
 
 
 def _threads(config: Config, role: str, num_cpus: float, cores: int) -> int:
@@ -53,18 +65,25 @@ def _threads(config: Config, role: str, num_cpus: float, cores: int) -> int:
     return max(1, cores // writers)
 
 
-def total(config: Config) -> dict[str, dict[str, float]]:
+def total(config: Config, cores: int | None = None) -> dict[str, dict[str, float]]:
     """CPUs and GPUs that each role asks for, all its processes together."""
     found = {}
     for role, number in counts(config).items():
-        each = of_role(config, role)
+        each = of_role(config, role, cores)
         found[role] = {"CPU": number * float(each.num_cpus or 0), "GPU": number * each.num_gpus}
     return found
 
 
 def check(config: Config, available: Mapping[str, float]) -> None:
-    """Raise ConfigError when the roles ask for more than there is, naming who asks for what."""
-    asked = total(config)
+    """Raise ConfigError when the roles ask for more than there is, naming who asks for what.
+
+    Roles that share a machine's cores take turns, so each may be as many processes as there are cores, no more.
+    """
+    cores = int(available.get("CPU", 0.0))
+    asked = total(config, cores or None)
+    for role, number in counts(config).items() if is_private(config) else ():
+        if getattr(config.resources, role).num_cpus is None and number > cores:
+            raise ConfigError(_missing(config, "CPU", number, cores, {role: {"CPU": float(number)}}))
     for resource in ("CPU", "GPU"):
         there = available.get(resource, 0.0)
         needed = sum(part[resource] for part in asked.values())
