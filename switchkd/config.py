@@ -85,16 +85,17 @@ def _with_stages(raw: dict[str, Any]) -> dict[str, Any]:
     for section, keys in (("rollout", _FROM_ROLLOUT), ("learner", _FROM_LEARNER), ("train", _FROM_TRAIN)):
         given = raw.get(section)
         shared |= {key: given[key] for key in keys if isinstance(given, dict) and key in given}
-    filled = [{**shared, **{key: _over(shared.get(key), value) for key, value in stage.items()}} for stage in stages]
+    filled = [{**shared, **{key: _over(shared, key, value) for key, value in stage.items()}} for stage in stages]
     if train.get("num_steps") is not None:
         filled[-1]["steps"] = train["num_steps"]
     return {**raw, "train": {**train, "stages": filled}}
 
 
-def _over(shared: Any, own: Any) -> Any:
+def _over(shared: dict[str, Any], key: str, own: Any) -> Any:
     """A stage's rule or loss that names no type changes single keys of the shared one."""
-    if isinstance(shared, dict) and isinstance(own, dict) and "type" not in own:
-        return {**shared, **own}
+    base = shared.get(key)
+    if key in ("rule", "loss") and isinstance(base, dict) and isinstance(own, dict) and "type" not in own:
+        return {**base, **own}
     return own
 
 
@@ -144,9 +145,11 @@ def _complete_stage(config: Config, index: int, stage: Stage) -> Stage:
     rule = stage.rule
     kind = ALIASES.get(rule.type, rule.type)
     if ":" not in kind and kind not in RULES:
-        raise ConfigError(_unknown(f"train.stages.{index}.rule.type", rule.type, (*RULES, *ALIASES), "my_file:my_rule"))
+        key = _said(config.rollout.rule.type, rule.type, "rollout.rule.type", index, "rule.type")
+        raise ConfigError(_unknown(key, rule.type, (*RULES, *ALIASES), "my_file:my_rule"))
     if ":" not in stage.loss.type and stage.loss.type not in LOSSES:
-        raise ConfigError(_unknown(f"train.stages.{index}.loss.type", stage.loss.type, LOSSES, "my_file:my_loss"))
+        key = _said(config.learner.loss.type, stage.loss.type, "learner.loss.type", index, "loss.type")
+        raise ConfigError(_unknown(key, stage.loss.type, LOSSES, "my_file:my_loss"))
     papers = SAMPLING_OF_RULE.get(kind, {})
     filled = {}
     for side, given, model in (("student", rule.student, config.student), ("teacher", rule.teacher, config.teacher)):
@@ -158,6 +161,11 @@ def _complete_stage(config: Config, index: int, stage: Stage) -> Stage:
         )
     rule = rule.model_copy(update={"type": kind, **filled})
     return stage.model_copy(update={"rule": rule, "name": stage.name or f"stage-{index + 1}"})
+
+
+def _said(shared: Any, value: Any, key: str, index: int, own: str) -> str:
+    """The key under which a stage's value was given: the shared one, or the stage's own."""
+    return key if shared == value else f"train.stages.{index}.{own}"
 
 
 def _first(*values: Any) -> Any:
@@ -172,15 +180,15 @@ def _check_across(config: Config) -> None:
             raise ConfigError(f"train.stages: the name {name!r} stands twice; give each stage its own")
     ranks = config.learner.num_ranks
     for i, stage in enumerate(stages):
+        key = _said(config.train.batch_size, stage.batch_size, "train.batch_size", i, "batch_size")
         if stage.batch_size % ranks:
             raise ConfigError(
-                f"train.stages.{i}.batch_size={stage.batch_size} is no multiple of learner.num_ranks={ranks}; "
+                f"{key}={stage.batch_size} is no multiple of learner.num_ranks={ranks}; "
                 f"take {-(-stage.batch_size // ranks) * ranks}"
             )
         if stage.batch_size > config.replay.capacity:
             raise ConfigError(
-                f"train.stages.{i}.batch_size={stage.batch_size} is above replay.capacity={config.replay.capacity}; "
-                "raise the capacity"
+                f"{key}={stage.batch_size} is above replay.capacity={config.replay.capacity}; raise the capacity"
             )
     if config.learner.zero_stage == 0 and config.learner.dtype == "bfloat16":
         raise ConfigError("learner.zero_stage=0 with learner.dtype=bfloat16 has a wrong first Adam step; take stage 1")
@@ -213,10 +221,17 @@ def _unknown(key: str, value: str, known: tuple[str, ...], other: str) -> str:
     return f"{key}={value!r} is not known; {hint}choose one of {', '.join(known)}, or {other}"
 
 
+_STAGES = ("train", "stages")
+_KINDS = {"tuple_type": "give a list", "model_type": "give a group of keys", "dict_type": "give a group of keys"}
+
+
 def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
+    own = [repr(each["input"]) for each in error.errors() if each["loc"][:2] != _STAGES]
+    # what stages inherit is wrong once, not once a stage
+    errors = [each for each in error.errors() if each["loc"][:2] != _STAGES or repr(each["input"]) not in own]
+    first = errors[0]
     key = ".".join(str(part) for part in first["loc"])
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _known_keys(first["loc"])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
@@ -224,7 +239,7 @@ def _explain(error: ValidationError) -> str:
         return f"{key}: unknown key (value {_short(first['input'])}); {hint}{more}"
     if first["type"] == "missing":
         return f"{key}: this key is required; add it{more}"
-    text = first["msg"].removeprefix("Value error, ")
+    text = _KINDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
     return f"{key}={_short(first['input'])}: {text[0].lower()}{text[1:]}{more}"
 
 

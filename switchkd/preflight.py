@@ -158,7 +158,7 @@ def check_models(config: Config) -> tuple[Any, frozenset[int]]:
                 f"{difference}; choose models of one family"
             )
     for role, section in roles:
-        model = _read_config(section, f"{role}.model")
+        model = _read_config(section, f"{role}.path")
         _check_model(config, model, section, role)
         ends |= stop_ids(model, student)
     return student, ends
@@ -218,7 +218,7 @@ def _check_model(config: Config, model: Any, section: Model, role: str) -> None:
     )
     if limit and wanted > limit:
         raise ConfigError(
-            f"{role}.model={section.path} has {limit} positions, but data.max_prompt_tokens={prompt} and the longest "
+            f"{role}.path={section.path} has {limit} positions, but data.max_prompt_tokens={prompt} and the longest "
             f"completion ({wanted - prompt}) need {wanted}; lower data.max_prompt_tokens, data.max_reference_tokens or "
             "max_new_tokens"
         )

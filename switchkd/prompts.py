@@ -53,7 +53,7 @@ class PromptSet:
 
 def eval_data(config: Config) -> Data:
     """The `data` section as evaluation reads it: same fields and template, its own file and number of rows."""
-    own = {"train": config.eval.data, "split": config.eval.split, "num_rows": config.eval.num_prompts}
+    own = {"path": config.eval.data, "split": config.eval.split, "num_rows": config.eval.num_prompts}
     return config.data.model_copy(update=own)
 
 

@@ -24,16 +24,14 @@ CONFIG = "config.yaml"
 HISTORY = ("metrics.jsonl", "rollouts.jsonl")
 
 MAY_CHANGE = (
-    "run.dir",
-    "run.overwrite",
+    "run.*",
+    "resources.*",
     "cluster.*",
     "metrics.*",
     "checkpoint.*",
     "eval.every",
+    "train.checkpoint_every",
     "train.early_stop",
-    "*.threads",
-    "*.num_cpus",
-    "*.num_gpus",
     "*.device",
     "teacher.device_map",
     "teacher.replicas",

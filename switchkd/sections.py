@@ -285,7 +285,7 @@ class Metrics(Section):
 
 class Cluster(Section):
     address: str = ""
-    """Of a running Ray cluster (`auto`, `host:port`). Empty: the submitted job's, else a private one on this machine."""
+    """Of a running Ray cluster (`auto`, `host:port`). Empty: the submitted job's, else a private one here."""
     wait_s: float = Field(0.0, ge=0)
     """Wait so long for a cluster to grow to what the run needs."""
     object_store_gb: PositiveFloat = 0.5

@@ -19,6 +19,7 @@ from switchkd.resume import MAY_CHANGE, _leaves, cut_back
 from switchkd.run_lock import LOCK, RunLock
 from switchkd.sections import Config
 
+ROLES = ("teacher", "rollout", "learner")
 TOKEN = "hf_" + "aB3" * 8
 
 
@@ -30,7 +31,7 @@ def config_of(run_dir: Path, **sections: Any) -> Config:
     stages = [{"steps": 2, "name": "warm"}, {"steps": 4}]
     raw = {"run": {"dir": str(run_dir)}, "train": {"stages": stages}}
     for key, value in sections.items():
-        raw[key] = {**raw.get(key, {}), **value}
+        raw[key] = {**raw.get(key, {}), **value} if isinstance(value, dict) else value
     return parse(raw)
 
 
@@ -341,9 +342,15 @@ def resumed(run_dir: Path, **sections: Any) -> None:
     ("sections", "key", "old", "new"),
     [
         ({"learner": {"weight_decay": 0.5}}, "learner.weight_decay", "0.0", "0.5"),
-        ({"run": {"seed": 1}}, "run.seed", "0", "1"),
+        ({"seed": 1}, "seed", "0", "1"),
         ({"replay": {"policy": "uniform"}}, "replay.policy", "'fifo'", "'uniform'"),
-        ({"student": {"lora": {"r": 4}}}, "student.lora.r", "None", "4"),
+        ({"replay": {"max_staleness": 1}}, "replay.max_staleness", "0", "1"),
+        ({"learner": {"lora": {"r": 4}}}, "learner.lora.r", "None", "4"),
+        ({"learner": {"lr": 1.0}}, "learner.lr", "1e-05", "1.0"),
+        ({"rollout": {"rule": {"type": "skd"}}}, "rollout.rule.type", "'jsd_threshold'", "'skd'"),
+        ({"student": {"temperature": 0.5}}, "student.temperature", "None", "0.5"),
+        ({"train": {"batch_size": 4}}, "train.batch_size", "8", "4"),
+        ({"train": {"num_steps": 3}}, "train.stages.1.steps", "4", "3"),
         ({"train": {"stages": [{"steps": 3, "name": "warm"}, {"steps": 4}]}}, "train.stages.0.steps", "2", "3"),
         ({"train": {"stages": [{"steps": 2, "name": "warm"}, {"steps": 3}]}}, "train.stages.1.steps", "4", "3"),
         ({"train": {"stages": [{"steps": 2, "name": "warm"}]}}, "train.stages.1.steps", "4", "None"),
@@ -361,10 +368,13 @@ def test_resume_refuses_what_changes_the_run(tmp_path, sections, key, old, new):
 @pytest.mark.parametrize(
     "sections",
     [
-        {"rollout": {"num_workers": 3, "slots": 2, "block_size": 8, "lead": "lockstep"}},
-        {"teacher": {"replicas": 2, "max_sessions": 9, "threads": 1, "num_gpus": 1.0, "device": "cpu"}},
-        {"cluster": {"mode": "ray", "address": "1.2.3.4"}, "metrics": {"log_every": 7}, "checkpoint": {"every": 1}},
-        {"learner": {"timeout_s": 5.0, "micro_batch_size": 1}, "eval": {"every": 9}},
+        {"run": {"mode": "inprocess"}},
+        {"rollout": {"num_workers": 3, "batch_size": 2, "block_size": 8, "lead": "lockstep"}},
+        {"teacher": {"replicas": 2, "max_sessions": 9, "device": "cpu"}, "student": {"device": "cpu"}},
+        {"resources": {role: {"num_cpus": 0.5, "num_gpus": 1.0, "threads": 3} for role in ROLES}},
+        {"cluster": {"address": "1.2.3.4", "wait_s": 9.0}, "metrics": {"log_every": 7}, "checkpoint": {"keep_last": 1}},
+        {"learner": {"timeout_s": 5.0, "micro_batch_tokens": 1}, "eval": {"every": 9}},
+        {"train": {"checkpoint_every": 1}},
         {"train": {"stages": [{"steps": 2, "name": "warm"}, {"steps": 40}]}},
     ],
 )
@@ -376,6 +386,13 @@ def test_resume_accepts_what_only_changes_where_and_how_fast(tmp_path, sections)
         for key, value in values.items():
             told = stored[section][key]
             assert told[-1]["steps"] == 40 if key == "stages" else told == value
+
+
+def test_more_steps_extend_the_last_stage(tmp_path):
+    """`train.num_steps` given by itself makes a run longer; the stored config says so."""
+    resumed(tmp_path, train={"num_steps": 40})
+    stored = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert [stage["steps"] for stage in stored["train"]["stages"]] == [2, 40]
 
 
 def test_every_key_that_may_change_exists():
@@ -396,7 +413,7 @@ def test_tokens_are_not_written(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "a-secret-of-another-form")
     for name in (f"https://user:{TOKEN}@hub/model", "https://user:a-secret-of-another-form@hub/model"):
         run_dir = tmp_path / str(len(name))
-        config = config_of(run_dir, teacher={"model": name})
+        config = config_of(run_dir, teacher={"path": name})
         open_run(config).close()
         open_run(config, resume=True).close()
         text = "".join(path.read_text() for path in run_dir.rglob("*") if path.is_file())

@@ -1,15 +1,17 @@
 """A config is read strictly: every mistake is one line that names the key, the value and the remedy."""
 
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import yaml
 
 from switchkd.config import ConfigError, dump_yaml, load, parse, resolved
 from switchkd.preflight import check
+from switchkd.sections import Stage
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
-MINIMAL = {"run": {"dir": "runs/x"}, "train": {"stages": [{"steps": 1}]}}
+MINIMAL = {"run": {"dir": "runs/x"}, "train": {"num_steps": 1}}
 
 
 def tree(**sections) -> dict:
@@ -27,15 +29,27 @@ def written(folder: Path, raw: object) -> Path:
     [
         (tree(teachr={}), r"teachr: unknown key .* did you mean 'teacher'\?"),
         (tree(rollout={"block_sise": 4}), r"rollout.block_sise: unknown key \(value 4\); did you mean 'block_size'\?"),
-        (tree(rollout={"zzz": 4}), r"rollout.zzz: .* known here: num_workers, "),
+        (tree(rollout={"zzz": 4}), r"rollout.zzz: .* known here: rule, num_workers, "),
         ({"train": {"stages": [{"steps": 1}]}}, r"run: this key is required"),
-        (tree(train={"stages": []}), r"train.stages=\[\]"),
+        ({"run": {"dir": "x"}}, r"train: this key is required"),
+        (tree(train={"stages": []}), r"train.num_steps: this key is required where train.stages does not say"),
+        (tree(train={"stages": [{"name": "a"}, {"steps": 1}]}), r"train.stages.0.steps: this key is required"),
+        (tree(train={"num_steps": -3}), r"^train.num_steps=-3: input should be greater than or equal to 0$"),
+        (tree(train={"num_steps": 1, "stages": {"0": {}}}), r"train.stages={'0': {}}: give a list"),
+        (tree(rollout={"rule": "switch"}), r"^rollout.rule='switch': give a group of keys$"),
+        (tree(rollout={"rule": {"typ": "switch"}}), r"^rollout.rule.typ: unknown key .* did you mean 'type'\?$"),
+        (tree(rollout={"rule": {"type": "swich"}}), r"^rollout.rule.type='swich' .* did you mean 'switch'"),
+        (tree(learner={"loss": {"type": "kl"}}), r"^learner.loss.type='kl' is not known; .*forward_kl"),
+        (tree(train={"num_steps": 1, "batch_size": 3}, learner={"num_ranks": 2}), r"^train.batch_size=3 .* take 4"),
+        (tree(student={"temperature": -1}), r"student.temperature=-1: input should be greater than or equal to 0"),
+        (tree(run={"dir": "x", "mode": "local"}), r"run.mode='local': input should be 'ray' or 'inprocess'"),
+        (tree(resources={"student": {}}), r"resources.student: unknown key .* known here: teacher, rollout, learner"),
         (tree(rollout={"num_workers": 0}), r"rollout.num_workers=0: input should be greater than 0"),
         (tree(rollout={"num_workers": "many"}), r"rollout.num_workers='many': input should be a valid integer"),
         (tree(learner={"zero_stage": 4}), r"learner.zero_stage=4: input should be 0, 1, 2 or 3"),
         (
             tree(train={"stages": [{"steps": 1, "rule": {"type": "swich"}}]}),
-            r"rule.type='swich' .* did you mean 'switch'",
+            r"^train.stages.0.rule.type='swich' .* did you mean 'switch'",
         ),
         (tree(train={"stages": [{"steps": 1, "loss": {"type": "kl"}}]}), r"loss.type='kl' is not known; .*forward_kl"),
         (tree(train={"stages": [{"steps": 1, "batch_size": 3}]}, learner={"num_ranks": 2}), r"no multiple .* take 4"),
@@ -78,11 +92,11 @@ def test_no_file(tmp_path):
 
 def test_overrides(tmp_path):
     """Dotted overrides reach into sections and lists, make sections, and read values as YAML does."""
-    path = written(tmp_path, tree())
-    given = ["rollout.num_workers=3", "train.stages.0.lr=1e-3", "student.lora.r=4", "run.seed=-1", "data.system="]
+    path = written(tmp_path, tree(train={"stages": [{"steps": 1}]}))
+    given = ["rollout.num_workers=3", "train.stages.0.lr=1e-3", "learner.lora.r=4", "seed=-1", "data.system="]
     config = load(path, [*given, "train.stages.0.rule.params={decay: 0.2}"])
-    assert (config.rollout.num_workers, config.train.stages[0].lr, config.run.seed) == (3, 1e-3, -1)
-    assert config.student.lora is not None and config.student.lora.r == 4 and config.data.system == ""
+    assert (config.rollout.num_workers, config.train.stages[0].lr, config.seed) == (3, 1e-3, -1)
+    assert config.learner.lora is not None and config.learner.lora.r == 4 and config.data.system == ""
     assert config.train.stages[0].rule.params == {"decay": 0.2}
 
 
@@ -92,6 +106,7 @@ def test_overrides(tmp_path):
         ("rollout.num_workers", "not of the form"),
         ("=3", "not of the form"),
         ("train.stages.1.steps=2", "'1' is not an index into a list of 1"),
+        ("train.num_steps.x=2", r"num_steps is a value \(1\), not a section"),
         ("run.dir.x=2", r"dir is a value \('runs/x'\), not a section"),
         ("rollout.nope=2", "rollout.nope: unknown key"),
     ],
@@ -99,25 +114,140 @@ def test_overrides(tmp_path):
 def test_wrong_overrides(tmp_path, override, message):
     """An override that leads nowhere is named."""
     with pytest.raises(ConfigError, match=message):
-        load(written(tmp_path, tree()), [override])
+        load(written(tmp_path, tree(train={"num_steps": 1, "stages": [{}]})), [override])
 
 
 def test_paths_start_at_the_config_file(tmp_path):
     """Data files are looked for beside the config; other names are left for the hub."""
-    raw = tree(data={"train": "some/data.jsonl"}, eval={"data": "owner/name"})
+    raw = tree(data={"path": "some/data.jsonl"}, eval={"data": "owner/name"})
     config = load(written(tmp_path, raw))
-    assert config.data.train == str(tmp_path / "some" / "data.jsonl") and config.eval.data == "owner/name"
+    assert config.data.path == str(tmp_path / "some" / "data.jsonl") and config.eval.data == "owner/name"
 
 
-def test_paper_names_and_sampling():
-    """The papers' names are accepted, their sampling settings filled in, and those given win."""
-    rules = [{"type": "switch"}, {"type": "adaswitch"}, {"type": "skd", "student": {"temperature": 0.7}}]
-    stages = [{"name": rule["type"], "steps": 1, "rule": rule} for rule in rules]
-    switch, adaswitch, skd = (stage.rule for stage in parse(tree(train={"stages": stages})).train.stages)
-    assert [rule.type for rule in (switch, adaswitch, skd)] == ["jsd_threshold", "kl_spike", "outside_top_k"]
-    assert (switch.student.temperature, switch.teacher.top_p) == (1.0, 1.0)
-    assert (adaswitch.student.temperature, adaswitch.teacher.temperature, adaswitch.teacher.top_p) == (0.5, 0.2, 0.5)
-    assert (skd.student.temperature, skd.student.top_p) == (0.7, 0.5)
+class TestStages:
+    """What a stage leaves out it takes from `rollout`, `learner` and `train`."""
+
+    SHARED: ClassVar[dict] = {
+        "rollout": {"rule": {"type": "switch", "half_life": 8}, "max_new_tokens": 40},
+        "learner": {"loss": {"type": "jsd", "beta": 0.3}, "lr": 1e-3, "scheduler": "linear", "warmup_steps": 2,
+                    "min_lr_frac": 0.1},
+        "train": {"batch_size": 4, "mix": {"rollout": 1, "dataset": 1}},
+    }  # fmt: skip
+
+    def stages(self, *stages: dict, **train) -> tuple[Stage, ...]:
+        shared = self.SHARED
+        wanted = shared["train"] | train | ({"stages": list(stages)} if stages else {})
+        return parse(tree(rollout=shared["rollout"], learner=shared["learner"], train=wanted)).train.stages
+
+    def test_all_is_inherited(self):
+        """A stage that only says its steps has the shared rule, loss, sources, sizes and learning rate."""
+        (stage,) = self.stages({"steps": 3})
+        assert (stage.name, stage.steps, stage.batch_size, stage.max_new_tokens) == ("stage-1", 3, 4, 40)
+        assert (stage.rule.type, stage.rule.half_life, stage.mix.dataset) == ("jsd_threshold", 8, 1)
+        assert (stage.loss.type, stage.loss.beta) == ("jsd", 0.3)
+        assert (stage.lr, stage.scheduler, stage.warmup_steps, stage.min_lr_frac) == (1e-3, "linear", 2, 0.1)
+
+    def test_what_a_stage_says_wins(self):
+        """Each key by itself; a rule or loss with a type is a new one, without a type it changes single keys."""
+        own = {"steps": 1, "lr": 1.0, "batch_size": 2, "mix": {"teacher": 1}, "rule": {"log_base": 3}}
+        one, two, three = self.stages(
+            own, {"steps": 1, "loss": {"lm_coef": 0.5}}, {"steps": 1, "rule": {"type": "skd"}, "loss": {"type": "tvd"}}
+        )
+        assert (one.lr, one.batch_size, one.scheduler) == (1.0, 2, "linear")
+        assert (one.mix.rollout, one.mix.dataset, one.mix.teacher) == (0, 0, 1)
+        assert (one.rule.type, one.rule.half_life, one.rule.log_base) == ("jsd_threshold", 8, 3)
+        assert (two.loss.type, two.loss.beta, two.loss.lm_coef) == ("jsd", 0.3, 0.5) and two.lr == 1e-3
+        assert (three.rule.type, three.rule.half_life) == ("outside_top_k", None)
+        assert (three.loss.type, three.loss.beta) == ("tvd", None)
+
+    def test_num_steps_alone(self):
+        """Without stages the run is one stage of `num_steps`."""
+        (stage,) = self.stages(num_steps=7)
+        assert (stage.name, stage.steps, stage.lr) == ("train", 7, 1e-3)
+        assert parse(MINIMAL).num_steps == 1
+
+    def test_num_steps_with_stages(self):
+        """`num_steps` sets the last stage's steps, over what the stage says, and leaves the others alone."""
+        assert [stage.steps for stage in self.stages({"steps": 2}, {"steps": 3}, num_steps=9)] == [2, 9]
+        assert [stage.steps for stage in self.stages({"steps": 2}, {"name": "last"}, num_steps=9)] == [2, 9]
+        assert [stage.steps for stage in self.stages({"steps": 2}, {"steps": 3}, num_steps=0)] == [2, 0]
+
+    def test_from_the_command_line(self, tmp_path):
+        """Overrides of shared keys reach every stage that does not say otherwise."""
+        path = written(tmp_path, tree(train={"stages": [{"steps": 2, "lr": 1.0}, {"steps": 3}]}))
+        given = ["train.num_steps=5", "learner.lr=0.5", "rollout.rule.type=adaswitch", "train.batch_size=2"]
+        first, last = load(path, given).train.stages
+        assert (first.steps, last.steps, first.lr, last.lr) == (2, 5, 1.0, 0.5)
+        assert {first.rule.type, last.rule.type} == {"kl_spike"} and {first.batch_size, last.batch_size} == {2}
+
+    def test_the_resolved_config_says_it_again(self):
+        """What is written into the run folder holds the same stages when it is read."""
+        config = parse(tree(**self.SHARED | {"train": self.SHARED["train"] | {"num_steps": 7}}))
+        assert parse(resolved(config)) == config
+
+
+SURFACE = """
+    seed=3
+    run.dir=runs/y run.mode=ray run.mode=inprocess
+    data.path=x.jsonl
+    student.path=a student.dtype=bfloat16 student.temperature=0 student.top_p=0.9
+    teacher.path=b teacher.dtype=bfloat16 teacher.temperature=0.2 teacher.top_p=0.5
+    teacher.backend=hf teacher.signal=hidden teacher.signal=full
+    rollout.rule.type=switch rollout.rule.tau0=0.5 rollout.rule.decay=0.1 rollout.rule.half_life=8
+    rollout.rule.schedule=linear rollout.rule.log_base=2 rollout.rule.window=10 rollout.rule.factor=3
+    rollout.rule.divergence=jsd rollout.rule.warm_up=available rollout.rule.top_k=25 rollout.rule.prob=0.5
+    rollout.block_size=4 rollout.batch_size=8 rollout.num_workers=2 rollout.max_new_tokens=32
+    rollout.samples_per_prompt=2
+    replay.max_staleness=1
+    learner.num_ranks=2 learner.zero_stage=2 learner.lr=1e-4 learner.scheduler=linear learner.warmup_steps=3
+    learner.weight_decay=0.1 learner.grad_clip=0.5 learner.micro_batch_tokens=512
+    learner.loss.type=skew_reverse_kl learner.loss.alpha=0.1 learner.loss.beta=0.5
+    learner.lora.r=4 learner.lora.alpha=8 learner.lora.dropout=0.1 learner.lora.target_modules=all-linear
+    learner.deepspeed={zero_optimization:{overlap_comm:false}}
+    train.num_steps=5 train.batch_size=4 train.stages=[{steps:2}] train.checkpoint_every=10 train.select_by=rouge_l
+    resources.teacher.num_cpus=1 resources.teacher.num_gpus=0.5 resources.teacher.threads=2
+    resources.rollout.num_cpus=1 resources.rollout.num_gpus=0.5 resources.rollout.threads=2
+    resources.learner.num_cpus=1 resources.learner.num_gpus=1 resources.learner.threads=2
+"""
+"""The keys that others script against, each with a value; they may not change."""
+
+
+@pytest.mark.parametrize("override", SURFACE.split())
+def test_fixed_surface(tmp_path, override):
+    """Every key of the fixed surface is accepted, and holds the value that it was given."""
+    key, _, text = override.partition("=")
+    raw = tree(eval={"data": "held-out.jsonl"})  # for select_by
+    value: Any = load(written(tmp_path, raw), [override.replace(":", ": ")])
+    if key in ("train.num_steps", "train.stages"):
+        assert value.num_steps == (5 if key == "train.num_steps" else 1)
+        return
+    for part in key.split("."):
+        value = value[part] if isinstance(value, dict) else getattr(value, part)
+    wanted = yaml.safe_load(text.replace(":", ": "))
+    assert value == (str(tmp_path / "x.jsonl") if key == "data.path" else type(value)(wanted))
+
+
+class TestSampling:
+    """Temperature and top-p: the stage's, else the model's, else what the rule's paper says."""
+
+    def test_the_papers_names_and_values(self):
+        """Null takes the paper's value: AdaSwitch and SKD 0.5 and 0.2 with top-p 0.5, all others 1."""
+        stages = [{"name": kind, "steps": 1, "rule": {"type": kind}} for kind in ("switch", "adaswitch", "skd")]
+        raw = tree(train={"stages": stages}, student={"temperature": None}, teacher={"top_p": None})
+        rules = [stage.rule for stage in parse(raw).train.stages]
+        assert [rule.type for rule in rules] == ["jsd_threshold", "kl_spike", "outside_top_k"]
+        found = [(r.student.temperature, r.student.top_p, r.teacher.temperature, r.teacher.top_p) for r in rules]
+        assert found == [(1.0, 1.0, 1.0, 1.0), (0.5, 0.5, 0.2, 0.5), (0.5, 0.5, 0.2, 0.5)]
+
+    def test_what_is_given_wins(self):
+        """The model's value over the paper's, the stage's over both; 0 (greedy) counts as given."""
+        stages = [{"name": "a", "steps": 1}, {"name": "b", "steps": 1, "rule": {"student": {"temperature": 0.7}}}]
+        shared = {"rule": {"type": "skd"}}
+        raw = tree(train={"stages": stages}, rollout=shared, student={"temperature": 0}, teacher={"top_p": 0.9})
+        one, two = (stage.rule for stage in parse(raw).train.stages)
+        assert (one.student.temperature, one.student.top_p) == (0, 0.5)
+        assert (one.teacher.temperature, one.teacher.top_p) == (0.2, 0.9)
+        assert (two.student.temperature, two.teacher.top_p) == (0.7, 0.9)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])

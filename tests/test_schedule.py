@@ -11,8 +11,8 @@ from switchkd.types import Origin, Prompt
 PROMPTS = [Prompt(prompt_id=str(i), text="", token_ids=np.ones(1, np.int32)) for i in range(7)]
 
 
-def plan(*stages: Stage, seed: int = 0) -> RunPlan:
-    return RunPlan(stages, PromptStream(PROMPTS, seed=seed), seed=seed)
+def plan(*stages: Stage, seed: int = 0, samples_per_prompt: int = 1) -> RunPlan:
+    return RunPlan(stages, PromptStream(PROMPTS, seed=seed), seed=seed, samples_per_prompt=samples_per_prompt)
 
 
 def test_ids_steps_and_stages():
@@ -76,12 +76,27 @@ def test_origins_are_stable_for_ever():
 
 def test_learning_rate():
     """Warm-up rises linearly from above 0, the schedule falls towards min_lr_frac, each stage begins anew."""
-    flat = Stage(steps=3, lr=1.0, lr_schedule="constant", warmup_frac=0)
-    falling = {"steps": 10, "lr": 2.0, "warmup_frac": 0.2, "min_lr_frac": 0.1}
-    run = plan(flat, Stage(lr_schedule="linear", **falling), Stage(lr_schedule="cosine", **falling))
+    flat = Stage(steps=3, lr=1.0, scheduler="constant")
+    falling = {"steps": 10, "lr": 2.0, "warmup_steps": 2, "min_lr_frac": 0.1}
+    run = plan(flat, Stage(scheduler="linear", **falling), Stage(scheduler="cosine", **falling))
     assert [run.lr_at(step) for step in range(3)] == [1, 1, 1]
     linear = [run.lr_at(step) for step in range(3, 13)]
     assert linear[:3] == [1.0, 2.0, 2.0] and linear[-1] == pytest.approx(2 * (0.1 + 0.9 / 8))
     assert np.diff(linear[2:]) == pytest.approx([-2 * 0.9 / 8] * 7)
     cosine = [run.lr_at(step) for step in range(13, 23)]
     assert cosine[:3] == [1.0, 2.0, 2.0] and cosine[6] == pytest.approx(2 * 0.55) and cosine[-1] > 0.2
+
+
+def test_warm_up_longer_than_the_stage():
+    """A warm-up that does not end within its stage still rises, to `lr` at the stage's last step."""
+    run = plan(Stage(steps=4, lr=1.0, warmup_steps=100))
+    assert [run.lr_at(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_samples_per_prompt():
+    """So many rollouts in a row, across steps and stages, have the same prompt; then the next one's turn comes."""
+    stages = Stage(steps=2, batch_size=4), Stage(steps=1, batch_size=7)
+    single = [plan(*stages, seed=3).task(i).prompt.prompt_id for i in range(15)]
+    run = plan(*stages, seed=3, samples_per_prompt=3)
+    assert [run.task(i).prompt.prompt_id for i in range(15)] == [single[i // 3] for i in range(15)]
+    assert len(set(single[:5])) == 5 and [task.rollout_id for task in map(run.task, range(15))] == list(range(15))
