@@ -201,7 +201,7 @@ def rollout(
     from switchkd.run import sample
 
     rollouts, worker = sample(wanted, num, index)
-    records = [record(one, worker.decode(one.prompt_ids.tolist()), worker.decode) for one in rollouts]
+    records = [record(prompt, rollout, worker.decode) for prompt, rollout in rollouts]
     if out is None:
         show(records, worker.decode)
     else:

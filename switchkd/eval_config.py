@@ -16,7 +16,7 @@ from switchkd.export import find_student
 from switchkd.sections import Config
 
 _NO_TEACHER = {"name": "evaluation", "steps": 0, "mix": {"dataset": 1.0}, "loss": {"type": "cross_entropy"}}
-_WITH_TEACHER = {"name": "evaluation", "steps": 0}
+_WITH_TEACHER = {"name": "evaluation", "steps": 0, "mix": {"rollout": 1.0}, "loss": {"type": "forward_kl"}}
 
 
 def eval_config(
@@ -39,7 +39,8 @@ def eval_config(
     compared = bool(teacher) or (file is not None and base.needs_teacher)
     raw = resolved(base)
     raw["student"] |= {"path": str(find_student(folder) if is_run else model), "cut": None}
-    raw["learner"]["lora"] = None
+    raw |= {"learner": {}, "replay": {}}
+    raw["rollout"]["rule"] = {"type": "student"}
     raw["train"] = {"stages": [_WITH_TEACHER if compared else _NO_TEACHER]}
     if teacher:
         raw["teacher"]["path"] = teacher

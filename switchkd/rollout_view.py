@@ -11,25 +11,24 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from switchkd.types import Rollout, Source
+from switchkd.types import Prompt, Rollout, Source
 
 STYLES = {Source.STUDENT: "green", Source.TEACHER: "bold magenta", Source.DATA: "cyan"}
-_REASONS = {"stop": "eos"}  # scripts know it by this word
 
 Decode = Callable[[Sequence[int]], str]
 
 
-def record(rollout: Rollout, prompt: str, decode: Decode) -> dict[str, Any]:
-    """One line of `switchkd rollout --out`. `sources`: 0 student, 1 teacher, 2 data. An end-of-sequence token that was
-    written is the last of `token_ids`."""
+def record(prompt: Prompt, rollout: Rollout, decode: Decode) -> dict[str, Any]:
+    """One line of `switchkd rollout --out`. `prompt` is the data's own text, before any template; `sources`: 0 student,
+    1 teacher, 2 data. An end-of-sequence token that was written is the last of `token_ids`."""
     return {
         "rollout_id": rollout.rollout_id,
-        "prompt": prompt,
+        "prompt": prompt.text,
         "prompt_token_ids": rollout.prompt_ids.tolist(),
         "token_ids": rollout.token_ids.tolist(),
         "sources": rollout.sources.tolist(),
         "weight_versions": rollout.weight_versions.tolist(),
-        "finish_reason": _REASONS.get(rollout.finish_reason, rollout.finish_reason),
+        "finish_reason": rollout.finish_reason,
         "text": decode(rollout.token_ids.tolist()),
     }
 

@@ -20,9 +20,9 @@ from switchkd.metrics import MetricsLog
 from switchkd.preflight import Ready, prepare
 from switchkd.prompts import PromptStream
 from switchkd.schedule import RunPlan
-from switchkd.sections import Config
+from switchkd.sections import Config, Stage
 from switchkd.train import Trainer
-from switchkd.types import Origin, Rollout, Task
+from switchkd.types import Prompt, Rollout
 from switchkd.worker import Worker
 
 
@@ -103,10 +103,12 @@ def _build_house(ready: Ready, folder: RunFolder, log: MetricsLog) -> House:
     return launch.build_house(ready.config, folder.path, ready.stop_ids, log)
 
 
-def _plan(ready: Ready) -> RunPlan:
+def _plan(ready: Ready, stages: tuple[Stage, ...] | None = None) -> RunPlan:
+    """Of the run's stages, or of others."""
     config = ready.config
     stream = PromptStream(ready.prompts.prompts, seed=config.seed, shuffle=config.data.shuffle)
-    return RunPlan(config.train.stages, stream, seed=config.seed, samples_per_prompt=config.rollout.samples_per_prompt)
+    samples = config.rollout.samples_per_prompt
+    return RunPlan(stages or config.train.stages, stream, seed=config.seed, samples_per_prompt=samples)
 
 
 def _examiner(ready: Ready) -> Examiner:
@@ -134,31 +136,34 @@ def _summary(folder: RunFolder, state: TrainState, plan: RunPlan) -> Summary:
 
 
 def evaluate(config: Config) -> dict[str, float]:
-    """Scores of the student that the config names, on `eval.data`, in this process."""
+    """Scores of the student that the config names, by metric, on `eval.data`, in this process."""
     if not config.eval.data:
         raise ConfigError("eval.data is empty; name a JSONL or parquet file with prompts and references")
     ready = prepare(config)
     examiner = _examiner(ready)
-    return examiner.examine([local.DirectWorker(_worker(ready), None)])
+    scores = examiner.examine([local.DirectWorker(_worker(ready), None)])
+    by_metric = {name.removeprefix("eval/"): value for name, value in scores.items()}
+    return {**by_metric, "num_prompts": len(examiner.prompts)}
 
 
-def sample(config: Config, num: int, stage: int) -> tuple[list[Rollout], Worker]:
-    """A few rollouts as the given stage would write them with the student's present weights, in this process."""
+def sample(config: Config, num: int, stage: int) -> tuple[list[tuple[Prompt, Rollout]], Worker]:
+    """The first rollouts of a stage as a run with the student's present weights makes them (more of them where the
+    stage is shorter), each with its prompt. In this process."""
     ready = prepare(config)
-    plan = _plan(ready)
+    stages = ready.config.train.stages[: stage + 1]
+    steps = max(stages[-1].steps, -(-num // stages[-1].batch_size))
+    plan = _plan(ready, (*stages[:-1], stages[-1].model_copy(update={"steps": steps})))
+    tasks = [plan.task(plan.first_id(plan.num_steps - steps) + i) for i in range(num)]
+    found: dict[int, Rollout] = {}
     worker = _worker(ready)
-    found: list[Rollout] = []
-    first = plan.first_id(plan.stage_ends[stage - 1]) if stage else 0
-    tasks = [
-        Task(rollout_id=first + i, batch=0, stage=stage, origin=Origin.ROLLOUT, prompt=plan.prompts[first + i][1])
-        for i in range(num)
-    ]
-    worker.generate(tasks, found.extend)
-    return sorted(found, key=lambda rollout: rollout.rollout_id), worker
+    worker.generate(tasks, lambda rollouts: found.update({rollout.rollout_id: rollout for rollout in rollouts}))
+    return [(task.prompt, found[task.rollout_id]) for task in tasks], worker
 
 
 def _worker(ready: Ready) -> Worker:
-    config = ready.config
+    """One that has this process, and with it all cores, to itself."""
+    run = ready.config.run.model_copy(update={"mode": "inprocess"})
+    config = ready.config.model_copy(update={"run": run})
     teacher = make_teacher(config) if config.needs_teacher else None
     head = teacher.head().to_arrays() if teacher is not None and config.teacher.signal == "hidden" else None
     return make_worker(config, 0, teacher, head, ready.stop_ids)

@@ -29,13 +29,14 @@ def place(models, tmp_path, monkeypatch) -> Path:
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "config.yaml").write_text(
         f"""
-        run: {{dir: run}}
-        teacher: {{model: {models}/teacher, threads: 1}}
-        student: {{model: {models}/student, threads: 1}}
-        data: {{train: data.jsonl, max_prompt_tokens: 64, max_reference_tokens: 64}}
+        run: {{dir: run, mode: inprocess}}
+        teacher: {{path: {models}/teacher}}
+        student: {{path: {models}/student}}
+        data: {{path: data.jsonl, max_prompt_tokens: 64, max_reference_tokens: 64}}
+        rollout: {{max_new_tokens: 12}}
         eval: {{data: data.jsonl, num_prompts: 4, max_new_tokens: 8, metrics: [rouge_l, agreement]}}
-        cluster: {{mode: inprocess}}
-        train: {{stages: [{{name: first, steps: 2, batch_size: 4, max_new_tokens: 12}}]}}
+        resources: {{teacher: {{threads: 1}}, rollout: {{threads: 1}}}}
+        train: {{batch_size: 4, stages: [{{name: first, steps: 2}}]}}
         """
     )
     monkeypatch.chdir(tmp_path)
@@ -93,25 +94,32 @@ def test_a_typo_is_answered_lightly(place):
 
 BAD = {
     "wrong key": (["train", "config.yaml", "learner.lrr=1"], "learner.lrr: unknown key"),
-    "unknown rule": (["train", "config.yaml", "train.stages.0.rule.type=swich"], "did you mean 'switch'"),
+    "unknown rule": (["train", "config.yaml", "rollout.rule.type=swich"], "rollout.rule.type='swich' is not known"),
     "no config": (["train", "none.yaml"], "none.yaml does not exist"),
-    "no data": (["train", "config.yaml", "data.train=/none.jsonl"], "data.train=/none.jsonl: there is no such file"),
-    "empty data": (["train", "config.yaml", "data.train={here}/empty.jsonl"], "empty.jsonl holds no rows"),
-    "malformed data": (["train", "config.yaml", "data.train={here}/broken.jsonl"], "broken.jsonl:2: not JSON"),
-    "no weights": (["train", "config.yaml", "student.model={here}/hollow"], "hollow: the folder has no weights"),
-    "different tokenizers": (["train", "config.yaml", "teacher.model={here}/other"], "need one tokenizer"),
+    "no data": (["train", "config.yaml", "data.path=/none.jsonl"], "data.path=/none.jsonl: there is no such file"),
+    "empty data": (["train", "config.yaml", "data.path={here}/empty.jsonl"], "empty.jsonl holds no rows"),
+    "malformed data": (["train", "config.yaml", "data.path={here}/broken.jsonl"], "broken.jsonl:2: not JSON"),
+    "no weights": (["train", "config.yaml", "student.path={here}/hollow"], "hollow: the folder has no weights"),
+    "different tokenizers": (["train", "config.yaml", "teacher.path={here}/other"], "need one tokenizer"),
     "too many ranks": (
-        ["train", "config.yaml", "learner.num_ranks=4096", "train.stages.0.batch_size=4096"],
+        ["train", "config.yaml", "run.mode=ray", "learner.num_ranks=4096", "train.batch_size=4096"],
         "4096 for learner.num_ranks=4096",
     ),
-    "too many workers": (["train", "config.yaml", "rollout.num_workers=4096"], "4096 for rollout.num_workers=4096"),
+    "too many workers": (
+        ["train", "config.yaml", "run.mode=ray", "rollout.num_workers=4096"],
+        "4096 for rollout.num_workers=4096",
+    ),
+    "no GPU": (["train", "config.yaml", "resources.learner.num_gpus=99"], "99 for learner.num_ranks=1"),
+    "one process": (["train", "config.yaml", "rollout.num_workers=2"], "rollout.num_workers=2"),
     "another run": (["train", "config.yaml", "run.dir=used"], "already holds a run"),
-    "parameters": (["train", "config.yaml", "train.stages.0.rule.params.tau=1"], "unknown parameter 'tau'"),
-    "dry run": (["train", "config.yaml", "--dry-run", "teacher.model=/none"], "teacher.model=/none: there is no such"),
+    "parameters": (["train", "config.yaml", "rollout.rule.params.tau=1"], "unknown parameter 'tau'"),
+    "rule keys": (["train", "config.yaml", "rollout.rule.top_k=1"], "unknown parameter 'top_k' (value 1); it takes "),
+    "loss keys": (["train", "config.yaml", "learner.loss.beta=1"], "unknown parameter 'beta' (value 1.0); it takes n"),
+    "dry run": (["train", "config.yaml", "--dry-run", "teacher.path=/none"], "teacher.path=/none: there is no such"),
     "rollout": (["rollout", "config.yaml", "--stage", "second"], "there is no such stage; choose one of first"),
     "rollout out": (["rollout", "config.yaml", "--out", "no/r.jsonl"], "does not exist; make it first"),
     "eval no data": (["eval", "{models}/student"], "give --data FILE"),
-    "eval no model": (["eval", "/none", "--data", "data.jsonl"], "student.model=/none: there is no such folder"),
+    "eval no model": (["eval", "/none", "--data", "data.jsonl"], "student.path=/none: there is no such folder"),
     "eval metric": (["eval", "{models}/student", "--data", "data.jsonl", "--metric", "bleu"], "eval.metrics.0='bleu'"),
     "eval alone": (["eval", "{models}/student", "--data", "data.jsonl", "--metric", "kl"], "give --teacher MODEL"),
     "export nothing": (["export", "/none"], "run folder /none does not exist"),
@@ -179,9 +187,9 @@ def test_dry_run(place, run):
     import yaml
 
     before = tree(place)
-    code, out, err = run("train", "config.yaml", "--dry-run", "run.seed=5")
+    code, out, err = run("train", "config.yaml", "--dry-run", "seed=5")
     told = yaml.safe_load(out)
-    assert code == 0 and told["run"]["seed"] == 5 and told["train"]["stages"][0]["rule"]["type"] == "jsd_threshold"
+    assert code == 0 and told["seed"] == 5 and told["train"]["stages"][0]["rule"]["type"] == "jsd_threshold"
     assert "this can run: 2 steps in 1 stages; 8 prompts; held out: 4 prompts" in err
     assert tree(place) == before
 
@@ -203,16 +211,30 @@ def test_rollout(place, run):
     assert code == 0 and "⟦" in out and "100% by the teacher" in out
 
 
+def test_rollout_makes_what_training_would(place, run):
+    """The mix decides who writes: data has source 2 and its end. Prompts are the data's own words, and each is used
+    `samples_per_prompt` times; more rollouts than the stage has steps for are no matter."""
+    given = ["train.mix={dataset: 1}", "rollout.samples_per_prompt=2", "data.shuffle=false"]
+    code, _, err = run("rollout", "config.yaml", "--num", 10, "--out", "r.jsonl", *given)
+    assert code == 0, err
+    rows = [json.loads(line) for line in Path("r.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [f"the q{i // 2}" for i in range(10)]
+    assert [row["text"] for row in rows] == [f"in the {i // 2}" for i in range(10)]
+    assert {source for row in rows for source in row["sources"]} == {2}
+    assert {(row["finish_reason"], row["token_ids"][-1]) for row in rows} == {("eos", 1)}
+
+
 def test_eval(place, models, run):
     """Scores of a folder as one JSON object; metrics that need a teacher only with one."""
-    small = ["--data", "data.jsonl", "eval.num_prompts=2", "eval.max_new_tokens=4", "student.threads=1"]
+    small = ["--data", "data.jsonl", "eval.num_prompts=2", "eval.max_new_tokens=4", "resources.rollout.threads=1"]
     code, out, err = run("eval", "--model", models / "student", *small, "--metric", "rouge_l", "--json")
     assert code == 0, err
-    assert "eval/rouge_l" in json.loads(out)
-    same = ["--teacher", models / "student", "--metric", "agreement", "teacher.threads=1"]
+    scores = json.loads(out)
+    assert "rouge_l" in scores and "agreement" not in scores and scores["num_prompts"] == 2
+    same = ["--teacher", models / "student", "--metric", "agreement", "resources.teacher.threads=1"]
     code, out, err = run("eval", models / "student", *small, *same)
     assert code == 0, err
-    assert any(line.split() == ["eval/agreement", "1.0000"] for line in out.splitlines())
+    assert any(line.split() == ["agreement", "1.0000"] for line in out.splitlines())
 
 
 def test_eval_takes_a_run_folder(place, models, run):
@@ -224,7 +246,10 @@ def test_eval_takes_a_run_folder(place, models, run):
     (place / "run" / "data.jsonl").write_bytes((place / "data.jsonl").read_bytes())
     code, out, err = run("eval", "run", "--json", "eval.num_prompts=2")
     assert code == 0, err
-    assert {"eval/rouge_l", "eval/agreement"} <= set(json.loads(out))
+    assert {"rouge_l", "agreement"} <= set(json.loads(out))
+    odd = ["learner.num_ranks=3", "train.batch_size=6", "replay.capacity=6", "learner.loss.type=cross_entropy"]
+    code, out, err = run("eval", "run", "--json", "eval.num_prompts=2", *odd, "train.mix={dataset: 1}")
+    assert code == 0 and set(json.loads(out)) == {"rouge_l", "rouge_l_std", "length", "length_std", "num_prompts"}, err
 
 
 def test_init_student(models, tmp_path, run):
@@ -235,6 +260,46 @@ def test_init_student(models, tmp_path, run):
     assert code == 0
     depths = [json.loads((tmp_path / name / "config.json").read_text())["num_hidden_layers"] for name in "ab"]
     assert depths == [2, 3]
+
+
+class TestRealCommands:
+    """The commands that others script against, as they type them."""
+
+    @staticmethod
+    def switchkd(*args: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "switchkd.cli", *map(str, args)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    def test_init_student_then_eval(self, place, models):
+        """A student is cut, and scored with and without a teacher: standard output is the folder, then one object."""
+        done = self.switchkd("init-student", "--teacher", models / "teacher", "--layers", 2, "--out", "cut")
+        assert done.stdout == "cut\n"
+        assert json.loads(Path("cut/config.json").read_text())["num_hidden_layers"] == 2
+        common = ["eval", "--model", "cut", "--data", "data.jsonl", "--json", "eval.max_new_tokens=4"]
+        scores = json.loads(self.switchkd(*common, "--metric", "rouge_l", "--metric", "exact_match").stdout)
+        assert 0 <= scores["rouge_l"] <= 100 and 0 <= scores["exact_match"] <= 100 and scores["num_prompts"] == 8
+        scores = json.loads(self.switchkd(*common, "--teacher", models / "teacher", "--metric", "agreement").stdout)
+        assert 0 <= scores["agreement"] < 1
+
+    def test_rollout(self, place, run):
+        """Overrides reach the rule; what the teacher writes greedily is the same in another batch and process."""
+        given = ["rollout", "config.yaml", "--num", 5, "rollout.rule.type=teacher", "teacher.temperature=0", "seed=7"]
+        done = self.switchkd(*given, "--out", "one.jsonl", "rollout.batch_size=1", "rollout.block_size=1")
+        assert done.stdout == "one.jsonl\n"
+        assert run(*given, "--out", "many.jsonl", "rollout.batch_size=8", "rollout.block_size=5")[0] == 0
+        text = Path("one.jsonl").read_text()
+        assert text == Path("many.jsonl").read_text()
+        rows = [json.loads(line) for line in text.splitlines()]
+        assert len(rows) == 5 and {source for row in rows for source in row["sources"]} == {1}
+        assert {version for row in rows for version in row["weight_versions"]} == {0}
+
+    def test_fetch_demo(self, place):
+        """The folder's path and nothing else on standard output; what was fetched before is not fetched again."""
+        folder = place / "cache" / "SmolLM2-135M-Instruct"
+        folder.mkdir(parents=True)
+        assert self.switchkd("fetch-demo").stdout == f"{folder}\n"
 
 
 class TestExport:

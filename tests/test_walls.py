@@ -16,7 +16,7 @@ LIGHT = {"yaml", "pydantic", "typer", "numpy"}
 LAYERS = [
     ["sections", "types", "files"],
     ["config"],
-    ["algo"],
+    ["resources", "algo"],
     ["model_folder", "demo", "records", "run_lock", "engines.base"],
     ["prompts", "schedule", "init_student", "weights", "rollout_io", "engines"],
     ["batching", "rows", "walk", "signal_rows"],
@@ -28,6 +28,7 @@ LAYERS = [
         "checkpoint",
         "resume",
         "metrics",
+        "watch",
         "export",
         "rollout_view",
     ],
