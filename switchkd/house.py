@@ -55,6 +55,9 @@ class ReplayHandle(Protocol):
     def save(self, path: Path, step: int) -> Future[None]:
         """What a run resumed at `step` needs."""
 
+    def save_batch(self, path: Path, rollout_ids: list[int]) -> Future[None]:
+        """These rollouts as a file, for `rollout_io.load_rollouts`: somebody wants to look at them."""
+
     def restore(self, path: Path, num_started: int) -> Future[list[int]]:
         """Ids of the started rollouts that are to be made again."""
 

@@ -23,7 +23,8 @@ from switchkd.types import Rollout
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """What must be known of a taken rollout to plan a batch; the rollout itself is fetched by whoever trains on it."""
+    """What must be known of a taken rollout to plan a batch and to report on it; the rollout itself is fetched by
+    whoever trains on it."""
 
     rollout_id: int
     batch: int
@@ -31,6 +32,8 @@ class Entry:
     num_tokens: int
     oldest_version: int
     teacher_frac: float
+    repeat_frac: float
+    divergence_mean: float
     finish_reason: str
     uncertainty: np.ndarray  # float32 [T]
 
@@ -322,6 +325,8 @@ def _entry(rollout: Rollout) -> Entry:
         num_tokens=rollout.num_tokens,
         oldest_version=rollout.oldest_version,
         teacher_frac=rollout.teacher_frac,
+        repeat_frac=rollout.repeat_frac,
+        divergence_mean=rollout.divergence_mean,
         finish_reason=rollout.finish_reason,
         uncertainty=rollout.uncertainty,
     )

@@ -1,6 +1,7 @@
 """The replay with its books: what was trained on goes to rollouts.jsonl, what waits goes into checkpoints.
 
-In: the calls of `house.ReplayHandle` and, from workers and learners, `put` and `fetch`. Wrapped by an actor or `local.py`.
+In: the calls of `house.ReplayHandle` and, from workers and learners, `put` and `fetch`. Wrapped by an actor or
+`local.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from switchkd.engines.loading import load_tokenizer
 from switchkd.replay import Entry, Replay
-from switchkd.rollout_io import load_replay_state, rollout_to_row, save_replay_state
+from switchkd.rollout_io import load_replay_state, rollout_to_row, save_replay_state, save_rollouts
 from switchkd.sections import Config
 from switchkd.types import Rollout
 
@@ -47,6 +48,9 @@ class ReplayService:
     def save(self, path: Path, step: int) -> None:
         """What a run resumed at `step` needs."""
         save_replay_state(path, self.replay.state(step))
+
+    def save_batch(self, path: Path, rollout_ids: Sequence[int]) -> None:
+        save_rollouts(path, self.replay.fetch(rollout_ids))
 
     def restore(self, path: Path, num_started: int) -> list[int]:
         """Take over a checkpoint's state; of the rollouts 0 to num_started - 1, those to be made again."""

@@ -10,6 +10,7 @@ The loop waits for whatever ends first: a worker's call or the learner's step. I
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 import time
@@ -29,11 +30,14 @@ from switchkd.replay import Entry
 from switchkd.schedule import RunPlan
 from switchkd.sections import Config
 from switchkd.types import Origin, StepResult, Task, WorkReport
+from switchkd.watch import Watch, rollout_metrics
 
 PREFETCH = 2
 """Steps that completions which do not need the student (data set, teacher) may run ahead."""
 MAX_TRIES = 3
 """Times that a task is given out again after its worker died."""
+MAX_SKIPPED = 3
+"""Steps in a row without a finite loss that end a run."""
 
 
 class Trainer:
@@ -52,6 +56,8 @@ class Trainer:
         self.working: dict[int, tuple[Future[Any], list[Task]]] = {}  # a lost worker has no tasks
         self.weights: Weights | None = None  # of state.version, once somebody needed them
         self.reports: list[WorkReport] = []
+        self.watch = Watch(config.replay.max_staleness)
+        self.num_skipped = 0  # steps in a row
         self.stop_signal = 0
         self.saved_step = -1
         self.started = time.monotonic()
@@ -70,6 +76,8 @@ class Trainer:
         self.state = replace(state, incarnation=state.incarnation + 1, stopped_early=stopped)
         self.saved_step = state.step
         self.started -= state.elapsed_s
+        for _, scores in state.stage_scores:
+            self.watch.evaluation(scores)
 
     def run(self) -> TrainState:
         """Train to the last step (or to early stop, or to SIGTERM: then the state is saved first)."""
@@ -114,6 +122,7 @@ class Trainer:
         if self.config.rollout.on_new_weights == "reprefill":
             self._offer_weights()
         self._log_step(step, entries, staleness, result, waited)
+        self._count_skipped(step, entries, result)
         last_of_stage = self.state.step in self.plan.stage_ends
         every = self.config.eval.every
         if last_of_stage or (every and self.state.step % every == 0):
@@ -155,8 +164,10 @@ class Trainer:
 
     def _staleness(self, entries: list[Entry]) -> list[int]:
         """Ages, in versions, of the rollouts that the student wrote at: data-set and teacher text does not age."""
-        written = [entry for entry in entries if self.plan.origin(entry.rollout_id) == Origin.ROLLOUT]
-        return [self.state.version - entry.oldest_version for entry in written]
+        return [self.state.version - entry.oldest_version for entry in self._written(entries)]
+
+    def _written(self, entries: list[Entry]) -> list[Entry]:
+        return [entry for entry in entries if self.plan.origin(entry.rollout_id) == Origin.ROLLOUT]
 
     def _check_staleness(self, entries: list[Entry]) -> None:
         """Admission bounds it; a violation is our error, and a wrong number in a paper would be worse than a stop."""
@@ -258,9 +269,7 @@ class Trainer:
             "weight_version": result.version,
             "lr": result.lr,
             **result.metrics,
-            "rollout/teacher_frac": _mean([entry.teacher_frac for entry in entries]),
-            "rollout/length": _mean([entry.num_tokens for entry in entries]),
-            "rollout/stopped_frac": _mean([entry.finish_reason == "eos" for entry in entries]),
+            **rollout_metrics(entries),
             "rollout/tokens": tokens,
             "rollout/tokens_per_s": tokens / max(sum(report.time_s for report in reports), 1e-9),
             "rollout/near_ties": sum(report.num_near_ties for report in reports),
@@ -274,6 +283,28 @@ class Trainer:
         }
         self.last_step_end = now
         self.log.step(step, row)
+        self._warn(self.watch.step(row, self._written(entries), self.plan.stage(step).rule))
+
+    def _warn(self, lines: list[str]) -> None:
+        for line in lines:
+            self.log.note(f"warning: {line}")
+
+    def _count_skipped(self, step: int, entries: list[Entry], result: StepResult) -> None:
+        """A step that the learner had to skip is let go; after a few in a row their batch is kept and the run ends."""
+        self.num_skipped = self.num_skipped + 1 if result.skipped else 0
+        if not result.skipped:
+            return
+        what = "gradient" if math.isfinite(result.loss) else "loss"
+        self._warn([f"step {step}: {what} is not finite; step skipped ({self.num_skipped} of {MAX_SKIPPED})"])
+        if self.num_skipped < MAX_SKIPPED:
+            return
+        path = self.folder.path / f"bad-batch-{step}.safetensors"
+        self.house.replay.save_batch(path, [entry.rollout_id for entry in entries]).result()
+        raise RuntimeError(
+            f"step {step}: {what} is not finite, as in the {MAX_SKIPPED - 1} steps before; its rollouts are in {path} "
+            "(read them with switchkd.rollout_io.load_rollouts); mend the data or the loss and go on with --resume, or "
+            "start anew with a smaller learner.lr"
+        )
 
     def _examine(self, stage_end: str) -> None:
         """Evaluate the published weights. A barrier: what runs is finished first, so that numbers repeat."""
@@ -282,6 +313,7 @@ class Trainer:
         self._drain()
         scores = self._scores()
         self.log.evaluation(self.state.step, stage_end, scores)
+        self._warn(self.watch.evaluation(scores))
         self.last_step_end = time.monotonic()
         self._select(scores)
         if stage_end:

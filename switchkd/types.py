@@ -8,6 +8,7 @@ Shapes: B sequences, N flat positions, T completion tokens of one rollout, D hid
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -148,6 +149,26 @@ class Rollout:
     @property
     def teacher_frac(self) -> float:
         return float((self.sources == Source.TEACHER).mean()) if len(self.sources) else 0.0
+
+    @property
+    def repeat_frac(self) -> float:
+        """The share of completion tokens that lie in a 4-gram which occurred before in the same completion (the two may
+        overlap): near 0 for ordinary text, near 1 for a loop."""
+        if self.num_tokens < 4:
+            return 0.0
+        grams = np.lib.stride_tricks.sliding_window_view(self.token_ids, 4)
+        again = np.ones(len(grams), bool)
+        again[np.unique(grams, axis=0, return_index=True)[1]] = False  # the first of each kind
+        inside = np.zeros(self.num_tokens, bool)
+        for offset in range(4):
+            inside[offset : offset + len(grams)] |= again
+        return float(inside.mean())
+
+    @property
+    def divergence_mean(self) -> float:
+        """The mean of the rule's statistic over the tokens where it is finite; NaN without such a token."""
+        finite = self.statistic[np.isfinite(self.statistic)]
+        return float(finite.mean(dtype=np.float64)) if len(finite) else math.nan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

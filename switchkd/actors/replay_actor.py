@@ -41,6 +41,9 @@ class ReplayActor:
     def save(self, path: Path, step: int) -> None:
         self.service.save(path, step)
 
+    def save_batch(self, path: Path, rollout_ids: list[int]) -> None:
+        self.service.save_batch(path, rollout_ids)
+
     def restore(self, path: Path, num_started: int) -> list[int]:
         return self.service.restore(path, num_started)
 

@@ -1,0 +1,144 @@
+"""A run is watched for what goes wrong quietly: its completions in numbers, and one-line warnings.
+
+In: the entries of a step's batch, rows of metrics.jsonl, evaluations. Out: `rollout/...` numbers; lines that name a
+number and a likely remedy. A warning comes when its condition begins to hold, and again only after it has ceased to.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from switchkd.replay import Entry
+from switchkd.sections import Rule
+
+STUCK_STEPS = 10
+"""So many steps with rollouts in a row make a teacher share a habit."""
+STUCK_FRAC = 0.005
+"""This near to 0 or to 1 is as good as there."""
+LENGTH_STEPS = 5
+"""From so many steps on their mean length is something to compare with."""
+MAX_REPEAT_FRAC = 0.5
+MAX_AGREEMENT_LOSS = 0.05
+
+LEVERS = {
+    "jsd_threshold": ("tau0", "smaller", "larger"),
+    "kl_spike": ("factor", "smaller", "larger"),
+    "outside_top_k": ("top_k", "smaller", "larger"),
+    "random": ("prob", "larger", "smaller"),
+    "mixture": ("prob", "larger", "smaller"),
+}
+"""By rule: the key that moves the teacher's share, and which way lets the teacher write, or the student."""
+
+
+def rollout_metrics(entries: Sequence[Entry]) -> dict[str, float]:
+    """Means over completions, each counting once; NaN where none has the number."""
+    return {
+        "rollout/teacher_frac": _mean([entry.teacher_frac for entry in entries]),
+        "rollout/len_mean": _mean([entry.num_tokens for entry in entries]),
+        "rollout/eos_frac": _mean([entry.finish_reason == "eos" for entry in entries]),
+        "rollout/repeat_frac": _mean([entry.repeat_frac for entry in entries]),
+        "rollout/divergence_mean": _mean([e.divergence_mean for e in entries if not math.isnan(e.divergence_mean)]),
+    }
+
+
+class Watch:
+    """The memory of one run (a resumed one begins with `evaluation` of the scores before)."""
+
+    def __init__(self, max_staleness: int) -> None:
+        self._max_staleness = max_staleness
+        self._best_agreement = -math.inf
+        self._open: set[str] = set()  # warnings that were given and still hold
+        self._begin_stage("")
+
+    def step(self, row: Mapping[str, Any], written: Sequence[Entry], rule: Rule) -> list[str]:
+        """`row` as in metrics.jsonl; `written` are those of its completions that `rule` had a say in, maybe none."""
+        if row["stage"] != self._stage:
+            self._begin_stage(row["stage"])
+        lines = self._staleness(row["replay/staleness_max"])
+        if not written:
+            return lines
+        seen = rollout_metrics(written)
+        lines += self._share(seen["rollout/teacher_frac"], rule)
+        lines += self._length(seen["rollout/len_mean"])
+        return lines + self._repeats(seen["rollout/repeat_frac"])
+
+    def evaluation(self, scores: Mapping[str, float]) -> list[str]:
+        now = scores.get("eval/agreement")
+        if now is None:
+            return []
+        best = self._best_agreement = max(self._best_agreement, now)
+        return self._once(
+            "agreement",
+            now < best - MAX_AGREEMENT_LOSS,
+            f"agreement with the teacher fell to {now:.3f}, its best was {best:.3f}: try a smaller learner.lr; "
+            "train.select_by=agreement keeps the best student",
+        )
+
+    def _begin_stage(self, name: str) -> None:
+        """What a stage changes by intention is no event: these begin anew."""
+        self._stage = name
+        self._shares: deque[float] = deque(maxlen=STUCK_STEPS)
+        self._lengths: list[float] = []
+        self._open -= {"share", "length"}
+
+    def _share(self, share: float, rule: Rule) -> list[str]:
+        self._shares.append(share)
+        never = all(share <= STUCK_FRAC for share in self._shares)
+        always = all(share >= 1 - STUCK_FRAC for share in self._shares)
+        key, for_teacher, for_student = LEVERS.get(rule.type, ("params", "other", "other"))
+        who, other = ("teacher", for_teacher) if never else ("student", for_student)
+        return self._once(
+            "share",
+            len(self._shares) == STUCK_STEPS and (never or always) and _may_switch(rule),
+            f"the teacher's share was {share:.1%} for {STUCK_STEPS} steps: under {rule.type} the {who} writes nothing; "
+            f"try {other} rollout.rule.{key} (the stage's, if it has a rule of its own)",
+        )
+
+    def _length(self, length: float) -> list[str]:
+        before = statistics.fmean(self._lengths) if self._lengths else length
+        short = len(self._lengths) >= LENGTH_STEPS and length < before / 4
+        if not short:  # else the collapse would become the custom
+            self._lengths.append(length)
+        return self._once(
+            "length",
+            short,
+            f"completions shrank to {length:.1f} tokens, from {before:.1f} before: the student ends too early; try a "
+            "smaller learner.lr, or a stage on the data set before",
+        )
+
+    def _repeats(self, frac: float) -> list[str]:
+        return self._once(
+            "repeats",
+            frac > MAX_REPEAT_FRAC,
+            f"{frac:.0%} of the completions' tokens repeat earlier 4-grams: the student runs in circles; try more "
+            "steps on the data set before, or a student.temperature nearer to 1",
+        )
+
+    def _staleness(self, worst: float) -> list[str]:
+        return self._once(
+            "staleness",
+            worst > self._max_staleness,
+            f"trained on rollouts {worst:.0f} versions old, above replay.max_staleness={self._max_staleness}: "
+            "replay.policy=fifo keeps to it, a smaller replay.capacity comes nearer",
+        )
+
+    def _once(self, name: str, holds: bool, line: str) -> list[str]:
+        new = holds and name not in self._open
+        if holds:
+            self._open.add(name)
+        else:
+            self._open.discard(name)
+        return [line] if new else []
+
+
+def _may_switch(rule: Rule) -> bool:
+    """Can both models write under it at all?"""
+    return rule.type not in ("student", "teacher") and rule.prob not in (0, 1) and rule.teacher_budget != 0
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else math.nan
