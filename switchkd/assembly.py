@@ -136,6 +136,7 @@ def learner_settings(config: Config) -> LearnerSettings:
         vocab_size=shared_vocab(tokenizer),
         pad_id=pad_id(tokenizer),
         attn=student.attn,
+        revision=student.revision,
         trust_remote_code=student.trust_remote_code,
         threads=resources.of_role(config, "learner").threads or 0,
         seed=config.seed,
