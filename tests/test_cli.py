@@ -273,15 +273,15 @@ class TestRealCommands:
         return done
 
     def test_init_student_then_eval(self, place, models):
-        """A student is cut, and scored with and without a teacher: standard output is the folder, then one object."""
+        """A student is cut, and scored beside its teacher: standard output is the folder, then one object."""
         done = self.switchkd("init-student", "--teacher", models / "teacher", "--layers", 2, "--out", "cut")
         assert done.stdout == "cut\n"
         assert json.loads(Path("cut/config.json").read_text())["num_hidden_layers"] == 2
-        common = ["eval", "--model", "cut", "--data", "data.jsonl", "--json", "eval.max_new_tokens=4"]
-        scores = json.loads(self.switchkd(*common, "--metric", "rouge_l", "--metric", "exact_match").stdout)
-        assert 0 <= scores["rouge_l"] <= 100 and 0 <= scores["exact_match"] <= 100 and scores["num_prompts"] == 8
-        scores = json.loads(self.switchkd(*common, "--teacher", models / "teacher", "--metric", "agreement").stdout)
-        assert 0 <= scores["agreement"] < 1
+        args = ["eval", "--model", "cut", "--data", "data.jsonl", "--teacher", models / "teacher", "--json"]
+        metrics = ["--metric", "rouge_l", "--metric", "exact_match", "--metric", "agreement"]
+        scores = json.loads(self.switchkd(*args, *metrics, "eval.max_new_tokens=4").stdout)
+        assert 0 <= scores["rouge_l"] <= 100 and 0 <= scores["exact_match"] <= 100 and 0 <= scores["agreement"] < 1
+        assert scores["num_prompts"] == 8
 
     def test_rollout(self, place, run):
         """Overrides reach the rule; what the teacher writes greedily is the same in another batch and process."""
