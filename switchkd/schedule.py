@@ -26,9 +26,7 @@ class Prompts(Protocol):
 class RunPlan:
     """The order of a run's rollouts (ids 0 to `num_tasks` - 1) over its steps (0 to `num_steps` - 1) and stages."""
 
-    def __init__(
-        self, stages: tuple[Stage, ...], prompts: Prompts, *, seed: int, samples_per_prompt: int = 1
-    ) -> None:
+    def __init__(self, stages: tuple[Stage, ...], prompts: Prompts, *, seed: int, samples_per_prompt: int = 1) -> None:
         self.stages, self.prompts, self.seed = stages, prompts, seed
         self.samples_per_prompt = samples_per_prompt
         self.stage_ends = list(accumulate(stage.steps for stage in stages))
