@@ -70,7 +70,7 @@ def check_single(config: Config) -> None:
         raise ConfigError(
             f"run.mode=inprocess is one process: learner.num_ranks={config.learner.num_ranks}, "
             f"rollout.num_workers={config.rollout.num_workers}, teacher.replicas={config.teacher.replicas} must be 1; "
-            "take run.mode=local"
+            "take run.mode=ray"
         )
 
 
