@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -100,3 +101,31 @@ def distance(one: Path, other: Path) -> float:
 
 def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+def processes() -> dict[int, str]:
+    """All that run now (zombies do not): process id and command."""
+    return {pid: name for pid, (_, name) in _table().items()}
+
+
+def descendants(root: int) -> dict[int, str]:
+    """Those that a process started, at any depth."""
+    table = _table()
+    found = {root}
+    while more := {pid for pid, (parent, _) in table.items() if parent in found} - found:
+        found |= more
+    return {pid: table[pid][1] for pid in found - {root}}
+
+
+def _table() -> dict[int, tuple[int, str]]:
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it ended meanwhile
+            state, parent = (path / "stat").read_text().rpartition(")")[2].split()[:2]
+            command = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            if state not in "ZX":
+                found[int(path.name)] = (int(parent), command)
+    return found

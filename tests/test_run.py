@@ -29,7 +29,8 @@ from runs import (
     weights,
 )
 
-from switchkd import cli
+from switchkd import cli, resources
+from switchkd.actors.placement import settled
 from switchkd.config import ConfigError, load
 from switchkd.metrics import MetricsLog
 from switchkd.run import Summary, train
@@ -133,8 +134,8 @@ def test_commands_on_a_run(whole, models, monkeypatch, capsys):
     assert [row["rollout_id"] for row in lines(models / "r.jsonl")] == [28, 29]
     code, out, err = command(monkeypatch, capsys, "eval", run, "--json")
     assert code == 0, err
-    last = dict(whole[1].stage_scores)["adaswitch"]
-    assert json.loads(out) == pytest.approx(last, abs=1e-6), "as at the end of the run"
+    last = {name.removeprefix("eval/"): score for name, score in dict(whole[1].stage_scores)["adaswitch"].items()}
+    assert json.loads(out) == pytest.approx({**last, "num_prompts": 6}, abs=1e-6), "as at the end of the run"
     code, out, err = command(monkeypatch, capsys, "export", run, "--step", 9, "--out", models / "ninth")
     assert code == 0, err
     assert distance(models / "ninth", run / "student") > 0
@@ -357,6 +358,15 @@ def test_fine_tuning_needs_no_teacher(place, monkeypatch):
     first, second = (row["loss/total"] for row in steps(place / "run"))
     assert summary.finished and second < first
     assert set(summary.stage_scores[-1][1]) == {"eval/rouge_l", "eval/rouge_l_std", "eval/length", "eval/length_std"}
+
+
+def test_actors_need_not_guess(place, monkeypatch):
+    """What the driver worked out for each role is what its actors get, though Ray sets RAY_JOB_ID in every process."""
+    wanted = config(place, ONE_STEP, run={"mode": "ray"}, resources={"learner": {"threads": None}})
+    at_driver = settled(wanted)
+    assert at_driver.resources.learner.threads == os.cpu_count() and at_driver.resources.teacher.num_cpus
+    monkeypatch.setenv("RAY_JOB_ID", "01000000")
+    assert resources.of_role(at_driver, "learner") == at_driver.resources.learner
 
 
 def test_other_ways_to_write(place):

@@ -19,18 +19,20 @@ def _cause(error: BaseException) -> BaseException:
     lines = str(error).strip().splitlines()
     if isinstance(error, ActorDiedError) and lines and "creation task" in lines[0]:
         return RuntimeError(f"an actor could not start: {lines[-1]}")
+    if isinstance(error, RayActorError):
+        return RuntimeError(f"an actor was lost; --resume goes on from the last checkpoint ({lines[0]})")
     return error
 
 
 def of_worker(ref: Any) -> Future[Any]:
-    """The answer of a rollout worker; its death is a WorkerLost."""
+    """The answer of a rollout worker; its death (not that of an actor which it asked) is a WorkerLost."""
     answer: Future[Any] = Future()
 
     def settle(done: Future[Any]) -> None:
         error = done.exception()
         if error is None:
             answer.set_result(done.result())
-        elif isinstance(error, RayActorError):
+        elif isinstance(error, RayActorError) and not isinstance(error, RayTaskError):
             answer.set_exception(WorkerLost(str(error)))
         else:
             answer.set_exception(_cause(error))

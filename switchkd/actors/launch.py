@@ -9,16 +9,19 @@ import logging
 import os
 import time
 from concurrent.futures import Future
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray import cloudpickle
 from ray.exceptions import ActorUnavailableError
 
 from switchkd.actors.environment import Secrets
 from switchkd.actors.futures import gathered, in_thread, of_worker
 from switchkd.actors.learner_actor import LearnerActor, LearnerGroup
-from switchkd.actors.placement import options, wait_for_resources
+from switchkd.actors.placement import options, settled, wait_for_resources
 from switchkd.actors.replay_actor import ReplayActor
 from switchkd.actors.rollout_actor import RolloutActor
 from switchkd.actors.teacher_actor import TeacherActor
@@ -102,45 +105,45 @@ class RayReplay:
 
 
 def build_house(config: Config, run_dir: Path, stop_ids: frozenset[int], log: MetricsLog) -> House:
-    """Start all actors of the run: on the cluster that was joined, else on a private one."""
-    private = not ray.is_initialized()
-    if private:
-        _start_private(config)
+    """Start all actors of the run: on the cluster that was joined, else on a private one. Where one cannot start, all
+    are ended again."""
+    config = settled(config)
     plain, common = config.model_dump(), (Secrets.of_this_process(), os.getcwd())
     log.note("starting actors")
-    replay = _start(ReplayActor, {}, plain, str(run_dir), *common)
-    teachers = [
-        _start(TeacherActor, options(config, "teacher"), plain, *common)
-        for _ in range(config.teacher.replicas if config.needs_teacher else 0)
-    ]
-    head: HeadArrays | None = gathered([teachers[0].head.remote()]).result() if teachers else None
-    workers = [
-        # trap: a handle that is an argument by itself lies in the object store, where a restart may not find it
-        _start(RolloutActor, options(config, "rollout"), plain, i, (teachers, [replay]), stop_ids, *common)
-        for i in range(config.rollout.num_workers)
-    ]
-    ranks = [
-        _start(LearnerActor, options(config, "learner"), plain, replay, *common)
-        for _ in range(config.learner.num_ranks)
-    ]
-    learner = LearnerGroup(ranks)
-    started = learner.start({} if head is None else {"": head})
-    gathered([actor.ready.remote() for actor in [replay, *teachers, *workers]]).result()
-    started.result()
+    with ExitStack() as opened:
+        if not ray.is_initialized():
+            _start_private(config)
+            opened.callback(ray.shutdown)
+        start = partial(_start, opened)
+        replay = start(ReplayActor, {}, plain, str(run_dir), *common)
+        teachers = [
+            start(TeacherActor, options(config, "teacher"), plain, *common)
+            for _ in range(config.teacher.replicas if config.needs_teacher else 0)
+        ]
+        # trap: as they are, handles would go into the object store, where the restart of a worker may not find them
+        handles = cloudpickle.dumps((teachers, replay))
+        workers = [
+            start(RolloutActor, options(config, "rollout"), plain, i, handles, stop_ids, *common)
+            for i in range(config.rollout.num_workers)
+        ]
+        ranks = [
+            start(LearnerActor, options(config, "learner"), plain, replay, *common)
+            for _ in range(config.learner.num_ranks)
+        ]
+        head: HeadArrays | None = gathered([teachers[0].head.remote()]).result() if teachers else None
+        learner = LearnerGroup(ranks)
+        started = learner.start({} if head is None else {"": head})
+        gathered([actor.ready.remote() for actor in [replay, *teachers, *workers]]).result()
+        started.result()
+        return House(
+            workers=[RayWorker(actor) for actor in workers],
+            replay=RayReplay(replay),
+            learner=learner,
+            close=opened.pop_all().close,
+        )
 
-    def close() -> None:
-        for actor in [*workers, *teachers, *ranks, replay]:
-            ray.kill(actor)
-        if private:
-            ray.shutdown()
 
-    return House(
-        workers=[RayWorker(actor) for actor in workers],
-        replay=RayReplay(replay),
-        learner=learner,
-        close=close,
-    )
-
-
-def _start(actor: Any, options: dict[str, float], *args: Any) -> Any:
-    return actor.options(**options).remote(*args)
+def _start(opened: ExitStack, actor: Any, options: dict[str, float], *args: Any) -> Any:
+    handle = actor.options(**options).remote(*args)
+    opened.callback(ray.kill, handle)
+    return handle

@@ -10,7 +10,14 @@ from collections.abc import Callable
 
 from switchkd import resources
 from switchkd.config import ConfigError
-from switchkd.sections import Config
+from switchkd.sections import Config, ResourcesOfRoles
+
+
+def settled(config: Config) -> Config:
+    """The config with nothing left open in `resources`: an actor sees another machine and another environment than the
+    driver, and would work out something else."""
+    roles = {role: resources.of_role(config, role) for role in ResourcesOfRoles.model_fields}
+    return config.model_copy(update={"resources": ResourcesOfRoles(**roles)})
 
 
 def options(config: Config, role: str) -> dict[str, float]:

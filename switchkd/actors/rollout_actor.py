@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import ray
+from ray import cloudpickle
 
 from switchkd.actors.environment import Secrets, prepare
 from switchkd.actors.teacher_router import TeacherRouter
@@ -26,14 +26,14 @@ class RolloutActor:
         self,
         config: dict[str, Any],
         index: int,
-        handles: tuple[Sequence[Any], Sequence[Any]],
+        handles: bytes,
         stop_ids: frozenset[int],
         secrets: Secrets,
         working_dir: str,
     ) -> None:
-        """`handles`: of the teachers, and of the replay."""
+        """`handles`: of the teachers and of the replay, pickled."""
         prepare(secrets, working_dir)
-        teachers, (self.replay,) = handles
+        teachers, self.replay = cloudpickle.loads(handles)
         router = TeacherRouter(teachers, first=index) if teachers else None
         self.offered: WeightBundle | None = None
         head = router.head() if router else None
