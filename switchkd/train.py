@@ -29,8 +29,9 @@ from switchkd.metrics import MetricsLog
 from switchkd.replay import Entry
 from switchkd.schedule import RunPlan
 from switchkd.sections import Config
+from switchkd.step_row import step_row
 from switchkd.types import Origin, StepResult, Task, WorkReport
-from switchkd.watch import Watch, rollout_metrics
+from switchkd.watch import Watch
 
 PREFETCH = 2
 """Steps that completions which do not need the student (data set, teacher) may run ahead."""
@@ -263,22 +264,10 @@ class Trainer:
         self._collect()
         now = time.monotonic()
         reports, self.reports = self.reports, []
-        tokens = sum(report.num_tokens for report in reports)
         row = {
             "stage": self.plan.stage(step).name,
-            "weight_version": result.version,
-            "lr": result.lr,
-            **result.metrics,
-            **rollout_metrics(entries),
-            "rollout/tokens": tokens,
-            "rollout/tokens_per_s": tokens / max(sum(report.time_s for report in reports), 1e-9),
-            "rollout/near_ties": sum(report.num_near_ties for report in reports),
-            "teacher/calls": sum(report.num_teacher_calls for report in reports),
-            "teacher/signal_bytes": sum(report.signal_bytes for report in reports),
-            "replay/staleness_mean": _mean(staleness),
-            "replay/staleness_max": max(staleness, default=0),
+            **step_row(result, entries, reports, staleness),
             "time/step_s": now - self.last_step_end,
-            "time/learn_s": result.time_s,
             "time/wait_rollouts_s": waited,
         }
         self.last_step_end = now
@@ -363,7 +352,3 @@ class Trainer:
         shutil.rmtree(beside, ignore_errors=True)
         self.house.learner.export(beside).result()
         replace_dir(beside, self.folder.path / name)
-
-
-def _mean(values: list[Any]) -> float:
-    return float(sum(values)) / len(values) if values else 0.0

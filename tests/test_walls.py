@@ -29,6 +29,7 @@ LAYERS = [
         "resume",
         "metrics",
         "watch",
+        "step_row",
         "export",
         "rollout_view",
     ],

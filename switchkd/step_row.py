@@ -1,0 +1,34 @@
+"""What a step's line in metrics.jsonl says, put together from those who took part in it.
+
+In: the learner's result, the batch's entries, the workers' reports. Out: one flat dict of numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from switchkd.replay import Entry
+from switchkd.types import StepResult, WorkReport
+from switchkd.watch import rollout_metrics
+
+
+def step_row(
+    result: StepResult, entries: Sequence[Entry], reports: Sequence[WorkReport], staleness: Sequence[int]
+) -> dict[str, float]:
+    """`entries` are what the step trained on, `reports` what the workers did since the last step (under asynchrony that
+    is other work), `staleness` the ages in versions of the rollouts that the student wrote at."""
+    tokens = sum(report.num_tokens for report in reports)
+    return {
+        "weight_version": result.version,
+        "lr": result.lr,
+        **result.metrics,
+        **rollout_metrics(entries),
+        "rollout/tokens": tokens,
+        "rollout/tokens_per_s": tokens / max(sum(report.time_s for report in reports), 1e-9),
+        "rollout/near_ties": sum(report.num_near_ties for report in reports),
+        "teacher/calls": sum(report.num_teacher_calls for report in reports),
+        "teacher/signal_bytes": sum(report.signal_bytes for report in reports),
+        "replay/staleness_mean": sum(staleness) / len(staleness) if staleness else 0.0,
+        "replay/staleness_max": max(staleness, default=0),
+        "time/learn_s": result.time_s,
+    }
