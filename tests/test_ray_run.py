@@ -201,7 +201,7 @@ def test_stale_weights_and_a_secret(cluster, place, monkeypatch):
 
 def test_kill_everything_and_resume(cluster, alone, place, monkeypatch):
     """SIGKILL of the driver and its private Ray leaves no process behind. A resumed run that loses its learner says
-    how to go on. Resumed again it completes, no rollout lost, none twice."""
+    how to go on. Resumed again, without Ray even, it completes: no rollout lost, none twice."""
     config_file(place, STAGES, run=ON_RAY)
     code = DIE_AFTER.format(step=4)
     with subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL) as driver:
@@ -217,7 +217,7 @@ def test_kill_everything_and_resume(cluster, alone, place, monkeypatch):
         Murder(patch, at_batch={8: "LearnerActor"}, at_examination=None)
         with pytest.raises(RuntimeError, match="an actor was lost; --resume goes on from the last checkpoint"):
             train(config(place, STAGES, run=ON_RAY), resume=True)
-    assert train(config(place, STAGES, run=ON_RAY), resume=True).finished
+    assert train(config(place, STAGES, run={**ON_RAY, "mode": "inprocess"}), resume=True).finished
     same_rollouts(place / "run", alone[0])
     same_numbers(place / "run", alone[0], 1e-5)
     assert [row["step"] for row in lines(place / "run" / "lost" / "metrics.jsonl")] == [3, 4, 6, 7]
@@ -257,6 +257,16 @@ def test_more_than_the_cluster_has(cluster, place, monkeypatch):
     (waiting,) = [note for note in notes if "waiting" in note]
     assert waiting.startswith("waiting up to 2.5 s: the run needs 11 CPUs")
     assert not actors() and not (place / "run").exists()
+
+
+def test_no_cluster_to_join(place):
+    """An address where no Ray answers is refused at once, by one line and with exit code 2; nothing is made."""
+    config_file(place, STAGES, run=ON_RAY, cluster={"address": f"127.0.0.1:{free_ports(1)[0]}"})
+    command = [sys.executable, "-m", "switchkd.cli", "train", "config.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("switchkd: error:")]
+    assert done.returncode == 2 and "cannot be joined ([Errno 111] Connection refused); start one" in said
+    assert not (place / "run").exists()
 
 
 # --- a submitted job -------------------------------------------------------------------------------------------------

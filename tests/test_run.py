@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from runs import (
 )
 
 from switchkd import cli, resources
+from switchkd.actors import environment
 from switchkd.actors.placement import settled
 from switchkd.config import ConfigError, load
 from switchkd.metrics import MetricsLog
@@ -367,6 +369,18 @@ def test_actors_need_not_guess(place, monkeypatch):
     assert at_driver.resources.learner.threads == os.cpu_count() and at_driver.resources.teacher.num_cpus
     monkeypatch.setenv("RAY_JOB_ID", "01000000")
     assert resources.of_role(at_driver, "learner") == at_driver.resources.learner
+
+
+def test_a_ray_of_the_caller(monkeypatch):
+    """A Ray that runs already is left as it is; one that was imported without protection is refused."""
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
+    environment.for_private_cluster()
+    assert "RAY_AUTH_TOKEN" not in os.environ
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False))
+    with pytest.raises(ConfigError, match="import it later"):
+        environment.for_private_cluster()
 
 
 def test_other_ways_to_write(place):

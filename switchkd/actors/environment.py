@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import os
 import secrets as random_tokens
+import sys
 from collections.abc import Mapping
+
+from switchkd.config import ConfigError
 
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
 """Travel as an argument from process to process: never in a runtime environment, which Ray logs."""
 
 
 def for_private_cluster() -> None:
-    """Loopback only, a token that lives in memory only, no usage report. Ray reads these once, when it is imported:
-    call this before."""
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN", random_tokens.token_hex(32))
+    """Loopback only, a token that lives in memory only, no usage report; nothing where the caller runs a Ray already.
+    Raises ConfigError when it comes too late: Ray reads these once, when it is imported."""
+    wanted = {
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": random_tokens.token_hex(32),
+    }
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        return
+    if ray is not None and not wanted.keys() <= os.environ.keys():
+        raise ConfigError("ray was imported before switchkd could protect it; import it later, or call ray.init first")
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
 
 
 class Secrets:
@@ -38,8 +50,6 @@ class Secrets:
 
 def prepare(secrets: Secrets, working_dir: str) -> None:
     """Take over the driver's secrets and let a user's own rule or loss be imported from where the driver stands."""
-    import sys
-
     secrets.apply()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if working_dir not in sys.path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ from typing import Any
 
 import ray
 from ray import cloudpickle
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import ActorUnavailableError, RayError
 
 from switchkd.actors.environment import Secrets
 from switchkd.actors.futures import gathered, in_thread, of_worker
@@ -34,20 +35,31 @@ from switchkd.types import Exam, Task
 
 RESTART_S = 600.0
 """How long a dead worker may take to come back before the run ends."""
+CONNECT_S = 10.0
 
 
 def join(config: Config, log: MetricsLog) -> None:
     """Join the job's or the named cluster and wait until it is large enough. Raises ConfigError."""
     if not ray.is_initialized():
-        address = None if os.environ.get("RAY_ADDRESS") else config.cluster.address
-        try:  # the network
-            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
-        except ConnectionError as error:
-            raise ConfigError(
-                f"cluster.address={config.cluster.address}: there is no Ray cluster to join ({error}); start one with "
-                "`ray start --head`, or leave cluster.address empty for a private one"
-            ) from None
+        _join(os.environ.get("RAY_ADDRESS") or config.cluster.address)
     wait_for_resources(config, ray.cluster_resources, log.note)
+
+
+def _join(address: str) -> None:
+    # Ray by itself would try for a quarter of an hour
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
+    try:  # the network
+        host, _, port = address.rpartition(":")
+        if port.isdigit() and "/" not in host:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+    except (OSError, RuntimeError, RayError) as error:
+        told = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"the Ray cluster at cluster.address={address} cannot be joined ({told}); start one with `ray start "
+            "--head`, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as it has them, or leave cluster.address empty for a "
+            "private one"
+        ) from None
 
 
 def _start_private(config: Config) -> None:
