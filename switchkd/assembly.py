@@ -153,7 +153,6 @@ class LearnerRank:
     def __init__(self, config: Config, gang: Gang, heads: dict[str, HeadArrays], fetch: Fetch) -> None:
         from switchkd.engines.deepspeed_learner import DeepSpeedLearner
 
-        set_threads(resources.of_role(config, "learner").threads)
         self.config, self.gang, self.fetch = config, gang, fetch
         self.losses: list[LossSpec] = [build_loss(stage) for stage in config.train.stages]
         self.learner: DeepSpeedLearner = DeepSpeedLearner(

@@ -93,10 +93,6 @@ class Signal:
     values: np.ndarray
     lengths: np.ndarray  # int32 [B], rows per session
 
-    def take(self, rows: slice | np.ndarray) -> np.ndarray:
-        """Rows of `values`, as they travel."""
-        return self.values[rows]
-
     @property
     def nbytes(self) -> int:
         return int(self.values.nbytes)
