@@ -43,18 +43,18 @@ class OutputLayer(nn.Module):
     def forward(self, hidden: Tensor, *, teacher: Callable[[slice], Tensor | None], batch: Batch,
                 objective: Objective) -> Tensor:  # fmt: skip
         """[N, D] to the weighted sum of the losses."""
-        total, _ = chunked_loss(
-            hidden, self._logits, teacher, batch.labels, torch.ones_like(batch.labels, dtype=torch.bool),
-            objective.weights, objective.per_token, objective.extras, self.chunk,
-        )  # fmt: skip
-        return total
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """float32 [n, V]; rows of the layer beyond the shared vocabulary do not exist."""
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
-        if len(weight) > self.vocab_size:
+        if len(weight) > self.vocab_size:  # rows beyond the shared vocabulary do not exist
             weight, bias = weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
+        return chunked_loss(
+            hidden, self._logits, [weight] if bias is None else [weight, bias], teacher, batch.labels,
+            torch.ones_like(batch.labels, dtype=torch.bool), objective.weights, objective.per_token, objective.extras,
+            self.chunk,
+        )  # fmt: skip
+
+    def _logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """float32 [n, V]."""
         return LinearHead(weight, bias, scale=self.scale, softcap=self.softcap).logits(hidden)
 
 
@@ -63,7 +63,6 @@ class Objective:
 
     def __init__(self, spec: LossSpec, plan: BatchPlan, batch: Batch) -> None:
         self.spec = spec
-        self.recording = False  # on in the forward pass only: the backward pass computes every chunk again
         self.seen: dict[str, list[Tensor]] = {"loss": [], "kl": [], "lm": []}
         mask = torch.ones_like(batch.labels, dtype=torch.bool)
         self.weights = token_weights(mask, num_loss_tokens=plan.num_loss_tokens)
@@ -80,21 +79,19 @@ class Objective:
 
     def per_token(self, p_logits: Tensor | None, q_logits: Tensor, labels: Tensor, mask: Tensor,
                   *, lm_weight: Tensor | None = None, **extras: Tensor) -> Tensor:  # fmt: skip
-        """What chunked_loss calls for each chunk, forward and again backward."""
+        """What chunked_loss calls for each chunk."""
         loss = self.spec.per_token(p_logits, q_logits, labels, mask, **self.spec.numbers, **extras)
         if not loss.requires_grad:  # a constant, of a user's own: ranks wait for each other in every backward pass
             loss = loss + 0 * q_logits.sum(-1)
-        if self.recording:
-            self._record("loss", loss)
-            if p_logits is not None:
-                with torch.no_grad():
-                    kl = loss if self.spec.name == "forward_kl" else forward_kl(p_logits, q_logits, labels, mask)
-                self._record("kl", kl)
+        self._record("loss", loss)
+        if p_logits is not None:
+            with torch.no_grad():
+                kl = loss if self.spec.name == "forward_kl" else forward_kl(p_logits, q_logits, labels, mask)
+            self._record("kl", kl)
         if lm_weight is None:
             return loss
         lm = cross_entropy(None, q_logits, labels, mask)
-        if self.recording:
-            self._record("lm", lm)
+        self._record("lm", lm)
         return loss + lm_weight * lm
 
     def of(self, name: str) -> Tensor | None:
@@ -123,10 +120,7 @@ class StudentModule(nn.Module):
         )  # fmt: skip
         states = hidden[batch.rows, batch.positions]
         teacher = teacher_rows(batch, heads, self.output.vocab_size)
-        objective.recording = True
-        total = self.output(states, teacher=teacher, batch=batch, objective=objective)
-        objective.recording = False
-        return total
+        return self.output(states, teacher=teacher, batch=batch, objective=objective)
 
 
 def teacher_rows(batch: Batch, heads: Mapping[str, LinearHead], vocab_size: int) -> Callable[[slice], Tensor | None]:
