@@ -98,10 +98,18 @@ def make_worker(
         stop_ids=stop_ids,
         block_size=config.rollout.block_size,
         lead=config.rollout.lead,
+        overlap=_overlaps(config),
         new_weights=new_weights if config.rollout.on_new_weights == "reprefill" else None,
     )
     decode = partial(tokenizer.decode, skip_special_tokens=True)
     return Worker(rollouts, build_modes(config), decode, index=index)
+
+
+def _overlaps(config: Config) -> bool:
+    """Two half-batches pay where a worker and its teacher compute at the same time."""
+    if config.rollout.overlap is not None or config.run.mode == "inprocess":
+        return bool(config.rollout.overlap)
+    return config.resources.teacher.num_gpus > 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

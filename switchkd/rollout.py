@@ -1,12 +1,18 @@
-"""Tasks become rollouts: draft, score, decide, accept, until every completion has ended.
+"""Tasks become rollouts: propose, score, decide, accept, until every completion has ended.
 
 In: tasks (prompt, origin, stage) and how each is written (`Mode`). Out: finished `Rollout`s, handed to `emit` as soon
 as they end. The worker owns the tokens; the student engine and the teacher only hold caches of them, so either can be
 lost and rebuilt without changing a token.
 
-    admit ─► draft: student writes K tokens ─► score: one teacher call for all rows ─► walk (walk.py) ─► finish
-      ▲                                                                                               │
-      └───────────────────────────── a finished row's slot takes the next prompt ◄────────────────────┘
+    admit ─► propose: the student drafts K tokens (or the teacher writes K) ─► the other reads them ─► walk ─► finish
+      ▲                                                                                                       │
+      └──────────────────────── a finished row's slot takes the next prompt ◄─────────────────────────────────┘
+
+Rows go on in one of three lanes. Where both models matter they take the way above, the faster one (`pace.py`). Where
+only the student writes it goes on alone, and the teacher reads the finished text once. Where only the teacher writes
+from now on, a row leaves the student's slot and waits until the teacher can write for a whole batch of such rows.
+
+One teacher call is a `Flight`. With `overlap`, half of the rows draft while the other half's flight is up.
 """
 
 from __future__ import annotations
@@ -14,19 +20,23 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
 
-from switchkd.algo.sampling import draw
 from switchkd.engines.base import OutputHead, StudentEngine, Teacher, TeacherBusy
+from switchkd.pace import LOCKSTEP, Lead, Pace
+from switchkd.propose import Proposer, grouped, write_request
 from switchkd.rows import Mode, Row
-from switchkd.signal_rows import SignalReader, TeacherRows
-from switchkd.types import Blocks, Rollout, Sessions, Signal, Source, Task, WeightBundle
+from switchkd.signal_rows import SignalReader
+from switchkd.types import Blocks, Rollout, Sessions, Signal, Source, Task, WeightBundle, Written
 from switchkd.walk import NEAR_TIE, walk
 
 Emit = Callable[[list[Rollout]], None]
+WRITE_SPAN = 8
+"""Tokens that the teacher writes alone between two looks at which rows are waiting for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,13 +49,12 @@ class Job:
 
 
 @dataclass(slots=True)
-class Draft:
-    """What the student proposes: drafted int64 [R, K] (-1 beyond counts [R]), q_logits float32 [R, K, V] or None."""
+class Flight:
+    """A teacher call that is up, the rows that wait for it, and what to do with its answer."""
 
-    drafted: np.ndarray
-    counts: np.ndarray
-    q_logits: torch.Tensor | None
-    read: np.ndarray  # int [R], tokens of each row that the student's cache holds now
+    rows: list[Row]
+    answer: Future
+    land: Callable[[Any], None]
 
 
 class RolloutWorker:
@@ -60,17 +69,21 @@ class RolloutWorker:
         stop_ids: frozenset[int],
         block_size: int,
         lead: str = "student",
+        overlap: bool = False,
         new_weights: Callable[[], WeightBundle | None] | None = None,
     ) -> None:
         self.student = student
         self.teacher = teacher
         self.reader = SignalReader(head)
         self.stop_ids = stop_ids
-        self.block_size = block_size
-        self.lead = lead
+        self.overlap = overlap
+        self.parks = lead != "lockstep"  # one token of each model at a time, whatever the rule says
         self.version = 0
         self.num_teacher_calls = 0
+        self.pace = Pace(lead, block_size)
+        self.proposer = Proposer(student, self.reader, stop_ids, self.pace.costs)
         self._new_weights = new_weights  # given: versions are taken in mid-rollout (`reprefill`)
+        self._caller: ThreadPoolExecutor | None = None
 
     def load_weights(self, bundle: WeightBundle) -> None:
         self.student.load_weights(bundle)
@@ -82,28 +95,38 @@ class RolloutWorker:
         self._take_references([job for job in jobs if job.mode is None], emit)
         waiting = deque(job for job in jobs if job.mode is not None)
         rows: list[Row] = []
+        flights: deque[Flight] = deque()
+        if self.overlap:
+            self._caller = ThreadPoolExecutor(1, thread_name_prefix="teacher")
         try:
             while waiting or rows:
-                self._refresh(rows)
+                self._refresh(rows, flights)
                 self._admit(waiting, rows)
-                self._round(rows)
-                done = [row for row in rows if row.finish_reason]
-                self._close([row.task.rollout_id for row in done if row.mode.scored])
-                rows = [row for row in rows if not row.finish_reason]
+                flight = self._launch([row for row in rows if not row.in_flight], bool(flights))
+                if flight is not None:
+                    flights.append(flight)
+                if flights and (flight is None or len(flights) > self.overlap):
+                    self._land(flights.popleft())
+                done = [row for row in rows if row.done]
+                self._close([row.task.rollout_id for row in done if row.opened])
+                rows = [row for row in rows if not row.done]
                 if done:
                     emit([row.rollout(self.reader.kind, self.reader.dtype) for row in done])
         finally:
-            self._close([row.task.rollout_id for row in rows if row.mode.scored])
+            if self._caller is not None:
+                self._caller.shutdown(wait=True)
+                self._caller = None
+            self._close([row.task.rollout_id for row in rows if row.opened])
 
     # ── admit ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _admit(self, waiting: deque[Job], rows: list[Row]) -> None:
         """Give free slots to waiting jobs. A busy teacher is back-pressure: wait, and go on with what runs."""
-        free = sorted(set(range(self.student.num_slots)) - {row.slot for row in rows})
+        free = sorted(set(range(self.student.num_slots)) - {row.slot for row in rows if self._needs_slot(row)})
         new = [self._start(waiting[i], free[i]) for i in range(min(len(free), len(waiting)))]
         while new:
             try:
-                self._open([row for row in new if row.mode.scored])
+                self._open([row for row in new if row.mode.scored and not row.alone])
                 break
             except TeacherBusy:
                 if len(new) > 1:
@@ -116,6 +139,12 @@ class RolloutWorker:
             waiting.popleft()
         rows.extend(new)
 
+    def _parked(self, row: Row) -> bool:
+        return self.parks and row.settled and not row.finish_reason
+
+    def _needs_slot(self, row: Row) -> bool:
+        return not row.finish_reason and not self._parked(row)
+
     @staticmethod
     def _start(job: Job, slot: int) -> Row:
         assert job.mode is not None
@@ -123,152 +152,212 @@ class RolloutWorker:
 
     def _open(self, rows: Sequence[Row]) -> None:
         if rows:
-            self._need_teacher().open(_sessions([row.task for row in rows]))
+            self._call(self._need_teacher().open, sessions_of([row.task for row in rows])).result()
+            for row in rows:
+                row.opened = True
 
     def _close(self, session_ids: Sequence[int]) -> None:
         if session_ids:
-            self._need_teacher().close(np.array(session_ids, np.int64))
+            self._call(self._need_teacher().close, np.array(session_ids, np.int64)).result()
+
+    def _call(self, function: Callable[..., Any], *args: Any) -> Future:
+        """All calls of the teacher, one after the other; at once, or in a thread of their own where flights overlap."""
+        if self._caller is not None:
+            return self._caller.submit(function, *args)
+        answer: Future = Future()
+        answer.set_result(function(*args))
+        return answer
 
     def _need_teacher(self) -> Teacher:
         if self.teacher is None:
             raise RuntimeError("this run has no teacher, but a task needs its signal")
         return self.teacher
 
-    def _refresh(self, rows: Sequence[Row]) -> None:
+    def _refresh(self, rows: Sequence[Row], flights: deque[Flight]) -> None:
         """`reprefill`: a newer version replaces the one in use, and every row's cache is read anew."""
         bundle = self._new_weights() if self._new_weights else None
         if bundle is not None and bundle.version != self.version:
+            while flights:  # they settle with the version that drafted
+                self._land(flights.popleft())
             self.load_weights(bundle)
             for row in rows:
                 row.student_len = 0
 
-    # ── one round ──────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── the lanes ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _round(self, rows: list[Row]) -> None:
-        for alone in (True, False):
-            group = [row for row in rows if row.mode.scored != alone]
-            if not group:
-                continue
-            draft = self._draft(group, 1 if alone else self.block_size)
-            if alone:
-                self._accept_alone(group, draft)
-            else:
-                self._settle(group, draft)
+    def _launch(self, rows: list[Row], others_fly: bool) -> Flight | None:
+        """The next piece of work on rows that wait for nothing; None where it needed no teacher, or there was none."""
+        width = self.student.num_slots
+        parked = [row for row in rows if self._parked(row)]
+        unscored = [row for row in rows if row.finish_reason and not row.done]
+        alone = [row for row in rows if row.alone and not row.finish_reason]
+        both = [row for row in rows if not row.alone and self._needs_slot(row)]
+        if len(parked) >= width or (parked and not (alone or both or others_fly)):
+            return self._write_on(parked[:width])
+        if len(unscored) >= width or (unscored and not (alone or both or others_fly)):
+            return self._score_finished(unscored[:width])
+        if alone:
+            self.proposer.step_alone(alone, self.version)
+        if not both:
+            return None
+        (first, *_) = grouped(both, lambda row: id(row.mode))
+        half = -(-width // 2) if self.overlap else width
+        return self._switch([both[i] for i in first[:half]])
 
-    def _draft(self, rows: list[Row], block_size: int) -> Draft:
-        """The student writes up to `block_size` tokens a row with its keyed draws; nothing is drafted past a stop."""
-        size = 1 if self.lead == "lockstep" else block_size
-        limits = np.array([min(size, row.mode.max_new_tokens - row.t) for row in rows])
-        keep = any(row.mode.rule.needs_rows and row.mode.scored for row in rows)
-        drafted = np.full((len(rows), int(limits.max())), -1, np.int64)
-        counts = np.zeros(len(rows), np.int64)
-        read = np.array([row.student_len for row in rows])
-        pending = [row.tokens[row.student_len :] for row in rows]
-        q_logits: torch.Tensor | None = None
-        alive = np.arange(len(rows))
-        for k in range(drafted.shape[1]):
-            logits = self._student_logits([rows[int(r)] for r in alive], read[alive], [pending[r] for r in alive])
-            if keep and q_logits is None:
-                q_logits = logits.new_empty((*drafted.shape, logits.shape[-1]))
-            if q_logits is not None:
-                q_logits[alive, k] = logits
-            read[alive] += [len(pending[r]) for r in alive]
-            drafted[alive, k] = self._student_draws([rows[int(r)] for r in alive], k, logits)
-            counts[alive] += 1
-            for r in alive:
-                pending[r] = [int(drafted[r, k])]
-            stopped = np.isin(drafted[alive, k], list(self.stop_ids))
-            alive = alive[(limits[alive] > k + 1) & ~stopped]
-            if len(alive) == 0:
+    def _fly(self, rows: list[Row], kind: str, tokens: int, land: Callable[[Any], None], request: Any) -> Flight:
+        """Ask the teacher: "read" scores a `Blocks`, "write" asks for text of its own."""
+        teacher = self._need_teacher()
+        function: Callable[..., Any] = teacher.write if kind == "write" else teacher.score
+
+        def timed() -> Any:
+            start = time.perf_counter()
+            answer = function(request)
+            steps = max(int(request.counts.max()), 1) if kind == "write" else 1
+            self.pace.costs.add(kind, tokens, (time.perf_counter() - start) / steps)
+            return answer
+
+        self.num_teacher_calls += 1
+        for row in rows:
+            row.in_flight = True
+            row.num_rounds += 1
+        return Flight(rows, self._call(timed), land)
+
+    def _land(self, flight: Flight) -> None:
+        answer = flight.answer.result()
+        for row in flight.rows:
+            row.in_flight = False
+        flight.land(answer)
+
+    def _switch(self, rows: list[Row]) -> Flight:
+        """Both models matter: one of them proposes, the other reads, and the walk settles."""
+        lead = self.pace.choose(rows)
+        return self._teacher_leads(rows, lead) if lead.who == "teacher" else self._student_leads(rows, lead)
+
+    # ── who leads ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _student_leads(self, rows: list[Row], lead: Lead) -> Flight:
+        draft = self.proposer.draft(rows, lead.size)
+        # lockstep sends only what is settled, unless the teacher has read that already
+        sent = draft.counts * np.array([lead != LOCKSTEP or row.carry is not None for row in rows])
+        fed = [row.tokens[row.teacher_len :] + draft.tokens[r, : sent[r]].tolist() for r, row in enumerate(rows)]
+        firsts = [len(row.tokens) - (row.carry is None) for row in rows]
+
+        def land(signal: Signal) -> None:
+            self._count(rows, fed, signal)
+            pieces = [
+                piece if row.carry is None else np.concatenate([row.carry, piece])
+                for row, piece in zip(rows, _split(signal), strict=True)
+            ]
+            before = [len(row.tokens) for row in rows]
+            held = self._walk(rows, self.proposer.student_block(draft, pieces))
+            for r, row in enumerate(rows):
+                settled = len(row.tokens) - before[r]
+                row.student_len = min(before[r] + int(held[r]), int(draft.read[r]))
+                row.teacher_len = before[r] + min(int(held[r]), int(sent[r]))
+                row.carry = pieces[r][settled : settled + 1] if held[r] == settled == sent[r] else None
+                row.num_drafted += int(draft.counts[r])
+                row.took(pieces[r][:settled])
+
+        return self._fly(rows, "read", sum(map(len, fed)), land, _blocks(rows, fed, firsts))
+
+    def _teacher_leads(self, rows: list[Row], lead: Lead) -> Flight:
+        counts = np.array([min(lead.size, row.mode.max_new_tokens - row.t) for row in rows], np.int32)
+        fed, request = self._write_request(rows, counts)
+
+        def land(written: Written) -> None:
+            self._count(rows, fed, written.signal)
+            self._count_ties(rows, written)
+            pieces, before = _split(written.signal), [len(row.tokens) for row in rows]
+            block = self.proposer.teacher_block(rows, written, pieces)
+            held = self._walk(rows, block)
+            for r, row in enumerate(rows):
+                # neither model has read the last proposed token
+                read = before[r] + min(int(held[r]), int(block.counts[r]) - 1)
+                row.student_len = row.teacher_len = read
+                row.took(pieces[r][: len(row.tokens) - before[r]])
+
+        return self._fly(rows, "write", len(rows), land, request)
+
+    def _walk(self, rows: list[Row], block: Any) -> np.ndarray:
+        held = np.zeros(len(rows), np.int64)
+        kind = "walk teacher" if block.by_teacher else "walk student"
+        with self.pace.costs.timed(kind, int(block.counts.sum())):
+            for members in grouped(rows, lambda row: (id(row.mode), row.step if row.mode.scheduled else 0)):
+                group = [rows[r] for r in members]
+                rule = group[0].mode.rule.name
+                note = None
+                if self.pace.watches:
+                    note = lambda t, own, differ, rule=rule: self.pace.note(rule, block.by_teacher, t, own, differ)  # noqa: E731
+                held[members] = walk(group, block.of(members), version=self.version, stop_ids=self.stop_ids, note=note)
+        return held
+
+    # ── only one of the models writes ──────────────────────────────────────────────────────────────────────────────
+
+    def _write_on(self, rows: list[Row]) -> Flight:
+        """The teacher owns the rest of these rows: it goes on alone, nobody checks."""
+        (first, *_) = grouped(rows, lambda row: id(row.mode))
+        rows = [rows[r] for r in first]
+        counts = np.array([min(WRITE_SPAN, row.mode.max_new_tokens - row.t) for row in rows], np.int32)
+        fed, request = self._write_request(rows, counts)
+
+        def land(written: Written) -> None:
+            self._count(rows, fed, written.signal)
+            self._count_ties(rows, written)
+            for row, tokens, piece in zip(rows, _split(written), _split(written.signal), strict=True):
+                if row.mode.wants_uncertainty:
+                    row.uncertainty.extend(self.reader.uncertainty(piece, tokens).tolist())
+                row.write(tokens.tolist(), self.version, self.stop_ids)
+                row.teacher_len = len(row.tokens) - 1
+                row.took(piece)
+
+        return self._fly(rows, "write", len(rows), land, request)
+
+    def _score_finished(self, rows: list[Row]) -> Flight:
+        """The student wrote these rows alone; now the teacher reads each of them once."""
+        pending = list(rows)
+        while True:
+            try:
+                self._open(pending)
                 break
-        return Draft(drafted=drafted, counts=counts, q_logits=q_logits, read=read)
+            except TeacherBusy:
+                if len(pending) > 1:
+                    pending = pending[: len(pending) // 2]
+                else:
+                    time.sleep(0.05)
+        fed = [row.tokens[row.prompt_len : -1] for row in pending]
 
-    def _student_logits(self, rows: Sequence[Row], starts: np.ndarray, tokens: Sequence[list[int]]) -> torch.Tensor:
-        """Read tokens into the rows' slots; the student's distribution after the last one: float32 [R, V]."""
-        lengths = np.array([len(part) for part in tokens], np.int32)
-        hidden = self.student.extend(
-            np.array([row.slot for row in rows], np.int64),
-            starts.astype(np.int32),
-            np.concatenate([np.asarray(part, np.int32) for part in tokens]),
-            lengths,
-        )
-        return self.student.head.logits(hidden[torch.from_numpy(np.cumsum(lengths) - 1).to(hidden.device)])
+        def land(signal: Signal) -> None:
+            self._count(pending, fed, signal)
+            for row, piece in zip(pending, _split(signal), strict=True):
+                if row.mode.wants_uncertainty:
+                    ids = np.array(row.tokens[row.prompt_len :])
+                    row.uncertainty.extend(self.reader.uncertainty(piece, ids).tolist())
+                row.took(piece)
+
+        firsts = [row.prompt_len - 1 for row in pending]
+        return self._fly(pending, "read", sum(map(len, fed)), land, _blocks(pending, fed, firsts))
+
+    # ── teacher calls ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _write_request(self, rows: list[Row], counts: np.ndarray) -> tuple[list[list[int]], Any]:
+        """What the teacher has not read yet, at least the last token, and the request to go on from there."""
+        for row in rows:
+            row.carry = None
+            row.teacher_len = min(row.teacher_len, max(len(row.tokens) - 1, 0))
+        fed = [row.tokens[row.teacher_len :] for row in rows]
+        blocks = _blocks(rows, fed, [len(row.tokens) - 1 for row in rows])
+        return fed, write_request(rows, blocks, counts, self.stop_ids)
+
+    def _count(self, rows: Sequence[Row], fed: Sequence[list[int]], signal: Signal) -> None:
+        self.reader.learn(signal)
+        for row, part, piece in zip(rows, fed, _split(signal), strict=True):
+            row.teacher_positions += max(len(part), len(piece))
+            row.signal_bytes += piece.nbytes
 
     @staticmethod
-    def _student_draws(rows: Sequence[Row], k: int, logits: torch.Tensor) -> np.ndarray:
-        tokens = np.zeros(len(rows), np.int64)
-        for members in _grouped(rows, lambda row: (row.mode.student, row.mode.seed, row.mode.purpose)):
-            mode = rows[members[0]].mode
-            tokens[members], margins = draw(
-                logits if len(members) == len(rows) else logits[members],
-                run_seed=mode.seed,
-                rollout_ids=[rows[r].task.rollout_id for r in members],
-                positions=[rows[r].t + k for r in members],
-                purpose=mode.purpose,
-                sampling=mode.student,
-                return_margin=True,
-            )
-            for r, margin in zip(members, margins, strict=True):
-                rows[r].num_near_ties += int(margin < NEAR_TIE)
-        return tokens
-
-    def _accept_alone(self, rows: Sequence[Row], draft: Draft) -> None:
-        for r, row in enumerate(rows):
-            row.student_len = int(draft.read[r])
-            row.accept(int(draft.drafted[r, 0]), Source.STUDENT, self.version, self.stop_ids)
-
-    def _settle(self, rows: Sequence[Row], draft: Draft) -> None:
-        """Score the drafted blocks with one teacher call, walk them, and set both caches back to what held."""
-        before = [len(row.tokens) for row in rows]
-        sent = draft.counts * (self.lead != "lockstep")  # lockstep sends only what is settled
-        pieces = self._score(rows, draft.drafted, sent)
-        held = np.zeros(len(rows), np.int64)
-        for members in _grouped(rows, lambda row: (id(row.mode), row.step if row.mode.scheduled else 0)):
-            group = [rows[r] for r in members]
-            q_logits = draft.q_logits
-            held[members] = walk(
-                group,
-                draft.drafted[members],
-                draft.counts[members],
-                q_logits if q_logits is None or len(members) == len(rows) else q_logits[members],
-                TeacherRows(self.reader, [pieces[r] for r in members], draft.counts[members], group[0].mode.rule),
-                version=self.version,
-                stop_ids=self.stop_ids,
-            )
-        for r, row in enumerate(rows):
-            settled = len(row.tokens) - before[r]
-            row.signal.append(pieces[r][:settled])
-            row.student_len = min(before[r] + int(held[r]), int(draft.read[r]))
-            row.teacher_len = before[r] + min(int(held[r]), int(sent[r]))
-            row.carry = pieces[r][settled : settled + 1] if held[r] == settled == sent[r] else None
-            row.num_rounds += 1
-            row.num_drafted += int(draft.counts[r])
-
-    def _score(self, rows: Sequence[Row], drafted: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
-        """The teacher's signal at the last settled token and at every drafted one: a piece [counts + 1, D] per row."""
-        fed = [row.tokens[row.teacher_len :] + drafted[r, : counts[r]].tolist() for r, row in enumerate(rows)]
-        lasts = [len(row.tokens) - (row.carry is None) for row in rows]
-        blocks = Blocks(
-            session_ids=np.array([row.task.rollout_id for row in rows], np.int64),
-            base_lens=np.array([row.teacher_len for row in rows], np.int32),
-            first_rows=np.array(lasts, np.int32),
-            token_ids=np.concatenate([np.asarray(part, np.int32) for part in fed]),
-            lengths=np.array([len(part) for part in fed], np.int32),
-        )
-        answers = self._ask(blocks)
-        for row, part, answer in zip(rows, fed, answers, strict=True):
-            row.teacher_positions += len(part)
-            row.signal_bytes += answer.nbytes
-        return [
-            answer if row.carry is None else np.concatenate([row.carry, answer])
-            for row, answer in zip(rows, answers, strict=True)
-        ]
-
-    def _ask(self, blocks: Blocks) -> list[np.ndarray]:
-        signal: Signal = self._need_teacher().score(blocks)
-        self.num_teacher_calls += 1
-        self.reader.learn(signal)
-        return np.split(signal.values, np.cumsum(signal.lengths)[:-1])
+    def _count_ties(rows: Sequence[Row], written: Written) -> None:
+        for row, margins in zip(rows, np.split(written.margins, np.cumsum(written.lengths)[:-1]), strict=True):
+            row.num_near_ties += int((margins < NEAR_TIE).sum())
 
     # ── completions that the data set wrote ────────────────────────────────────────────────────────────────────────
 
@@ -283,7 +372,7 @@ class RolloutWorker:
 
     def score_references(self, tasks: Sequence[Task]) -> list[np.ndarray]:
         """The teacher's signal for every reference token of every task: pieces [R, D]."""
-        sessions = _sessions(tasks)
+        sessions = sessions_of(tasks)
         while True:
             try:
                 self._need_teacher().open(sessions)
@@ -293,17 +382,19 @@ class RolloutWorker:
                     half = len(tasks) // 2
                     return self.score_references(tasks[:half]) + self.score_references(tasks[half:])
                 time.sleep(0.05)
-        answers = self._ask(
+        signal: Signal = self._need_teacher().score(
             Blocks(
                 session_ids=sessions.session_ids,
                 base_lens=sessions.lengths,
                 first_rows=sessions.lengths - 1,
-                token_ids=np.concatenate([task.prompt.reference_ids for task in tasks]).astype(np.int32),
-                lengths=np.array([len(task.prompt.reference_ids) for task in tasks], np.int32),
+                token_ids=np.concatenate([task.prompt.reference_ids[:-1] for task in tasks]).astype(np.int32),
+                lengths=np.array([max(len(task.prompt.reference_ids) - 1, 0) for task in tasks], np.int32),
             )
         )
+        self.num_teacher_calls += 1
+        self.reader.learn(signal)
         self._close(sessions.session_ids.tolist())
-        return [answer[:-1] for answer in answers]
+        return _split(signal)
 
     def _reference_rollout(self, job: Job, piece: np.ndarray | None) -> Rollout:
         ids = job.task.prompt.reference_ids
@@ -329,7 +420,7 @@ class RolloutWorker:
         )
 
 
-def _sessions(tasks: Sequence[Task]) -> Sessions:
+def sessions_of(tasks: Sequence[Task]) -> Sessions:
     return Sessions(
         session_ids=np.array([task.rollout_id for task in tasks], np.int64),
         token_ids=np.concatenate([task.prompt.token_ids for task in tasks]).astype(np.int32),
@@ -337,9 +428,18 @@ def _sessions(tasks: Sequence[Task]) -> Sessions:
     )
 
 
-def _grouped(rows: Sequence[Row], key: Callable[[Row], object]) -> list[list[int]]:
-    """Indices of rows that share a key, in order of first appearance."""
-    groups: dict[object, list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(key(row), []).append(i)
-    return list(groups.values())
+def _blocks(rows: Sequence[Row], fed: Sequence[list[int]], firsts: Sequence[int]) -> Blocks:
+    """One call: each row's session goes on after `teacher_len` with `fed`, rows are wanted from `firsts` on."""
+    return Blocks(
+        session_ids=np.array([row.task.rollout_id for row in rows], np.int64),
+        base_lens=np.array([row.teacher_len for row in rows], np.int32),
+        first_rows=np.array(firsts, np.int32),
+        token_ids=np.concatenate([np.asarray(part, np.int32) for part in fed]),
+        lengths=np.array([len(part) for part in fed], np.int32),
+    )
+
+
+def _split(ragged: Signal | Written) -> list[np.ndarray]:
+    """Flat rows or tokens, by session."""
+    flat = ragged.values if isinstance(ragged, Signal) else ragged.token_ids
+    return np.split(flat, np.cumsum(ragged.lengths)[:-1])

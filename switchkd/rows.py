@@ -6,7 +6,9 @@ it each model has read.
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -53,6 +55,9 @@ class Row:
     threshold: list[float] = field(default_factory=list)
     uncertainty: list[float] = field(default_factory=list)
     signal: list[np.ndarray] = field(default_factory=list)  # pieces [n, D], one row per decided token
+    num_signal: int = 0  # rows in `signal`
+    opened: bool = False  # the teacher holds a session
+    in_flight: bool = False  # it waits for the teacher
     num_teacher: int = 0
     finish_reason: str = ""
     num_rounds: int = 0
@@ -79,6 +84,24 @@ class Row:
         return len(self.tokens) - self.prompt_len
 
     @property
+    def alone(self) -> bool:
+        """The student writes all of it, and nobody looks before it has ended."""
+        return not self.mode.scored or self.mode.rule.never
+
+    @property
+    def settled(self) -> bool:
+        """The teacher writes all the rest of it."""
+        rule = self.mode.rule
+        if rule.settled is None or self.mode.teacher_budget is not None or not self.mode.scored:
+            return False
+        return bool(rule.settled(self.memory))
+
+    @property
+    def done(self) -> bool:
+        """Ended, and the teacher's signal is there if it is wanted."""
+        return bool(self.finish_reason) and (not self.mode.scored or self.num_signal == self.t)
+
+    @property
     def step(self) -> int:
         """Optimizer steps into its stage, for schedules."""
         return self.task.batch - self.mode.first_step
@@ -97,6 +120,20 @@ class Row:
             self.finish_reason = "eos"
         elif self.t >= self.mode.max_new_tokens:
             self.finish_reason = "length"
+
+    def write(self, tokens: Sequence[int], version: int, stop_ids: frozenset[int]) -> None:
+        """Append tokens that the teacher wrote without being asked which rule holds (`settled`)."""
+        memory = self.memory
+        t = torch.arange(self.t, self.t + len(tokens))
+        self.threshold += self.mode.rule.threshold(t, self.step, memory.expand(len(tokens), -1)).tolist()
+        self.statistic += [math.nan] * len(tokens)
+        for token in tokens:
+            self.accept(token, Source.TEACHER, version, stop_ids)
+
+    def took(self, piece: np.ndarray) -> None:
+        """The teacher's rows [n, D] of the tokens decided last."""
+        self.signal.append(piece)
+        self.num_signal += len(piece)
 
     def rollout(self, signal_kind: str, signal_dtype: str, approximate: bool = False) -> Rollout:
         """The finished record."""

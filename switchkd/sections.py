@@ -243,9 +243,13 @@ class RolloutSection(Section):
     """Rows that one worker holds: sequences that it writes at the same time."""
     max_new_tokens: PositiveInt = 128
     samples_per_prompt: PositiveInt = 1
-    block_size: PositiveInt = 4
-    lead: Literal["student", "lockstep"] = "student"
-    """Who takes the next step. Speed only: the tokens are the same."""
+    block_size: PositiveInt = 8
+    """Tokens that one model proposes before the other reads them; with lead `auto` the most."""
+    lead: Literal["auto", "student", "teacher", "lockstep"] = "auto"
+    """Who takes the next step. `auto` measures what is faster. Speed only: the tokens are the same."""
+    overlap: bool | None = None
+    """Two half-batches per worker: one drafts while the other is at the teacher. Null: where the two have processors of
+    their own."""
     on_new_weights: Literal["finish", "reprefill"] = "finish"
     save: bool = True
     """Write rollouts.jsonl."""

@@ -6,14 +6,13 @@ for the positions that are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from switchkd.algo.losses import uncertainty
-from switchkd.algo.switching import Rule
 from switchkd.engines.base import OutputHead
 from switchkd.engines.heads import hidden_from_signal
 from switchkd.types import Signal
@@ -54,24 +53,17 @@ class SignalReader:
         return Signal(kind=self.kind, dtype=self.dtype, values=values, lengths=np.array([len(values)], np.int32))
 
 
-class TeacherRows:
-    """The teacher's logits at the drafted positions of one group of rows.
+def pieces_as_rows(
+    reader: SignalReader, pieces: Sequence[np.ndarray], counts: np.ndarray
+) -> Callable[[np.ndarray, np.ndarray], Tensor]:
+    """A function (rows, positions) -> float32 logits [n, V] of position `positions[i]` of piece `rows[i]`. Only what is
+    asked for meets the output head."""
+    values = np.concatenate([piece[:num] for piece, num in zip(pieces, counts, strict=True)])
+    offsets = np.cumsum(counts) - counts
 
-    A rule that reads distributions needs all of them: one product with the head. The others need a row only where the
-    teacher owns the token.
-    """
+    def rows_of(rows: np.ndarray, positions: np.ndarray) -> Tensor:
+        flat = offsets[rows] + positions
+        everything = len(flat) == len(values) and (flat == np.arange(len(flat))).all()
+        return reader.logits(values if everything else values[flat])
 
-    def __init__(self, reader: SignalReader, pieces: Sequence[np.ndarray], counts: np.ndarray, rule: Rule) -> None:
-        self._reader = reader
-        self._values = np.concatenate([piece[:num] for piece, num in zip(pieces, counts, strict=True)])
-        self._offsets = np.cumsum(counts) - counts
-        self._logits = reader.logits(self._values) if rule.needs_rows else None
-
-    def __call__(self, rows: np.ndarray, positions: np.ndarray) -> Tensor:
-        """Float32 logits [n, V] of drafted position `positions[i]` of row `rows[i]`."""
-        flat = self._offsets[rows] + positions
-        if self._logits is None:
-            return self._reader.logits(self._values[flat])
-        if len(flat) == len(self._logits) and (flat == np.arange(len(flat))).all():
-            return self._logits
-        return self._logits[torch.from_numpy(flat).to(self._logits.device)]
+    return rows_of

@@ -99,12 +99,43 @@ class Signal:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WriteRequest:
+    """Read `blocks` as for a score, then go on alone with the teacher's own keyed draws.
+
+    Session b gets `counts[b]` >= 1 tokens, fewer where one of `stop_ids` is written (it is the last of them). Token i's
+    noise has the key (run_seed, rollout_ids[b], positions[b] + i, purpose). Asking twice gives the same answer.
+    """
+
+    blocks: Blocks
+    counts: np.ndarray  # int32 [B]
+    rollout_ids: np.ndarray  # int64 [B]
+    positions: np.ndarray  # int32 [B], completion index of the first written token
+    run_seed: int
+    purpose: int  # of sampling.Purpose
+    temperature: float
+    top_p: float
+    top_k: int
+    stop_ids: np.ndarray  # int64 [S]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """What the teacher wrote, and its rows: those asked for in `blocks`, the last of which drew the first token, then
+    one per further token. The last token has not been read."""
+
+    token_ids: np.ndarray  # int32 [N], flat
+    lengths: np.ndarray  # int32 [B]
+    margins: np.ndarray  # float32 [N], each draw's lead over its second best score
+    signal: Signal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutStats:
     """What making one rollout cost."""
 
-    num_rounds: int = 0  # rounds of draft, score, decide in which it was live
+    num_rounds: int = 0  # teacher calls that it took part in
     num_drafted: int = 0  # student tokens drafted, kept or not
-    num_breaks: int = 0  # blocks cut short by a token that differs from the drafted one
+    num_breaks: int = 0  # blocks cut short by a token that differs from the proposed one
     num_near_ties: int = 0  # tokens whose two best scores lie within the stated tolerance
     teacher_positions: int = 0  # positions the teacher read, prompt excluded
     signal_bytes: int = 0  # bytes the teacher sent for it, rejected positions included

@@ -1,139 +1,224 @@
-"""The decision at the heart of it: walk drafted blocks and settle, token by token, who writes what.
+"""The decision at the heart of it: walk proposed blocks and settle, token by token, who writes what.
 
-In: rows with their drafted tokens and both models' distributions at every drafted position. Out: the rows, longer by
-at least one token each, and how far each draft held.
+In: rows with the tokens that one of the models proposed, and both models' distributions at every proposed position.
+Out: the rows, longer by at least one token each, and how far each proposal held.
 
-Both models draw with the same keyed Gumbel numbers, so a token may be the drafted one although the teacher owns it.
-A block stays valid as long as the settled token equals the drafted one; it breaks where the teacher owns the token and
-its coupled draw differs, and even then the settled token is kept. The outcome does not depend on the block size.
+Both models draw with the same keyed Gumbel numbers, so a token may be the proposed one whoever owns it. A block stays
+valid as long as the settled token equals the proposed one. A student's proposal breaks where the teacher owns the
+token and draws another one; a teacher's proposal where the student does. Even then the settled token is kept. The
+outcome depends neither on the block size nor on who proposed.
 
-Shapes: R rows, K drafted positions (ragged, `counts`), V shared vocabulary.
+Shapes: R rows, K proposed positions (ragged, `counts`), V shared vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from switchkd.algo.losses import uncertainty
-from switchkd.algo.sampling import Purpose, coin, draw
+from switchkd.algo.sampling import Purpose, Sampling, coin, draw
 from switchkd.rows import Row
 from switchkd.types import Source
 
 NEAR_TIE = 1e-4
 """Two scores (log-prob + Gumbel), or a statistic and its threshold, closer than this may fall either way under
 another batch shape. Such tokens are counted, not hidden."""
+SPAN = 4
+"""Columns whose distributions are made together: one product with each head, and little of it behind a break."""
+
+Rows = Callable[[np.ndarray, np.ndarray], Tensor]
+"""Float32 logits [n, V] of proposed position `positions[i]` of row `rows[i]`."""
+Note = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
+"""Hears of settled positions: t int [n], owned by the teacher bool [n], whether both models' draws differ: 1, 0, or -1
+where only one of them was made."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """What one model proposes for R rows. tokens int64 [R, K] (-1 beyond counts [R] >= 1)."""
+
+    tokens: np.ndarray
+    counts: np.ndarray
+    by_teacher: bool
+    p_rows: Rows
+    q_rows: Rows
+
+    def of(self, members: list[int]) -> Block:
+        """Of some rows only."""
+        if len(members) == len(self.tokens):
+            return self
+        index = np.array(members)
+        return Block(
+            tokens=self.tokens[index],
+            counts=self.counts[index],
+            by_teacher=self.by_teacher,
+            p_rows=lambda r, k: self.p_rows(index[r], k),
+            q_rows=lambda r, k: self.q_rows(index[r], k),
+        )
 
 
 def walk(
-    rows: list[Row],
-    drafted: np.ndarray,
-    counts: np.ndarray,
-    q_logits: Tensor | None,
-    teacher_rows: Callable[[np.ndarray, np.ndarray], Tensor],
-    *,
-    version: int,
-    stop_ids: frozenset[int],
+    rows: list[Row], block: Block, *, version: int, stop_ids: frozenset[int], note: Note | None = None
 ) -> np.ndarray:
     """Settle the tokens of one block per row; all rows share rule, sampling and training step.
 
-    drafted int64 [R, K], counts int [R] >= 1, q_logits float32 [R, K, V] (None when the rule reads no rows),
-    teacher_rows(r, k) gives the teacher's float32 logits [n, V] of drafted positions k of rows r.
-    Returns held int [R]: how many settled tokens equal the drafted ones, from the left.
+    Returns held int [R]: how many settled tokens equal the proposed ones, from the left. With `note`, both models draw
+    at the first position of every block, whoever owns it.
     """
-    mode, rule = rows[0].mode, rows[0].mode.rule
-    statistic = _look(rows, drafted, counts, q_logits, teacher_rows)
     held = np.zeros(len(rows), np.int64)
     alive = np.arange(len(rows))
-    for k in range(drafted.shape[1]):
-        alive = alive[counts[alive] > k]
+    for first in range(0, block.tokens.shape[1], SPAN):
+        alive = alive[block.counts[alive] > first]
         if len(alive) == 0:
             break
-        memory = torch.cat([rows[r].memory for r in alive])
-        t = torch.tensor([rows[r].t for r in alive])
-        now = statistic[alive, k]
-        threshold = rule.threshold(t, rows[alive[0]].step, memory)
-        memory = rule.update(memory, now, threshold)
-        wants = (now > threshold).numpy()
-        owned = np.array([bool(want) and rows[r].teacher_may_write for r, want in zip(alive, wants, strict=True)])
-        tokens = drafted[alive, k].copy()
-        if owned.any():
-            tokens[owned] = _teacher_draws(rows, alive[owned], k, teacher_rows)
-        if mode.wants_uncertainty:
-            _note_uncertainty(rows, alive, k, tokens, teacher_rows)
-        near = ((now - threshold).abs() < NEAR_TIE).numpy()
-        for i, r in enumerate(alive):
-            row = rows[r]
-            row.memory = memory[i : i + 1]
-            row.statistic.append(float(now[i]))
-            row.threshold.append(float(threshold[i]))
-            row.num_near_ties += int(near[i])
-            row.accept(int(tokens[i]), Source.TEACHER if owned[i] else Source.STUDENT, version, stop_ids)
-        same = tokens == drafted[alive, k]
-        held[alive[same]] += 1
-        for r in alive[~same]:
-            rows[r].num_breaks += 1
-        alive = np.array([r for r, ok in zip(alive, same, strict=True) if ok and not rows[r].finish_reason], np.int64)
+        span = _Span(rows, block, alive, first)
+        for k in range(first, min(first + SPAN, block.tokens.shape[1])):
+            alive = alive[block.counts[alive] > k]
+            if len(alive) == 0:
+                break
+            same = _settle(rows, span, alive, k, version, stop_ids, note)
+            held[alive[same]] += 1
+            for r in alive[~same]:
+                rows[r].num_breaks += 1
+            ended = np.array([bool(rows[r].finish_reason) for r in alive])
+            alive = alive[same & ~ended]
     return held
 
 
-def _look(
-    rows: list[Row],
-    drafted: np.ndarray,
-    counts: np.ndarray,
-    q_logits: Tensor | None,
-    teacher_rows: Callable[[np.ndarray, np.ndarray], Tensor],
-) -> Tensor:
-    """The rule's statistic at every drafted position: float64 [R, K], NaN where nothing was drafted."""
-    rule, seed = rows[0].mode.rule, rows[0].mode.seed
-    r, k = np.nonzero(np.arange(drafted.shape[1])[None, :] < counts[:, None])
-    ids = np.array([rows[i].task.rollout_id for i in r], np.int64)
-    positions = np.array([rows[i].t for i in r], np.int64) + k
-    coins = coin(seed, ids, positions)
-    values = rule.statistic(
-        p_logits=teacher_rows(r, k) if rule.needs_rows else None,
-        q_logits=q_logits[r, k] if rule.needs_rows and q_logits is not None else None,
-        drafted=torch.from_numpy(drafted[r, k]),
-        coins=torch.from_numpy(coins),
-    )
-    statistic = torch.full(drafted.shape, torch.nan, dtype=torch.float64)
-    statistic[r, k] = values.double().cpu()
-    return statistic
-
-
-def _teacher_draws(
-    rows: list[Row], which: np.ndarray, k: int, teacher_rows: Callable[[np.ndarray, np.ndarray], Tensor]
+def _settle(
+    rows: list[Row], span: _Span, alive: np.ndarray, k: int, version: int, stop_ids: frozenset[int], note: Note | None
 ) -> np.ndarray:
-    """The teacher's own coupled draws at drafted position k of rows `which`: int64 [n]. SKD's replacement has its own
-    purpose: its test looks at the drafted id, so sharing that noise would bend the law."""
-    mode = rows[0].mode
-    purpose = mode.rule.replacement if mode.rule.replacement != Purpose.GUMBEL else mode.purpose
-    tokens, margin = draw(
-        teacher_rows(which, np.full(len(which), k)),
-        run_seed=mode.seed,
+    """Settle position k of rows `alive`: whether each settled token is the proposed one, bool [n]."""
+    mode, rule, block = rows[0].mode, rows[0].mode.rule, span.block
+    memory = torch.cat([rows[r].memory for r in alive])
+    t = torch.tensor([rows[r].t for r in alive])
+    statistic = seen = span.statistic[alive, k - span.first]
+    if rule.settled is not None:  # where nothing is decided any more, nothing is measured, whoever proposed
+        settled = rule.settled(memory)
+        statistic, seen = statistic.masked_fill(settled, 0.0), seen.masked_fill(settled, torch.nan)
+    threshold = rule.threshold(t, rows[alive[0]].step, memory)
+    memory = rule.update(memory, statistic, threshold)
+    wants = (statistic > threshold).numpy()
+    owned = np.array([bool(want) and rows[r].teacher_may_write for r, want in zip(alive, wants, strict=True)])
+    proposed = block.tokens[alive, k]
+    tokens, differ = _tokens(rows, span, alive, k, owned, probe=note is not None and k == 0)
+    if note is not None:
+        note(t.numpy(), owned, differ)
+    if mode.wants_uncertainty:
+        p_logits = span.p_rows(alive, k)
+        values = uncertainty(p_logits, torch.from_numpy(tokens).to(p_logits.device))
+        for r, value in zip(alive, values.tolist(), strict=True):
+            rows[r].uncertainty.append(value)
+    near = ((seen - threshold).abs() < NEAR_TIE).numpy()
+    for i, r in enumerate(alive):
+        row = rows[r]
+        row.memory = memory[i : i + 1]
+        row.statistic.append(float(seen[i]))
+        row.threshold.append(float(threshold[i]))
+        row.num_near_ties += int(near[i])
+        row.accept(int(tokens[i]), Source.TEACHER if owned[i] else Source.STUDENT, version, stop_ids)
+    return tokens == proposed
+
+
+def _tokens(
+    rows: list[Row], span: _Span, alive: np.ndarray, k: int, owned: np.ndarray, *, probe: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each owner's draw, int64 [n], and whether the two models' draws differ (1, 0, -1 for unknown).
+
+    The proposer's own tokens stand in the block already. SKD's replacement has its own purpose: its test looks at the
+    drafted id, so sharing that noise would bend the law.
+    """
+    mode, block = rows[0].mode, span.block
+    tokens = block.tokens[alive, k].copy()
+    differ = np.full(len(alive), -1)
+    replaced = mode.rule.replacement != Purpose.GUMBEL
+    own = tokens.copy()  # the proposer's
+    if block.by_teacher:
+        drawn = ~owned | probe
+        other = span.student_draws(alive[drawn], k)
+        tokens[~owned] = other[~owned[drawn]]
+        if replaced and owned.any():
+            tokens[owned] = _teacher_draws(rows, span, alive[owned], k, mode.rule.replacement)
+    else:
+        drawn = owned | (probe and not replaced)
+        other = _teacher_draws(rows, span, alive[drawn], k, mode.rule.replacement if replaced else mode.purpose)
+        tokens[owned] = other[owned[drawn]]
+    differ[drawn] = other != own[drawn]
+    return tokens, differ
+
+
+def _teacher_draws(rows: list[Row], span: _Span, which: np.ndarray, k: int, purpose: Purpose) -> np.ndarray:
+    if len(which) == 0:
+        return np.zeros(0, np.int64)
+    return draws(rows, which, np.zeros(len(which), int), span.p_rows(which, k), rows[0].mode.teacher, purpose)
+
+
+def draws(
+    rows: list[Row], which: np.ndarray, ahead: np.ndarray, logits: Tensor, sampling: Sampling, purpose: Purpose
+) -> np.ndarray:
+    """Keyed draws from logits [n, V] for rows `which`, `ahead[i]` positions after their next one: int64 [n]."""
+    tokens, margins = draw(
+        logits,
+        run_seed=rows[which[0]].mode.seed,
         rollout_ids=[rows[r].task.rollout_id for r in which],
-        positions=[rows[r].t for r in which],
+        positions=[rows[r].t + int(a) for r, a in zip(which, ahead, strict=True)],
         purpose=purpose,
-        sampling=mode.teacher,
+        sampling=sampling,
         return_margin=True,
     )
-    for r, gap in zip(which, margin, strict=True):
-        rows[r].num_near_ties += int(gap < NEAR_TIE)
+    for r, margin in zip(which, margins, strict=True):
+        rows[r].num_near_ties += int(margin < NEAR_TIE)
     return tokens
 
 
-def _note_uncertainty(
-    rows: list[Row],
-    alive: np.ndarray,
-    k: int,
-    tokens: np.ndarray,
-    teacher_rows: Callable[[np.ndarray, np.ndarray], Tensor],
-) -> None:
-    """ATKD's UnC = 1 - p(token) of the settled tokens, while the teacher's row is at hand."""
-    p_logits = teacher_rows(alive, np.full(len(alive), k))
-    values = uncertainty(p_logits, torch.from_numpy(tokens).to(p_logits.device))
-    for r, value in zip(alive, values.tolist(), strict=True):
-        rows[r].uncertainty.append(value)
+class _Span:
+    """Both distributions of the live rows at the columns `first` to `first + SPAN`, and the rule's statistic there:
+    float64 [R, SPAN], NaN where nothing was proposed. A rule that reads no rows gets none."""
+
+    def __init__(self, rows: list[Row], block: Block, alive: np.ndarray, first: int) -> None:
+        self.rows, self.block, self.first = rows, block, first
+        mode, rule = rows[0].mode, rows[0].mode.rule
+        width = min(SPAN, block.tokens.shape[1] - first)
+        live = np.zeros((len(rows), width), bool)
+        live[alive] = first + np.arange(width) < block.counts[alive, None]
+        r, k = np.nonzero(live)
+        self._place = np.full(live.shape, -1)
+        self._place[r, k] = np.arange(len(r))
+        self._p = block.p_rows(r, first + k) if rule.needs_rows else None
+        self._q = block.q_rows(r, first + k) if rule.needs_rows else None
+        self._drawn: dict[int, int] = {}
+        drafted = block.tokens[r, first + k]
+        if block.by_teacher and rule.needs_draft:
+            logits = self._q if self._q is not None else block.q_rows(r, first + k)
+            drafted = draws(rows, r, k, logits, mode.student, mode.purpose)
+            self._drawn = dict(zip(self._place[r, k].tolist(), drafted.tolist(), strict=True))
+        coins = coin(mode.seed, [rows[i].task.rollout_id for i in r], np.array([rows[i].t for i in r], int) + k)
+        values = rule.statistic(
+            p_logits=self._p, q_logits=self._q, drafted=torch.from_numpy(drafted), coins=torch.from_numpy(coins)
+        )
+        self.statistic = torch.full(live.shape, torch.nan, dtype=torch.float64)
+        self.statistic[r, k] = values.double().cpu()
+
+    def p_rows(self, which: np.ndarray, k: int) -> Tensor:
+        """The teacher's logits [n, V] at position k of rows `which`."""
+        return self._rows(self._p, self.block.p_rows, which, k)
+
+    def student_draws(self, which: np.ndarray, k: int) -> np.ndarray:
+        """The student's own draws at position k of rows `which`: int64 [n]."""
+        if len(which) == 0:
+            return np.zeros(0, np.int64)
+        if self._drawn:
+            return np.array([self._drawn[int(place)] for place in self._place[which, k - self.first]], np.int64)
+        mode = self.rows[0].mode
+        logits = self._rows(self._q, self.block.q_rows, which, k)
+        return draws(self.rows, which, np.zeros(len(which), int), logits, mode.student, mode.purpose)
+
+    def _rows(self, ready: Tensor | None, make: Rows, which: np.ndarray, k: int) -> Tensor:
+        if ready is None:
+            return make(which, np.full(len(which), k))
+        return ready[torch.from_numpy(self._place[which, k - self.first]).to(ready.device)]

@@ -77,8 +77,10 @@ class Worker:
     def examine(self, exam: Exam) -> list[EvalRow]:
         """The student alone: its text per seed, and beside the teacher on references and on its own greedy text."""
         rows = []
+        written: dict[int, Rollout] = {}
         for seed in exam.seeds:
-            written = self._write(exam, exam.temperature, seed)
+            if not (written and exam.temperature == 0):  # greedy text needs no seed
+                written = self._write(exam, exam.temperature, seed)
             rows += [
                 EvalRow(
                     index=index,
@@ -89,7 +91,10 @@ class Worker:
                 )
                 for index, prompt in exam.prompts
             ]
-        return [*rows, *self._beside_teacher(exam)] if exam.with_teacher else rows
+        if not exam.with_teacher:
+            return rows
+        greedy = written if written and exam.temperature == 0 else self._write(exam, 0.0, 0)
+        return [*rows, *self._beside_teacher(exam, greedy)]
 
     def _write(self, exam: Exam, temperature: float, seed: int) -> dict[int, Rollout]:
         mode = eval_mode(temperature=temperature, max_new_tokens=exam.max_new_tokens, seed=seed)
@@ -101,8 +106,7 @@ class Worker:
         self.rollouts.run([Job(task=_task(i, prompt), mode=mode, scored=False) for i, prompt in exam.prompts], emit)
         return found
 
-    def _beside_teacher(self, exam: Exam) -> list[EvalRow]:
-        greedy = self._write(exam, 0.0, 0)
+    def _beside_teacher(self, exam: Exam, greedy: dict[int, Rollout]) -> list[EvalRow]:
         rows = []
         for index, prompt in exam.prompts:
             own = Prompt(

@@ -5,7 +5,7 @@ Each function states one claim. The reference is a clean full forward pass of tr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from switchkd.algo.sampling import Purpose, Sampling, draw
 from switchkd.engines.base import Teacher, TeacherBusy, UnknownSession
-from switchkd.types import Blocks, Sessions, Signal
+from switchkd.types import Blocks, Sessions, Signal, WriteRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +215,84 @@ def too_long_is_refused(bench: Bench) -> None:
     close_to(bench, ask(bench, teacher, (0, 16, 0, ids[:0]))[0], bench.clean(ids, 0))
 
 
+def writing_is_keyed_drawing(bench: Bench) -> None:
+    """`write` gives what a loop of clean forward passes and keyed draws gives, rows included, whatever the company."""
+    prompts = {i: bench.ids(4 + 3 * i, seed=i) for i in range(3)}
+    for sampling in (Sampling(), Sampling(temperature=0.0), Sampling(temperature=0.7, top_p=0.8)):
+        wanted = {i: _literally_written(bench, i, ids, 5, sampling) for i, ids in prompts.items()}
+        for company in ([0, 1, 2], [2, 0], [1]):
+            teacher = bench.make(4, 64)
+            teacher.open(sessions({i: prompts[i] for i in company}))
+            rows = [(i, len(prompts[i]), len(prompts[i]) - 1, np.zeros(0, np.int32)) for i in company]
+            written = teacher.write(request(blocks(*rows), [5] * len(company), sampling))
+            tokens = np.split(written.token_ids, np.cumsum(written.lengths)[:-1])
+            pieces = bench.logits(written.signal).split(written.signal.lengths.tolist())
+            for i, mine, piece in zip(company, tokens, pieces, strict=True):
+                assert mine.tolist() == wanted[i]
+                whole = np.concatenate([prompts[i], mine])
+                close_to(bench, piece, bench.clean(whole, len(prompts[i]) - 1)[:-1])
+
+
+def writing_and_reading_alternate(bench: Bench) -> None:
+    """What was written may be cut, kept, read on and repeated: `base_lens` says where the session stands."""
+    prompt = bench.ids(6)
+    teacher = bench.make(2, 64)
+    teacher.open(sessions({7: prompt}))
+    start = blocks((7, 6, 5, np.zeros(0, np.int32)))
+    first = teacher.write(request(start, [6], Sampling())).token_ids
+    assert teacher.write(request(start, [6], Sampling())).token_ids.tolist() == first.tolist(), "repeated"
+    other = bench.ids(2, seed=9)
+    kept = np.concatenate([prompt, first[:3], other])
+    (rows,) = ask(bench, teacher, (7, 9, 8, other))
+    close_to(bench, rows, bench.clean(kept, 8))
+    again = teacher.write(request(blocks((7, 10, 10, other[1:])), [3], Sampling(), at=5))
+    assert again.token_ids.tolist() == _literally_written(bench, 0, kept, 3, Sampling(), at=5)
+
+
+def writing_ends_at_a_stop(bench: Bench) -> None:
+    """A stop id is the last token of its row; the others go on."""
+    prompts = {i: bench.ids(5, seed=i) for i in range(3)}
+    teacher = bench.make(4, 64)
+    wanted = {i: _literally_written(bench, i, ids, 6, Sampling()) for i, ids in prompts.items()}
+    stop = wanted[1][2]
+    teacher.open(sessions(prompts))
+    rows = [(i, 5, 4, np.zeros(0, np.int32)) for i in prompts]
+    written = teacher.write(request(blocks(*rows), [6, 6, 2], Sampling(), stops=[stop]))
+    for i, mine in enumerate(np.split(written.token_ids, np.cumsum(written.lengths)[:-1])):
+        text = wanted[i][: 2 if i == 2 else 6]
+        text = text[: text.index(stop) + 1] if stop in text else text
+        assert mine.tolist() == text
+    with pytest.raises(ValueError, match="takes 64"):
+        teacher.write(request(blocks((0, 5, 4, np.zeros(0, np.int32))), [70], Sampling()))
+    with pytest.raises(UnknownSession):
+        teacher.write(request(blocks((9, 5, 4, np.zeros(0, np.int32))), [1], Sampling()))
+
+
+def request(
+    rows: Blocks, counts: list[int], sampling: Sampling, *, at: int = 0, stops: Sequence[int] = ()
+) -> WriteRequest:
+    """Session 7 has rollout id 0, the others their own; the first written token is the completion's `at`-th."""
+    return WriteRequest(
+        blocks=rows, counts=np.array(counts, np.int32),
+        rollout_ids=np.where(rows.session_ids == 7, 0, rows.session_ids),
+        positions=np.full(len(counts), at, np.int32), run_seed=3, purpose=int(Purpose.GUMBEL),
+        temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
+        stop_ids=np.array(stops, np.int64),
+    )  # fmt: skip
+
+
+def _literally_written(
+    bench: Bench, rollout_id: int, ids: np.ndarray, num: int, sampling: Sampling, at: int = 0
+) -> list[int]:
+    whole = ids.tolist()
+    for i in range(num):
+        row = bench.clean(np.array(whole), len(whole) - 1)
+        whole += draw(
+            row, run_seed=3, rollout_ids=[rollout_id], positions=[at + i], purpose=Purpose.GUMBEL, sampling=sampling
+        ).tolist()
+    return whole[len(ids) :]
+
+
 CLAIMS = (
     rows_equal_a_clean_forward,
     cuts_and_continuations,
@@ -225,4 +304,7 @@ CLAIMS = (
     unknown_sessions_are_named_first,
     a_full_teacher_takes_none,
     too_long_is_refused,
+    writing_is_keyed_drawing,
+    writing_and_reading_alternate,
+    writing_ends_at_a_stop,
 )

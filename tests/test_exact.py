@@ -87,14 +87,16 @@ def assert_same(wanted: dict[int, Rollout], found: dict[int, Rollout]) -> int:
 @pytest.mark.parametrize("sampling", ["greedy", "sampled"])
 @pytest.mark.parametrize("name", ["student", "teacher", "random", "mixture", "switch", "adaswitch", "skd"])
 def test_same_for_every_block_and_batch(models, name: str, sampling: str) -> None:  # type: ignore[no-untyped-def]
-    """fp32 rollouts are equal for block sizes 1, 2, 5, 8, batch sizes 1, 2, 5, and token by token (lockstep)."""
+    """fp32 rollouts are equal for block sizes 1, 2, 5, 8, batch sizes 1, 2, 5, whoever leads, and token by token."""
     student, teacher = SAMPLINGS[sampling]
     mode = Mode(rule=RULES[name], student=student, teacher=teacher, max_new_tokens=MAX_NEW, seed=11)
     wanted = write(models["llama"], mode, block_size=1, slots=1, lead="lockstep")
     excused = 0
-    for block_size, slots in [(1, 2), (2, 1), (5, 2), (8, 5)]:
-        excused += assert_same(wanted, write(models["llama"], mode, block_size=block_size, slots=slots))
-    assert excused <= 1, "near ties are rare: more than one in 20 rollouts hides an error"
+    ways = [(1, 2, "student"), (2, 1, "student"), (5, 2, "student"), (8, 5, "student"), (5, 2, "teacher"),
+            (8, 5, "teacher"), (8, 3, "auto")]  # fmt: skip
+    for block_size, slots, lead in ways:
+        excused += assert_same(wanted, write(models["llama"], mode, block_size=block_size, slots=slots, lead=lead))
+    assert excused <= 1, "near ties are rare: more than one in 35 rollouts hides an error"
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "mistral"])
@@ -109,7 +111,8 @@ def test_same_for_other_families(models, family: str) -> None:  # type: ignore[n
     mode = Mode(rule=rule, student=Sampling(), teacher=Sampling(), max_new_tokens=MAX_NEW, seed=5)
     wanted = write(models[family], mode, block_size=1, slots=1, lead="lockstep")
     assert {int(s) for r in wanted.values() for s in r.sources} == {0, 1}, "both models should write"
-    assert assert_same(wanted, write(models[family], mode, block_size=5, slots=3)) == 0
+    for lead in ("student", "teacher"):
+        assert assert_same(wanted, write(models[family], mode, block_size=5, slots=3, lead=lead)) == 0
 
 
 def test_whole_rows_and_hidden_states_agree(models) -> None:  # type: ignore[no-untyped-def]

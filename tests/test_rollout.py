@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import time
 
 import numpy as np
 import pytest
@@ -43,7 +45,16 @@ def mode(rule: switching.Rule, sampling: str = "sampled", seed: int = 7, **more)
     return Mode(rule=rule, student=student, teacher=teacher, max_new_tokens=MAX_NEW, seed=seed, **more)
 
 
-def write(a_mode: Mode, ids, *, block_size: int, slots: int, lead: str = "student", distance: float = 1.0):  # type: ignore[no-untyped-def]
+def write(  # type: ignore[no-untyped-def]
+    a_mode: Mode,
+    ids,
+    *,
+    block_size: int,
+    slots: int,
+    lead: str = "student",
+    distance: float = 1.0,
+    overlap: bool = False,
+):
     """Rollouts by id, and the worker that wrote them."""
     p, q = pair(distance)
     worker = RolloutWorker(
@@ -53,6 +64,7 @@ def write(a_mode: Mode, ids, *, block_size: int, slots: int, lead: str = "studen
         stop_ids=frozenset({STOP}),
         block_size=block_size,
         lead=lead,
+        overlap=overlap,
     )
     found: dict[int, Rollout] = {}
 
@@ -135,13 +147,53 @@ def test_same_for_every_block_size_batch_and_lead(name: str) -> None:
         (5, 8, "student", reversed(range(9))),
         (8, 2, "student", [4, 0, 8, 1, 3, 2, 7, 5, 6]),
         (32, 9, "student", range(9)),
+        (1, 3, "teacher", range(9)),
+        (5, 4, "teacher", range(9)),
+        (32, 9, "teacher", reversed(range(9))),
+        (8, 4, "auto", range(9)),
     ]:
         found, _ = write(a_mode, ids, block_size=block_size, slots=slots, lead=lead)
         for i, rollout in wanted.items():
             assert found[i].token_ids.tolist() == rollout.token_ids.tolist()
             assert found[i].sources.tolist() == rollout.sources.tolist()
-            assert np.allclose(found[i].statistic, rollout.statistic, atol=1e-6)
-            assert found[i].threshold.tolist() == rollout.threshold.tolist()
+            assert np.allclose(found[i].statistic, rollout.statistic, atol=1e-6, equal_nan=True)
+            np.testing.assert_array_equal(found[i].threshold, rollout.threshold)
+
+
+@pytest.mark.parametrize("lead", ["student", "teacher", "auto"])
+@pytest.mark.parametrize("name", ["switch", "adaswitch", "skd", "teacher", "student"])
+def test_same_in_two_half_batches(name: str, lead: str) -> None:
+    """While one half of the rows is at the teacher the other drafts: the same tokens."""
+    wanted, _ = write(mode(RULES[name]), range(9), block_size=4, slots=4)
+    found, _ = write(mode(RULES[name]), range(9), block_size=4, slots=4, lead=lead, overlap=True)
+    for i, rollout in wanted.items():
+        assert found[i].token_ids.tolist() == rollout.token_ids.tolist()
+        assert found[i].sources.tolist() == rollout.sources.tolist()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_halves_do_overlap(overlap: bool) -> None:
+    """The student drafts while the teacher is at work, in half-batches only."""
+    events: list[str] = []
+
+    class Slow(ToyTeacher):
+        def score(self, blocks):  # type: ignore[no-untyped-def]
+            events.append("begin")
+            time.sleep(0.01)
+            events.append("end")
+            return super().score(blocks)
+
+    class Busy(ToyStudent):
+        def extend(self, *args):  # type: ignore[no-untyped-def]
+            events.append("draft")
+            return super().extend(*args)
+
+    p, q = pair(1.0)
+    worker = RolloutWorker(
+        student=Busy(q, 4), teacher=Slow(p), head=None, stop_ids=frozenset({STOP}), block_size=4, overlap=overlap
+    )
+    worker.run([Job(task=task(i), mode=mode(RULES["switch"])) for i in range(8)], lambda _: None)
+    assert overlap == any(pair == ("begin", "draft") for pair in itertools.pairwise(events))
 
 
 @pytest.mark.parametrize("name", ["switch", "adaswitch", "skd", "teacher"])

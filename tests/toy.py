@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from switchkd.algo.sampling import Sampling, draw
 from switchkd.engines.base import UnknownSession
-from switchkd.types import Blocks, Origin, Prompt, Sessions, Signal, Task
+from switchkd.types import Blocks, Origin, Prompt, Sessions, Signal, Task, WriteRequest, Written
 
 VOCAB = 24
 STOP = 0
@@ -83,6 +84,37 @@ class ToyTeacher:
             dtype="float32",
             values=np.concatenate(rows),
             lengths=np.array([len(part) for part in rows], np.int32),
+        )
+
+    def write(self, request: WriteRequest) -> Written:
+        signal = self.score(request.blocks)
+        lasts = torch.from_numpy(signal.values[np.cumsum(signal.lengths) - 1])
+        sampling = Sampling(temperature=request.temperature, top_p=request.top_p, top_k=request.top_k)
+        pieces = [list(part) for part in np.split(signal.values, np.cumsum(signal.lengths)[:-1])]
+        tokens: list[list[int]] = []
+        for b, session in enumerate(request.blocks.session_ids.tolist()):
+            row, mine = lasts[b], []
+            while True:
+                mine += draw(
+                    row[None], run_seed=request.run_seed, rollout_ids=[int(request.rollout_ids[b])],
+                    positions=[int(request.positions[b]) + len(mine)], purpose=request.purpose, sampling=sampling,
+                ).tolist()  # fmt: skip
+                if mine[-1] in request.stop_ids or len(mine) == request.counts[b]:
+                    break
+                row = rows_of(self.chain, [*self.sessions[session], *mine])[-1]
+                pieces[b].append(row.numpy())
+            self.sessions[session] = [*self.sessions[session], *mine]
+            tokens.append(mine)
+        return Written(
+            token_ids=np.concatenate([np.array(part, np.int32) for part in tokens]),
+            lengths=np.array([len(part) for part in tokens], np.int32),
+            margins=np.ones(sum(map(len, tokens)), np.float32),
+            signal=Signal(
+                kind="full",
+                dtype="float32",
+                values=np.stack([row for part in pieces for row in part]),
+                lengths=np.array([len(part) for part in pieces], np.int32),
+            ),
         )
 
     def close(self, session_ids) -> None:  # type: ignore[no-untyped-def]

@@ -15,7 +15,7 @@ from switchkd.actors.environment import Secrets, prepare
 from switchkd.assembly import make_teacher
 from switchkd.engines.heads import HeadArrays
 from switchkd.sections import Config
-from switchkd.types import Blocks, Sessions, Signal
+from switchkd.types import Blocks, Sessions, Signal, WriteRequest, Written
 
 
 @ray.remote(max_restarts=-1, max_task_retries=0)
@@ -38,6 +38,9 @@ class TeacherActor:
 
     def score(self, blocks: Blocks) -> Signal:
         return self.teacher.score(blocks)
+
+    def write(self, request: WriteRequest) -> Written:
+        return self.teacher.write(request)
 
     def close(self, session_ids: np.ndarray) -> None:
         self.teacher.close(session_ids)

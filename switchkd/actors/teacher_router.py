@@ -7,7 +7,8 @@ session) costs one re-prefill elsewhere and nothing else. One router per rollout
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,10 @@ from ray.exceptions import RayActorError
 
 from switchkd.engines.base import TeacherBusy, UnknownSession
 from switchkd.engines.heads import HeadArrays
-from switchkd.types import Blocks, Sessions, Signal
+from switchkd.types import Blocks, Sessions, Signal, WriteRequest, Written
+
+Ask = Callable[[Any, list[int]], Any]
+"""(replica, which blocks) -> a reference to its answer."""
 
 RETRY_FOR_S = 300.0
 """How long a router looks for a living replica before it gives up."""
@@ -42,25 +46,35 @@ class TeacherRouter:
 
     def score(self, blocks: Blocks) -> Signal:
         """Split by replica, ask all at once, put together in the order asked. Lost sessions are opened again."""
-        deadline = time.monotonic() + RETRY_FOR_S
         parts = np.split(blocks.token_ids, np.cumsum(blocks.lengths)[:-1])
-        answers: dict[int, tuple[Signal, np.ndarray]] = {}
-        missing = list(range(len(blocks.session_ids)))
-        while missing:
-            asked = self._ask(blocks, parts, missing)
-            answers.update(asked)
-            missing = [i for i in missing if i not in asked]
-            if missing and time.monotonic() > deadline:
-                raise RuntimeError(f"no teacher replica answered for {RETRY_FOR_S:g} s; see the teachers' logs")
-        for i, part in enumerate(parts):
-            session = int(blocks.session_ids[i])
-            self._tokens[session] = np.concatenate([self._tokens[session][: blocks.base_lens[i]], part])
-        ordered = [answers[i] for i in range(len(parts))]
-        return Signal(
-            kind=ordered[0][0].kind,
-            dtype=ordered[0][0].dtype,
-            values=np.concatenate([values for _, values in ordered]),
-            lengths=np.array([len(values) for _, values in ordered], np.int32),
+        answers = self._until_answered(blocks, lambda replica, some: replica.score.remote(_select(blocks, parts, some)))
+        self._remember(blocks, parts)
+        return _joined(answers)
+
+    def write(self, request: WriteRequest) -> Written:
+        """As `score`. A repeated request gives the same tokens, so a lost replica costs time only."""
+        blocks = request.blocks
+        parts = np.split(blocks.token_ids, np.cumsum(blocks.lengths)[:-1])
+
+        def ask(replica: Any, some: list[int]) -> Any:
+            return replica.write.remote(
+                replace(
+                    request,
+                    blocks=_select(blocks, parts, some),
+                    counts=request.counts[some],
+                    rollout_ids=request.rollout_ids[some],
+                    positions=request.positions[some],
+                )
+            )
+
+        answers = self._until_answered(blocks, ask)
+        tokens = [_piece(written.token_ids, written.lengths, i) for written, i in answers]
+        self._remember(blocks, [np.concatenate(pair) for pair in zip(parts, tokens, strict=True)])
+        return Written(
+            token_ids=np.concatenate(tokens),
+            lengths=np.array([len(part) for part in tokens], np.int32),
+            margins=np.concatenate([_piece(written.margins, written.lengths, i) for written, i in answers]),
+            signal=_joined([(written.signal, i) for written, i in answers]),
         )
 
     def close(self, session_ids: np.ndarray) -> None:
@@ -88,31 +102,43 @@ class TeacherRouter:
 
     # ── replicas ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _ask(
-        self, blocks: Blocks, parts: Sequence[np.ndarray], which: list[int]
-    ) -> dict[int, tuple[Signal, np.ndarray]]:
+    def _until_answered(self, blocks: Blocks, ask: Ask) -> list[tuple[Any, int]]:
+        """For every block, in order: the answer that it came in, and its place there."""
+        deadline = time.monotonic() + RETRY_FOR_S
+        answers: dict[int, tuple[Any, int]] = {}
+        missing = list(range(len(blocks.session_ids)))
+        while missing:
+            answers.update(self._ask_once(blocks, ask, missing))
+            missing = [i for i in missing if i not in answers]
+            if missing and time.monotonic() > deadline:
+                raise RuntimeError(f"no teacher replica answered for {RETRY_FOR_S:g} s; see the teachers' logs")
+        return [answers[i] for i in range(len(blocks.session_ids))]
+
+    def _ask_once(self, blocks: Blocks, ask: Ask, which: list[int]) -> dict[int, tuple[Any, int]]:
         """One call per replica for the blocks `which`; what failed is missing from the answer and lives elsewhere."""
         by_replica: dict[int, list[int]] = {}
         for i in which:
             by_replica.setdefault(self._home[int(blocks.session_ids[i])], []).append(i)
-        calls = {
-            home: self.replicas[home].score.remote(_select(blocks, parts, members))
-            for home, members in by_replica.items()
-        }
-        answers: dict[int, tuple[Signal, np.ndarray]] = {}
+        calls = {home: ask(self.replicas[home], members) for home, members in by_replica.items()}
+        answers: dict[int, tuple[Any, int]] = {}
         for home, call in calls.items():
+            members = by_replica[home]
             try:
-                signal: Signal = ray.get(call)
+                answer = ray.get(call)
             except UnknownSession as error:
                 self._reopen(error.session_ids, blocks)
                 continue
             except RayActorError:  # it died, or cannot be reached just now
                 self._bad_until[home] = time.monotonic() + QUARANTINE_S
-                self._reopen([int(blocks.session_ids[i]) for i in by_replica[home]], blocks)
+                self._reopen([int(blocks.session_ids[i]) for i in members], blocks)
                 continue
-            pieces = np.split(signal.values, np.cumsum(signal.lengths)[:-1])
-            answers.update({i: (signal, piece) for i, piece in zip(by_replica[home], pieces, strict=True)})
+            answers.update({i: (answer, place) for place, i in enumerate(members)})
         return answers
+
+    def _remember(self, blocks: Blocks, parts: Sequence[np.ndarray]) -> None:
+        """What each session holds now, so that it can be opened elsewhere."""
+        for session, base, part in zip(blocks.session_ids.tolist(), blocks.base_lens, parts, strict=True):
+            self._tokens[session] = np.concatenate([self._tokens[session][:base], part])
 
     def _reopen(self, session_ids: Sequence[int], blocks: Blocks) -> None:
         """Open lost sessions with the tokens that the coming block keeps of them."""
@@ -174,4 +200,21 @@ def _select(blocks: Blocks, parts: Sequence[np.ndarray], members: list[int]) -> 
         first_rows=blocks.first_rows[members],
         token_ids=np.concatenate([parts[i] for i in members]).astype(np.int32),
         lengths=blocks.lengths[members],
+    )
+
+
+def _piece(flat: np.ndarray, lengths: np.ndarray, index: int) -> np.ndarray:
+    """Entry `index` of a ragged array."""
+    stop = int(lengths[: index + 1].sum())
+    return flat[stop - int(lengths[index]) : stop]
+
+
+def _joined(places: Sequence[tuple[Signal, int]]) -> Signal:
+    """One signal from pieces of several, in order."""
+    pieces = [_piece(signal.values, signal.lengths, index) for signal, index in places]
+    return Signal(
+        kind=places[0][0].kind,
+        dtype=places[0][0].dtype,
+        values=np.concatenate(pieces),
+        lengths=np.array([len(piece) for piece in pieces], np.int32),
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from switchkd.types import Blocks, Sessions, Signal, WeightBundle
+from switchkd.types import Blocks, Sessions, Signal, WeightBundle, WriteRequest, Written
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,9 @@ class Teacher(Protocol):
 
     def score(self, blocks: Blocks) -> Signal:
         """Read the blocks (see types.Blocks). Raises UnknownSession before anything is computed."""
+
+    def write(self, request: WriteRequest) -> Written:
+        """Go on alone (see types.WriteRequest). Raises UnknownSession before anything is computed."""
 
     def close(self, session_ids: np.ndarray) -> None:
         """Forget sessions; unknown ones are ignored."""

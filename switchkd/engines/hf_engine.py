@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from switchkd.algo.sampling import Sampling, draw
 from switchkd.engines.base import TeacherBusy, UnknownSession
 from switchkd.engines.heads import LinearHead, head_of, signal_from_hidden
 from switchkd.engines.slot_model import SlotModel
-from switchkd.types import Blocks, Sessions, Signal, WeightBundle
+from switchkd.types import Blocks, Sessions, Signal, WeightBundle, WriteRequest, Written
 
 
 class HFStudent:
@@ -75,6 +76,7 @@ class HFTeacher:
             output="hidden" if signal == "hidden" else "logits",
         )  # fmt: skip
         self._clock = clock
+        self._head: LinearHead | None = None
         self._sessions: dict[int, _Session] = {}
         self._free = list(range(max_sessions))  # a heap: low slots first, so that the used ones lie together
 
@@ -112,6 +114,52 @@ class HFTeacher:
 
     def score(self, blocks: Blocks) -> Signal:
         """See Teacher. A session that does not reach `base_lens` counts as unknown."""
+        _, rows, lengths = self._read(blocks)
+        return self._signal(rows, lengths)
+
+    def write(self, request: WriteRequest) -> Written:
+        """See Teacher."""
+        blocks, counts = request.blocks, request.counts.astype(np.int64)
+        self._check_write(request)
+        sessions, rows, lengths = self._read(blocks)
+        sampling = Sampling(temperature=request.temperature, top_p=request.top_p, top_k=request.top_k)
+        alive = np.arange(len(sessions))
+        hidden = [list(part.unbind(0)) for part in rows.split(lengths.tolist())]
+        last = rows[torch.from_numpy(np.cumsum(lengths) - 1).to(rows.device)]
+        tokens: list[list[int]] = [[] for _ in sessions]
+        margins: list[list[float]] = [[] for _ in sessions]
+        while True:
+            drawn, margin = draw(
+                self._logits(last), run_seed=request.run_seed, rollout_ids=request.rollout_ids[alive],
+                positions=[int(request.positions[b]) + len(tokens[b]) for b in alive], purpose=request.purpose,
+                sampling=sampling, return_margin=True,
+            )  # fmt: skip
+            for b, token, lead in zip(alive, drawn, margin, strict=True):
+                tokens[b].append(int(token))
+                margins[b].append(float(lead))
+            go_on = ~np.isin(drawn, request.stop_ids) & (counts[alive] > [len(tokens[b]) for b in alive])
+            alive, drawn = alive[go_on], drawn[go_on]
+            if len(alive) == 0:
+                break
+            held = [sessions[b] for b in alive]
+            slots, ends = np.array([s.slot for s in held], np.int64), np.array([s.num_read for s in held])
+            last = self._slots.extend(slots, ends, drawn, np.ones(len(alive), np.int64))
+            for b, session, row in zip(alive, held, last, strict=True):
+                session.tokens = np.append(session.tokens, tokens[b][-1])
+                session.num_read += 1
+                hidden[b].append(row)
+        for session, part in zip(sessions, tokens, strict=True):
+            session.tokens = np.append(session.tokens, part[-1])  # not read
+        signal = self._signal(torch.stack([row for part in hidden for row in part]), [len(part) for part in hidden])
+        return Written(
+            token_ids=np.concatenate([np.array(part, np.int32) for part in tokens]),
+            lengths=np.array([len(part) for part in tokens], np.int32),
+            margins=np.concatenate([np.array(part, np.float32) for part in margins]),
+            signal=signal,
+        )
+
+    def _read(self, blocks: Blocks) -> tuple[list[_Session], torch.Tensor, np.ndarray]:
+        """Read the blocks: their sessions, the rows asked for, flat, and how many of each session."""
         now = self._evict()
         ids = blocks.session_ids.tolist()
         bases, firsts = blocks.base_lens.astype(np.int64), blocks.first_rows.astype(np.int64)
@@ -128,8 +176,19 @@ class HFTeacher:
         rows = self._slots.extend(slots, starts, unread, ends - starts, ends - firsts)
         for session in sessions:
             session.num_read = len(session.tokens)
+        return sessions, rows, ends - firsts
+
+    def _signal(self, rows: torch.Tensor, lengths: Sequence[int] | np.ndarray) -> Signal:
         values, dtype = signal_from_hidden(rows if self.kind == "hidden" else rows[:, : self.vocab_size].contiguous())
-        return Signal(kind=self.kind, dtype=dtype, values=values, lengths=(ends - firsts).astype(np.int32))
+        return Signal(kind=self.kind, dtype=dtype, values=values, lengths=np.asarray(lengths, np.int32))
+
+    def _logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """The float32 rows that a worker would rebuild from the signal."""
+        if self.kind == "full":
+            return rows[:, : self.vocab_size].float()
+        if self._head is None:  # where the model is not float32 this is a second head, for those who use it
+            self._head = self.head()
+        return self._head.logits(rows)
 
     def close(self, session_ids: np.ndarray) -> None:
         """See Teacher."""
@@ -146,6 +205,14 @@ class HFTeacher:
         for session_id, base, first, end in zip(ids, bases, firsts, ends, strict=True):
             if not 0 <= first < end or base < 0:
                 raise ValueError(f"session {session_id}: first row {first} of {end} positions, {base} kept")
+            if end > self._slots.max_len:
+                raise ValueError(f"session {session_id} would have {end} tokens; it takes {self._slots.max_len}")
+
+    def _check_write(self, request: WriteRequest) -> None:
+        ends = request.blocks.base_lens + request.blocks.lengths + request.counts - 1
+        for session_id, count, end in zip(request.blocks.session_ids, request.counts, ends, strict=True):
+            if count < 1:
+                raise ValueError(f"session {session_id} is asked to write {count} tokens; ask for 1 or more")
             if end > self._slots.max_len:
                 raise ValueError(f"session {session_id} would have {end} tokens; it takes {self._slots.max_len}")
 
