@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from statistics import median
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -37,7 +38,7 @@ _TRIALS = 2
 """Each way is tried so often before any is trusted: the first call of a shape also pays for its setting up."""
 _MEMORY = 0.98
 """Weight of what is known of a break rate against one more token."""
-_PRIOR = {"student": 0.3, "teacher": 0.3}
+_PRIOR = 0.3
 _PRIOR_WEIGHT = 8.0  # tokens
 _BUCKET = 8
 """Tokens of a completion that share a break rate: thresholds, and with them owners, change along the way."""
@@ -49,6 +50,7 @@ class Costs:
     def __init__(self, clock: Callable[[], float] = time.perf_counter, keep: int = 9) -> None:
         self._clock, self._keep = clock, keep
         self._seen: dict[str, dict[int, list[float]]] = {}
+        self._lines: dict[str, tuple[list[int], list[float]]] = {}  # sizes ascending, and their medians
 
     @contextmanager
     def timed(self, kind: str, tokens: int) -> Iterator[None]:
@@ -61,41 +63,47 @@ class Costs:
         recent = self._seen.setdefault(kind, {}).setdefault(tokens, [])
         recent.append(seconds)
         del recent[: -self._keep]
+        sizes, medians = self._lines.setdefault(kind, ([], []))
+        place = bisect_left(sizes, tokens)
+        if place == len(sizes) or sizes[place] != tokens:
+            sizes.insert(place, tokens)
+            medians.insert(place, 0.0)
+        medians[place] = median(recent)
 
     def of(self, kind: str, tokens: float) -> float:
-        """Expected seconds; NaN before anything of this kind was seen. Beyond the sizes seen a call is taken to have a
-        fixed part: half the tokens cost at least 0.7 of it, twice as many at most twice."""
-        seen = self._seen.get(kind)
-        if not seen:
+        """Expected seconds; NaN before anything of this kind was seen. Beyond the sizes seen: half the tokens take 0.7
+        of the time (a call has a fixed part), twice as many take twice the time."""
+        if kind not in self._lines:
             return math.nan
-        sizes = sorted(seen)
-        times = [float(np.median(seen[size])) for size in sizes]
-        if tokens <= sizes[0]:
-            return times[0] * (tokens / sizes[0]) ** 0.5
-        if tokens >= sizes[-1]:
+        sizes, times = self._lines[kind]
+        place = bisect_left(sizes, tokens)
+        if place == len(sizes):
             return times[-1] * tokens / sizes[-1]
-        return float(np.interp(tokens, sizes, times))
+        if place == 0:
+            return times[0] * math.sqrt(tokens / sizes[0])
+        low, high = sizes[place - 1], sizes[place]
+        return times[place - 1] + (times[place] - times[place - 1]) * (tokens - low) / (high - low)
 
 
-@dataclass(slots=True)
-class _Rate:
-    """A break rate by place in the completion: sums of breaks and of chances, older ones fading."""
+class _Rates:
+    """Break rates of one way to propose, by place in the completion: sums of breaks and chances, older ones fading."""
 
-    prior: float
-    breaks: dict[int, float]
-    chances: dict[int, float]
+    def __init__(self) -> None:
+        self._breaks, self._chances = np.zeros(1), np.zeros(1)
 
     def saw(self, t: int, broke: bool) -> None:
         bucket = t // _BUCKET
-        self.breaks[bucket] = self.breaks.get(bucket, 0.0) * _MEMORY + broke
-        self.chances[bucket] = self.chances.get(bucket, 0.0) * _MEMORY + 1
+        if bucket >= len(self._breaks):
+            more = bucket + 1 - len(self._breaks)
+            self._breaks, self._chances = (np.pad(x, (0, more)) for x in (self._breaks, self._chances))
+        self._breaks[bucket] = self._breaks[bucket] * _MEMORY + broke
+        self._chances[bucket] = self._chances[bucket] * _MEMORY + 1
 
-    def at(self, t: int) -> float:
-        bucket = t // _BUCKET
-        if bucket not in self.chances and self.chances:  # not there yet: the last place before it
-            bucket = max((b for b in self.chances if b < bucket), default=min(self.chances))
-        breaks, chances = self.breaks.get(bucket, 0.0), self.chances.get(bucket, 0.0)
-        return (breaks + self.prior * _PRIOR_WEIGHT) / (chances + _PRIOR_WEIGHT)
+    def at(self, t: np.ndarray) -> np.ndarray:
+        """The rate at places t; where nothing was seen yet that of the last place before it which was."""
+        seen = np.maximum.accumulate(np.where(self._chances > 0, np.arange(len(self._chances)), 0))
+        bucket = seen[np.minimum(t // _BUCKET, len(seen) - 1)]
+        return (self._breaks[bucket] + _PRIOR * _PRIOR_WEIGHT) / (self._chances[bucket] + _PRIOR_WEIGHT)
 
 
 class Pace:
@@ -105,7 +113,7 @@ class Pace:
         self.lead, self.block_size = lead, block_size
         self.costs = costs or Costs()
         self.rounds: dict[Lead, int] = {}
-        self._rates: dict[str, dict[str, _Rate]] = {}
+        self._rates: dict[str, dict[str, _Rates]] = {}
 
     @property
     def watches(self) -> bool:
@@ -127,8 +135,8 @@ class Pace:
             if other >= 0 or own:
                 rates["teacher"].saw(place, bool(not own and other == 1))
 
-    def _of(self, rule: str) -> dict[str, _Rate]:
-        return self._rates.setdefault(rule, {who: _Rate(_PRIOR[who], {}, {}) for who in ("student", "teacher")})
+    def _of(self, rule: str) -> dict[str, _Rates]:
+        return self._rates.setdefault(rule, {"student": _Rates(), "teacher": _Rates()})
 
     def _choose(self, rows: Sequence[Row]) -> Lead:
         if self.lead == "lockstep" or (self.lead == "auto" and self.block_size == 1):
@@ -139,7 +147,8 @@ class Pace:
         for way in (Lead("student", min(4, self.block_size)), Lead("teacher", min(4, self.block_size)), LOCKSTEP):
             if way in ways and self.rounds.get(way, 0) < _TRIALS:
                 return way
-        return max(ways, key=lambda way: self.worth(rows, way))
+        worth = self.worth(rows, max(way.size for way in ways))
+        return max(ways, key=lambda way: worth[way])
 
     def _ways(self, rows: Sequence[Row]) -> list[Lead]:
         rule = rows[0].mode.rule
@@ -151,24 +160,23 @@ class Pace:
             ways += [Lead("teacher", size) for size in sizes]
         return ways
 
-    def worth(self, rows: Sequence[Row], way: Lead) -> float:
-        """Expected settled tokens per second of a round."""
-        num = len(rows)
-        if way.who == "lockstep":
-            return num / sum(self.costs.of(kind, num) for kind in ("student", "read", "walk student"))
-        rate = self._of(rows[0].mode.rule.name)[way.who]
-        kept = drafted = 0.0
-        widths = np.zeros(way.size)
-        for row in rows:
-            size = min(way.size, row.mode.max_new_tokens - row.t)
-            widths[:size] += 1
-            drafted += size
-            alive = 1.0
-            for k in range(size):
-                kept += alive
-                alive *= 1 - rate.at(row.t + k)
-        step, block = ("student", "read") if way.who == "student" else ("write", "check")
-        steps = sum(self.costs.of(step, float(width)) for width in widths if width)
-        # after a break the teacher also reads the token that replaced the drafted one
-        read = drafted + (num * 0.5 if way.who == "student" else 0)
-        return kept / (steps + self.costs.of(block, read) + self.costs.of(f"walk {way.who}", drafted))
+    def worth(self, rows: Sequence[Row], most: int) -> dict[Lead, float]:
+        """Expected settled tokens per second of a round, for every way to take it with blocks up to `most`."""
+        num, cost = len(rows), self.costs.of
+        t = np.array([row.t for row in rows])
+        limits = np.array([row.mode.max_new_tokens for row in rows]) - t
+        ahead = np.arange(most)
+        live = ahead < limits[:, None]
+        widths = live.sum(0)
+        found = {LOCKSTEP: num / sum(cost(kind, num) for kind in ("student", "read", "walk student"))}
+        for who, step, block in (("student", "student", "read"), ("teacher", "write", "check")):
+            stays = 1 - self._of(rows[0].mode.rule.name)[who].at(t[:, None] + ahead)
+            reached = np.cumprod(np.concatenate([np.ones((num, 1)), stays[:, :-1]], axis=1), axis=1) * live
+            kept, drafted = reached.sum(0).cumsum(), widths.cumsum()
+            steps = np.cumsum([cost(step, float(width)) for width in widths])
+            for size in (size for size in SIZES if size <= most):
+                # after a break the teacher also reads the token that replaced the drafted one
+                read = drafted[size - 1] + (num * 0.5 if who == "student" else 0)
+                seconds = steps[size - 1] + cost(block, read) + cost(f"walk {who}", drafted[size - 1])
+                found[Lead(who, size)] = kept[size - 1] / seconds  # type: ignore[arg-type]
+        return found

@@ -352,6 +352,7 @@ class RolloutWorker:
         self.reader.learn(signal)
         for row, part, piece in zip(rows, fed, _split(signal), strict=True):
             row.teacher_positions += max(len(part), len(piece))
+            row.num_rows += len(piece)
             row.signal_bytes += piece.nbytes
 
     @staticmethod

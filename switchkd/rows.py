@@ -65,6 +65,7 @@ class Row:
     num_breaks: int = 0
     num_near_ties: int = 0
     teacher_positions: int = 0
+    num_rows: int = 0
     signal_bytes: int = 0
 
     @classmethod
@@ -165,6 +166,7 @@ class Row:
                 num_breaks=self.num_breaks,
                 num_near_ties=self.num_near_ties,
                 teacher_positions=self.teacher_positions,
+                num_rows=self.num_rows,
                 signal_bytes=self.signal_bytes,
                 time_s=time.monotonic() - self.started,
             ),

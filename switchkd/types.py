@@ -138,6 +138,7 @@ class RolloutStats:
     num_breaks: int = 0  # blocks cut short by a token that differs from the proposed one
     num_near_ties: int = 0  # tokens whose two best scores lie within the stated tolerance
     teacher_positions: int = 0  # positions the teacher read, prompt excluded
+    num_rows: int = 0  # rows of signal the teacher sent for it
     signal_bytes: int = 0  # bytes the teacher sent for it, rejected positions included
     time_s: float = 0.0
 

@@ -1,0 +1,114 @@
+"""Who leads: a choice by measured costs and break rates. That it changes no token is shown in test_rollout.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from toy import task
+
+from switchkd.algo import switching
+from switchkd.algo.sampling import Sampling
+from switchkd.pace import LOCKSTEP, Costs, Lead, Pace
+from switchkd.rows import Mode, Row
+
+RULE = switching.jsd_threshold()
+
+
+def rows(num: int, t: int = 0, rule: switching.Rule = RULE) -> list[Row]:
+    mode = Mode(rule=rule, student=Sampling(), teacher=Sampling(), max_new_tokens=100, seed=0)
+    found = [Row.start(task(i), mode, i) for i in range(num)]
+    for row in found:
+        row.tokens += [1] * t
+    return found
+
+
+def pace(*, student_step: float = 1.0, teacher_step: float = 1.0, per_token: float = 0.01) -> Pace:
+    """Steps cost what is said, blocks a step and a little per token. Every way has been tried."""
+    found = Pace("auto", 16)
+    for kind, fixed in (("student", student_step), ("check", student_step), ("write", teacher_step),
+                        ("read", teacher_step)):  # fmt: skip
+        for tokens in (1, 8, 256):
+            found.costs.add(kind, tokens, fixed + per_token * tokens)
+    for kind in ("walk student", "walk teacher"):
+        found.costs.add(kind, 8, 0.0)
+    found.rounds = {Lead("student", 4): 2, Lead("teacher", 4): 2, LOCKSTEP: 2}
+    return found
+
+
+def see(found: Pace, owned: bool, differ: bool, t: int = 0, times: int = 200) -> None:
+    found.note(RULE.name, False, np.full(times, t), np.full(times, owned), np.full(times, int(differ)))
+
+
+def test_equal_draws_call_for_long_blocks_of_the_cheaper_model() -> None:
+    """Where nothing ever breaks the cheaper model goes ahead as far as it may."""
+    for cheap, who in ((0.2, "student"), (5.0, "teacher")):
+        found = pace(student_step=cheap)
+        see(found, owned=True, differ=False)
+        lead = found.choose(rows(8))
+        assert lead.who == who and lead.size >= 12
+
+
+def test_who_owns_what_differs_decides_who_leads() -> None:
+    """A student's block breaks on the teacher's tokens, a teacher's on the student's."""
+    found = pace()
+    see(found, owned=True, differ=True)
+    assert found.choose(rows(8)).who == "teacher"
+    found = pace()
+    see(found, owned=False, differ=True)
+    assert found.choose(rows(8)).who == "student"
+
+
+def test_lockstep_where_every_block_breaks() -> None:
+    """Draws that always differ, owners that change: one token each."""
+    found = pace()
+    for i in range(200):
+        see(found, owned=i % 2 == 0, differ=True, times=1)
+    found.costs.add("walk teacher", 8, 0.1)
+    assert found.choose(rows(8)) in (LOCKSTEP, Lead("student", 1))
+
+
+def test_rates_are_kept_by_place() -> None:
+    """Early tokens are the student's and late ones the teacher's, so the lead changes along the way."""
+    found = pace()
+    see(found, owned=False, differ=True, t=0)
+    see(found, owned=True, differ=True, t=40)
+    assert found.choose(rows(8, t=0)).who == "student"
+    assert found.choose(rows(8, t=40)).who == "teacher"
+    assert found.choose(rows(8, t=60)).who == "teacher", "not there yet: as at the last place that is known"
+
+
+def test_a_row_near_its_end_gets_no_long_block() -> None:
+    """No way goes further than the row with the most room."""
+    found = pace()
+    see(found, owned=True, differ=False)
+    assert found.choose(rows(8, t=97)).size <= 3
+
+
+def test_skd_is_never_led_by_the_teacher() -> None:
+    """Its test asks for the student's own draw, its replacement has noise of its own."""
+    found = pace(teacher_step=0.01)
+    assert found.choose(rows(8, rule=switching.outside_top_k())).who != "teacher"
+
+
+@pytest.mark.parametrize("lead", ["student", "teacher"])
+def test_a_forced_lead_is_kept(lead: str) -> None:
+    """Whatever was measured."""
+    assert Pace(lead, 5).choose(rows(3)) == Lead(lead, 5)  # type: ignore[arg-type]
+    assert Pace("lockstep", 5).choose(rows(3)) == LOCKSTEP == Pace("auto", 1).choose(rows(3))
+
+
+def test_every_way_is_tried_first() -> None:
+    """Before a choice each way has been measured."""
+    found = Pace("auto", 8)
+    assert {found.choose(rows(4)) for _ in range(6)} == {Lead("student", 4), Lead("teacher", 4), LOCKSTEP}
+
+
+def test_costs_are_medians_on_straight_lines() -> None:
+    """One slow call does not count; sizes between are interpolated, beyond them a fixed part is assumed."""
+    costs = Costs()
+    for seconds in (1.0, 1.1, 9.0):
+        costs.add("read", 8, seconds)
+    costs.add("read", 16, 2.1)
+    assert costs.of("read", 8) == 1.1 and costs.of("read", 12) == pytest.approx(1.6)
+    assert costs.of("read", 32) == pytest.approx(4.2) and 0.5 < costs.of("read", 4) < 1.1
+    assert np.isnan(costs.of("write", 8))
