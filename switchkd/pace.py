@@ -71,14 +71,17 @@ class Costs:
         medians[place] = median(recent)
 
     def of(self, kind: str, tokens: float) -> float:
-        """Expected seconds; NaN before anything of this kind was seen. Beyond the sizes seen: half the tokens take 0.7
-        of the time (a call has a fixed part), twice as many take twice the time."""
+        """Expected seconds; NaN before anything of this kind was seen. Below the sizes seen half the tokens
+        take 0.7 of the time (a call has a fixed part), above them the line goes on."""
         if kind not in self._lines:
             return math.nan
         sizes, times = self._lines[kind]
         place = bisect_left(sizes, tokens)
         if place == len(sizes):
-            return times[-1] * tokens / sizes[-1]
+            slope = times[-1] / sizes[-1] / 2
+            if len(sizes) > 1:
+                slope = max((times[-1] - times[-2]) / (sizes[-1] - sizes[-2]), 0.0)
+            return times[-1] + slope * (tokens - sizes[-1])
         if place == 0:
             return times[0] * math.sqrt(tokens / sizes[0])
         low, high = sizes[place - 1], sizes[place]
@@ -112,7 +115,8 @@ class Pace:
     def __init__(self, lead: str, block_size: int, costs: Costs | None = None) -> None:
         self.lead, self.block_size = lead, block_size
         self.costs = costs or Costs()
-        self.rounds: dict[Lead, int] = {}
+        self.rounds: dict[Lead, int] = {}  # how often each way was taken ...
+        self.trials: dict[Lead, int] = {}  # ... and how often that told its costs
         self._rates: dict[str, dict[str, _Rates]] = {}
 
     @property
@@ -125,6 +129,11 @@ class Pace:
         lead = self._choose(rows)
         self.rounds[lead] = self.rounds.get(lead, 0) + 1
         return lead
+
+    def saw_call(self, lead: Lead, kind: str, tokens: int, seconds: float) -> None:
+        """What a teacher call took: "read" as a whole, "write" by step."""
+        self.costs.add(kind, tokens, seconds)
+        self.trials[lead] = self.trials.get(lead, 0) + 1
 
     def note(self, rule: str, by_teacher: bool, t: np.ndarray, owned: np.ndarray, differ: np.ndarray) -> None:
         """Settled positions (see walk.Note): each tells whether a student's or a teacher's proposal breaks there."""
@@ -145,7 +154,7 @@ class Pace:
             return Lead(self.lead, self.block_size)  # type: ignore[arg-type]
         ways = self._ways(rows)
         for way in (Lead("student", min(4, self.block_size)), Lead("teacher", min(4, self.block_size)), LOCKSTEP):
-            if way in ways and self.rounds.get(way, 0) < _TRIALS:
+            if way in ways and self.trials.get(way, 0) < _TRIALS:
                 return way
         worth = self.worth(rows, max(way.size for way in ways))
         return max(ways, key=lambda way: worth[way])

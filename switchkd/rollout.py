@@ -204,16 +204,21 @@ class RolloutWorker:
         half = -(-width // 2) if self.overlap else width
         return self._switch([both[i] for i in first[:half]])
 
-    def _fly(self, rows: list[Row], kind: str, tokens: int, land: Callable[[Any], None], request: Any) -> Flight:
-        """Ask the teacher: "read" scores a `Blocks`, "write" asks for text of its own."""
+    def _fly(
+        self, rows: list[Row], kind: str, tokens: int, land: Callable[[Any], None], request: Any, lead: Lead | None
+    ) -> Flight:
+        """Ask the teacher: "read" scores a `Blocks`, "write" asks for text of its own. `lead` is what was chosen."""
         teacher = self._need_teacher()
         function: Callable[..., Any] = teacher.write if kind == "write" else teacher.score
+        # a row's first call also reads its prompt: it says nothing about the next one
+        typical = all(row.num_rounds for row in rows)
 
         def timed() -> Any:
             start = time.perf_counter()
             answer = function(request)
-            steps = max(int(request.counts.max()), 1) if kind == "write" else 1
-            self.pace.costs.add(kind, tokens, (time.perf_counter() - start) / steps)
+            if lead is not None and typical:
+                steps = int(answer.lengths.max()) if kind == "write" else 1
+                self.pace.saw_call(lead, kind, tokens, (time.perf_counter() - start) / steps)
             return answer
 
         self.num_teacher_calls += 1
@@ -258,7 +263,7 @@ class RolloutWorker:
                 row.num_drafted += int(draft.counts[r])
                 row.took(pieces[r][:settled])
 
-        return self._fly(rows, "read", sum(map(len, fed)), land, _blocks(rows, fed, firsts))
+        return self._fly(rows, "read", sum(map(len, fed)), land, _blocks(rows, fed, firsts), lead)
 
     def _teacher_leads(self, rows: list[Row], lead: Lead) -> Flight:
         counts = np.array([min(lead.size, row.mode.max_new_tokens - row.t) for row in rows], np.int32)
@@ -276,7 +281,7 @@ class RolloutWorker:
                 row.student_len = row.teacher_len = read
                 row.took(pieces[r][: len(row.tokens) - before[r]])
 
-        return self._fly(rows, "write", len(rows), land, request)
+        return self._fly(rows, "write", len(rows), land, request, lead)
 
     def _walk(self, rows: list[Row], block: Any) -> np.ndarray:
         held = np.zeros(len(rows), np.int64)
@@ -310,7 +315,7 @@ class RolloutWorker:
                 row.teacher_len = len(row.tokens) - 1
                 row.took(piece)
 
-        return self._fly(rows, "write", len(rows), land, request)
+        return self._fly(rows, "write", len(rows), land, request, None)
 
     def _score_finished(self, rows: list[Row]) -> Flight:
         """The student wrote these rows alone; now the teacher reads each of them once."""
@@ -335,7 +340,7 @@ class RolloutWorker:
                 row.took(piece)
 
         firsts = [row.prompt_len - 1 for row in pending]
-        return self._fly(pending, "read", sum(map(len, fed)), land, _blocks(pending, fed, firsts))
+        return self._fly(pending, "read", sum(map(len, fed)), land, _blocks(pending, fed, firsts), None)
 
     # ── teacher calls ──────────────────────────────────────────────────────────────────────────────────────────────
 
