@@ -17,11 +17,14 @@ from test_hf_engine import bench
 from test_rollout import MAX_NEW, RULES, SAMPLINGS
 from test_slot_cache import FAMILIES, clean, extend
 from tiny import EOS, NUM_TOKENS, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from switchkd.algo.sampling import draw_on_device
 from switchkd.config import ConfigError
 from switchkd.engines import graphs, slot_model
 from switchkd.engines.graphs import StepGraphs, capture_for, few_lengths, few_rows, few_widths
-from switchkd.engines.heads import LinearHead
+from switchkd.engines.heads import LinearHead, final_hidden
 from switchkd.engines.hf_engine import HFStudent, HFTeacher
 from switchkd.engines.slot_model import SlotModel
 from switchkd.rollout import Job, RolloutWorker
@@ -189,3 +192,35 @@ def test_where_there_is_no_gpu():
     assert capture_for(model, "off", key="student.graphs") is None
     with pytest.raises(ConfigError, match=r"student.graphs=on, but the model is on cpu .* set student.graphs: auto"):
         capture_for(model, "on", key="student.graphs")
+
+
+class _NothingOfTheHosts(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        devices = {t.device.type for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)}
+        assert devices <= {"meta"}, f"{func} touches {devices}"
+        return out
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3", "gpt_neox", "cohere", "granite"])
+def test_a_step_stays_on_its_device(family, attn, monkeypatch):
+    """On a device without numbers (`meta`) a step runs, so it asks for none, and no tensor of the host takes part."""
+    monkeypatch.setattr(SlotModel, "_check_model", lambda self: None)
+    engine = SlotModel(tiny_model(family, attn=attn, dtype=torch.bfloat16).to("meta"), num_slots=4, max_len=90)
+    inputs = torch.zeros(200, dtype=torch.int64, device="meta")
+    for first in (0, -1):
+        shape = slot_model._Shape(rows=4, width=5, length=64, first=first)
+        with torch.inference_mode(), _NothingOfTheHosts():
+            hidden = final_hidden(engine.model, **engine._begin(shape, inputs))
+        assert hidden.shape[:2] == (4, 5) and hidden.is_meta
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_a_draw_stays_on_its_device(sampling):
+    """A draw on a device sends nothing to the host and asks for nothing in between."""
+    keys = torch.zeros(2, 3, dtype=torch.int64, device="meta")
+    with _NothingOfTheHosts():
+        logits = torch.zeros(3, 50, device="meta")
+        tokens, lead = draw_on_device(logits, 1, keys[0], keys[1], purpose=0, sampling=SAMPLINGS[sampling][0])
+    assert tokens.shape == lead.shape == (3,)
