@@ -58,17 +58,21 @@ def _load(model: Model, device: str, device_map: str | None = None) -> torch.nn.
 
 def make_teacher(config: Config) -> HFTeacher:
     """The teacher service of one process."""
+    from switchkd.engines.graphs import capture_for
     from switchkd.engines.hf_engine import HFTeacher
 
     set_threads(resources.of_role(config, "teacher").threads)
     section = config.teacher
+    model = _load(section, device_of(section), section.device_map)
+    whole_rows = section.signal == "full"
     return HFTeacher(
-        _load(section, device_of(section), section.device_map),
+        model,
         vocab_size=shared_vocab(load_tokenizer(section.path, trust_remote_code=section.trust_remote_code)),
         max_sessions=section.max_sessions,
         max_len=max_len(config),
         lease_s=section.lease_s,
         signal=section.signal,
+        capture=capture_for(model, section.graphs, key="teacher.graphs", whole_rows=whole_rows),
     )
 
 
@@ -81,6 +85,7 @@ def make_worker(
     new_weights: Callable[[], WeightBundle | None] | None = None,
 ) -> Worker:
     """One rollout worker with the student's folder as weight version 0. `stop_ids` are those of both models."""
+    from switchkd.engines.graphs import capture_for
     from switchkd.engines.hf_engine import HFStudent
 
     set_threads(resources.of_role(config, "rollout").threads)
@@ -89,7 +94,11 @@ def make_worker(
     tokenizer = load_tokenizer(section.path, trust_remote_code=section.trust_remote_code)
     model = _load(section, device)
     student = HFStudent(
-        model, num_slots=config.rollout.batch_size, max_len=max_len(config), vocab_size=shared_vocab(tokenizer)
+        model,
+        num_slots=config.rollout.batch_size,
+        max_len=max_len(config),
+        vocab_size=shared_vocab(tokenizer),
+        capture=capture_for(model, section.graphs, key="student.graphs"),
     )
     rollouts = RolloutWorker(
         student=student,

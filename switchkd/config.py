@@ -190,6 +190,11 @@ def _check_across(config: Config) -> None:
             raise ConfigError(
                 f"{key}={stage.batch_size} is above replay.capacity={config.replay.capacity}; raise the capacity"
             )
+    for role, model in (("student", config.student), ("teacher", config.teacher)):
+        if model.graphs == "on" and model.device == "cpu":
+            raise ConfigError(
+                f"{role}.graphs=on needs a CUDA device, {role}.device is cpu; set {role}.graphs: auto or another device"
+            )
     if config.learner.zero_stage == 0 and config.learner.dtype == "bfloat16":
         raise ConfigError("learner.zero_stage=0 with learner.dtype=bfloat16 has a wrong first Adam step; take stage 1")
     if config.learner.dtype == "float16":

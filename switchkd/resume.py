@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "train.checkpoint_every",
     "train.early_stop",
     "*.device",
+    "*.graphs",
     "teacher.device_map",
     "teacher.replicas",
     "teacher.max_sessions",

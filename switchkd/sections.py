@@ -7,10 +7,24 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 Frac = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Switch = Annotated[
+    Literal["auto", "on", "off"],
+    BeforeValidator(lambda value: {True: "on", False: "off"}[value] if isinstance(value, bool) else value),
+]
+"""YAML reads a bare on or off as true or false."""
 
 
 class Section(BaseModel):
@@ -37,6 +51,9 @@ class Model(Section):
     device: str = "auto"
     """`auto` (a GPU when the process sees one), `cpu`, `cuda`, `cuda:1`."""
     attn: Literal["sdpa", "eager"] = "sdpa"
+    graphs: Switch = "auto"
+    """Record short forward passes as CUDA graphs. `auto`: where the model is on one GPU (a teacher: with signal
+    `hidden`)."""
     trust_remote_code: bool = False
     temperature: float | None = Field(None, ge=0)
     """With which it writes; 0 is greedy. Null takes what the rule's paper says (else 1)."""

@@ -44,6 +44,11 @@ def written(folder: Path, raw: object) -> Path:
         (tree(student={"temperature": -1}), r"student.temperature=-1: input should be greater than or equal to 0"),
         (tree(run={"dir": "x", "mode": "local"}), r"run.mode='local': input should be 'ray' or 'inprocess'"),
         (tree(resources={"student": {}}), r"resources.student: unknown key .* known here: teacher, rollout, learner"),
+        (tree(student={"graphs": "always"}), r"student.graphs='always': input should be 'auto', 'on' or 'off'"),
+        (
+            tree(teacher={"graphs": "on", "device": "cpu"}),
+            r"^teacher.graphs=on needs a CUDA device, teacher.device is cpu; set teacher.graphs: auto",
+        ),
         (tree(rollout={"num_workers": 0}), r"rollout.num_workers=0: input should be greater than 0"),
         (tree(rollout={"num_workers": "many"}), r"rollout.num_workers='many': input should be a valid integer"),
         (tree(learner={"zero_stage": 4}), r"learner.zero_stage=4: input should be 0, 1, 2 or 3"),
@@ -115,6 +120,16 @@ def test_wrong_overrides(tmp_path, override, message):
     """An override that leads nowhere is named."""
     with pytest.raises(ConfigError, match=message):
         load(written(tmp_path, tree(train={"num_steps": 1, "stages": [{}]})), [override])
+
+
+@pytest.mark.parametrize("text", ["on", "off", "auto", "'on'", "'off'"])
+def test_a_bare_on_is_no_boolean(tmp_path, text):
+    """YAML's `on` and `off` mean what they say, in files, overrides and a resolved config read again."""
+    wanted = text.strip("'")
+    config = load(written(tmp_path, f"run: {{dir: x}}\ntrain: {{num_steps: 1}}\nstudent: {{graphs: {text}}}"))
+    assert config.student.graphs == wanted
+    config = load(written(tmp_path, MINIMAL), [f"teacher.graphs={text}"])
+    assert config.teacher.graphs == wanted and load(written(tmp_path, dump_yaml(config))) == config
 
 
 def test_paths_start_at_the_config_file(tmp_path):

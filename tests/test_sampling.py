@@ -110,6 +110,9 @@ def test_draw_equals_the_definition(setting: Sampling, kind: str) -> None:
     keys = torch.tensor(ids), torch.tensor(positions)
     on_device, margin = sampling.draw_on_device(logits, 11, *keys, purpose=Purpose.GUMBEL, sampling=setting)
     assert on_device.tolist() == expected
+    there, lead = sampling.draw_there(logits, 11, ids, positions, purpose=Purpose.GUMBEL, sampling=setting)
+    assert there.dtype == np.int64 and there.tolist() == expected
+    np.testing.assert_array_equal(lead, margin.numpy())
     tokens, exact = draw(logits, rollout_ids=ids, positions=positions, return_margin=True, **key)
     assert tokens.tolist() == expected
     np.testing.assert_allclose(exact, margin.numpy(), atol=1e-9)

@@ -111,7 +111,7 @@ def atkd_tokens(
 def uncertainty(p_logits: Tensor, labels: Tensor) -> Tensor:
     """ATKD's UnC = 1 - p_g, [N], summed over the other ids: 1 - p_g itself has no digits left near p_g = 1."""
     log_p = _at_least_fp32(p_logits).log_softmax(dim=-1)
-    return log_p.scatter_(1, labels[:, None], -math.inf).exp_().sum(dim=-1)
+    return log_p.scatter_(1, labels[:, None].to(log_p.device), -math.inf).exp_().sum(dim=-1)
 
 
 def atkd_threshold(unc: Tensor, *, hard_frac: float = 0.5) -> float:

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from switchkd.algo.copies import to_device, to_host
+
 _WORD = 2**64 - 1
 _UNIT = 2.0**-53
 _MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)  # Philox4x64 (Salmon et al., SC 2011)
@@ -173,9 +175,7 @@ def draw(
             "pass one of each per row"
         )
     if logits.device.type != "cpu":
-        keys = (torch.as_tensor(np.asarray(k, dtype=np.int64), device=logits.device) for k in (rollout_ids, positions))
-        drawn, lead = draw_on_device(logits, run_seed, *keys, purpose=purpose, sampling=sampling)
-        tokens, margins = drawn.cpu().numpy(), lead.cpu().numpy()
+        tokens, margins = draw_there(logits, run_seed, rollout_ids, positions, purpose=purpose, sampling=sampling)
     else:
         tokens, margins = np.empty(len(positions), dtype=np.int64), np.empty(len(positions))
         rows = logits.detach().float().contiguous().numpy()
@@ -294,6 +294,23 @@ def _nucleus_size(mass: np.ndarray, total: float, top_p: float) -> int:
 
 
 # --- draws on a device -----------------------------------------------------------------------------------------------
+
+
+def draw_there(
+    logits: Tensor,
+    run_seed: int,
+    rollout_ids: Sequence[int] | np.ndarray,
+    positions: Sequence[int] | np.ndarray,
+    *,
+    purpose: int,
+    sampling: Sampling,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`draw` where the logits live: one copy of the keys goes there, one of tokens and margins (16 bytes a row) comes
+    back."""
+    keys = to_device(np.stack([np.asarray(key, np.int64) for key in (rollout_ids, positions)]), logits.device)
+    tokens, lead = draw_on_device(logits, run_seed, keys[0], keys[1], purpose=purpose, sampling=sampling)
+    found = to_host(torch.stack([tokens.double(), lead])).numpy()  # float64 holds every token id exactly
+    return found[0].astype(np.int64), found[1]
 
 
 def draw_on_device(

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from switchkd.algo.copies import to_host
 from switchkd.config import ConfigError
 
 # How far a rebuilt logit may lie from the model's own, as a share of the largest: rounding of the model's dtype.
@@ -148,7 +149,7 @@ def own_logits(model: Any, rows: torch.Tensor, **inputs: Any) -> torch.Tensor:
 
 def signal_from_hidden(hidden: torch.Tensor) -> tuple[np.ndarray, str]:
     """A tensor as it travels, and the name of its dtype: bfloat16 as uint16, which NumPy has no better name for."""
-    hidden = hidden.detach().cpu()
+    hidden = to_host(hidden.detach())
     if hidden.dtype == torch.bfloat16:
         return hidden.view(torch.int16).numpy().view(np.uint16), "bfloat16"
     return hidden.numpy(), str(hidden.dtype).removeprefix("torch.")

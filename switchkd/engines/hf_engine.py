@@ -17,6 +17,7 @@ import torch
 
 from switchkd.algo.sampling import Sampling, draw
 from switchkd.engines.base import TeacherBusy, UnknownSession
+from switchkd.engines.graphs import Capture
 from switchkd.engines.heads import LinearHead, head_of, signal_from_hidden
 from switchkd.engines.slot_model import SlotModel
 from switchkd.types import Blocks, Sessions, Signal, WeightBundle, WriteRequest, Written
@@ -25,8 +26,11 @@ from switchkd.types import Blocks, Sessions, Signal, WeightBundle, WriteRequest,
 class HFStudent:
     """The student (a StudentEngine): a SlotModel with its float32 output head and replaceable weights."""
 
-    def __init__(self, model: Any, *, num_slots: int, max_len: int, vocab_size: int, prefill_chunk: int = 512) -> None:
-        self._slots = SlotModel(model, num_slots=num_slots, max_len=max_len, prefill_chunk=prefill_chunk)
+    def __init__(self, model: Any, *, num_slots: int, max_len: int, vocab_size: int, prefill_chunk: int = 512,
+                 capture: Capture | None = None) -> None:  # fmt: skip
+        self._slots = SlotModel(
+            model, num_slots=num_slots, max_len=max_len, prefill_chunk=prefill_chunk, capture=capture
+        )
         self.model, self.num_slots, self.max_len = model, num_slots, max_len
         self.head = head_of(model, vocab_size)
 
@@ -67,13 +71,13 @@ class HFTeacher:
 
     def __init__(self, model: Any, *, vocab_size: int, max_sessions: int, max_len: int, lease_s: float = 600.0,
                  signal: Literal["hidden", "full"] = "hidden", prefill_chunk: int = 512,
-                 clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
+                 clock: Callable[[], float] = time.monotonic, capture: Capture | None = None) -> None:  # fmt: skip
         self.model, self.vocab_size, self.lease_s, self.kind = model, vocab_size, lease_s, signal
         if signal == "hidden":
             head_of(model, vocab_size, model.dtype)  # an error belongs to the start, not to the first score
         self._slots = SlotModel(
             model, num_slots=max_sessions, max_len=max_len, prefill_chunk=prefill_chunk,
-            output="hidden" if signal == "hidden" else "logits",
+            output="hidden" if signal == "hidden" else "logits", capture=capture,
         )  # fmt: skip
         self._clock = clock
         self._head: LinearHead | None = None

@@ -2,7 +2,8 @@
 
 In: token ids, each row to be appended at its own place of its own numbered slot. Out: final hidden states (or whole
 rows of logits) of the positions that were asked for. Rows of unlike lengths are read in several padded forward passes,
-long ones in chunks: memory stays bounded, and a long prompt costs its neighbours nothing.
+long ones in chunks: memory stays bounded, and a long prompt costs its neighbours nothing. Where steps are recorded
+(`graphs.py`) short passes are padded further, to few shapes that repeat.
 
 Shapes: B rows, N flat positions, Q padded tokens per row, D hidden width.
 """
@@ -16,7 +17,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from switchkd.algo.copies import to_device
 from switchkd.config import ConfigError
+from switchkd.engines.graphs import MAX_WIDTH, Capture, StepGraphs, few_lengths, few_rows, few_widths
 from switchkd.engines.heads import final_hidden, own_logits
 from switchkd.engines.slot_cache import Call, SlotCache, build_masks, layer_windows, round_up, use_grouped_sdpa
 
@@ -32,7 +35,7 @@ class SlotModel:
     """A model with a SlotCache: appends ragged rows, each at its own position of its own slot."""
 
     def __init__(self, model: Any, *, num_slots: int, max_len: int, prefill_chunk: int = 512,
-                 output: Output = "hidden") -> None:  # fmt: skip
+                 output: Output = "hidden", capture: Capture | None = None) -> None:  # fmt: skip
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if limit and max_len > limit:
             raise ConfigError(
@@ -47,6 +50,10 @@ class SlotModel:
         self._cache = SlotCache(num_slots, max_len)
         self._windows = layer_windows(model.config)
         self._additive = model.dtype if model.config._attn_implementation == "eager" else None
+        self._graphs: StepGraphs | None = None
+        if capture is not None and output == "hidden":
+            size = num_slots * (4 * MAX_WIDTH + 1)
+            self._graphs = StepGraphs(capture, num_inputs=size, device=model.device)
         self._check_model()
 
     def extend(self, slots: np.ndarray, starts: np.ndarray, token_ids: np.ndarray, lengths: np.ndarray,
@@ -75,30 +82,59 @@ class SlotModel:
     def _forward(self, batch: _Ragged, rows: np.ndarray, offset: int, sizes: np.ndarray) -> _Part:
         """One padded forward pass over `sizes` tokens of some rows, from token `offset` of each."""
         slots, lens = batch.slots[rows], sizes[rows, None]
-        column = np.arange(int(lens.max()))
+        shape, at = self._shape(slots, int(lens.max()), int((batch.starts[rows] + sizes[rows]).max()) + offset)
+        column = np.arange(shape.width)
         valid = column < lens
         # Padding repeats the row's last token, so that it has something to look at and no index is out of range.
         column = offset + np.minimum(column, lens - 1)
         positions = batch.starts[rows, None] + column
         ids = batch.token_ids[batch.offsets[rows, None] + column]
         write_at = np.where(valid, positions, self._cache.scratch)
-        places = batch.places(rows, column)
-        wanted = np.flatnonzero(valid & (places >= 0))
-        flat = [ids.ravel(), positions.ravel(), write_at.ravel(), slots, wanted]
-        packed = _to_device(np.concatenate(flat), self.model.device).split([len(part) for part in flat])
-        ids_t, positions_t, write_t = (part.view(ids.shape) for part in packed[:3])
-        length = min(round_up(int(positions.max()) + 1), self._cache.scratch + 1)
-        first = int(slots[0]) if (np.diff(slots) == 1).all() else -1
-        self._cache.begin(Call(slots=packed[3], write_at=write_t, length=length, first=first))
-        values = self._read(
-            packed[4],
-            input_ids=ids_t,
-            position_ids=positions_t,
-            attention_mask=build_masks(self._windows, positions_t, length, self._additive),
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        return _Part(places.ravel()[wanted], values)
+        places = np.where(valid, batch.places(rows, column), -1)
+        # Rows that are padding read token 0 at position 0 and write to the scratch column, of a slot that exists.
+        parts = ((ids, 0), (positions, 0), (write_at, self._cache.scratch), (slots, 0), (places, -1))
+        *inputs, places = (_spread(values, at, shape, fill).ravel() for values, fill in parts)
+        if shape.first >= 0:
+            inputs[-1] = shape.first + np.arange(shape.rows)
+        wanted = np.flatnonzero(places >= 0)
+        return _Part(places[wanted], self._values(shape, np.concatenate([*inputs, wanted])))
+
+    def _shape(self, slots: np.ndarray, width: int, length: int) -> tuple[_Shape, np.ndarray]:
+        """The shape of the forward pass for some ascending slots, and which of its rows each of them gets."""
+        num, columns = len(slots), self._cache.scratch + 1
+        if self._graphs is None or width > MAX_WIDTH:
+            first = int(slots[0]) if (np.diff(slots) == 1).all() else -1
+            return _Shape(num, width, min(round_up(length), columns), first), np.arange(num)
+        rows, prefix = (min(few_rows(size), self.num_slots) for size in (num, int(slots[-1]) + 1))
+        width, length = few_widths(width), min(few_lengths(length), columns)
+        if rows == prefix:  # row b is slot b, read without a copy, whichever of them take part
+            return _Shape(rows, width, length, 0), slots
+        return _Shape(rows, width, length, -1), np.arange(num)
+
+    def _values(self, shape: _Shape, packed: np.ndarray) -> torch.Tensor:
+        """One forward pass over the numbers in `packed`: ids, positions, where to write, slots, what is wanted."""
+        num = shape.rows * (3 * shape.width + 1)
+        if self._graphs is None or shape.width > MAX_WIDTH:
+            inputs = to_device(packed, self.model.device)
+            return self._read(inputs[num:], **self._begin(shape, inputs))
+        inputs, graphs = self._graphs.load(packed), self._graphs
+        hidden = graphs.run(shape, lambda: final_hidden(self.model, **self._begin(shape, graphs.inputs)).flatten(0, 1))
+        return hidden.index_select(0, inputs[num:])  # a copy: the next replay overwrites `hidden`
+
+    def _begin(self, shape: _Shape, inputs: torch.Tensor) -> dict[str, Any]:
+        """Point the cache at a forward pass. Returns the model's arguments; nothing in them depends on values that are
+        not in `inputs`."""
+        size = shape.rows * shape.width
+        ids, positions, write_at = inputs[: 3 * size].view(3, shape.rows, shape.width).unbind(0)
+        slots = inputs[3 * size : 3 * size + shape.rows]
+        self._cache.begin(Call(slots=slots, write_at=write_at, length=shape.length, first=shape.first))
+        return {
+            "input_ids": ids,
+            "position_ids": positions,
+            "attention_mask": build_masks(self._windows, positions, shape.length, self._additive),
+            "past_key_values": self._cache,
+            "use_cache": True,
+        }
 
     def _read(self, rows: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """Hidden states or logits at the flat positions `rows` of one forward pass."""
@@ -169,6 +205,16 @@ class _Ragged:
 
 
 @dataclass(frozen=True, slots=True)
+class _Shape:
+    """Of one forward pass: all that Python decides by. What differs between two passes of one shape is in tensors."""
+
+    rows: int  # B
+    width: int  # Q
+    length: int  # L
+    first: int  # see Call
+
+
+@dataclass(frozen=True, slots=True)
 class _Part:
     """What one forward pass contributes to the answer."""
 
@@ -183,13 +229,15 @@ def _assemble(parts: Sequence[_Part], total: int) -> torch.Tensor:
         return parts[0].values
     out = parts[0].values.new_empty(total, parts[0].values.shape[1])
     for part in parts:
-        out[torch.from_numpy(part.places).to(out.device)] = part.values
+        out[to_device(part.places, out.device)] = part.values
     return out
 
 
-def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def _spread(values: np.ndarray, at: np.ndarray, shape: _Shape, fill: int) -> np.ndarray:
+    """Rows put where `at` says, among rows of `fill`."""
+    out = np.full((shape.rows, *values.shape[1:]), fill, np.int64)
+    out[at] = values
+    return out
 
 
 def group_rows(sizes: np.ndarray, forward_cost: int) -> list[np.ndarray]:

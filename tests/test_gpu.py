@@ -1,0 +1,312 @@
+"""What only a CUDA device can show: `pytest -m gpu tests/test_gpu.py` on a machine with one.
+
+The references are the same models in fp32 on the CPU. Run by itself: DeepSpeed picks its accelerator once per process.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import teacher_contract as contract
+import torch
+from learning import FORWARD_KL, NaiveLearner, distance, make_rollouts, settings_of, student_folder, teacher_heads
+from scipy import stats
+from teacher_contract import Bench, ask, sessions
+from test_exact import assert_same, pair, tasks
+from test_rollout import MAX_NEW, RULES, SAMPLINGS
+from test_slot_cache import clean, extend
+from tiny import EOS, NUM_TOKENS, tiny_model
+
+from switchkd.algo.copies import to_host
+from switchkd.algo.sampling import Purpose, Sampling, draw
+from switchkd.batching import plan_batch
+from switchkd.engines import graphs, slot_model
+from switchkd.engines.graphs import CudaCapture, StepGraphs, capture_for
+from switchkd.engines.heads import LinearHead, final_hidden, head_of, hidden_from_signal, signal_from_hidden
+from switchkd.engines.hf_engine import HFStudent, HFTeacher
+from switchkd.engines.slot_model import SlotModel
+from switchkd.rollout import Job, RolloutWorker
+from switchkd.rows import Mode
+from switchkd.weights import pack, unpack
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+DEVICE = "cuda"
+ATOL = 5e-4  # fp32 on two devices; logits of the tiny models go up to about 20
+GRAPHS = pytest.mark.parametrize("with_graphs", [False, True], ids=["eager", "graphs"])
+FAMILIES = ["llama", "qwen2", "gpt2", "gemma2", "mistral"]
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    """Shapes are recorded when they come first. Full fp32 products."""
+    monkeypatch.setattr(slot_model, "StepGraphs", lambda *args, **kwargs: StepGraphs(*args, **kwargs, capture_at=1))
+    torch.set_float32_matmul_precision("highest")
+
+
+def capture(with_graphs: bool):
+    return CudaCapture(torch.device(DEVICE, 0)) if with_graphs else None
+
+
+def on_gpu(family: str, **settings):
+    return tiny_model(family, **settings).to(DEVICE)
+
+
+def bench(family: str, with_graphs: bool) -> Bench:
+    """A float32 teacher on the GPU, held against the model on the CPU."""
+    plain = tiny_model(family)
+    head = head_of(plain, NUM_TOKENS)
+
+    def make(max_sessions: int, max_len: int) -> HFTeacher:
+        return HFTeacher(
+            on_gpu(family), vocab_size=NUM_TOKENS, max_sessions=max_sessions, max_len=max_len, prefill_chunk=32,
+            capture=capture(with_graphs),
+        )  # fmt: skip
+
+    return Bench(
+        make=make, model=plain, vocab_size=NUM_TOKENS, atol=ATOL,
+        logits=lambda signal: head.logits(hidden_from_signal(signal.values, signal.dtype)),
+    )  # fmt: skip
+
+
+@GRAPHS
+@pytest.mark.parametrize("claim", contract.CLAIMS, ids=lambda f: f.__name__)
+def test_contract(claim, with_graphs):
+    """The teacher contract in fp32."""
+    claim(bench("llama", with_graphs))
+
+
+@GRAPHS
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_other_families(family, with_graphs):
+    """Rows equal clean forward passes on the CPU through cuts and continuations."""
+    contract.rows_equal_a_clean_forward(bench(family, with_graphs))
+    contract.cuts_and_continuations(bench(family, with_graphs), rounds=30)
+
+
+@GRAPHS
+@pytest.mark.parametrize("family", FAMILIES)
+def test_student_histories(family, with_graphs):
+    """Random extends and cuts of a student's slots equal clean forward passes, and shapes do repeat."""
+    rng = np.random.default_rng(0)
+    plain = tiny_model(family)
+    engine = SlotModel(on_gpu(family), num_slots=6, max_len=96, capture=capture(with_graphs))
+    held = [np.zeros(0, np.int64)] * 6
+    for turn in range(60):
+        slots = rng.permutation(6)[: rng.choice([1, 2, 5, 6])].tolist()
+        starts = [int(rng.integers(0, len(held[s]) + 1)) if rng.random() < 0.3 else len(held[s]) for s in slots]
+        starts = [min(start, 95) for start in starts]
+        most = 70 if turn % 10 == 3 else 1 + 4 * (turn % 2)
+        rows = [rng.integers(0, 128, rng.integers(1, min(most, 96 - start) + 1)) for start in starts]
+        for slot, start, row, got in zip(slots, starts, rows, extend(engine, slots, starts, rows), strict=True):
+            held[slot] = np.concatenate([held[slot][:start], row])
+            torch.testing.assert_close(got.cpu(), clean(plain, held[slot], start), atol=ATOL, rtol=0)
+    assert engine._graphs is None or engine._graphs.num_graphs > 5, "steps were recorded"
+
+
+@GRAPHS
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_rows(family, with_graphs):
+    """A bfloat16 teacher's hidden states are near those of the same weights in fp32."""
+    model = tiny_model(family, dtype=torch.bfloat16)
+    plain = copy.deepcopy(model).float()
+    teacher = HFTeacher(
+        model.to(DEVICE), vocab_size=NUM_TOKENS, max_sessions=2, max_len=64, capture=capture(with_graphs)
+    )
+    text = np.random.default_rng(0).integers(5, NUM_TOKENS, 40)
+    read = Bench(
+        make=lambda *_: teacher, model=plain, vocab_size=NUM_TOKENS,
+        logits=lambda signal: hidden_from_signal(signal.values, signal.dtype).float(),
+    )  # fmt: skip
+    teacher.open(sessions({0: text[:10]}))
+    got = [ask(read, teacher, (0, end, end - 1, text[end : end + 1]))[0][1:] for end in range(10, 40)]
+    want = clean(plain, text, 10)
+    assert float((torch.cat(got) - want).norm() / want.norm()) < 0.1
+
+
+def test_graphs_give_what_the_model_gives():
+    """With and without recording a bfloat16 student's hidden states are the same but for the batch's shape."""
+    ids = np.random.default_rng(0).integers(0, 128, 60)
+    found = []
+    for with_graphs in (False, True):
+        model = on_gpu("llama", dtype=torch.bfloat16)
+        engine = SlotModel(model, num_slots=4, max_len=64, capture=capture(with_graphs))
+        found.append(torch.cat([extend(engine, [2], [i], [ids[i : i + 1]])[0] for i in range(60)]).float())
+    assert float((found[0] - found[1]).norm() / found[0].norm()) < 0.03
+
+
+def test_new_weights_reach_recorded_steps():
+    """Graphs recorded before compute with the new weights: they are overwritten where they lie."""
+    student = HFStudent(
+        on_gpu("llama"), num_slots=2, max_len=64, vocab_size=NUM_TOKENS, capture=capture(True)
+    )  # fmt: skip
+    ids, one, slot = np.random.default_rng(0).integers(5, NUM_TOKENS, 30), np.array([1]), np.array([1])
+    numbers = []
+    for seed in (1, 2):
+        new = tiny_model("llama", seed=seed)
+        student.load_weights(pack(new.state_dict().items(), seed))
+        got = torch.cat([student.extend(slot, np.array([i]), ids[i : i + 1], one) for i in range(30)])
+        torch.testing.assert_close(got.cpu(), clean(new, ids), atol=ATOL, rtol=0)
+        assert student._slots._graphs is not None
+        numbers.append(student._slots._graphs.num_graphs)
+    assert numbers[0] == numbers[1] > 0
+
+
+def test_a_step_that_cannot_be_recorded(caplog):
+    """A model that waits for the device runs without graphs after one line, and CUDA works on as before."""
+    model = on_gpu("llama")
+    model.model.norm.register_forward_hook(lambda _, __, out: out * float(out.abs().max() > 0))
+    with caplog.at_level(logging.WARNING, logger=graphs.__name__):
+        engine = SlotModel(model, num_slots=2, max_len=64, capture=capture(True))
+        ids = np.random.default_rng(0).integers(0, 128, 40)
+        got = torch.cat([extend(engine, [0], [i], [ids[i : i + 1]])[0] for i in range(40)])
+    torch.testing.assert_close(got.cpu(), clean(tiny_model("llama"), ids), atol=ATOL, rtol=0)
+    assert len(caplog.records) == 1 and "cannot be recorded" in caplog.text
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.randn(8, device=DEVICE).isfinite().all()
+
+
+def test_a_gpu_has_graphs():
+    """`auto` and `on` record on a GPU; whole rows of logits are never recorded."""
+    model = on_gpu("llama")
+    assert isinstance(capture_for(model, "auto", key="student.graphs"), CudaCapture)
+    assert isinstance(capture_for(model, "on", key="student.graphs"), CudaCapture)
+    assert capture_for(model, "auto", key="teacher.graphs", whole_rows=True) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies(dtype):
+    """A signal reaches the host whole, while the device is still computing it."""
+    start = torch.randn(2048, 2048, device=DEVICE, dtype=dtype)
+    product = start
+    for _ in range(20):
+        product = (start @ product).tanh()
+    values, name = signal_from_hidden(product)
+    torch.testing.assert_close(hidden_from_signal(values, name), product.cpu(), atol=0, rtol=0)
+    assert to_host(product).is_pinned()
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_draws_equal_those_of_a_cpu(sampling):
+    """The same logits give the same tokens on both devices, save near ties, and the same margins."""
+    logits = torch.randn(200, 1000, generator=torch.Generator().manual_seed(0)) * 3
+    for setting in SAMPLINGS[sampling]:
+        key = {"run_seed": 3, "rollout_ids": range(200), "positions": range(200), "purpose": Purpose.GUMBEL}
+        tokens, margins = draw(logits, **key, sampling=setting, return_margin=True)
+        there, leads = draw(logits.to(DEVICE), **key, sampling=setting, return_margin=True)
+        assert ((tokens == there) | (margins < 1e-9)).all()
+        finite = np.isfinite(margins)
+        np.testing.assert_allclose(leads[finite], margins[finite], atol=1e-6)
+
+
+def write(models, mode: Mode, *, device: str, with_graphs: bool, block_size: int, lead: str):
+    teacher, student = (copy.deepcopy(model).to(device) for model in models)
+    served = HFTeacher(
+        teacher, vocab_size=NUM_TOKENS, max_sessions=8, max_len=100, capture=capture(with_graphs)
+    )  # fmt: skip
+    worker = RolloutWorker(
+        student=HFStudent(
+            student, num_slots=3, max_len=100, vocab_size=NUM_TOKENS, capture=capture(with_graphs)
+        ),
+        teacher=served,
+        head=LinearHead.from_arrays(served.head().to_arrays(), device=device),
+        stop_ids=frozenset({EOS}),
+        block_size=block_size,
+        lead=lead,
+    )  # fmt: skip
+    found: list = []
+    worker.run([Job(task=task, mode=mode) for task in tasks()], found.extend)
+    return {rollout.rollout_id: rollout for rollout in found}
+
+
+@pytest.mark.parametrize("sampling", ["greedy", "sampled"])
+@pytest.mark.parametrize("name", ["switch", "adaswitch", "skd"])
+def test_rollouts(name, sampling):
+    """fp32 rollouts are equal across block sizes, with and without graphs, and equal to the CPU's, save near ties."""
+    student, teacher = SAMPLINGS[sampling]
+    mode = Mode(
+        rule=RULES[name], student=student, teacher=teacher, max_new_tokens=MAX_NEW, seed=11, wants_uncertainty=True
+    )
+    models = pair("llama")
+    wanted = write(models, mode, device=DEVICE, with_graphs=False, block_size=1, lead="lockstep")
+    excused = 0
+    for block_size, lead in ((1, "student"), (4, "student"), (8, "teacher"), (8, "auto")):
+        for with_graphs in (False, True):
+            ours = write(models, mode, device=DEVICE, with_graphs=with_graphs, block_size=block_size, lead=lead)
+            excused += assert_same(wanted, ours)
+    excused += assert_same(wanted, write(models, mode, device="cpu", with_graphs=False, block_size=4, lead="student"))
+    assert excused <= 2, "near ties are rare: more than two in 45 rollouts hide an error"
+
+
+@GRAPHS
+@pytest.mark.parametrize("setting", [Sampling(), Sampling(temperature=0.7, top_p=0.8)], ids=str)
+def test_bfloat16_draws_follow_the_law(setting, with_graphs):
+    """Over rollouts, what a bfloat16 student draws after one prompt follows its own distribution (chi-square)."""
+    num = 8000
+    student = HFStudent(
+        on_gpu("llama", dtype=torch.bfloat16), num_slots=2, max_len=64, vocab_size=NUM_TOKENS,
+        capture=capture(with_graphs),
+    )  # fmt: skip
+    slot, ids = np.array([0]), np.random.default_rng(0).integers(5, NUM_TOKENS, 12)
+    student.extend(slot, np.array([0]), ids[:11], np.array([11]))
+    for _ in range(3):  # the same token again, so that a recording is made, checked and played
+        hidden = student.extend(slot, np.array([11]), ids[11:], np.array([1]))
+    logits = student.head.logits(hidden / 4)  # flat enough to have many likely tokens
+    tempered = (logits[0].double() / setting.temperature).softmax(-1).cpu()
+    prob, order = tempered.sort(descending=True)
+    keep = prob.cumsum(0) - prob < setting.top_p
+    law = torch.zeros_like(tempered).scatter(0, order[keep], prob[keep] / prob[keep].sum()).numpy()
+    tokens = draw(
+        logits.expand(num, -1), run_seed=0, rollout_ids=range(num), positions=[12] * num, purpose=Purpose.GUMBEL,
+        sampling=setting,
+    )  # fmt: skip
+    counts = np.bincount(tokens, minlength=NUM_TOKENS)
+    assert counts[law == 0].sum() == 0
+    often = law * num >= 5
+    seen = np.append(counts[often], counts[~often].sum())
+    expected = np.append(law[often], law[~often].sum()) * num
+    assert often.sum() > 5 and stats.chisquare(seen[expected > 0], expected[expected > 0]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_learner_steps(dtype, tmp_path):
+    """Three steps on CUDA are near those that a reader of torch would take on the CPU in fp32."""
+    from switchkd.engines.deepspeed_learner import DeepSpeedLearner
+
+    folder = student_folder(tmp_path)
+    settings = replace(settings_of(folder, dtype=dtype, zero_stage=1), device=DEVICE)
+    learner = DeepSpeedLearner(
+        settings, rank=0, local_rank=0, world_size=1, master_addr="127.0.0.1", master_port=0,
+        teacher_heads=teacher_heads(),
+    )  # fmt: skip
+    naive = NaiveLearner(tiny_model("llama", seed=1))
+    close, close_norm, near = (1e-3, 1e-3, 1e-2) if dtype == "float32" else (0.1, 0.3, 0.2)
+    try:
+        for step in range(3):
+            rollouts = make_rollouts(5, seed=step)
+            plan = plan_batch(step, 0, rollouts, 1, FORWARD_KL.hard_frac)
+            result = learner.step(plan, rollouts, loss=FORWARD_KL, lr=1e-2, version_after=step + 1)
+            loss, norm = naive.step(rollouts, FORWARD_KL)
+            assert result.loss == pytest.approx(loss, rel=close)
+            assert result.grad_norm == pytest.approx(norm, rel=close_norm)
+        ours = {name: tensor.clone() for name, tensor in unpack(learner.publish(3, "float32"))}
+        assert distance(ours, dict(naive.model.named_parameters())) < near
+    finally:
+        learner.close()
+
+
+def test_whole_models_agree():
+    """The tiny models themselves give the CPU's hidden states on this GPU: what the tolerances above rest on."""
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, 128, (1, 50)))
+    for family in FAMILIES:
+        with torch.no_grad():
+            want = final_hidden(tiny_model(family), input_ids=ids, use_cache=False)
+            got = final_hidden(on_gpu(family), input_ids=ids.to(DEVICE), use_cache=False)
+        torch.testing.assert_close(got.cpu(), want, atol=ATOL, rtol=0)

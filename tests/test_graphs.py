@@ -1,0 +1,226 @@
+"""Recorded steps: fixed shapes and fixed buffers give the hidden states of ragged rows, whatever lies between replays.
+
+No GPU is needed: `tape.Tape` stands for a CUDA graph. What a graph itself does is tested in test_gpu.py.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import teacher_contract as contract
+import torch
+from tape import Tape
+from test_exact import assert_same, pair, tasks
+from test_hf_engine import bench
+from test_rollout import MAX_NEW, RULES, SAMPLINGS
+from test_slot_cache import FAMILIES, clean, extend
+from tiny import EOS, NUM_TOKENS, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from switchkd.algo.sampling import draw_on_device
+from switchkd.config import ConfigError
+from switchkd.engines import graphs, slot_model
+from switchkd.engines.graphs import StepGraphs, capture_for, few_lengths, few_rows, few_widths
+from switchkd.engines.heads import LinearHead, final_hidden
+from switchkd.engines.hf_engine import HFStudent, HFTeacher
+from switchkd.engines.slot_model import SlotModel
+from switchkd.rollout import Job, RolloutWorker
+from switchkd.rows import Mode
+from switchkd.weights import pack
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Shapes are recorded when they come first."""
+    monkeypatch.setattr(slot_model, "StepGraphs", lambda *args, **kwargs: StepGraphs(*args, **kwargs, capture_at=1))
+
+
+def refusing(step):
+    raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_histories(family, attn, at_once):
+    """Random extends and cuts over random slots equal clean forward passes: lengths, slots and cuts change between the
+    replays of one shape, and rows that are padding do no harm to the slots they stand on."""
+    rng = np.random.default_rng(0)
+    plain, tape = tiny_model(family, attn=attn), Tape()
+    engine = SlotModel(tiny_model(family, attn=attn), num_slots=6, max_len=96, capture=tape)
+    held = [np.zeros(0, np.int64)] * 6
+    for turn in range(50):
+        slots = rng.permutation(6)[: rng.choice([1, 2, 5, 6])].tolist()
+        starts = [int(rng.integers(0, len(held[s]) + 1)) if rng.random() < 0.3 else len(held[s]) for s in slots]
+        starts = [min(start, 95) for start in starts]
+        most = 70 if turn % 10 == 3 else 1 + 4 * (turn % 2)
+        rows = [rng.integers(0, 128, rng.integers(1, min(most, 96 - start) + 1)) for start in starts]
+        for slot, start, row, got in zip(slots, starts, rows, extend(engine, slots, starts, rows), strict=True):
+            held[slot] = np.concatenate([held[slot][:start], row])
+            torch.testing.assert_close(got, clean(plain, held[slot], start), atol=2e-5, rtol=0)
+    assert tape.num_replays > tape.num_records > 10, "shapes repeat"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "mistral"])
+def test_fixed_shapes_alone(family):
+    """Padded to fixed shapes but not recorded, the hidden states are those of the ragged path."""
+    rng = np.random.default_rng(1)
+    ragged = SlotModel(tiny_model(family), num_slots=5, max_len=120)
+    padded = SlotModel(tiny_model(family), num_slots=5, max_len=120, capture=refusing)
+    ends = np.zeros(5, np.int64)
+    for _ in range(12):
+        slots = rng.permutation(5)[: rng.integers(1, 6)]
+        rows = [rng.integers(0, 128, rng.integers(1, 8)) for _ in slots]
+        wanted, found = (extend(engine, slots, ends[slots], rows) for engine in (ragged, padded))
+        torch.testing.assert_close(torch.cat(found), torch.cat(wanted), atol=1e-5, rtol=0)
+        ends[slots] += [len(row) for row in rows]
+
+
+def test_contract(at_once):
+    """A teacher with recorded steps keeps the teacher contract."""
+    tape = Tape()
+    for claim in contract.CLAIMS:
+        claim(bench(capture=tape))
+    assert tape.num_replays > 20
+
+
+def test_stale_buffers_are_found(at_once):
+    """The tape is a trap: a step that reads a Python number, or a tensor that is replaced, replays what was."""
+    lens, row = {"now": 3}, {"now": torch.zeros(8)}
+    recorded = StepGraphs(Tape(), num_inputs=4, device=torch.device("cpu"), capture_at=1)
+    for step in (lambda: recorded.inputs.float() + lens["now"], lambda: recorded.inputs[:1].float() + row["now"]):
+        recorded.run(step, step)
+        recorded.load(np.array([5, 6, 7, 8]))
+        lens["now"], row["now"] = 4, torch.ones(8)
+        with pytest.raises(RuntimeError, match="does not repeat the model"):
+            recorded.run(step, step)
+        lens["now"], row["now"] = 3, torch.zeros(8)
+
+
+def test_new_weights_between_replays(at_once):
+    """Weights are overwritten where they lie: recordings made before compute with the new ones."""
+    tape = Tape()
+    student = HFStudent(tiny_model("llama"), num_slots=2, max_len=64, vocab_size=NUM_TOKENS, capture=tape)
+    ids = np.random.default_rng(0).integers(5, NUM_TOKENS, 30)
+    places = [tensor.data_ptr() for tensor in (*student.model.state_dict().values(), student.head.weight)]
+    for seed in (1, 2):
+        new = tiny_model("llama", seed=seed)
+        student.load_weights(pack(new.state_dict().items(), seed))
+        num_records = tape.num_records
+        one, slot = np.array([1]), np.array([1])
+        got = torch.cat([student.extend(slot, np.array([i]), ids[i : i + 1], one) for i in range(30)])
+        torch.testing.assert_close(got, clean(new, ids), atol=2e-5, rtol=0)
+        want = new(input_ids=torch.from_numpy(ids)[None]).logits[0, :, :NUM_TOKENS]
+        torch.testing.assert_close(student.head.logits(got), want, atol=5e-5, rtol=0)
+    assert tape.num_records == num_records, "the second version needed no recording of its own"
+    assert places == [tensor.data_ptr() for tensor in (*student.model.state_dict().values(), student.head.weight)]
+
+
+@pytest.mark.parametrize("name", ["switch", "skd"])
+def test_rollouts_are_the_same(name, at_once):
+    """Rollouts with recorded steps on both sides equal those without, save near ties."""
+    student, teacher = SAMPLINGS["sampled"]
+    mode = Mode(rule=RULES[name], student=student, teacher=teacher, max_new_tokens=MAX_NEW, seed=11)
+    models = pair("llama")
+
+    def write(capture, block_size, lead):
+        served = HFTeacher(models[0], vocab_size=NUM_TOKENS, max_sessions=8, max_len=100, capture=capture)
+        worker = RolloutWorker(
+            student=HFStudent(models[1], num_slots=3, max_len=100, vocab_size=NUM_TOKENS, capture=capture),
+            teacher=served,
+            head=LinearHead.from_arrays(served.head().to_arrays(), device="cpu"),
+            stop_ids=frozenset({EOS}),
+            block_size=block_size,
+            lead=lead,
+        )
+        found = []
+        worker.run([Job(task=task, mode=mode) for task in tasks()], found.extend)
+        return {rollout.rollout_id: rollout for rollout in found}
+
+    wanted = write(None, 1, "lockstep")
+    for block_size, lead in ((4, "student"), (8, "teacher")):
+        tape = Tape()
+        assert assert_same(wanted, write(tape, block_size, lead)) == 0
+        assert tape.num_replays > tape.num_records
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(caplog):
+    """A recording that fails says so once, in one line, and the hidden states are right all the same."""
+    plain = tiny_model("llama")
+    with caplog.at_level(logging.WARNING, logger=graphs.__name__):
+        engine = SlotModel(tiny_model("llama"), num_slots=2, max_len=128, capture=Tape(refuse="embedding"))
+        ids = np.random.default_rng(0).integers(0, 128, 100)
+        got = torch.cat([extend(engine, [0], [i], [ids[i : i + 1]])[0] for i in range(100)])
+    torch.testing.assert_close(got, clean(plain, ids), atol=2e-5, rtol=0)
+    (record,) = caplog.records
+    assert "cannot be recorded (RuntimeError: operation not permitted" in record.getMessage()
+    assert "\n" not in record.getMessage()
+    assert engine._graphs is not None and engine._graphs.num_graphs == 0
+
+
+def test_rare_shapes_are_not_recorded_and_their_number_is_bounded(caplog):
+    """A shape is recorded at its third use, and never more than so many."""
+    tape = Tape()
+    recorded = StepGraphs(tape, num_inputs=1, device=torch.device("cpu"), max_graphs=2)
+    for use in range(6):
+        for shape in range(4):
+            recorded.load(np.array([use]))
+            assert recorded.run(shape, lambda: recorded.inputs.float() + 1).item() == use + 1
+        assert recorded.num_graphs == (0 if use < 2 else 2)
+    assert tape.num_records == 2 and len(caplog.records) == 1
+
+
+def test_shapes_are_few():
+    """Sizes are rounded up, to few values, by no more than a factor of two in rows and tokens, a half in length."""
+    assert [few_rows(n) for n in (1, 2, 3, 4, 5, 9)] == [1, 2, 4, 4, 8, 16]
+    assert [few_widths(n) for n in (1, 2, 3, 4, 5, 6, 8, 9, 10, 17, 18)] == [1, 2, 3, 4, 5, 8, 8, 9, 16, 17, 32]
+    assert [few_lengths(n) for n in (1, 64, 65, 96, 97, 128, 129, 200)] == [64, 64, 96, 96, 128, 128, 192, 256]
+    for n in range(1, 4000):
+        assert n <= few_rows(n) < 2 * n or n == few_rows(n)
+        assert n <= few_widths(n) < 2 * n or n == few_widths(n)
+        assert n <= few_lengths(n) <= max(64, 1.5 * n) and few_lengths(n) % 32 == 0
+
+
+def test_where_there_is_no_gpu():
+    """`auto` does without, `off` too, `on` is refused with the key to change."""
+    model = tiny_model("llama")
+    assert capture_for(model, "auto", key="student.graphs") is None
+    assert capture_for(model, "off", key="student.graphs") is None
+    with pytest.raises(ConfigError, match=r"student.graphs=on, but the model is on cpu .* set student.graphs: auto"):
+        capture_for(model, "on", key="student.graphs")
+
+
+class _NothingOfTheHosts(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        devices = {t.device.type for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)}
+        assert devices <= {"meta"}, f"{func} touches {devices}"
+        return out
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3", "gpt_neox", "cohere", "granite"])
+def test_a_step_stays_on_its_device(family, attn, monkeypatch):
+    """On a device without numbers (`meta`) a step runs, so it asks for none, and no tensor of the host takes part."""
+    monkeypatch.setattr(SlotModel, "_check_model", lambda self: None)
+    engine = SlotModel(tiny_model(family, attn=attn, dtype=torch.bfloat16).to("meta"), num_slots=4, max_len=90)
+    inputs = torch.zeros(200, dtype=torch.int64, device="meta")
+    for first in (0, -1):
+        shape = slot_model._Shape(rows=4, width=5, length=64, first=first)
+        with torch.inference_mode(), _NothingOfTheHosts():
+            hidden = final_hidden(engine.model, **engine._begin(shape, inputs))
+        assert hidden.shape[:2] == (4, 5) and hidden.is_meta
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_a_draw_stays_on_its_device(sampling):
+    """A draw on a device sends nothing to the host and asks for nothing in between."""
+    keys = torch.zeros(2, 3, dtype=torch.int64, device="meta")
+    with _NothingOfTheHosts():
+        logits = torch.zeros(3, 50, device="meta")
+        tokens, lead = draw_on_device(logits, 1, keys[0], keys[1], purpose=0, sampling=SAMPLINGS[sampling][0])
+    assert tokens.shape == lead.shape == (3,)
