@@ -108,6 +108,7 @@ def make_worker(
         block_size=config.rollout.block_size,
         lead=config.rollout.lead,
         overlap=_overlaps(config),
+        device=device,
         new_weights=new_weights if config.rollout.on_new_weights == "reprefill" else None,
     )
     decode = partial(tokenizer.decode, skip_special_tokens=True)

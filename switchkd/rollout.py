@@ -70,11 +70,12 @@ class RolloutWorker:
         block_size: int,
         lead: str = "student",
         overlap: bool = False,
+        device: str = "cpu",
         new_weights: Callable[[], WeightBundle | None] | None = None,
     ) -> None:
         self.student = student
         self.teacher = teacher
-        self.reader = SignalReader(head)
+        self.reader = SignalReader(head, device)
         self.stop_ids = stop_ids
         self.overlap = overlap
         self.parks = lead != "lockstep"  # one token of each model at a time, whatever the rule says
