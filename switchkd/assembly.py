@@ -69,6 +69,7 @@ def make_teacher(config: Config) -> HFTeacher:
         max_len=max_len(config),
         lease_s=section.lease_s,
         signal=section.signal,
+        top_k=section.signal_top_k,
     )
 
 
@@ -99,6 +100,7 @@ def make_worker(
         block_size=config.rollout.block_size,
         lead=config.rollout.lead,
         overlap=_overlaps(config),
+        coarse=config.teacher.decide == "coarse",
         new_weights=new_weights if config.rollout.on_new_weights == "reprefill" else None,
     )
     decode = partial(tokenizer.decode, skip_special_tokens=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -61,7 +62,10 @@ class Worker:
         for stage in sorted({task.stage for task in tasks}):
             modes = self.modes[stage]
             part = [task for task in tasks if task.stage == stage]
-            self.rollouts.run([Job(task=t, mode=modes.of(t.origin), scored=modes.scored) for t in part], emit)
+            unc = modes.rollout.wants_uncertainty
+            self.rollouts.run(
+                [Job(task=t, mode=modes.of(t.origin), scored=modes.scored, wants_uncertainty=unc) for t in part], emit
+            )
         return WorkReport(
             worker=self.index,
             version=self.version,
@@ -139,14 +143,14 @@ class Worker:
         num = len(task.prompt.reference_ids)
         if num == 0:
             return 0, 0, 0.0
-        (piece,) = self.rollouts.score_references([task])
+        signal = self.rollouts.exact_reference(task)
         ids = np.concatenate([task.prompt.token_ids, task.prompt.reference_ids]).astype(np.int32)
         student = self.rollouts.student
         hidden = student.extend(np.array([0]), np.array([0], np.int32), ids, np.array([len(ids)], np.int32))
         hidden = hidden[len(ids) - num - 1 : len(ids) - 1]
         agree, divergence = 0, 0.0
         for i in range(0, num, chunk):
-            p_logits = self.rollouts.reader.logits(piece[i : i + chunk])
+            p_logits = self.rollouts.reader.logits_of(replace(signal, values=signal.values[i : i + chunk]))
             q_logits = student.head.logits(hidden[i : i + chunk])
             agree += int(agreement(p_logits, q_logits).sum())
             divergence += float(per_row(forward_kl, p_logits, q_logits).sum())

@@ -87,9 +87,15 @@ def uncertainty(rows: TopK, token_ids: Tensor) -> Tensor:
     return others.masked_fill(~inside, math.nan)
 
 
-def scattered(rows: TopK, vocab_size: int) -> Tensor:
-    """Float32 rows [N, V] with -inf in the tail: for draws that cannot reach it."""
-    out = torch.full((len(rows), vocab_size), -math.inf, device=rows.ids.device)
+def smeared(rows: TopK, width: int = 0) -> Tensor:
+    """Float32 log-probs [N, at least width] with the tail's mass spread evenly over the other places: for draws that
+    do not reach it (`draws_inside`), whose nucleus is cut by the whole row's mass. Wide enough for all ids, and for
+    the tail to stay below the k-th id."""
+    k = rows.ids.shape[1]
+    needed = (rows.tail_mass.double() / rows.logprobs[:, -1].double().exp().clamp(min=1e-12)).max()
+    width = max(width, int(rows.ids.max()) + 1, k + min(int(needed) + 2, 2**20) if bool(needed > 0) else 0)
+    level = (rows.tail_mass.double() / max(width - k, 1)).log() - 1e-6
+    out = level.float()[:, None].repeat(1, width)
     return out.scatter(1, rows.ids, rows.logprobs.float())
 
 
