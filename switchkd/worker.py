@@ -6,6 +6,7 @@ In: tasks, or an `Exam`. Out: rollouts through `put`, or `EvalRow`s. Actors and 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -48,16 +49,25 @@ class Worker:
     def generate(self, tasks: Sequence[Task], put: Put) -> WorkReport:
         """Write all tasks; each finished rollout goes to `put` at once."""
         started, calls = time.monotonic(), self.rollouts.num_teacher_calls
-        tally = {"rollouts": 0, "tokens": 0, "teacher": 0, "ties": 0, "bytes": 0}
+        tally: Counter[str] = Counter()
+        tail = 0.0
 
         def emit(done: list[Rollout]) -> None:
+            nonlocal tail
             put(done)
             tally["rollouts"] += len(done)
             for rollout in done:
                 tally["tokens"] += rollout.num_tokens
                 tally["teacher"] += int((rollout.sources == Source.TEACHER).sum())
                 tally["ties"] += rollout.stats.num_near_ties
-                tally["bytes"] += rollout.stats.signal_bytes
+                stats = rollout.stats
+                tally["bytes"] += stats.signal_bytes
+                tally["rows"] += stats.num_scored_rows
+                tally["undecided"] += stats.num_undecided
+                tally["asked"] += stats.num_asked
+                if rollout.signal is not None and rollout.signal.kind == "topk":
+                    tally["topk"] += rollout.num_tokens
+                    tail += stats.tail_mass * rollout.num_tokens
 
         for stage in sorted({task.stage for task in tasks}):
             modes = self.modes[stage]
@@ -76,6 +86,11 @@ class Worker:
             num_near_ties=tally["ties"],
             signal_bytes=tally["bytes"],
             time_s=time.monotonic() - started,
+            num_scored_rows=tally["rows"],
+            num_undecided=tally["undecided"],
+            num_asked=tally["asked"],
+            tail_mass=tail,
+            num_topk_tokens=tally["topk"],
         )
 
     def examine(self, exam: Exam) -> list[EvalRow]:

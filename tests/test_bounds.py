@@ -12,6 +12,7 @@ from switchkd.algo import bounds, compressed, divergence
 from switchkd.algo.compressed import TopK, compress, pack, unpack
 
 NUM, VOCAB = 400, 300
+torch.set_num_threads(1)
 
 
 def cases(seed: int = 0, num: int = NUM, vocab: int = VOCAB) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
-import test_exact
 import torch
-from test_rollout import MAX_NEW, RULES, SAMPLINGS, mode
+from test_rollout import RULES, SAMPLINGS, mode
 from test_rollout import write as write_full
-from tiny import EOS, NUM_TOKENS
 from toy import STOP, ToyStudent, ToyTeacher, pair, rows_of, task
 
 from switchkd.algo import switching
 from switchkd.algo.compressed import compress, pack, unpack
 from switchkd.algo.losses import uncertainty
 from switchkd.algo.switching import Rule
-from switchkd.engines.base import UnknownSession
-from switchkd.engines.hf_engine import HFStudent, HFTeacher
 from switchkd.rollout import Job, RolloutWorker
 from switchkd.rows import Mode
-from switchkd.types import Blocks, Origin, Positions, Rollout, Sessions, Signal, Written
+from switchkd.types import Blocks, Origin, Positions, Rollout, Signal, Written
+
+torch.set_num_threads(1)
 
 
 class BriefTeacher(ToyTeacher):
@@ -88,15 +84,16 @@ MORE_RULES: dict[str, Rule] = {
 }
 
 
-@pytest.mark.parametrize("k", [1, 4, 12, 24])
+@pytest.mark.parametrize("k", [1, 6, 24])
 @pytest.mark.parametrize("name", MORE_RULES)
 def test_decisions_equal_those_of_full_rows(name: str, k: int) -> None:
     """Owners and tokens are those of whole rows for every rule, k, block size, batch, sampling and lead."""
     for sampling in SAMPLINGS:
         a_mode = mode(MORE_RULES[name], sampling)
-        wanted, _ = write_full(a_mode, range(8), block_size=1, slots=1)
-        for block_size, slots, lead in [(1, 3, "lockstep"), (5, 4, "student"), (4, 8, "teacher"), (8, 3, "auto")]:
-            found, _ = write(a_mode, range(8), k=k, block_size=block_size, slots=slots, lead=lead)
+        wanted, _ = write_full(a_mode, range(6), block_size=4, slots=6)
+        ways = [(1, 6, "lockstep"), (5, 3, "student"), (4, 6, "teacher"), (8, 3, "auto")]
+        for block_size, slots, lead in ways if sampling == "sampled" else ways[1:3]:
+            found, _ = write(a_mode, range(6), k=k, block_size=block_size, slots=slots, lead=lead)
             assert_equal(wanted, found)
 
 
