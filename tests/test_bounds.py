@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -16,7 +17,7 @@ torch.set_num_threads(1)
 
 
 def cases(seed: int = 0, num: int = NUM, vocab: int = VOCAB) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs of float32 rows [num, vocab]: peaked, flat, near each other, equal, far apart, with tails of equal values."""
+    """Pairs of float32 rows [num, vocab]: peaked, flat, near each other, equal, far apart, with flat tails."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -92,7 +93,7 @@ def test_narrows_to_the_truth(name: str) -> None:
         low, high = interval(wire(p, k), q)
         widths.append(high - low)
     assert (widths[-1] <= 2.1e-5 * (1 + exact)).all()
-    for wide, narrow in zip(widths, widths[1:], strict=False):
+    for wide, narrow in itertools.pairwise(widths):
         assert (narrow <= wide + 1e-5 * (1 + exact)).all()
     if name == "jsd":
         cheap_low, cheap_high = bounds.jsd_interval(wire(p, 8), q, tight=False)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import test_exact
 import torch
-from test_rollout import RULES, SAMPLINGS, mode
+from test_rollout import MAX_NEW, RULES, SAMPLINGS, mode
 from test_rollout import write as write_full
+from tiny import EOS, NUM_TOKENS
 from toy import STOP, ToyStudent, ToyTeacher, pair, rows_of, task
 
 from switchkd.algo import switching
 from switchkd.algo.compressed import compress, pack, unpack
 from switchkd.algo.losses import uncertainty
 from switchkd.algo.switching import Rule
+from switchkd.engines.base import UnknownSession
+from switchkd.engines.hf_engine import HFStudent, HFTeacher
 from switchkd.rollout import Job, RolloutWorker
 from switchkd.rows import Mode
-from switchkd.types import Blocks, Origin, Positions, Rollout, Signal, Written
+from switchkd.types import Blocks, Origin, Positions, Rollout, Sessions, Signal, Written
 
 torch.set_num_threads(1)
 
@@ -197,3 +201,76 @@ def test_references_and_their_uncertainty() -> None:
     exact = worker.exact_reference(tasks[0])
     whole = [*tasks[0].prompt.token_ids.tolist(), *references[0].tolist()]
     assert torch.equal(torch.from_numpy(exact.values), rows_of(p, whole)[len(tasks[0].prompt.token_ids) - 1 : -1])
+
+
+# --- real (tiny) models ----------------------------------------------------------------------------------------------
+
+
+def write_real(models, a_mode: Mode, *, k: int, block_size: int, slots: int, lead: str = "student"):  # type: ignore[no-untyped-def]
+    """As test_exact.write, from compressed rows."""
+    teacher, student = models
+    served = HFTeacher(teacher, vocab_size=NUM_TOKENS, max_sessions=8, max_len=100, signal="topk", top_k=k)
+    worker = RolloutWorker(
+        student=HFStudent(student, num_slots=slots, max_len=100, vocab_size=NUM_TOKENS), teacher=served,
+        head=served.head(), stop_ids=frozenset({EOS}), block_size=block_size, lead=lead,
+    )  # fmt: skip
+    found: list[Rollout] = []
+    worker.run([Job(task=task, mode=a_mode) for task in test_exact.tasks()], found.extend)
+    return {rollout.rollout_id: rollout for rollout in found}
+
+
+@pytest.fixture(scope="module")
+def real():  # type: ignore[no-untyped-def]
+    return {family: test_exact.pair(family) for family in ("llama", "gpt2")}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["switch", "switch-constant", "adaswitch", "ada-available", "ada-jsd", "skd", "random"]
+)
+def test_decisions_equal_on_real_rows(real, name: str, family: str) -> None:  # type: ignore[no-untyped-def]
+    """The same for transformers models, whoever leads: tokens and owners of `signal: hidden`."""
+    student, teacher = SAMPLINGS["papers" if name in ("skd", "adaswitch") else "sampled"]
+    a_mode = Mode(rule=MORE_RULES[name], student=student, teacher=teacher, max_new_tokens=MAX_NEW, seed=11)
+    wanted = test_exact.write(real[family], a_mode, block_size=4, slots=5)
+    excused = 0
+    for k, block_size, slots, lead in [(16, 5, 3, "student"), (40, 4, 5, "teacher")]:
+        found = write_real(real[family], a_mode, k=k, block_size=block_size, slots=slots, lead=lead)
+        excused += test_exact.assert_same(wanted, found)
+    assert excused <= 1
+
+
+def test_questions_cost_no_forward_pass(real) -> None:  # type: ignore[no-untyped-def]
+    """The rows last answered are kept: they come back exactly, at once, as often as asked; older ones are read again,
+    lost sessions named, impossible positions refused."""
+    teacher = HFTeacher(real["llama"][0], vocab_size=NUM_TOKENS, max_sessions=2, max_len=100, signal="topk", top_k=8)
+    whole = HFTeacher(real["llama"][0], vocab_size=NUM_TOKENS, max_sessions=2, max_len=100)
+    ids = np.random.default_rng(0).integers(5, NUM_TOKENS, 90).astype(np.int32)
+    rows = []
+    for one in (teacher, whole):
+        one.open(Sessions(session_ids=np.array([3]), token_ids=ids[:80], lengths=np.array([80], np.int32)))
+        for base, first, stop in ((80, 75, 85), (83, 82, 90)):
+            block = Blocks(
+                session_ids=np.array([3]), base_lens=np.array([base], np.int32), first_rows=np.array([first], np.int32),
+                token_ids=ids[base:stop], lengths=np.array([stop - base], np.int32),
+            )  # fmt: skip
+            rows.append(one.score(block))
+    assert rows[0].kind == "topk" and rows[0].values.shape == (10, 18)
+    read = teacher.num_positions_read
+
+    def ask(*positions: int) -> np.ndarray:
+        answer = teacher.exact(
+            Positions(session_ids=np.array([3]), positions=np.array(positions), lengths=np.array([len(positions)]))
+        )
+        assert answer.kind == "hidden"
+        return answer.values
+
+    for _ in range(2):
+        np.testing.assert_allclose(ask(89, 83, 76), np.stack([rows[3].values[i] for i in (7, 1)] + [rows[2].values[1]]),
+                                   atol=1e-5)  # fmt: skip
+    assert teacher.num_positions_read == read, "no forward pass"
+    assert ask(10).shape == (1, 32) and teacher.num_positions_read == read + 80
+    with pytest.raises(ValueError, match="no row"):
+        ask(90)
+    with pytest.raises(UnknownSession):
+        teacher.exact(Positions(session_ids=np.array([4]), positions=np.array([1]), lengths=np.array([1])))

@@ -10,7 +10,7 @@ factor * p_i in size, and the coarse gradient moves a_T within T and shifts the 
     forward_kl        exact on S, off by at most 2 P on T: the full KL is larger by P KL(p_T / P ‖ q_T / Q)
     skew_kl           at most 3 P
     jsd               at most 3 beta P
-    tvd               at most 3 P
+    tvd               at most 3 P (not at its kinks, p_i = q_i, where a gradient is any of many)
     atkd (forward)    UnC, the split and TKD are exact (the label's own probability travels as UnC); DKD is the forward
                       KL of the laws without the label: off by at most 2 P' / UnC, P' = P less the label's part
     skew_reverse_kl   at most 0.65 (1 - alpha) / alpha P: 5.9 P at alpha = 0.1, too much to pass unasked
