@@ -73,6 +73,7 @@ def make_teacher(config: Config) -> HFTeacher:
         lease_s=section.lease_s,
         signal=section.signal,
         capture=capture_for(model, section.graphs, key="teacher.graphs", whole_rows=whole_rows),
+        top_k=section.signal_top_k,
     )
 
 
@@ -109,6 +110,7 @@ def make_worker(
         lead=config.rollout.lead,
         overlap=_overlaps(config),
         device=device,
+        coarse=config.teacher.decide == "coarse",
         new_weights=new_weights if config.rollout.on_new_weights == "reprefill" else None,
     )
     decode = partial(tokenizer.decode, skip_special_tokens=True)

@@ -32,6 +32,7 @@ class LossSpec:
     hard_frac: float | None = None  # ATKD: the share of hard tokens; the loss then takes `hard` bool [N]
     lm_coef: float = 0.0  # this much cross-entropy is added on tokens of Source.DATA, over the same denominator
     needs_teacher: bool = True
+    tail: Callable[..., Tensor] | None = None  # of compressed rows: a TopK in the place of p_logits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +43,7 @@ class TeacherRows:
     kind: str  # as Signal.kind
     start: int
     stop: int
-    values: Tensor  # [stop - start, D] in the teacher's dtype, or float32 [stop - start, V]
+    values: Tensor  # [stop - start, D] in the teacher's dtype, float32 [stop - start, V], or int32 (compressed rows)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,16 +10,17 @@ import importlib
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from switchkd.algo import losses, switching
+from switchkd.algo import losses, switching, tail_losses
 from switchkd.algo.sampling import Purpose, Sampling
 from switchkd.algo.switching import Rule
 from switchkd.batching import LossSpec
 from switchkd.config import ConfigError
 from switchkd.rows import Mode
-from switchkd.sections import Config, Loss, Stage
+from switchkd.sections import Config, Loss, Stage, Teacher
 from switchkd.sections import Rule as RuleSection
 from switchkd.sections import Sampling as SamplingSection
 from switchkd.types import Origin
@@ -141,7 +142,27 @@ def build_loss(stage: Stage) -> LossSpec:
         hard_frac=hard_frac,
         lm_coef=stage.loss.lm_coef,
         needs_teacher=kind != "cross_entropy",
+        tail=tail_losses.atkd_tokens if kind == "atkd" else partial(tail_losses.coarse, per_token),
     )
+
+
+def check_topk(stage: Stage, teacher: Teacher) -> None:
+    """Raises ConfigError for what compressed rows (`signal: topk`) can neither decide nor train."""
+    if teacher.signal != "topk" or not stage.needs_teacher:
+        return
+    rule, loss = build_rule(stage), stage.loss
+    if teacher.decide == "interval" and stage.mix.rollout > 0 and rule.needs_rows and rule.interval is None:
+        what = f" (divergence {stage.rule.divergence})" if stage.rule.divergence else ""
+        raise ConfigError(
+            f"teacher.signal=topk cannot decide rule {stage.rule.type}{what} with certainty: it has no interval; take "
+            "teacher.signal=hidden, or teacher.decide=coarse for approximate rollouts"
+        )
+    if not loss.approximate and not tail_losses.is_bounded(loss.type, loss.direction):
+        what = f" (direction {loss.direction})" if loss.direction else ""
+        raise ConfigError(
+            f"teacher.signal=topk with loss {loss.type}{what}: what the tail leaves out has no small bound; take "
+            "teacher.signal=hidden, another loss (forward_kl, skew_kl, jsd, tvd, atkd), or set loss.approximate=true"
+        )
 
 
 def _loss_function(kind: str) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from switchkd.assembly import max_len
-from switchkd.build import build_loss, build_rule
+from switchkd.build import build_loss, build_rule, check_topk
 from switchkd.config import ConfigError
 from switchkd.demo import HUB_TIMEOUT_S
 from switchkd.engines.loading import load_tokenizer, same_tokenizer, stop_ids
@@ -64,6 +64,7 @@ def check(config: Config) -> None:
     for index, stage in enumerate(config.train.stages):
         try:
             _check_stage(stage)
+            check_topk(stage, config.teacher)
         except ConfigError as error:
             raise ConfigError(f"train.stages.{index} ({stage.name}): {error}") from None
     _check_eval(config)

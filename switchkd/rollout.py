@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,22 @@ import numpy as np
 from switchkd.engines.base import OutputHead, StudentEngine, Teacher, TeacherBusy
 from switchkd.pace import LOCKSTEP, Lead, Pace
 from switchkd.propose import Proposer, grouped, write_request
-from switchkd.rows import Mode, Row
+from switchkd.questions import Asker, Briefs, Reference
+from switchkd.rows import Mode, Row, mean_tail_mass
 from switchkd.signal_rows import SignalReader
-from switchkd.types import Blocks, Rollout, Sessions, Signal, Source, Task, WeightBundle, Written
-from switchkd.walk import NEAR_TIE, walk
+from switchkd.types import (
+    Blocks,
+    Positions,
+    Rollout,
+    RolloutStats,
+    Sessions,
+    Signal,
+    Source,
+    Task,
+    WeightBundle,
+    Written,
+)
+from switchkd.walk import NEAR_TIE, Block, walk
 
 Emit = Callable[[list[Rollout]], None]
 WRITE_SPAN = 8
@@ -46,6 +58,7 @@ class Job:
     task: Task
     mode: Mode | None
     scored: bool = True
+    wants_uncertainty: bool = True  # of a reference, `signal: topk`: ask for the tokens that the top k leave out
 
 
 @dataclass(slots=True)
@@ -71,6 +84,7 @@ class RolloutWorker:
         lead: str = "student",
         overlap: bool = False,
         device: str = "cpu",
+        coarse: bool = False,
         new_weights: Callable[[], WeightBundle | None] | None = None,
     ) -> None:
         self.student = student
@@ -78,6 +92,7 @@ class RolloutWorker:
         self.reader = SignalReader(head, device)
         self.stop_ids = stop_ids
         self.overlap = overlap
+        self.coarse = coarse  # `teacher.decide`
         self.parks = lead != "lockstep"  # one token of each model at a time, whatever the rule says
         self.version = 0
         self.num_teacher_calls = 0
@@ -255,7 +270,7 @@ class RolloutWorker:
                 for row, piece in zip(rows, _split(signal), strict=True)
             ]
             before = [len(row.tokens) for row in rows]
-            held = self._walk(rows, self.proposer.student_block(draft, pieces))
+            held = self._walk(rows, self.proposer.student_block(draft, pieces), pieces)
             for r, row in enumerate(rows):
                 settled = len(row.tokens) - before[r]
                 row.student_len = min(before[r] + int(held[r]), int(draft.read[r]))
@@ -275,7 +290,7 @@ class RolloutWorker:
             self._count_ties(rows, written)
             pieces, before = _split(written.signal), [len(row.tokens) for row in rows]
             block = self.proposer.teacher_block(rows, written, pieces)
-            held = self._walk(rows, block)
+            held = self._walk(rows, block, pieces)
             for r, row in enumerate(rows):
                 # neither model has read the last proposed token
                 read = before[r] + min(int(held[r]), int(block.counts[r]) - 1)
@@ -284,7 +299,10 @@ class RolloutWorker:
 
         return self._fly(rows, "write", len(rows), land, request, lead)
 
-    def _walk(self, rows: list[Row], block: Any) -> np.ndarray:
+    def _walk(self, rows: list[Row], block: Block, pieces: Sequence[np.ndarray]) -> np.ndarray:
+        if self.reader.kind == "topk":
+            briefs = self._briefs(rows, pieces)
+            block = replace(block, p_rows=briefs.to_draw, briefs=briefs)
         held = np.zeros(len(rows), np.int64)
         kind = "walk teacher" if block.by_teacher else "walk student"
         with self.pace.costs.timed(kind, int(block.counts.sum())):
@@ -296,6 +314,16 @@ class RolloutWorker:
                     note = lambda t, own, differ, rule=rule: self.pace.note(rule, block.by_teacher, t, own, differ)  # noqa: E731
                 held[members] = walk(group, block.of(members), version=self.version, stop_ids=self.stop_ids, note=note)
         return held
+
+    def _briefs(self, rows: list[Row], pieces: Sequence[np.ndarray]) -> Briefs:
+        """Compressed rows of each row's next tokens, and the way to the exact ones."""
+        firsts = [len(row.tokens) - 1 for row in rows]
+        return Briefs.of_pieces(rows, pieces, firsts, self.reader, self._exact, coarse=self.coarse)
+
+    def _exact(self, question: Positions) -> Signal:
+        self.num_teacher_calls += 1
+        answer: Signal = self._call(self._need_teacher().exact, question).result()
+        return answer
 
     # ── only one of the models writes ──────────────────────────────────────────────────────────────────────────────
 
@@ -309,9 +337,9 @@ class RolloutWorker:
         def land(written: Written) -> None:
             self._count(rows, fed, written.signal)
             self._count_ties(rows, written)
-            for row, tokens, piece in zip(rows, _split(written), _split(written.signal), strict=True):
-                if row.mode.wants_uncertainty:
-                    row.uncertainty.extend(self.reader.uncertainty(piece, tokens).tolist())
+            pieces, tokens_of = _split(written.signal), _split(written)
+            self._take_uncertainty(rows, pieces, tokens_of)
+            for row, tokens, piece in zip(rows, tokens_of, pieces, strict=True):
                 row.write(tokens.tolist(), self.version, self.stop_ids)
                 row.teacher_len = len(row.tokens) - 1
                 row.took(piece)
@@ -334,14 +362,41 @@ class RolloutWorker:
 
         def land(signal: Signal) -> None:
             self._count(pending, fed, signal)
-            for row, piece in zip(pending, _split(signal), strict=True):
-                if row.mode.wants_uncertainty:
-                    ids = np.array(row.tokens[row.prompt_len :])
-                    row.uncertainty.extend(self.reader.uncertainty(piece, ids).tolist())
+            pieces = _split(signal)
+            self._take_uncertainty(pending, pieces, [np.array(row.tokens[row.prompt_len :]) for row in pending], firsts)
+            for row, piece in zip(pending, pieces, strict=True):
                 row.took(piece)
 
         firsts = [row.prompt_len - 1 for row in pending]
         return self._fly(pending, "read", sum(map(len, fed)), land, _blocks(pending, fed, firsts), None)
+
+    def _take_uncertainty(
+        self,
+        rows: list[Row],
+        pieces: Sequence[np.ndarray],
+        tokens: Sequence[np.ndarray],
+        firsts: Sequence[int] | None = None,
+    ) -> None:
+        """ATKD's UnC of tokens that nobody decided; `firsts` are the positions of their first rows."""
+        firsts = [len(row.tokens) - 1 for row in rows] if firsts is None else firsts
+        wanted = [each for each in zip(rows, pieces, tokens, firsts, strict=True) if each[0].mode.wants_uncertainty]
+        if wanted:
+            own, briefs, ids, starts = (list(column) for column in zip(*wanted, strict=True))
+            for row, part in zip(own, self._uncertainty(own, briefs, ids, starts), strict=True):
+                row.uncertainty.extend(part.tolist())
+
+    def _uncertainty(
+        self, rows: Sequence[Asker], pieces: Sequence[np.ndarray], tokens: Sequence[np.ndarray], firsts: Sequence[int]
+    ) -> list[np.ndarray]:
+        """1 - p(token) of each row's tokens; what the top k leave out is asked for in one call."""
+        if self.reader.kind != "topk":
+            return [self.reader.uncertainty(piece, ids) for piece, ids in zip(pieces, tokens, strict=True)]
+        briefs = Briefs.of_pieces(rows, pieces, firsts, self.reader, self._exact)
+        sizes = [len(ids) for ids in tokens]
+        which = np.repeat(np.arange(len(rows)), sizes)
+        places = np.concatenate([np.arange(size) for size in sizes])
+        unc = briefs.uncertainty(which, places, np.concatenate(tokens)).cpu().numpy().astype(np.float32)
+        return np.split(unc, np.cumsum(sizes)[:-1])
 
     # ── teacher calls ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -358,8 +413,8 @@ class RolloutWorker:
         self.reader.learn(signal)
         for row, part, piece in zip(rows, fed, _split(signal), strict=True):
             row.teacher_positions += max(len(part), len(piece))
-            row.num_rows += len(piece)
             row.signal_bytes += piece.nbytes
+            row.num_scored_rows += len(piece)
 
     @staticmethod
     def _count_ties(rows: Sequence[Row], written: Written) -> None:
@@ -372,13 +427,34 @@ class RolloutWorker:
         """References become rollouts: scored in one block each, as many at a time as the worker has slots."""
         for first in range(0, len(jobs), self.student.num_slots):
             part = jobs[first : first + self.student.num_slots]
-            pieces: list[np.ndarray | None] = [None] * len(part)
-            if part[0].scored:
-                pieces = list(self.score_references([job.task for job in part]))
-            emit([self._reference_rollout(job, piece) for job, piece in zip(part, pieces, strict=True)])
+            if not part[0].scored:
+                emit([self._reference_rollout(job.task) for job in part])
+                continue
+            done: list[Rollout] = []
+            wants = part[0].wants_uncertainty
 
-    def score_references(self, tasks: Sequence[Task]) -> list[np.ndarray]:
-        """The teacher's signal for every reference token of every task: pieces [R, D]."""
+            def take(tasks: Sequence[Task], signal: Signal, wants: bool = wants, done: list[Rollout] = done) -> None:
+                done += self._scored_references(tasks, signal, wants)
+
+            self.read_references([job.task for job in part], take)
+            emit(done)
+
+    def exact_reference(self, task: Task) -> Signal:
+        """The teacher's exact rows for every reference token: hidden states, or whole rows."""
+        found: list[Signal] = []
+
+        def take(tasks: Sequence[Task], signal: Signal) -> None:
+            if signal.kind == "topk":
+                num, first = len(signal.values), len(task.prompt.token_ids) - 1
+                ids, positions = np.array([task.rollout_id]), first + np.arange(num, dtype=np.int32)
+                signal = self._exact(Positions(session_ids=ids, positions=positions, lengths=np.array([num], np.int32)))
+            found.append(signal)
+
+        self.read_references([task], take)
+        return found[0]
+
+    def read_references(self, tasks: Sequence[Task], take: Callable[[Sequence[Task], Signal], None]) -> None:
+        """The teacher reads all references; `take` gets its signal for every token while the sessions are open."""
         sessions = sessions_of(tasks)
         while True:
             try:
@@ -387,7 +463,8 @@ class RolloutWorker:
             except TeacherBusy:
                 if len(tasks) > 1:
                     half = len(tasks) // 2
-                    return self.score_references(tasks[:half]) + self.score_references(tasks[half:])
+                    self.read_references(tasks[:half], take)
+                    return self.read_references(tasks[half:], take)
                 time.sleep(0.05)
         signal: Signal = self._need_teacher().score(
             Blocks(
@@ -400,30 +477,50 @@ class RolloutWorker:
         )
         self.num_teacher_calls += 1
         self.reader.learn(signal)
+        take(tasks, signal)
         self._close(sessions.session_ids.tolist())
-        return _split(signal)
 
-    def _reference_rollout(self, job: Job, piece: np.ndarray | None) -> Rollout:
-        ids = job.task.prompt.reference_ids
+    def _scored_references(self, tasks: Sequence[Task], signal: Signal, wants_uncertainty: bool) -> list[Rollout]:
+        pieces, ids = _split(signal), [task.prompt.reference_ids for task in tasks]
+        asked = [Reference(task) for task in tasks]
+        unc: list[np.ndarray | None] = [None] * len(tasks)
+        if wants_uncertainty or signal.kind != "topk":
+            unc = list(self._uncertainty(asked, pieces, ids, [len(task.prompt.token_ids) - 1 for task in tasks]))
+        return [self._reference_rollout(*each) for each in zip(tasks, pieces, unc, asked, strict=True)]
+
+    def _reference_rollout(
+        self,
+        task: Task,
+        piece: np.ndarray | None = None,
+        unc: np.ndarray | None = None,
+        asked: Reference | None = None,
+    ) -> Rollout:
+        ids = task.prompt.reference_ids
         num = len(ids)
         nan = np.full(num, np.nan, np.float32)
-        unc = nan if piece is None else self.reader.uncertainty(piece, ids)
+        stats = RolloutStats()
+        if piece is not None and asked is not None and self.reader.kind == "topk":
+            stats = RolloutStats(
+                signal_bytes=piece.nbytes + asked.signal_bytes, num_scored_rows=num, num_asked=asked.num_asked,
+                tail_mass=mean_tail_mass(piece),
+            )  # fmt: skip
         return Rollout(
-            rollout_id=job.task.rollout_id,
-            batch=job.task.batch,
-            stage=job.task.stage,
-            prompt_id=job.task.prompt.prompt_id,
-            origin=job.task.origin,
-            prompt_ids=job.task.prompt.token_ids.astype(np.int32),
+            rollout_id=task.rollout_id,
+            batch=task.batch,
+            stage=task.stage,
+            prompt_id=task.prompt.prompt_id,
+            origin=task.origin,
+            prompt_ids=task.prompt.token_ids.astype(np.int32),
             token_ids=ids.astype(np.int32),
             sources=np.full(num, Source.DATA, np.uint8),
             weight_versions=np.full(num, self.version, np.int32),
             statistic=nan,
             threshold=nan,
-            uncertainty=unc,
+            uncertainty=nan if unc is None else unc,
             signal=None if piece is None else self.reader.signal(piece),
             finish_reason="eos" if num and int(ids[-1]) in self.stop_ids else "length",
-            teacher=job.task.prompt.teacher,
+            teacher=task.prompt.teacher,
+            stats=stats,
         )
 
 

@@ -37,6 +37,37 @@ class Mode:
 
 
 @dataclass(slots=True)
+class Unsure:
+    """A settled token whose statistic lies in an interval."""
+
+    position: int  # in the session, of the teacher's row
+    low: float
+    high: float
+    forced: float  # the threshold that makes the rule remember what was decided
+    q_logits: torch.Tensor | None  # [V], the student's row, kept only while low < high
+
+    @property
+    def unsure(self) -> bool:
+        return self.low < self.high
+
+
+@dataclass(slots=True)
+class Past:
+    """A rule's memory as an interval, and the last few tokens that it is made of. Their exact statistics turn it into
+    the one memory that full rows would have given. All float64 [1, M]."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+    base_low: torch.Tensor  # before `tokens`
+    base_high: torch.Tensor
+    tokens: list[Unsure] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, memory: torch.Tensor) -> Past:
+        return cls(memory, memory, memory, memory)
+
+
+@dataclass(slots=True)
 class Row:
     """A completion in the making. `tokens` is prompt and completion; a model has read `*_len` of them."""
 
@@ -65,8 +96,12 @@ class Row:
     num_breaks: int = 0
     num_near_ties: int = 0
     teacher_positions: int = 0
-    num_rows: int = 0
     signal_bytes: int = 0
+    num_scored_rows: int = 0
+    num_undecided: int = 0
+    num_asked: int = 0
+    past: Past | None = None  # `signal: topk`, a rule with memory: what of it is not exact
+    approximate: bool = False
 
     @classmethod
     def start(cls, task: Task, mode: Mode, slot: int) -> Row:
@@ -136,7 +171,7 @@ class Row:
         self.signal.append(piece)
         self.num_signal += len(piece)
 
-    def rollout(self, signal_kind: str, signal_dtype: str, approximate: bool = False) -> Rollout:
+    def rollout(self, signal_kind: str, signal_dtype: str) -> Rollout:
         """The finished record."""
         num = self.t
         values = np.concatenate(self.signal) if self.signal else None
@@ -158,7 +193,7 @@ class Row:
             uncertainty=_floats(self.uncertainty, num),
             signal=signal,
             finish_reason=self.finish_reason,
-            approximate=approximate,
+            approximate=self.approximate,
             teacher=self.task.prompt.teacher,
             stats=RolloutStats(
                 num_rounds=self.num_rounds,
@@ -166,11 +201,19 @@ class Row:
                 num_breaks=self.num_breaks,
                 num_near_ties=self.num_near_ties,
                 teacher_positions=self.teacher_positions,
-                num_rows=self.num_rows,
                 signal_bytes=self.signal_bytes,
+                num_scored_rows=self.num_scored_rows,
+                num_undecided=self.num_undecided,
+                num_asked=self.num_asked,
+                tail_mass=mean_tail_mass(values) if values is not None and signal_kind == "topk" else 0.0,
                 time_s=time.monotonic() - self.started,
             ),
         )
+
+
+def mean_tail_mass(values: np.ndarray) -> float:
+    """Of compressed rows [n, 2 k + 2]."""
+    return float(np.ascontiguousarray(values[:, -2]).view(np.float32).mean(dtype=np.float64)) if len(values) else 0.0
 
 
 def _floats(values: list[float], num: int) -> np.ndarray:

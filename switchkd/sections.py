@@ -63,7 +63,14 @@ class Model(Section):
 
 class Teacher(Model):
     backend: Literal["hf"] = "hf"
-    signal: Literal["hidden", "full"] = "hidden"
+    signal: Literal["hidden", "full", "topk"] = "hidden"
+    """What it sends for each position: its hidden state, all its logits, or (for thin networks) its most likely ids,
+    with the mass and the entropy of the rest."""
+    signal_top_k: PositiveInt = 64
+    """With `topk`: how many ids."""
+    decide: Literal["interval", "coarse"] = "interval"
+    """With `topk`: `interval` decides what is certain and asks for the hidden state of the rest, so that the tokens are
+    those of whole rows; `coarse` takes the tail as one bin, asks nothing, and marks rollouts approximate."""
     replicas: PositiveInt = 1
     max_sessions: PositiveInt = 64
     lease_s: PositiveFloat = 600.0
@@ -168,6 +175,8 @@ class Loss(Section):
     """What a loss of your own (`my_file:my_loss`) takes."""
     lm_coef: float = Field(0.0, ge=0)
     """Adds this much cross-entropy on the labels of tokens that the data set wrote."""
+    approximate: bool = False
+    """With `teacher.signal: topk`: take this loss although its error from the tail has no bound."""
 
 
 class Mix(Section):

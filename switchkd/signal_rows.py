@@ -32,8 +32,17 @@ class SignalReader:
 
     def logits(self, values: np.ndarray) -> Tensor:
         """Signal rows [n, D] (or [n, V]) to float32 logits [n, V]."""
-        rows = hidden_from_signal(values, self.dtype, self.device)
-        if self.kind == "full":
+        return self._logits(values, self.kind, self.dtype)
+
+    def logits_of(self, answer: Signal) -> Tensor:
+        """Float32 logits [n, V] of an answer to a question, whose kind is not that of the signals."""
+        return self._logits(answer.values, answer.kind, answer.dtype)
+
+    def _logits(self, values: np.ndarray, kind: str, dtype: str) -> Tensor:
+        if kind == "topk":
+            raise RuntimeError("the top k of a row are not the row: ask the teacher for it (Teacher.exact)")
+        rows = hidden_from_signal(values, dtype, self.device)
+        if kind == "full":
             return rows.float()
         if self.head is None:
             raise RuntimeError("the teacher sends hidden states, but this process holds no output head of its")

@@ -28,7 +28,24 @@ def step_row(
         "rollout/near_ties": sum(report.num_near_ties for report in reports),
         "teacher/calls": sum(report.num_teacher_calls for report in reports),
         "teacher/signal_bytes": sum(report.signal_bytes for report in reports),
+        **_signal(reports),
         "replay/staleness_mean": sum(staleness) / len(staleness) if staleness else 0.0,
         "replay/staleness_max": max(staleness, default=0),
         "time/learn_s": result.time_s,
     }
+
+
+def _signal(reports: Sequence[WorkReport]) -> dict[str, float]:
+    """What the teacher's signal cost, and (`signal: topk`) what it left out: the share of tokens whose exact row was
+    needed to decide, that of exact rows for other ends, and the mean mass outside the top k."""
+    rows, tokens = sum(report.num_scored_rows for report in reports), sum(report.num_tokens for report in reports)
+    bytes_sent = sum(report.signal_bytes for report in reports)
+    found = {}
+    if rows:
+        found = {"teacher/bytes_per_row": bytes_sent / rows, "teacher/bytes_per_token": bytes_sent / max(tokens, 1)}
+    num = sum(report.num_topk_tokens for report in reports)
+    if num:
+        found["teacher/undecided_frac"] = sum(report.num_undecided for report in reports) / num
+        found["teacher/asked_frac"] = sum(report.num_asked for report in reports) / num
+        found["teacher/tail_mass"] = sum(report.tail_mass for report in reports) / num
+    return found

@@ -81,15 +81,25 @@ class Blocks:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Positions:
+    """A question for exact rows at single positions of what sessions hold. It changes nothing."""
+
+    session_ids: np.ndarray  # int64 [B], each once
+    positions: np.ndarray  # int32 [N], flat; the row of position i is the distribution of token i + 1
+    lengths: np.ndarray  # int32 [B], >= 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Signal:
-    """What the teacher says about some positions: its final hidden states, or whole rows of logits.
+    """What the teacher says about some positions: its final hidden states, whole rows of logits, or their top k.
 
     `kind` "hidden": values [N, D] in the teacher's dtype, to be multiplied with the teacher's output head.
     `kind` "full": values [N, V] float32 logits.
+    `kind` "topk": values int32 [N, 2 k + 2], ids and float32 bits (`algo/compressed.py`): 8 k + 8 bytes a row.
     """
 
     kind: str
-    dtype: str  # "float32", "float16" or "bfloat16" (then values are uint16)
+    dtype: str  # "float32", "float16", "bfloat16" (then values are uint16) or "int32"
     values: np.ndarray
     lengths: np.ndarray  # int32 [B], rows per session
 
@@ -138,8 +148,11 @@ class RolloutStats:
     num_breaks: int = 0  # blocks cut short by a token that differs from the proposed one
     num_near_ties: int = 0  # tokens whose two best scores lie within the stated tolerance
     teacher_positions: int = 0  # positions the teacher read, prompt excluded
-    num_rows: int = 0  # rows of signal the teacher sent for it
-    signal_bytes: int = 0  # bytes the teacher sent for it, rejected positions included
+    signal_bytes: int = 0  # bytes the teacher sent for it, rejected positions and answers to questions included
+    num_scored_rows: int = 0  # rows the teacher sent for it unasked, rejected positions included
+    num_undecided: int = 0  # `signal: topk`: exact rows asked for because an interval did not decide, ...
+    num_asked: int = 0  # ... and those asked for to draw the teacher's token, or for a token's own probability
+    tail_mass: float = 0.0  # `signal: topk`: the mean over its tokens of what the top k leave out
     time_s: float = 0.0
 
 
@@ -249,6 +262,11 @@ class WorkReport:
     num_near_ties: int
     signal_bytes: int
     time_s: float
+    num_scored_rows: int = 0
+    num_undecided: int = 0
+    num_asked: int = 0
+    tail_mass: float = 0.0  # summed over `num_topk_tokens` ...
+    num_topk_tokens: int = 0  # ... that carry a compressed row
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from switchkd.algo.losses import uncertainty
 from switchkd.algo.sampling import Purpose, Sampling, coin, draw
+from switchkd.certify import Verdict, certified, coarse_statistic
+from switchkd.questions import Briefs
 from switchkd.rows import Row
 from switchkd.types import Source
 
@@ -45,20 +47,23 @@ class Block:
     tokens: np.ndarray
     counts: np.ndarray
     by_teacher: bool
-    p_rows: Rows
+    p_rows: Rows  # `signal: topk`: made to draw from
     q_rows: Rows
+    briefs: Briefs | None = None  # `signal: topk`: what of the teacher's rows is known
 
     def of(self, members: list[int]) -> Block:
         """Of some rows only."""
         if len(members) == len(self.tokens):
             return self
         index = np.array(members)
+        briefs = None if self.briefs is None else self.briefs.of(index)
         return Block(
             tokens=self.tokens[index],
             counts=self.counts[index],
             by_teacher=self.by_teacher,
-            p_rows=lambda r, k: self.p_rows(index[r], k),
+            p_rows=(lambda r, k: self.p_rows(index[r], k)) if briefs is None else briefs.to_draw,
             q_rows=lambda r, k: self.q_rows(index[r], k),
+            briefs=briefs,
         )
 
 
@@ -94,7 +99,31 @@ def _settle(
     rows: list[Row], span: _Span, alive: np.ndarray, k: int, version: int, stop_ids: frozenset[int], note: Note | None
 ) -> np.ndarray:
     """Settle position k of rows `alive`: whether each settled token is the proposed one, bool [n]."""
-    mode, rule, block = rows[0].mode, rows[0].mode.rule, span.block
+    mode, block = rows[0].mode, span.block
+    t = np.array([rows[r].t for r in alive])
+    verdict = certified(rows, span, alive, k) if span.certifies else _measured(rows, span, alive, k)
+    owned = np.array([bool(want) and rows[r].teacher_may_write for r, want in zip(alive, verdict.wants, strict=True)])
+    proposed = block.tokens[alive, k]
+    tokens, differ = _tokens(rows, span, alive, k, owned, probe=note is not None and k == 0)
+    if note is not None:
+        note(t, owned, differ)
+    if mode.wants_uncertainty:
+        for r, value in zip(alive, span.uncertainty(alive, k, tokens).tolist(), strict=True):
+            rows[r].uncertainty.append(value)
+    near = (verdict.gap < NEAR_TIE).numpy()
+    for i, r in enumerate(alive):
+        row = rows[r]
+        row.memory = verdict.memory[i : i + 1]
+        row.statistic.append(float(verdict.seen[i]))
+        row.threshold.append(float(verdict.threshold[i]))
+        row.num_near_ties += int(near[i])
+        row.accept(int(tokens[i]), Source.TEACHER if owned[i] else Source.STUDENT, version, stop_ids)
+    return tokens == proposed
+
+
+def _measured(rows: list[Row], span: _Span, alive: np.ndarray, k: int) -> Verdict:
+    """Decide by the statistic itself."""
+    rule = rows[0].mode.rule
     memory = torch.cat([rows[r].memory for r in alive])
     t = torch.tensor([rows[r].t for r in alive])
     statistic = seen = span.statistic[alive, k - span.first]
@@ -104,25 +133,7 @@ def _settle(
     threshold = rule.threshold(t, rows[alive[0]].step, memory)
     memory = rule.update(memory, statistic, threshold)
     wants = (statistic > threshold).numpy()
-    owned = np.array([bool(want) and rows[r].teacher_may_write for r, want in zip(alive, wants, strict=True)])
-    proposed = block.tokens[alive, k]
-    tokens, differ = _tokens(rows, span, alive, k, owned, probe=note is not None and k == 0)
-    if note is not None:
-        note(t.numpy(), owned, differ)
-    if mode.wants_uncertainty:
-        p_logits = span.p_rows(alive, k)
-        values = uncertainty(p_logits, torch.from_numpy(tokens).to(p_logits.device))
-        for r, value in zip(alive, values.tolist(), strict=True):
-            rows[r].uncertainty.append(value)
-    near = ((seen - threshold).abs() < NEAR_TIE).numpy()
-    for i, r in enumerate(alive):
-        row = rows[r]
-        row.memory = memory[i : i + 1]
-        row.statistic.append(float(seen[i]))
-        row.threshold.append(float(threshold[i]))
-        row.num_near_ties += int(near[i])
-        row.accept(int(tokens[i]), Source.TEACHER if owned[i] else Source.STUDENT, version, stop_ids)
-    return tokens == proposed
+    return Verdict(wants=wants, seen=seen, threshold=threshold, gap=(seen - threshold).abs(), memory=memory)
 
 
 def _tokens(
@@ -145,7 +156,7 @@ def _tokens(
         if replaced and owned.any():
             tokens[owned] = _teacher_draws(rows, span, alive[owned], k, mode.rule.replacement)
     else:
-        drawn = owned | (probe and not replaced)
+        drawn = owned | (probe and not replaced and block.briefs is None)  # no question for curiosity's sake
         other = _teacher_draws(rows, span, alive[drawn], k, mode.rule.replacement if replaced else mode.purpose)
         tokens[owned] = other[owned[drawn]]
     differ[drawn] = other != own[drawn]
@@ -178,7 +189,8 @@ def draws(
 
 class _Span:
     """Both distributions of the live rows at the columns `first` to `first + SPAN`, and the rule's statistic there:
-    float64 [R, SPAN], NaN where nothing was proposed. A rule that reads no rows gets none."""
+    float64 [R, SPAN], NaN where nothing was proposed. A rule that reads no rows gets none. From compressed rows the
+    statistic lies between `low` and `high` (`certifies`), unless rollouts may be approximate."""
 
     def __init__(self, rows: list[Row], block: Block, alive: np.ndarray, first: int) -> None:
         self.rows, self.block, self.first = rows, block, first
@@ -189,7 +201,8 @@ class _Span:
         r, k = np.nonzero(live)
         self._place = np.full(live.shape, -1)
         self._place[r, k] = np.arange(len(r))
-        self._p = block.p_rows(r, first + k) if rule.needs_rows else None
+        brief = block.briefs is not None and rule.needs_rows
+        self._p = block.p_rows(r, first + k) if rule.needs_rows and not brief else None
         self._q = block.q_rows(r, first + k) if rule.needs_rows else None
         self._drawn: dict[int, int] = {}
         drafted = block.tokens[r, first + k]
@@ -198,11 +211,69 @@ class _Span:
             drafted = draws(rows, r, k, logits, mode.student, mode.purpose)
             self._drawn = dict(zip(self._place[r, k].tolist(), drafted.tolist(), strict=True))
         coins = coin(mode.seed, [rows[i].task.rollout_id for i in r], np.array([rows[i].t for i in r], int) + k)
-        values = rule.statistic(
-            p_logits=self._p, q_logits=self._q, drafted=torch.from_numpy(drafted), coins=torch.from_numpy(coins)
-        )
+        self._drafted, self._coins = torch.from_numpy(drafted), torch.from_numpy(coins)
         self.statistic = torch.full(live.shape, torch.nan, dtype=torch.float64)
+        self.certifies = brief and not self.briefs.coarse
+        if self.certifies:
+            self.low, self.high = self.statistic.clone(), self.statistic.clone()
+            self._place_ends(r, k)
+            return
+        for i in r if brief else ():
+            rows[i].approximate = True
+        if brief and self._q is not None:
+            row = self.briefs.briefs(r, first + k)
+            values = coarse_statistic(rule, row, self._q, self._drafted, self._coins)
+        else:
+            values = rule.statistic(p_logits=self._p, q_logits=self._q, drafted=self._drafted, coins=self._coins)
         self.statistic[r, k] = values.double().cpu()
+
+    @property
+    def briefs(self) -> Briefs:
+        assert self.block.briefs is not None
+        return self.block.briefs
+
+    def _place_ends(self, r: np.ndarray, k: np.ndarray) -> None:
+        """The cheap interval at every proposed position."""
+        rule = self.rows[0].mode.rule
+        row = self.briefs.briefs(r, self.first + k)
+        assert rule.interval is not None, f"rule {rule.name} has no interval form: build.check_topk refuses it"
+        ends = rule.interval(row=row, q_logits=self._q, drafted=self._drafted, tight=False)
+        self.low[r, k], self.high[r, k] = (end.double().cpu() for end in ends)
+
+    def ends(self, which: np.ndarray, k: int, *, tight: bool) -> tuple[Tensor, Tensor]:
+        """Between what the statistic of rows `which` at position k lies, float64 [n]."""
+        if not tight:
+            return self.low[which, k - self.first], self.high[which, k - self.first]
+        rule = self.rows[0].mode.rule
+        assert rule.interval is not None
+        row = self.briefs.briefs(which, np.full(len(which), k))
+        low, high = rule.interval(
+            row=row, q_logits=self.q_rows(which, k), drafted=self._drafted[self._at(which, k)], tight=True
+        )
+        return low.cpu(), high.cpu()
+
+    def measure(self, which: np.ndarray, k: int) -> Tensor:
+        """The statistic itself, from exact rows, float64 [n]."""
+        p_logits = self.briefs.exact(which, np.full(len(which), k), "undecided")
+        place = self._at(which, k)
+        statistic = self.rows[0].mode.rule.statistic(
+            p_logits=p_logits, q_logits=self.q_rows(which, k), drafted=self._drafted[place], coins=self._coins[place]
+        )
+        return statistic.double().cpu()
+
+    def uncertainty(self, which: np.ndarray, k: int, tokens: np.ndarray) -> Tensor:
+        """ATKD's UnC of the settled tokens, [n]."""
+        if self.block.briefs is not None:
+            return self.briefs.uncertainty(which, np.full(len(which), k), tokens)
+        p_logits = self.p_rows(which, k)
+        return uncertainty(p_logits, torch.from_numpy(tokens).to(p_logits.device))
+
+    def q_rows(self, which: np.ndarray, k: int) -> Tensor:
+        """The student's logits [n, V] at position k of rows `which`."""
+        return self._rows(self._q, self.block.q_rows, which, k)
+
+    def _at(self, which: np.ndarray, k: int) -> Tensor:
+        return torch.from_numpy(self._place[which, k - self.first])
 
     def p_rows(self, which: np.ndarray, k: int) -> Tensor:
         """The teacher's logits [n, V] at position k of rows `which`."""
@@ -215,10 +286,10 @@ class _Span:
         if self._drawn:
             return np.array([self._drawn[int(place)] for place in self._place[which, k - self.first]], np.int64)
         mode = self.rows[0].mode
-        logits = self._rows(self._q, self.block.q_rows, which, k)
+        logits = self.q_rows(which, k)
         return draws(self.rows, which, np.zeros(len(which), int), logits, mode.student, mode.purpose)
 
     def _rows(self, ready: Tensor | None, make: Rows, which: np.ndarray, k: int) -> Tensor:
         if ready is None:
             return make(which, np.full(len(which), k))
-        return ready[torch.from_numpy(self._place[which, k - self.first]).to(ready.device)]
+        return ready[self._at(which, k).to(ready.device)]

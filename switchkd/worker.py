@@ -6,7 +6,9 @@ In: tasks, or an `Exam`. Out: rollouts through `put`, or `EvalRow`s. Actors and 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -47,21 +49,33 @@ class Worker:
     def generate(self, tasks: Sequence[Task], put: Put) -> WorkReport:
         """Write all tasks; each finished rollout goes to `put` at once."""
         started, calls = time.monotonic(), self.rollouts.num_teacher_calls
-        tally = {"rollouts": 0, "tokens": 0, "teacher": 0, "ties": 0, "bytes": 0}
+        tally: Counter[str] = Counter()
+        tail = 0.0
 
         def emit(done: list[Rollout]) -> None:
+            nonlocal tail
             put(done)
             tally["rollouts"] += len(done)
             for rollout in done:
                 tally["tokens"] += rollout.num_tokens
                 tally["teacher"] += int((rollout.sources == Source.TEACHER).sum())
                 tally["ties"] += rollout.stats.num_near_ties
-                tally["bytes"] += rollout.stats.signal_bytes
+                stats = rollout.stats
+                tally["bytes"] += stats.signal_bytes
+                tally["rows"] += stats.num_scored_rows
+                tally["undecided"] += stats.num_undecided
+                tally["asked"] += stats.num_asked
+                if rollout.signal is not None and rollout.signal.kind == "topk":
+                    tally["topk"] += rollout.num_tokens
+                    tail += stats.tail_mass * rollout.num_tokens
 
         for stage in sorted({task.stage for task in tasks}):
             modes = self.modes[stage]
             part = [task for task in tasks if task.stage == stage]
-            self.rollouts.run([Job(task=t, mode=modes.of(t.origin), scored=modes.scored) for t in part], emit)
+            unc = modes.rollout.wants_uncertainty
+            self.rollouts.run(
+                [Job(task=t, mode=modes.of(t.origin), scored=modes.scored, wants_uncertainty=unc) for t in part], emit
+            )
         return WorkReport(
             worker=self.index,
             version=self.version,
@@ -72,6 +86,11 @@ class Worker:
             num_near_ties=tally["ties"],
             signal_bytes=tally["bytes"],
             time_s=time.monotonic() - started,
+            num_scored_rows=tally["rows"],
+            num_undecided=tally["undecided"],
+            num_asked=tally["asked"],
+            tail_mass=tail,
+            num_topk_tokens=tally["topk"],
         )
 
     def examine(self, exam: Exam) -> list[EvalRow]:
@@ -139,14 +158,14 @@ class Worker:
         num = len(task.prompt.reference_ids)
         if num == 0:
             return 0, 0, 0.0
-        (piece,) = self.rollouts.score_references([task])
+        signal = self.rollouts.exact_reference(task)
         ids = np.concatenate([task.prompt.token_ids, task.prompt.reference_ids]).astype(np.int32)
         student = self.rollouts.student
         hidden = student.extend(np.array([0]), np.array([0], np.int32), ids, np.array([len(ids)], np.int32))
         hidden = hidden[len(ids) - num - 1 : len(ids) - 1]
         agree, divergence = 0, 0.0
         for i in range(0, num, chunk):
-            p_logits = self.rollouts.reader.logits(piece[i : i + chunk])
+            p_logits = self.rollouts.reader.logits_of(replace(signal, values=signal.values[i : i + chunk]))
             q_logits = student.head.logits(hidden[i : i + chunk])
             agree += int(agreement(p_logits, q_logits).sum())
             divergence += float(per_row(forward_kl, p_logits, q_logits).sum())

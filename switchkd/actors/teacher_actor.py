@@ -15,7 +15,7 @@ from switchkd.actors.environment import Secrets, prepare
 from switchkd.assembly import make_teacher
 from switchkd.engines.heads import HeadArrays
 from switchkd.sections import Config
-from switchkd.types import Blocks, Sessions, Signal, WriteRequest, Written
+from switchkd.types import Blocks, Positions, Sessions, Signal, WriteRequest, Written
 
 
 @ray.remote(max_restarts=-1, max_task_retries=0)
@@ -31,13 +31,16 @@ class TeacherActor:
 
     def head(self) -> HeadArrays | None:
         """The output head for everybody who rebuilds rows; None when whole rows travel."""
-        return self.teacher.head().to_arrays() if self.signal == "hidden" else None
+        return None if self.signal == "full" else self.teacher.head().to_arrays()
 
     def open(self, sessions: Sessions) -> None:
         self.teacher.open(sessions)
 
     def score(self, blocks: Blocks) -> Signal:
         return self.teacher.score(blocks)
+
+    def exact(self, question: Positions) -> Signal:
+        return self.teacher.exact(question)
 
     def write(self, request: WriteRequest) -> Written:
         return self.teacher.write(request)

@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError
 
 from switchkd.engines.base import TeacherBusy, UnknownSession
 from switchkd.engines.heads import HeadArrays
-from switchkd.types import Blocks, Sessions, Signal, WriteRequest, Written
+from switchkd.types import Blocks, Positions, Sessions, Signal, WriteRequest, Written
 
 Ask = Callable[[Any, list[int]], Any]
 """(replica, which blocks) -> a reference to its answer."""
@@ -50,6 +50,29 @@ class TeacherRouter:
         answers = self._until_answered(blocks, lambda replica, some: replica.score.remote(_select(blocks, parts, some)))
         self._remember(blocks, parts)
         return _joined(answers)
+
+    def exact(self, question: Positions) -> Signal:
+        """As `score`; a lost session is opened elsewhere with all its tokens."""
+        parts = np.split(question.positions, np.cumsum(question.lengths)[:-1])
+        held = [len(self._tokens[session]) for session in question.session_ids.tolist()]
+        whole = Blocks(
+            session_ids=question.session_ids,
+            base_lens=np.array(held, np.int32),
+            first_rows=np.zeros(len(held), np.int32),
+            token_ids=np.zeros(0, np.int32),
+            lengths=np.zeros(len(held), np.int32),
+        )
+
+        def ask(replica: Any, some: list[int]) -> Any:
+            return replica.exact.remote(
+                Positions(
+                    session_ids=question.session_ids[some],
+                    positions=np.concatenate([parts[i] for i in some]).astype(np.int32),
+                    lengths=question.lengths[some],
+                )
+            )
+
+        return _joined(self._until_answered(whole, ask))
 
     def write(self, request: WriteRequest) -> Written:
         """As `score`. A repeated request gives the same tokens, so a lost replica costs time only."""

@@ -19,7 +19,7 @@ def chunked_loss(
     student_hidden: Tensor,
     student_head: Head,
     head_parameters: Sequence[Tensor],
-    teacher_logits: Callable[[slice], Tensor | None],
+    teacher_logits: Callable[[slice], Any],
     labels: Tensor,
     mask: Tensor,
     weights: Tensor,
@@ -30,7 +30,8 @@ def chunked_loss(
     """sum(weights * per-token loss), a differentiable scalar.
 
     `student_head(hidden [n, D], *head_parameters)` gives the student's rows [n, V] and `teacher_logits(slice)` the
-    teacher's (None for a loss without a teacher); each is called once per chunk, in order, and so is
+    teacher's (None for a loss without a teacher, compressed rows where the loss takes them); each is called once per
+    chunk, in order, and so is
     `loss(p_logits, q_logits, labels, mask, **extras)`, which gets the same slice of each tensor of `extras` ([N, ...]).
     N = 0 gives a zero that still reaches the hidden states and the head, so that every rank's hooks run.
     """

@@ -27,7 +27,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from switchkd.algo import divergence
+from switchkd.algo import bounds, divergence
+from switchkd.algo.compressed import TopK
 from switchkd.algo.sampling import Purpose
 
 _DIVERGENCES = {"kl": divergence.forward_kl, "reverse_kl": divergence.reverse_kl, "jsd": divergence.jsd}
@@ -55,6 +56,9 @@ class Rule:
     never: bool = False  # True: the teacher owns no token at all; nothing is measured
     settled: Callable[[Tensor], Tensor] | None = None  # memory [B, M] -> bool [B]: the teacher owns all that follows,
     # whatever the statistic; nothing is measured any more
+    interval: Callable[..., tuple[Tensor, Tensor]] | None = None  # of the statistic, from compressed rows (`signal:
+    # topk`): (row=TopK, q_logits=, drafted=, tight=bool) -> (low, high). For a rule whose threshold does not fall where
+    # a remembered statistic rises, and whose memory depends on the last memory_size statistics only
 
 
 def init_memory(rule: Rule, num: int) -> Tensor:
@@ -150,12 +154,18 @@ def jsd_threshold(
     return Rule(
         name="jsd_threshold",
         statistic=partial(_jsd, log_base=log_base),
+        interval=partial(_jsd_ends, log_base=log_base),
         threshold=partial(_tau, schedule=schedule, tau_0=tau_0, decay=decay, max_new_tokens=max_new_tokens or 0),
     )
 
 
 def _jsd(*, p_logits: Tensor, q_logits: Tensor, drafted: Tensor, coins: Tensor, log_base: float) -> Tensor:
     return divergence.per_row(divergence.jsd, p_logits, q_logits, log_base=log_base)
+
+
+def _jsd_ends(*, row: TopK, q_logits: Tensor, drafted: Tensor, tight: bool, log_base: float) -> tuple[Tensor, Tensor]:
+    low, high = bounds.jsd_interval(row, q_logits, tight=tight)
+    return low / math.log(log_base), high / math.log(log_base)
 
 
 def _tau(
@@ -192,6 +202,7 @@ def kl_spike(*, K: float = 3.0, L: int = 10, divergence: str = "kl", warm_up: st
     return Rule(
         name="kl_spike",
         statistic=partial(_divergence, name=divergence),
+        interval=_ENDS.get(divergence),
         threshold=partial(_spike, K=K, num_needed=L if warm_up == "full_window" else 1),
         update=_remember,
         memory_size=L + 2,
@@ -201,6 +212,14 @@ def kl_spike(*, K: float = 3.0, L: int = 10, divergence: str = "kl", warm_up: st
 
 def _divergence(*, p_logits: Tensor, q_logits: Tensor, drafted: Tensor, coins: Tensor, name: str) -> Tensor:
     return divergence.per_row(_DIVERGENCES[name], p_logits, q_logits)
+
+
+def _kl_ends(*, row: TopK, q_logits: Tensor, drafted: Tensor, tight: bool) -> tuple[Tensor, Tensor]:
+    return bounds.forward_kl_interval(row, q_logits)
+
+
+_ENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"kl": _kl_ends, "jsd": partial(_jsd_ends, log_base=math.e)}
+"""The reverse KL has no upper end."""
 
 
 def _spike(t: Tensor, step: int, memory: Tensor, *, K: float, num_needed: int) -> Tensor:
@@ -231,6 +250,7 @@ def outside_top_k(*, k: int = 25) -> Rule:
     return Rule(
         name="outside_top_k",
         statistic=_rank,
+        interval=_rank_ends,
         threshold=partial(_fixed, value=float(k)),
         replacement=Purpose.SKD,
         needs_draft=True,
@@ -244,6 +264,10 @@ def _rank(*, p_logits: Tensor, q_logits: Tensor | None, drafted: Tensor, coins: 
     lower_id = torch.arange(p_logits.shape[1], device=p_logits.device) < drafted
     before = (p_logits > own) | ((p_logits == own) & lower_id)
     return 1 + before.sum(dim=-1).double()
+
+
+def _rank_ends(*, row: TopK, q_logits: Tensor, drafted: Tensor, tight: bool) -> tuple[Tensor, Tensor]:
+    return bounds.rank_interval(row, drafted.to(row.ids.device), q_logits.shape[1])
 
 
 # --- over the training -----------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from switchkd.types import Blocks, Sessions, Signal, WeightBundle, WriteRequest, Written
+from switchkd.types import Blocks, Positions, Sessions, Signal, WeightBundle, WriteRequest, Written
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,10 @@ class Teacher(Protocol):
 
     def write(self, request: WriteRequest) -> Written:
         """Go on alone (see types.WriteRequest). Raises UnknownSession before anything is computed."""
+
+    def exact(self, question: Positions) -> Signal:
+        """Hidden states or whole rows of single positions, where `signal: topk` leaves something open. Raises
+        UnknownSession before anything is computed, ValueError for a position that a session does not hold."""
 
     def close(self, session_ids: np.ndarray) -> None:
         """Forget sessions; unknown ones are ignored."""

@@ -15,12 +15,18 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from switchkd.algo.compressed import compress, pack
 from switchkd.algo.sampling import Sampling, draw
 from switchkd.engines.base import TeacherBusy, UnknownSession
 from switchkd.engines.graphs import Capture
 from switchkd.engines.heads import LinearHead, head_of, signal_from_hidden
 from switchkd.engines.slot_model import SlotModel
-from switchkd.types import Blocks, Sessions, Signal, WeightBundle, WriteRequest, Written
+from switchkd.types import Blocks, Positions, Sessions, Signal, WeightBundle, WriteRequest, Written
+
+_KEPT_ROWS = 64
+"""Of each session, besides the last answer: AdaSwitch asks about the tokens of its window."""
+_ROWS_AT_ONCE = 64
+"""Whole rows that exist at the same time while they are compressed."""
 
 
 class HFStudent:
@@ -53,6 +59,16 @@ class _Session:
     tokens: np.ndarray  # int64, all that the caller ever appended and did not cut
     num_read: int  # so many of them are in the cache
     touched: float
+    first: int = 0  # position of the first of `rows`
+    rows: torch.Tensor | None = None  # [n, D], what was last answered, for questions about it (`signal: topk`)
+
+    def keep(self, first: int, rows: torch.Tensor) -> None:
+        """Rows from position `first` on were answered; earlier ones that adjoin them stay."""
+        num = len(rows)
+        if self.rows is not None and self.first <= first <= self.first + len(self.rows):
+            rows, first = torch.cat([self.rows[: first - self.first], rows]), self.first
+        surplus = max(len(rows) - max(_KEPT_ROWS, num), 0)
+        self.first, self.rows = first + surplus, rows[surplus:]
 
     def take(self, tokens: np.ndarray) -> None:
         """Opened again: a beginning of what is held changes nothing (a late repeat), anything else replaces it."""
@@ -60,7 +76,7 @@ class _Session:
         differ = np.flatnonzero(tokens[:size] != self.tokens[:size])
         common = int(differ[0]) if len(differ) else size
         if common < len(tokens):
-            self.tokens, self.num_read = tokens, min(self.num_read, common)
+            self.tokens, self.num_read, self.rows = tokens, min(self.num_read, common), None
 
 
 class HFTeacher:
@@ -70,14 +86,15 @@ class HFTeacher:
     """
 
     def __init__(self, model: Any, *, vocab_size: int, max_sessions: int, max_len: int, lease_s: float = 600.0,
-                 signal: Literal["hidden", "full"] = "hidden", prefill_chunk: int = 512,
+                 signal: Literal["hidden", "full", "topk"] = "hidden", top_k: int = 64, prefill_chunk: int = 512,
                  clock: Callable[[], float] = time.monotonic, capture: Capture | None = None) -> None:  # fmt: skip
         self.model, self.vocab_size, self.lease_s, self.kind = model, vocab_size, lease_s, signal
-        if signal == "hidden":
+        self.top_k = top_k
+        if signal != "full":
             head_of(model, vocab_size, model.dtype)  # an error belongs to the start, not to the first score
         self._slots = SlotModel(
             model, num_slots=max_sessions, max_len=max_len, prefill_chunk=prefill_chunk,
-            output="hidden" if signal == "hidden" else "logits", capture=capture,
+            output="logits" if signal == "full" else "hidden", capture=capture,
         )  # fmt: skip
         self._clock = clock
         self._head: LinearHead | None = None
@@ -94,7 +111,7 @@ class HFTeacher:
         return len(self._sessions)
 
     def head(self) -> LinearHead:
-        """The float32 output head that belongs to signals of kind "hidden"."""
+        """The float32 output head that belongs to hidden states."""
         return head_of(self.model, self.vocab_size)
 
     def open(self, sessions: Sessions) -> None:
@@ -118,8 +135,52 @@ class HFTeacher:
 
     def score(self, blocks: Blocks) -> Signal:
         """See Teacher. A session that does not reach `base_lens` counts as unknown."""
-        _, rows, lengths = self._read(blocks)
+        sessions, rows, lengths = self._read(blocks)
+        self._keep(sessions, rows, lengths, blocks)
         return self._signal(rows, lengths)
+
+    def exact(self, question: Positions) -> Signal:
+        """See Teacher. What was answered last is still here; older rows are read again."""
+        now = self._evict()
+        ids = question.session_ids.tolist()
+        if unknown := [i for i in ids if i not in self._sessions]:
+            raise UnknownSession(unknown)
+        found = []
+        for session_id, positions in zip(ids, _split(question.positions, question.lengths), strict=True):
+            session = self._sessions[session_id]
+            session.touched = now
+            if positions.min() < 0 or positions.max() >= len(session.tokens):
+                raise ValueError(f"session {session_id} has {len(session.tokens)} tokens, no row {positions.tolist()}")
+            last = session.first + (0 if session.rows is None else len(session.rows))
+            if session.rows is None or positions.min() < session.first or positions.max() >= last:
+                self._read_again(session_id, int(positions.min()))
+            assert session.rows is not None
+            found.append(session.rows[torch.from_numpy(positions - session.first).to(session.rows.device)])
+        rows = torch.cat(found)
+        if self.kind == "full":
+            return self._signal(rows, question.lengths)
+        values, dtype = signal_from_hidden(rows)
+        return Signal(kind="hidden", dtype=dtype, values=values, lengths=question.lengths.astype(np.int32))
+
+    def _read_again(self, session_id: int, first: int) -> None:
+        """All rows from `first` on, of the session as it stands."""
+        num = len(self._sessions[session_id].tokens)
+        blocks = Blocks(
+            session_ids=np.array([session_id]), base_lens=np.array([num]), first_rows=np.array([first]),
+            token_ids=np.zeros(0, np.int32), lengths=np.array([0]),
+        )  # fmt: skip
+        sessions, rows, _ = self._read(blocks)
+        sessions[0].first, sessions[0].rows = first, rows
+
+    def _keep(
+        self, sessions: list[_Session], rows: torch.Tensor, lengths: Sequence[int] | np.ndarray, blocks: Blocks
+    ) -> None:
+        """Questions come for compressed rows only, and mostly for what was just answered."""
+        if self.kind != "topk":
+            return
+        parts = rows.split(list(map(int, lengths)))
+        for session, part, first in zip(sessions, parts, blocks.first_rows, strict=True):
+            session.keep(int(first), part)
 
     def write(self, request: WriteRequest) -> Written:
         """See Teacher."""
@@ -154,7 +215,9 @@ class HFTeacher:
                 hidden[b].append(row)
         for session, part in zip(sessions, tokens, strict=True):
             session.tokens = np.append(session.tokens, part[-1])  # not read
-        signal = self._signal(torch.stack([row for part in hidden for row in part]), [len(part) for part in hidden])
+        answered, sizes = torch.stack([row for part in hidden for row in part]), [len(part) for part in hidden]
+        self._keep(sessions, answered, sizes, blocks)
+        signal = self._signal(answered, sizes)
         return Written(
             token_ids=np.concatenate([np.array(part, np.int32) for part in tokens]),
             lengths=np.array([len(part) for part in tokens], np.int32),
@@ -174,6 +237,8 @@ class HFTeacher:
         new = _split(blocks.token_ids, blocks.lengths)
         for session, base, start, tokens in zip(sessions, bases, starts, new, strict=True):
             session.tokens = np.concatenate([session.tokens[:base], tokens])
+            if session.rows is not None:
+                session.rows = session.rows[: max(int(base) - session.first, 0)]
             session.num_read, session.touched = int(start), now  # true even if reading fails
         slots = np.array([s.slot for s in sessions], np.int64)
         unread = np.concatenate([s.tokens[s.num_read :] for s in sessions])
@@ -183,6 +248,10 @@ class HFTeacher:
         return sessions, rows, ends - firsts
 
     def _signal(self, rows: torch.Tensor, lengths: Sequence[int] | np.ndarray) -> Signal:
+        if self.kind == "topk":
+            words = [pack(compress(self._logits(part), self.top_k)) for part in rows.split(_ROWS_AT_ONCE)]
+            values, dtype = signal_from_hidden(torch.cat(words))
+            return Signal(kind=self.kind, dtype=dtype, values=values, lengths=np.asarray(lengths, np.int32))
         values, dtype = signal_from_hidden(rows if self.kind == "hidden" else rows[:, : self.vocab_size].contiguous())
         return Signal(kind=self.kind, dtype=dtype, values=values, lengths=np.asarray(lengths, np.int32))
 

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from switchkd.algo.chunked import chunked_loss
+from switchkd.algo.compressed import TopK, concatenated, unpack
 from switchkd.algo.losses import atkd_weights, cross_entropy, forward_kl, token_weights
+from switchkd.algo.tail_losses import coarse
 from switchkd.batching import Batch, LossSpec
 from switchkd.engines.heads import LinearHead, final_hidden
 from switchkd.types import BatchPlan, Source
@@ -40,7 +42,7 @@ class OutputLayer(nn.Module):
         self.bias = getattr(layer, "bias", None)
         self.vocab_size, self.scale, self.softcap, self.chunk = vocab_size, scale, softcap, chunk
 
-    def forward(self, hidden: Tensor, *, teacher: Callable[[slice], Tensor | None], batch: Batch,
+    def forward(self, hidden: Tensor, *, teacher: Callable[[slice], Tensor | TopK | None], batch: Batch,
                 objective: Objective) -> Tensor:  # fmt: skip
         """[N, D] to the weighted sum of the losses."""
         weight: Tensor = self.weight
@@ -72,27 +74,43 @@ class Objective:
             num_easy = plan.num_loss_tokens - plan.num_hard
             self.weights = atkd_weights(mask, hard, num_easy=num_easy, num_hard=plan.num_hard)
             self.extras["hard"] = hard
+            self.extras["unc"] = batch.uncertainty
         if spec.lm_coef:
             # over all tokens of the step, whatever the other loss divides by
             share = spec.lm_coef / max(plan.num_loss_tokens, 1) / self.weights
             self.extras["lm_weight"] = torch.where(batch.sources == Source.DATA, share, 0.0)
 
-    def per_token(self, p_logits: Tensor | None, q_logits: Tensor, labels: Tensor, mask: Tensor,
+    def per_token(self, p_logits: Tensor | TopK | None, q_logits: Tensor, labels: Tensor, mask: Tensor,
                   *, lm_weight: Tensor | None = None, **extras: Tensor) -> Tensor:  # fmt: skip
         """What chunked_loss calls for each chunk."""
-        loss = self.spec.per_token(p_logits, q_logits, labels, mask, **self.spec.numbers, **extras)
+        loss = self._distance(p_logits, q_logits, labels, mask, extras)
         if not loss.requires_grad:  # a constant, of a user's own: ranks wait for each other in every backward pass
             loss = loss + 0 * q_logits.sum(-1)
         self._record("loss", loss)
         if p_logits is not None:
             with torch.no_grad():
-                kl = loss if self.spec.name == "forward_kl" else forward_kl(p_logits, q_logits, labels, mask)
+                if self.spec.name == "forward_kl":
+                    kl = loss
+                elif isinstance(p_logits, TopK):  # of the coarse-grained laws: from below
+                    kl = coarse(forward_kl, p_logits, q_logits, labels, mask)
+                else:
+                    kl = forward_kl(p_logits, q_logits, labels, mask)
             self._record("kl", kl)
         if lm_weight is None:
             return loss
         lm = cross_entropy(None, q_logits, labels, mask)
         self._record("lm", lm)
         return loss + lm_weight * lm
+
+    def _distance(
+        self, p: Tensor | TopK | None, q_logits: Tensor, labels: Tensor, mask: Tensor, extras: dict[str, Tensor]
+    ) -> Tensor:
+        if isinstance(p, TopK):
+            if self.spec.tail is None:
+                raise ValueError(f"loss {self.spec.name} takes whole rows, but the teacher sent its top k only")
+            return self.spec.tail(p, q_logits, labels, mask, **self.spec.numbers, **extras)
+        whole = {name: tensor for name, tensor in extras.items() if name != "unc"}
+        return self.spec.per_token(p, q_logits, labels, mask, **self.spec.numbers, **whole)
 
     def of(self, name: str) -> Tensor | None:
         """Per-token numbers seen in the forward pass, [N]: `loss`, `kl` (with a teacher), `lm` (with lm_coef)."""
@@ -123,13 +141,30 @@ class StudentModule(nn.Module):
         return self.output(states, teacher=teacher, batch=batch, objective=objective)
 
 
-def teacher_rows(batch: Batch, heads: Mapping[str, LinearHead], vocab_size: int) -> Callable[[slice], Tensor | None]:
-    """The teacher's logits for a slice of the loss tokens, float32 [n, V], made when asked for."""
+def teacher_rows(
+    batch: Batch, heads: Mapping[str, LinearHead], vocab_size: int
+) -> Callable[[slice], Tensor | TopK | None]:
+    """The teacher's logits for a slice of the loss tokens, float32 [n, V], made when asked for; compressed rows as they
+    are."""
+    kinds = {segment.kind for segment in batch.teacher}
+    if "topk" in kinds and len(kinds) > 1:
+        raise ValueError(
+            f"signals of kinds {sorted(kinds)} came in one batch; resume with the teacher.signal of before"
+        )
     for segment in batch.teacher:
         if segment.kind == "hidden" and segment.teacher not in heads:
             raise ValueError(
                 f"hidden states of teacher {segment.teacher!r} came in, the learner has heads of {sorted(heads)}"
             )
+
+    def values_of(tokens: slice) -> Tensor | TopK:
+        """Compressed rows."""
+        parts = [
+            unpack(segment.values[max(tokens.start - segment.start, 0) : tokens.stop - segment.start])
+            for segment in batch.teacher
+            if max(tokens.start, segment.start) < min(tokens.stop, segment.stop)
+        ]
+        return concatenated(parts)
 
     def rows_of(tokens: slice) -> Tensor | None:
         parts = []
@@ -142,6 +177,8 @@ def teacher_rows(batch: Batch, heads: Mapping[str, LinearHead], vocab_size: int)
             return torch.cat(parts)
         return None if batch.teacher else torch.zeros(0, vocab_size, device=batch.labels.device)
 
+    if "topk" in kinds:
+        return values_of
     return rows_of if batch.teacher or not len(batch.labels) else lambda _: None
 
 

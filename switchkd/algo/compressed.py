@@ -1,0 +1,171 @@
+"""Rows of a distribution cut to their k most likely ids and two numbers for the tail: `signal: topk`.
+
+In: logits [N, V]. Out: `TopK`, how it is packed for the wire, and the law that it and a student's row have on the k ids
+and one bin for all the rest (coarse-graining).
+
+Shapes: N rows, V vocabulary, K ids that are kept; S = the kept ids, T = the tail, the others.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """What travels of teacher rows p. Ids are ordered by probability, equal ones by id."""
+
+    ids: Tensor  # int64 [N, K]
+    logprobs: Tensor  # [N, K], ln p, not rising; rounded to float32
+    tail_mass: Tensor  # [N], P = sum_T p
+    tail_entropy: Tensor  # [N], H = -sum_T p ln p
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def of(self, rows: Tensor | slice) -> TopK:
+        return TopK(self.ids[rows], self.logprobs[rows], self.tail_mass[rows], self.tail_entropy[rows])
+
+
+def num_words(k: int) -> int:
+    """Four-byte words of a packed row: k ids, k log-probs, tail mass and tail entropy."""
+    return 2 * k + 2
+
+
+@torch.no_grad()
+def compress(logits: Tensor, k: int) -> TopK:
+    """Float rows [N, V] to their top min(k, V). Sums run in float64, so that the tail keeps its digits."""
+    k = min(k, logits.shape[1])
+    ids = first_ids(logits, k)
+    log_p = logits.double().log_softmax(dim=-1)
+    kept = log_p.gather(1, ids)
+    rest = log_p.scatter_(1, ids, -math.inf)
+    p = rest.exp()
+    entropy = -torch.xlogy(p, p).sum(dim=-1)
+    return TopK(ids, kept.float(), p.sum(dim=-1).float(), entropy.float())
+
+
+def pack(rows: TopK) -> Tensor:
+    """int32 [N, 2 K + 2]: ids, then the bits of float32 numbers (an integer array crosses every wire unchanged)."""
+    numbers = torch.cat([rows.logprobs, rows.tail_mass[:, None], rows.tail_entropy[:, None]], dim=1).float()
+    return torch.cat([rows.ids.int(), numbers.contiguous().view(torch.int32)], dim=1)
+
+
+def unpack(words: Tensor) -> TopK:
+    """What `pack` packed."""
+    k = (words.shape[1] - 2) // 2
+    numbers = words[:, k:].contiguous().view(torch.float32)
+    return TopK(words[:, :k].long(), numbers[:, :k], numbers[:, k], numbers[:, k + 1])
+
+
+def concatenated(parts: list[TopK]) -> TopK:
+    """All rows, in order; all parts have one K."""
+    return TopK(
+        torch.cat([part.ids for part in parts]),
+        torch.cat([part.logprobs for part in parts]),
+        torch.cat([part.tail_mass for part in parts]),
+        torch.cat([part.tail_entropy for part in parts]),
+    )
+
+
+def place_of(rows: TopK, token_ids: Tensor) -> Tensor:
+    """Where token_ids [N] stand among the kept ids: int64 [N], K where in the tail."""
+    hit = rows.ids == token_ids[:, None]
+    return torch.where(hit.any(dim=1), hit.int().argmax(dim=1), rows.ids.shape[1])
+
+
+def uncertainty(rows: TopK, token_ids: Tensor) -> Tensor:
+    """ATKD's UnC = 1 - p(token), summed over the other ids, float64 [N]; NaN where the token lies in the tail."""
+    place = place_of(rows, token_ids)
+    p = rows.logprobs.double().exp()
+    inside = place < p.shape[1]
+    others = p.scatter(1, place.clamp(max=p.shape[1] - 1)[:, None], 0.0).sum(dim=1) + rows.tail_mass.double()
+    return others.masked_fill(~inside, math.nan)
+
+
+def smeared(rows: TopK, width: int = 0) -> Tensor:
+    """Float32 log-probs [N, at least width] with the tail's mass spread evenly over the other places: for draws that
+    do not reach it (`draws_inside`), whose nucleus is cut by the whole row's mass. Wide enough for all ids, and for
+    the tail to stay below the k-th id."""
+    k = rows.ids.shape[1]
+    needed = (rows.tail_mass.double() / rows.logprobs[:, -1].double().exp().clamp(min=1e-12)).max()
+    width = max(width, int(rows.ids.max()) + 1, k + min(int(needed) + 2, 2**20) if bool(needed > 0) else 0)
+    level = (rows.tail_mass.double() / max(width - k, 1)).log() - 1e-6
+    out = level.float()[:, None].repeat(1, width)
+    return out.scatter(1, rows.ids, rows.logprobs.float())
+
+
+def draws_inside(rows: TopK, *, temperature: float, top_p: float, top_k: int) -> Tensor:
+    """Where the shaped distribution is certain to lie within the kept ids with every cut known, bool [N].
+
+    Tempered, the tail's mass sum_T p^(1/T) lies between 0 and c^(1/T - 1) P (T <= 1), c = the smallest kept p. The
+    nucleus is certain where both ends cut at the same id, no cut within rounding.
+    """
+    num, k = rows.ids.shape
+    device = rows.ids.device
+    if temperature == 0 or bool((rows.tail_mass == 0).all()):
+        return torch.ones(num, dtype=torch.bool, device=device)
+    if 0 < top_k <= k and top_p == 1:
+        return torch.ones(num, dtype=torch.bool, device=device)
+    if top_p == 1 or top_k > k or temperature > 1:
+        return torch.zeros(num, dtype=torch.bool, device=device)
+    log_p = rows.logprobs.double()
+    mass = (log_p / temperature).exp()[:, : top_k or k]
+    before = mass.cumsum(dim=1) - mass
+    low = mass.sum(dim=1, keepdim=True)
+    extra = 0.0 if top_k else (log_p[:, -1:] * (1 / temperature - 1)).exp() * rows.tail_mass.double()[:, None]
+    lowest = low if temperature < 1 or top_k else low + extra  # at temperature 1 the tail's mass is known
+    sizes = [(before < top_p * total * (1 + slack)).sum(1) for total, slack in ((lowest, -1e-5), (low + extra, 1e-5))]
+    reached = (low >= top_p * (low + extra) * (1 + 1e-5))[:, 0]
+    return (sizes[0] == sizes[1]) & (reached | torch.tensor(bool(top_k), device=device))
+
+
+def coarse_grain(rows: TopK, q_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """ln p and ln q on the kept ids and one bin for the tail, both [N, K + 1]; differentiable in q_logits [N, V]."""
+    dtype = torch.promote_types(q_logits.dtype, torch.float32)
+    q_logits = q_logits.to(dtype)
+    inside = q_logits.gather(1, rows.ids)
+    rest = tail_of(q_logits, rows.ids).logsumexp(dim=-1, keepdim=True)
+    p = torch.cat([rows.logprobs, rows.tail_mass[:, None].log()], dim=1).to(dtype)
+    return p, torch.cat([inside, rest], dim=1).log_softmax(dim=-1)
+
+
+def coarse_grain_around(rows: TopK, q_logits: Tensor, token_ids: Tensor, unc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `coarse_grain` with a bin of its own for a token of the tail: ln p and ln q [N, K + 2], and where each token
+    stands there, int64 [N]. `unc` [N] is 1 - p(token), read for tokens of the tail only."""
+    dtype = torch.promote_types(q_logits.dtype, torch.float32)
+    q_logits = q_logits.to(dtype)
+    k = rows.ids.shape[1]
+    place = place_of(rows, token_ids)
+    outside = (place == k)[:, None]
+    none = torch.finfo(dtype).min
+    own = q_logits.gather(1, token_ids[:, None]).masked_fill(~outside, none)
+    rest = tail_of(tail_of(q_logits, rows.ids), token_ids[:, None]).logsumexp(dim=-1, keepdim=True)
+    q = torch.cat([q_logits.gather(1, rows.ids), own, rest], dim=1).log_softmax(dim=-1)
+    p_own = torch.where(outside[:, 0], (1 - unc.double()).clamp(min=0), 0.0)
+    p_rest = (rows.tail_mass.double() - p_own).clamp(min=0)
+    p = torch.cat([rows.logprobs.double(), p_own[:, None].log(), p_rest[:, None].log()], dim=1).to(dtype)
+    return p, q, place
+
+
+def tail_of(logits: Tensor, ids: Tensor) -> Tensor:
+    """Logits without `ids`: the most negative number stands there, which is finite where a row has no tail at all, so
+    that no gradient becomes NaN."""
+    return logits.scatter(1, ids, torch.finfo(logits.dtype).min)
+
+
+def first_ids(logits: Tensor, k: int) -> Tensor:
+    """The first k ids of rows [N, V] by value, equal ones by id. `topk` by itself takes any of those that tie."""
+    values, ids = logits.topk(k, dim=1)
+    last = values[:, -1:]
+    for row in torch.nonzero((logits >= last).sum(dim=1) > k)[:, 0].tolist():
+        above = torch.nonzero(logits[row] > last[row])[:, 0]
+        level = torch.nonzero(logits[row] == last[row])[: k - len(above), 0]
+        ids[row] = torch.cat([above, level])
+    ids = ids.sort(dim=1).values
+    order = logits.gather(1, ids).sort(dim=1, descending=True, stable=True).indices
+    return ids.gather(1, order)

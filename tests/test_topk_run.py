@@ -1,0 +1,126 @@
+"""Whole runs with `teacher.signal: topk`, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from runs import config, furnish, rollouts, steps
+
+from switchkd import preflight
+from switchkd.config import ConfigError
+from switchkd.rollout_io import load_rollouts, save_rollouts
+from switchkd.run import train
+
+torch.set_num_threads(1)
+TOPK = {"path": "teacher", "signal": "topk", "signal_top_k": 16}
+SWITCH = {
+    "name": "switch", "steps": 6, "mix": {"rollout": 0.5, "dataset": 0.5},
+    "rule": {"type": "switch", "half_life": 6}, "loss": {"type": "forward_kl"},
+}  # fmt: skip
+ADASWITCH = {
+    "name": "adaswitch", "steps": 2, "mix": {"rollout": 0.75, "dataset": 0.25},
+    "rule": {"type": "adaswitch", "window": 2, "factor": 1.05, "warm_up": "available"}, "loss": {"type": "atkd"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return furnish(tmp_path_factory.mktemp("topk"))
+
+
+def a_config(place: Path, monkeypatch, stages, **sections):  # type: ignore[no-untyped-def]
+    monkeypatch.chdir(place)
+    return config(place, stages, **{"teacher": TOPK, **sections})
+
+
+def test_a_run_learns_and_says_what_it_cost(place: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """SWITCH and AdaSwitch, forward KL and ATKD: the loss falls, the rollouts of the first steps are those of
+    `signal: hidden`, and shares, tails and bytes stand in the metrics; evaluation reads exact rows."""
+    evaluation = {"data": "./data.jsonl", "num_prompts": 4, "max_new_tokens": 8}
+    made = a_config(place, monkeypatch, [SWITCH, ADASWITCH], run={"dir": "one"}, eval=evaluation)
+    train(made)
+    rows = steps(place / "one")
+    assert len(rows) == 8
+    losses = [row["loss/kl"] for row in rows[:6]]
+    assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+    for row in rows:
+        assert 0 <= row["teacher/undecided_frac"] <= 1 and 0 < row["teacher/tail_mass"] < 1
+        assert row["teacher/bytes_per_row"] > 0 and row["teacher/bytes_per_token"] > 0
+    train(a_config(place, monkeypatch, [SWITCH, ADASWITCH], run={"dir": "two"}, teacher={"path": "teacher"}))
+    ours, theirs = rollouts(place / "one"), rollouts(place / "two")
+    first = [i for i, (_, _, step) in theirs.items() if step == 0]
+    assert first and all(ours[i] == theirs[i] for i in first), "before the first update the students are equal"
+    assert all("teacher/undecided_frac" not in row for row in steps(place / "two"))
+
+
+def test_resume(place: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """A run that stopped at a checkpoint goes on to what an unbroken one is."""
+    train(a_config(place, monkeypatch, [SWITCH], run={"dir": "whole"}))
+    short = a_config(place, monkeypatch, [SWITCH], run={"dir": "broken"})
+    calls = {"n": 0}
+    from switchkd.assembly import LearnerRank
+
+    step = LearnerRank.step
+
+    def breaks(self, plan, lr):  # type: ignore[no-untyped-def]
+        calls["n"] += 1
+        if calls["n"] == 5:
+            raise RuntimeError("power cut")
+        return step(self, plan, lr)
+
+    monkeypatch.setattr(LearnerRank, "step", breaks)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(short)
+    monkeypatch.setattr(LearnerRank, "step", step)
+    train(short, resume=True)
+    assert rollouts(place / "broken") == rollouts(place / "whole")
+    for ours, theirs in zip(steps(place / "broken"), steps(place / "whole"), strict=True):
+        assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-4)
+
+
+def test_rollouts_keep_their_rows_on_disk(tmp_path: Path) -> None:
+    """Saved and loaded, compressed rows are bit for bit what they were."""
+    from test_topk import RULES, mode, write
+
+    found, _ = write(mode(RULES["switch"]), range(5), k=6)
+    save_rollouts(tmp_path / "some.safetensors", list(found.values()))
+    for back in load_rollouts(tmp_path / "some.safetensors"):
+        was = found[back.rollout_id]
+        assert was.signal is not None and back.signal is not None
+        assert back.signal.kind == "topk" and back.signal.dtype == "int32" and back.stats == was.stats
+        assert (back.signal.values == was.signal.values).all() and back.signal.values.dtype == was.signal.values.dtype
+
+
+REFUSED = {
+    "reverse-statistic": ({"rule": {"type": "adaswitch", "divergence": "reverse_kl"}}, {}, "decide=coarse"),
+    "own-rule": ({"rule": {"type": "own_rules:steady"}}, {}, "own_rules:steady"),
+    "reverse-kl": ({"loss": {"type": "reverse_kl"}}, {}, "loss.approximate=true"),
+    "skewed": ({"loss": {"type": "skew_reverse_kl"}}, {}, "skew_reverse_kl"),
+    "atkd-reverse": ({"loss": {"type": "atkd", "direction": "reverse"}}, {}, "direction reverse"),
+    "zero": ({}, {"signal_top_k": 0}, "signal_top_k=0"),
+    "word": ({}, {"decide": "maybe"}, "decide='maybe'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_in_one_line(place: Path, monkeypatch, name: str) -> None:  # type: ignore[no-untyped-def]
+    """What cannot be certified or bounded is refused before anything starts; the remedy named there is taken."""
+    stage, teacher, said = REFUSED[name]
+    (place / "own_rules.py").write_text(
+        "from switchkd.algo.switching import Rule, jsd_threshold\n"
+        "import dataclasses\n"
+        "def steady():\n    return dataclasses.replace(jsd_threshold(schedule='constant'), interval=None)\n"
+    )
+    stages = [{"name": "one", "steps": 1, **stage}]
+    with pytest.raises(ConfigError, match=said.replace("[", r"\[")) as raised:
+        preflight.check(a_config(place, monkeypatch, stages, teacher={**TOPK, **teacher}))
+    assert "\n" not in str(raised.value)
+    if "loss" in stage:
+        stages[0]["loss"] = {**stage["loss"], "approximate": True}
+        preflight.check(a_config(place, monkeypatch, stages))
+    if "rule" in stage:
+        preflight.check(a_config(place, monkeypatch, stages, teacher={**TOPK, "decide": "coarse"}))
+        preflight.check(a_config(place, monkeypatch, stages, teacher={"path": "teacher"}))
