@@ -122,7 +122,7 @@ class Briefs:
         if full is None:
             return out
         both = full.new_empty(len(rows), out.shape[1])
-        both[torch.from_numpy(inside)], both[torch.from_numpy(~inside)] = out, full
+        both[torch.from_numpy(inside)], both[torch.from_numpy(~inside)] = out.to(full.device), full
         return both
 
     def uncertainty(self, rows: np.ndarray, positions: np.ndarray, token_ids: np.ndarray) -> Tensor:

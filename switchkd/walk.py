@@ -221,7 +221,7 @@ class _Span:
         for i in r if brief else ():
             rows[i].approximate = True
         if brief and self._q is not None:
-            row = self.briefs.briefs(r, first + k)
+            row = self.briefs.briefs(r, first + k).to(self._q.device)
             values = coarse_statistic(rule, row, self._q, self._drafted, self._coins)
         else:
             values = rule.statistic(p_logits=self._p, q_logits=self._q, drafted=self._drafted, coins=self._coins)
@@ -235,8 +235,9 @@ class _Span:
     def _place_ends(self, r: np.ndarray, k: np.ndarray) -> None:
         """The cheap interval at every proposed position."""
         rule = self.rows[0].mode.rule
-        row = self.briefs.briefs(r, self.first + k)
         assert rule.interval is not None, f"rule {rule.name} has no interval form: build.check_topk refuses it"
+        assert self._q is not None, "a rule with an interval reads rows"
+        row = self.briefs.briefs(r, self.first + k).to(self._q.device)
         ends = rule.interval(row=row, q_logits=self._q, drafted=self._drafted, tight=False)
         self.low[r, k], self.high[r, k] = (end.double().cpu() for end in ends)
 
@@ -246,10 +247,9 @@ class _Span:
             return self.low[which, k - self.first], self.high[which, k - self.first]
         rule = self.rows[0].mode.rule
         assert rule.interval is not None
-        row = self.briefs.briefs(which, np.full(len(which), k))
-        low, high = rule.interval(
-            row=row, q_logits=self.q_rows(which, k), drafted=self._drafted[self._at(which, k)], tight=True
-        )
+        q_logits = self.q_rows(which, k)
+        row = self.briefs.briefs(which, np.full(len(which), k)).to(q_logits.device)
+        low, high = rule.interval(row=row, q_logits=q_logits, drafted=self._drafted[self._at(which, k)], tight=True)
         return low.cpu(), high.cpu()
 
     def measure(self, which: np.ndarray, k: int) -> Tensor:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from runs import config, furnish, rollouts, steps
+from tiny import NUM_TOKENS, tiny_model
 
 from switchkd import preflight
+from switchkd.actors import teacher_router
 from switchkd.config import ConfigError
+from switchkd.engines.hf_engine import HFTeacher
 from switchkd.rollout_io import load_rollouts, save_rollouts
 from switchkd.run import train
+from switchkd.types import Blocks, Positions, Sessions
 
 torch.set_num_threads(1)
 TOPK = {"path": "teacher", "signal": "topk", "signal_top_k": 16}
@@ -124,3 +130,46 @@ def test_refused_in_one_line(place: Path, monkeypatch, name: str) -> None:  # ty
     if "rule" in stage:
         preflight.check(a_config(place, monkeypatch, stages, teacher={**TOPK, "decide": "coarse"}))
         preflight.check(a_config(place, monkeypatch, stages, teacher={"path": "teacher"}))
+
+
+class _Remote:
+    """A replica whose calls are thunks, run by the stand-in for ray.get."""
+
+    def __init__(self, teacher) -> None:  # type: ignore[no-untyped-def]
+        self._teacher = teacher
+
+    def __getattr__(self, name: str):  # type: ignore[no-untyped-def]
+        method = getattr(self._teacher, name)
+        return SimpleNamespace(remote=lambda *args: lambda: method(*args))
+
+
+def test_router_passes_questions_on(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Questions go to the sessions' replicas and come back in order; a lost session is opened again with all its
+    tokens, and answers the same."""
+    monkeypatch.setattr(teacher_router.ray, "get", lambda thunk: thunk())
+    replicas = [
+        HFTeacher(tiny_model("llama"), vocab_size=NUM_TOKENS, max_sessions=2, max_len=64, signal="topk", top_k=4)
+        for _ in range(2)
+    ]
+    router = teacher_router.TeacherRouter([_Remote(replica) for replica in replicas])
+    ids = np.random.default_rng(0).integers(5, NUM_TOKENS, (3, 12)).astype(np.int32)
+    names = np.array([5, 6, 7])
+    for i in range(3):
+        one = np.array([8], np.int32)
+        router.open(Sessions(session_ids=names[i : i + 1], token_ids=ids[i, :8], lengths=one))
+    lens = np.full(3, 8, np.int32)
+    router.score(
+        Blocks(session_ids=names, base_lens=lens, first_rows=lens - 1, token_ids=ids[:, 8:].ravel(), lengths=lens - 4)
+    )
+    question = Positions(
+        session_ids=names[[2, 0, 1]], positions=np.array([11, 9, 3, 8], np.int32), lengths=np.array([1, 2, 1], np.int32)
+    )
+    first = router.exact(question)
+    assert first.kind == "hidden" and first.lengths.tolist() == [1, 2, 1]
+    for replica in replicas:
+        replica.close(names)
+    again = router.exact(question)
+    np.testing.assert_allclose(again.values, first.values, atol=1e-5)
+    clean = tiny_model("llama").model(torch.from_numpy(ids[[2, 0, 1]].astype(np.int64))).last_hidden_state
+    wanted = torch.stack([clean[0, 11], clean[1, 9], clean[1, 3], clean[2, 8]])
+    np.testing.assert_allclose(first.values, wanted.numpy(), atol=1e-5)

@@ -30,6 +30,11 @@ class TopK:
     def of(self, rows: Tensor | slice) -> TopK:
         return TopK(self.ids[rows], self.logprobs[rows], self.tail_mass[rows], self.tail_entropy[rows])
 
+    def to(self, device: torch.device) -> TopK:
+        """Beside the student's rows."""
+        parts = (self.ids, self.logprobs, self.tail_mass, self.tail_entropy)
+        return TopK(*(part.to(device) for part in parts))
+
 
 def num_words(k: int) -> int:
     """Four-byte words of a packed row: k ids, k log-probs, tail mass and tail entropy."""
