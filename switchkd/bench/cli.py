@@ -45,9 +45,10 @@ def switching(
     """Tokens per second of switched generation, by rule and by who leads."""
     _check(device, dtype, json)
     from switchkd.bench.models import resolve
-    from switchkd.bench.switching import run
 
     pair = resolve(teacher, student)
+    from switchkd.bench.switching import run
+
     rules = rule or ["switch", "adaswitch", "student", "teacher"]
     table = run(
         smoke=smoke, repeats=repeats or (1 if smoke else 5), device=device, dtype=dtype,

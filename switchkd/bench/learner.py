@@ -75,8 +75,8 @@ def run(*, smoke: bool, repeats: int, device: str, dtype: str, threads: int | No
 
 
 _REMARKS = (
-    "Memory: the most that a step takes beyond weights and their gradients, which are there before. Beside it, what one "
-    "copy of the logits of both models would take.",
+    "Memory: the most that a step takes beyond weights and their gradients, which are there before. Beside it, what "
+    "one copy of the logits of both models would take.",
     "Gradient: the largest relative distance of any parameter's gradient from the naive one, in the Euclidean norm.",
 )
 

@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from typing import Any
 
-from switchkd.bench.memory import Gauge
+from switchkd.bench.processes import Gauge
 from switchkd.config import ConfigError
 
 

@@ -93,8 +93,8 @@ def run(
 
 def _remarks() -> tuple[str, ...]:
     return (
-        "Memory: the most that was resident beyond the imported libraries, models included; on Ray over all processes, "
-        "its own services with them, pages they share counted once each.",
+        "Memory: the most that was resident beyond the imported libraries, models included; on Ray of all processes, "
+        "its own services and all their libraries with them, shared pages counted once each.",
         "In bfloat16 switchkd trains bfloat16 weights with float32 masters, TRL float32 weights under autocast (its "
         "default); both teachers are bfloat16. TRL runs without gradient checkpointing (its default is with).",
         "The first losses are of the same prompts and weights, but of other random completions.",

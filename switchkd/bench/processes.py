@@ -1,8 +1,8 @@
-"""How much memory a piece of work takes at most, in this process and those that it started.
+"""Memory and CPU time of this process and of those that it started.
 
-CPU: the kernel's high-water mark of resident memory above what was resident before. Trap: `ru_maxrss` is no such mark
-in a process that another one started, since it begins with what its parent held; `VmHWM` is the process's own, and can
-be set back. CUDA: the allocator's own peak.
+Memory on a CPU: the kernel's high-water mark of resident memory above what was resident before. Trap: `ru_maxrss` is no
+such mark in a process that another one started, since it begins with what its parent held; `VmHWM` is the process's
+own, and can be set back. On CUDA it is the allocator's own peak.
 """
 
 from __future__ import annotations
@@ -48,6 +48,16 @@ def descendants() -> list[int]:
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
     return sorted(found - {os.getpid()})
+
+
+def cpu_seconds() -> float:
+    """CPU time that the living ones have used so far."""
+    ticks = 0
+    for pid in (os.getpid(), *descendants()):
+        with suppress(OSError, IndexError, ValueError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _kilobytes(pid: int, key: str) -> int:
