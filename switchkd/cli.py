@@ -1,4 +1,4 @@
-"""The door: `switchkd train`, `eval`, `rollout`, `export`, `init-student`, `fetch-demo`.
+"""The door: `switchkd train`, `eval`, `rollout`, `export`, `bench`, `init-student`, `fetch-demo`.
 
 In: a command line. Out: an exit code: 0, 2 for what the user can mend (one line on stderr), 143 for a run that SIGTERM
 stopped and that can go on, 1 for everything else (its traceback goes to the run's `logs/`, or to the terminal with
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from switchkd import __version__
+from switchkd.bench.cli import app as bench
 
 if TYPE_CHECKING:
     from switchkd.sections import Config
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="switchkd", add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
 )
+app.add_typer(bench, name="bench")
 STOPPED = 128 + 15
 """Exit code of a run that SIGTERM ended: what waits for the command must not take it for finished."""
 

@@ -1,0 +1,180 @@
+"""The door of the benches: `switchkd bench switching|trainer|learner|weights|scale|overlap`.
+
+In: a command line. Out: one table on stdout, and as JSON where asked for. A bench that lacks the device, a model or a
+peer says so in one line (ConfigError, exit code 2). Imports nothing heavy until a command runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from switchkd.bench.table import Table
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the table as JSON.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="As small as it goes: does it work? The numbers mean nothing.")]
+Repeats = Annotated[int | None, typer.Option(min=1, help="Measured runs per side.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of every side. Default: all cores.")]
+Teacher = Annotated[str, typer.Option(help="Model folder, hub name, or `demo`.")]
+Student = Annotated[str, typer.Option(help="Model folder or hub name; a number of layers cuts it out of the teacher.")]
+
+
+@app.callback()
+def _root() -> None:
+    """Measure switchkd, and hold it against others, on this machine."""
+
+
+@app.command()
+def switching(
+    smoke: Smoke = False,
+    repeats: Repeats = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    teacher: Teacher = "demo",
+    student: Student = "12",
+    rule: Annotated[list[str] | None, typer.Option(help="Rules to measure; may be repeated.")] = None,
+    json: Json = None,
+) -> None:
+    """Tokens per second of switched generation, by rule and by who leads."""
+    _check(device, dtype, json)
+    from switchkd.bench.models import resolve
+
+    pair = resolve(teacher, student)
+    from switchkd.bench.switching import run
+
+    rules = rule or ["switch", "adaswitch", "student", "teacher"]
+    table = run(
+        smoke=smoke, repeats=repeats or (1 if smoke else 5), device=device, dtype=dtype,
+        teacher=pair.teacher, student=pair.student, rules=rules,
+    )  # fmt: skip
+    _finish(table, json)
+
+
+@app.command()
+def trainer(
+    smoke: Smoke = False,
+    repeats: Repeats = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    threads: Threads = None,
+    teacher: Teacher = "demo",
+    student: Student = "12",
+    batch: Annotated[int, typer.Option(min=1, help="Samples of one step.")] = 8,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each completion.")] = 64,
+    loss: Annotated[str, typer.Option(help="forward_kl, reverse_kl or jsd.")] = "forward_kl",
+    ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Measure switchkd on a private Ray cluster too.")] = True,
+    json: Json = None,
+) -> None:
+    """A whole on-policy step of switchkd and of TRL's DistillationTrainer: samples/s and peak memory."""
+    _check(device, dtype, json)
+    from switchkd.bench.models import resolve
+    from switchkd.bench.trainer import run
+
+    table = run(
+        pair=resolve(teacher, student), smoke=smoke, repeats=repeats or (1 if smoke else 5), device=device, dtype=dtype,
+        threads=threads, batch=batch, new_tokens=new_tokens, loss=loss, on_ray=ray,
+    )  # fmt: skip
+    _finish(table, json)
+
+
+@app.command()
+def learner(
+    smoke: Smoke = False,
+    repeats: Repeats = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    threads: Threads = None,
+    json: Json = None,
+) -> None:
+    """Step time and peak memory of the loss, ours, naive and TRL's, for growing completions and vocabularies."""
+    _check(device, dtype, json)
+    from switchkd.bench.learner import run
+
+    _finish(run(smoke=smoke, repeats=repeats or (1 if smoke else 3), device=device, dtype=dtype, threads=threads), json)
+
+
+@app.command()
+def weights(
+    smoke: Smoke = False,
+    repeats: Repeats = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    threads: Threads = None,
+    teacher: Teacher = "demo",
+    student: Student = "12",
+    json: Json = None,
+) -> None:
+    """From the learner's weights to a rollout worker that writes with them, in one process and through Ray."""
+    _check(device, dtype, json)
+    from switchkd.bench.models import resolve
+    from switchkd.bench.weights import run
+
+    pair = resolve(teacher, student)
+    table = run(
+        student=pair.student, smoke=smoke, repeats=repeats or (1 if smoke else 7), device=device, dtype=dtype,
+        threads=threads,
+    )  # fmt: skip
+    _finish(table, json)
+
+
+@app.command()
+def scale(
+    smoke: Smoke = False,
+    repeats: Repeats = None,
+    student_ms: Annotated[float, typer.Option(min=0, help="Sleep of one student call.")] = 10.0,
+    teacher_ms: Annotated[float, typer.Option(min=0, help="Sleep of one teacher call.")] = 20.0,
+    json: Json = None,
+) -> None:
+    """Throughput by number of rollout workers and teachers: the real actors, with models that sleep."""
+    _check("cpu", "float32", json)
+    from switchkd.bench.scale import run
+
+    table = run(
+        smoke=smoke, repeats=repeats or (1 if smoke else 3), student_s=student_ms / 1e3, teacher_s=teacher_ms / 1e3
+    )
+    _finish(table, json)
+
+
+@app.command()
+def overlap(
+    smoke: Smoke = False,
+    repeats: Repeats = None,
+    student_ms: Annotated[float, typer.Option(min=0, help="Sleep of one student call.")] = 10.0,
+    teacher_ms: Annotated[float, typer.Option(min=0, help="Sleep of one teacher call.")] = 20.0,
+    learner_ms: Annotated[float, typer.Option(min=0, help="Sleep of one optimizer step.")] = 600.0,
+    json: Json = None,
+) -> None:
+    """Steps per second of the whole loop by replay.max_staleness: the real program, with models that sleep."""
+    _check("cpu", "float32", json)
+    from switchkd.bench.overlap import run
+
+    table = run(
+        smoke=smoke, repeats=repeats or (1 if smoke else 3), student_s=student_ms / 1e3, teacher_s=teacher_ms / 1e3,
+        learner_s=learner_ms / 1e3,
+    )  # fmt: skip
+    _finish(table, json)
+
+
+def _check(device: str, dtype: str, json: Path | None) -> None:
+    """What can be refused before minutes are spent."""
+    from switchkd.bench.table import check_device
+    from switchkd.config import ConfigError
+
+    if dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"--dtype {dtype}: choose float32 or bfloat16")
+    if json is not None and not json.resolve().parent.is_dir():
+        raise ConfigError(f"--json {json}: the folder {json.resolve().parent} does not exist; make it first")
+    check_device(device)
+
+
+def _finish(table: Table, json: Path | None) -> None:
+    table.show()
+    if json is not None:
+        table.write(json)

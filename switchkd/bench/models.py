@@ -1,0 +1,52 @@
+"""The models and prompts that all sides of a bench share.
+
+In: what the user wrote as teacher and student. Out: two folders, and the same prompts for everybody.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from switchkd.config import ConfigError
+from switchkd.model_folder import check_model_folder
+from switchkd.sections import Cut, Teacher
+
+_TOPICS = (
+    "a river", "the moon", "an old clock", "bread", "a library", "winter", "a bridge", "the ocean", "a small garden",
+    "glass", "a mountain village", "the alphabet", "rain", "a lighthouse", "honey", "a train journey",
+)  # fmt: skip
+_WISHES = (
+    "Explain in a few sentences what people should know about {}.",
+    "Write a short story about {}.",
+    "List five facts about {} and say which one surprises you most.",
+    "Describe {} to somebody who has never seen it.",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    teacher: str
+    student: str
+
+
+def resolve(teacher: str, student: str) -> Pair:
+    """Folders, fetched and cut where need be. Raises ConfigError for a model that is not there."""
+    if teacher == "demo":
+        from switchkd.demo import fetch_demo
+
+        teacher = str(fetch_demo())
+    check_model_folder(teacher, "--teacher")
+    if student.isdigit():
+        from switchkd.resolve import cut_student
+
+        student = str(cut_student(Teacher(path=teacher), Cut(num_layers=int(student))))
+    check_model_folder(student, "--student")
+    return Pair(teacher=teacher, student=student)
+
+
+def prompts(num: int) -> list[str]:
+    """Plain instructions of about the same length; always the same ones."""
+    if num > len(_TOPICS) * len(_WISHES):
+        raise ConfigError(f"{num} prompts asked for; there are {len(_TOPICS) * len(_WISHES)}")
+    every = [wish.format(topic) for wish in _WISHES for topic in _TOPICS]
+    return every[:num]

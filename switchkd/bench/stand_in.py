@@ -1,0 +1,174 @@
+"""Models that only sleep, in the real rooms: what is left is the program itself, its calls and its waiting.
+
+In: a config, and `Sleeps`. What `furnishing` gives runs in every process of a bench's cluster and puts these engines
+where the real actors would load models; all else there (actors, router, replay, rollout worker, train loop) is what a
+run uses. Student and teacher agree on every token, so that each round settles a whole block.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from switchkd.assembly import Gang
+from switchkd.build import build_modes
+from switchkd.engines.base import Teacher
+from switchkd.engines.heads import HeadArrays, LinearHead
+from switchkd.replay import Replay
+from switchkd.replay_service import ReplayService
+from switchkd.rollout import RolloutWorker
+from switchkd.sections import Config
+from switchkd.types import BatchPlan, Blocks, Rollout, Sessions, Signal, StepResult, WeightBundle, WriteRequest, Written
+from switchkd.weights import pack
+from switchkd.worker import Worker
+
+WIDTH, VOCAB = 16, 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sleeps:
+    """Seconds of one call, whatever its size."""
+
+    student: float
+    teacher: float
+    learner: float = 0.0
+    weights_mb: float = 8.0  # of a published version
+
+
+def furnishing(sleeps: Sleeps) -> Callable[[], None]:
+    """What every process of the cluster does once, before its actor is built. Fails here, in the driver, where a room
+    is built otherwise than this file knows: a process that failed there would be started again for ever."""
+    _replacements(sleeps)
+
+    def furnish() -> None:
+        for module, name, stand_in in _replacements(sleeps):
+            setattr(module, name, stand_in)
+
+    return furnish
+
+
+def _replacements(sleeps: Sleeps) -> list[tuple[Any, str, Any]]:
+    """Modules, names in them, and what stands there instead: the actors import them from there, later."""
+    from switchkd import assembly, replay_service
+
+    def worker(
+        config: Config, index: int, teacher: Teacher, head: HeadArrays, stop_ids: frozenset[int], new_weights: Any
+    ) -> Worker:
+        return make_worker(sleeps, config, index, teacher, head, stop_ids)
+
+    def rank(config: Config, gang: Gang, heads: Any, fetch: Callable[[list[int]], list[Rollout]]) -> SleepingRank:
+        return SleepingRank(sleeps, gang, fetch)
+
+    found: list[tuple[Any, str, Any]] = [
+        (assembly, "make_teacher", lambda config: SleepingTeacher(sleeps.teacher)),
+        (assembly, "make_worker", worker),
+        (replay_service, "make_replay", make_replay),
+        (assembly, "LearnerRank", rank),
+    ]
+    for module, name, _ in found:
+        assert hasattr(module, name), f"{module.__name__} has no {name} any more"
+    return found
+
+
+def head() -> LinearHead:
+    """The output head of both models."""
+    generator = torch.Generator().manual_seed(0)
+    return LinearHead(torch.randn(VOCAB, WIDTH, generator=generator))
+
+
+class SleepingStudent:
+    """A StudentEngine."""
+
+    def __init__(self, sleep_s: float, num_slots: int, max_len: int) -> None:
+        self.sleep_s, self.num_slots, self.max_len = sleep_s, num_slots, max_len
+        self.head = head()
+
+    def extend(self, slots: np.ndarray, starts: np.ndarray, token_ids: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
+        time.sleep(self.sleep_s)
+        return torch.ones(len(token_ids), WIDTH)
+
+    def load_weights(self, bundle: WeightBundle) -> None:
+        from switchkd.weights import unpack
+
+        for _ in unpack(bundle):  # the checksum is read
+            pass
+
+
+class SleepingTeacher:
+    """A Teacher without sessions."""
+
+    def __init__(self, sleep_s: float) -> None:
+        self.sleep_s = sleep_s
+
+    def head(self) -> LinearHead:
+        return head()
+
+    def open(self, sessions: Sessions) -> None:
+        pass
+
+    def score(self, blocks: Blocks) -> Signal:
+        time.sleep(self.sleep_s)
+        rows = blocks.base_lens + blocks.lengths - blocks.first_rows
+        values = np.ones((int(rows.sum()), WIDTH), np.float32)
+        return Signal(kind="hidden", dtype="float32", values=values, lengths=rows.astype(np.int32))
+
+    def write(self, request: WriteRequest) -> Written:
+        raise NotImplementedError("the stand-in runs let the student lead")
+
+    def close(self, session_ids: np.ndarray) -> None:
+        pass
+
+
+def make_worker(
+    sleeps: Sleeps, config: Config, index: int, teacher: Teacher, arrays: HeadArrays, stop_ids: frozenset[int]
+) -> Worker:
+    """As `assembly.make_worker`, with a student that sleeps."""
+    torch.set_num_threads(1)
+    rollouts = RolloutWorker(
+        student=SleepingStudent(sleeps.student, config.rollout.batch_size, 10_000),
+        teacher=teacher,
+        head=LinearHead.from_arrays(arrays),
+        stop_ids=stop_ids,
+        block_size=config.rollout.block_size,
+        lead=config.rollout.lead,
+        overlap=bool(config.rollout.overlap),
+    )
+    return Worker(rollouts, build_modes(config), str, index=index)
+
+
+def make_replay(config: Config, run_dir: Path) -> ReplayService:
+    """As `replay_service.make_replay`, without a tokenizer: nothing is written to rollouts.jsonl."""
+    section = config.replay
+    replay = Replay(capacity=section.capacity, policy=section.policy, lease_s=section.lease_s, seed=config.seed)
+    return ReplayService(replay, None, str)
+
+
+class SleepingRank:
+    """A `LearnerRank` that fetches its rollouts, sleeps, and publishes real bytes."""
+
+    def __init__(self, sleeps: Sleeps, gang: Gang, fetch: Callable[[list[int]], list[Rollout]]) -> None:
+        self.sleeps, self.gang, self.fetch = sleeps, gang, fetch
+        self.weights = torch.zeros(int(sleeps.weights_mb * 2**18))
+
+    def step(self, plan: BatchPlan, lr: float) -> StepResult:
+        start = time.monotonic()
+        self.fetch(list(plan.rollout_ids[self.gang.rank]))
+        time.sleep(self.sleeps.learner)
+        return StepResult(
+            step=plan.step,
+            version=plan.step + 1,
+            loss=0.0,
+            grad_norm=0.0,
+            lr=lr,
+            num_loss_tokens=plan.num_loss_tokens,
+            time_s=time.monotonic() - start,
+        )
+
+    def publish(self, version: int) -> WeightBundle | None:
+        return pack([("weights", self.weights)], version)
