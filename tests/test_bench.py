@@ -275,6 +275,7 @@ ROWS = {
     "weights": ("way", {"one process", "Ray object store"}),
     "scale": ("workers", {1, 2}),
     "overlap": ("max_staleness", {"0", "1"}),
+    "switching": ("rule", {"switch", "adaswitch", "skd"}),
 }
 
 
@@ -338,3 +339,18 @@ def test_overlap(models, tmp_path):
     strict, slack = smoke(models, tmp_path, "overlap")["rows"]
     assert strict["staleness"]["high"] == 0 and 0 < slack["staleness"]["high"] <= 1
     assert strict["learning, s"]["median"] >= 0.6
+
+
+@pytest.mark.slow
+def test_switching(models, tmp_path):
+    """Every rule against every side, and what a token took of the teacher."""
+    for row in smoke(models, tmp_path, "switching")["rows"]:
+        assert row["tokens/s"]["median"] > 0 and row["x afternoon"]["median"] > 0
+        assert 0 < row["share of bound"]["median"] and 0 < row["teacher calls/token"] <= 1
+        assert row["bytes/row"] > 0
+
+
+def test_a_rule_that_is_not_measured(bench):
+    """Refused before a model is loaded."""
+    code, out, err = bench("switching", "--rule", "nonsense")
+    assert code == 2 and out == "" and "--rule nonsense: choose from switch, adaswitch, skd" in err

@@ -6,6 +6,7 @@ peer says so in one line (ConfigError, exit code 2). Imports nothing heavy until
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,22 +38,25 @@ def switching(
     repeats: Repeats = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    threads: Threads = None,
     teacher: Teacher = "demo",
     student: Student = "12",
-    rule: Annotated[list[str] | None, typer.Option(help="Rules to measure; may be repeated.")] = None,
+    rule: Annotated[list[str] | None, typer.Option(help="switch, adaswitch or skd; may be repeated.")] = None,
     json: Json = None,
 ) -> None:
-    """Tokens per second of switched generation, by rule and by who leads."""
+    """Tokens per second of each rule against lockstep, a plain loop, on-policy sampling, and the bound."""
     _check(device, dtype, json)
+    import torch
+
     from switchkd.bench.models import resolve
+    from switchkd.bench.switching import check_rules, run
 
+    check_rules(rule or ())
     pair = resolve(teacher, student)
-    from switchkd.bench.switching import run
-
-    rules = rule or ["switch", "adaswitch", "student", "teacher"]
+    torch.set_num_threads(threads or os.cpu_count() or 1)
     table = run(
-        smoke=smoke, repeats=repeats or (1 if smoke else 5), device=device, dtype=dtype,
-        teacher=pair.teacher, student=pair.student, rules=rules,
+        smoke=smoke, repeats=repeats or (1 if smoke else 3), device=device, dtype=dtype,
+        teacher=pair.teacher, student=pair.student, rules=rule or (),
     )  # fmt: skip
     _finish(table, json)
 

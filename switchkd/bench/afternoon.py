@@ -1,0 +1,125 @@
+"""The switching loop that a good engineer writes in an afternoon, to be measured against.
+
+Two transformers models with their own `DynamicCache`s, left-padded batches, one token a step for both, the owner's
+token by `torch.multinomial`; when every live row of AdaSwitch has switched the student is left out. A batch ends when
+its longest row does. In: prompts. Out: token ids per prompt, of the engine's laws, not of its draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+Decide = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+"""(p_logits [B, V], q_logits [B, V], drafted [B], t) -> the teacher owns token t, bool [B]."""
+
+
+class Afternoon:
+    def __init__(self, teacher: Any, student: Any, *, pad_id: int, stop_ids: frozenset[int], vocab_size: int) -> None:
+        self.teacher, self.student, self.pad_id, self.vocab_size = teacher, student, pad_id, vocab_size
+        self.stops = torch.tensor(sorted(stop_ids), device=student.device)
+
+    def run(
+        self, prompts: Sequence[Sequence[int]], rule: Callable[[], Decide], *, batch_size: int, max_new_tokens: int
+    ) -> list[list[int]]:
+        """Completions of all prompts, batch by batch. `rule()` gives a fresh decision for each batch."""
+        found: list[list[int]] = []
+        for first in range(0, len(prompts), batch_size):
+            found += self._batch(prompts[first : first + batch_size], rule(), max_new_tokens)
+        return found
+
+    @torch.inference_mode()
+    def _batch(self, prompts: Sequence[Sequence[int]], decide: Decide, max_new_tokens: int) -> list[list[int]]:
+        device, width = self.student.device, max(map(len, prompts))
+        ids = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        caches = [DynamicCache(), DynamicCache()]
+        done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        switched = torch.zeros_like(done)
+        columns: list[Tensor] = []
+        for t in range(max_new_tokens):
+            p_logits = self._step(self.teacher, caches[0], ids, mask, positions)
+            needed = not bool((switched | done).all())
+            q_logits = self._step(self.student, caches[1], ids, mask, positions) if needed else p_logits
+            drafted = _drawn(q_logits)
+            owned = decide(p_logits, q_logits, drafted, t)
+            switched = getattr(decide, "switched", switched)
+            tokens = torch.where(owned, _drawn(p_logits), drafted).masked_fill(done, self.pad_id)
+            columns.append(tokens)
+            done |= torch.isin(tokens, self.stops)
+            if bool(done.all()):
+                break
+            ids, positions = tokens[:, None], positions[:, -1:] + 1
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+        return [self._cut(row) for row in torch.stack(columns, dim=1).tolist()]
+
+    def _step(self, model: Any, cache: DynamicCache, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        out = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = out.logits[:, -1, : self.vocab_size].float()
+        return logits
+
+    def _cut(self, tokens: list[int]) -> list[int]:
+        stops = set(self.stops.tolist())
+        end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
+        return tokens[:end]
+
+
+def _drawn(logits: Tensor) -> Tensor:
+    return torch.multinomial(logits.softmax(-1), 1)[:, 0]
+
+
+# --- the three rules, as their papers' formulas on a batch ------------------------------------------------------------
+
+
+def switch(*, half_life: float) -> Decide:
+    """JSD in base 2 against 2^(-t / half_life)."""
+
+    def decide(p_logits: Tensor, q_logits: Tensor, drafted: Tensor, t: int) -> Tensor:
+        p, q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
+        m = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0))
+        nats = 0.5 * ((p.exp() * (p - m)).sum(-1) + (q.exp() * (q - m)).sum(-1))
+        return nats / torch.log(torch.tensor(2.0)) > 2 ** (-t / half_life)
+
+    return decide
+
+
+class AdaSwitch:
+    """KL(p‖q) against K times the mean of its last L values; one switch, for good."""
+
+    def __init__(self, *, K: float = 3.0, L: int = 10) -> None:
+        self.K, self.L, self.seen = K, L, list[Tensor]()
+        self.switched = torch.zeros(0, dtype=torch.bool)
+
+    def __call__(self, p_logits: Tensor, q_logits: Tensor, drafted: Tensor, t: int) -> Tensor:
+        if len(self.switched) == 0:
+            self.switched = torch.zeros(len(p_logits), dtype=torch.bool, device=p_logits.device)
+        if bool(self.switched.all()):
+            return self.switched
+        p, q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
+        kl = (p.exp() * (p - q)).sum(-1)
+        if len(self.seen) >= self.L:
+            self.switched = self.switched | (kl > self.K * torch.stack(self.seen[-self.L :]).mean(0))
+        self.seen.append(kl)
+        return self.switched
+
+
+def skd(*, k: int = 25) -> Decide:
+    """The drafted id is not among the teacher's k most likely."""
+
+    def decide(p_logits: Tensor, q_logits: Tensor, drafted: Tensor, t: int) -> Tensor:
+        best = p_logits.topk(k, dim=-1).indices
+        return ~(best == drafted[:, None]).any(-1)
+
+    return decide

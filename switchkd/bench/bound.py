@@ -1,0 +1,168 @@
+"""The least time in which a set of rollouts could have been written: the yardstick of `bench switching`.
+
+In: finished rollouts with, for every token, its owner and whether both models' keyed draws differ there; the measured
+costs of steps and blocks. Out: seconds. Each row is charged its share of a full batch, so a batch that runs empty, or
+rows that want different leads, are losses against the bound, as are admissions and bookkeeping.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from switchkd.algo import divergence
+from switchkd.algo.sampling import Purpose, Sampling
+from switchkd.algo.switching import Rule
+from switchkd.engines.hf_engine import HFStudent, HFTeacher
+from switchkd.pace import SIZES
+from switchkd.types import Blocks, Prompt, Rollout, Sessions, Source, WriteRequest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepCosts:
+    """Seconds per row of a full batch: one student step (head and draw included), one teacher step of `write`, blocks
+    by size, the decision of one token, and one prompt token for both models."""
+
+    student: float
+    write: float
+    read: dict[int, float]  # the teacher's block of K
+    check: dict[int, float]  # the student's block of K, its head included
+    settle: float
+    prompt: float
+
+    def as_ms(self) -> dict[str, Any]:
+        """For people, of a whole call of one row."""
+        blocks = {"read": self.read, "check": self.check}
+        rounded = {name: {k: round(1e3 * v, 2) for k, v in block.items()} for name, block in blocks.items()}
+        single = {"student": self.student, "write": self.write, "settle": self.settle, "prompt": self.prompt}
+        return {**{name: round(1e3 * value, 3) for name, value in single.items()}, **rounded}
+
+
+def measure_costs(
+    student: HFStudent, teacher: HFTeacher, head: Any, prompt: Prompt, batch: int, block: int, repeats: int = 5
+) -> StepCosts:
+    """Medians over `repeats` calls of full batches, each at the place where a completion is half written."""
+    base = len(prompt.token_ids) + 24
+    rng = np.random.default_rng(0)
+    ids = rng.integers(5, student.head.vocab_size, (batch, base + block + 1)).astype(np.int32)
+    slots, bases = np.arange(batch), np.full(batch, base, np.int32)
+    sessions = Sessions(session_ids=slots, token_ids=ids[:, :base].ravel(), lengths=np.full(batch, base, np.int32))
+    teacher.open(sessions)
+    sizes = [size for size in SIZES if size <= block]
+    prefill = _median(lambda: student.extend(slots, np.zeros(batch), ids[:, :base].ravel(), bases), 2)
+    start = time.perf_counter()
+    teacher.score(_blocks(slots, ids, base, 0))
+    prefill += time.perf_counter() - start
+
+    def read(size: int) -> Callable[[], Any]:
+        return lambda: teacher.score(_blocks(slots, ids, base, size))
+
+    def check(size: int) -> Callable[[], Any]:
+        part = ids[:, base : base + size].ravel()
+        return lambda: student.head.logits(student.extend(slots, bases, part, np.full(batch, size, np.int32)))
+
+    def step() -> Any:
+        from switchkd.algo.sampling import draw
+
+        return draw(
+            check(1)(), run_seed=0, rollout_ids=slots, positions=slots, purpose=Purpose.GUMBEL, sampling=Sampling()
+        )
+
+    def write() -> Any:
+        return teacher.write(
+            WriteRequest(
+                blocks=_blocks(slots, ids, base, 0, again=True), counts=np.full(batch, 4, np.int32), rollout_ids=slots,
+                positions=np.zeros(batch, np.int32), run_seed=0, purpose=int(Purpose.GUMBEL), temperature=1.0,
+                top_p=1.0, top_k=0, stop_ids=np.zeros(0, np.int64),
+            )
+        )  # fmt: skip
+
+    costs = StepCosts(
+        student=_median(step, repeats) / batch,
+        write=_median(write, repeats) / batch / 4,
+        read={size: _median(read(size), repeats) / batch for size in sizes},
+        check={size: _median(check(size), repeats) / batch for size in sizes},
+        settle=_settle_s(head, teacher, batch, repeats),
+        prompt=prefill / batch / base,
+    )
+    teacher.close(slots)
+    return costs
+
+
+def _settle_s(head: Any, teacher: HFTeacher, batch: int, repeats: int) -> float:
+    """One token's decision: the teacher's row made of its hidden state, and a divergence, 4 tokens a row at once."""
+    hidden = torch.randn(4 * batch, head.weight.shape[1], device=head.weight.device)
+
+    def decide() -> None:
+        rows = head.logits(hidden)
+        divergence.per_row(divergence.jsd, rows, rows.roll(1, 0))
+
+    return _median(decide, repeats) / (4 * batch)
+
+
+def _blocks(slots: np.ndarray, ids: np.ndarray, base: int, size: int, again: bool = False) -> Blocks:
+    """`size` tokens behind `base`; `again` reads the last token once more."""
+    batch = len(slots)
+    kept = base - 1 if again else base
+    part = ids[:, kept : base + size]
+    return Blocks(
+        session_ids=slots,
+        base_lens=np.full(batch, kept, np.int32),
+        first_rows=np.full(batch, base - (size == 0), np.int32),
+        token_ids=part.ravel(),
+        lengths=np.full(batch, part.shape[1], np.int32),
+    )
+
+
+def _median(call: Callable[[], Any], repeats: int) -> float:
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def bound_s(rollouts: Sequence[Rollout], reads: Sequence[Any], costs: StepCosts, rule: Rule) -> float:
+    """Seconds, if every round of every row had been the best one, known in hindsight."""
+    return sum(
+        len(rollout.prompt_ids) * costs.prompt + row_bound_s(rollout, read.differ, costs, rule)
+        for rollout, read in zip(rollouts, reads, strict=True)
+    )
+
+
+def row_bound_s(rollout: Rollout, differ: np.ndarray, costs: StepCosts, rule: Rule) -> float:
+    """Dynamic programming from the last token to the first, over the three ways to take the next round."""
+    owned = rollout.sources == Source.TEACHER
+    num = rollout.num_tokens
+    settled = np.isneginf(rollout.threshold) if rule.settled is not None else np.zeros(num, bool)
+    # a proposal ends behind the first token at which it breaks
+    ends = {"student": _next(owned & differ), "teacher": _next(~owned & differ)}
+    best = np.zeros(num + 1)
+    for t in range(num - 1, -1, -1):
+        if settled[t]:  # the teacher goes on alone
+            best[t] = best[t + 1] + costs.write
+            continue
+        ways = [costs.student + costs.read[1] + costs.settle + best[t + 1]]
+        for size in costs.read:
+            if size > num - t:
+                continue
+            for who, block, step in (("student", costs.read, costs.student), ("teacher", costs.check, costs.write)):
+                kept = min(ends[who][t] - t + 1, size)
+                ways.append(size * step + block[size] + kept * costs.settle + best[t + kept])
+        best[t] = min(ways)
+    return float(best[0])
+
+
+def _next(breaks: np.ndarray) -> np.ndarray:
+    """For every position the first break at or behind it, or the last position."""
+    found = np.full(len(breaks), len(breaks) - 1)
+    for t in range(len(breaks) - 1, -1, -1):
+        found[t] = t if breaks[t] else (found[t + 1] if t + 1 < len(breaks) else len(breaks) - 1)
+    return found

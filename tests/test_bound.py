@@ -1,0 +1,60 @@
+"""The bound of `bench switching`: the cheapest sequence of rounds, known in hindsight."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from switchkd.algo import switching
+from switchkd.bench.bound import StepCosts, row_bound_s
+from switchkd.types import Origin, Rollout
+
+COSTS = StepCosts(
+    student=1.0, write=1.5, read={1: 1.5, 2: 1.7, 4: 2.1}, check={1: 1.0, 2: 1.2, 4: 1.6}, settle=0.1, prompt=0.5
+)
+
+
+def rollout(owned: list[int], threshold: float = 0.5) -> Rollout:
+    num = len(owned)
+    return Rollout(
+        rollout_id=0, batch=0, stage=0, prompt_id="", origin=Origin.ROLLOUT, prompt_ids=np.zeros(1, np.int32),
+        token_ids=np.zeros(num, np.int32), sources=np.array(owned, np.uint8), weight_versions=np.zeros(num, np.int32),
+        statistic=np.zeros(num, np.float32), threshold=np.full(num, threshold, np.float32),
+        uncertainty=np.zeros(num, np.float32), signal=None, finish_reason="length",
+    )  # fmt: skip
+
+
+def literally(owned: list[int], differ: list[bool], t: int = 0) -> float:
+    """Try every way to take every round."""
+    num = len(owned)
+    if t == num:
+        return 0.0
+    found = [COSTS.student + COSTS.read[1] + COSTS.settle + literally(owned, differ, t + 1)]
+    for size, teacher in itertools.product(COSTS.read, (False, True)):
+        if size > num - t:
+            continue
+        kept = 0
+        for i in range(t, t + size):
+            kept += 1
+            if differ[i] and bool(owned[i]) != teacher:
+                break
+        step, block = (COSTS.write, COSTS.check) if teacher else (COSTS.student, COSTS.read)
+        found.append(size * step + block[size] + kept * COSTS.settle + literally(owned, differ, t + kept))
+    return min(found)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_equals_trying_everything(seed: int) -> None:
+    """Dynamic programming finds what a search over all sequences of rounds finds."""
+    rng = np.random.default_rng(seed)
+    owned, differ = rng.integers(0, 2, 8).tolist(), (rng.random(8) < 0.5).tolist()
+    rule = switching.jsd_threshold()
+    assert row_bound_s(rollout(owned), np.array(differ), COSTS, rule) == pytest.approx(literally(owned, differ))
+
+
+def test_a_settled_row_costs_the_teachers_steps_only() -> None:
+    """After AdaSwitch's switch nobody checks."""
+    found = row_bound_s(rollout([1] * 8, threshold=-np.inf), np.zeros(8, bool), COSTS, switching.kl_spike())
+    assert found == pytest.approx(8 * COSTS.write)
