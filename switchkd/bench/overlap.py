@@ -53,13 +53,15 @@ def run(*, smoke: bool, repeats: int, student_s: float, teacher_s: float, learne
     from switchkd.bench.stand_in import Sleeps, furnishing
 
     sleeps = Sleeps(student=student_s, teacher=teacher_s, learner=learner_s)
-    limits, num_steps = ((0, 1), 2) if smoke else ((0, 1, 2), 8)
+    limits, num_steps, workers = ((0, 1), 2, 1) if smoke else ((0, 1, 2), 8, WORKERS)
     watches: dict[str, list[Watch]] = {str(limit): [] for limit in limits}
     with cluster(os.cpu_count() or 1, 400, furnishing(sleeps)):
         pairs = paired(
-            {str(limit): partial(_once, limit, num_steps, watches[str(limit)]) for limit in limits}, repeats, warmup=0
+            {str(limit): partial(_once, limit, num_steps, workers, watches[str(limit)]) for limit in limits},
+            repeats,
+            warmup=0,
         )
-    tokens = WORKERS * ROWS * NEW_TOKENS
+    tokens = workers * ROWS * NEW_TOKENS
     rows: list[dict[str, Any]] = [
         {
             "max_staleness": name,
@@ -73,7 +75,7 @@ def run(*, smoke: bool, repeats: int, student_s: float, teacher_s: float, learne
         for name, seen in watches.items()
     ]
     notes = surroundings("cpu", "float32", student_ms=1e3 * student_s, teacher_ms=1e3 * teacher_s,
-                         learner_ms=1e3 * learner_s, workers=WORKERS, teachers=1, rows=ROWS, new_tokens=NEW_TOKENS,
+                         learner_ms=1e3 * learner_s, workers=workers, teachers=1, rows=ROWS, new_tokens=NEW_TOKENS,
                          weights_mb=sleeps.weights_mb, steps=num_steps, repeats=repeats)  # fmt: skip
     return Table(
         title="The loop by how stale a rollout may be (models that sleep)", columns=tuple(rows[0]), rows=tuple(rows),
@@ -81,13 +83,13 @@ def run(*, smoke: bool, repeats: int, student_s: float, teacher_s: float, learne
     )  # fmt: skip
 
 
-def _once(limit: int, num_steps: int, watches: list[Watch]) -> float:
+def _once(limit: int, num_steps: int, workers: int, watches: list[Watch]) -> float:
     """One run of new actors; seconds per step after its beginning."""
     from switchkd.actors.launch import build_house
 
     watch = Watch(num_steps)
     watches.append(watch)
-    wanted = config(WORKERS, 1, replay={"max_staleness": limit}, train={"batch_size": WORKERS * ROWS})
+    wanted = config(workers, 1, replay={"max_staleness": limit}, train={"batch_size": workers * ROWS})
     program.run(
         wanted,
         [_task(0).prompt],

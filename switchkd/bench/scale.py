@@ -163,9 +163,12 @@ def _remarks(alone: Runs, student_s: float, teacher_s: float) -> tuple[str, ...]
     median = Spread.of(alone.elapsed_s).median
     round_s = median / Spread.of([float(n) for n in alone.calls]).median
     slept = BLOCK * student_s + teacher_s
+    cores, busy = os.cpu_count() or 1, Spread.of(alone.cores).median
     return (
         f"One worker alone with one teacher: a round of {ROWS} rows and {BLOCK} tokens takes {1e3 * round_s:.1f} ms, "
         f"of which {1e3 * slept:.1f} ms are sleep and {1e3 * (round_s - slept):.1f} ms drawing, deciding and the call.",
         f"Limit of workers: their number times one alone. Limit of teachers: {1 / teacher_s:.0f} calls/s each (one "
         f"over its sleep), times tokens per call. A teacher saturates at {round_s / teacher_s:.1f} workers.",
+        f"One worker keeps {busy:.2f} cores busy, so {cores} cores carry about {cores / busy:.0f} of them at this pace; "
+        "longer sleeps (--student-ms, --teacher-ms) move that limit.",
     )

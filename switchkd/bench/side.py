@@ -114,12 +114,13 @@ class Sides(ExitStack):
     """Several of them, by name; none outlives the block."""
 
     def start(self, sides: Mapping[str, Callable[[], Side]]) -> dict[str, Side]:
-        """One after the other: loading models side by side would need twice the memory."""
+        """All of them, built side by side: only their turns are measured. A side's memory is its own process's."""
         made = {}
         for name, make in sides.items():
             made[name] = make()
             self.callback(made[name].close)
-            made[name].wait_until_ready()
+        for side in made.values():
+            side.wait_until_ready()
         return made
 
 
