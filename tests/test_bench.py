@@ -271,7 +271,7 @@ def test_a_gpu_that_is_not_there(monkeypatch):
 needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
 ROWS = {
     "trainer": ("side", {"switchkd, one process", "TRL"}),
-    "learner": ("form", {"switchkd (chunks)", "naive (whole rows)", "TRL (tiles)"}),
+    "learner": ("form", {"switchkd (chunks)", "naive (whole rows)", "TRL (tiles)", "model alone"}),
     "weights": ("way", {"one process", "Ray object store"}),
     "scale": ("workers", {1, 2}),
     "overlap": ("max_staleness", {"0", "1"}),
@@ -310,7 +310,7 @@ def test_trainer(models, tmp_path):
 @pytest.mark.slow
 def test_learner(models, tmp_path):
     """All forms compute the same loss and, to rounding, the same gradient."""
-    rows = smoke(models, tmp_path, "learner")["rows"]
+    rows = [row for row in smoke(models, tmp_path, "learner")["rows"] if row["form"] != "model alone"]
     assert [row["loss"] for row in rows] == pytest.approx([rows[0]["loss"]] * 3, rel=1e-5)
     assert max(row["gradient"] for row in rows) < 1e-5
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     Step = Callable[[], torch.Tensor]
 
 OURS, NAIVE, TRL = "switchkd (chunks)", "naive (whole rows)", "TRL (tiles)"
+ALONE = "model alone"
 PROMPT_TOKENS = 8
 
 
@@ -76,13 +77,13 @@ def run(*, smoke: bool, repeats: int, device: str, dtype: str, threads: int | No
 
 _REMARKS = (
     "Memory: the most that a step takes beyond weights and their gradients, which are there before. Beside it, what "
-    "one copy of the logits of both models would take.",
+    "one copy of the logits of both models would take. `model alone` has no output layer and no loss: the activations.",
     "Gradient: the largest relative distance of any parameter's gradient from the naive one, in the Euclidean norm.",
 )
 
 
 def _measure(job: Job, repeats: int, threads: int) -> list[dict[str, Any]]:
-    forms: dict[str, Callable[..., Step]] = {OURS: ours, NAIVE: naive, TRL: trl}
+    forms: dict[str, Callable[..., Step]] = {OURS: ours, NAIVE: naive, TRL: trl, ALONE: alone}
     makers = {
         name: partial(Side, name, work, job, name, form, device=job.device, threads=threads)
         for name, form in forms.items()
@@ -100,8 +101,8 @@ def _measure(job: Job, repeats: int, threads: int) -> list[dict[str, Any]]:
             "time / ours": pairs.ratios[name],
             "peak memory, MiB": told[name]["peak_mb"],
             "logits of both, MiB": 2 * 4 * job.num * job.vocab / 2**20,
-            "gradient": distance(job, name, NAIVE),
-            "loss": told[name]["loss"],
+            "gradient": None if name == ALONE else distance(job, name, NAIVE),
+            "loss": None if name == ALONE else told[name]["loss"],
         }
         for name in sides
     ]
@@ -220,6 +221,17 @@ def naive(job: Job, model: Any, teacher: torch.Tensor, head: torch.Tensor) -> St
         q = log_softmax(model.lm_head(hidden).float().flatten(0, 1), -1)
         p = log_softmax(linear(teacher, head).float(), -1)
         return kl_div(q, p, log_target=True, reduction="sum") / job.num
+
+    return step
+
+
+def alone(job: Job, model: Any, teacher: torch.Tensor, head: torch.Tensor) -> Step:
+    """The model below its output layer, with next to no loss: what every form needs at least."""
+    ids = _ids(job).to(job.device)
+
+    def step() -> torch.Tensor:
+        hidden: torch.Tensor = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden.float().square().mean()
 
     return step
 

@@ -169,6 +169,6 @@ def _remarks(alone: Runs, student_s: float, teacher_s: float) -> tuple[str, ...]
         f"of which {1e3 * slept:.1f} ms are sleep and {1e3 * (round_s - slept):.1f} ms drawing, deciding and the call.",
         f"Limit of workers: their number times one alone. Limit of teachers: {1 / teacher_s:.0f} calls/s each (one "
         f"over its sleep), times tokens per call. A teacher saturates at {round_s / teacher_s:.1f} workers.",
-        f"One worker keeps {busy:.2f} cores busy, so {cores} cores carry about {cores / busy:.0f} of them at this pace; "
-        "longer sleeps (--student-ms, --teacher-ms) move that limit.",
+        f"One worker keeps {busy:.2f} cores busy, so {cores} cores carry about {cores / busy:.0f} of them at this "
+        "pace; longer sleeps (--student-ms, --teacher-ms) move that limit.",
     )
