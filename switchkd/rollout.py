@@ -20,7 +20,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,21 +29,11 @@ import numpy as np
 from switchkd.engines.base import OutputHead, StudentEngine, Teacher, TeacherBusy
 from switchkd.pace import LOCKSTEP, Lead, Pace
 from switchkd.propose import Proposer, grouped, write_request
-from switchkd.questions import Asker, Briefs, Reference
-from switchkd.rows import Mode, Row, mean_tail_mass
-from switchkd.signal_rows import SignalReader
-from switchkd.types import (
-    Blocks,
-    Positions,
-    Rollout,
-    RolloutStats,
-    Sessions,
-    Signal,
-    Source,
-    Task,
-    WeightBundle,
-    Written,
-)
+from switchkd.questions import Briefs
+from switchkd.references import References
+from switchkd.rows import Mode, Row
+from switchkd.teacher_calls import TeacherCalls, blocks_of, split
+from switchkd.types import Rollout, Signal, Task, WeightBundle, Written
 from switchkd.walk import NEAR_TIE, Block, walk
 
 Emit = Callable[[list[Rollout]], None]
@@ -88,18 +78,17 @@ class RolloutWorker:
         new_weights: Callable[[], WeightBundle | None] | None = None,
     ) -> None:
         self.student = student
-        self.teacher = teacher
-        self.reader = SignalReader(head, device)
+        self.calls = TeacherCalls(teacher, head, device)
+        self.reader = self.calls.reader
+        self.references = References(self.calls, at_once=student.num_slots, stop_ids=stop_ids)
         self.stop_ids = stop_ids
         self.overlap = overlap
         self.coarse = coarse  # `teacher.decide`
         self.parks = lead != "lockstep"  # one token of each model at a time, whatever the rule says
         self.version = 0
-        self.num_teacher_calls = 0
         self.pace = Pace(lead, block_size)
         self.proposer = Proposer(student, self.reader, stop_ids, self.pace.costs)
         self._new_weights = new_weights  # given: versions are taken in mid-rollout (`reprefill`)
-        self._caller: ThreadPoolExecutor | None = None
 
     def load_weights(self, bundle: WeightBundle) -> None:
         self.student.load_weights(bundle)
@@ -108,12 +97,16 @@ class RolloutWorker:
     def run(self, jobs: Iterable[Job], emit: Emit) -> None:
         """Write all jobs; `emit` gets each rollout once, in the order in which they finish."""
         jobs = list(jobs)
-        self._take_references([job for job in jobs if job.mode is None], emit)
+        for same in _alike([job for job in jobs if job.mode is None]):
+            tasks, first = [job.task for job in same], same[0]
+            self.references.take(
+                tasks, scored=first.scored, wants_uncertainty=first.wants_uncertainty, version=self.version, emit=emit
+            )
         waiting = deque(job for job in jobs if job.mode is not None)
         rows: list[Row] = []
         flights: deque[Flight] = deque()
         if self.overlap:
-            self._caller = ThreadPoolExecutor(1, thread_name_prefix="teacher")
+            self.calls.start_thread()
         try:
             while waiting or rows:
                 self._refresh(rows, flights)
@@ -124,15 +117,13 @@ class RolloutWorker:
                 if flights and (flight is None or len(flights) > self.overlap):
                     self._land(flights.popleft())
                 done = [row for row in rows if row.done]
-                self._close([row.task.rollout_id for row in done if row.opened])
+                self.calls.close([row.task.rollout_id for row in done if row.opened])
                 rows = [row for row in rows if not row.done]
                 if done:
                     emit([row.rollout(self.reader.kind, self.reader.dtype) for row in done])
         finally:
-            if self._caller is not None:
-                self._caller.shutdown(wait=True)
-                self._caller = None
-            self._close([row.task.rollout_id for row in rows if row.opened])
+            self.calls.end_thread()
+            self.calls.close([row.task.rollout_id for row in rows if row.opened])
 
     # ── admit ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -142,7 +133,7 @@ class RolloutWorker:
         new = [self._start(waiting[i], free[i]) for i in range(min(len(free), len(waiting)))]
         while new:
             try:
-                self._open([row for row in new if row.mode.scored and not row.alone])
+                self.calls.open([row for row in new if row.mode.scored and not row.alone])
                 break
             except TeacherBusy:
                 if len(new) > 1:
@@ -165,29 +156,6 @@ class RolloutWorker:
     def _start(job: Job, slot: int) -> Row:
         assert job.mode is not None
         return Row.start(job.task, job.mode, slot)
-
-    def _open(self, rows: Sequence[Row]) -> None:
-        if rows:
-            self._call(self._need_teacher().open, sessions_of([row.task for row in rows])).result()
-            for row in rows:
-                row.opened = True
-
-    def _close(self, session_ids: Sequence[int]) -> None:
-        if session_ids:
-            self._call(self._need_teacher().close, np.array(session_ids, np.int64)).result()
-
-    def _call(self, function: Callable[..., Any], *args: Any) -> Future:
-        """All calls of the teacher, one after the other; at once, or in a thread of their own where flights overlap."""
-        if self._caller is not None:
-            return self._caller.submit(function, *args)
-        answer: Future = Future()
-        answer.set_result(function(*args))
-        return answer
-
-    def _need_teacher(self) -> Teacher:
-        if self.teacher is None:
-            raise RuntimeError("this run has no teacher, but a task needs its signal")
-        return self.teacher
 
     def _refresh(self, rows: Sequence[Row], flights: deque[Flight]) -> None:
         """`reprefill`: a newer version replaces the one in use, and every row's cache is read anew."""
@@ -224,7 +192,7 @@ class RolloutWorker:
         self, rows: list[Row], kind: str, tokens: int, land: Callable[[Any], None], request: Any, lead: Lead | None
     ) -> Flight:
         """Ask the teacher: "read" scores a `Blocks`, "write" asks for text of its own. `lead` is what was chosen."""
-        teacher = self._need_teacher()
+        teacher = self.calls.teacher
         function: Callable[..., Any] = teacher.write if kind == "write" else teacher.score
         # a row's first call also reads its prompt: it says nothing about the next one
         typical = all(row.num_rounds for row in rows)
@@ -237,11 +205,11 @@ class RolloutWorker:
                 self.pace.saw_call(lead, kind, tokens, (time.perf_counter() - start) / steps)
             return answer
 
-        self.num_teacher_calls += 1
+        self.calls.num_calls += 1
         for row in rows:
             row.in_flight = True
             row.num_rounds += 1
-        return Flight(rows, self._call(timed), land)
+        return Flight(rows, self.calls.submit(timed), land)
 
     def _land(self, flight: Flight) -> None:
         answer = flight.answer.result()
@@ -267,7 +235,7 @@ class RolloutWorker:
             self._count(rows, fed, signal)
             pieces = [
                 piece if row.carry is None else np.concatenate([row.carry, piece])
-                for row, piece in zip(rows, _split(signal), strict=True)
+                for row, piece in zip(rows, split(signal), strict=True)
             ]
             before = [len(row.tokens) for row in rows]
             held = self._walk(rows, self.proposer.student_block(draft, pieces), pieces)
@@ -279,7 +247,7 @@ class RolloutWorker:
                 row.num_drafted += int(draft.counts[r])
                 row.took(pieces[r][:settled])
 
-        return self._fly(rows, "read", sum(map(len, fed)), land, _blocks(rows, fed, firsts), lead)
+        return self._fly(rows, "read", sum(map(len, fed)), land, blocks_of(rows, fed, firsts), lead)
 
     def _teacher_leads(self, rows: list[Row], lead: Lead) -> Flight:
         counts = np.array([min(lead.size, row.mode.max_new_tokens - row.t) for row in rows], np.int32)
@@ -288,7 +256,7 @@ class RolloutWorker:
         def land(written: Written) -> None:
             self._count(rows, fed, written.signal)
             self._count_ties(rows, written)
-            pieces, before = _split(written.signal), [len(row.tokens) for row in rows]
+            pieces, before = split(written.signal), [len(row.tokens) for row in rows]
             block = self.proposer.teacher_block(rows, written, pieces)
             held = self._walk(rows, block, pieces)
             for r, row in enumerate(rows):
@@ -318,12 +286,7 @@ class RolloutWorker:
     def _briefs(self, rows: list[Row], pieces: Sequence[np.ndarray]) -> Briefs:
         """Compressed rows of each row's next tokens, and the way to the exact ones."""
         firsts = [len(row.tokens) - 1 for row in rows]
-        return Briefs.of_pieces(rows, pieces, firsts, self.reader, self._exact, coarse=self.coarse)
-
-    def _exact(self, question: Positions) -> Signal:
-        self.num_teacher_calls += 1
-        answer: Signal = self._call(self._need_teacher().exact, question).result()
-        return answer
+        return Briefs.of_pieces(rows, pieces, firsts, self.reader, self.calls.exact, coarse=self.coarse)
 
     # ── only one of the models writes ──────────────────────────────────────────────────────────────────────────────
 
@@ -337,7 +300,7 @@ class RolloutWorker:
         def land(written: Written) -> None:
             self._count(rows, fed, written.signal)
             self._count_ties(rows, written)
-            pieces, tokens_of = _split(written.signal), _split(written)
+            pieces, tokens_of = split(written.signal), split(written)
             self._take_uncertainty(rows, pieces, tokens_of)
             for row, tokens, piece in zip(rows, tokens_of, pieces, strict=True):
                 row.write(tokens.tolist(), self.version, self.stop_ids)
@@ -348,27 +311,18 @@ class RolloutWorker:
 
     def _score_finished(self, rows: list[Row]) -> Flight:
         """The student wrote these rows alone; now the teacher reads each of them once."""
-        pending = list(rows)
-        while True:
-            try:
-                self._open(pending)
-                break
-            except TeacherBusy:
-                if len(pending) > 1:
-                    pending = pending[: len(pending) // 2]
-                else:
-                    time.sleep(0.05)
+        pending = self.calls.open_some(rows)
         fed = [row.tokens[row.prompt_len : -1] for row in pending]
 
         def land(signal: Signal) -> None:
             self._count(pending, fed, signal)
-            pieces = _split(signal)
+            pieces = split(signal)
             self._take_uncertainty(pending, pieces, [np.array(row.tokens[row.prompt_len :]) for row in pending], firsts)
             for row, piece in zip(pending, pieces, strict=True):
                 row.took(piece)
 
         firsts = [row.prompt_len - 1 for row in pending]
-        return self._fly(pending, "read", sum(map(len, fed)), land, _blocks(pending, fed, firsts), None)
+        return self._fly(pending, "read", sum(map(len, fed)), land, blocks_of(pending, fed, firsts), None)
 
     def _take_uncertainty(
         self,
@@ -382,21 +336,8 @@ class RolloutWorker:
         wanted = [each for each in zip(rows, pieces, tokens, firsts, strict=True) if each[0].mode.wants_uncertainty]
         if wanted:
             own, briefs, ids, starts = (list(column) for column in zip(*wanted, strict=True))
-            for row, part in zip(own, self._uncertainty(own, briefs, ids, starts), strict=True):
+            for row, part in zip(own, self.calls.uncertainty(own, briefs, ids, starts), strict=True):
                 row.uncertainty.extend(part.tolist())
-
-    def _uncertainty(
-        self, rows: Sequence[Asker], pieces: Sequence[np.ndarray], tokens: Sequence[np.ndarray], firsts: Sequence[int]
-    ) -> list[np.ndarray]:
-        """1 - p(token) of each row's tokens; what the top k leave out is asked for in one call."""
-        if self.reader.kind != "topk":
-            return [self.reader.uncertainty(piece, ids) for piece, ids in zip(pieces, tokens, strict=True)]
-        briefs = Briefs.of_pieces(rows, pieces, firsts, self.reader, self._exact)
-        sizes = [len(ids) for ids in tokens]
-        which = np.repeat(np.arange(len(rows)), sizes)
-        places = np.concatenate([np.arange(size) for size in sizes])
-        unc = briefs.uncertainty(which, places, np.concatenate(tokens)).cpu().numpy().astype(np.float32)
-        return np.split(unc, np.cumsum(sizes)[:-1])
 
     # ── teacher calls ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -406,12 +347,12 @@ class RolloutWorker:
             row.carry = None
             row.teacher_len = min(row.teacher_len, max(len(row.tokens) - 1, 0))
         fed = [row.tokens[row.teacher_len :] for row in rows]
-        blocks = _blocks(rows, fed, [len(row.tokens) - 1 for row in rows])
+        blocks = blocks_of(rows, fed, [len(row.tokens) - 1 for row in rows])
         return fed, write_request(rows, blocks, counts, self.stop_ids)
 
     def _count(self, rows: Sequence[Row], fed: Sequence[list[int]], signal: Signal) -> None:
         self.reader.learn(signal)
-        for row, part, piece in zip(rows, fed, _split(signal), strict=True):
+        for row, part, piece in zip(rows, fed, split(signal), strict=True):
             row.teacher_positions += max(len(part), len(piece))
             row.signal_bytes += piece.nbytes
             row.num_scored_rows += len(piece)
@@ -421,129 +362,7 @@ class RolloutWorker:
         for row, margins in zip(rows, np.split(written.margins, np.cumsum(written.lengths)[:-1]), strict=True):
             row.num_near_ties += int((margins < NEAR_TIE).sum())
 
-    # ── completions that the data set wrote ────────────────────────────────────────────────────────────────────────
 
-    def _take_references(self, jobs: Sequence[Job], emit: Emit) -> None:
-        """References become rollouts: scored in one block each, as many at a time as the worker has slots."""
-        for first in range(0, len(jobs), self.student.num_slots):
-            part = jobs[first : first + self.student.num_slots]
-            if not part[0].scored:
-                emit([self._reference_rollout(job.task) for job in part])
-                continue
-            done: list[Rollout] = []
-            wants = part[0].wants_uncertainty
-
-            def take(tasks: Sequence[Task], signal: Signal, wants: bool = wants, done: list[Rollout] = done) -> None:
-                done += self._scored_references(tasks, signal, wants)
-
-            self.read_references([job.task for job in part], take)
-            emit(done)
-
-    def exact_reference(self, task: Task) -> Signal:
-        """The teacher's exact rows for every reference token: hidden states, or whole rows."""
-        found: list[Signal] = []
-
-        def take(tasks: Sequence[Task], signal: Signal) -> None:
-            if signal.kind == "topk":
-                num, first = len(signal.values), len(task.prompt.token_ids) - 1
-                ids, positions = np.array([task.rollout_id]), first + np.arange(num, dtype=np.int32)
-                signal = self._exact(Positions(session_ids=ids, positions=positions, lengths=np.array([num], np.int32)))
-            found.append(signal)
-
-        self.read_references([task], take)
-        return found[0]
-
-    def read_references(self, tasks: Sequence[Task], take: Callable[[Sequence[Task], Signal], None]) -> None:
-        """The teacher reads all references; `take` gets its signal for every token while the sessions are open."""
-        sessions = sessions_of(tasks)
-        while True:
-            try:
-                self._need_teacher().open(sessions)
-                break
-            except TeacherBusy:
-                if len(tasks) > 1:
-                    half = len(tasks) // 2
-                    self.read_references(tasks[:half], take)
-                    return self.read_references(tasks[half:], take)
-                time.sleep(0.05)
-        signal: Signal = self._need_teacher().score(
-            Blocks(
-                session_ids=sessions.session_ids,
-                base_lens=sessions.lengths,
-                first_rows=sessions.lengths - 1,
-                token_ids=np.concatenate([task.prompt.reference_ids[:-1] for task in tasks]).astype(np.int32),
-                lengths=np.array([max(len(task.prompt.reference_ids) - 1, 0) for task in tasks], np.int32),
-            )
-        )
-        self.num_teacher_calls += 1
-        self.reader.learn(signal)
-        take(tasks, signal)
-        self._close(sessions.session_ids.tolist())
-
-    def _scored_references(self, tasks: Sequence[Task], signal: Signal, wants_uncertainty: bool) -> list[Rollout]:
-        pieces, ids = _split(signal), [task.prompt.reference_ids for task in tasks]
-        asked = [Reference(task) for task in tasks]
-        unc: list[np.ndarray | None] = [None] * len(tasks)
-        if wants_uncertainty or signal.kind != "topk":
-            unc = list(self._uncertainty(asked, pieces, ids, [len(task.prompt.token_ids) - 1 for task in tasks]))
-        return [self._reference_rollout(*each) for each in zip(tasks, pieces, unc, asked, strict=True)]
-
-    def _reference_rollout(
-        self,
-        task: Task,
-        piece: np.ndarray | None = None,
-        unc: np.ndarray | None = None,
-        asked: Reference | None = None,
-    ) -> Rollout:
-        ids = task.prompt.reference_ids
-        num = len(ids)
-        nan = np.full(num, np.nan, np.float32)
-        stats = RolloutStats()
-        if piece is not None and asked is not None and self.reader.kind == "topk":
-            stats = RolloutStats(
-                signal_bytes=piece.nbytes + asked.signal_bytes, num_scored_rows=num, num_asked=asked.num_asked,
-                tail_mass=mean_tail_mass(piece),
-            )  # fmt: skip
-        return Rollout(
-            rollout_id=task.rollout_id,
-            batch=task.batch,
-            stage=task.stage,
-            prompt_id=task.prompt.prompt_id,
-            origin=task.origin,
-            prompt_ids=task.prompt.token_ids.astype(np.int32),
-            token_ids=ids.astype(np.int32),
-            sources=np.full(num, Source.DATA, np.uint8),
-            weight_versions=np.full(num, self.version, np.int32),
-            statistic=nan,
-            threshold=nan,
-            uncertainty=nan if unc is None else unc,
-            signal=None if piece is None else self.reader.signal(piece),
-            finish_reason="eos" if num and int(ids[-1]) in self.stop_ids else "length",
-            teacher=task.prompt.teacher,
-            stats=stats,
-        )
-
-
-def sessions_of(tasks: Sequence[Task]) -> Sessions:
-    return Sessions(
-        session_ids=np.array([task.rollout_id for task in tasks], np.int64),
-        token_ids=np.concatenate([task.prompt.token_ids for task in tasks]).astype(np.int32),
-        lengths=np.array([len(task.prompt.token_ids) for task in tasks], np.int32),
-    )
-
-
-def _blocks(rows: Sequence[Row], fed: Sequence[list[int]], firsts: Sequence[int]) -> Blocks:
-    """One call: each row's session goes on after `teacher_len` with `fed`, rows are wanted from `firsts` on."""
-    return Blocks(
-        session_ids=np.array([row.task.rollout_id for row in rows], np.int64),
-        base_lens=np.array([row.teacher_len for row in rows], np.int32),
-        first_rows=np.array(firsts, np.int32),
-        token_ids=np.concatenate([np.asarray(part, np.int32) for part in fed]),
-        lengths=np.array([len(part) for part in fed], np.int32),
-    )
-
-
-def _split(ragged: Signal | Written) -> list[np.ndarray]:
-    """Flat rows or tokens, by session."""
-    flat = ragged.values if isinstance(ragged, Signal) else ragged.token_ids
-    return np.split(flat, np.cumsum(ragged.lengths)[:-1])
+def _alike(jobs: list[Job]) -> list[list[Job]]:
+    """Jobs that are scored alike."""
+    return [[jobs[i] for i in group] for group in grouped(jobs, lambda job: (job.scored, job.wants_uncertainty))]

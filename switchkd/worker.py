@@ -48,7 +48,7 @@ class Worker:
 
     def generate(self, tasks: Sequence[Task], put: Put) -> WorkReport:
         """Write all tasks; each finished rollout goes to `put` at once."""
-        started, calls = time.monotonic(), self.rollouts.num_teacher_calls
+        started, calls = time.monotonic(), self.rollouts.calls.num_calls
         tally: Counter[str] = Counter()
         tail = 0.0
 
@@ -82,7 +82,7 @@ class Worker:
             num_rollouts=tally["rollouts"],
             num_tokens=tally["tokens"],
             num_teacher_tokens=tally["teacher"],
-            num_teacher_calls=self.rollouts.num_teacher_calls - calls,
+            num_teacher_calls=self.rollouts.calls.num_calls - calls,
             num_near_ties=tally["ties"],
             signal_bytes=tally["bytes"],
             time_s=time.monotonic() - started,
@@ -158,7 +158,7 @@ class Worker:
         num = len(task.prompt.reference_ids)
         if num == 0:
             return 0, 0, 0.0
-        signal = self.rollouts.exact_reference(task)
+        signal = self.rollouts.references.exact(task)
         ids = np.concatenate([task.prompt.token_ids, task.prompt.reference_ids]).astype(np.int32)
         student = self.rollouts.student
         hidden = student.extend(np.array([0]), np.array([0], np.int32), ids, np.array([len(ids)], np.int32))

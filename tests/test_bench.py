@@ -346,7 +346,7 @@ def test_switching(models, tmp_path):
     """Every rule against every side, and what a token took of the teacher."""
     for row in smoke(models, tmp_path, "switching")["rows"]:
         assert row["tokens/s"]["median"] > 0 and row["x afternoon"]["median"] > 0
-        assert 0 < row["share of bound"]["median"] and 0 < row["teacher calls/token"] <= 1
+        assert row["share of bound"]["median"] > 0 and 0 < row["teacher calls/token"] <= 1
         assert row["bytes/row"] > 0
 
 

@@ -281,7 +281,7 @@ def test_blocks_save_teacher_calls() -> None:
     blocks, fast = write(a_mode, range(8), block_size=4, slots=8, distance=0.2)
     single, slow = write(a_mode, range(8), block_size=1, slots=8, lead="lockstep", distance=0.2)
     assert all(blocks[i].token_ids.tolist() == single[i].token_ids.tolist() for i in blocks)
-    assert fast.num_teacher_calls < 0.5 * slow.num_teacher_calls
+    assert fast.calls.num_calls < 0.5 * slow.calls.num_calls
 
 
 def test_references_are_scored_as_they_stand() -> None:

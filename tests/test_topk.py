@@ -198,7 +198,7 @@ def test_references_and_their_uncertainty() -> None:
         rows = rows_of(p, whole)[len(rollout.prompt_ids) - 1 : -1]
         exact = uncertainty(rows.double(), torch.from_numpy(rollout.token_ids.astype(np.int64)))
         np.testing.assert_allclose(rollout.uncertainty, exact.numpy(), rtol=2e-6)
-    exact = worker.exact_reference(tasks[0])
+    exact = worker.references.exact(tasks[0])
     whole = [*tasks[0].prompt.token_ids.tolist(), *references[0].tolist()]
     assert torch.equal(torch.from_numpy(exact.values), rows_of(p, whole)[len(tasks[0].prompt.token_ids) - 1 : -1])
 

@@ -19,7 +19,8 @@ LAYERS = [
     ["resources", "algo"],
     ["model_folder", "demo", "records", "run_lock", "engines.base"],
     ["prompts", "schedule", "init_student", "weights", "rollout_io", "engines"],
-    ["batching", "rows", "walk", "signal_rows", "questions", "certify", "pace", "propose"],
+    ["batching", "rows", "walk", "signal_rows", "questions", "certify", "pace", "propose", "teacher_calls"],
+    ["references"],
     ["build", "replay", "evaluate", "engines.student_module", "engines.tally"],
     [
         "engines.deepspeed_learner",

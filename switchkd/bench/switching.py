@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class Size:
     block: int
 
 
-REAL = Size(prompts=24, batch=8, tokens=64, block=16)
+REAL = Size(prompts=16, batch=8, tokens=48, block=16)
 SMOKE = Size(prompts=4, batch=2, tokens=12, block=4)
 
 
@@ -90,6 +90,11 @@ class Pair:
         found: list[Rollout] = []
         worker.run([Job(task=task, mode=mode) for task in self.tasks], found.extend)
         return sorted(found, key=lambda rollout: rollout.rollout_id)
+
+    def warm_up(self, worker: RolloutWorker, mode: Mode) -> None:
+        """One batch of short completions: kernels are chosen, and the ways to lead have been tried."""
+        short = replace(mode, max_new_tokens=min(24, self.size.tokens))
+        worker.run([Job(task=task, mode=short) for task in self.tasks[: self.size.batch]], lambda _: None)
 
     def write_in_the_afternoon(self, decide: Callable[[], Decide]) -> int:
         prompts = [task.prompt.token_ids.tolist() for task in self.tasks]
@@ -155,14 +160,18 @@ def _row(pair: Pair, name: str, costs: StepCosts, repeats: int) -> dict[str, Cel
         num = pair.write_in_the_afternoon(decide)
         return (time.perf_counter() - start) / num
 
+    lockstep = pair.worker("lockstep")
+    for worker in (auto, lockstep):
+        pair.warm_up(worker, mode)
     result = paired(
         {
             "auto": engine("auto", auto, mode),
-            "lockstep": engine("lockstep", pair.worker("lockstep"), mode),
+            "lockstep": engine("lockstep", lockstep, mode),
             "afternoon": afternoon,
             "on-policy": engine("on-policy", pair.worker("auto"), alone),
         },
         repeats=repeats,
+        warmup=0,
     )
     rollouts = last["auto"]
     reads = agreements(pair, rollouts, mode)

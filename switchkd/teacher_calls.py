@@ -1,0 +1,124 @@
+"""All that a rollout worker asks of its teacher, and what it makes of the answers.
+
+In: rows or tasks. Out: signals. Calls go one after the other, at once or, while flights overlap, in a thread of their
+own. `num_calls` counts those that the teacher computes for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from switchkd.engines.base import OutputHead, Teacher, TeacherBusy
+from switchkd.questions import Asker, Briefs
+from switchkd.rows import Row
+from switchkd.signal_rows import SignalReader
+from switchkd.types import Blocks, Positions, Sessions, Signal, Task, Written
+
+
+class TeacherCalls:
+    def __init__(self, teacher: Teacher | None, head: OutputHead | None, device: str) -> None:
+        self._teacher = teacher
+        self.reader = SignalReader(head, device)
+        self.num_calls = 0
+        self._thread: ThreadPoolExecutor | None = None
+
+    def start_thread(self) -> None:
+        """From now on `submit` does not wait."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher")
+
+    def end_thread(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+            self._thread = None
+
+    @property
+    def teacher(self) -> Teacher:
+        if self._teacher is None:
+            raise RuntimeError("this run has no teacher, but a task needs its signal")
+        return self._teacher
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future:
+        """All calls come through here, so the teacher never meets two of them at once."""
+        if self._thread is not None:
+            return self._thread.submit(function, *args)
+        answer: Future = Future()
+        answer.set_result(function(*args))
+        return answer
+
+    def open(self, rows: Sequence[Row]) -> None:
+        """Raises TeacherBusy when they do not all fit."""
+        if rows:
+            self.submit(self.teacher.open, sessions_of([row.task for row in rows])).result()
+            for row in rows:
+                row.opened = True
+
+    def open_some(self, rows: list[Row]) -> list[Row]:
+        """As many of the rows as the teacher takes now, at least one: it may have to wait for that."""
+        while True:
+            try:
+                self.open(rows)
+                return rows
+            except TeacherBusy:
+                if len(rows) > 1:
+                    rows = rows[: len(rows) // 2]
+                else:
+                    time.sleep(0.05)
+
+    def close(self, session_ids: Sequence[int]) -> None:
+        if session_ids:
+            self.submit(self.teacher.close, np.array(session_ids, np.int64)).result()
+
+    def score(self, blocks: Blocks) -> Signal:
+        self.num_calls += 1
+        signal: Signal = self.submit(self.teacher.score, blocks).result()
+        self.reader.learn(signal)
+        return signal
+
+    def exact(self, question: Positions) -> Signal:
+        """Exact rows of positions that the teacher has read (`signal: topk`)."""
+        self.num_calls += 1
+        answer: Signal = self.submit(self.teacher.exact, question).result()
+        return answer
+
+    def uncertainty(
+        self, rows: Sequence[Asker], pieces: Sequence[np.ndarray], tokens: Sequence[np.ndarray], firsts: Sequence[int]
+    ) -> list[np.ndarray]:
+        """1 - p(token) of each row's tokens; what the top k leave out is asked for in one call."""
+        if self.reader.kind != "topk":
+            return [self.reader.uncertainty(piece, ids) for piece, ids in zip(pieces, tokens, strict=True)]
+        briefs = Briefs.of_pieces(rows, pieces, firsts, self.reader, self.exact)
+        sizes = [len(ids) for ids in tokens]
+        which = np.repeat(np.arange(len(rows)), sizes)
+        places = np.concatenate([np.arange(size) for size in sizes])
+        unc = briefs.uncertainty(which, places, np.concatenate(tokens)).cpu().numpy().astype(np.float32)
+        return np.split(unc, np.cumsum(sizes)[:-1])
+
+
+def sessions_of(tasks: Sequence[Task]) -> Sessions:
+    return Sessions(
+        session_ids=np.array([task.rollout_id for task in tasks], np.int64),
+        token_ids=np.concatenate([task.prompt.token_ids for task in tasks]).astype(np.int32),
+        lengths=np.array([len(task.prompt.token_ids) for task in tasks], np.int32),
+    )
+
+
+def blocks_of(rows: Sequence[Row], fed: Sequence[list[int]], firsts: Sequence[int]) -> Blocks:
+    """One call: each row's session goes on after `teacher_len` with `fed`, rows are wanted from `firsts` on."""
+    return Blocks(
+        session_ids=np.array([row.task.rollout_id for row in rows], np.int64),
+        base_lens=np.array([row.teacher_len for row in rows], np.int32),
+        first_rows=np.array(firsts, np.int32),
+        token_ids=np.concatenate([np.asarray(part, np.int32) for part in fed]),
+        lengths=np.array([len(part) for part in fed], np.int32),
+    )
+
+
+def split(ragged: Signal | Written) -> list[np.ndarray]:
+    """Flat rows or tokens, by session."""
+    flat = ragged.values if isinstance(ragged, Signal) else ragged.token_ids
+    return np.split(flat, np.cumsum(ragged.lengths)[:-1])
