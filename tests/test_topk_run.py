@@ -13,7 +13,7 @@ from runs import config, furnish, rollouts, steps
 from tiny import NUM_TOKENS, tiny_model
 
 from switchkd import preflight
-from switchkd.actors import teacher_router
+from switchkd.actors import environment
 from switchkd.config import ConfigError
 from switchkd.engines.hf_engine import HFTeacher
 from switchkd.rollout_io import load_rollouts, save_rollouts
@@ -146,6 +146,9 @@ class _Remote:
 def test_router_passes_questions_on(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """Questions go to the sessions' replicas and come back in order; a lost session is opened again with all its
     tokens, and answers the same."""
+    environment.for_private_cluster()  # must come before Ray is imported, for the tests after this one
+    from switchkd.actors import teacher_router
+
     monkeypatch.setattr(teacher_router.ray, "get", lambda thunk: thunk())
     replicas = [
         HFTeacher(tiny_model("llama"), vocab_size=NUM_TOKENS, max_sessions=2, max_len=64, signal="topk", top_k=4)
