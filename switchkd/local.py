@@ -76,7 +76,7 @@ def check_single(config: Config) -> None:
 
 def build_house(config: Config, run_dir: Path, stop_ids: frozenset[int]) -> House:
     teacher = make_teacher(config) if config.needs_teacher else None
-    head = teacher.head().to_arrays() if teacher is not None and config.teacher.signal != "full" else None
+    head = teacher.head_arrays() if teacher is not None else None
     heads: dict[str, HeadArrays] = {} if head is None else {"": head}
     replay = make_replay(config, run_dir)
     worker = make_worker(config, 0, teacher, head, stop_ids)

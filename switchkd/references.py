@@ -5,15 +5,13 @@ In: tasks with a reference. Out: rollouts whose tokens have the source `data`, o
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from switchkd.engines.base import TeacherBusy
 from switchkd.questions import Reference
 from switchkd.rows import mean_tail_mass
-from switchkd.teacher_calls import TeacherCalls, sessions_of, split
+from switchkd.teacher_calls import TeacherCalls, split
 from switchkd.types import Blocks, Positions, Rollout, RolloutStats, Signal, Source, Task
 
 Emit = Callable[[list[Rollout]], None]
@@ -62,28 +60,21 @@ class References:
 
     def read(self, tasks: Sequence[Task], take: Callable[[Sequence[Task], Signal], None]) -> None:
         """The teacher reads all references; `take` gets its signal for every token while the sessions are open."""
-        sessions = sessions_of(tasks)
-        while True:
-            try:
-                self.calls.submit(self.calls.teacher.open, sessions).result()
-                break
-            except TeacherBusy:
-                if len(tasks) > 1:
-                    half = len(tasks) // 2
-                    self.read(tasks[:half], take)
-                    return self.read(tasks[half:], take)
-                time.sleep(0.05)
-        signal = self.calls.score(
-            Blocks(
-                session_ids=sessions.session_ids,
-                base_lens=sessions.lengths,
-                first_rows=sessions.lengths - 1,
-                token_ids=np.concatenate([task.prompt.reference_ids[:-1] for task in tasks]).astype(np.int32),
-                lengths=np.array([max(len(task.prompt.reference_ids) - 1, 0) for task in tasks], np.int32),
+        while tasks:
+            num = self.calls.open_some(tasks)
+            now, tasks = tasks[:num], tasks[num:]
+            prompt_lens = np.array([len(task.prompt.token_ids) for task in now], np.int32)
+            signal = self.calls.score(
+                Blocks(
+                    session_ids=np.array([task.rollout_id for task in now], np.int64),
+                    base_lens=prompt_lens,
+                    first_rows=prompt_lens - 1,
+                    token_ids=np.concatenate([task.prompt.reference_ids[:-1] for task in now]).astype(np.int32),
+                    lengths=np.array([max(len(task.prompt.reference_ids) - 1, 0) for task in now], np.int32),
+                )
             )
-        )
-        take(tasks, signal)
-        self.calls.close(sessions.session_ids.tolist())
+            take(now, signal)
+            self.calls.close([task.rollout_id for task in now])
 
     def _scored(self, tasks: Sequence[Task], signal: Signal, wants_uncertainty: bool) -> list[Rollout]:
         pieces, ids = split(signal), [task.prompt.reference_ids for task in tasks]

@@ -32,8 +32,8 @@ from switchkd.propose import Proposer, grouped, write_request
 from switchkd.questions import Briefs
 from switchkd.references import References
 from switchkd.rows import Mode, Row
-from switchkd.teacher_calls import TeacherCalls, blocks_of, split
-from switchkd.types import Rollout, Signal, Task, WeightBundle, Written
+from switchkd.teacher_calls import BUSY_S, TeacherCalls, blocks_of, split
+from switchkd.types import Rollout, Signal, Task, WeightBundle, Written, ragged
 from switchkd.walk import NEAR_TIE, Block, walk
 
 Emit = Callable[[list[Rollout]], None]
@@ -48,7 +48,7 @@ class Job:
     task: Task
     mode: Mode | None
     scored: bool = True
-    wants_uncertainty: bool = True  # of a reference, `signal: topk`: ask for the tokens that the top k leave out
+    wants_uncertainty: bool = True  # of a reference: ATKD's UnC of its tokens
 
 
 @dataclass(slots=True)
@@ -133,7 +133,7 @@ class RolloutWorker:
         new = [self._start(waiting[i], free[i]) for i in range(min(len(free), len(waiting)))]
         while new:
             try:
-                self.calls.open([row for row in new if row.mode.scored and not row.alone])
+                self.calls.open([row.task for row in new if not row.alone])
                 break
             except TeacherBusy:
                 if len(new) > 1:
@@ -141,8 +141,9 @@ class RolloutWorker:
                 elif rows:
                     new = []
                 else:
-                    time.sleep(0.05)
-        for _ in new:
+                    time.sleep(BUSY_S)
+        for row in new:
+            row.opened = not row.alone
             waiting.popleft()
         rows.extend(new)
 
@@ -311,7 +312,9 @@ class RolloutWorker:
 
     def _score_finished(self, rows: list[Row]) -> Flight:
         """The student wrote these rows alone; now the teacher reads each of them once."""
-        pending = self.calls.open_some(rows)
+        pending = rows[: self.calls.open_some([row.task for row in rows])]
+        for row in pending:
+            row.opened = True
         fed = [row.tokens[row.prompt_len : -1] for row in pending]
 
         def land(signal: Signal) -> None:
@@ -359,7 +362,7 @@ class RolloutWorker:
 
     @staticmethod
     def _count_ties(rows: Sequence[Row], written: Written) -> None:
-        for row, margins in zip(rows, np.split(written.margins, np.cumsum(written.lengths)[:-1]), strict=True):
+        for row, margins in zip(rows, ragged(written.margins, written.lengths), strict=True):
             row.num_near_ties += int((margins < NEAR_TIE).sum())
 
 

@@ -165,5 +165,5 @@ def _worker(ready: Ready) -> Worker:
     run = ready.config.run.model_copy(update={"mode": "inprocess"})
     config = ready.config.model_copy(update={"run": run})
     teacher = make_teacher(config) if config.needs_teacher else None
-    head = teacher.head().to_arrays() if teacher is not None and config.teacher.signal != "full" else None
+    head = teacher.head_arrays() if teacher is not None else None
     return make_worker(config, 0, teacher, head, ready.stop_ids)

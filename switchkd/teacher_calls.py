@@ -17,7 +17,10 @@ from switchkd.engines.base import OutputHead, Teacher, TeacherBusy
 from switchkd.questions import Asker, Briefs
 from switchkd.rows import Row
 from switchkd.signal_rows import SignalReader
-from switchkd.types import Blocks, Positions, Sessions, Signal, Task, Written
+from switchkd.types import Blocks, Positions, Sessions, Signal, Task, Written, ragged
+
+BUSY_S = 0.05
+"""How long a worker waits before it asks a busy teacher again."""
 
 
 class TeacherCalls:
@@ -50,24 +53,22 @@ class TeacherCalls:
         answer.set_result(function(*args))
         return answer
 
-    def open(self, rows: Sequence[Row]) -> None:
+    def open(self, tasks: Sequence[Task]) -> None:
         """Raises TeacherBusy when they do not all fit."""
-        if rows:
-            self.submit(self.teacher.open, sessions_of([row.task for row in rows])).result()
-            for row in rows:
-                row.opened = True
+        if tasks:
+            self.submit(self.teacher.open, sessions_of(tasks)).result()
 
-    def open_some(self, rows: list[Row]) -> list[Row]:
-        """As many of the rows as the teacher takes now, at least one: it may have to wait for that."""
+    def open_some(self, tasks: Sequence[Task]) -> int:
+        """How many of the tasks, from the first on, the teacher takes now: at least one, it may wait for that."""
+        num = len(tasks)
         while True:
             try:
-                self.open(rows)
-                return rows
+                self.open(tasks[:num])
+                return num
             except TeacherBusy:
-                if len(rows) > 1:
-                    rows = rows[: len(rows) // 2]
-                else:
-                    time.sleep(0.05)
+                if num == 1:
+                    time.sleep(BUSY_S)
+                num = max(num // 2, 1)
 
     def close(self, session_ids: Sequence[int]) -> None:
         if session_ids:
@@ -96,7 +97,7 @@ class TeacherCalls:
         which = np.repeat(np.arange(len(rows)), sizes)
         places = np.concatenate([np.arange(size) for size in sizes])
         unc = briefs.uncertainty(which, places, np.concatenate(tokens)).cpu().numpy().astype(np.float32)
-        return np.split(unc, np.cumsum(sizes)[:-1])
+        return ragged(unc, np.array(sizes))
 
 
 def sessions_of(tasks: Sequence[Task]) -> Sessions:
@@ -118,7 +119,7 @@ def blocks_of(rows: Sequence[Row], fed: Sequence[list[int]], firsts: Sequence[in
     )
 
 
-def split(ragged: Signal | Written) -> list[np.ndarray]:
+def split(answer: Signal | Written) -> list[np.ndarray]:
     """Flat rows or tokens, by session."""
-    flat = ragged.values if isinstance(ragged, Signal) else ragged.token_ids
-    return np.split(flat, np.cumsum(ragged.lengths)[:-1])
+    flat = answer.values if isinstance(answer, Signal) else answer.token_ids
+    return ragged(flat, answer.lengths)

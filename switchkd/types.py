@@ -15,6 +15,11 @@ from enum import IntEnum
 import numpy as np
 
 
+def ragged(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """The entries of a ragged array: views of `flat`, `lengths[b]` long."""
+    return np.split(flat, np.cumsum(lengths)[:-1])
+
+
 class Source(IntEnum):
     """Who wrote a token."""
 

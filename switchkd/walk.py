@@ -145,10 +145,9 @@ def _tokens(
     drafted id, so sharing that noise would bend the law.
     """
     mode, block = rows[0].mode, span.block
-    tokens = block.tokens[alive, k].copy()
-    differ = np.full(len(alive), -1)
+    own = block.tokens[alive, k]  # the proposer's
+    tokens, differ = own.copy(), np.full(len(alive), -1)
     replaced = mode.rule.replacement != Purpose.GUMBEL
-    own = tokens.copy()  # the proposer's
     if block.by_teacher:
         drawn = ~owned | probe
         other = span.student_draws(alive[drawn], k)

@@ -22,16 +22,14 @@ from switchkd.types import Blocks, Positions, Sessions, Signal, WriteRequest, Wr
 class TeacherActor:
     def __init__(self, config: dict[str, Any], secrets: Secrets, working_dir: str) -> None:
         prepare(secrets, working_dir)
-        parsed = Config.model_validate(config)
-        self.signal = parsed.teacher.signal
-        self.teacher = make_teacher(parsed)
+        self.teacher = make_teacher(Config.model_validate(config))
 
     def ready(self) -> bool:
         return True
 
     def head(self) -> HeadArrays | None:
         """The output head for everybody who rebuilds rows; None when whole rows travel."""
-        return None if self.signal == "full" else self.teacher.head().to_arrays()
+        return self.teacher.head_arrays()
 
     def open(self, sessions: Sessions) -> None:
         self.teacher.open(sessions)

@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError
 
 from switchkd.engines.base import TeacherBusy, UnknownSession
 from switchkd.engines.heads import HeadArrays
-from switchkd.types import Blocks, Positions, Sessions, Signal, WriteRequest, Written
+from switchkd.types import Blocks, Positions, Sessions, Signal, WriteRequest, Written, ragged
 
 Ask = Callable[[Any, list[int]], Any]
 """(replica, which blocks) -> a reference to its answer."""
@@ -39,21 +39,21 @@ class TeacherRouter:
     # ── the Teacher protocol ───────────────────────────────────────────────────────────────────────────────────────
 
     def open(self, sessions: Sessions) -> None:
-        tokens = np.split(sessions.token_ids, np.cumsum(sessions.lengths)[:-1])
+        tokens = ragged(sessions.token_ids, sessions.lengths)
         wanted = {int(s): part for s, part in zip(sessions.session_ids, tokens, strict=True)}
         self._place(wanted)
         self._tokens.update(wanted)
 
     def score(self, blocks: Blocks) -> Signal:
         """Split by replica, ask all at once, put together in the order asked. Lost sessions are opened again."""
-        parts = np.split(blocks.token_ids, np.cumsum(blocks.lengths)[:-1])
+        parts = ragged(blocks.token_ids, blocks.lengths)
         answers = self._until_answered(blocks, lambda replica, some: replica.score.remote(_select(blocks, parts, some)))
         self._remember(blocks, parts)
         return _joined(answers)
 
     def exact(self, question: Positions) -> Signal:
         """As `score`; a lost session is opened elsewhere with all its tokens."""
-        parts = np.split(question.positions, np.cumsum(question.lengths)[:-1])
+        parts = ragged(question.positions, question.lengths)
         held = [len(self._tokens[session]) for session in question.session_ids.tolist()]
         whole = Blocks(
             session_ids=question.session_ids,
@@ -77,7 +77,7 @@ class TeacherRouter:
     def write(self, request: WriteRequest) -> Written:
         """As `score`. A repeated request gives the same tokens, so a lost replica costs time only."""
         blocks = request.blocks
-        parts = np.split(blocks.token_ids, np.cumsum(blocks.lengths)[:-1])
+        parts = ragged(blocks.token_ids, blocks.lengths)
 
         def ask(replica: Any, some: list[int]) -> Any:
             return replica.write.remote(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from switchkd.algo import divergence
-from switchkd.algo.sampling import Purpose, Sampling
+from switchkd.algo.sampling import Purpose, Sampling, draw
 from switchkd.algo.switching import Rule
 from switchkd.engines.hf_engine import HFStudent, HFTeacher
 from switchkd.pace import SIZES
@@ -67,8 +67,6 @@ def measure_costs(
         return lambda: student.head.logits(student.extend(slots, bases, part, np.full(batch, size, np.int32)))
 
     def step() -> Any:
-        from switchkd.algo.sampling import draw
-
         return draw(
             check(1)(), run_seed=0, rollout_ids=slots, positions=slots, purpose=Purpose.GUMBEL, sampling=Sampling()
         )

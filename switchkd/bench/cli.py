@@ -55,7 +55,7 @@ def switching(
     pair = resolve(teacher, student)
     torch.set_num_threads(threads or os.cpu_count() or 1)
     table = run(
-        smoke=smoke, repeats=repeats or (1 if smoke else 3), device=device, dtype=dtype,
+        smoke=smoke, repeats=_turns(repeats, smoke, 3), device=device, dtype=dtype,
         teacher=pair.teacher, student=pair.student, rules=rule or (),
     )  # fmt: skip
     _finish(table, json)
@@ -82,7 +82,7 @@ def trainer(
     from switchkd.bench.trainer import run
 
     table = run(
-        pair=resolve(teacher, student), smoke=smoke, repeats=repeats or (1 if smoke else 5), device=device, dtype=dtype,
+        pair=resolve(teacher, student), smoke=smoke, repeats=_turns(repeats, smoke, 5), device=device, dtype=dtype,
         threads=threads, batch=batch, new_tokens=new_tokens, loss=loss, on_ray=ray,
     )  # fmt: skip
     _finish(table, json)
@@ -101,7 +101,7 @@ def learner(
     _check(device, dtype, json)
     from switchkd.bench.learner import run
 
-    _finish(run(smoke=smoke, repeats=repeats or (1 if smoke else 3), device=device, dtype=dtype, threads=threads), json)
+    _finish(run(smoke=smoke, repeats=_turns(repeats, smoke, 3), device=device, dtype=dtype, threads=threads), json)
 
 
 @app.command()
@@ -122,7 +122,7 @@ def weights(
 
     pair = resolve(teacher, student)
     table = run(
-        student=pair.student, smoke=smoke, repeats=repeats or (1 if smoke else 7), device=device, dtype=dtype,
+        student=pair.student, smoke=smoke, repeats=_turns(repeats, smoke, 7), device=device, dtype=dtype,
         threads=threads,
     )  # fmt: skip
     _finish(table, json)
@@ -140,9 +140,7 @@ def scale(
     _check("cpu", "float32", json)
     from switchkd.bench.scale import run
 
-    table = run(
-        smoke=smoke, repeats=repeats or (1 if smoke else 3), student_s=student_ms / 1e3, teacher_s=teacher_ms / 1e3
-    )
+    table = run(smoke=smoke, repeats=_turns(repeats, smoke, 3), student_s=student_ms / 1e3, teacher_s=teacher_ms / 1e3)
     _finish(table, json)
 
 
@@ -160,7 +158,7 @@ def overlap(
     from switchkd.bench.overlap import run
 
     table = run(
-        smoke=smoke, repeats=repeats or (1 if smoke else 3), student_s=student_ms / 1e3, teacher_s=teacher_ms / 1e3,
+        smoke=smoke, repeats=_turns(repeats, smoke, 3), student_s=student_ms / 1e3, teacher_s=teacher_ms / 1e3,
         learner_s=learner_ms / 1e3,
     )  # fmt: skip
     _finish(table, json)
@@ -176,6 +174,10 @@ def _check(device: str, dtype: str, json: Path | None) -> None:
     if json is not None and not json.resolve().parent.is_dir():
         raise ConfigError(f"--json {json}: the folder {json.resolve().parent} does not exist; make it first")
     check_device(device)
+
+
+def _turns(repeats: int | None, smoke: bool, usual: int) -> int:
+    return repeats or (1 if smoke else usual)
 
 
 def _finish(table: Table, json: Path | None) -> None:

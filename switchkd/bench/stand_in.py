@@ -106,8 +106,8 @@ class SleepingTeacher:
     def __init__(self, sleep_s: float) -> None:
         self.sleep_s = sleep_s
 
-    def head(self) -> LinearHead:
-        return head()
+    def head_arrays(self) -> HeadArrays:
+        return head().to_arrays()
 
     def open(self, sessions: Sessions) -> None:
         pass

@@ -31,6 +31,7 @@ from switchkd.engines.hf_engine import HFStudent, HFTeacher
 from switchkd.engines.loading import load_model, load_tokenizer, pad_id, shared_vocab, stop_ids
 from switchkd.rollout import Job, RolloutWorker
 from switchkd.rows import Mode
+from switchkd.signal_rows import SignalReader
 from switchkd.types import Origin, Prompt, Rollout, Source, Task
 
 HALF_LIFE = 16.0
@@ -214,16 +215,14 @@ class Read:
 @torch.inference_mode()
 def agreements(pair: Pair, rollouts: Sequence[Rollout], mode: Mode) -> list[Read]:
     """What either proposer would have met at every position. SKD's replacement never equals the draft by sharing."""
-    found = []
+    found, reader = [], SignalReader(pair.head, pair.device)
     for rollout in rollouts:
         num = rollout.num_tokens
         ids = np.concatenate([rollout.prompt_ids, rollout.token_ids])[:-1].astype(np.int32)
         hidden = pair.student.extend(np.array([0]), np.array([0], np.int32), ids, np.array([len(ids)], np.int32))
         q_logits = pair.student.head.logits(hidden[-num:])
         assert rollout.signal is not None
-        reader = pair.worker("lockstep").reader
-        reader.learn(rollout.signal)
-        p_logits = reader.logits(rollout.signal.values)
+        p_logits = reader.logits_of(rollout.signal)
         key = {"run_seed": mode.seed, "rollout_ids": [rollout.rollout_id] * num, "positions": range(num)}
         purposes = (mode.rule.replacement, Purpose.GUMBEL)
         teachers, students = (

@@ -19,9 +19,9 @@ from switchkd.algo.compressed import compress, pack
 from switchkd.algo.sampling import Sampling, draw
 from switchkd.engines.base import TeacherBusy, UnknownSession
 from switchkd.engines.graphs import Capture
-from switchkd.engines.heads import LinearHead, head_of, signal_from_hidden
+from switchkd.engines.heads import HeadArrays, LinearHead, head_of, signal_from_hidden
 from switchkd.engines.slot_model import SlotModel
-from switchkd.types import Blocks, Positions, Sessions, Signal, WeightBundle, WriteRequest, Written
+from switchkd.types import Blocks, Positions, Sessions, Signal, WeightBundle, WriteRequest, Written, ragged
 
 _KEPT_ROWS = 64
 """Of each session, besides the last answer: AdaSwitch asks about the tokens of its window."""
@@ -113,6 +113,10 @@ class HFTeacher:
     def head(self) -> LinearHead:
         """The float32 output head that belongs to hidden states."""
         return head_of(self.model, self.vocab_size)
+
+    def head_arrays(self) -> HeadArrays | None:
+        """The head as it travels to everybody who rebuilds rows; None where whole rows travel."""
+        return None if self.kind == "full" else self.head().to_arrays()
 
     def open(self, sessions: Sessions) -> None:
         """See Teacher. A session that is already held keeps what was read of a common beginning."""
@@ -302,4 +306,4 @@ class HFTeacher:
 
 
 def _split(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    return np.split(flat.astype(np.int64), np.cumsum(lengths)[:-1])
+    return ragged(flat.astype(np.int64), lengths)
