@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from tiny import save_tiny
 
+from switchkd import cli
 from switchkd.config import load
 from switchkd.sections import Config
 
@@ -50,6 +52,13 @@ def furnish(place: Path) -> Path:
     return place
 
 
+def linked(models: Path, place: Path) -> Path:
+    """What `furnish` left in `models`, in another folder."""
+    for name in ("teacher", "student", "data.jsonl"):
+        (place / name).symlink_to(models / name)
+    return place
+
+
 def config_file(place: Path, stages: list[dict[str, Any]], name: str = "config.yaml", **sections: Any) -> Path:
     """A config in `place`: BASE with these stages, and with the given sections laid over it."""
     config = deepcopy(BASE)
@@ -63,6 +72,18 @@ def config_file(place: Path, stages: list[dict[str, Any]], name: str = "config.y
 
 def config(place: Path, stages: list[dict[str, Any]], **sections: Any) -> Config:
     return load(config_file(place, stages, **sections))
+
+
+def command(monkeypatch: Any, captured: Any, *args: object) -> tuple[int, str, str]:
+    """`switchkd ...` in this process: exit code, stdout, stderr. `captured` is pytest's capsys or capfd."""
+    monkeypatch.setattr(sys, "argv", ["switchkd", *map(str, args)])
+    captured.readouterr()
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    return (code, *captured.readouterr())
 
 
 # --- what a run left behind ------------------------------------------------------------------------------------------

@@ -8,13 +8,14 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import command
 from tiny import save_tiny
 
-from switchkd import cli
 from switchkd.bench import scale
 from switchkd.bench.models import prompts
 from switchkd.bench.processes import Gauge, cpu_seconds, descendants
@@ -194,17 +195,7 @@ def models(tmp_path_factory) -> Path:
 def bench(monkeypatch, capfd):
     """`switchkd bench ...` in this process: exit code, stdout, stderr."""
 
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["switchkd", "bench", *map(str, args)])
-        capfd.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return (code, *capfd.readouterr())
-
-    return call
+    return partial(command, monkeypatch, capfd, "bench")
 
 
 BAD = {

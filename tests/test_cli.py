@@ -4,12 +4,12 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+from runs import command
 from tiny import save_tiny
-
-from switchkd import cli
 
 HEAVY = {"torch", "transformers", "ray", "deepspeed", "datasets", "pydantic"}
 
@@ -48,18 +48,7 @@ def place(models, tmp_path, monkeypatch) -> Path:
 def run(monkeypatch, capsys):
     """Runs the command in this process: exit code, stdout, stderr."""
 
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["switchkd", *map(str, args)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
+    return partial(command, monkeypatch, capsys)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -18,7 +18,7 @@ from scipy import stats
 from teacher_contract import Bench, ask, sessions
 from test_exact import assert_same, pair, tasks
 from test_rollout import MAX_NEW, RULES, SAMPLINGS
-from test_slot_cache import clean, extend
+from test_slot_cache import clean, extend, live_through
 from tiny import EOS, NUM_TOKENS, tiny_model
 
 from switchkd.algo.copies import to_host
@@ -95,19 +95,8 @@ def test_rows_of_other_families(family, with_graphs):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_student_histories(family, with_graphs):
     """Random extends and cuts of a student's slots equal clean forward passes, and shapes do repeat."""
-    rng = np.random.default_rng(0)
-    plain = tiny_model(family)
     engine = SlotModel(on_gpu(family), num_slots=6, max_len=96, capture=capture(with_graphs))
-    held = [np.zeros(0, np.int64)] * 6
-    for turn in range(60):
-        slots = rng.permutation(6)[: rng.choice([1, 2, 5, 6])].tolist()
-        starts = [int(rng.integers(0, len(held[s]) + 1)) if rng.random() < 0.3 else len(held[s]) for s in slots]
-        starts = [min(start, 95) for start in starts]
-        most = 70 if turn % 10 == 3 else 1 + 4 * (turn % 2)
-        rows = [rng.integers(0, 128, rng.integers(1, min(most, 96 - start) + 1)) for start in starts]
-        for slot, start, row, got in zip(slots, starts, rows, extend(engine, slots, starts, rows), strict=True):
-            held[slot] = np.concatenate([held[slot][:start], row])
-            torch.testing.assert_close(got.cpu(), clean(plain, held[slot], start), atol=ATOL, rtol=0)
+    live_through(engine, tiny_model(family), turns=60, atol=ATOL)
     assert engine._graphs is None or engine._graphs.num_graphs > 5, "steps were recorded"
 
 

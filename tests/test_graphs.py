@@ -15,7 +15,7 @@ from tape import Tape
 from test_exact import assert_same, pair, tasks
 from test_hf_engine import bench
 from test_rollout import MAX_NEW, RULES, SAMPLINGS
-from test_slot_cache import FAMILIES, clean, extend
+from test_slot_cache import FAMILIES, clean, extend, live_through
 from tiny import EOS, NUM_TOKENS, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -49,19 +49,9 @@ def refusing(step):
 def test_random_histories(family, attn, at_once):
     """Random extends and cuts over random slots equal clean forward passes: lengths, slots and cuts change between the
     replays of one shape, and rows that are padding do no harm to the slots they stand on."""
-    rng = np.random.default_rng(0)
-    plain, tape = tiny_model(family, attn=attn), Tape()
+    tape = Tape()
     engine = SlotModel(tiny_model(family, attn=attn), num_slots=6, max_len=96, capture=tape)
-    held = [np.zeros(0, np.int64)] * 6
-    for turn in range(50):
-        slots = rng.permutation(6)[: rng.choice([1, 2, 5, 6])].tolist()
-        starts = [int(rng.integers(0, len(held[s]) + 1)) if rng.random() < 0.3 else len(held[s]) for s in slots]
-        starts = [min(start, 95) for start in starts]
-        most = 70 if turn % 10 == 3 else 1 + 4 * (turn % 2)
-        rows = [rng.integers(0, 128, rng.integers(1, min(most, 96 - start) + 1)) for start in starts]
-        for slot, start, row, got in zip(slots, starts, rows, extend(engine, slots, starts, rows), strict=True):
-            held[slot] = np.concatenate([held[slot][:start], row])
-            torch.testing.assert_close(got, clean(plain, held[slot], start), atol=2e-5, rtol=0)
+    live_through(engine, tiny_model(family, attn=attn), turns=50, atol=2e-5)
     assert tape.num_replays > tape.num_records > 10, "shapes repeat"
 
 

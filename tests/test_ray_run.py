@@ -27,6 +27,7 @@ from runs import (
     distance,
     furnish,
     lines,
+    linked,
     processes,
     rollouts,
     steps,
@@ -81,10 +82,8 @@ def alone(models) -> tuple[Path, Summary]:
 @pytest.fixture
 def place(models, tmp_path, monkeypatch) -> Path:
     """A working directory of one's own with the models in it."""
-    for name in ("teacher", "student", "data.jsonl"):
-        (tmp_path / name).symlink_to(models / name)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return linked(models, tmp_path)
 
 
 def actors(role: str = r"\w+Actor") -> list[int]:

@@ -19,18 +19,20 @@ from runs import (
     STAGES,
     SWITCH,
     WARM_UP,
+    command,
     config,
     config_file,
     distance,
     furnish,
     lines,
+    linked,
     rollouts,
     steps,
     tree,
     weights,
 )
 
-from switchkd import cli, resources
+from switchkd import resources
 from switchkd.actors import environment
 from switchkd.actors.placement import settled
 from switchkd.config import ConfigError, load
@@ -49,10 +51,8 @@ def models(tmp_path_factory) -> Path:
 @pytest.fixture
 def place(models, tmp_path, monkeypatch) -> Path:
     """A working directory of one's own with the models in it."""
-    for name in ("teacher", "student", "data.jsonl"):
-        (tmp_path / name).symlink_to(models / name)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return linked(models, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -62,18 +62,6 @@ def whole(models) -> tuple[Path, Summary]:
         patch.chdir(models)
         summary = train(config(models, STAGES, name="whole.yaml", run={"dir": "whole"}, eval=EVAL))
     return models / "whole", summary
-
-
-def command(monkeypatch, capsys, *args: object) -> tuple[int, str, str]:
-    """`switchkd ...` in this process: exit code, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", ["switchkd", *map(str, args)])
-    capsys.readouterr()
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as end:
-        code = int(end.code or 0)
-    return (code, *capsys.readouterr())
 
 
 def loads(folder: Path) -> torch.nn.Module:

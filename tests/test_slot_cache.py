@@ -34,6 +34,21 @@ def extend(engine, slots, starts, rows, keep=None):
     return out.split((lengths if keep is None else keep).tolist())
 
 
+def live_through(engine, plain, *, turns, atol):
+    """Random extends and cuts over random slots of 6, each answer held against a clean forward pass."""
+    rng = np.random.default_rng(0)
+    held = [np.zeros(0, np.int64)] * 6
+    for turn in range(turns):
+        slots = rng.permutation(6)[: rng.choice([1, 2, 5, 6])].tolist()
+        starts = [int(rng.integers(0, len(held[s]) + 1)) if rng.random() < 0.3 else len(held[s]) for s in slots]
+        starts = [min(start, 95) for start in starts]
+        most = 70 if turn % 10 == 3 else 1 + 4 * (turn % 2)
+        rows = [rng.integers(0, 128, rng.integers(1, min(most, 96 - start) + 1)) for start in starts]
+        for slot, start, row, got in zip(slots, starts, rows, extend(engine, slots, starts, rows), strict=True):
+            held[slot] = np.concatenate([held[slot][:start], row])
+            torch.testing.assert_close(got.cpu(), clean(plain, held[slot], start), atol=atol, rtol=0)
+
+
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_random_histories(family, attn):
