@@ -74,6 +74,7 @@ def make_teacher(config: Config) -> HFTeacher:
         signal=section.signal,
         capture=capture_for(model, section.graphs, key="teacher.graphs", whole_rows=whole_rows),
         top_k=section.signal_top_k,
+        prepack=section.prepack,
     )
 
 
@@ -100,11 +101,12 @@ def make_worker(
         max_len=max_len(config),
         vocab_size=shared_vocab(tokenizer),
         capture=capture_for(model, section.graphs, key="student.graphs"),
+        prepack=section.prepack,
     )
     rollouts = RolloutWorker(
         student=student,
         teacher=teacher,
-        head=None if head is None else LinearHead.from_arrays(head, device=device),
+        head=None if head is None else _reading_head(head, device, section.prepack),
         stop_ids=stop_ids,
         block_size=config.rollout.block_size,
         lead=config.rollout.lead,
@@ -115,6 +117,11 @@ def make_worker(
     )
     decode = partial(tokenizer.decode, skip_special_tokens=True)
     return Worker(rollouts, build_modes(config), decode, index=index)
+
+
+def _reading_head(arrays: HeadArrays, device: str, prepack: str) -> LinearHead:
+    head = LinearHead.from_arrays(arrays, device=device)
+    return head if prepack == "off" else head.prepack()
 
 
 def _overlaps(config: Config) -> bool:

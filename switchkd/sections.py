@@ -54,6 +54,9 @@ class Model(Section):
     graphs: Switch = "auto"
     """Record short forward passes as CUDA graphs. `auto`: where the model is on one GPU (a teacher: with signal
     `hidden`)."""
+    prepack: Switch = "auto"
+    """On a CPU: keep a second copy of the weights, in the order that its matrix unit reads. `auto`: models up to
+    4 GB."""
     trust_remote_code: bool = False
     temperature: float | None = Field(None, ge=0)
     """With which it writes; 0 is greedy. Null takes what the rule's paper says (else 1)."""

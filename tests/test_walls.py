@@ -17,7 +17,7 @@ LAYERS = [
     ["sections", "types", "files"],
     ["config"],
     ["resources", "algo"],
-    ["model_folder", "demo", "records", "run_lock", "engines.base"],
+    ["model_folder", "demo", "records", "run_lock", "engines.base", "engines.prepacked"],
     ["prompts", "schedule", "init_student", "weights", "rollout_io", "engines"],
     ["batching", "rows", "walk", "signal_rows", "questions", "certify", "pace", "propose", "teacher_calls"],
     ["references"],

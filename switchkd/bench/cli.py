@@ -46,6 +46,8 @@ def switching(
 ) -> None:
     """Tokens per second of each rule against lockstep, a plain loop, on-policy sampling, and the bound."""
     _check(device, dtype, json)
+    # all sides take turns in this one process: a waiting thread holds nobody up
+    os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
     import torch
 
     from switchkd.bench.models import resolve

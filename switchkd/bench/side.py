@@ -57,8 +57,6 @@ class Side:
     """The handle: call it for a turn's seconds, `finish` it for what it told."""
 
     def __init__(self, name: str, work: Callable[..., None], *args: Any, device: str = "cpu", threads: int = 0) -> None:
-        # the idle sides' threads must not spin on the cores of the one that works
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self.name = name
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()

@@ -53,7 +53,7 @@ class Size:
     block: int
 
 
-REAL = Size(prompts=16, batch=8, tokens=48, block=16)
+REAL = Size(prompts=24, batch=8, tokens=48, block=16)
 SMOKE = Size(prompts=4, batch=2, tokens=12, block=4)
 
 
@@ -72,7 +72,7 @@ class Pair:
         served, own = (load_model(path, dtype=dtype, device=device) for path in (teacher, student))
         self.student = HFStudent(own, num_slots=size.batch, max_len=longest + 64, vocab_size=self.vocab_size)
         self.teacher = HFTeacher(served, vocab_size=self.vocab_size, max_sessions=3 * size.batch, max_len=longest + 64)
-        self.head = LinearHead.from_arrays(self.teacher.head().to_arrays(), device=device)
+        self.head = LinearHead.from_arrays(self.teacher.head().to_arrays(), device=device).prepack()
 
     def mode(self, rule: switching.Rule) -> Mode:
         return Mode(rule=rule, student=Sampling(), teacher=Sampling(), max_new_tokens=self.size.tokens, seed=SEED)

@@ -17,6 +17,7 @@ import torch
 
 from switchkd.algo.compressed import compress, pack
 from switchkd.algo.sampling import Sampling, draw
+from switchkd.engines import prepacked
 from switchkd.engines.base import TeacherBusy, UnknownSession
 from switchkd.engines.graphs import Capture
 from switchkd.engines.heads import HeadArrays, LinearHead, head_of, signal_from_hidden
@@ -33,12 +34,15 @@ class HFStudent:
     """The student (a StudentEngine): a SlotModel with its float32 output head and replaceable weights."""
 
     def __init__(self, model: Any, *, num_slots: int, max_len: int, vocab_size: int, prefill_chunk: int = 512,
-                 capture: Capture | None = None) -> None:  # fmt: skip
+                 capture: Capture | None = None, prepack: str = "auto") -> None:  # fmt: skip
         self._slots = SlotModel(
             model, num_slots=num_slots, max_len=max_len, prefill_chunk=prefill_chunk, capture=capture
         )
         self.model, self.num_slots, self.max_len = model, num_slots, max_len
         self.head = head_of(model, vocab_size)
+        self._refresh = prepacked.prepack(model, prepack, key="student.prepack")
+        if prepack != "off":
+            self.head.prepack()
 
     def extend(self, slots: np.ndarray, starts: np.ndarray, token_ids: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
         """See StudentEngine."""
@@ -49,6 +53,7 @@ class HFStudent:
         from switchkd.weights import unpack_into
 
         unpack_into(self.model, bundle)
+        self._refresh()
         self.head.copy_from(self.model)
         self._slots.reset()
 
@@ -87,15 +92,18 @@ class HFTeacher:
 
     def __init__(self, model: Any, *, vocab_size: int, max_sessions: int, max_len: int, lease_s: float = 600.0,
                  signal: Literal["hidden", "full", "topk"] = "hidden", top_k: int = 64, prefill_chunk: int = 512,
-                 clock: Callable[[], float] = time.monotonic, capture: Capture | None = None) -> None:  # fmt: skip
+                 clock: Callable[[], float] = time.monotonic, capture: Capture | None = None,
+                 prepack: str = "auto") -> None:  # fmt: skip
         self.model, self.vocab_size, self.lease_s, self.kind = model, vocab_size, lease_s, signal
         self.top_k = top_k
+        self._prepack = prepack != "off"
         if signal != "full":
             head_of(model, vocab_size, model.dtype)  # an error belongs to the start, not to the first score
         self._slots = SlotModel(
             model, num_slots=max_sessions, max_len=max_len, prefill_chunk=prefill_chunk,
             output="logits" if signal == "full" else "hidden", capture=capture,
         )  # fmt: skip
+        prepacked.prepack(model, prepack, key="teacher.prepack")
         self._clock = clock
         self._head: LinearHead | None = None
         self._sessions: dict[int, _Session] = {}
@@ -264,7 +272,7 @@ class HFTeacher:
         if self.kind == "full":
             return rows[:, : self.vocab_size].float()
         if self._head is None:  # where the model is not float32 this is a second head, for those who use it
-            self._head = self.head()
+            self._head = self.head().prepack() if self._prepack else self.head()
         return self._head.logits(rows)
 
     def close(self, session_ids: np.ndarray) -> None:

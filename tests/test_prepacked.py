@@ -1,0 +1,103 @@
+"""Packed weights give the plain product, follow the weights when these change, and step aside for gradients."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from tiny import NUM_TOKENS, tiny_model
+
+from switchkd.config import ConfigError
+from switchkd.engines import prepacked
+from switchkd.engines.heads import LinearHead, final_hidden
+from switchkd.engines.hf_engine import HFStudent
+from switchkd.engines.prepacked import Prepacked, can_pack, prepack
+from switchkd.weights import pack
+
+torch.set_num_threads(1)
+
+IDS = torch.from_numpy(np.random.default_rng(0).integers(5, 120, (2, 9)))
+needs_onednn = pytest.mark.skipif(not can_pack(torch.ones(64, 64)), reason="this torch has no oneDNN")
+
+
+def matrix(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows", [1, 2, 7, 64, 300])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+def test_the_same_product(dtype, limit, biased, rows):
+    """Against float64, as a share of the answer's size."""
+    weight, bias = matrix(130, 72, dtype=dtype), matrix(130, dtype=dtype) if biased else None
+    x = matrix(rows, 72, dtype=dtype)
+    wanted = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    found = Prepacked(weight, bias).product(x)
+    assert found.dtype == dtype and found.shape == (rows, 130)
+    assert float((found.double() - wanted).norm() / wanted.norm()) < limit
+
+
+@needs_onednn
+def test_gradients_and_empty_rows_take_the_plain_product():
+    weight = matrix(64, 32)
+    packed = Prepacked(weight)
+    x = matrix(3, 32).requires_grad_()
+    packed.product(x).sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(3, -1))
+    assert packed.product(torch.empty(0, 32)).shape == (0, 64)
+
+
+@needs_onednn
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "opt"])
+def test_a_model_reads_the_same(family):
+    """Layers are packed (else the test would show nothing), final hidden states stay."""
+    model = tiny_model(family)
+    wanted = final_hidden(copy.deepcopy(model), input_ids=IDS, use_cache=False)
+    prepack(model)
+    packed = [layer for layer in model.modules() if "forward" in vars(layer)]
+    assert len(packed) >= 4 and model.get_output_embeddings() not in packed
+    with torch.inference_mode():
+        torch.testing.assert_close(final_hidden(model, input_ids=IDS, use_cache=False), wanted, atol=2e-5, rtol=0)
+
+
+@needs_onednn
+def test_new_weights_are_packed_again():
+    """A student that took another's weights reads and answers as the other does, head included."""
+    student = HFStudent(tiny_model("llama"), num_slots=2, max_len=32, vocab_size=NUM_TOKENS)
+    other = tiny_model("llama", seed=7)
+    student.load_weights(pack(other.state_dict().items(), 1))
+    hidden = student.extend(np.arange(2), np.zeros(2), IDS.numpy().ravel(), np.full(2, 9))
+    wanted = final_hidden(other, input_ids=IDS, use_cache=False).flatten(0, 1)
+    torch.testing.assert_close(hidden, wanted, atol=2e-5, rtol=0)
+    logits = other(input_ids=IDS).logits.flatten(0, 1)[:, :NUM_TOKENS]
+    torch.testing.assert_close(student.head.logits(hidden), logits, atol=5e-5, rtol=0)
+
+
+def test_off_leaves_the_model_alone():
+    model = tiny_model("llama")
+    prepack(model, "off")()
+    assert not any("forward" in vars(layer) for layer in model.modules())
+
+
+def test_large_models_are_not_doubled_unasked(monkeypatch):
+    monkeypatch.setattr(prepacked, "MAX_BYTES", 100)
+    model = tiny_model("llama")
+    prepack(model)
+    assert not any("forward" in vars(layer) for layer in model.modules())
+
+
+def test_on_says_where_it_cannot_be():
+    """float16 has no packed product here."""
+    with pytest.raises(ConfigError, match=r"teacher.prepack: on.*float16.*set teacher.prepack: auto"):
+        prepack(tiny_model("llama").half(), "on", key="teacher.prepack")
+
+
+@needs_onednn
+def test_a_head_follows_too():
+    weight = matrix(NUM_TOKENS, 32)
+    head = LinearHead(weight.clone()).prepack()
+    x = matrix(5, 32)
+    torch.testing.assert_close(head.logits(x), x @ weight.T, atol=1e-5, rtol=0)
