@@ -136,6 +136,7 @@ class Rule(Section):
     know is an error."""
 
     type: str = "jsd_threshold"
+    """A name, or `my_file:my_rule` from the working directory: your own code, which runs with your rights."""
     tau0: float | None = None
     decay: float | None = None
     half_life: float | None = None
@@ -166,6 +167,7 @@ class Loss(Section):
     """What is minimised (`algo/losses.py`). Null takes the loss's own default."""
 
     type: str = "forward_kl"
+    """A name, or `my_file:my_loss` from the working directory: your own code, which runs with your rights."""
     alpha: float | None = None
     """Of the skewed losses."""
     beta: float | None = None
@@ -332,6 +334,8 @@ class Resources(Section):
     num_gpus: float = Field(0.0, ge=0)
     threads: PositiveInt | None = None
     """CPU threads. Null: see `resources.py`."""
+    labels: dict[str, str] = {}
+    """Ray node labels that the process's node must have, such as `switchkd.io/role: teacher`."""
 
 
 class ResourcesOfRoles(Section):
