@@ -7,7 +7,9 @@ imported from the working directory: it is the user's code and runs with the use
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
+import sysconfig
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -40,11 +42,14 @@ class StageModes:
 
 
 def named(name: str, what: str) -> Callable[..., Any]:
-    """`my_file:my_name` from the working directory. Raises ConfigError."""
+    """`my_file:my_name` from the working directory (or PYTHONPATH). Raises ConfigError, also for a function of Python's
+    or of an installed package: a config alone must not name `os:system`."""
     module, _, attribute = name.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
+    if _installed(module):
+        raise ConfigError(f"{what} {name!r} is installed, not yours; name a file in {here}, such as my_file:my_{what}")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
@@ -56,6 +61,18 @@ def named(name: str, what: str) -> Callable[..., Any]:
     if not callable(found):
         raise ConfigError(f"{what} {name!r} is a {type(found).__name__}, not a function")
     return found
+
+
+def _installed(module: str) -> bool:
+    """Does Python or a package bring its top-level module? Decided without running any of it."""
+    spec = importlib.util.find_spec(module.partition(".")[0]) if module else None
+    if spec is None:
+        return False
+    files = [file for file in (spec.origin, *(spec.submodule_search_locations or ())) if file]
+    places = {Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
+    return not any(Path(file).exists() for file in files) or any(
+        place in Path(file).resolve().parents for file in files for place in places
+    )
 
 
 def build_rule(stage: Stage) -> Rule:

@@ -54,7 +54,9 @@ def init_student(
     given = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = _config(teacher_folder, given)
     kept = _checked(layers, num_layers, config.get_text_config(decoder=True).num_hidden_layers)
-    teacher = AutoModelForCausalLM.from_pretrained(teacher_folder, config=config, dtype="auto", **given)
+    teacher = AutoModelForCausalLM.from_pretrained(
+        teacher_folder, config=config, dtype="auto", use_safetensors=True, **given
+    )
     student = cut(teacher, kept)
     tokenizer = AutoTokenizer.from_pretrained(teacher_folder, **given)
     _save(out, student, tokenizer)

@@ -12,6 +12,7 @@ from switchkd.config import ConfigError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf")
+_AGAIN = "load the model once where you trust it and write it again with save_pretrained"
 
 
 def looks_local(name: str) -> bool:
@@ -48,6 +49,9 @@ def _check_weights(folder: Path, key: str) -> None:
         shards = set(json.loads(index.read_text())["weight_map"].values())
     except (ValueError, KeyError, AttributeError):
         raise ConfigError(f"{key}={folder}: {index.name} cannot be read; copy the model again") from None
+    unsafe = sorted(str(shard) for shard in shards if not str(shard).endswith(".safetensors"))
+    if unsafe:
+        raise ConfigError(f"{key}={folder}: {index.name} names {unsafe[0]}, which is no safetensors file; {_AGAIN}")
     missing = sorted(shard for shard in shards if not (folder / shard).is_file())
     if missing:
         raise ConfigError(

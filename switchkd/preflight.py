@@ -16,7 +16,7 @@ from switchkd.assembly import max_len
 from switchkd.build import build_loss, build_rule, check_topk
 from switchkd.config import ConfigError
 from switchkd.demo import HUB_TIMEOUT_S
-from switchkd.engines.loading import load_tokenizer, same_tokenizer, stop_ids
+from switchkd.engines.loading import load_tokenizer, refuse_own_code, same_tokenizer, stop_ids
 from switchkd.examination import WITH_TEACHER
 from switchkd.model_folder import check_model_folder, looks_local
 from switchkd.prompts import PromptSet, answer_end, eval_data, load_prompts
@@ -201,6 +201,7 @@ def _read_config(section: Model, key: str) -> Any:
     try:  # other people's files, or the hub
         config = AutoConfig.from_pretrained(section.path, trust_remote_code=section.trust_remote_code, **given)
     except (OSError, ValueError) as error:
+        refuse_own_code(error, f"{key}={section.path}")
         line = next(iter(str(error).strip().splitlines()), "")
         raise ConfigError(f"{key}={section.path}: its config cannot be read: {line}") from None
     try:

@@ -204,8 +204,9 @@ def trl(turns: Turns, job: Job) -> None:
             if next(waiting, "over") == "over":
                 control.should_training_stop = True
 
-    teacher = AutoModelForCausalLM.from_pretrained(job.pair.teacher, dtype=getattr(torch, job.dtype))
-    student = AutoModelForCausalLM.from_pretrained(job.pair.student, dtype=torch.float32)
+    dtype = getattr(torch, job.dtype)
+    teacher = AutoModelForCausalLM.from_pretrained(job.pair.teacher, dtype=dtype, use_safetensors=True)
+    student = AutoModelForCausalLM.from_pretrained(job.pair.student, dtype=torch.float32, use_safetensors=True)
     tokenizer = AutoTokenizer.from_pretrained(job.pair.student, padding_side="left")
     with tempfile.TemporaryDirectory(prefix="switchkd-bench-") as place:
         args = DistillationConfig(

@@ -68,6 +68,9 @@ def load_model(
         )
     except OSError as error:
         raise ConfigError(f"model {name!r} cannot be loaded: {_first_line(error)} {_REMEDY}") from error
+    except ValueError as error:
+        refuse_own_code(error, f"model {name!r}")
+        raise
     _check_attention(model, name, attn)
     return model.eval().requires_grad_(False)
 
@@ -83,6 +86,9 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str 
         )
     except OSError as error:
         raise ConfigError(f"tokenizer of {name!r} cannot be loaded: {_first_line(error)} {_REMEDY}") from error
+    except ValueError as error:
+        refuse_own_code(error, f"tokenizer of {name!r}")
+        raise
 
 
 def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
@@ -131,6 +137,15 @@ def _token() -> str | bool:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
+
+
+def refuse_own_code(error: Exception, what: str) -> None:
+    """Raise ConfigError where transformers refused to run a model's own code; any other error passes."""
+    if "trust_remote_code" in str(error):
+        raise ConfigError(
+            f"{what} brings Python code of its own, which is not run; read it, then set trust_remote_code: true for "
+            "this model, or take another one"
+        ) from error
 
 
 def _check_folder(name: str, file: str, remedy: str) -> None:

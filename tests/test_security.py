@@ -1,0 +1,443 @@
+"""What the README's Security section says, one claim a test."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import pickle
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import command, config_file, descendants, furnish, linked, processes
+from safetensors.torch import load_file, save_file
+from test_ray_run import answers, free_ports, wait_until
+
+from switchkd import build
+from switchkd.config import ConfigError
+from switchkd.engines.loading import load_model
+from switchkd.init_student import init_student
+from switchkd.model_folder import check_model_folder
+from switchkd.sections import Config, Model, Student, Teacher
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "switchkd").rglob("*.py"))
+ONE_STEP = [{"name": "only", "steps": 1}]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    return furnish(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def place(models, tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    return linked(models, tmp_path)
+
+
+@pytest.fixture
+def refused(monkeypatch, capfd) -> Callable[..., str]:
+    """The one line with which a command ends that the user can mend."""
+    run = partial(command, monkeypatch, capfd)
+
+    def refused(*args: object) -> str:
+        code, _, err = run(*args)
+        said = [line for line in err.splitlines() if line.startswith("switchkd: error:")]
+        assert code == 2 and len(said) == 1 and "Traceback" not in err, err
+        return said[0]
+
+    return refused
+
+
+def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    """Every call with the name by which it is made, such as `torch.load`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def keyword(call: ast.Call, name: str) -> str | None:
+    return next((ast.unparse(each.value) for each in call.keywords if each.arg == name), None)
+
+
+def offences(find: Callable[[ast.AST], list[str]]) -> list[str]:
+    found = [(path, line) for path in SOURCES for line in find(ast.parse(path.read_text()))]
+    return [f"{path.relative_to(ROOT)}: {line}" for path, line in found]
+
+
+# --- models are data -------------------------------------------------------------------------------------------------
+
+
+class Trap:
+    """Unpickled, it makes a folder: a model file that does this has run code."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.canary),)
+
+
+def trapped(path: Path, canary: Path) -> Path:
+    path.write_bytes(pickle.dumps(Trap(canary)))
+    return path
+
+
+def test_the_trap_works(tmp_path):
+    trap = trapped(tmp_path / "trap", tmp_path / "canary")
+    pickle.loads(trap.read_bytes())
+    assert (tmp_path / "canary").is_dir()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth"])
+def test_pickled_weights_are_refused(place, refused, name):
+    """A student whose only weights are a pickle: one line that names the file, exit code 2, and it was not opened."""
+    folder = Path(shutil.copytree(place / "student", place / "pickled"))
+    (folder / "model.safetensors").unlink()
+    trapped(folder / name, place / "canary")
+    config_file(place, ONE_STEP, student={"path": "./pickled"})
+    assert name in refused("train", "config.yaml")
+    with pytest.raises(ConfigError, match=name):
+        load_model(str(folder), dtype="float32", device="cpu")
+    assert not (place / "canary").exists() and not (place / "run").exists()
+
+
+def test_pickles_beside_the_weights_are_not_opened(place):
+    """safetensors are read though files that other programs leave, or would prefer, stand beside them."""
+    folder = Path(shutil.copytree(place / "student", place / "both"))
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "adapter_model.bin"):
+        trapped(folder / name, place / "canary")
+    check_model_folder(str(folder), "student.path")
+    model = load_model(str(folder), dtype="float32", device="cpu")
+    wanted = load_file(place / "student" / "model.safetensors")
+    assert all(torch.equal(value, wanted[key]) for key, value in model.state_dict().items() if key in wanted)
+    assert not (place / "canary").exists()
+
+
+def test_an_index_that_names_a_pickle_is_refused(place, refused):
+    """The safetensors index of a sharded model may name other files: transformers would open them."""
+    folder = Path(shutil.copytree(place / "student", place / "sharded"))
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors, folder / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").unlink()
+    trapped(folder / "evil.bin", place / "canary")
+    shards = dict.fromkeys(tensors, "model-00001-of-00002.safetensors") | {next(iter(tensors)): "evil.bin"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    config_file(place, ONE_STEP, student={"path": "./sharded"})
+    assert "evil.bin, which is no safetensors file" in refused("train", "config.yaml")
+    assert not (place / "canary").exists()
+
+
+def test_every_model_is_loaded_from_safetensors():
+    """Wherever transformers loads weights it is told so, hub names included."""
+
+    def loads(tree: ast.AST) -> list[str]:
+        made = [(name, call) for name, call in calls(tree) if name.endswith("ModelForCausalLM.from_pretrained")]
+        return [name for name, call in made if keyword(call, "use_safetensors") != "True"]
+
+    assert offences(loads) == []
+    assert loads(ast.parse("AutoModelForCausalLM.from_pretrained(name)")) == ["AutoModelForCausalLM.from_pretrained"]
+
+
+def test_a_student_is_cut_from_safetensors_only(place):
+    """`switchkd init-student` of a teacher whose weights are a pickle: refused, unread."""
+    folder = Path(shutil.copytree(place / "teacher", place / "pickled"))
+    (folder / "model.safetensors").unlink()
+    trapped(folder / "pytorch_model.bin", place / "canary")
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin"):
+        init_student(folder, place / "cut", num_layers=2)
+    assert not (place / "canary").exists() and not (place / "cut").exists()
+
+
+def test_nothing_of_ours_unpickles_a_file():
+    """No pickle but the handles that our own processes pass to each other; torch.load reads tensors only."""
+
+    def opens(tree: ast.AST) -> list[str]:
+        found = [name for name, call in calls(tree) if name == "torch.load" and keyword(call, "weights_only") != "True"]
+        found += [name for name, _ in calls(tree) if name in ("np.load", "numpy.load", "joblib.load", "dill.load")]
+        for node in ast.walk(tree):
+            names = [each.name for each in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            found += [name for name in names if "pickle" in name or name in ("shelve", "marshal", "dill", "joblib")]
+        return found
+
+    found = offences(opens)
+    assert all(line.startswith("switchkd/actors/") and line.endswith(": cloudpickle") for line in found), found
+    assert opens(ast.parse("import pickle\ntorch.load(path)")) == ["torch.load", "pickle"]
+
+
+# --- whose code runs -------------------------------------------------------------------------------------------------
+
+OWN_TOKENIZER = """
+import os
+from transformers import PreTrainedTokenizerFast
+
+os.mkdir({canary!r})
+
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+OWN_CONFIG = """
+import os
+from transformers import LlamaConfig
+
+os.mkdir({canary!r})
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+"""
+
+
+def with_own_tokenizer(folder: Path, canary: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
+    (folder / "own.py").write_text(OWN_TOKENIZER.format(canary=str(canary)))
+
+
+def with_own_model(folder: Path, canary: Path) -> None:
+    path = folder / "config.json"
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
+    (folder / "own.py").write_text(OWN_CONFIG.format(canary=str(canary)))
+
+
+@pytest.mark.parametrize("with_own_code", [with_own_model, with_own_tokenizer])
+def test_a_models_own_code_runs_only_when_asked(place, refused, with_own_code, monkeypatch, capfd):
+    """A model folder with Python code: refused by one line that names the key, and not run. Asked for, it runs."""
+    folder = Path(shutil.copytree(place / "student", place / "clever"))
+    with_own_code(folder, place / "canary")
+    config_file(place, ONE_STEP, student={"path": "./clever"})
+    line = refused("train", "config.yaml")
+    assert "brings Python code of its own, which is not run" in line and "set trust_remote_code: true" in line
+    assert not (place / "canary").exists() and not (place / "run").exists()
+    command(monkeypatch, capfd, "train", "config.yaml", "--dry-run", "student.trust_remote_code=true")
+    assert (place / "canary").exists()
+
+
+def test_trust_is_off_unless_asked():
+    """No model section trusts by default, and no call of ours does so whatever the config says."""
+    assert not any(section().trust_remote_code for section in (Model, Student, Teacher))
+
+    def trusts(tree: ast.AST) -> list[str]:
+        return [name for name, call in calls(tree) if keyword(call, "trust_remote_code") == "True"]
+
+    assert offences(trusts) == []
+    assert trusts(ast.parse("load(name, trust_remote_code=True)")) == ["load"]
+
+
+def test_a_rule_of_your_own_is_your_code():
+    """The README and the keys' own texts say with whose rights it runs."""
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert "Both are your code and run with your rights" in readme
+    stage = Config.model_fields["rollout"].annotation
+    rule = stage.model_fields["rule"].annotation.model_fields["type"].description
+    loss = Config.model_fields["learner"].annotation.model_fields["loss"].annotation.model_fields["type"].description
+    for told, name in ((rule, "my_file:my_rule"), (loss, "my_file:my_loss")):
+        assert name in told and "your own code, which runs with your rights" in told
+
+
+@pytest.mark.parametrize(
+    "name", ["os:system", "subprocess:run", "shutil:rmtree", "builtins:eval", "torch:load", "os.path:x"]
+)
+def test_a_config_cannot_name_what_is_installed(place, refused, name):
+    """A rule or a loss comes from the user's files: Python's own functions and packages' are refused, unread."""
+    canary = place / "canary"
+    with pytest.raises(ConfigError, match="is installed, not yours; name a file in"):
+        build.named(name, "rule")
+    rule = {"type": name, "params": {"command": f"mkdir {canary}"}}
+    config_file(place, [{**ONE_STEP[0], "rule": rule}])
+    assert f"rule '{name}' is installed" in refused("train", "config.yaml")
+    config_file(place, [{**ONE_STEP[0], "loss": {"type": name}}])
+    assert f"loss '{name}' is installed" in refused("train", "config.yaml")
+    assert not canary.exists()
+
+
+def test_names_never_reach_a_shell():
+    """No shell is started anywhere: programs are called by lists of words; nothing evaluates a text."""
+    shells = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "pty.spawn"}
+    shells |= {"asyncio.create_subprocess_shell", "eval", "exec", "compile", "yaml.load", "yaml.unsafe_load"}
+    starts = {f"subprocess.{name}" for name in ("run", "Popen", "call", "check_call", "check_output")}
+
+    def shelled(tree: ast.AST) -> list[str]:
+        found = [name for name, _ in calls(tree) if name in shells or name.startswith(("os.exec", "os.spawn"))]
+        for name, call in calls(tree):
+            if name in starts and (keyword(call, "shell") or isinstance(call.args[0], ast.Constant | ast.JoinedStr)):
+                found.append(name)
+        for node in ast.walk(tree):  # by another name they would not be seen
+            if isinstance(node, ast.ImportFrom) and node.module in ("os", "subprocess", "pty"):
+                found += [f"from {node.module} import {each.name}" for each in node.names]
+        return found
+
+    assert offences(shelled) == []
+    bad = "os.system(x)\nsubprocess.run(f'ls {x}')\nsubprocess.run([x], shell=True)\nfrom os import system"
+    assert len(shelled(ast.parse(bad))) == 4
+
+
+# --- Ray's token and ports -------------------------------------------------------------------------------------------
+
+
+def test_a_token_file_is_for_its_owner_alone(tmp_path):
+    """Made with mode 0600 in a folder of mode 0700, whatever the umask; kept; one that was open to others is closed."""
+    script = ROOT / "cluster" / "ray" / "token.sh"
+    env = {**os.environ, "HOME": str(tmp_path), "RAY_AUTH_TOKEN_PATH": ""}
+    path = tmp_path / ".ray" / "auth_token"
+
+    def make(function: str) -> tuple[str, int]:
+        subprocess.run(["bash", "-euc", f"umask 000; . {script}; {function}; umask"], env=env, check=True)
+        return path.read_text(), stat.S_IMODE(path.stat().st_mode)
+
+    token, mode = make("make_token")
+    assert len(token) == 64 and mode == 0o600 and stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    for function in ("make_token", "need_token"):
+        path.chmod(0o644)
+        assert make(function) == (token, 0o600)
+    other = tmp_path / "other"
+    subprocess.run(
+        ["bash", "-euc", f". {script}; make_token"], env={**env, "RAY_AUTH_TOKEN_PATH": str(other)}, check=True
+    )
+    assert other.read_text() != token
+
+
+def listening(pids: set[int]) -> set[str]:
+    """Addresses on which these processes accept connections, as /proc writes them (hexadecimal)."""
+    inodes = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                name = os.readlink(link)
+            except OSError:  # closed or ended meanwhile
+                continue
+            if name.startswith("socket:["):
+                inodes.add(name[8:-1])
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == "0A" and rest[5] in inodes:
+                found.add(local.partition(":")[0])
+    return found
+
+
+LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+
+
+def test_what_listens_is_seen():
+    """The check below tells loopback from everything else."""
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)):
+        assert listening({os.getpid()}) <= LOOPBACK
+        with socket.create_server(("0.0.0.0", 0)):
+            assert listening({os.getpid()}) - LOOPBACK == {"00000000"}
+
+
+LOOK = """
+import json, os, sys
+from pathlib import Path
+from switchkd import cli
+from switchkd.metrics import MetricsLog
+
+sys.path.insert(0, {tests!r})
+log_step = MetricsLog.step
+
+def look(self, step, row):
+    from runs import descendants
+    from test_security import listening
+
+    pids = set(descendants(os.getpid())) | {{os.getpid()}}
+    import ray
+    told = {{"listens": sorted(listening(pids)), "num": len(pids), "mode": os.environ["RAY_AUTH_MODE"],
+            "token": os.environ["RAY_AUTH_TOKEN"], "address": ray.get_runtime_context().gcs_address}}
+    Path("seen.json").write_text(json.dumps(told))
+    log_step(self, step, row)
+
+MetricsLog.step = look
+sys.argv = ["switchkd", "train", "config.yaml"]
+cli.main()
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_a_private_cluster_is_closed(place):
+    """By default a run's Ray, its actors included, listens on loopback alone and asks for a token, which is made anew
+    for it and stands in no file."""
+    config_file(place, ONE_STEP, run={"dir": "run", "mode": "ray"})
+    home = place / "home"
+    home.mkdir()
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK.format(tests=str(ROOT / "tests"))],
+        env={**env, "HOME": str(home)}, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads((place / "seen.json").read_text())
+    assert seen["num"] > 6 and seen["listens"] and set(seen["listens"]) <= LOOPBACK
+    assert seen["mode"] == "token" and len(seen["token"]) == 64
+    files = [path for path in (*home.rglob("*"), *(place / "run").rglob("*")) if path.is_file()]
+    assert len(files) > 5 and [path for path in files if seen["token"].encode() in path.read_bytes()] == []
+    assert not (home / ".ray").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_head_without_an_address_is_closed(tmp_path):
+    """`cluster/ray/head.sh` alone: loopback only, the token file 0600, and without the token the jobs' door is shut."""
+    temp = tempfile.mkdtemp(prefix="skd-", dir="/tmp")  # a socket's path must be short
+    gcs, dashboard, agent, agent_grpc, client, metrics = free_ports(6)
+    options = [
+        "--block", f"--port={gcs}", "--num-cpus=1", f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}",
+        f"--ray-client-server-port={client}", f"--metrics-export-port={metrics}", f"--temp-dir={temp}",
+        "--object-store-memory=100000000",
+    ]  # fmt: skip
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env |= {"HOME": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with open(tmp_path / "head.txt", "w") as out:
+        head = subprocess.Popen(
+            [ROOT / "cluster/ray/head.sh", "127.0.0.1", *options],
+            env=env,
+            start_new_session=True,
+            stdout=out,
+            stderr=out,
+        )
+    try:
+        wait_until(lambda: answers(dashboard) and answers(agent), "the head did not start", 90)
+        token = tmp_path / ".ray" / "auth_token"
+        assert stat.S_IMODE(token.stat().st_mode) == 0o600
+        seen = listening({head.pid, *descendants(head.pid)})
+        assert seen and seen <= LOOPBACK
+        assert asked(dashboard, {}) == 401
+        assert asked(dashboard, {"Authorization": "Bearer wrong"}) in (401, 403)
+        assert asked(dashboard, {"Authorization": f"Bearer {token.read_text()}"}) == 200
+    finally:
+        own = descendants(head.pid)
+        for pid in (head.pid, *own):
+            if processes().get(pid) == own.get(pid, processes().get(pid)):
+                os.kill(pid, signal.SIGKILL)
+        head.wait()
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def asked(port: int, headers: dict[str, str]) -> int:
+    """The dashboard's answer to a request for the list of jobs."""
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/api/jobs/", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
