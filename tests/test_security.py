@@ -312,9 +312,10 @@ def test_a_token_file_is_for_its_owner_alone(tmp_path):
     assert other.read_text() != token
 
 
-def listening(pids: set[int]) -> set[str]:
-    """Addresses on which these processes accept connections, as /proc writes them (hexadecimal)."""
-    inodes = set()
+def listening(pids: set[int]) -> dict[str, str]:
+    """Addresses on which these processes accept connections, as /proc writes them (hexadecimal), each with one such
+    process."""
+    inodes = {}
     for pid in pids:
         for link in Path(f"/proc/{pid}/fd").glob("*"):
             try:
@@ -322,13 +323,13 @@ def listening(pids: set[int]) -> set[str]:
             except OSError:  # closed or ended meanwhile
                 continue
             if name.startswith("socket:["):
-                inodes.add(name[8:-1])
-    found = set()
+                inodes[name[8:-1]] = processes().get(pid, "?")
+    found = {}
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             _, local, _, state, *rest = line.split()
             if state == "0A" and rest[5] in inodes:
-                found.add(local.partition(":")[0])
+                found[local.partition(":")[0]] = inodes[rest[5]]
     return found
 
 
@@ -340,9 +341,9 @@ def test_what_listens_is_seen():
     import socket
 
     with socket.create_server(("127.0.0.1", 0)):
-        assert listening({os.getpid()}) <= LOOPBACK
+        assert listening({os.getpid()}).keys() <= LOOPBACK
         with socket.create_server(("0.0.0.0", 0)):
-            assert listening({os.getpid()}) - LOOPBACK == {"00000000"}
+            assert listening({os.getpid()}).keys() - LOOPBACK == {"00000000"}
 
 
 LOOK = """
@@ -360,7 +361,7 @@ def look(self, step, row):
 
     pids = set(descendants(os.getpid())) | {{os.getpid()}}
     import ray
-    told = {{"listens": sorted(listening(pids)), "num": len(pids), "mode": os.environ["RAY_AUTH_MODE"],
+    told = {{"listens": listening(pids), "num": len(pids), "mode": os.environ["RAY_AUTH_MODE"],
             "token": os.environ["RAY_AUTH_TOKEN"], "address": ray.get_runtime_context().gcs_address}}
     Path("seen.json").write_text(json.dumps(told))
     log_step(self, step, row)
@@ -386,7 +387,7 @@ def test_a_private_cluster_is_closed(place):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     seen = json.loads((place / "seen.json").read_text())
-    assert seen["num"] > 6 and seen["listens"] and set(seen["listens"]) <= LOOPBACK
+    assert seen["num"] > 6 and seen["listens"] and seen["listens"].keys() <= LOOPBACK, seen["listens"]
     assert seen["mode"] == "token" and len(seen["token"]) == 64
     files = [path for path in (*home.rglob("*"), *(place / "run").rglob("*")) if path.is_file()]
     assert len(files) > 5 and [path for path in files if seen["token"].encode() in path.read_bytes()] == []
@@ -420,7 +421,7 @@ def test_head_without_an_address_is_closed(tmp_path):
         token = tmp_path / ".ray" / "auth_token"
         assert stat.S_IMODE(token.stat().st_mode) == 0o600
         seen = listening({head.pid, *descendants(head.pid)})
-        assert seen and seen <= LOOPBACK
+        assert seen and seen.keys() <= LOOPBACK, seen
         assert asked(dashboard, {}) == 401
         assert asked(dashboard, {"Authorization": "Bearer wrong"}) in (401, 403)
         assert asked(dashboard, {"Authorization": f"Bearer {token.read_text()}"}) == 200

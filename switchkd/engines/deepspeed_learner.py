@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -232,16 +233,34 @@ def _set_environment(device: torch.device, rank: int, world_size: int, addr: str
 def _join(device: torch.device, timeout_s: float) -> None:
     import deepspeed
     from deepspeed.utils.logging import logger
+    from torch.distributed.rendezvous import register_rendezvous_handler
 
     logger.setLevel(logging.WARNING)
     if device.type == "cpu":
         # without this it compiles an extension for 50 s, or fails for want of a compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    with suppress(RuntimeError):  # it is there from an earlier learner of this process
+        register_rendezvous_handler("switchkd", _meet)
     deepspeed.init_distributed(
         dist_backend="gloo" if device.type == "cpu" else "nccl",
         auto_mpi_discovery=False,
         timeout=timedelta(seconds=timeout_s),
+        init_method="switchkd://",
     )
+
+
+def _meet(url: str, *, timeout: timedelta, **_: object) -> Iterator[tuple[torch.distributed.Store, int, int]]:
+    """As torch's `env://`, but the store by which ranks find each other listens on MASTER_ADDR alone: torch's own
+    listens on every interface, and asks nobody for a token."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    addr, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    family = socket.AF_INET6 if ":" in addr else socket.AF_INET
+    fd = socket.create_server((addr, port), family=family).detach() if rank == 0 else None
+    store = torch.distributed.TCPStore(
+        addr, port, world_size, is_master=rank == 0, timeout=timeout, master_listen_fd=fd
+    )
+    yield store, rank, world_size
+    raise RuntimeError("a gang that was lost is started anew, in new processes")
 
 
 def _limit_waits(timeout_s: float) -> None:
