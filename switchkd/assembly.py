@@ -201,7 +201,10 @@ class LearnerRank:
         return self.learner.publish(version, self.config.student.dtype)
 
     def save(self, folder: Path, tag: str) -> None:
-        self.learner.save(folder, tag)
+        try:
+            self.learner.save(folder, tag)
+        except RuntimeError as error:  # torch's word for a disk that takes no more
+            raise OSError(f"{folder} could not be written: {error}") from error
 
     def load(self, folder: Path, tag: str) -> None:
         self.learner.load(folder, tag)

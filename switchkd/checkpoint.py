@@ -166,6 +166,15 @@ class RunFolder:
         self.check()
         return finish(draft, state, self.keep_last)
 
+    def drop(self, draft: Draft) -> None:
+        """It could not be filled; its room may be what the next one lacks."""
+        shutil.rmtree(draft.path, ignore_errors=True)
+
+    def take_up(self) -> Checkpoint | None:
+        """Go back, as a resume does, while the run goes on."""
+        self.check()
+        return take_up(self.path)
+
     def check(self) -> None:
         """Raise when another process took the folder over: going on would mix two histories."""
         if not self.lock.held:
@@ -211,6 +220,12 @@ def open_run(config: Config, resume: bool = False) -> RunFolder:
 
 def _reopen(path: Path, config: Config) -> Checkpoint | None:
     check_same(path, config)
+    return take_up(path)
+
+
+def take_up(path: Path) -> Checkpoint | None:
+    """The checkpoint to go on from, with the history cut back to it; None: from step 0. ConfigError where there are
+    only damaged ones."""
     checkpoint = latest(path)
     if checkpoint is None and _numbered(path / "checkpoints"):
         raise ConfigError(
@@ -221,7 +236,8 @@ def _reopen(path: Path, config: Config) -> Checkpoint | None:
         _point_to(checkpoint)  # first: a damaged one that reads well later must not meet a history without its steps
     else:
         log.warning("%s holds no checkpoint: the run begins at step 0", path)
-    cut = cut_back(path, checkpoint.step if checkpoint else None)
+    aside = checkpoint.state.extra.get("set_aside", ()) if checkpoint else ()
+    cut = cut_back(path, checkpoint.step if checkpoint else None, aside)
     if any(cut.values()):
         log.warning("cut back to the checkpoint; lines moved to %s: %s", path / "lost", cut)
     return checkpoint

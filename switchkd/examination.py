@@ -5,7 +5,8 @@ In: the evaluation prompts and the workers' handles. Out: one flat dict of `eval
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 from switchkd.evaluate import EvalRow, aggregate
 from switchkd.house import Weights, WorkerHandle
@@ -37,10 +38,15 @@ class Examiner:
             for i in range(min(num_workers, len(numbered)))
         ]
 
-    def examine(self, workers: Sequence[WorkerHandle], weights: Weights | None = None) -> dict[str, float]:
-        """Scores of these weights. Waits for all workers; raises WorkerLost when one died."""
+    def examine(
+        self,
+        workers: Sequence[WorkerHandle],
+        weights: Weights | None = None,
+        answer: Callable[[Future[list[EvalRow]]], list[EvalRow]] = Future.result,
+    ) -> dict[str, float]:
+        """Scores of these weights. Waits for all workers, with `answer`; raises WorkerLost when one died."""
         shares = self.shares(len(workers))
         futures = [worker.examine(exam, weights) for worker, exam in zip(workers, shares, strict=False)]
-        rows: list[EvalRow] = [row for future in futures for row in future.result()]
+        rows: list[EvalRow] = [row for future in futures for row in answer(future)]
         rows.sort(key=lambda row: (row.seed, row.index))
         return aggregate(rows, self.settings.metrics, self.prompts)

@@ -41,6 +41,19 @@ def write_json_atomic(path: Path, obj: Any) -> None:
     write_text_atomic(path, json.dumps(json_safe(obj), indent=1, allow_nan=False) + "\n")
 
 
+def append_whole(path: Path, text: str) -> None:
+    """Add to a file all or nothing: OSError, for instance of a full disk, leaves it as it was."""
+    rest = memoryview(text.encode("utf-8"))
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:  # the disk
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(end)
+            raise
+
+
 def replace_dir(new: Path, path: Path) -> None:
     """Put a finished folder in the place of an older one. Killed in between, the older one is `<name>.old`."""
     old = path.with_name(path.name + ".old")

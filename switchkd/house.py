@@ -22,10 +22,34 @@ class Weights:
 
     version: int
     packed: Any  # what `LearnerHandle.publish` answered
+    incarnation: int = 0  # of the learner: after it went back, a number that was used already stands for other weights
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Later weights have the greater one, also where the learner went back."""
+        return self.incarnation, self.version
 
 
 class WorkerLost(Exception):
     """A rollout worker died; its tasks are to be given out again."""
+
+
+class Unreachable(Exception):
+    """Somebody whom a worker asked did not answer: the tasks are sound and are to be given out again."""
+
+
+class StateLost(Exception):
+    """A learner rank or the replay died, and with it what no file holds: the run goes back to its checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pulse:
+    """How an actor is."""
+
+    name: str
+    beats: int = 0  # grows while it gets on
+    stands: str = ""  # where its work is just now; empty: it has none
+    stacks: str = ""  # of all its threads
 
 
 class WorkerHandle(Protocol):
@@ -44,6 +68,8 @@ class WorkerHandle(Protocol):
 
 
 class ReplayHandle(Protocol):
+    """Every call may be repeated. StateLost: it died and came back empty; `restore` it."""
+
     def take(self, step: int, num: int, version: int, stage: int) -> Future[list[Entry] | None]:
         """Lease one step's rollouts; None while they are not all there."""
 
@@ -58,13 +84,25 @@ class ReplayHandle(Protocol):
     def save_batch(self, path: Path, rollout_ids: list[int]) -> Future[None]:
         """These rollouts as a file, for `rollout_io.load_rollouts`: somebody wants to look at them."""
 
-    def restore(self, path: Path, num_started: int) -> Future[list[int]]:
-        """Ids of the started rollouts that are to be made again."""
+    def restore(self, path: Path | None, num_started: int) -> Future[list[int]]:
+        """Become what `save` wrote (None: empty). Ids of the started rollouts that are to be made again."""
+
+    def rewind(self, step: int, num_started: int) -> Future[bool]:
+        """The learner went back to `step`: what was trained since waits again, for the same steps. False: too much of
+        it is forgotten, or this replay is a new one; `restore` it."""
+
+    def missing(self, num_started: int) -> Future[list[int]]:
+        """Started rollouts that never arrived."""
+
+    def set_aside(self, rollout_ids: list[int]) -> Future[None]:
+        """They will never arrive."""
 
     def stats(self) -> Future[dict[str, float]]: ...
 
 
 class LearnerHandle(Protocol):
+    """StateLost: a rank died; nothing but `restart` helps, then `load`."""
+
     def step(self, plan: BatchPlan, lr: float) -> Future[StepResult]: ...
 
     def publish(self, version: int) -> Future[Any]:
@@ -77,10 +115,15 @@ class LearnerHandle(Protocol):
     def export(self, folder: Path) -> Future[None]:
         """An ordinary transformers folder, tokenizer included."""
 
+    def restart(self) -> Future[None]:
+        """End what is left of it and start it anew, with the student's first weights."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class House:
     workers: list[WorkerHandle]
     replay: ReplayHandle
     learner: LearnerHandle
+    pulses: Callable[[], list[Pulse]]
+    """Of every actor, whatever it is doing."""
     close: Callable[[], None]

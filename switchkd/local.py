@@ -13,7 +13,7 @@ from typing import Any
 from switchkd.assembly import Gang, LearnerRank, make_teacher, make_worker
 from switchkd.config import ConfigError
 from switchkd.engines.heads import HeadArrays
-from switchkd.house import House, Weights
+from switchkd.house import House, Pulse, Weights
 from switchkd.replay_service import ReplayService, make_replay
 from switchkd.sections import Config
 from switchkd.types import Exam, Task
@@ -39,6 +39,17 @@ class Direct:
     def __getattr__(self, name: str) -> Callable[..., Future[Any]]:
         method = getattr(self._target, name)
         return lambda *args: done(method, *args)
+
+
+class DirectLearner(Direct):
+    """It lives and dies with this process."""
+
+    def restart(self) -> Future[None]:
+        return done(_cannot_restart)
+
+
+def _cannot_restart() -> None:
+    raise RuntimeError("a learner in this process cannot be started again; go on with --resume")
 
 
 class DirectWorker:
@@ -84,6 +95,7 @@ def build_house(config: Config, run_dir: Path, stop_ids: frozenset[int]) -> Hous
     return House(
         workers=[DirectWorker(worker, replay)],
         replay=Direct(replay),
-        learner=Direct(learner),
+        learner=DirectLearner(learner),
+        pulses=lambda: [Pulse(name="rollout worker 0", beats=worker.beats)],
         close=learner.close,
     )

@@ -109,6 +109,7 @@ class MetricsLog:
             self.note(f"stopped before the end; --resume goes on with {self._run_dir}")
 
     def close(self) -> None:
+        """`open` may come again: a run that goes back to its checkpoint cuts the files in between."""
         self._stop_bar()
         if self._file:
             self._file.close()

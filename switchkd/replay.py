@@ -100,6 +100,7 @@ class Replay:
         self._committed: dict[int, tuple[int, ...]] = {}  # by step
         self._again: dict[int, tuple[int, ...]] = {}  # by step: a rewound step gets the same rollouts
         self._retired = _Retired()
+        self._room_below = 0
         self._durable_step = 0
         self._last_staleness: list[int] = []
 
@@ -173,6 +174,14 @@ class Replay:
             self._waiting.difference_update(ids)
         return True
 
+    def trained(self, step: int) -> bool:
+        return step in self._committed or step < self._durable_step
+
+    @property
+    def durable_step(self) -> int:
+        """What was trained before it is forgotten."""
+        return self._durable_step
+
     def durable(self, step: int) -> None:
         """A checkpoint that begins with `step` is safe: rollouts trained in earlier steps are forgotten."""
         self._durable_step = max(self._durable_step, step)
@@ -196,6 +205,16 @@ class Replay:
         back = [rollout_id for ids in trained.values() for rollout_id in ids]
         self._give_back(back)
         return sorted(set(back))
+
+    def make_room(self, num_started: int) -> None:
+        """The learner went back: what was started before keeps its room, though less is trained now."""
+        self._room_below = max(self._room_below, num_started)
+
+    def set_aside(self, rollout_ids: Iterable[int]) -> None:
+        """These will never arrive, and are missed by nobody."""
+        for rollout_id in rollout_ids:
+            if rollout_id not in self._rollouts:
+                self._retired.add(rollout_id)
 
     def missing(self, num_started: int) -> list[int]:
         """Started ids that never arrived: what a resumed run has to make again."""
@@ -273,7 +292,7 @@ class Replay:
     def _make_room(self, rollout_id: int) -> bool:
         if self._kept:
             return self._evict_oldest()
-        if rollout_id < self._retired.floor + self._capacity:
+        if rollout_id < max(self._room_below, self._retired.floor + self._capacity):
             return True
         trained_before = self._retired.floor + sum(i < rollout_id for i in self._retired.above)
         trained_before += sum(i < rollout_id for ids in self._committed.values() for i in ids)

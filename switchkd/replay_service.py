@@ -10,12 +10,19 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from switchkd.engines.loading import load_tokenizer
+from switchkd.files import append_whole
 from switchkd.replay import Entry, Replay
 from switchkd.rollout_io import load_replay_state, rollout_to_row, save_replay_state, save_rollouts
 from switchkd.sections import Config
 from switchkd.types import Rollout
+
+EMPTY: dict[str, Any] = {
+    "rollouts": [], "committed": [], "again": [], "drawable": [], "retired_below": 0, "retired": [], "durable_step": 0,
+}  # fmt: skip
+"""The state of a store that has seen nothing."""
 
 
 class ReplayService:
@@ -34,13 +41,15 @@ class ReplayService:
         return self.replay.take(step, num, version, stage)
 
     def commit(self, step: int, rollout_ids: Sequence[int]) -> None:
-        """The step is trained: one line per rollout, then the store lets them rest until a checkpoint is durable."""
-        rollouts = self.replay.fetch(rollout_ids)
-        if not self.replay.commit(step, rollout_ids) or self.rollouts_file is None:
+        """The step is trained: one line per rollout, then the store lets them rest until a checkpoint is durable.
+        Raises OSError, and can be repeated, where the lines could not be written."""
+        if self.replay.trained(step):
             return
-        rows = [rollout_to_row(r, self.decode(r.prompt_ids.tolist()), self.decode, step) for r in rollouts]
-        with self.rollouts_file.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        rollouts = self.replay.fetch(rollout_ids)
+        if self.rollouts_file is not None:
+            rows = [rollout_to_row(r, self.decode(r.prompt_ids.tolist()), self.decode, step) for r in rollouts]
+            append_whole(self.rollouts_file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        self.replay.commit(step, rollout_ids)
 
     def durable(self, step: int) -> None:
         self.replay.durable(step)
@@ -52,10 +61,25 @@ class ReplayService:
     def save_batch(self, path: Path, rollout_ids: Sequence[int]) -> None:
         save_rollouts(path, self.replay.fetch(rollout_ids))
 
-    def restore(self, path: Path, num_started: int) -> list[int]:
-        """Take over a checkpoint's state; of the rollouts 0 to num_started - 1, those to be made again."""
-        self.replay.restore(load_replay_state(path))
+    def restore(self, path: Path | None, num_started: int) -> list[int]:
+        """Take over a checkpoint's state (None: of the start); of the rollouts 0 to num_started - 1, those to be made
+        again."""
+        self.replay.restore(load_replay_state(path) if path else EMPTY)
+        self.replay.make_room(num_started)
         return self.replay.missing(num_started)
+
+    def rewind(self, step: int, num_started: int) -> bool:
+        if step < self.replay.durable_step:
+            return False
+        self.replay.rewind(step)
+        self.replay.make_room(num_started)
+        return True
+
+    def missing(self, num_started: int) -> list[int]:
+        return self.replay.missing(num_started)
+
+    def set_aside(self, rollout_ids: Sequence[int]) -> None:
+        self.replay.set_aside(rollout_ids)
 
     def stats(self) -> dict[str, float]:
         return self.replay.stats()

@@ -1,15 +1,15 @@
 """What a resume may change, and what it takes back.
 
 In: a run's folder, the config that was asked for, the step to go on from. Out: a ConfigError that names each key that
-may not change, and a history (metrics.jsonl, rollouts.jsonl) in which every step stands once. Cut lines are kept in
-`lost/`.
+may not change, and a history (metrics.jsonl, rollouts.jsonl, set_aside.jsonl) in which every step stands once. Cut
+lines are kept in `lost/`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,14 @@ from switchkd.sections import Config
 
 CONFIG = "config.yaml"
 HISTORY = ("metrics.jsonl", "rollouts.jsonl")
+SET_ASIDE = "set_aside.jsonl"
 
 MAY_CHANGE = (
     "run.*",
     "resources.*",
     "cluster.*",
     "metrics.*",
+    "data.max_broken_frac",
     "checkpoint.*",
     "eval.every",
     "train.checkpoint_every",
@@ -75,12 +77,21 @@ def check_same(run_dir: Path, config: Config) -> None:
         )
 
 
-def cut_back(run_dir: Path, step: int | None) -> dict[str, int]:
-    """Cut metrics.jsonl and rollouts.jsonl to rows of steps before `step` (None: to nothing).
+def cut_back(run_dir: Path, step: int | None, set_aside: Collection[int] = ()) -> dict[str, int]:
+    """Cut metrics.jsonl and rollouts.jsonl to rows of steps before `step` (None: to nothing), and set_aside.jsonl to
+    the rollouts that a checkpoint knows of.
 
     Cut lines, a half-written last one included, are appended to `lost/<file>`. Returns how many, by file.
     """
-    return {name: _cut_file(run_dir / name, step) for name in HISTORY if (run_dir / name).exists()}
+
+    def before(row: dict[str, Any]) -> bool:
+        return step is not None and isinstance(row.get("step"), int) and row["step"] < step
+
+    def known(row: dict[str, Any]) -> bool:
+        return row.get("rollout_id") in set_aside
+
+    wanted = {**dict.fromkeys(HISTORY, before), SET_ASIDE: known}
+    return {name: _cut_file(run_dir / name, stays) for name, stays in wanted.items() if (run_dir / name).exists()}
 
 
 def _stored(path: Path) -> dict[str, Any]:
@@ -103,34 +114,37 @@ def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, tree
 
 
-def _cut_file(path: Path, step: int | None) -> int:
+Stays = Callable[[dict[str, Any]], bool]
+
+
+def _cut_file(path: Path, stays: Stays) -> int:
     """Streams: rollouts.jsonl may be larger than memory. Lost lines are safe before the file gets shorter."""
     with path.open("rb") as lines:
-        num_cut = sum(not _stays(line, step) for line in lines)
+        num_cut = sum(not _stays(line, stays) for line in lines)
     if not num_cut:
         return 0
     lost = path.parent / "lost" / path.name
     lost.parent.mkdir(exist_ok=True)
     with path.open("rb") as lines, lost.open("ab") as out:
-        out.writelines(line if line.endswith(b"\n") else line + b"\n" for line in lines if not _stays(line, step))
+        out.writelines(line if line.endswith(b"\n") else line + b"\n" for line in lines if not _stays(line, stays))
         out.flush()
         os.fsync(out.fileno())
     fsync_dir(lost.parent)
-    write_atomic(path, lambda beside: _keep(path, beside, step))
+    write_atomic(path, lambda beside: _keep(path, beside, stays))
     return num_cut
 
 
-def _keep(path: Path, beside: Path, step: int | None) -> None:
+def _keep(path: Path, beside: Path, stays: Stays) -> None:
     with path.open("rb") as lines, beside.open("wb") as out:
-        out.writelines(line for line in lines if _stays(line, step))
+        out.writelines(line for line in lines if _stays(line, stays))
 
 
-def _stays(line: bytes, step: int | None) -> bool:
-    """Whole rows of earlier steps stay. A line without an end was being written when the process died."""
-    if step is None or not line.endswith(b"\n"):
+def _stays(line: bytes, stays: Stays) -> bool:
+    """Only whole rows may. A line without an end was being written when the process died."""
+    if not line.endswith(b"\n"):
         return False
     try:
         row = json.loads(line)
     except ValueError:
         return False
-    return isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] < step
+    return isinstance(row, dict) and stays(row)

@@ -86,6 +86,7 @@ class RolloutWorker:
         self.coarse = coarse  # `teacher.decide`
         self.parks = lead != "lockstep"  # one token of each model at a time, whatever the rule says
         self.version = 0
+        self.num_rounds = 0
         self.pace = Pace(lead, block_size)
         self.proposer = Proposer(student, self.reader, stop_ids, self.pace.costs)
         self._new_weights = new_weights  # given: versions are taken in mid-rollout (`reprefill`)
@@ -109,6 +110,7 @@ class RolloutWorker:
             self.calls.start_thread()
         try:
             while waiting or rows:
+                self.num_rounds += 1
                 self._refresh(rows, flights)
                 self._admit(waiting, rows)
                 flight = self._launch([row for row in rows if not row.in_flight], bool(flights))
@@ -161,7 +163,7 @@ class RolloutWorker:
     def _refresh(self, rows: Sequence[Row], flights: deque[Flight]) -> None:
         """`reprefill`: a newer version replaces the one in use, and every row's cache is read anew."""
         bundle = self._new_weights() if self._new_weights else None
-        if bundle is not None and bundle.version != self.version:
+        if bundle is not None:
             while flights:  # they settle with the version that drafted
                 self._land(flights.popleft())
             self.load_weights(bundle)

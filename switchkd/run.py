@@ -7,6 +7,7 @@ refused before an actor starts.
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
 from switchkd import local, resources
@@ -23,6 +24,7 @@ from switchkd.schedule import RunPlan
 from switchkd.sections import Config, Stage
 from switchkd.train import Trainer
 from switchkd.types import Prompt, Rollout
+from switchkd.watchdog import Watchdog
 from switchkd.worker import Worker
 
 
@@ -59,14 +61,18 @@ def _train(ready: Ready, log: MetricsLog, resume: bool) -> Summary:
         plan = _plan(ready)
         checkpoint = folder.checkpoint
         log.open(folder.path, plan.num_steps, checkpoint.state if checkpoint else TrainState())
-        house = _build_house(ready, folder, log)
-        try:
-            trainer = Trainer(config, plan, house, folder, log, _examiner(ready))
+        with ExitStack() as opened:
+            dog = Watchdog(config.run.watchdog_s, folder.path, log.note)
+            opened.callback(dog.stop)
+            dog.start()
+            house = _build_house(ready, folder, log)
+            opened.callback(house.close)
+            opened.callback(dog.progress, "the actors to end")
+            dog.pulses = house.pulses
+            trainer = Trainer(config, plan, house, folder, log, _examiner(ready), dog)
             if checkpoint is not None:
                 trainer.resume(checkpoint)
             state = trainer.run()
-        finally:
-            house.close()
         summary = _summary(folder, state, plan)
         write_json_atomic(folder.path / "summary.json", asdict(summary))
     log.summary(summary.stage_scores, summary.student, summary.finished)

@@ -41,6 +41,12 @@ class Run(Section):
     `inprocess` uses no Ray."""
     overwrite: bool = False
     """Move a folder that holds another run aside and start anew."""
+    watchdog_s: PositiveFloat = 1800.0
+    """A run that does not get on for so long says which actor it waits for, saves what it can, and ends. Raise it where
+    a single optimizer step takes longer."""
+    max_restarts: NonNegativeInt = 8
+    """After losing a learner rank or the replay a run goes back to its checkpoint by itself, at most so often without
+    reaching another checkpoint; then it ends, and --resume goes on."""
 
 
 class Model(Section):
@@ -114,6 +120,9 @@ class Data(Section):
     max_prompt_tokens: PositiveInt = 512
     max_reference_tokens: PositiveInt = 512
     max_skipped_frac: Frac = 0.1
+    max_broken_frac: Frac = 0.01
+    """A rollout whose writing fails also alone, on a sound worker, is set aside (`set_aside.jsonl` says why). More of
+    them than this share of the run's rollouts end the run."""
     num_rows: PositiveInt | None = None
     shuffle: bool = True
 

@@ -5,7 +5,8 @@
       └──────────────────────────────────────────────────────────────────────────────────────────────┘
 
 In: a checked config and a House of handles. Out: a run folder with metrics, rollouts, checkpoints and the student.
-The loop waits for whatever ends first: a worker's call or the learner's step. It touches no tensor.
+The loop waits for whatever ends first: a worker's call or the learner's step. It touches no tensor. Who works on what
+stands in `dispatch.py`, what becomes of a run that loses a part in `recovery.py`.
 """
 
 from __future__ import annotations
@@ -14,29 +15,28 @@ import math
 import shutil
 import signal
 import time
-from collections import deque
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from types import FrameType
 from typing import Any
 
 from switchkd.batching import plan_batch
 from switchkd.checkpoint import Checkpoint, RunFolder, TrainState
+from switchkd.dispatch import MAX_TRIES, Dispatch, numbers
 from switchkd.examination import Examiner
 from switchkd.files import replace_dir
-from switchkd.house import House, Weights, WorkerLost
+from switchkd.house import House, StateLost, Unreachable, Weights, WorkerLost
 from switchkd.metrics import MetricsLog
+from switchkd.recovery import Restarts, go_back, lasting, save
 from switchkd.replay import Entry
 from switchkd.schedule import RunPlan
 from switchkd.sections import Config
+from switchkd.set_aside import SetAside
 from switchkd.step_row import step_row
-from switchkd.types import Origin, StepResult, Task, WorkReport
+from switchkd.types import Origin, StepResult
 from switchkd.watch import Watch
+from switchkd.watchdog import LOOK_S, Stalled, Watchdog
 
-PREFETCH = 2
-"""Steps that completions which do not need the student (data set, teacher) may run ahead."""
-MAX_TRIES = 3
-"""Times that a task is given out again after its worker died."""
 MAX_SKIPPED = 3
 """Steps in a row without a finite loss that end a run."""
 
@@ -45,18 +45,23 @@ class Trainer:
     """One run. All state that outlives a crash is in `state`; the rest is rebuilt from it."""
 
     def __init__(
-        self, config: Config, plan: RunPlan, house: House, folder: RunFolder, log: MetricsLog, examiner: Examiner
+        self,
+        config: Config,
+        plan: RunPlan,
+        house: House,
+        folder: RunFolder,
+        log: MetricsLog,
+        examiner: Examiner,
+        dog: Watchdog,
     ) -> None:
         self.config, self.plan, self.house, self.folder = config, plan, house, folder
-        self.log, self.examiner = log, examiner
+        self.log, self.examiner, self.dog = log, examiner, dog
         self.state = TrainState()
-        self.next_id = 0
-        self.missing: deque[int] = deque()  # started before a resume, never finished
-        self.again: deque[list[Task]] = deque()  # tasks of dead workers
-        self.tries: dict[int, int] = {}
-        self.working: dict[int, tuple[Future[Any], list[Task]]] = {}  # a lost worker has no tasks
+        self.aside = SetAside(folder.path, config.data.max_broken_frac, plan.num_tasks)
+        self.dispatch = Dispatch(config, plan, house, log, dog, self.aside)
+        self.restarts = Restarts(config.run.max_restarts, log.note)
         self.weights: Weights | None = None  # of state.version, once somebody needed them
-        self.reports: list[WorkReport] = []
+        self.whole = True  # learner and replay stand where `state` says
         self.watch = Watch(config.replay.max_staleness)
         self.num_skipped = 0  # steps in a row
         self.stop_signal = 0
@@ -69,32 +74,84 @@ class Trainer:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Take up a checkpoint: weights and optimizer, waiting rollouts, counters."""
         state = checkpoint.state
+        load = self.house.learner.load(checkpoint.learner_folder, checkpoint.tag)
+        self.dog.result(load, "the learner to load its state")
+        self.aside.take_up(state.extra)
+        started = self.dispatch.next_id = state.extra["num_started"]
+        missing = self.house.replay.restore(checkpoint.replay_file, started)
+        self.dispatch.missing.extend(self.dog.result(missing, "the replay to load its state"))
+        self._take_up(state, state.incarnation + 1)
+        self.started -= state.elapsed_s
+
+    def _take_up(self, state: TrainState, incarnation: int) -> None:
         enough = self.config.train.early_stop  # may have changed
         stopped = enough is not None and state.evals_since_best >= enough
-        self.house.learner.load(checkpoint.learner_folder, checkpoint.tag).result()
-        self.next_id = state.extra["num_started"]
-        self.missing.extend(self.house.replay.restore(checkpoint.replay_file, self.next_id).result())
-        self.state = replace(state, incarnation=state.incarnation + 1, stopped_early=stopped)
-        self.saved_step = state.step
-        self.started -= state.elapsed_s
+        self.state = replace(state, incarnation=incarnation, stopped_early=stopped)
+        self.saved_step = state.step if "num_started" in state.extra else -1
+        self.weights, self.whole, self.num_skipped = None, True, 0
+        self.watch = Watch(self.config.replay.max_staleness)
         for _, scores in state.stage_scores:
             self.watch.evaluation(scores)
 
     def run(self) -> TrainState:
-        """Train to the last step (or to early stop, or to SIGTERM: then the state is saved first)."""
+        """Train to the last step (or to early stop, or to SIGTERM: then the state is saved first). A lost part sends
+        the loop back to the last checkpoint; a stalled run saves what it can and raises Stalled."""
         previous = signal.signal(signal.SIGTERM, self._on_signal)
+        lost: StateLost | None = None
         try:
-            if self.state.step == 0 and not self.state.stage_scores:
-                self._examine("start")
-            while not self.finished and not self.stop_signal:
-                self._one_step()
-            self._checkpoint()
-            if self.finished:
-                best = self.config.train.select_by and self.state.best is not None
-                self._export("student-last" if best else "student")
+            while True:
+                try:
+                    if lost is not None:
+                        self._go_back(lost)
+                    self._to_the_end()
+                    return self.state
+                except StateLost as error:
+                    lost = error
+                    if self.stop_signal:
+                        raise RuntimeError(f"{lost} while the run was stopping; --resume goes on") from None
+        except Stalled:
+            self._save_what_stands()
+            raise
         finally:
             signal.signal(signal.SIGTERM, previous)
-        return self.state
+
+    def _to_the_end(self) -> None:
+        if self.state.step == 0 and not self.state.stage_scores:
+            self._examine("start")
+        while not self.finished and not self.stop_signal:
+            self._one_step()
+        self._checkpoint()
+        if self.finished:
+            best = self.config.train.select_by and self.state.best is not None
+            self._export("student-last" if best else "student")
+
+    def _go_back(self, lost: StateLost) -> None:
+        """To the last checkpoint, in this process: as a resume does it, but what lives goes on living."""
+        self.restarts.begin(lost)
+        began, step = time.monotonic(), self.state.step
+        self.whole = False
+        self.log.close()
+        state = go_back(self.house, self.folder, self.dispatch, self.dog)
+        self.log.open(self.folder.path, self.plan.num_steps, state)
+        self._take_up(state, self.state.incarnation + 1)
+        again = step - state.step
+        self.log.note(
+            f"back at step {state.step} after {time.monotonic() - began:.1f} s; "
+            f"{again} step{'s are' if again != 1 else ' is'} trained again"
+        )
+
+    def _save_what_stands(self) -> None:
+        """The run has stalled. Whoever it waits for cannot be asked; the others may still answer."""
+        if not self.whole or "the learner" in self.dog.waits_for:
+            self.log.note("the state of the step at hand cannot be saved; the last checkpoint stands")
+            return
+        self.dog.forgive()
+        try:
+            self._checkpoint()
+        except Exception as error:
+            self.log.note(f"the state could not be saved ({error}); the last checkpoint stands")
+        else:
+            self.log.note(f"saved checkpoint {self.state.step}")
 
     @property
     def finished(self) -> bool:
@@ -114,14 +171,15 @@ class Trainer:
         waited = time.monotonic() - waited
         staleness = self._staleness(entries)
         result = self._learn(entries)
-        self.house.replay.commit(self.state.step, [entry.rollout_id for entry in entries]).result()
         step = self.state.step
+        self._commit(step, [entry.rollout_id for entry in entries])
+        self.aside.num_short += self.plan.batch_size(step) - len(entries)
         self.state = replace(
             self.state, step=step + 1, version=result.version, elapsed_s=time.monotonic() - self.started
         )
-        self.weights = None
+        self.weights, self.whole = None, True
         if self.config.rollout.on_new_weights == "reprefill":
-            self._offer_weights()
+            self.dispatch.offer(self._current_weights)
         self._log_step(step, entries, staleness, result, waited)
         self._count_skipped(step, entries, result)
         last_of_stage = self.state.step in self.plan.stage_ends
@@ -129,7 +187,8 @@ class Trainer:
         if last_of_stage or (every and self.state.step % every == 0):
             self._examine(self.plan.stage(step).name if last_of_stage else "")
         if not self.config.train.checkpoint_every:
-            self.house.replay.durable(self.state.step).result()  # nobody will go back: let the rollouts rest
+            # no checkpoint is to come before the end: to go back is to begin anew, without these rollouts
+            self.dog.result(self.house.replay.durable(self.state.step), "the replay")
         elif self.state.step % self.config.train.checkpoint_every == 0:
             self._checkpoint()
 
@@ -137,31 +196,66 @@ class Trainer:
         """Keep the workers busy until this step's rollouts are all in the replay; None when told to stop."""
         step = self.state.step
         stage = self.plan.stage_index(step)
-        num = self.plan.batch_size(step)
         while not self.stop_signal:
             self._feed()
-            entries = self.house.replay.take(step, num, self.state.version, stage).result()
+            num = self.plan.batch_size(step) - self.aside.short(self.plan.step_of, step)
+            entries = self._asked(self.house.replay.take(step, num, self.state.version, stage))
             if entries is not None:
                 self._check_staleness(entries)
                 return entries
-            if not self.working:
-                raise RuntimeError(
-                    f"step {step} lacks rollouts, but no worker has a task; this is a bug, please report"
-                )
-            self._wait([])
+            if self.dispatch.working:
+                self.dispatch.wait([])
+            else:
+                self._look_for_missing(step)
         return None
+
+    def _asked(self, answer: Future[Any]) -> Any:
+        """Of the replay, whom the loop asks all the time: its answers alone do not mean that the run gets on."""
+        waits_for = f"step {self.state.step}: {self.dispatch.told() or 'the replay'}"
+        self.dog.waiting(waits_for)
+        while not answer.done():
+            self.dog.check()
+            wait([answer], timeout=LOOK_S)
+        return answer.result()
+
+    def _look_for_missing(self, step: int) -> None:
+        """All that was started was written, but some of it went down with a replay that died."""
+        missing = self._asked(self.house.replay.missing(self.dispatch.next_id))
+        if not missing:
+            raise RuntimeError(f"step {step} lacks rollouts, but no worker has a task; this is a bug, please report")
+        self.log.note(f"rollouts {numbers(missing)} never arrived; they are written again")
+        self.dispatch.missing.extend(missing)
+
+    def _feed(self) -> None:
+        self.dispatch.feed(self.state.step, self._current_weights, bool(self.stop_signal))
+
+    def _commit(self, step: int, rollout_ids: list[int]) -> None:
+        commit = self.house.replay.commit
+        lasting(
+            f"writing the rollouts of step {step}",
+            lambda: self.dog.result(commit(step, rollout_ids), "the replay to note the step"),
+            self.log.note,
+        )
 
     def _learn(self, entries: list[Entry]) -> StepResult:
         """One optimizer step; workers go on meanwhile as far as admission lets them."""
         step = self.state.step
+        if not entries:  # all set aside
+            return StepResult(
+                step=step, version=step + 1, loss=math.nan, grad_norm=0.0, lr=self.plan.lr_at(step), num_loss_tokens=0,
+                time_s=0.0,
+            )  # fmt: skip
         loss = self.plan.stage(step).loss
         hard_frac = (0.5 if loss.hard_frac is None else loss.hard_frac) if loss.type == "atkd" else None
         batch = plan_batch(step, self.plan.stage_index(step), entries, self.config.learner.num_ranks, hard_frac)
+        self.whole = False
         learning = self.house.learner.step(batch, self.plan.lr_at(step))
+        waits_for = f"the learner at step {step}"
+        self.dog.progress(waits_for)
         while not learning.done():
             self._feed()
-            self._wait([learning])
-        return learning.result()
+            self.dispatch.wait([learning], waits_for)
+        return self.dog.result(learning, waits_for)
 
     def _staleness(self, entries: list[Entry]) -> list[int]:
         """Ages, in versions, of the rollouts that the student wrote at: data-set and teacher text does not age."""
@@ -176,99 +270,28 @@ class Trainer:
         if self.config.replay.policy == "fifo" and worst > limit:
             raise RuntimeError(f"staleness {worst} above replay.max_staleness={limit}; please report this")
 
-    # ── workers ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _feed(self) -> None:
-        """Give every idle worker the next tasks that may start now."""
-        for index in range(len(self.house.workers)):
-            if index in self.working:
-                continue
-            tasks = self.again.popleft() if self.again else self._next_tasks()
-            if not tasks:
-                return
-            student_writes = any(task.origin == Origin.ROLLOUT for task in tasks)
-            weights = self._current_weights() if student_writes else None
-            self.working[index] = (self.house.workers[index].generate(tasks, weights), tasks)
-
-    def _next_tasks(self) -> list[Task]:
-        """What one worker may start now: at most its share of a batch."""
-        tasks: list[Task] = []
-        while (rollout_id := self._next_admitted()) is not None:
-            share = -(-self.plan.batch_size(self.plan.step_of(rollout_id)) // len(self.house.workers))
-            if len(tasks) >= share:
-                break
-            tasks.append(self.plan.task(rollout_id))
-            if self.missing:
-                self.missing.popleft()
-            else:
-                self.next_id += 1
-        return tasks
-
-    def _next_admitted(self) -> int | None:
-        """Admission bounds staleness: a rollout for step s may start once s - version <= max_staleness."""
-        rollout_id = self.missing[0] if self.missing else self.next_id
-        if rollout_id >= self.plan.num_tasks or self.stop_signal:
-            return None
-        limit = self.config.replay.max_staleness
-        if self.plan.origin(rollout_id) != Origin.ROLLOUT:
-            limit = max(limit, PREFETCH)
-        return rollout_id if self.plan.step_of(rollout_id) - self.state.step <= limit else None
-
     def _current_weights(self) -> Weights | None:
         """The learner's, packed once per version; None while the student's folder is all there is."""
-        version = self.state.version
-        if self.weights is None and version > 0:
-            self.weights = Weights(version=version, packed=self.house.learner.publish(version).result())
+        version, incarnation = self.state.version, self.state.incarnation
+        if self.weights is None and (version > 0 or incarnation > 0):
+            packed = self.dog.result(self.house.learner.publish(version), f"the learner to publish version {version}")
+            self.weights = Weights(version=version, packed=packed, incarnation=incarnation)
         return self.weights
-
-    def _offer_weights(self) -> None:
-        for index, (_, tasks) in self.working.items():
-            if any(task.origin == Origin.ROLLOUT for task in tasks) and (weights := self._current_weights()):
-                self.house.workers[index].offer(weights)
-
-    def _wait(self, others: list[Future[Any]]) -> None:
-        """Until something ends, at most a second (so that a signal is seen); finished work is taken in."""
-        wait([*others, *(future for future, _ in self.working.values())], timeout=1.0, return_when=FIRST_COMPLETED)
-        self._collect()
-
-    def _collect(self) -> None:
-        for index, (future, tasks) in list(self.working.items()):
-            if not future.done():
-                continue
-            del self.working[index]
-            try:
-                report: WorkReport | None = future.result()
-            except WorkerLost:
-                self._give_again(index, tasks)
-            else:
-                self.reports += [report] if report else []
-
-    def _give_again(self, index: int, tasks: list[Task]) -> None:
-        """A worker died: its tasks go out again (puts are idempotent), to whoever is free first."""
-        tries = self.tries[tasks[0].rollout_id] = self.tries.get(tasks[0].rollout_id, 0) + 1
-        if tries >= MAX_TRIES:
-            raise RuntimeError(f"rollouts {tasks[0].rollout_id}.. lost their worker {tries} times; see its log")
-        self.log.note(f"rollout worker {index} died; its {len(tasks)} rollouts are written again")
-        self.again.append(tasks)
-        self.working[index] = (self.house.workers[index].back(), [])
-
-    def _drain(self) -> None:
-        while self.working:
-            self._wait([])
 
     # ── look and save ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def _log_step(
         self, step: int, entries: list[Entry], staleness: list[int], result: StepResult, waited: float
     ) -> None:
-        self._collect()
+        self.dispatch.collect()
         now = time.monotonic()
-        reports, self.reports = self.reports, []
+        reports, self.dispatch.reports = self.dispatch.reports, []
         row = {
             "stage": self.plan.stage(step).name,
             **step_row(result, entries, reports, staleness),
             "time/step_s": now - self.last_step_end,
             "time/wait_rollouts_s": waited,
+            **({"rollout/num_set_aside": len(self.aside.ids)} if self.aside.ids else {}),
         }
         self.last_step_end = now
         self.log.step(step, row)
@@ -288,7 +311,8 @@ class Trainer:
         if self.num_skipped < MAX_SKIPPED:
             return
         path = self.folder.path / f"bad-batch-{step}.safetensors"
-        self.house.replay.save_batch(path, [entry.rollout_id for entry in entries]).result()
+        kept = self.house.replay.save_batch(path, [entry.rollout_id for entry in entries])
+        self.dog.result(kept, "the replay to save a batch")
         raise RuntimeError(
             f"step {step}: {what} is not finite, as in the {MAX_SKIPPED - 1} steps before; its rollouts are in {path} "
             "(read them with switchkd.rollout_io.load_rollouts); mend the data or the loss and go on with --resume, or "
@@ -299,7 +323,7 @@ class Trainer:
         """Evaluate the published weights. A barrier: what runs is finished first, so that numbers repeat."""
         if not self.examiner.prompts:
             return
-        self._drain()
+        self.dispatch.drain()
         scores = self._scores()
         self.log.evaluation(self.state.step, stage_end, scores)
         self._warn(self.watch.evaluation(scores))
@@ -311,11 +335,18 @@ class Trainer:
     def _scores(self) -> dict[str, float]:
         for _ in range(MAX_TRIES):
             try:
-                return self.examiner.examine(self.house.workers, self._current_weights())
-            except WorkerLost:
-                self.log.note("a rollout worker died; the evaluation begins again")
+                return self.examiner.examine(
+                    self.house.workers,
+                    self._current_weights(),
+                    lambda future: self.dog.result(future, "an evaluation by the rollout workers"),
+                )
+            except (WorkerLost, Unreachable) as error:
+                what = "died" if isinstance(error, WorkerLost) else f"could not go on ({error})"
+                self.log.note(f"a rollout worker {what}; the evaluation begins again")
                 for worker in self.house.workers:
-                    worker.back().result()
+                    self.dog.result(worker.back(), "a rollout worker to come back")
+                if isinstance(error, Unreachable):
+                    self.weights = None  # they may be what could not be reached
         raise RuntimeError(f"{MAX_TRIES} evaluations lost a rollout worker; see its log")
 
     def _select(self, scores: dict[str, float]) -> None:
@@ -336,19 +367,15 @@ class Trainer:
         """Learner, replay and counters as of now, whole or not at all."""
         if self.saved_step == self.state.step:
             return
-        extra = {"num_started": self.next_id}
+        extra = {"num_started": self.dispatch.next_id, **self.aside.extra}
         self.state = replace(self.state, elapsed_s=time.monotonic() - self.started, extra=extra)
-        draft = self.folder.begin(self.state.step)
-        self.house.learner.save(draft.learner_folder, draft.tag).result()
-        self.house.learner.export(draft.student_folder).result()
-        self.house.replay.save(draft.replay_file, self.state.step).result()
-        self.folder.finish(draft, self.state)
-        self.house.replay.durable(self.state.step).result()
+        save(self.house, self.folder, self.state, self.dog, self.log.note)
         self.saved_step = self.state.step
+        self.restarts.saved()
 
     def _export(self, name: str) -> None:
         """Beside, then renamed: who reads the folder meets a whole student."""
         beside = self.folder.path / f"{name}.partial"
         shutil.rmtree(beside, ignore_errors=True)
-        self.house.learner.export(beside).result()
+        self.dog.result(self.house.learner.export(beside), "the learner to write the student")
         replace_dir(beside, self.folder.path / name)

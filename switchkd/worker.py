@@ -43,6 +43,11 @@ class Worker:
         """Of the weights in use."""
         return self.rollouts.version
 
+    @property
+    def beats(self) -> int:
+        """Grows while it writes or reads."""
+        return self.rollouts.num_rounds + self.rollouts.calls.num_calls
+
     def load_weights(self, bundle: WeightBundle) -> None:
         self.rollouts.load_weights(bundle)
 

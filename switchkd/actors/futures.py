@@ -1,15 +1,29 @@
-"""Ray's object references as plain futures, so that `train.py` need not know them."""
+"""Ray's object references as plain futures, so that `train.py` need not know them, and Ray's errors as the house's own.
+
+What broke decides: a worker that died (WorkerLost), somebody whom a worker asked (Unreachable), state that only a dead
+process held (StateLost). Everything else is what the actor itself raised.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from threading import Lock, Thread
+from threading import Lock, Thread, Timer
 from typing import Any
 
-from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
-from switchkd.house import WorkerLost
+from switchkd.house import StateLost, Unreachable, WorkerLost
+
+RESTART_S = 600.0
+"""How long a dead worker or replay may take to come back before the run ends."""
+GRACE_S = 10.0
+"""When a rank fails, so long is waited for the news that another one died: survivors notice before Ray does."""
+
+
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -20,24 +34,70 @@ def _cause(error: BaseException) -> BaseException:
     if isinstance(error, ActorDiedError) and lines and "creation task" in lines[0]:
         return RuntimeError(f"an actor could not start: {lines[-1]}")
     if isinstance(error, RayActorError):
-        return RuntimeError(f"an actor was lost; --resume goes on from the last checkpoint ({lines[0]})")
+        return RuntimeError(f"an actor was lost; --resume goes on from the last checkpoint ({first_line(error)})")
     return error
 
 
+def _is_death(error: BaseException) -> bool:
+    """Of the actor that was called, not of one which it asked; and not of one that never lived."""
+    lost = isinstance(error, RayActorError) and not isinstance(error, RayTaskError)
+    return lost and "creation task" not in first_line(error)
+
+
 def of_worker(ref: Any) -> Future[Any]:
-    """The answer of a rollout worker; its death (not that of an actor which it asked) is a WorkerLost."""
+    """The answer of a rollout worker. Raises WorkerLost, Unreachable, or what its work raised."""
+
+    def translated(error: BaseException) -> BaseException:
+        if _is_death(error):
+            return WorkerLost(first_line(error))
+        cause = _cause(error)
+        # what is not in this process's hands: actors, the object store, the network, the disk
+        if isinstance(cause, RayError | StateLost | OSError):
+            return Unreachable(f"{type(cause).__name__}: {first_line(cause)}")
+        return cause
+
+    return _translated(ref.future(), translated)
+
+
+def _translated(future: Future[Any], translate: Callable[[BaseException], BaseException]) -> Future[Any]:
     answer: Future[Any] = Future()
 
     def settle(done: Future[Any]) -> None:
         error = done.exception()
         if error is None:
             answer.set_result(done.result())
-        elif isinstance(error, RayActorError) and not isinstance(error, RayTaskError):
-            answer.set_exception(WorkerLost(str(error)))
+        else:
+            answer.set_exception(translate(error))
+
+    future.add_done_callback(settle)
+    return answer
+
+
+def patient(ask: Callable[[], Any], wait_s: float = RESTART_S) -> Future[Any]:
+    """The answer of an actor that Ray starts again when it dies: asked again, ever more slowly, until it answers."""
+    answer: Future[Any] = Future()
+    deadline = time.monotonic() + wait_s
+
+    def settle(done: Future[Any], pause_s: float) -> None:
+        error = done.exception()
+        if error is None:
+            answer.set_result(done.result())
+        elif _is_death(error) and time.monotonic() < deadline:
+            timer = Timer(pause_s, attempt, [min(2 * pause_s, 5.0)])
+            timer.daemon = True
+            timer.start()
         else:
             answer.set_exception(_cause(error))
 
-    ref.future().add_done_callback(settle)
+    def attempt(pause_s: float) -> None:
+        try:
+            future = ask().future()
+        except Exception as error:  # Ray itself was shut down meanwhile
+            answer.set_exception(error)
+        else:
+            future.add_done_callback(lambda done: settle(done, pause_s))
+
+    attempt(0.1)
     return answer
 
 
@@ -50,7 +110,7 @@ def in_thread(function: Callable[[], None]) -> Future[None]:
             function()
             answer.set_result(None)
         except Exception as error:
-            answer.set_exception(_cause(error))
+            answer.set_exception(error)
 
     Thread(target=work, daemon=True).start()
     return answer
@@ -58,19 +118,67 @@ def in_thread(function: Callable[[], None]) -> Future[None]:
 
 def gathered(refs: list[Any]) -> Future[Any]:
     """The answer of the first of several calls, once all have answered; the first error as soon as it comes."""
+    return _gathered(refs, lambda error, answer, futures: answer.set_exception(_cause(error)))
+
+
+def of_gang(refs: list[Any]) -> Future[Any]:
+    """As `gathered`, of ranks that live and die together. Raises StateLost when one of them died, or could not reach
+    what it needs; the survivors' errors that come of it tell nothing new."""
+    return _gathered(refs, _settle_gang)
+
+
+def _settle_gang(error: BaseException, answer: Future[Any], futures: list[Future[Any]]) -> None:
+    if _spoils(error):
+        answer.set_exception(StateLost(_told(error)))
+        return
+
+    def wait_for_others() -> None:
+        deadline = time.monotonic() + GRACE_S
+        while time.monotonic() < deadline and not answer.done():
+            found = [future.exception() for future in futures if future.done()]
+            lost = [one for one in found if one is not None and _spoils(one)]
+            if lost:
+                answer.set_exception(StateLost(_told(lost[0])))
+            elif len(found) == len(futures):
+                break
+            else:
+                time.sleep(0.1)
+        if answer.done():
+            return
+        stuck = isinstance(_cause(error), OSError) and not all(future.done() for future in futures)
+        answer.set_exception(StateLost(_told(error)) if stuck else _cause(error))
+
+    Thread(target=wait_for_others, daemon=True).start()
+
+
+def _spoils(error: BaseException) -> bool:
+    return _is_death(error) or isinstance(_cause(error), RayError | StateLost)
+
+
+def _told(error: BaseException) -> str:
+    if _is_death(error):
+        return "a learner rank died"
+    return f"a learner rank failed ({type(_cause(error)).__name__}: {first_line(_cause(error))})"
+
+
+def _gathered(
+    refs: list[Any], settle_error: Callable[[BaseException, Future[Any], list[Future[Any]]], None]
+) -> Future[Any]:
     answer: Future[Any] = Future()
     futures = [ref.future() for ref in refs]
-
     lock = Lock()  # callbacks come on Ray's threads
+    failed = False
 
     def settle(done: Future[Any]) -> None:
+        nonlocal failed
         with lock:
-            if answer.done():
+            if failed or answer.done():
                 return
             error = done.exception()
             if error is not None:
-                answer.set_exception(_cause(error))
-            elif all(future.done() for future in futures):
+                failed = True
+                settle_error(error, answer, futures)
+            elif all(future.done() and future.exception() is None for future in futures):
                 answer.set_result(futures[0].result())
 
     for future in futures:

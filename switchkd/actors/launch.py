@@ -8,19 +8,19 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import time
 from concurrent.futures import Future
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray import cloudpickle
-from ray.exceptions import ActorUnavailableError, RayError
+from ray.exceptions import RayError
 
 from switchkd.actors.environment import Secrets
-from switchkd.actors.futures import gathered, in_thread, of_worker
+from switchkd.actors.futures import gathered, of_worker, patient
+from switchkd.actors.health import pulses
 from switchkd.actors.learner_actor import LearnerActor, LearnerGroup
 from switchkd.actors.placement import options, settled, wait_for_resources
 from switchkd.actors.replay_actor import ReplayActor
@@ -32,9 +32,8 @@ from switchkd.house import House, Weights
 from switchkd.metrics import MetricsLog
 from switchkd.sections import Config
 from switchkd.types import Exam, Task
+from switchkd.watchdog import all_of
 
-RESTART_S = 600.0
-"""How long a dead worker may take to come back before the run ends."""
 CONNECT_S = 10.0
 
 
@@ -90,30 +89,18 @@ class RayWorker:
         return of_worker(self.actor.examine.remote(exam, weights))
 
     def back(self) -> Future[None]:
-        return in_thread(self._wait_until_back)
-
-    def _wait_until_back(self) -> None:
-        """Until then every call fails at once: tasks given again too early would run out of tries."""
-        deadline = time.monotonic() + RESTART_S
-        while True:
-            try:
-                ray.get(self.actor.ready.remote())
-                return
-            except ActorUnavailableError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.5)
+        return patient(self.actor.ready.remote)
 
 
 class RayReplay:
-    """The replay actor's handle."""
+    """The replay actor's handle: while Ray starts it again its calls wait."""
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self.actor, name)
-        return lambda *args: gathered([method.remote(*args)])
+        return lambda *args: patient(lambda: method.remote(*args))
 
 
 def build_house(config: Config, run_dir: Path, stop_ids: frozenset[int], log: MetricsLog) -> House:
@@ -138,19 +125,31 @@ def build_house(config: Config, run_dir: Path, stop_ids: frozenset[int], log: Me
             start(RolloutActor, options(config, "rollout"), plain, i, handles, stop_ids, *common)
             for i in range(config.rollout.num_workers)
         ]
-        ranks = [
-            start(LearnerActor, options(config, "learner"), plain, replay, *common)
-            for _ in range(config.learner.num_ranks)
-        ]
-        head: HeadArrays | None = gathered([teachers[0].head.remote()]).result() if teachers else None
-        learner = LearnerGroup(ranks)
-        started = learner.start({} if head is None else {"": head})
-        gathered([actor.ready.remote() for actor in [replay, *teachers, *workers]]).result()
-        started.result()
+        rank = cast(Any, LearnerActor).options(**options(config, "learner"))
+        learner = LearnerGroup(lambda: [rank.remote(plain, replay, *common) for _ in range(config.learner.num_ranks)])
+        opened.callback(learner.close)
+
+        ranks = learner.ranks  # they are ready when they have met
+
+        def actors() -> dict[str, Any]:
+            groups = {"teacher": teachers, "rollout worker": workers, "learner rank": learner.ranks}
+            named = {f"{role} {i}": actor for role, group in groups.items() for i, actor in enumerate(group)}
+            return {"replay": replay, **named}
+
+        awaited = {name: gathered([actor.ready.remote()]) for name, actor in actors().items() if actor not in ranks}
+        head: HeadArrays | None = None
+        if teachers:
+            asked = gathered([teachers[0].head.remote()])
+            all_of({"teacher 0": asked}, config.run.watchdog_s)
+            head = asked.result()
+        awaited["learner"] = learner.start({} if head is None else {"": head})
+        all_of(awaited, config.run.watchdog_s)
+        patient(lambda: replay.restore.remote(None, 0)).result()
         return House(
             workers=[RayWorker(actor) for actor in workers],
             replay=RayReplay(replay),
             learner=learner,
+            pulses=lambda: pulses(actors()),
             close=opened.pop_all().close,
         )
 

@@ -1,28 +1,31 @@
 """One learner rank behind Ray, and the gang of them as one handle.
 
-A gang lives and dies together: when a rank is lost its peers cannot continue, and the run goes on from its last
-checkpoint.
+A gang lives and dies together: when a rank is lost its peers cannot continue. `restart` ends them and brings a new gang
+together on another port; the run goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from switchkd.actors.environment import Secrets, prepare
-from switchkd.actors.futures import gathered
+from switchkd.actors.futures import in_thread, of_gang, patient
+from switchkd.actors.health import GROUP, Health
 from switchkd.assembly import Gang, LearnerRank
 from switchkd.engines.heads import HeadArrays
 from switchkd.sections import Config
 from switchkd.types import BatchPlan, Rollout, StepResult
 
 
-@ray.remote(max_restarts=0)
-class LearnerActor:
+@ray.remote(max_restarts=0, concurrency_groups=GROUP)
+class LearnerActor(Health):
     def __init__(self, config: dict[str, Any], replay: Any, secrets: Secrets, working_dir: str) -> None:
         prepare(secrets, working_dir)
         self.config = Config.model_validate(config)
@@ -39,7 +42,8 @@ class LearnerActor:
         self.rank = LearnerRank(self.config, gang, heads, self._fetch)
 
     def _fetch(self, rollout_ids: list[int]) -> list[Rollout]:
-        return ray.get(self.replay.fetch.remote(rollout_ids))
+        found: list[Rollout] = patient(partial(self.replay.fetch.remote, rollout_ids)).result()
+        return found
 
     def step(self, plan: BatchPlan, lr: float) -> StepResult:
         return self.rank.step(plan, lr)
@@ -62,24 +66,38 @@ class LearnerActor:
 class LearnerGroup:
     """All ranks as one `house.LearnerHandle`: every call enters every rank, rank 0 answers."""
 
-    def __init__(self, ranks: list[Any]) -> None:
-        self.ranks = ranks
+    def __init__(self, make: Callable[[], list[Any]]) -> None:
+        """`make` places the actors of a gang."""
+        self.make = make
+        self.ranks: list[Any] = make()
+        self.heads: dict[str, HeadArrays] = {}
 
-    def start(self, heads: dict[str, HeadArrays]) -> Future[Any]:
-        address, port = ray.get(self.ranks[0].address.remote())
+    def start(self, heads: dict[str, HeadArrays]) -> Future[None]:
+        """Done when the ranks have met and hold the student."""
+        self.heads = heads
+        return in_thread(self._meet)
+
+    def _meet(self) -> None:
+        address, port = of_gang([self.ranks[0].address.remote()]).result()
         world = len(self.ranks)
-        heads_ref = ray.put(heads)
-        return gathered(
-            [
-                rank.start.remote(
-                    Gang(rank=i, local_rank=i, world_size=world, master_addr=address, master_port=port), heads_ref
-                )
-                for i, rank in enumerate(self.ranks)
-            ]
-        )
+        heads = ray.put(self.heads)
+        gangs = [
+            Gang(rank=i, local_rank=i, world_size=world, master_addr=address, master_port=port) for i in range(world)
+        ]
+        of_gang([rank.start.remote(gang, heads) for rank, gang in zip(self.ranks, gangs, strict=True)]).result()
+
+    def restart(self) -> Future[None]:
+        self.close()
+        self.ranks = self.make()
+        return in_thread(self._meet)
+
+    def close(self) -> None:
+        for rank in self.ranks:
+            ray.kill(rank)
+        self.ranks = []
 
     def _all(self, method: str, *args: Any) -> Future[Any]:
-        return gathered([getattr(rank, method).remote(*args) for rank in self.ranks])
+        return of_gang([getattr(rank, method).remote(*args) for rank in self.ranks])
 
     def step(self, plan: BatchPlan, lr: float) -> Future[StepResult]:
         return self._all("step", plan, lr)

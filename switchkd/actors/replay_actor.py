@@ -1,4 +1,7 @@
-"""The replay behind Ray. It writes rollouts.jsonl and its part of the checkpoint itself."""
+"""The replay behind Ray. It writes rollouts.jsonl and its part of the checkpoint itself.
+
+Ray starts a dead one again, empty: until `restore` has told it what it held, every call raises StateLost.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +11,38 @@ from typing import Any
 import ray
 
 from switchkd.actors.environment import Secrets, prepare
+from switchkd.actors.health import GROUP, Health
+from switchkd.house import StateLost
 from switchkd.replay import Entry
 from switchkd.replay_service import ReplayService, make_replay
 from switchkd.sections import Config
 from switchkd.types import Rollout
 
 
-@ray.remote(max_restarts=0, num_cpus=0)
-class ReplayActor:
+@ray.remote(max_restarts=-1, max_task_retries=0, num_cpus=0, concurrency_groups=GROUP)
+class ReplayActor(Health):
     def __init__(self, config: dict[str, Any], run_dir: str, secrets: Secrets, working_dir: str) -> None:
         prepare(secrets, working_dir)
-        self.service: ReplayService = make_replay(Config.model_validate(config), Path(run_dir))
+        self.kept: ReplayService = make_replay(Config.model_validate(config), Path(run_dir))
+        self.restored = False
+        self.num_put = 0
+
+    @property
+    def service(self) -> ReplayService:
+        if not self.restored:
+            raise StateLost("the replay died")
+        return self.kept
 
     def ready(self) -> bool:
         return True
 
+    def beats(self) -> int:
+        return self.num_put
+
     def put(self, rollouts: list[Rollout]) -> list[int]:
-        return self.service.put(rollouts)
+        accepted = self.service.put(rollouts)
+        self.num_put += len(accepted)
+        return accepted
 
     def fetch(self, rollout_ids: list[int]) -> list[Rollout]:
         return self.service.fetch(rollout_ids)
@@ -44,8 +62,19 @@ class ReplayActor:
     def save_batch(self, path: Path, rollout_ids: list[int]) -> None:
         self.service.save_batch(path, rollout_ids)
 
-    def restore(self, path: Path, num_started: int) -> list[int]:
-        return self.service.restore(path, num_started)
+    def restore(self, path: Path | None, num_started: int) -> list[int]:
+        missing = self.kept.restore(path, num_started)
+        self.restored = True
+        return missing
+
+    def rewind(self, step: int, num_started: int) -> bool:
+        return self.restored and self.kept.rewind(step, num_started)
+
+    def missing(self, num_started: int) -> list[int]:
+        return self.service.missing(num_started)
+
+    def set_aside(self, rollout_ids: list[int]) -> None:
+        self.service.set_aside(rollout_ids)
 
     def stats(self) -> dict[str, float]:
         return self.service.stats()

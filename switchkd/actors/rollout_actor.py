@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import ray
 from ray import cloudpickle
 
 from switchkd.actors.environment import Secrets, prepare
+from switchkd.actors.futures import patient
+from switchkd.actors.health import GROUP, Health
 from switchkd.actors.teacher_router import TeacherRouter
 from switchkd.assembly import make_worker
 from switchkd.evaluate import EvalRow
@@ -18,8 +21,8 @@ from switchkd.sections import Config
 from switchkd.types import Exam, Rollout, Task, WeightBundle, WorkReport
 
 
-@ray.remote(max_restarts=-1, max_task_retries=0, concurrency_groups={"weights": 1})
-class RolloutActor:
+@ray.remote(max_restarts=-1, max_task_retries=0, concurrency_groups={"weights": 1, **GROUP})
+class RolloutActor(Health):
     """Calls of the default group run one after another; `offer` comes in between (`reprefill`)."""
 
     def __init__(
@@ -35,6 +38,7 @@ class RolloutActor:
         prepare(secrets, working_dir)
         teachers, self.replay = cloudpickle.loads(handles)
         router = TeacherRouter(teachers, first=index) if teachers else None
+        self.loaded = self.offered_key = (0, 0)  # as Weights.key
         self.offered: WeightBundle | None = None
         head = router.head() if router else None
         self.worker = make_worker(Config.model_validate(config), index, router, head, stop_ids, self._newer)
@@ -45,7 +49,9 @@ class RolloutActor:
     @ray.method(concurrency_group="weights")
     def offer(self, weights: Weights) -> None:
         """Seen by the running rollouts at their next round."""
-        self.offered = _pulled(weights)
+        bundle = pulled(weights)
+        if weights.key > self.offered_key:
+            self.offered, self.offered_key = bundle, weights.key
 
     def generate(self, tasks: list[Task], weights: Weights | None) -> WorkReport:
         self._load(weights)
@@ -55,20 +61,27 @@ class RolloutActor:
         self._load(weights)
         return self.worker.examine(exam)
 
+    def beats(self) -> int:
+        return self.worker.beats
+
     def _load(self, weights: Weights | None) -> None:
-        if weights is not None and weights.version > self.worker.version:
-            self.worker.load_weights(_pulled(weights))
+        if weights is not None and weights.key > self.loaded:
+            self.worker.load_weights(pulled(weights))
+            self.loaded = weights.key
 
     def _newer(self) -> WeightBundle | None:
-        """What was offered, unless it has been loaded since."""
-        offered = self.offered
-        return offered if offered is not None and offered.version > self.worker.version else None
+        """What was offered, unless it has been loaded since. Whoever asks loads it."""
+        offered, key = self.offered, self.offered_key
+        if offered is None or key <= self.loaded:
+            return None
+        self.loaded = key
+        return offered
 
     def _put(self, rollouts: list[Rollout]) -> None:
-        """Back-pressure: a full replay makes the worker wait."""
+        """Back-pressure: a full replay makes the worker wait. So does one that is being started again."""
         while rollouts:
             try:
-                ray.get(self.replay.put.remote(rollouts))
+                patient(partial(self.replay.put.remote, rollouts)).result()
                 return
             except ReplayFull as full:
                 refused = set(full.refused)
@@ -76,7 +89,7 @@ class RolloutActor:
                 time.sleep(0.2)
 
 
-def _pulled(weights: Weights) -> WeightBundle:
+def pulled(weights: Weights) -> WeightBundle:
     """`packed` holds one object reference: this process pulls the weights once, straight from the store."""
     bundle: WeightBundle = ray.get(weights.packed[0])
     return bundle

@@ -12,14 +12,15 @@ import numpy as np
 import ray
 
 from switchkd.actors.environment import Secrets, prepare
+from switchkd.actors.health import GROUP, Health
 from switchkd.assembly import make_teacher
 from switchkd.engines.heads import HeadArrays
 from switchkd.sections import Config
 from switchkd.types import Blocks, Positions, Sessions, Signal, WriteRequest, Written
 
 
-@ray.remote(max_restarts=-1, max_task_retries=0)
-class TeacherActor:
+@ray.remote(max_restarts=-1, max_task_retries=0, concurrency_groups=GROUP)
+class TeacherActor(Health):
     def __init__(self, config: dict[str, Any], secrets: Secrets, working_dir: str) -> None:
         prepare(secrets, working_dir)
         self.teacher = make_teacher(Config.model_validate(config))

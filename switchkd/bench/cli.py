@@ -1,4 +1,4 @@
-"""The door of the benches: `switchkd bench switching|trainer|learner|weights|scale|overlap`.
+"""The door of the benches: `switchkd bench switching|trainer|learner|weights|scale|overlap|soak`.
 
 In: a command line. Out: one table on stdout, and as JSON where asked for. A bench that lacks the device, a model or a
 peer says so in one line (ConfigError, exit code 2). Imports nothing heavy until a command runs.
@@ -164,6 +164,20 @@ def overlap(
         learner_s=learner_ms / 1e3,
     )  # fmt: skip
     _finish(table, json)
+
+
+@app.command()
+def soak(
+    steps: Annotated[int, typer.Option(min=2, help="Optimizer steps.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of the models, and of what dies when.")] = 0,
+    every: Annotated[int, typer.Option(min=2, help="Steps between two killed processes, on average.")] = 20,
+    json: Json = None,
+) -> None:
+    """A long run whose processes are killed at random: rollouts lost, seconds to recover, memory."""
+    _check("cpu", "float32", json)
+    from switchkd.bench.soak import run
+
+    _finish(run(steps=steps, seed=seed, every=every), json)
 
 
 def _check(device: str, dtype: str, json: Path | None) -> None:

@@ -43,6 +43,14 @@ def cluster(num_cpus: float, object_store_mb: int, furnish: Callable[[], None] |
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def object_store_mb() -> float:
+    """Of all objects in the store of this process's cluster."""
+    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+    stats = get_memory_info_reply(get_state_from_address(None)).store_stats
+    return stats.object_store_bytes_used / 2**20
+
+
 @ray.remote
 class LearnerProcess:
     """Packs, and puts into the object store, as `actors.learner_actor` does."""

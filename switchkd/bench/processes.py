@@ -26,7 +26,7 @@ class Gauge:
             return
         _give_back()
         Path("/proc/self/clear_refs").write_text("5")
-        self.before = {pid: _kilobytes(pid, "VmRSS") for pid in (os.getpid(), *descendants())}
+        self.before = {pid: kilobytes(pid, "VmRSS") for pid in (os.getpid(), *descendants())}
 
     def peak_mb(self) -> float:
         """MiB. On a CPU over all processes, each at its own peak: shared pages count once per process."""
@@ -34,7 +34,7 @@ class Gauge:
             import torch
 
             return torch.cuda.max_memory_allocated() / 2**20
-        peaks = {pid: _kilobytes(pid, "VmHWM") for pid in (os.getpid(), *descendants())}
+        peaks = {pid: kilobytes(pid, "VmHWM") for pid in (os.getpid(), *descendants())}
         return sum(max(0, peak - self.before.get(pid, 0)) for pid, peak in peaks.items()) / 2**10
 
 
@@ -60,7 +60,8 @@ def cpu_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _kilobytes(pid: int, key: str) -> int:
+def kilobytes(pid: int, key: str) -> int:
+    """A line of /proc/PID/status, such as VmRSS; 0 for a process that has ended."""
     with suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith(f"{key}:"):

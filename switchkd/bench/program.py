@@ -63,6 +63,7 @@ def run(
     from switchkd.prompts import PromptStream
     from switchkd.schedule import RunPlan
     from switchkd.train import Trainer
+    from switchkd.watchdog import Watchdog
 
     log = cast(Any, StepLog(on_step))
     plan = RunPlan(config.train.stages, PromptStream(prompts, seed=0, shuffle=False), seed=config.seed)
@@ -71,7 +72,9 @@ def run(
         with open_run(config) as folder:
             house = build(config, folder.path, log)
             try:
-                Trainer(config, plan, house, folder, log, Examiner(config.eval, (), has_teacher=False)).run()
+                examiner = Examiner(config.eval, (), has_teacher=False)
+                dog = Watchdog(config.run.watchdog_s, folder.path, log.note)  # it does not watch: a bench may sleep
+                Trainer(config, plan, house, folder, log, examiner, dog).run()
             except Enough:
                 pass
             finally:

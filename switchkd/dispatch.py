@@ -1,0 +1,213 @@
+"""Tasks go out to the rollout workers, and go out again where they come back undone.
+
+In: the plan's tasks, as far as admission lets them start; answers of workers. Out: rollouts (the workers put them into
+the replay themselves), reports, tasks set aside. What failed decides:
+
+    the worker died                 its tasks go to whoever is free first; it gets new ones when it is back
+    somebody it asked (Unreachable) the same, and it rests for a while
+    its work raised an error        its tasks are tried one by one; those that fail alone are set aside
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from threading import Timer
+from typing import Any
+
+from switchkd.config import ConfigError
+from switchkd.house import House, Unreachable, Weights, WorkerLost
+from switchkd.metrics import MetricsLog
+from switchkd.schedule import RunPlan
+from switchkd.sections import Config
+from switchkd.set_aside import SetAside, Trials
+from switchkd.types import Origin, Task, WorkReport
+from switchkd.watchdog import Watchdog
+
+PREFETCH = 2
+"""Steps that completions which do not need the student (data set, teacher) may run ahead."""
+MAX_TRIES = 5
+"""Times that a task is given out before the run ends."""
+REST_S = 0.5
+"""How long a worker rests whom somebody did not answer; each time twice as long."""
+
+
+class Dispatch:
+    """Who works on what. A lost worker has no tasks."""
+
+    def __init__(
+        self, config: Config, plan: RunPlan, house: House, log: MetricsLog, dog: Watchdog, aside: SetAside
+    ) -> None:
+        self.config, self.plan, self.house, self.log, self.dog, self.aside = config, plan, house, log, dog, aside
+        self.next_id = 0
+        self.missing: deque[int] = deque()  # started once, never arrived
+        self.again: deque[list[Task]] = deque()
+        self.tries: dict[int, int] = {}
+        self.trials = Trials()
+        self.working: dict[int, tuple[Future[Any], list[Task]]] = {}
+        self.reports: list[WorkReport] = []
+
+    def feed(self, step: int, weights: Callable[[], Weights | None], stopping: bool) -> None:
+        """Give every idle worker the next tasks that may start now."""
+        for index in range(len(self.house.workers)):
+            if index in self.working:
+                continue
+            tasks = self._next_again(step) or self._next_tasks(step, stopping)
+            if not tasks:
+                return
+            try:
+                given = weights() if writes(tasks) else None
+            except BaseException:
+                self.again.appendleft(tasks)
+                raise
+            self.working[index] = (self.house.workers[index].generate(tasks, given), tasks)
+
+    def _next_again(self, step: int) -> list[Task]:
+        """Also a second time nothing is written with weights that are too old: the run may have gone back."""
+        for tasks in self.again:
+            if all(self._may_start(task.rollout_id, step) for task in tasks):
+                self.again.remove(tasks)
+                return tasks
+        return []
+
+    def _next_tasks(self, step: int, stopping: bool) -> list[Task]:
+        """What one worker may start now: at most its share of a batch."""
+        tasks: list[Task] = []
+        while not stopping and (rollout_id := self._next_admitted(step)) is not None:
+            share = -(-self.plan.batch_size(self.plan.step_of(rollout_id)) // len(self.house.workers))
+            if len(tasks) >= share:
+                break
+            tasks.append(self.plan.task(rollout_id))
+            if self.missing:
+                self.missing.popleft()
+            else:
+                self.next_id += 1
+        return tasks
+
+    def _next_admitted(self, step: int) -> int | None:
+        """The next one to start, if it may. New ones must find room in the replay: nobody who waits for the workers
+        shall wait for ever."""
+        if self.missing:
+            return self.missing[0] if self._may_start(self.missing[0], step) else None
+        section = self.config.replay
+        crowded = section.policy != "uniform" and self.next_id >= self.plan.first_id(step) + section.capacity
+        if self.next_id >= self.plan.num_tasks or crowded:
+            return None
+        return self.next_id if self._may_start(self.next_id, step) else None
+
+    def _may_start(self, rollout_id: int, step: int) -> bool:
+        """Admission bounds staleness: a rollout for step s may start once s - version <= max_staleness."""
+        limit = self.config.replay.max_staleness
+        if self.plan.origin(rollout_id) != Origin.ROLLOUT:
+            limit = max(limit, PREFETCH)
+        return self.plan.step_of(rollout_id) - step <= limit
+
+    def offer(self, weights: Callable[[], Weights | None]) -> None:
+        """Newer weights for what is being written."""
+        for index, (_, tasks) in self.working.items():
+            if writes(tasks) and (given := weights()):
+                self.house.workers[index].offer(given)
+
+    def wait(self, others: list[Future[Any]], waits_for: str = "") -> None:
+        """Until something ends, at most a second (so that a signal is seen); finished work is taken in."""
+        futures = [*others, *(future for future, _ in self.working.values())]
+        self.dog.waiting(waits_for or self.told())
+        self.dog.check()
+        if wait(futures, timeout=1.0, return_when=FIRST_COMPLETED).done:
+            self.dog.progress(waits_for or self.told())
+        self.collect()
+
+    def told(self) -> str:
+        """Who works on what, in words."""
+        return ", ".join(
+            f"rollouts {numbers(task.rollout_id for task in tasks)} from rollout worker {index}"
+            if tasks
+            else f"rollout worker {index} to come back"
+            for index, (_, tasks) in self.working.items()
+        )
+
+    def drain(self) -> None:
+        while self.working:
+            self.wait([])
+
+    def collect(self) -> None:
+        for index, (future, tasks) in list(self.working.items()):
+            if not future.done():
+                continue
+            del self.working[index]
+            try:
+                report: WorkReport = future.result()
+            except WorkerLost:
+                num = f"its {len(tasks)} rollouts are" if len(tasks) > 1 else "its rollout is"
+                self._give_again(index, tasks, f"rollout worker {index} died; {num} written again")
+                self.working[index] = (self.house.workers[index].back(), [])
+            except Unreachable as error:
+                tries = self._give_again(index, tasks, f"rollout worker {index} could not go on ({error})")
+                self.working[index] = (_rest(REST_S * 2**tries), [])
+            except ConfigError:
+                raise
+            except Exception as error:
+                self._broke(tasks, error)
+            else:
+                if tasks:  # else somebody is back
+                    self.reports.append(report)
+                    self._blame(tasks, None)
+
+    def _give_again(self, index: int, tasks: list[Task], told: str) -> int:
+        """To whoever is free first: puts are idempotent. Which time it is."""
+        tries = self.tries[tasks[0].rollout_id] = self.tries.get(tasks[0].rollout_id, 0) + 1
+        if tries >= MAX_TRIES:
+            raise RuntimeError(f"rollouts {tasks[0].rollout_id}.. were given out {tries} times in vain; {told}")
+        self.log.note(told)
+        self.again.append(tasks)
+        return tries
+
+    def _broke(self, tasks: list[Task], error: Exception) -> None:
+        """An error of the work itself: which of the tasks is it?"""
+        if not tasks:  # a worker could not come back
+            raise error
+        if len(tasks) == 1:
+            self._blame(tasks, error)
+            return
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        ids = numbers(task.rollout_id for task in tasks)
+        self.log.note(f"writing rollouts {ids} failed ({reason}); each is tried alone")
+        self.trials.begin(tasks)
+        self.again.extend([task] for task in tasks)
+
+    def _blame(self, tasks: list[Task], error: Exception | None) -> None:
+        for task, reason in self.trials.hear(tasks, error):
+            self.log.note(
+                f"warning: rollout {task.rollout_id} is set aside: its prompt {task.prompt.prompt_id} breaks a worker "
+                f"({type(reason).__name__}: {next(iter(str(reason).splitlines()), '')})"
+            )
+            self.aside.add(task, reason)
+            self.dog.result(self.house.replay.set_aside([task.rollout_id]), "the replay to set a rollout aside")
+
+    def start_over(self, missing: Iterable[int]) -> None:
+        """The replay is another one: these started rollouts are missing in it. Those that are being written will come,
+        or fail and go out again."""
+        flying = {task.rollout_id for _, tasks in self.working.values() for task in tasks}
+        self.again.clear()
+        self.tries.clear()
+        self.trials.clear()
+        self.missing = deque(i for i in missing if i not in flying)
+
+
+def writes(tasks: Iterable[Task]) -> bool:
+    """Does the student have a hand in any of them?"""
+    return any(task.origin == Origin.ROLLOUT for task in tasks)
+
+
+def numbers(ids: Iterable[int]) -> str:
+    found = sorted(ids)
+    return f"{found[0]} to {found[-1]}" if len(found) > 1 else str(found[0])
+
+
+def _rest(seconds: float) -> Future[None]:
+    done: Future[None] = Future()
+    timer = Timer(seconds, done.set_result, [None])
+    timer.daemon = True
+    timer.start()
+    return done

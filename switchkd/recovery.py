@@ -1,0 +1,99 @@
+"""Nothing is lost when a part dies: the run saves its state, and goes back to it.
+
+In: the house, the run's folder. Out: checkpoints, whole or not at all; after a StateLost the state to go on from. What
+fails is tried again, ever more slowly, and not for ever.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from switchkd.checkpoint import RunFolder, TrainState
+from switchkd.dispatch import Dispatch
+from switchkd.house import House, StateLost
+from switchkd.watchdog import Stalled, Watchdog
+
+RETRY_S = (1.0, 4.0, 16.0)
+"""Pauses before each new try to write; after the last one the run ends."""
+MAX_PAUSE_S = 60.0
+
+T = TypeVar("T")
+Say = Callable[[str], None]
+
+
+class Restarts:
+    """How often in a row, and how fast, a run goes back to the same checkpoint."""
+
+    def __init__(self, limit: int, say: Say, sleep: Callable[[float], None] = time.sleep) -> None:
+        self.limit, self._say, self._sleep = limit, say, sleep
+        self.num = 0
+
+    def begin(self, lost: StateLost) -> None:
+        """Raises RuntimeError beyond the limit."""
+        if self.num >= self.limit:
+            raise RuntimeError(
+                f"{lost}, after {self.num} restarts without another checkpoint (run.max_restarts={self.limit}); "
+                "see the actors' logs for why; --resume goes on from the last checkpoint"
+            )
+        self.num += 1
+        pause = min(2.0 ** (self.num - 2), MAX_PAUSE_S) if self.num > 1 else 0.0
+        self._say(f"{lost}; going back to the last checkpoint (restart {self.num} of {self.limit})")
+        self._sleep(pause)
+
+    def saved(self) -> None:
+        """A checkpoint further: the next loss is a new one."""
+        self.num = 0
+
+
+def lasting(what: str, ask: Callable[[], T], say: Say, sleep: Callable[[float], None] = time.sleep) -> T:
+    """The answer of a call that may be repeated, though the disk is full for a while. Raises its last error."""
+    for pause in RETRY_S:
+        try:
+            return ask()
+        except (StateLost, Stalled):
+            raise
+        except Exception as error:
+            reason = next(iter(str(error).strip().splitlines()), "")
+            say(f"warning: {what} failed ({type(error).__name__}: {reason}); trying again in {pause:g} s")
+        sleep(pause)
+    return ask()
+
+
+def save(house: House, folder: RunFolder, state: TrainState, dog: Watchdog, say: Say) -> None:
+    """Learner, replay and counters, whole or not at all. Raises what the last try raised."""
+
+    def attempt() -> None:
+        folder.check()
+        draft = folder.begin(state.step)
+        try:
+            dog.result(house.learner.save(draft.learner_folder, draft.tag), "the learner to save its state")
+            dog.result(house.learner.export(draft.student_folder), "the learner to write the student")
+            dog.result(house.replay.save(draft.replay_file, state.step), "the replay to save its state")
+            folder.finish(draft, state)
+        except Exception:
+            folder.drop(draft)
+            raise
+
+    lasting(f"saving checkpoint {state.step} under {folder.path}", attempt, say)
+    dog.result(house.replay.durable(state.step), "the replay")
+
+
+def go_back(house: House, folder: RunFolder, dispatch: Dispatch, dog: Watchdog) -> TrainState:
+    """A new gang, and the state of the last checkpoint everywhere (without one: of the start). A replay that lives
+    keeps what was written, and gives each step since the same rollouts again; one that died is filled from the
+    checkpoint. Raises StateLost when another part dies meanwhile."""
+    dog.result(house.learner.restart(), "the learner to start again")
+    checkpoint = folder.take_up()
+    state = checkpoint.state if checkpoint else TrainState()
+    if checkpoint:
+        dog.result(house.learner.load(checkpoint.learner_folder, checkpoint.tag), "the learner to load its state")
+    started = dispatch.next_id
+    if not dog.result(house.replay.rewind(state.step, started), "the replay to go back"):
+        path = checkpoint.replay_file if checkpoint else None
+        missing = dog.result(house.replay.restore(path, started), "the replay to load its state")
+        dispatch.start_over(i for i in missing if i not in dispatch.aside.ids)
+    dispatch.aside.take_up(state.extra, keep=True)
+    dog.result(house.replay.set_aside(sorted(dispatch.aside.ids)), "the replay")
+    return state

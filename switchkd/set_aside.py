@@ -1,0 +1,95 @@
+"""Rollouts that cannot be written: remembered, counted, and left out of their batch.
+
+In: tasks that broke a sound worker also alone. Out: a line each in set_aside.jsonl, how many a step is short of, and a
+RuntimeError where there are more than the budget.
+
+A step trains on the rollouts that it has. Its denominators count the tokens that are there, so what is missing changes
+no other rollout's weight; a step without any leaves the weights as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from switchkd.files import append_whole, redact
+from switchkd.resume import SET_ASIDE
+from switchkd.types import Task
+
+
+class SetAside:
+    """`num_tasks`: of the whole run; `max_frac` of them may be set aside."""
+
+    def __init__(self, run_dir: Path, max_frac: float, num_tasks: int) -> None:
+        self.path, self.max_frac, self.num_tasks = run_dir / SET_ASIDE, max_frac, num_tasks
+        self.ids: set[int] = set()
+        self.num_short = 0  # of them, those that steps before did without
+
+    def take_up(self, extra: dict[str, Any], keep: bool = False) -> None:
+        """Of a checkpoint. `keep`: with what was found since, which would break again."""
+        self.ids = set(extra.get("set_aside", ())) | (self.ids if keep else set())
+        self.num_short = extra.get("num_short", 0)
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"set_aside": sorted(self.ids), "num_short": self.num_short}
+
+    def add(self, task: Task, error: BaseException) -> None:
+        """Raises RuntimeError beyond the budget, after writing the line."""
+        lines = str(error).strip().splitlines()
+        reason = redact(f"{type(error).__name__}: {lines[0] if lines else ''}")
+        row = {"rollout_id": task.rollout_id, "prompt_id": task.prompt.prompt_id, "step": task.batch,
+               "stage": task.stage, "reason": reason}  # fmt: skip
+        self.ids.add(task.rollout_id)
+        append_whole(self.path, json.dumps(row, ensure_ascii=False) + "\n")
+        if len(self.ids) > self.max_frac * self.num_tasks:
+            raise RuntimeError(
+                f"{len(self.ids)} of the run's {self.num_tasks} rollouts could not be written, more than "
+                f"data.max_broken_frac={self.max_frac:g} of them; the last one's prompt is {task.prompt.prompt_id} "
+                f"({reason}), all are in {self.path}; mend the data or the rule, or raise data.max_broken_frac, and go "
+                "on with --resume"
+            )
+
+    def short(self, last_batch_of: Callable[[int], int], step: int) -> int:
+        """How many rollouts a step has to do without: those of its own batch and, where a policy let earlier steps take
+        others in their place, those that are still owed."""
+        return sum(last_batch_of(i) <= step for i in self.ids) - self.num_short
+
+
+class Trials:
+    """Which of a call's tasks broke it: each is tried alone, and all are heard before one is blamed."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, _Trial] = {}
+
+    def begin(self, tasks: Iterable[Task]) -> None:
+        tasks = list(tasks)
+        trial = _Trial(len(tasks))
+        self._of.update({task.rollout_id: trial for task in tasks})
+
+    def hear(self, tasks: list[Task], error: BaseException | None) -> list[tuple[Task, BaseException]]:
+        """A call ended. Those that are to blame, once all tried beside it were heard. Raises the error where none of
+        several could be written: then it is not theirs."""
+        trial = self._of.pop(tasks[0].rollout_id, None) if len(tasks) == 1 else None
+        if trial is None:
+            return [(tasks[0], error)] if error is not None else []
+        trial.left -= 1
+        if error is not None:
+            trial.broken.append((tasks[0], error))
+        if trial.left:
+            return []
+        if len(trial.broken) == trial.size > 1:
+            raise trial.broken[0][1]
+        return trial.broken
+
+    def clear(self) -> None:
+        self._of.clear()
+
+
+class _Trial:
+    def __init__(self, size: int) -> None:
+        self.size = self.left = size
+        self.broken: list[tuple[Task, BaseException]] = []

@@ -1,0 +1,382 @@
+"""Parts die, stall, or lie, on live runs: each run ends with the rollouts and the student of one that nothing befell.
+
+For each fault: rollouts lost and rollouts that stand twice in the surviving history (0 and 0: `same_rollouts`), the
+line that the user sees, and, printed and never asserted, the seconds that it took to recover. Killed workers and
+teachers, and a killed driver, stand in test_ray_run.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import (
+    STAGES,
+    command,
+    config,
+    config_file,
+    distance,
+    furnish,
+    lines,
+    linked,
+    rollouts,
+    steps,
+)
+from test_ray_run import ON_RAY, TWO_OF_ALL, Murder, actors, same_numbers, same_rollouts, wait_until
+
+from switchkd import recovery
+from switchkd.actors import environment
+from switchkd.metrics import MetricsLog
+from switchkd.run import train
+from switchkd.watchdog import Stalled
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    environment.for_private_cluster()
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="skd-", dir="/tmp")  # a socket's path must be short
+    ray.init(
+        address="local", num_cpus=8, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False,
+        logging_level="ERROR", _temp_dir=folder,
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    return furnish(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def alone(models) -> Path:
+    """The run that nothing befell."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(models)
+        train(config(models, STAGES, name="alone.yaml", run={"dir": "alone"}))
+    return models / "alone"
+
+
+@pytest.fixture
+def place(models, tmp_path, monkeypatch) -> Path:
+    """A working directory of one's own with the models in it."""
+    monkeypatch.chdir(tmp_path)
+    return linked(models, tmp_path)
+
+
+@pytest.fixture
+def notes(monkeypatch) -> list[str]:
+    """What the user is told."""
+    told: list[str] = []
+    note = MetricsLog.note
+    monkeypatch.setattr(MetricsLog, "note", lambda self, text: (told.append(text), note(self, text)))
+    return told
+
+
+def after_step(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> None:
+    """`act(step)` just after a step's line was written."""
+    log_step = MetricsLog.step
+
+    def step(self: MetricsLog, number: int, row: Any) -> None:
+        log_step(self, number, row)
+        act(number)
+
+    monkeypatch.setattr(MetricsLog, "step", step)
+
+
+# --- the learner and the replay --------------------------------------------------------------------------------------
+
+
+def test_learner_and_replay_die(cluster, alone, place, monkeypatch, notes):
+    """A lost learner, and then a lost replay, send the run back to its checkpoint without ending it. What was written
+    since is trained on again, or written again; the student has the weights of the other run bit for bit."""
+    murder = Murder(monkeypatch, at_batch={4: "LearnerActor", 5: "ReplayActor", 8: "LearnerActor"}, at_examination=None)
+    summary = train(config(place, STAGES, run=ON_RAY))
+    assert murder.victims == ["LearnerActor", "ReplayActor", "LearnerActor"] and summary.finished
+    same_rollouts(place / "run", alone)
+    same_numbers(place / "run", alone, 0)
+    assert distance(place / "run" / "student", alone / "student") == 0
+    assert [row["step"] for row in lines(place / "run" / "lost" / "metrics.jsonl")] == [3, 3, 4, 6, 7]
+    told = [note for note in notes if "going back" in note]
+    assert told == [
+        "a learner rank died; going back to the last checkpoint (restart 1 of 8)",
+        "the replay died; going back to the last checkpoint (restart 2 of 8)",
+        "a learner rank died; going back to the last checkpoint (restart 1 of 8)",
+    ]
+    print([note for note in notes if note.startswith("back at step")])
+    assert not actors()
+
+
+def test_a_rank_dies_while_workers_write(cluster, alone, place, monkeypatch, notes):
+    """With two ranks, two workers and rollouts one version old, the loss of one rank costs no rollout, trains none
+    twice, and makes none too old."""
+    murder = Murder(monkeypatch, at_batch={5: "LearnerActor"}, at_examination=None)
+    assert train(config(place, STAGES, run=ON_RAY, replay={"max_staleness": 1}, **TWO_OF_ALL)).finished
+    assert murder.victims == ["LearnerActor"] and any("a learner rank" in note for note in notes)
+    assert sorted(rollouts(place / "run")) == sorted(rollouts(alone))
+    assert [row["step"] for row in steps(place / "run")] == list(range(10))
+    assert max(row["replay/staleness_max"] for row in steps(place / "run")) <= 1
+    print([note for note in notes if note.startswith("back at step")])
+
+
+def test_too_many_restarts(cluster, place, monkeypatch):
+    """A learner that is lost again and again ends the run, which says so; the checkpoints stand."""
+    Murder(monkeypatch, at_batch={4: "LearnerActor"}, at_examination=None)
+    with pytest.raises(RuntimeError, match=r"a learner rank died, after 0 restarts .*run.max_restarts=0.*--resume"):
+        train(config(place, STAGES, run={**ON_RAY, "max_restarts": 0}))
+    assert (place / "run" / "checkpoints" / "LATEST").read_text().strip() == "step-00000003"
+    wait_until(lambda: not actors(), "the run left actors behind")
+
+
+# --- the disk --------------------------------------------------------------------------------------------------------
+
+
+def limit_files(pid: int, num_bytes: int) -> None:
+    """From now on the kernel refuses that process to write beyond so many bytes of a file (EFBIG, as ENOSPC of a full
+    disk, at whichever write meets it)."""
+    _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (num_bytes, hard))
+
+
+def test_the_disk_is_full_for_a_while(cluster, alone, place, monkeypatch, notes):
+    """A learner that cannot write its checkpoint says so and tries again; the run goes on where it stands, and its
+    checkpoint is whole."""
+    monkeypatch.setattr(recovery, "RETRY_S", (0.5, 0.5, 0.5))
+    learner: list[int] = []
+
+    def act(step: int) -> None:
+        if step == 2:
+            learner.extend(actors("LearnerActor"))
+            limit_files(learner[0], 10_000)
+
+    def note(self: MetricsLog, text: str) -> None:
+        tell(self, text)
+        if "saving checkpoint 3" in text:
+            limit_files(learner[0], resource.RLIM_INFINITY)
+
+    tell = MetricsLog.note
+    monkeypatch.setattr(MetricsLog, "note", note)
+    after_step(monkeypatch, act)
+    assert train(config(place, STAGES, run=ON_RAY)).finished
+    (told,) = [note for note in notes if "saving checkpoint" in note]
+    assert re.match(r"warning: saving checkpoint 3 under run failed \(OSError: .*\); trying again in 0.5 s", told), told
+    same_rollouts(place / "run", alone)
+    assert distance(place / "run" / "student", alone / "student") == 0
+    assert not (place / "run" / "lost").exists() and not list((place / "run" / "checkpoints").glob("*partial*"))
+
+
+FILL = """
+import os, resource, sys
+from switchkd import cli, recovery
+from switchkd.metrics import MetricsLog
+
+recovery.RETRY_S = (0.1, 0.1)
+log_step = MetricsLog.step
+
+def step(self, number, row):
+    log_step(self, number, row)
+    if number == 4:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+
+MetricsLog.step = step
+sys.argv = ["switchkd", "train", "config.yaml"]
+cli.main()
+"""
+
+
+def test_the_disk_stays_full(alone, place, monkeypatch, capsys):
+    """Without room in the end the run fails with exit code 1; its last whole checkpoint stands and no half one takes
+    up room. With room again --resume completes it."""
+    config_file(place, STAGES)
+    done = subprocess.run([sys.executable, "-c", FILL], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 1 and done.stdout.count("warning: saving checkpoint 6") == 2, done.stderr[-2000:]
+    assert "switchkd: error: OSError" in done.stderr
+    checkpoints = sorted(path.name for path in (place / "run" / "checkpoints").iterdir())
+    assert checkpoints == ["LATEST", "step-00000003"]
+    code, _, err = command(monkeypatch, capsys, "train", "config.yaml", "--resume")
+    assert code == 0, err
+    same_rollouts(place / "run", alone)
+    assert distance(place / "run" / "student", alone / "student") == 0
+
+
+def test_the_newest_checkpoint_is_cut_short(alone, place, monkeypatch, caplog):
+    """A run that was stopped, and whose newest checkpoint lost half a file, goes on from the one before, says so, and
+    ends as if nothing had been."""
+    with monkeypatch.context() as patch:
+        after_step(patch, lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 6 else None)
+        assert train(config(place, STAGES)).steps == 7
+    newest = place / "run" / "checkpoints" / "step-00000007" / "replay.safetensors"
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    assert train(config(place, STAGES), resume=True).finished
+    assert "step-00000007 is skipped: replay.safetensors has" in caplog.text
+    assert [row["step"] for row in lines(place / "run" / "lost" / "metrics.jsonl")] == [6]
+    same_rollouts(place / "run", alone)
+    assert distance(place / "run" / "student", alone / "student") == 0
+
+
+# --- the network, a node, the job ------------------------------------------------------------------------------------
+
+
+def test_calls_are_lost_late_and_repeated(alone, place):
+    """Requests that never arrive, answers that never come back (their calls are made again), and everything late: the
+    run ends with the same rollouts."""
+    config_file(place, STAGES, run={**ON_RAY, "watchdog_s": 60})
+    faults = {"num_failures": 8, "req_failure_prob": 10, "resp_failure_prob": 10, "in_flight_failure_prob": 0}
+    chaos = {
+        "RAY_testing_rpc_failure": json.dumps({"CoreWorkerService.grpc_client.PushTask": faults}),
+        "RAY_testing_rpc_failure_avoid_intra_node_failures": "0",
+        "RAY_testing_asio_delay_us": "CoreWorkerService.grpc_server.PushTask=1000:20000",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "switchkd.cli", "train", "config.yaml"], env={**os.environ, **chaos},
+        capture_output=True, text=True, timeout=220, check=False,
+    )  # fmt: skip
+    print(done.stdout[-6000:])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    same_rollouts(place / "run", alone)
+
+
+A_NODE_GOES = """
+import sys
+from switchkd.actors import environment
+environment.for_private_cluster()
+import json
+import os
+os.environ.pop("RAY_AUTH_MODE"), os.environ.pop("RAY_AUTH_TOKEN")
+os.environ["RAY_AUTH_MODE"] = "disabled"
+import ray
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False,
+                  "object_store_memory": 100_000_000})
+cluster.add_node(num_cpus=8, object_store_memory=100_000_000)
+ray.init(address=cluster.address, log_to_driver=False)
+from switchkd.config import load
+from switchkd.metrics import MetricsLog
+from switchkd.run import train
+
+log_step = MetricsLog.step
+
+def step(self, number, row):
+    log_step(self, number, row)
+    if number == 4 and len(cluster.worker_nodes) == 1:
+        (old,) = cluster.worker_nodes
+        cluster.add_node(num_cpus=8, object_store_memory=100_000_000)
+        cluster.remove_node(old, allow_graceful=False)
+        print("the node is gone", flush=True)
+
+MetricsLog.step = step
+summary = train(load("config.yaml"))
+print("finished:", summary.finished, flush=True)
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+def test_a_node_goes(alone, place):
+    """The machine that most actors live on disappears: they come back on another one, and the run completes."""
+    config_file(place, STAGES, run={**ON_RAY, "watchdog_s": 90})
+    done = subprocess.run(
+        [sys.executable, "-c", A_NODE_GOES], capture_output=True, text=True, timeout=220, check=False
+    )  # fmt: skip
+    print(done.stdout[-6000:])
+    assert "the node is gone" in done.stdout and "finished: True" in done.stdout, (
+        done.stdout[-3000:] + done.stderr[-3000:]
+    )
+    assert "going back to the last checkpoint" in done.stdout
+    same_rollouts(place / "run", alone)
+    assert distance(place / "run" / "student", alone / "student") < 1e-4
+
+
+def test_sigterm_on_ray(alone, place, monkeypatch, capsys):
+    """SIGTERM to a run on Ray: within the job's grace period it saves the step at hand and ends with exit code 143;
+    --resume completes it."""
+    config_file(place, STAGES, run=ON_RAY)
+    command_line = [sys.executable, "-m", "switchkd.cli", "train", "config.yaml"]
+    with subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        for line in run.stdout:
+            if line.startswith("step 5/10"):
+                break
+        run.send_signal(signal.SIGTERM)
+        sent = time.monotonic()
+        rest = run.communicate(timeout=30)[0]
+    print(f"ended {time.monotonic() - sent:.1f} s after SIGTERM")
+    assert run.returncode == 143 and "--resume goes on" in rest
+    config_file(place, STAGES)
+    code, _, err = command(monkeypatch, capsys, "train", "config.yaml", "--resume")
+    assert code == 0, err
+    assert not (place / "run" / "lost").exists()
+    same_rollouts(place / "run", alone)
+    assert distance(place / "run" / "student", alone / "student") == 0
+
+
+# --- nobody hangs ----------------------------------------------------------------------------------------------------
+
+
+def test_a_teacher_stands_still(cluster, alone, place, monkeypatch, notes):
+    """A teacher that neither answers nor dies: the run names it and who waits for it, leaves the stacks of all threads,
+    saves the step at hand, and ends; --resume completes it."""
+
+    def act(step: int) -> None:
+        if step == 3:
+            os.kill(actors("TeacherActor")[0], signal.SIGSTOP)
+
+    with monkeypatch.context() as patch, pytest.raises(Stalled) as caught:
+        after_step(patch, act)
+        train(config(place, STAGES, run={**ON_RAY, "watchdog_s": 8}))
+    told = str(caught.value)
+    assert "no progress for 8 s (run.watchdog_s)" in told and "from rollout worker 0" in told and "--resume" in told
+    assert re.search(r"rollout worker 0 waits for a teacher \(actors/teacher_router.py:\d+", told)
+    assert "teacher 0 does not answer" in told and "\n" not in told
+    (stacks,) = (place / "run" / "logs").glob("stall-*.txt")
+    text = stacks.read_text()
+    assert "_ask_once" in text and "== this process" in text and "train.py" in text and "== learner rank 0" in text
+    assert "saved checkpoint 4" in notes
+    wait_until(lambda: not actors(), "the run left actors behind")
+    assert train(config(place, STAGES), resume=True).finished
+    assert not (place / "run" / "lost").exists()
+    same_rollouts(place / "run", alone)
+
+
+STUCK = """
+import time
+from switchkd.algo import switching
+
+def rule():
+    made = switching.jsd_threshold(half_life=6)
+    def statistic(**given):
+        time.sleep(1000)
+    return made._replace(statistic=statistic) if hasattr(made, "_replace") else __import__("dataclasses").replace(
+        made, statistic=statistic)
+"""
+
+
+def test_the_loop_itself_hangs(place):
+    """Where not even the loop comes back, the process is ended with exit code 1, and its own stack names the place."""
+    (place / "stuck.py").write_text(STUCK)
+    stage = {"name": "stuck", "steps": 1, "rule": {"type": "stuck:rule"}}
+    config_file(place, [stage], run={"dir": "run", "mode": "inprocess", "watchdog_s": 2})
+    code = "import sys; sys.argv = ['switchkd', 'train', 'config.yaml']; from switchkd import cli; cli.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "no progress for 2 s" in done.stdout and "ending it with exit code 1" in done.stdout
+    (stacks,) = (place / "run" / "logs").glob("stall-*.txt")
+    assert "stuck.py" in stacks.read_text()

@@ -1,0 +1,137 @@
+"""The watchdog: what counts as getting on, what it says, and that nobody waits for ever."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from switchkd.house import Pulse, StateLost
+from switchkd.recovery import Restarts, lasting
+from switchkd.watchdog import Stalled, Watchdog, all_of
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def kept(tmp_path: Path, clock: Clock) -> tuple[Watchdog, list[str]]:
+    said: list[str] = []
+    return Watchdog(10, tmp_path, said.append, clock=clock), said
+
+
+def test_a_stall_is_told_and_raised(tmp_path):
+    """After `watchdog_s` without progress it names what is waited for and where each actor stands, once; whoever waits
+    hears it as Stalled."""
+    clock = Clock()
+    dog, said = kept(tmp_path, clock)
+    dog.pulses = lambda: [Pulse(name="rollout worker 0", stands="waits for a teacher"), Pulse(name="replay")]
+    dog.progress("step 5: rollouts 20 to 23 from rollout worker 0")
+    clock.now = 9.9
+    assert not dog.look() and not said
+    clock.now = 10
+    assert dog.look()
+    (told,) = said
+    assert told.splitlines()[:3] == [
+        "no progress for 10 s (run.watchdog_s), waiting for step 5: rollouts 20 to 23 from rollout worker 0",
+        "  rollout worker 0 waits for a teacher",
+        "  replay has no work",
+    ]
+    with pytest.raises(Stalled, match=r"rollout worker 0 waits for a teacher\).*--resume"):
+        dog.result(Future(), "anything")
+    (stacks,) = (tmp_path / "logs").iterdir()
+    assert "test_a_stall_is_told_and_raised" in stacks.read_text()
+
+
+def test_beats_are_progress(tmp_path):
+    """An actor whose beats grow keeps the run alive; one that stands still does not."""
+    clock, beats = Clock(), [0]
+    dog, _ = kept(tmp_path, clock)
+    dog.pulses = lambda: [Pulse(name="rollout worker 0", beats=beats[0])]
+    for _ in range(10):
+        clock.now += 6
+        beats[0] += 1
+        assert not dog.look()
+    clock.now += 10
+    assert dog.look()
+
+
+def test_a_loop_that_does_not_come_back_is_ended(tmp_path):
+    """Where nobody hears of the stall, the thread ends the process; where somebody does, it does not."""
+    left: list[int] = []
+    said: list[str] = []
+    dog = Watchdog(0.2, tmp_path, said.append, leave=left.append)
+    dog.start()
+    deadline = time.monotonic() + 20
+    while not left and time.monotonic() < deadline:
+        time.sleep(0.05)
+    dog.stop()
+    assert left[0] == 1 and "did not end by itself" in said[1]
+    heard: list[int] = []
+    dog = Watchdog(0.3, tmp_path, said.append, leave=heard.append)
+    dog.start()
+    with pytest.raises(Stalled):
+        dog.result(Future(), "nobody")
+    dog.stop()
+    time.sleep(1)
+    assert not heard
+
+
+def test_actors_that_never_become_ready(tmp_path):
+    """Those that are still missing are named, and only those; an error of one is raised as it is."""
+    ready: Future[None] = Future()
+    threading.Timer(0.05, ready.set_result, [None]).start()
+    with pytest.raises(Stalled, match="still starting: teacher 1; either"):
+        all_of({"teacher 0": ready, "teacher 1": Future()}, 0.3)
+    broken: Future[None] = Future()
+    broken.set_exception(ValueError("no such model"))
+    with pytest.raises(ValueError, match="no such model"):
+        all_of({"teacher 0": broken, "teacher 1": Future()}, 5)
+
+
+def test_restarts_are_counted_and_slow_down():
+    """The first comes at once, then ever later; a checkpoint in between begins anew; beyond the limit it ends."""
+    slept: list[float] = []
+    restarts = Restarts(4, lambda text: None, slept.append)
+    for _ in range(4):
+        restarts.begin(StateLost("a learner rank died"))
+    assert slept == [0, 1, 2, 4]
+    with pytest.raises(RuntimeError, match=r"a learner rank died, after 4 restarts .*run.max_restarts=4.*--resume"):
+        restarts.begin(StateLost("a learner rank died"))
+    restarts.saved()
+    restarts.begin(StateLost("a learner rank died"))
+    assert slept[-1] == 0
+
+
+def test_what_fails_for_a_while_is_tried_again():
+    """A disk that is full for two tries costs two pauses; for longer, its error; a lost part is no disk's fault."""
+    slept: list[float] = []
+    said: list[str] = []
+    left = [OSError(28, "No space left on device")] * 2
+
+    def write() -> str:
+        if left:
+            raise left.pop()
+        return "written"
+
+    assert lasting("saving", write, said.append, slept.append) == "written"
+    assert slept == [1, 4] and "No space left on device); trying again in 4 s" in said[1]
+
+    def never() -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        lasting("saving", never, said.append, slept.append)
+
+    def lost() -> None:
+        raise StateLost("the replay died")
+
+    with pytest.raises(StateLost):
+        lasting("saving", lost, said.append, slept.append)
+    assert slept == [1, 4, 1, 4, 16]
