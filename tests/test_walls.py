@@ -17,7 +17,7 @@ LAYERS = [
     ["sections", "types", "files"],
     ["config"],
     ["resources", "algo"],
-    ["model_folder", "demo", "records", "run_lock", "engines.base"],
+    ["model_folder", "demo", "finding", "records", "run_lock", "engines.base"],
     ["prompts", "schedule", "init_student", "weights", "rollout_io", "engines"],
     ["batching", "rows", "walk", "signal_rows", "questions", "certify", "pace", "propose", "teacher_calls"],
     ["references"],
@@ -37,7 +37,9 @@ LAYERS = [
     ["worker", "replay_service", "house"],
     ["assembly", "examination"],
     ["resolve", "preflight", "eval_config", "actors", "local", "train"],
-    ["run"],
+    ["run", "model_shape"],
+    ["plan_costs", "plan_memory", "plan_speed", "calibrate", "doctor_machine", "doctor_models"],
+    ["plan", "doctor"],
     ["cli"],
 ]
 """Bottom first. A room imports rooms of its own row and below, never above."""
