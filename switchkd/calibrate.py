@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,28 +52,50 @@ def _calibrate(config: Config, index: int) -> Costs:
     set_threads(resources.of_role(config, "rollout").threads)
     steps = _steps(ready, worker, teacher, stage)
     rows = _rows(ready.config)
+    _rollouts(ready, worker, index, "student")  # the first calls of a shape also pay for its setting up
     seen = _rollouts(ready, worker, index, "student")
-    breaks = {"student": _break_rate(seen[0])}
+    breaks = {"student": _break_rate(seen.rollouts)}
     if _teacher_may_lead(worker, index):
-        breaks["teacher"] = _break_rate(_rollouts(ready, worker, index, "teacher")[0])
-    learner_ms, publish_ms = _learner(ready, worker, teacher, stage, index, seen[0])
-    tokens = sum(rollout.num_tokens for rollout in seen[0])
+        breaks["teacher"] = _break_rate(_rollouts(ready, worker, index, "teacher").rollouts)
+    learner_ms, publish_ms = _learner(ready, worker, teacher, stage, index, seen.rollouts)
     per_call = 1e3 * rows
-    return Costs(
+    costs = Costs(
         student_ms=steps.student * per_call,
         teacher_ms={size: value * per_call for size, value in steps.read.items()},
         teacher_step_ms=steps.write * per_call,
         student_block_ms={size: value * per_call for size, value in steps.check.items()},
         settle_ms=1e3 * steps.settle,
-        prompt_ms=1e3 * steps.prompt * float(np.mean([len(rollout.prompt_ids) for rollout in seen[0]])),
+        prompt_ms=1e3 * steps.prompt * float(np.mean([len(rollout.prompt_ids) for rollout in seen.rollouts])),
         learner_ms=learner_ms,
         publish_ms=publish_ms,
         break_rate=breaks["student"],
         teacher_break_rate=breaks.get("teacher"),
-        tokens=tokens / len(seen[0]),
-        rows_per_token=sum(rollout.stats.num_scored_rows for rollout in seen[0]) / tokens,
-        measured_tokens_per_s=tokens / seen[1],
+        tokens=seen.tokens / len(seen.rollouts),
+        rows_per_token=sum(rollout.stats.num_scored_rows for rollout in seen.rollouts) / seen.tokens,
+        measured_tokens_per_s=seen.tokens / seen.time_s,
     )
+    return costs.model_copy(update={"call_ms": _rest_ms(costs, seen, steps, rows)})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Seen:
+    """One batch of a worker's."""
+
+    rollouts: list[Rollout]
+    time_s: float
+    num_calls: int  # of the teacher
+
+    @property
+    def tokens(self) -> int:
+        return sum(rollout.num_tokens for rollout in self.rollouts)
+
+
+def _rest_ms(costs: Costs, seen: _Seen, steps: StepCosts, rows: int) -> float:
+    """What each round of that batch took beyond its models: the student led with the largest block."""
+    block = max(steps.read)
+    models = seen.num_calls * (block * costs.student_ms + costs.teacher_ms[block])
+    models += seen.tokens * costs.settle_ms + len(seen.rollouts) * costs.prompt_ms
+    return max(0.0, 1e3 * seen.time_s - models) / max(seen.num_calls, 1)
 
 
 def _rows(config: Config) -> int:
@@ -97,12 +120,12 @@ def _teacher_may_lead(worker: Worker, index: int) -> bool:
     return not rule.needs_draft and rule.replacement == Purpose.GUMBEL
 
 
-def _rollouts(ready: Ready, worker: Worker, index: int, lead: str) -> tuple[list[Rollout], float]:
-    """One batch of the worker's, and the seconds that it took."""
+def _rollouts(ready: Ready, worker: Worker, index: int, lead: str) -> _Seen:
     worker.rollouts.pace.lead = lead
-    start = time.perf_counter()
+    start, calls = time.perf_counter(), worker.rollouts.calls.num_calls
     found = [rollout for _, rollout in written(ready, worker, _rows(ready.config), index)]
-    return found, time.perf_counter() - start
+    took = time.perf_counter() - start
+    return _Seen(rollouts=found, time_s=took, num_calls=worker.rollouts.calls.num_calls - calls)
 
 
 def _break_rate(rollouts: list[Rollout]) -> float:

@@ -175,14 +175,14 @@ def show(plan: Plan) -> None:
 
 
 def _memory_table(plan: Plan, table: Any) -> Any:
-    shown = table(title="Memory of one process, GiB", title_justify="left")
+    shown = table(title="Memory of one process", title_justify="left")
     shown.add_column("role")
     shown.add_column("processes", justify="right")
     shown.add_column("each", justify="right")
     shown.add_column("of that")
     for role, parts in plan.memory.items():
-        told = ", ".join(f"{name} {_gib(value)}" for name, value in parts.items())
-        shown.add_row(ROLES[role], str(plan.numbers[role]), _gib(total(parts)), told)
+        told = ", ".join(f"{name} {_mem(value)}" for name, value in parts.items())
+        shown.add_row(ROLES[role], str(plan.numbers[role]), _mem(total(parts)), told)
     return shown
 
 
@@ -243,17 +243,19 @@ def _way(plan: Plan) -> str:
 
 
 def _advice(plan: Plan) -> str:
+    assert plan.speed is not None
     held = f"Bottleneck: {ROLES[plan.bottleneck]}."
     best = max(plan.gains, key=lambda role: plan.gains[role])
     if plan.bottleneck == "cores":
         return f"{held} All roles share them: one more process gains nothing, one more core or a GPU does."
     if plan.bottleneck not in plan.gains or plan.gains[best] <= 0:
         return f"{held} One more process of any single role gains nothing: add one of each."
-    return f"{held} One more GPU should be a {ROLES[best]}: {plan.gains[best]:+.0%} tokens/s."
+    what = "process" if "cores" in plan.speed.limits else "GPU"
+    return f"{held} One more {what} should be a {ROLES[best]}: {plan.gains[best]:+.0%} tokens/s."
 
 
-def _gib(value: float) -> str:
-    return f"{value / GIB:.3g}"
+def _mem(value: float) -> str:
+    return f"{value / GIB:.3g} GiB" if value >= GIB / 10 else f"{value / 2**20:.3g} MiB"
 
 
 def _size(value: float) -> str:

@@ -15,7 +15,7 @@ rate at which blocks break per token, W workers, M teachers, G learner ranks, n 
     step          = writing + learn, or with replay.max_staleness > 0 the longer of the two
     writing       = the longer of workers' and teachers' time
 
-Where all roles share one machine's cores, a step also takes at least all core-seconds divided by the cores.
+Where all roles share one machine's cores, each part also takes at least its core-seconds divided by the cores.
 """
 
 from __future__ import annotations
@@ -142,6 +142,7 @@ def _speed(config: Config, stage: Stage, costs: Costs, numbers: Mapping[str, int
     }
     writing_cores = (core_s["rollout"] + core_s["teacher"]) / cores if cores else 0.0
     write_s = max(write_s, writing_cores)
+    learn_s = max(learn_s, core_s["learner"] / cores if cores else 0.0)
     behind = config.replay.max_staleness > 0
     step_s = max(write_s, learn_s) if behind else write_s + learn_s
     if cores:
