@@ -49,6 +49,21 @@ def planned(place: Path, stages: list[dict] | None = None, **sections: Any) -> C
     return config(place, stages or [SWITCH], **sections)
 
 
+STAGE = {"name": "s", "steps": 4, "batch_size": 8, "mix": {"rollout": 1.0}}
+BAD = {
+    "half of the costs": (["--student-ms", 5], "costs need --teacher-ms too"),
+    "no file": (["--costs", "none.json"], "--costs none.json: there is no such file"),
+    "no JSON": (["--costs", "config.yaml"], "--costs config.yaml cannot be read as JSON"),
+    "no costs": (["--costs", "list.json"], "--costs list.json holds no costs"),
+    "unknown cost": (["--costs", "odd.json"], "--costs odd.json: student: unknown key; known here: student_ms"),
+    "negative": (["--student-ms", -1, "--teacher-ms", 1], "student_ms=-1.0: input should be greater than 0"),
+    "twice": (["--calibrate", "--costs", "odd.json"], "--calibrate and --costs: take one of them"),
+    "no stage": (["--stage", "third"], "--stage third: there is no such stage"),
+    "no model": (["teacher.path=/none"], "teacher.path=/none"),
+    "no teacher": (["--calibrate", "--stage", "alone"], "stage alone has no teacher"),
+}
+
+
 class TestShape:
     """What a config says about a model's size."""
 
@@ -135,7 +150,7 @@ class TestMemory:
         assert sum(states(wanted, shape).values()) == 4 * (shape.params + own) + 16 * own
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    @pytest.mark.parametrize(("family", "within"), [("llama", 1e-9), ("qwen2", 1e-9), ("opt", 0.2), ("qwen3", 0.25)])
+    @pytest.mark.parametrize(("family", "within"), [("llama", 1e-9), ("qwen2", 1e-9), ("opt", 0.3), ("qwen3", 0.25)])
     def test_activations_of_a_layer(self, family, within, dtype, tmp_path):
         """What autograd really keeps of one more layer, in bytes a token."""
         save_tiny(tmp_path, family)
@@ -264,10 +279,8 @@ class TestWire:
 class TestSpeed:
     """Tokens per second, by hand: 4 rows, blocks of 4 that never break, 10 ms a student's token, 20 ms a block."""
 
-    STAGE = {"name": "s", "steps": 4, "batch_size": 8, "mix": {"rollout": 1.0}}
-
     def of(self, here: Path, numbers: dict[str, int], costs: Costs = COSTS, how: dict | None = None, **sections: Any):
-        wanted = planned(here, [self.STAGE], rollout={"lead": "student"}, **sections)
+        wanted = planned(here, [STAGE], rollout={"lead": "student"}, **sections)
         return speed(wanted, wanted.train.stages[0], costs, numbers, **(how or {}))
 
     @pytest.mark.parametrize(("block", "rate"), [(1, 0.3), (4, 0.3), (8, 0.0), (32, 0.9), (3, 1.0)])
@@ -305,8 +318,9 @@ class TestSpeed:
         assert found.write_s == pytest.approx(4 * 8 * 0.06 / 2)
 
     def test_the_better_lead_is_taken(self, here):
-        """`auto` compares: a student that never breaks is worth long blocks, one that always breaks none."""
-        stage = {**self.STAGE, "rule": {"type": "switch"}}
+        """`auto` compares: a student that never breaks is worth long blocks, one that always breaks none, unless
+        the teacher's stand."""
+        stage = {**STAGE, "rule": {"type": "switch"}}
         wanted = planned(here, [stage], rollout={"lead": "auto", "block_size": 8})
         costs = Costs(student_ms=1, teacher_ms={1: 10, 4: 11, 8: 12}, teacher_step_ms=10, student_block_ms={8: 2})
         numbers = {"teacher": 1, "rollout": 1, "learner": 1}
@@ -315,9 +329,7 @@ class TestSpeed:
             given = costs.model_copy(update={"break_rate": student, "teacher_break_rate": teacher})
             way = speed(wanted, wanted.train.stages[0], given, numbers).way
             taken[student, teacher] = (way.lead, way.block)
-        assert taken == {(0.0, 1.0): ("student", 8), (1.0, 1.0): ("lockstep", 1), (1.0, 0.0): ("lockstep", 1)}
-        cheap = costs.model_copy(update={"teacher_step_ms": 1.0, "break_rate": 1.0, "teacher_break_rate": 0.0})
-        assert speed(wanted, wanted.train.stages[0], cheap, numbers).way.lead == "teacher"
+        assert taken == {(0.0, 1.0): ("student", 8), (1.0, 1.0): ("lockstep", 1), (1.0, 0.0): ("teacher", 8)}
 
     @pytest.mark.parametrize(
         ("numbers", "learner_ms", "worst"),
@@ -329,7 +341,7 @@ class TestSpeed:
     )
     def test_bottleneck(self, here, numbers, learner_ms, worst):
         """The role of which one more helps most."""
-        wanted = planned(here, [self.STAGE], rollout={"lead": "student"}, replay={"max_staleness": 1})
+        wanted = planned(here, [STAGE], rollout={"lead": "student"}, replay={"max_staleness": 1})
         costs, stage = COSTS.model_copy(update={"learner_ms": learner_ms}), wanted.train.stages[0]
         gains = one_more(wanted, stage, costs, numbers)
         assert bottleneck(speed(wanted, stage, costs, numbers), gains, 0) == worst
@@ -337,7 +349,7 @@ class TestSpeed:
 
     def test_ratio(self, here):
         """A round takes three times the teacher's part: three workers keep one teacher busy."""
-        wanted = planned(here, [self.STAGE], rollout={"lead": "student"})
+        wanted = planned(here, [STAGE], rollout={"lead": "student"})
         found = ratio(wanted, wanted.train.stages[0], COSTS, {"teacher": 1, "rollout": 9, "learner": 1})
         assert found["rollout"] / found["teacher"] == pytest.approx(3) and min(found.values()) == 1.0
 
@@ -380,21 +392,8 @@ class TestCommand:
         assert set(costs["teacher_ms"]) == set(costs["student_block_ms"]) == {"1", "2", "3", "4"}
         for key in ("student_ms", "teacher_step_ms", "settle_ms", "prompt_ms", "learner_ms", "publish_ms"):
             assert costs[key] > 0
-        assert 0 < costs["tokens"] <= 12 and costs["rows_per_token"] >= 1 and 0 < costs["break_rate"] < 1
+        assert 0 < costs["tokens"] <= 32 and costs["rows_per_token"] >= 1 and 0 < costs["break_rate"] < 1
         assert sorted(file.name for file in here.iterdir()) == before
-
-    BAD = {
-        "half of the costs": (["--student-ms", 5], "costs need --teacher-ms too"),
-        "no file": (["--costs", "none.json"], "--costs none.json: there is no such file"),
-        "no JSON": (["--costs", "config.yaml"], "--costs config.yaml cannot be read as JSON"),
-        "no costs": (["--costs", "list.json"], "--costs list.json holds no costs"),
-        "unknown cost": (["--costs", "odd.json"], "--costs odd.json: student: unknown key; known here: student_ms"),
-        "negative": (["--student-ms", -1, "--teacher-ms", 1], "student_ms=-1.0: input should be greater than 0"),
-        "twice": (["--calibrate", "--costs", "odd.json"], "--calibrate and --costs: take one of them"),
-        "no stage": (["--stage", "third"], "--stage third: there is no such stage"),
-        "no model": (["teacher.path=/none"], "teacher.path=/none"),
-        "no teacher": (["--calibrate", "--stage", "alone"], "stage alone has no teacher"),
-    }
 
     @pytest.mark.parametrize("name", BAD)
     def test_bad_input(self, here, run, name):
@@ -403,7 +402,7 @@ class TestCommand:
         config_file(here, [alone, SWITCH])
         (here / "list.json").write_text("[1]")
         (here / "odd.json").write_text('{"student_ms": 1, "teacher_ms": 1, "student": 2}')
-        args, message = self.BAD[name]
+        args, message = BAD[name]
         code, out, err = run("plan", "config.yaml", *args)
         errors = [line for line in err.splitlines() if line.startswith("switchkd: error: ")]
         assert code == 2 and len(errors) == 1 and message in errors[0] and not out, err
