@@ -228,6 +228,63 @@ def _stage_index(config: Config, name: str | None) -> int:
 
 
 @app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    stage: Annotated[str | None, typer.Option(help="Of this stage; else the last that writes.")] = None,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure the models on this machine.")] = False,
+    costs: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON with costs, or an earlier plan's.")] = None,
+    student_ms: Annotated[float | None, typer.Option(help="One token for every row of a worker.")] = None,
+    teacher_ms: Annotated[float | None, typer.Option(help="The teacher reading one block of every row.")] = None,
+    learner_ms: Annotated[float | None, typer.Option(help="One optimizer step on one rank.")] = None,
+    break_rate: Annotated[float | None, typer.Option(help="Share of tokens at which a block breaks.")] = None,
+    tokens: Annotated[float | None, typer.Option(help="Mean length of a completion.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Memory, bytes on the wire, tokens per second, and what one more GPU should be."""
+    wanted = _load(config, overrides)
+    index = _stage_index(wanted, stage)
+    from switchkd.plan import make_plan, show
+    from switchkd.plan_costs import gather
+
+    given = {"student_ms": student_ms, "teacher_ms": teacher_ms, "learner_ms": learner_ms, "break_rate": break_rate,
+             "tokens": tokens}  # fmt: skip
+    measured = gather(wanted, index, calibrate=calibrate, file=costs, given=given)
+    made = make_plan(wanted, wanted.train.stages[index], measured)
+    if as_json:
+        _print_json(made.to_json())
+    else:
+        show(made)
+
+
+@app.command()
+def doctor(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out what loads models.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Look at everything that CONFIG needs, and say what to mend. Exit code 2 where something fails."""
+    wanted = _load(config, overrides)
+    from switchkd.doctor import examine, show
+
+    findings = examine(wanted, quick=quick, tell=None if as_json else show)
+    failed = any(finding.status == "fail" for finding in findings)
+    if as_json:
+        _print_json({"ok": not failed, "findings": [finding.to_json() for finding in findings]})
+    if failed:
+        raise typer.Exit(2)
+
+
+def _print_json(obj: dict[str, Any]) -> None:
+    import json
+
+    from switchkd.files import json_safe
+
+    print(json.dumps(json_safe(obj), allow_nan=False))
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     step: Annotated[int | None, typer.Option(help="The student of this checkpoint.")] = None,

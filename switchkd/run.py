@@ -153,17 +153,22 @@ def evaluate(config: Config) -> dict[str, float]:
 
 
 def sample(config: Config, num: int, stage: int) -> tuple[list[tuple[Prompt, Rollout]], Worker]:
-    """The first rollouts of a stage as a run with the student's present weights makes them (more of them where the
-    stage is shorter), each with its prompt. In this process."""
+    """The first rollouts of a stage, each with its prompt, and who wrote them. In this process."""
     ready = prepare(config)
+    worker = _worker(ready)
+    return written(ready, worker, num, stage), worker
+
+
+def written(ready: Ready, worker: Worker, num: int, stage: int) -> list[tuple[Prompt, Rollout]]:
+    """The first rollouts of a stage as a run with the student's present weights makes them (more of them where the
+    stage is shorter), each with its prompt."""
     stages = ready.config.train.stages[: stage + 1]
     steps = max(stages[-1].steps, -(-num // stages[-1].batch_size))
     plan = _plan(ready, (*stages[:-1], stages[-1].model_copy(update={"steps": steps})))
     tasks = [plan.task(plan.first_id(plan.num_steps - steps) + i) for i in range(num)]
     found: dict[int, Rollout] = {}
-    worker = _worker(ready)
     worker.generate(tasks, lambda rollouts: found.update({rollout.rollout_id: rollout for rollout in rollouts}))
-    return [(task.prompt, found[task.rollout_id]) for task in tasks], worker
+    return [(task.prompt, found[task.rollout_id]) for task in tasks]
 
 
 def _worker(ready: Ready) -> Worker:

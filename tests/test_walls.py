@@ -17,7 +17,7 @@ LAYERS = [
     ["sections", "types", "files"],
     ["config"],
     ["resources", "algo"],
-    ["model_folder", "demo", "records", "run_lock", "engines.base", "engines.prepacked"],
+    ["model_folder", "demo", "finding", "records", "run_lock", "engines.base", "engines.prepacked"],
     ["prompts", "schedule", "init_student", "weights", "rollout_io", "engines"],
     ["batching", "rows", "walk", "signal_rows", "questions", "certify", "pace", "propose", "teacher_calls"],
     ["references"],
@@ -39,7 +39,9 @@ LAYERS = [
     ["dispatch"],
     ["recovery"],
     ["resolve", "preflight", "eval_config", "actors", "local", "train"],
-    ["run"],
+    ["run", "model_shape"],
+    ["plan_costs", "plan_memory", "plan_speed", "calibrate", "doctor_machine", "doctor_models"],
+    ["plan", "doctor"],
     ["cli"],
 ]
 """Bottom first. A room imports rooms of its own row and below, never above."""

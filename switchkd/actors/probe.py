@@ -1,0 +1,83 @@
+"""`switchkd doctor` looks around on a cluster: does every node see the run's folder, and is the same software there?
+
+In: a config and a file that was just written. Out: what each node says. Joins the cluster and leaves it again.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+import switchkd
+from switchkd.actors.launch import join
+from switchkd.sections import Config
+
+ANSWER_S = 90.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Look:
+    """What one node said."""
+
+    name: str
+    sees: bool = False
+    versions: str = ""
+    error: str = ""
+
+
+class _Quiet:
+    def note(self, text: str) -> None:
+        """The doctor tells findings only."""
+
+
+def look(config: Config, file: str, nonce: str) -> tuple[str, list[Look]]:
+    """What the cluster has, and each node's look. Raises ConfigError where it cannot be joined or is too small."""
+    joined_here = not ray.is_initialized()
+    try:
+        join(config, cast(Any, _Quiet()))
+        there = ray.cluster_resources()
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        told = f"{len(nodes)} nodes, {there.get('CPU', 0):g} CPUs, {there.get('GPU', 0):g} GPUs: enough for the run"
+        return told, at_nodes(nodes, file, nonce)
+    finally:
+        if joined_here and ray.is_initialized():
+            ray.shutdown()
+
+
+def at_nodes(nodes: list[dict[str, Any]], file: str, nonce: str) -> list[Look]:
+    """A task on each node, all at once."""
+    waiting = {}
+    for node in nodes:
+        place = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+        waiting[f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})"] = _look.options(
+            scheduling_strategy=place
+        ).remote(file, nonce)
+    return [_answer(name, ref) for name, ref in waiting.items()]
+
+
+def _answer(name: str, ref: Any) -> Look:
+    try:  # another machine
+        sees, found = ray.get(ref, timeout=ANSWER_S)
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        return Look(name=name, error=lines[-1] if lines else type(error).__name__)
+    return Look(name=name, sees=sees, versions=found)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _look(file: str, nonce: str) -> tuple[bool, str]:
+    path = Path(file)
+    return path.is_file() and path.read_text() == nonce, versions()
+
+
+def versions() -> str:
+    """What must be alike on all nodes."""
+    from importlib.metadata import version
+
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "ray"))
+    return f"switchkd {switchkd.__version__}, Python {platform.python_version()}, {packages}"

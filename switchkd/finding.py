@@ -1,0 +1,61 @@
+"""What `switchkd doctor` found: one line per check, with the remedy where something is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from switchkd.config import ConfigError
+
+Status = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    check: str
+    status: Status
+    text: str
+    remedy: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def line(self) -> str:
+        remedy = f"; {self.remedy}" if self.remedy else ""
+        return f"{self.status:<5} {self.check:<18} {self.text}{remedy}"
+
+
+def ok(check: str, text: str) -> Finding:
+    return Finding(check=check, status="ok", text=text)
+
+
+def warn(check: str, text: str, remedy: str) -> Finding:
+    return Finding(check=check, status="warn", text=text, remedy=remedy)
+
+
+def fail(check: str, text: str, remedy: str) -> Finding:
+    return Finding(check=check, status="fail", text=text, remedy=remedy)
+
+
+def refused(check: str, error: ConfigError) -> Finding:
+    """A ConfigError says what is wrong and, behind its first semicolon, what to do."""
+    text, _, remedy = " ".join(str(error).split()).partition("; ")
+    return fail(check, text, remedy or "change it in the config")
+
+
+def looked(check: str, look: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    """What a check found. Whatever it raises is a finding too: one check that breaks must not hide the others."""
+    from switchkd.files import redact
+
+    found: list[Finding] = []
+    try:
+        found.extend(look())
+    except ConfigError as error:
+        found.append(refused(check, error))
+    except Exception as error:
+        line = next(iter(str(error).strip().splitlines()), "")
+        text = redact(f"{type(error).__name__}: {line}" if line else type(error).__name__)
+        found.append(fail(check, text, "see the traceback of `switchkd --debug rollout CONFIG`"))
+    return found

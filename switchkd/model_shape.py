@@ -1,0 +1,144 @@
+"""How large a model is, from its config alone: built without weights, so that any size costs a second and no memory.
+
+In: a model section of the config. Out: a `Shape`: parameters, and the widths that caches and activations follow from.
+Reads config.json and the tokenizer's files, nothing else. torch and transformers are imported late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from switchkd.config import ConfigError
+from switchkd.engines.loading import shared_vocab
+from switchkd.init_student import _checked, _cut_config
+from switchkd.preflight import _read_config, _tokenizer
+from switchkd.sections import Config, Lora, Model
+
+_FFN = ("intermediate_size", "ffn_dim", "n_inner")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """Numbers of parameters, and of elements per token."""
+
+    name: str
+    params: int  # tied ones once
+    layers: int
+    width: int  # h, of the residual stream
+    attention: int  # heads x head width
+    kv: int  # key/value heads x head width
+    heads: int
+    ffn: int  # between the two products of a layer's MLP (of the experts that a token meets)
+    gated: bool  # two products before the activation, as in Llama
+    head_width: int  # what goes into the output layer, and travels as the signal "hidden"
+    vocab: int  # ids that teacher and student share
+    trainable: int = 0  # 0: all; with LoRA the adapters' parameters
+
+    @property
+    def head_params(self) -> int:
+        """Of the output matrix, cut to the shared vocabulary."""
+        return self.vocab * self.head_width
+
+
+def shapes(config: Config) -> dict[str, Shape]:
+    """Of `student`, and of `teacher` where a stage needs one. `demo` is fetched; a student that is still to be cut is
+    cut in its config only. Raises ConfigError."""
+    from switchkd.demo import fetch_demo
+
+    teacher, student = config.teacher, config.student
+    if teacher.path == "demo" and (config.needs_teacher or student.cut is not None):
+        teacher = teacher.model_copy(update={"path": str(fetch_demo())})
+    found: dict[str, Shape] = {}
+    if config.needs_teacher:
+        found["teacher"] = read_shape(teacher, "teacher.path")
+    if student.cut is not None:
+        cut = (student.cut.layers, student.cut.num_layers)
+        found["student"] = read_shape(teacher, "teacher.path", cut=cut, lora=config.learner.lora)
+        return found
+    if student.path == "demo":
+        student = student.model_copy(update={"path": str(fetch_demo())})
+    found["student"] = read_shape(student, "student.path", lora=config.learner.lora)
+    return found
+
+
+def read_shape(
+    section: Model,
+    key: str,
+    *,
+    cut: tuple[Sequence[int] | None, int | None] | None = None,
+    lora: Lora | None = None,
+) -> Shape:
+    """`cut`: (layers, num_layers) that are left of it. Raises ConfigError for a config that cannot be read or built."""
+    config = _read_config(section, key).config
+    if cut is not None:
+        config = _cut_config(config, _checked(*cut, config.get_text_config(decoder=True).num_hidden_layers))
+    model = _hollow(config, section, key)
+    params = sum(parameter.numel() for parameter in model.parameters())
+    rows, head_width = _output_layer(model, section, key)
+    text = config.get_text_config(decoder=True)
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    names = [name for name, _ in model.named_modules()]
+    return Shape(
+        name=section.path,
+        params=params,
+        layers=text.num_hidden_layers,
+        width=text.hidden_size,
+        attention=heads * head_dim,
+        kv=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
+        heads=heads,
+        ffn=_ffn(text),
+        gated=any("gate_proj" in name or "gate_up_proj" in name for name in names),
+        head_width=head_width,
+        vocab=_vocab(section, key, rows),
+        trainable=0 if lora is None else _adapters(model, lora),
+    )
+
+
+def _hollow(config: Any, section: Model, key: str) -> Any:
+    """The model on torch's meta device: shapes without memory."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:  # other people's files
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"{key}={section.path}: no causal language model can be made of its config: {line}; check its config.json"
+        ) from None
+
+
+def _output_layer(model: Any, section: Model, key: str) -> tuple[int, int]:
+    layer = model.get_output_embeddings()
+    if layer is None:
+        raise ConfigError(f"{key}={section.path}: the model has no output layer; give a causal language model")
+    rows, width = layer.weight.shape
+    return int(rows), int(width)
+
+
+def _ffn(text: Any) -> int:
+    width = next((value for name in _FFN if (value := getattr(text, name, None))), 4 * text.hidden_size)
+    experts = getattr(text, "num_experts_per_tok", None) or 0
+    return experts * (getattr(text, "moe_intermediate_size", None) or width) if experts else width
+
+
+def _vocab(section: Model, key: str, rows: int) -> int:
+    """The tokenizer's; where a folder holds nothing but a config, all rows of the output matrix."""
+    try:
+        return min(shared_vocab(_tokenizer(section, key)), rows)
+    except ConfigError:
+        return rows
+
+
+def _adapters(model: Any, lora: Lora) -> int:
+    """As the learner builds them (engines/student_build.py)."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    settings = LoraConfig(r=lora.r, target_modules=targets, task_type="CAUSAL_LM")
+    wrapped = get_peft_model(model, settings, autocast_adapter_dtype=False)
+    return sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)

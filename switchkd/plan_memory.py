@@ -1,0 +1,181 @@
+"""What each process of a run holds in memory, from the config and the models' shapes.
+
+In: a config and `Shape`s. Out: bytes by part, for one process of each role. Formulas, with d = bytes of an element of
+the role's dtype, P = parameters, T = trainable ones, V = shared vocabulary, D = the teacher's hidden width, G = ranks:
+
+    teacher   weights d P; KV cache 2 d layers kv x sessions x columns; output matrix 4 V D where it must be in float32
+              (it draws itself, or compresses rows); one forward pass of at most 4,096 tokens
+    worker    weights d P; KV cache with rollout.batch_size slots; its own output matrix 4 V h where d < 4; the
+              teacher's, 4 V D; rows 4 V x rows x (block + 2 span + 3)
+    learner   weights d P; gradients; float32 masters 4 T and Adam's two moments 8 T, each divided by G from ZeRO 1
+              on; activations of one micro-batch; rows of one chunk; the teacher's output matrix, and the gradient of
+              its own
+
+What a process's libraries take (0.4 to 0.9 GiB) and a GPU's fragmentation are not in these numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from switchkd.model_shape import Shape
+from switchkd.sections import Config
+
+GIB = 2**30
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+CHUNK_COPIES = 9
+"""Rows [chunk_tokens, V] in float32 that exist at the same time while a loss and its gradient are taken."""
+LIVE_PARAMS = 1e9
+"""ZeRO-3's default for parameters that are whole at the same time."""
+
+Parts = dict[str, float]
+
+
+def memory(config: Config, shapes: dict[str, Shape]) -> dict[str, Parts]:
+    """Bytes by role and part, of one process each."""
+    found = {"rollout": worker_memory(config, shapes), "learner": learner_memory(config, shapes)}
+    return {"teacher": teacher_memory(config, shapes["teacher"]), **found} if "teacher" in shapes else found
+
+
+def columns(config: Config) -> int:
+    """Positions that a slot of a cache has room for (engines/slot_cache.py)."""
+    from switchkd.assembly import max_len
+    from switchkd.engines.slot_cache import round_up
+
+    return round_up(max_len(config) + 1)
+
+
+def kv_cache(shape: Shape, slots: int, num_columns: int, dtype: str) -> float:
+    """Keys and values of all layers."""
+    return 2.0 * BYTES[dtype] * shape.layers * shape.kv * slots * num_columns
+
+
+def teacher_memory(config: Config, shape: Shape) -> Parts:
+    section = config.teacher
+    each = BYTES[section.dtype]
+    # `device_map` spreads one replica over several devices: these are its sums
+    parts = {
+        "weights": float(each * shape.params),
+        "kv cache": kv_cache(shape, section.max_sessions, columns(config), section.dtype),
+        "forward pass": forward_pass(shape, columns(config), each),
+    }
+    if section.signal != "full" and each < 4:
+        parts["output matrix, float32"] = 4.0 * shape.head_params
+    if section.signal == "topk":
+        from switchkd.engines.hf_engine import _KEPT_ROWS
+
+        parts["kept rows"] = float(each * section.max_sessions * _KEPT_ROWS * shape.head_width)
+    return parts
+
+
+def worker_memory(config: Config, shapes: dict[str, Shape]) -> Parts:
+    shape, rows = shapes["student"], config.rollout.batch_size
+    each = BYTES[config.student.dtype]
+    parts = {
+        "weights": float(each * shape.params),
+        "kv cache": kv_cache(shape, rows, columns(config), config.student.dtype),
+        "forward pass": forward_pass(shape, columns(config), each, most=rows * config.data.max_prompt_tokens),
+    }
+    if each < 4:
+        parts["output matrix, float32"] = 4.0 * shape.head_params
+    if "teacher" in shapes and config.teacher.signal != "full":
+        parts["teacher's output matrix"] = 4.0 * shapes["teacher"].head_params
+    parts["rows"] = _row_space(config, shape)
+    return parts
+
+
+def _row_space(config: Config, shape: Shape) -> float:
+    """Drafted rows that are kept, both models' rows of one span, and what a draw needs."""
+    from switchkd.walk import SPAN
+
+    block = config.rollout.block_size
+    return 4.0 * shape.vocab * config.rollout.batch_size * (block + 2 * min(SPAN, block) + 3)
+
+
+def forward_pass(shape: Shape, num_columns: int, each: int, most: int | None = None) -> float:
+    """Of the largest padded pass without gradients: a layer's widest tensors, and its mask."""
+    from switchkd.engines.slot_model import MAX_FORWARD_TOKENS
+
+    tokens = min(MAX_FORWARD_TOKENS, most or MAX_FORWARD_TOKENS)
+    widest = 3 * shape.width + max(2 * shape.attention + 2 * shape.kv, (3 if shape.gated else 2) * shape.ffn)
+    groups = shape.attention // shape.kv
+    return float(tokens * (each * widest + num_columns * (1 + groups)))
+
+
+def learner_memory(config: Config, shapes: dict[str, Shape]) -> Parts:
+    learner, shape = config.learner, shapes["student"]
+    parts = {**states(config, shape), "activations": activations(config, shape)}
+    signal = config.teacher.signal
+    if "teacher" in shapes and signal != "full":
+        parts["teacher's output matrix"] = 4.0 * shapes["teacher"].head_params
+    parts["rows of a chunk"] = 4.0 * CHUNK_COPIES * learner.chunk_tokens * shape.vocab
+    if not shape.trainable:  # summed over chunks in float32, and one chunk's
+        parts["gradient of the output matrix"] = 2 * 4.0 * shape.head_params
+    return parts
+
+
+def states(config: Config, shape: Shape) -> Parts:
+    """Weights, gradients and optimizer states of one rank, at the time of the optimizer step.
+
+    In bfloat16 gradients are summed in float32; ZeRO 1 then holds those of the backward pass, 2 T, beside them. From
+    ZeRO 1 on there are float32 masters, of float32 weights too.
+    """
+    learner, ranks = config.learner, config.learner.num_ranks
+    each, short = BYTES[learner.dtype], learner.dtype != "float32"
+    stage = max(learner.zero_stage, 1) if short else learner.zero_stage
+    trained = float(shape.trainable or shape.params)
+    weights = float(each * (shape.params + shape.trainable))
+    shared = ranks if stage >= 1 else 1
+    zero: dict[str, Any] = learner.deepspeed.get("zero_optimization", {})
+    bucket = min(float(zero.get("reduce_bucket_size", 50_000_000)), trained)
+    parts = {
+        "weights": weights / ranks if stage == 3 else weights,
+        "gradients": 4 * trained / (ranks if stage >= 2 else 1) + (2 * trained if short and stage == 1 else 0),
+        "masters": 4 * trained / shared if stage >= 1 else 0.0,
+        "Adam": 8 * trained / shared,
+        "buckets": each * bucket if stage >= 2 else 0.0,
+    }
+    if stage == 3:
+        live = min(float(zero.get("stage3_max_live_parameters", LIVE_PARAMS)), float(shape.params))
+        parts["gathered weights"] = each * live
+    return {name: value for name, value in parts.items() if value}
+
+
+def activations(config: Config, shape: Shape) -> float:
+    """What a micro-batch keeps for its backward pass: every layer's, or with gradient checkpointing every layer's input
+    and one layer's whole. A single sequence may be longer than `micro_batch_tokens`."""
+    from switchkd.assembly import max_len
+
+    longest = max_len(config)
+    tokens = max(config.learner.micro_batch_tokens, longest)
+    each = BYTES[config.learner.dtype]
+    one = layer_activations(shape, longest, each)
+    kept = each * shape.width * shape.layers + one if config.learner.gradient_checkpointing else one * shape.layers
+    # the final norm, the embedding, and hidden states with their gradient before the output layer
+    return tokens * (kept + (4 + 2 * each) * shape.width + 2 * each * shape.head_width)
+
+
+def layer_activations(shape: Shape, length: int, each: int) -> float:
+    """Bytes a token that autograd keeps of one decoder layer in sequences of `length`.
+
+    Two norms: input and normalised input (float32 and d bytes; d and d in float32) and output; queries, keys and values
+    repeated over the query heads, and the attention's output: 4 A; its log-sums and the norms' roots in float32; the
+    additive mask's row; of the MLP both products, activation and their product: 4 ffn, 2 without a gate.
+    """
+    norms = 2 * ((4 + 2 * each) if each < 4 else 3 * each) * shape.width
+    mlp = (4 if shape.gated else 2) * shape.ffn
+    return norms + each * (4 * shape.attention + mlp + length) + 4 * shape.heads + 8
+
+
+def checkpoint_bytes(config: Config, shape: Shape) -> float:
+    """One checkpoint on the disk: weights, float32 masters and Adam's moments of all ranks, the student's folder, and
+    the rollouts that wait."""
+    trained = float(shape.trainable or shape.params)
+    each = BYTES[config.learner.dtype]
+    own = each * (trained if shape.trainable else shape.params)
+    masters = 0.0 if config.learner.zero_stage == 0 and config.learner.dtype == "float32" else 4 * trained
+    return own + masters + 8 * trained + each * shape.params
+
+
+def total(parts: Parts) -> float:
+    return sum(parts.values())

@@ -1,0 +1,424 @@
+"""`switchkd doctor`: each check passing, and failing with its remedy; what it leaves behind (nothing)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import stat
+import tempfile
+from collections import namedtuple
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from runs import SWITCH, WARM_UP, command, config, config_file, furnish, linked, tree
+from tiny import save_tiny, tiny_tokenizer
+
+from switchkd import doctor, doctor_machine, doctor_models
+from switchkd.config import ConfigError
+from switchkd.finding import Finding, looked, refused
+from switchkd.sections import Config
+
+Usage = namedtuple("Usage", "total used free")
+ON_CLUSTER = {"run": {"dir": "run", "mode": "ray"}, "cluster": {"address": "127.0.0.1:1"}}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    return furnish(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def here(models, tmp_path, monkeypatch) -> Path:
+    """A working directory and a home of the test's own."""
+    for name in ("RAY_ADDRESS", "RAY_JOB_ID", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "HF_TOKEN",
+                 "WANDB_API_KEY", "WANDB_MODE"):  # fmt: skip
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "place").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SWITCHKD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(linked(models, tmp_path / "place"))
+    return tmp_path / "place"
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    return partial(command, monkeypatch, capfd)
+
+
+def wanted(here: Path, **sections: Any) -> Config:
+    return config(here, [WARM_UP, SWITCH], **sections)
+
+
+def quick(here: Path, **sections: Any) -> list[Finding]:
+    return doctor.examine(wanted(here, **sections), quick=True)
+
+
+def one(found: list[Finding], check: str, status: str) -> Finding:
+    """The one finding of that check and status."""
+    (finding,) = [each for each in found if (each.check, each.status) == (check, status)]
+    return finding
+
+
+def of(act: Callable[..., Any], *args: Any) -> list[Finding]:
+    return looked("x", lambda: act(*args))
+
+
+class TestWhole:
+    """The command."""
+
+    def test_a_healthy_run(self, here, run):
+        """All is well: one line each, exit code 0, and the folder is as it was."""
+        path = config_file(here, [WARM_UP, SWITCH])
+        before = tree(here)
+        code, out, err = run("doctor", path)
+        lines = out.splitlines()
+        assert code == 0, err
+        assert all(line.startswith(("ok    ", "warn  ")) for line in lines) and lines[0].startswith("ok    versions")
+        said = " ".join(lines)
+        for check in ("config", "processors", "run.dir", "disk", "tokenizers", "data", "chat templates", "determinism"):
+            assert f"ok    {check} " in said
+        assert sum(line.startswith("ok    dry pass") for line in lines) == 2
+        assert tree(here) == before and not (here / "run").exists()
+
+    def test_as_json(self, here, run):
+        """One object; exit code 2 where something fails, with every other finding beside it."""
+        args = ["doctor", config_file(here, [SWITCH]), "--json", "--quick"]
+        code, out, err = run(*args)
+        told = json.loads(out)
+        assert code == 0 and told["ok"], err
+        checks = {finding["check"] for finding in told["findings"]}
+        assert {"versions", "data"} <= checks and not {"determinism", "dry pass"} & checks
+        code, out, _ = run(*args, "teacher.path=/none")
+        told = json.loads(out)
+        (failed,) = [finding for finding in told["findings"] if finding["status"] == "fail"]
+        assert code == 2 and not told["ok"] and "teacher.path=/none: there is no such folder" in failed["text"]
+        assert failed["remedy"].startswith("give the one that save_pretrained wrote")
+
+    def test_a_wrong_key_is_still_one_line(self, here, run):
+        """What the config's own checks refuse never gets as far as the doctor."""
+        code, out, err = run("doctor", config_file(here, [SWITCH]), "rollout.num_worker=2")
+        assert (code, out) == (2, "") and err.startswith("switchkd: error: rollout.num_worker: unknown key")
+
+    def test_an_error_is_a_finding(self):
+        """A check that breaks does not hide the others; a ConfigError's second half is the remedy."""
+
+        def breaks():
+            yield Finding(check="a", status="ok", text="")
+            raise RuntimeError("no\nmore")
+
+        first, second = looked("b", breaks)
+        assert first.check == "a" and (second.status, second.text) == ("fail", "RuntimeError: no") and second.remedy
+        told = refused("c", ConfigError("this is wrong; do that; or that"))
+        assert (told.text, told.remedy) == ("this is wrong", "do that; or that")
+
+
+class TestMachine:
+    """What is seen without a model."""
+
+    def test_versions(self, monkeypatch):
+        """A package outside its range, one that is not there, another Python."""
+        (fine,) = doctor_machine.versions()
+        assert fine.status == "ok" and "torch" in fine.text
+        told = ["torch>=99,<100", "no-such-package>=1", "numpy>=1", "trl>=99; extra == 'bench'"]
+        monkeypatch.setattr(doctor_machine.metadata, "requires", lambda name: told)
+        monkeypatch.setattr(doctor_machine.platform, "python_version", lambda: "3.10.1")
+        python, torch, missing = doctor_machine.versions()
+        assert {each.status for each in (python, torch, missing)} == {"fail"}
+        assert "Python 3.10.1 is outside" in python.text
+        assert "is outside <100,>=99" in torch.text and torch.remedy == "pip install 'torch<100,>=99'"
+        assert missing.text == "no-such-package is not installed"
+
+    def test_processors(self, here, monkeypatch):
+        """GPUs that are asked for and not there; a device without a GPU; GPUs that nobody asks for."""
+        monkeypatch.setattr(doctor_machine, "_this_machine", lambda: {"CPU": 2.0, "GPU": 0.0})
+        found = quick(here, run={"mode": "ray"}, resources={"learner": {"num_gpus": 3}})
+        assert "3 for learner.num_ranks=1" in one(found, "processors", "fail").text
+        found = of(doctor_machine.processors, wanted(here, teacher={"device": "cuda"}))
+        assert one(found, "processors", "fail").text == "teacher.device=cuda, torch sees no CUDA device"
+        monkeypatch.setattr(doctor_machine, "_this_machine", lambda: {"CPU": 2.0, "GPU": 2.0})
+        found = of(doctor_machine.processors, wanted(here, run={"mode": "ray"}))
+        assert one(found, "processors", "warn").remedy == "set resources.*.num_gpus"
+
+    def test_ports(self, here):
+        """Somebody answers at the cluster's address, or nobody does."""
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+            away = {**ON_CLUSTER, "cluster": {"address": f"127.0.0.1:{port}"}}
+            found = of(doctor_machine.ports, wanted(here, **away))
+            assert one(found, "ports", "fail").remedy == "start it with `ray start --head`"
+            listener.listen()
+            found = of(doctor_machine.ports, wanted(here, **away))
+            assert one(found, "ports", "ok").text == f"127.0.0.1:{port} answers"
+        assert one(of(doctor_machine.ports, wanted(here)), "ports", "ok")
+
+    def test_a_cluster_out_of_reach_is_not_joined(self, here):
+        """Nobody there: that is said, and what needs the cluster is left out."""
+        found = quick(here, **ON_CLUSTER)
+        assert one(found, "ports", "fail") and one(found, "cluster", "warn").text == "not looked at"
+
+    @pytest.mark.parametrize(("mode", "status"), [(0o600, "ok"), (0o644, "fail"), (0o640, "fail")])
+    def test_token_file(self, here, mode, status):
+        """Its owner's alone, or with the command that makes it so; never read."""
+        path = Path.home() / ".ray" / "auth_token"
+        path.parent.mkdir()
+        path.write_text("a secret word")
+        path.chmod(mode)
+        found = of(doctor_machine.tokens, wanted(here, **ON_CLUSTER))
+        (finding,) = [each for each in found if str(path) in each.text]
+        assert finding.status == status and "secret word" not in finding.line
+        assert status == "ok" or finding.remedy == f"chmod 600 {path}"
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+        mild = [each.status for each in of(doctor_machine.tokens, wanted(here)) if str(path) in each.text]
+        assert mild == ["ok" if status == "ok" else "warn"]
+
+    def test_no_token(self, here, monkeypatch):
+        """On a cluster a token is expected, from a file or the environment."""
+        found = of(doctor_machine.tokens, wanted(here, **ON_CLUSTER))
+        assert [each.status for each in found] == ["warn", "warn"] and "RAY_AUTH_MODE=token" in found[0].remedy
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "word")
+        assert not of(doctor_machine.tokens, wanted(here, **ON_CLUSTER))
+
+    def test_secrets(self, here, monkeypatch):
+        """HF_TOKEN for names of the hub, a key for W&B; their values are never told."""
+        assert one(of(doctor_machine.secrets, wanted(here)), "secrets", "ok").text == "none is needed"
+        hub = wanted(here, student={"path": "owner/name"})
+        found = one(of(doctor_machine.secrets, hub), "secrets", "warn")
+        assert "student.path=owner/name" in found.text and "gated" in found.remedy
+        monkeypatch.setenv("HF_TOKEN", "hush")
+        assert "hush" not in one(of(doctor_machine.secrets, hub), "secrets", "ok").line
+        logged = wanted(here, metrics={"wandb": "mine"})
+        monkeypatch.setattr(doctor_machine.importlib.util, "find_spec", lambda name: None)
+        assert one(of(doctor_machine.secrets, logged), "secrets", "fail").remedy == "pip install 'switchkd[wandb]'"
+        monkeypatch.setattr(doctor_machine.importlib.util, "find_spec", lambda name: object())
+        assert "WANDB_API_KEY" in one(of(doctor_machine.secrets, logged), "secrets", "fail").text
+        monkeypatch.setenv("WANDB_API_KEY", "hush")
+        assert "hush" not in one(of(doctor_machine.secrets, logged), "secrets", "ok").line
+
+    def test_disk(self, here, monkeypatch):
+        """Too little for the checkpoints, scarcely enough, enough."""
+        from switchkd.model_shape import shapes
+
+        found = shapes(wanted(here))
+        params = found["student"].params
+        needed = 3 * params * (4 + 4 + 8 + 4) + 2 * 4 * params  # two kept and one being written; two students
+        for free, status in ((0.9, "fail"), (1.5, "warn"), (2.5, "ok")):
+            monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: Usage(0, 0, int(free * needed)))
+            finding = one(of(doctor_machine.disk, wanted(here), found), "disk", status)
+            assert (status == "fail") == ("keep_last" in finding.remedy)
+
+    def test_memory(self, here, monkeypatch):
+        """All processes of one machine together."""
+        from switchkd.model_shape import shapes
+
+        for free, status in ((1e9, "warn"), (1e12, "ok")):
+            monkeypatch.setattr(doctor_machine, "_available", lambda free=free: free)
+            one(of(doctor_machine.room, wanted(here), shapes(wanted(here))), "memory", status)
+
+    def test_object_store(self, here, monkeypatch):
+        """A private cluster's must fit into shared memory."""
+        on_ray = wanted(here, run={"mode": "ray"}, cluster={"object_store_gb": 2})
+        for free, status in ((1e9, "warn"), (3e9, "ok")):
+            monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: Usage(0, 0, free))
+            one(of(doctor_machine.object_store, on_ray), "object store", status)
+
+    def test_run_dir(self, here, monkeypatch):
+        """Writable, free, absolute on a cluster; the probe is gone afterwards."""
+        assert one(of(doctor_machine.run_dir, wanted(here)), "run.dir", "ok")
+        (here / "run").mkdir()
+        (here / "run" / "config.yaml").write_text("{}")
+        (here / "run" / "run.lock").write_text('{"pid": 7, "host": "elsewhere"}')
+        held, used, fine = of(doctor_machine.run_dir, wanted(here))
+        assert "process 7 on elsewhere" in held.text and "--resume" in used.remedy and fine.status == "ok"
+        assert sorted(path.name for path in (here / "run").iterdir()) == ["config.yaml", "run.lock"]
+        found = of(doctor_machine.run_dir, wanted(here, **ON_CLUSTER))
+        assert "shared storage" in one(found, "run.dir", "fail").remedy
+
+        def refuse(self: Path, text: str) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path, "write_text", refuse)
+        finding = doctor_machine.run_dir(Config.model_validate({"run": {"dir": "new"}, "train": {}}))
+        assert one(list(finding), "run.dir", "fail").text.endswith("cannot be written to (Permission denied)")
+
+
+class TestModels:
+    """What is seen with their files."""
+
+    def test_tokenizers(self, here):
+        """The first difference is named."""
+        other = tiny_tokenizer()
+        other.add_tokens(["more"])
+        other.save_pretrained(save_tiny(here / "other"))
+        found = quick(here, teacher={"path": "./other"})
+        assert "need one tokenizer: the tokenizers have 121 and 120 tokens" in one(found, "models", "fail").text
+        assert "one tokenizer, 120 ids" in one(quick(here), "tokenizers", "ok").text
+
+    def test_too_long(self, here):
+        """More positions than a model has."""
+        finding = one(quick(here, data={"max_prompt_tokens": 1000}), "models", "fail")
+        assert "has 1024 positions" in finding.text and "lower data.max_prompt_tokens" in finding.remedy
+
+    @pytest.mark.parametrize(
+        ("student", "teacher", "status", "said"),
+        [
+            ("same", "same", "ok", "the same in teacher and student"),
+            (None, None, "ok", "none: prompts are bare text"),
+            (None, "same", "warn", "the student has none"),
+            ("same", None, "warn", "the teacher has none"),
+            ("other", "same", "warn", "the student writes"),
+        ],
+    )
+    def test_chat_templates(self, here, student, teacher, status, said):
+        """There in both and alike, or what follows from it."""
+        for role, template in (("student", student), ("teacher", teacher)):
+            tokenizer = tiny_tokenizer()
+            kinds = {"same": tokenizer.chat_template, "other": "{{ messages[0]['content'] }}!", None: None}
+            tokenizer.chat_template = kinds[template]
+            tokenizer.save_pretrained(save_tiny(here / f"own-{role}"))
+        paths = {role: {"path": f"./own-{role}"} for role in ("student", "teacher")}
+        finding = one(of(doctor_models.chat_templates, wanted(here, **paths)), "chat templates", status)
+        assert said in finding.text and (status == "ok" or "data.template" in finding.remedy)
+        own = wanted(here, **paths, data={"template": "Q: {prompt}"})
+        assert one(of(doctor_models.chat_templates, own), "chat templates", "ok").text.startswith("data.template")
+
+    def test_data(self, here):
+        """A broken line, too many prompts over the limit, a few of them."""
+        (here / "broken.jsonl").write_text('{"prompt": "a", "reference": "b"}\n{"prompt": \n')
+        assert "broken.jsonl:2: not JSON" in one(quick(here, data={"path": "./broken.jsonl"}), "models", "fail").text
+        finding = one(quick(here, data={"max_prompt_tokens": 5}), "models", "fail")
+        assert "over max_prompt_tokens" in finding.text and "longest prompt" in finding.remedy
+        few = quick(here, data={"max_prompt_tokens": 16, "max_skipped_frac": 0.9})
+        assert "skipped" in one(few, "data", "warn").text
+
+    def test_demo_that_was_not_fetched(self, here, monkeypatch):
+        """--quick fetches nothing."""
+        from switchkd import demo
+
+        monkeypatch.setattr(demo, "fetch_demo", lambda: pytest.fail("fetched"))
+        assert one(quick(here, teacher={"path": "demo"}), "models", "warn").remedy == "switchkd fetch-demo"
+
+    def test_a_cut_is_not_made(self, here):
+        """--quick looks at the teacher's tokenizer in place of a student that is still to be cut."""
+        found = quick(here, student={"path": "student", "cut": {"num_layers": 2}})
+        assert one(found, "tokenizers", "ok") and not Path(here.parent / "cache").exists()
+
+
+class Unsteady:
+    """A teacher whose rows move with each call."""
+
+    def __init__(self, teacher: Any, by: float) -> None:
+        self.teacher, self.by, self.calls = teacher, by, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.teacher, name)
+
+    def score(self, blocks: Any) -> Any:
+        from dataclasses import replace
+
+        self.calls += 1
+        signal = self.teacher.score(blocks)
+        noise = np.random.default_rng(self.calls).normal(0, self.by, signal.values.shape)
+        return replace(signal, values=(signal.values + noise).astype(np.float32))
+
+
+class TestWithWeights:
+    """What is seen with the models in memory."""
+
+    @pytest.mark.parametrize("kind", ["hidden", "full", "topk"])
+    @pytest.mark.parametrize(
+        ("by", "status", "said"),
+        [(0.0, "ok", "twice differ by 0,"), (1e-6, "warn", "bit for bit"), (1.0, "fail", "teacher.graphs: off"),
+         (float("nan"), "fail", "another teacher.dtype")],
+    )  # fmt: skip
+    def test_determinism(self, here, kind, by, status, said):
+        """Rows that repeat, rows that nearly do, rows that do not, rows that are no numbers."""
+        from switchkd.assembly import make_teacher
+        from switchkd.engines.heads import LinearHead
+
+        if kind == "topk" and by:
+            pytest.skip("its packed ids cannot be shaken")
+        settings = wanted(here, teacher={"signal": kind, "signal_top_k": 8, "decide": "coarse"})
+        teacher = make_teacher(settings)
+        arrays = teacher.head_arrays()
+        head = None if arrays is None else LinearHead.from_arrays(arrays)
+        finding = doctor_models.determinism(settings, Unsteady(teacher, by) if by else teacher, head, np.arange(5, 25))
+        assert finding.status == status and said in finding.line
+        assert teacher.num_sessions == 0
+
+    def test_the_dry_pass_breaks(self, here, monkeypatch):
+        """Whatever an engine raises is a finding, and what was seen before it stays."""
+        import switchkd.worker
+
+        def fail(self: Any, tasks: Any, put: Any) -> None:
+            raise RuntimeError("out of everything")
+
+        monkeypatch.setattr(switchkd.worker.Worker, "generate", fail)
+        found = doctor.examine(wanted(here))
+        assert one(found, "determinism", "ok")
+        finding = one(found, "dry pass", "fail")
+        assert finding.text == "RuntimeError: out of everything" and "rollout CONFIG" in finding.remedy
+
+    def test_a_loss_that_is_no_number(self, here, monkeypatch):
+        """The learner's part of the dry pass."""
+        (here / "my_losses.py").write_text(
+            "def broken(p_logits, q_logits, labels, mask): return (q_logits.sum(-1) - q_logits.sum(-1)) / 0\n"
+        )
+        stage = {**SWITCH, "loss": {"type": "my_losses:broken"}}
+        found = doctor.examine(config(here, [stage]))
+        finding = one(found, "dry pass", "fail")
+        assert "loss on it is nan" in finding.text and "rollout CONFIG" in finding.remedy
+
+    def test_without_a_teacher(self, here):
+        """Fine-tuning: no teacher is looked at."""
+        alone = {"name": "alone", "steps": 1, "mix": {"dataset": 1}, "loss": {"type": "cross_entropy"}}
+        found = doctor.examine(config(here, [alone], teacher={"path": "/none"}))
+        assert all(each.status == "ok" for each in found), [each.line for each in found]
+        assert not [each for each in found if each.check == "determinism"]
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_every_node_sees_the_folder(here, monkeypatch):
+    """On a real cluster a task on each node sees a probe in the run folder, and not another one."""
+    from switchkd.actors import environment
+
+    environment.for_private_cluster()
+    import ray
+
+    from switchkd.actors import probe
+
+    folder = tempfile.mkdtemp(prefix="skd-", dir="/tmp")  # a socket's path must be short
+    ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=100_000_000,
+             log_to_driver=False, _temp_dir=folder)  # fmt: skip
+    try:
+        sections = {**ON_CLUSTER, "run": {"dir": str(here / "run"), "mode": "ray"}}
+        monkeypatch.setenv("RAY_JOB_ID", "1")
+        settings = wanted(here, **sections)
+        with doctor_machine.probe(settings) as (file, nonce):
+            told, looks = probe.look(settings, str(file), nonce)
+            assert told.startswith("1 nodes, 4 CPUs") and [each.sees for each in looks] == [True]
+            assert looks[0].versions == probe.versions() and not looks[0].error
+            _, other = probe.look(settings, str(file), "another word")
+            assert [each.sees for each in other] == [False]
+        assert ray.is_initialized(), "a cluster that was joined before is not left"
+        assert not list(here.glob(f"{doctor_machine.PROBE}*"))
+        found = list(doctor._cluster(settings))
+        assert [each.status for each in found] == ["ok", "ok"] and "all 1 nodes see" in found[1].text
+        monkeypatch.setattr(probe, "look", lambda *args: ("", [probe.Look(name="a", versions=probe.versions()),
+                                                               probe.Look(name="b", error="no module")]))  # fmt: skip
+        statuses = {each.check: each for each in doctor._cluster(settings) if each.status == "fail"}
+        assert "no module" in statuses["cluster"].text and "mount the same storage" in statuses["shared run.dir"].remedy
+        small = wanted(here, **sections, resources={"learner": {"num_gpus": 7}})
+        monkeypatch.undo()
+        assert "7 for learner.num_ranks=1" in one(of(doctor._cluster, small), "x", "fail").text
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
