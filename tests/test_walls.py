@@ -16,7 +16,7 @@ LIGHT = {"yaml", "pydantic", "typer", "numpy"}
 LAYERS = [
     ["sections", "types", "files"],
     ["config"],
-    ["resources", "algo"],
+    ["resources", "algo", "backend"],
     ["model_folder", "demo", "records", "run_lock", "engines.base"],
     ["prompts", "schedule", "init_student", "weights", "rollout_io", "engines"],
     ["batching", "rows", "walk", "signal_rows", "questions", "certify", "pace", "propose", "teacher_calls"],
@@ -77,7 +77,7 @@ def test_ray_lives_under_actors(file):
 
 
 def test_deepspeed_and_vllm_live_in_one_file():
-    """DeepSpeed in the learner; vLLM in its teacher and in what vLLM itself loads by name; never both in one process."""
+    """DeepSpeed in the learner; vLLM in its teacher and in what vLLM itself loads by name; never in one process."""
     assert {file for file in FILES if "deepspeed" in tops(file)} <= {"engines/deepspeed_learner.py"}
     assert {file for file in FILES if "vllm" in tops(file)} <= {"engines/vllm_teacher.py", "engines/vllm_worker.py"}
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import difflib
+import gc
 import itertools
 import os
 import time
@@ -99,9 +100,13 @@ class Engine:
     def close(self) -> None:
         """End the engine and the workers that it started. Twice is harmless."""
         atexit.unregister(self.close)
-        llm, self._llm = self._llm, None
-        if llm is not None:
-            llm.llm_engine.engine_core.shutdown()
+        if self._llm is None:
+            return
+        if self.extended:
+            self.call("switchkd_leave")
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        gc.collect()  # what vLLM keeps for the process goes with its engine, which must be before the next one comes
 
 
 class VLLMTeacher:

@@ -113,6 +113,11 @@ class RowReader:
         global _watch
         _watch = _Watch(self.model_runner, keeps=get_tensor_model_parallel_rank() == 0)
 
+    def switchkd_leave(self) -> None:
+        """Before another engine of this process starts."""
+        global _watch
+        _watch = None
+
     def switchkd_head(self, arrays: bytes) -> None:
         """The output head that rows are compressed and drawn with (in float32 it makes vLLM's own logits)."""
         assert _watch is not None
