@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from switchkd.engines.deepspeed_learner import DeepSpeedLearner, LearnerSettings
     from switchkd.engines.hf_engine import HFTeacher
+    from switchkd.engines.vllm_teacher import VLLMTeacher
 
 
 def max_len(config: Config) -> int:
@@ -56,12 +57,20 @@ def _load(model: Model, device: str, device_map: str | None = None) -> torch.nn.
     )
 
 
-def make_teacher(config: Config) -> HFTeacher:
+def make_teacher(config: Config) -> HFTeacher | VLLMTeacher:
     """The teacher service of one process."""
+    set_threads(resources.of_role(config, "teacher").threads)
+    match config.teacher.backend:
+        case "hf":
+            return _hf_teacher(config)
+        case "vllm":
+            return _vllm_teacher(config)
+
+
+def _hf_teacher(config: Config) -> HFTeacher:
     from switchkd.engines.graphs import capture_for
     from switchkd.engines.hf_engine import HFTeacher
 
-    set_threads(resources.of_role(config, "teacher").threads)
     section = config.teacher
     model = _load(section, device_of(section), section.device_map)
     whole_rows = section.signal == "full"
@@ -75,6 +84,32 @@ def make_teacher(config: Config) -> HFTeacher:
         capture=capture_for(model, section.graphs, key="teacher.graphs", whole_rows=whole_rows),
         top_k=section.signal_top_k,
         prepack=section.prepack,
+    )
+
+
+def _vllm_teacher(config: Config) -> VLLMTeacher:
+    from switchkd.engines.vllm_teacher import Engine, VLLMTeacher
+
+    section = config.teacher
+    tokenizer = load_tokenizer(section.path, trust_remote_code=section.trust_remote_code)
+    engine = Engine(
+        section.path,
+        dtype=section.dtype,
+        max_len=max_len(config),
+        max_sessions=section.max_sessions,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+        interface=section.interface,
+        arguments=section.engine,
+    )
+    return VLLMTeacher(
+        engine,
+        vocab_size=shared_vocab(tokenizer),
+        max_sessions=section.max_sessions,
+        max_len=max_len(config),
+        lease_s=section.lease_s,
+        signal="topk" if section.signal == "topk" else "hidden",
+        top_k=section.signal_top_k,
     )
 
 

@@ -83,6 +83,11 @@ def check_single(config: Config) -> None:
             f"rollout.num_workers={config.rollout.num_workers}, teacher.replicas={config.teacher.replicas} must be 1; "
             "take run.mode=ray"
         )
+    if config.teacher.backend == "vllm":  # two owners of one process's torch.distributed
+        raise ConfigError(
+            "run.mode=inprocess puts vLLM and DeepSpeed into one process, which they do not share; take run.mode=ray, "
+            "or teacher.backend=hf"
+        )
 
 
 def build_house(config: Config, run_dir: Path, stop_ids: frozenset[int]) -> House:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from switchkd.assembly import max_len
+from switchkd.backend import check_backend, positions_beyond
 from switchkd.build import build_loss, build_rule, check_topk
 from switchkd.config import ConfigError
 from switchkd.demo import HUB_TIMEOUT_S
@@ -21,7 +22,7 @@ from switchkd.examination import WITH_TEACHER
 from switchkd.model_folder import check_model_folder, looks_local
 from switchkd.prompts import PromptSet, answer_end, eval_data, load_prompts
 from switchkd.resolve import reads_teacher, resolve_models
-from switchkd.sections import Config, Model, Stage
+from switchkd.sections import Config, Model, Stage, Teacher
 
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "*.py"]
 _JOB_VARIABLES = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_ID")
@@ -61,6 +62,7 @@ def prepare(config: Config) -> Ready:
 def check(config: Config) -> None:
     """What can be said without a model in memory. Raises ConfigError."""
     _check_run_dir(config)
+    check_backend(config)
     for index, stage in enumerate(config.train.stages):
         try:
             _check_stage(stage)
@@ -215,7 +217,7 @@ def _check_model(config: Config, model: Any, section: Model, role: str) -> None:
     text = model.config.get_text_config(decoder=True)
     limit, wanted, prompt = (
         getattr(text, "max_position_embeddings", None),
-        max_len(config),
+        max_len(config) + positions_beyond(section),
         config.data.max_prompt_tokens,
     )
     if limit and wanted > limit:
@@ -224,5 +226,6 @@ def _check_model(config: Config, model: Any, section: Model, role: str) -> None:
             f"completion ({wanted - prompt}) need {wanted}; lower data.max_prompt_tokens, data.max_reference_tokens or "
             "max_new_tokens"
         )
-    if section.attn == "sdpa" and getattr(text, "attn_logit_softcapping", None):
+    own_attention = isinstance(section, Teacher) and section.backend == "vllm"
+    if not own_attention and section.attn == "sdpa" and getattr(text, "attn_logit_softcapping", None):
         raise ConfigError(f"{role}.attn=sdpa leaves out the soft-cap of {section.path}'s attention; set it to eager")

@@ -71,7 +71,14 @@ class Model(Section):
 
 
 class Teacher(Model):
-    backend: Literal["hf"] = "hf"
+    backend: Literal["hf", "vllm"] = "hf"
+    """`hf` runs any causal transformers model; `vllm`, an install of its own (see the README), is for large ones."""
+    engine: dict[str, Any] = {}
+    """With `vllm`: its engine arguments, passed on as they are (`tensor_parallel_size`, `gpu_memory_utilization`,
+    `quantization`, ...)."""
+    interface: Literal["extension", "public"] = "extension"
+    """With `vllm`: `extension` takes exact hidden states out of its workers; `public` the top k from its log-probs, for
+    approximate rollouts where that cannot be had."""
     signal: Literal["hidden", "full", "topk"] = "hidden"
     """What it sends for each position: its hidden state, all its logits, or (for thin networks) its most likely ids,
     with the mass and the entropy of the rest."""

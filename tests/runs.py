@@ -43,10 +43,10 @@ STAGES = [WARM_UP, SWITCH, ADASWITCH]
 NUM_ROLLOUTS = 40  # of STAGES
 
 
-def furnish(place: Path) -> Path:
-    """A teacher, a student and 30 questions."""
-    save_tiny(place / "teacher", num_hidden_layers=3, seed=1)
-    save_tiny(place / "student", seed=2)
+def furnish(place: Path, **model: Any) -> Path:
+    """A teacher, a student and 30 questions; `model` overrides keys of both models' configs."""
+    save_tiny(place / "teacher", num_hidden_layers=3, seed=1, **model)
+    save_tiny(place / "student", seed=2, **model)
     rows = [{"prompt": f"say {i} in the house", "reference": f"the answer is {i} there"} for i in range(30)]
     (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return place

@@ -219,7 +219,7 @@ def writing_is_keyed_drawing(bench: Bench) -> None:
     """`write` gives what a loop of clean forward passes and keyed draws gives, rows included, whatever the company."""
     prompts = {i: bench.ids(4 + 3 * i, seed=i) for i in range(3)}
     for sampling in (Sampling(), Sampling(temperature=0.0), Sampling(temperature=0.7, top_p=0.8)):
-        wanted = {i: _literally_written(bench, i, ids, 5, sampling) for i, ids in prompts.items()}
+        wanted = {i: literally_written(bench, i, ids, 5, sampling) for i, ids in prompts.items()}
         for company in ([0, 1, 2], [2, 0], [1]):
             teacher = bench.make(4, 64)
             teacher.open(sessions({i: prompts[i] for i in company}))
@@ -246,14 +246,14 @@ def writing_and_reading_alternate(bench: Bench) -> None:
     (rows,) = ask(bench, teacher, (7, 9, 8, other))
     close_to(bench, rows, bench.clean(kept, 8))
     again = teacher.write(request(blocks((7, 10, 10, other[1:])), [3], Sampling(), at=5))
-    assert again.token_ids.tolist() == _literally_written(bench, 0, kept, 3, Sampling(), at=5)
+    assert again.token_ids.tolist() == literally_written(bench, 0, kept, 3, Sampling(), at=5)
 
 
 def writing_ends_at_a_stop(bench: Bench) -> None:
     """A stop id is the last token of its row; the others go on."""
     prompts = {i: bench.ids(5, seed=i) for i in range(3)}
     teacher = bench.make(4, 64)
-    wanted = {i: _literally_written(bench, i, ids, 6, Sampling()) for i, ids in prompts.items()}
+    wanted = {i: literally_written(bench, i, ids, 6, Sampling()) for i, ids in prompts.items()}
     stop = wanted[1][2]
     teacher.open(sessions(prompts))
     rows = [(i, 5, 4, np.zeros(0, np.int32)) for i in prompts]
@@ -281,7 +281,7 @@ def request(
     )  # fmt: skip
 
 
-def _literally_written(
+def literally_written(
     bench: Bench, rollout_id: int, ids: np.ndarray, num: int, sampling: Sampling, at: int = 0
 ) -> list[int]:
     whole = ids.tolist()

@@ -37,10 +37,10 @@ def tasks(num: int = 5) -> list[Task]:
     ]
 
 
-def pair(family: str, teacher_vocab: int = 136):  # type: ignore[no-untyped-def]
+def pair(family: str, teacher_vocab: int = 136, **config):  # type: ignore[no-untyped-def]
     """Teacher and a student near it, with output layers of different width."""
-    teacher = tiny_model(family, vocab_size=teacher_vocab)
-    student = tiny_model(family, vocab_size=128)
+    teacher = tiny_model(family, vocab_size=teacher_vocab, **config)
+    student = tiny_model(family, vocab_size=128, **config)
     with torch.no_grad():
         for (name, mine), theirs in zip(student.named_parameters(), teacher.parameters(), strict=True):
             rows = min(mine.shape[0], theirs.shape[0])
@@ -49,16 +49,22 @@ def pair(family: str, teacher_vocab: int = 136):  # type: ignore[no-untyped-def]
     return teacher, student
 
 
-def write(models, mode: Mode, *, block_size: int, slots: int, lead: str = "student", signal: str = "hidden"):  # type: ignore[no-untyped-def]
+def write(  # type: ignore[no-untyped-def]
+    models, mode: Mode, *, block_size: int, slots: int, lead: str = "student", signal: str = "hidden", served=None,
+    **more,
+):  # fmt: skip
     teacher, student = models
-    served = HFTeacher(teacher, vocab_size=NUM_TOKENS, max_sessions=8, max_len=100, signal=signal)  # type: ignore[arg-type]
+    if served is None:
+        served = HFTeacher(teacher, vocab_size=NUM_TOKENS, max_sessions=8, max_len=100, signal=signal)  # type: ignore[arg-type]
+    head = served.head_arrays()
     worker = RolloutWorker(
         student=HFStudent(student, num_slots=slots, max_len=100, vocab_size=NUM_TOKENS),
         teacher=served,
-        head=LinearHead.from_arrays(served.head().to_arrays(), device="cpu") if signal == "hidden" else None,
+        head=None if head is None else LinearHead.from_arrays(head, device="cpu"),
         stop_ids=frozenset({EOS}),
         block_size=block_size,
         lead=lead,
+        **more,
     )
     found: list[Rollout] = []
     worker.run([Job(task=task, mode=mode) for task in tasks()], found.extend)

@@ -16,7 +16,7 @@ LIGHT = {"yaml", "pydantic", "typer", "numpy"}
 LAYERS = [
     ["sections", "types", "files"],
     ["config"],
-    ["resources", "algo"],
+    ["resources", "algo", "backend"],
     ["model_folder", "demo", "finding", "records", "run_lock", "engines.base", "engines.prepacked"],
     ["prompts", "schedule", "init_student", "weights", "rollout_io", "engines"],
     ["batching", "rows", "walk", "signal_rows", "questions", "certify", "pace", "propose", "teacher_calls"],
@@ -81,9 +81,9 @@ def test_ray_lives_under_actors(file):
 
 
 def test_deepspeed_and_vllm_live_in_one_file():
-    """DeepSpeed in the learner, vLLM in one file at most, never both in one process's imports."""
+    """DeepSpeed in the learner; vLLM in its teacher and in what vLLM itself loads by name; never in one process."""
     assert {file for file in FILES if "deepspeed" in tops(file)} <= {"engines/deepspeed_learner.py"}
-    assert len({file for file in FILES if "vllm" in tops(file)}) <= 1
+    assert {file for file in FILES if "vllm" in tops(file)} <= {"engines/vllm_teacher.py", "engines/vllm_worker.py"}
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file.startswith("algo/")])

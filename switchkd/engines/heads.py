@@ -114,18 +114,25 @@ def head_of(model: Any, vocab_size: int, dtype: torch.dtype = torch.float32) -> 
     bias = getattr(layer, "bias", None)
     weight = weight.detach()[:vocab_size].to(dtype)
     bias = None if bias is None else bias.detach()[:vocab_size].to(dtype)
-    softcap = float(getattr(model.config.get_text_config(), "final_logit_softcapping", None) or 0.0)
     hidden, own = _probe(model)
-    own = own[..., :vocab_size]
-    limit, errors = _TOLERANCE.get(model.dtype, 1e-4), {}
-    for scale in _scales(model.config.get_text_config()):
+    return fitted_head(weight, bias, model.config.get_text_config(), hidden, own, dtype=model.dtype, name=name)
+
+
+def fitted_head(weight: torch.Tensor, bias: torch.Tensor | None, config: Any, hidden: torch.Tensor, own: torch.Tensor,
+                *, dtype: torch.dtype, name: str, remedy: str = "set teacher.signal: full") -> LinearHead:  # fmt: skip
+    """The head with the scale and the soft-cap that make a model's own logits [N, its vocabulary] of its hidden states
+    [N, D], within rounding of the model's `dtype`. Raises ConfigError where none does."""
+    own = own[..., : len(weight)]
+    softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
+    limit, errors = _TOLERANCE.get(dtype, 1e-4), {}
+    for scale in _scales(config):
         head = LinearHead(weight, bias, scale=scale, softcap=softcap)
         errors[scale] = float((head.logits(hidden) - own.to(weight.device)).abs().max() / own.abs().max())
         if errors[scale] <= limit:
             return head
     raise ConfigError(
         f"the logits of {name} cannot be rebuilt from its last hidden state (relative error "
-        f"{min(errors.values()):.2g}, limit {limit:.2g}); set teacher.signal: full"
+        f"{min(errors.values()):.2g}, limit {limit:.2g}); {remedy}"
     )
 
 

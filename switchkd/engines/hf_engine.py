@@ -6,10 +6,8 @@ travel (`HFTeacher`). One caller at a time.
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -18,14 +16,12 @@ import torch
 from switchkd.algo.compressed import compress, pack
 from switchkd.algo.sampling import Sampling, draw
 from switchkd.engines import prepacked
-from switchkd.engines.base import TeacherBusy, UnknownSession
 from switchkd.engines.graphs import Capture
 from switchkd.engines.heads import HeadArrays, LinearHead, head_of, signal_from_hidden
 from switchkd.engines.slot_model import SlotModel
-from switchkd.types import Blocks, Positions, Sessions, Signal, WeightBundle, WriteRequest, Written, ragged
+from switchkd.engines.teacher_sessions import Session, SessionTable, split
+from switchkd.types import Blocks, Positions, Sessions, Signal, WeightBundle, WriteRequest, Written
 
-_KEPT_ROWS = 64
-"""Of each session, besides the last answer: AdaSwitch asks about the tokens of its window."""
 _ROWS_AT_ONCE = 64
 """Whole rows that exist at the same time while they are compressed."""
 
@@ -58,32 +54,6 @@ class HFStudent:
         self._slots.reset()
 
 
-@dataclass(slots=True)
-class _Session:
-    slot: int
-    tokens: np.ndarray  # int64, all that the caller ever appended and did not cut
-    num_read: int  # so many of them are in the cache
-    touched: float
-    first: int = 0  # position of the first of `rows`
-    rows: torch.Tensor | None = None  # [n, D], what was last answered, for questions about it (`signal: topk`)
-
-    def keep(self, first: int, rows: torch.Tensor) -> None:
-        """Rows from position `first` on were answered; earlier ones that adjoin them stay."""
-        num = len(rows)
-        if self.rows is not None and self.first <= first <= self.first + len(self.rows):
-            rows, first = torch.cat([self.rows[: first - self.first], rows]), self.first
-        surplus = max(len(rows) - max(_KEPT_ROWS, num), 0)
-        self.first, self.rows = first + surplus, rows[surplus:]
-
-    def take(self, tokens: np.ndarray) -> None:
-        """Opened again: a beginning of what is held changes nothing (a late repeat), anything else replaces it."""
-        size = min(len(tokens), len(self.tokens))
-        differ = np.flatnonzero(tokens[:size] != self.tokens[:size])
-        common = int(differ[0]) if len(differ) else size
-        if common < len(tokens):
-            self.tokens, self.num_read, self.rows = tokens, min(self.num_read, common), None
-
-
 class HFTeacher:
     """A teacher (see base.Teacher) on one process's devices. Opening is free: the first score reads the prompt.
 
@@ -94,7 +64,7 @@ class HFTeacher:
                  signal: Literal["hidden", "full", "topk"] = "hidden", top_k: int = 64, prefill_chunk: int = 512,
                  clock: Callable[[], float] = time.monotonic, capture: Capture | None = None,
                  prepack: str = "auto") -> None:  # fmt: skip
-        self.model, self.vocab_size, self.lease_s, self.kind = model, vocab_size, lease_s, signal
+        self.model, self.vocab_size, self.kind = model, vocab_size, signal
         self.top_k = top_k
         self._prepack = prepack != "off"
         if signal != "full":
@@ -104,10 +74,8 @@ class HFTeacher:
             output="logits" if signal == "full" else "hidden", capture=capture,
         )  # fmt: skip
         prepacked.prepack(model, prepack, key="teacher.prepack")
-        self._clock = clock
         self._head: LinearHead | None = None
-        self._sessions: dict[int, _Session] = {}
-        self._free = list(range(max_sessions))  # a heap: low slots first, so that the used ones lie together
+        self._sessions = SessionTable(max_sessions=max_sessions, max_len=max_len, lease_s=lease_s, clock=clock)
 
     @property
     def num_positions_read(self) -> int:
@@ -128,22 +96,7 @@ class HFTeacher:
 
     def open(self, sessions: Sessions) -> None:
         """See Teacher. A session that is already held keeps what was read of a common beginning."""
-        now = self._evict()
-        prompts = dict(zip(sessions.session_ids.tolist(), _split(sessions.token_ids, sessions.lengths), strict=True))
-        for session_id, tokens in prompts.items():
-            if not 0 < len(tokens) <= self._slots.max_len:
-                raise ValueError(
-                    f"session {session_id} has {len(tokens)} tokens; a session takes 1 to {self._slots.max_len}"
-                )
-        if len(new := prompts.keys() - self._sessions.keys()) > len(self._free):
-            raise TeacherBusy(f"{len(new)} sessions asked for, {len(self._free)} of {self._slots.num_slots} are free")
-        for session_id, tokens in prompts.items():
-            held = self._sessions.get(session_id)
-            if held is None:
-                held = _Session(heapq.heappop(self._free), tokens, 0, now)
-                self._sessions[session_id] = held
-            held.take(tokens)
-            held.touched = now
+        self._sessions.open(sessions)
 
     def score(self, blocks: Blocks) -> Signal:
         """See Teacher. A session that does not reach `base_lens` counts as unknown."""
@@ -153,19 +106,11 @@ class HFTeacher:
 
     def exact(self, question: Positions) -> Signal:
         """See Teacher. What was answered last is still here; older rows are read again."""
-        now = self._evict()
-        ids = question.session_ids.tolist()
-        if unknown := [i for i in ids if i not in self._sessions]:
-            raise UnknownSession(unknown)
         found = []
-        for session_id, positions in zip(ids, _split(question.positions, question.lengths), strict=True):
-            session = self._sessions[session_id]
-            session.touched = now
-            if positions.min() < 0 or positions.max() >= len(session.tokens):
-                raise ValueError(f"session {session_id} has {len(session.tokens)} tokens, no row {positions.tolist()}")
+        for session_id, session, positions in self._sessions.of_question(question):
             last = session.first + (0 if session.rows is None else len(session.rows))
             if session.rows is None or positions.min() < session.first or positions.max() >= last:
-                self._read_again(session_id, int(positions.min()))
+                self._read_again(session_id, session, int(positions.min()))
             assert session.rows is not None
             found.append(session.rows[torch.from_numpy(positions - session.first).to(session.rows.device)])
         rows = torch.cat(found)
@@ -174,18 +119,17 @@ class HFTeacher:
         values, dtype = signal_from_hidden(rows)
         return Signal(kind="hidden", dtype=dtype, values=values, lengths=question.lengths.astype(np.int32))
 
-    def _read_again(self, session_id: int, first: int) -> None:
+    def _read_again(self, session_id: int, session: Session, first: int) -> None:
         """All rows from `first` on, of the session as it stands."""
-        num = len(self._sessions[session_id].tokens)
         blocks = Blocks(
-            session_ids=np.array([session_id]), base_lens=np.array([num]), first_rows=np.array([first]),
+            session_ids=np.array([session_id]), base_lens=np.array([len(session.tokens)]), first_rows=np.array([first]),
             token_ids=np.zeros(0, np.int32), lengths=np.array([0]),
         )  # fmt: skip
-        sessions, rows, _ = self._read(blocks)
-        sessions[0].first, sessions[0].rows = first, rows
+        _, rows, _ = self._read(blocks)
+        session.first, session.rows = first, rows
 
     def _keep(
-        self, sessions: list[_Session], rows: torch.Tensor, lengths: Sequence[int] | np.ndarray, blocks: Blocks
+        self, sessions: list[Session], rows: torch.Tensor, lengths: Sequence[int] | np.ndarray, blocks: Blocks
     ) -> None:
         """Questions come for compressed rows only, and mostly for what was just answered."""
         if self.kind != "topk":
@@ -197,7 +141,7 @@ class HFTeacher:
     def write(self, request: WriteRequest) -> Written:
         """See Teacher."""
         blocks, counts = request.blocks, request.counts.astype(np.int64)
-        self._check_write(request)
+        self._sessions.check_write(request)
         sessions, rows, lengths = self._read(blocks)
         sampling = Sampling(temperature=request.temperature, top_p=request.top_p, top_k=request.top_k)
         alive = np.arange(len(sessions))
@@ -237,21 +181,17 @@ class HFTeacher:
             signal=signal,
         )
 
-    def _read(self, blocks: Blocks) -> tuple[list[_Session], torch.Tensor, np.ndarray]:
+    def _read(self, blocks: Blocks) -> tuple[list[Session], torch.Tensor, np.ndarray]:
         """Read the blocks: their sessions, the rows asked for, flat, and how many of each session."""
-        now = self._evict()
-        ids = blocks.session_ids.tolist()
+        sessions = self._sessions.of_blocks(blocks)
         bases, firsts = blocks.base_lens.astype(np.int64), blocks.first_rows.astype(np.int64)
         ends = bases + blocks.lengths
-        self._check_blocks(ids, bases, firsts, ends)
-        sessions = [self._sessions[i] for i in ids]
         starts = np.minimum(np.minimum([s.num_read for s in sessions], bases), firsts)
-        new = _split(blocks.token_ids, blocks.lengths)
+        new = split(blocks.token_ids, blocks.lengths)
         for session, base, start, tokens in zip(sessions, bases, starts, new, strict=True):
             session.tokens = np.concatenate([session.tokens[:base], tokens])
-            if session.rows is not None:
-                session.rows = session.rows[: max(int(base) - session.first, 0)]
-            session.num_read, session.touched = int(start), now  # true even if reading fails
+            session.cut_rows(int(base))
+            session.num_read = int(start)  # true even if reading fails
         slots = np.array([s.slot for s in sessions], np.int64)
         unread = np.concatenate([s.tokens[s.num_read :] for s in sessions])
         rows = self._slots.extend(slots, starts, unread, ends - starts, ends - firsts)
@@ -277,41 +217,4 @@ class HFTeacher:
 
     def close(self, session_ids: np.ndarray) -> None:
         """See Teacher."""
-        self._evict()
-        for session_id in session_ids.tolist():
-            self._forget(session_id)
-
-    def _check_blocks(self, ids: list[int], bases: np.ndarray, firsts: np.ndarray, ends: np.ndarray) -> None:
-        held = [len(self._sessions[i].tokens) if i in self._sessions else -1 for i in ids]
-        if unknown := [i for i, num, base in zip(ids, held, bases, strict=True) if num < base or num < 0]:
-            raise UnknownSession(unknown)
-        if len(set(ids)) != len(ids):
-            raise ValueError(f"sessions {ids} are named twice in one call")
-        for session_id, base, first, end in zip(ids, bases, firsts, ends, strict=True):
-            if not 0 <= first < end or base < 0:
-                raise ValueError(f"session {session_id}: first row {first} of {end} positions, {base} kept")
-            if end > self._slots.max_len:
-                raise ValueError(f"session {session_id} would have {end} tokens; it takes {self._slots.max_len}")
-
-    def _check_write(self, request: WriteRequest) -> None:
-        ends = request.blocks.base_lens + request.blocks.lengths + request.counts - 1
-        for session_id, count, end in zip(request.blocks.session_ids, request.counts, ends, strict=True):
-            if count < 1:
-                raise ValueError(f"session {session_id} is asked to write {count} tokens; ask for 1 or more")
-            if end > self._slots.max_len:
-                raise ValueError(f"session {session_id} would have {end} tokens; it takes {self._slots.max_len}")
-
-    def _evict(self) -> float:
-        """Forget the sessions whose lease has run out. Returns the time."""
-        now = self._clock()
-        for session_id in [i for i, s in self._sessions.items() if now - s.touched > self.lease_s]:
-            self._forget(session_id)
-        return now
-
-    def _forget(self, session_id: int) -> None:
-        if (session := self._sessions.pop(session_id, None)) is not None:
-            heapq.heappush(self._free, session.slot)
-
-
-def _split(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    return ragged(flat.astype(np.int64), lengths)
+        self._sessions.close(session_ids)

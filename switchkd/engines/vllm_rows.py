@@ -1,0 +1,227 @@
+"""Rows out of a vLLM engine: hidden states from its workers' extension, or the top k from its public log-probs.
+
+In: jobs (tokens to read, from which position on rows are wanted, what to write). Out: answers, and the Signal that
+travels. A session's tokens are all the state there is.
+
+Shapes: n rows, D hidden width, k ids that are kept, P tokens of a prompt, V shared vocabulary.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+import torch
+
+from switchkd.algo.compressed import TopK, pack
+from switchkd.config import ConfigError
+from switchkd.engines.head_file import output_layer
+from switchkd.engines.heads import HeadArrays, LinearHead, fitted_head, hidden_from_signal, signal_from_hidden
+from switchkd.engines.teacher_sessions import Session
+from switchkd.types import Signal
+
+if TYPE_CHECKING:
+    from switchkd.engines.vllm_teacher import Engine
+
+_PROBE = 8  # tokens
+_OTHER_WAYS = "take teacher.backend: hf, or teacher.interface: public with teacher.signal: topk"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One request to vLLM: read tokens, then go on alone."""
+
+    tokens: np.ndarray  # int64 [P]
+    first: int  # the first position whose row is wanted; the rows go on to the last token read
+    count: int = 1  # tokens to write; 1 without a draw is the least that vLLM does, and is not looked at
+    draw: dict[str, Any] | None = None
+    stop_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    first: int  # position of the first of `rows`
+    rows: torch.Tensor  # [n, D] or packed [n, 2 k + 2]
+    token_ids: list[int]
+    margins: list[float]
+
+
+class Rows(Protocol):
+    """How rows come out of an engine."""
+
+    def ask(self, jobs: Sequence[Job]) -> list[Answer]:
+        """One answer a job, from `job.first` (or the first position written from) to the last token read."""
+
+    def signal(self, rows: torch.Tensor, lengths: np.ndarray) -> Signal:
+        """Rows as they travel."""
+
+    def exact(self, found: list[tuple[Session, np.ndarray]], lengths: np.ndarray) -> Signal:
+        """Exact rows of single positions of sessions."""
+
+    def head_arrays(self) -> HeadArrays | None: ...
+
+
+class HiddenRows:
+    """Final hidden states, from the workers' extension; as they are, or cut to their top k."""
+
+    def __init__(self, engine: Engine, *, vocab_size: int, kind: Literal["hidden", "topk"], top_k: int) -> None:
+        self.engine, self.kind, self.top_k = engine, kind, top_k
+        weight, bias, config = output_layer(
+            engine.path, revision=engine.revision, trust_remote_code=engine.trust_remote_code
+        )
+        self.head = self._fitted(weight, bias, config, vocab_size)
+        if kind == "topk" or engine.dtype != torch.float32:
+            engine.call("switchkd_head", pickle.dumps(self.head.to_arrays()))
+
+    def _fitted(self, weight: torch.Tensor, bias: torch.Tensor | None, config: Any, vocab_size: int) -> LinearHead:
+        """The head of the files, tried on a few hidden states. The error belongs to the start."""
+        if len(weight) < vocab_size:
+            raise ConfigError(
+                f"the output matrix of {self.engine.path} has {len(weight)} rows, its tokenizer {vocab_size} tokens; "
+                "take a model that knows the whole tokenizer"
+            )
+        size = min(_PROBE, self.engine.max_len)
+        tokens = np.random.default_rng(0).integers(0, vocab_size, size)
+        hidden = self.ask([Job(tokens=tokens, first=0)])[0].rows
+        logits = _first_of(self.engine.call("switchkd_logits", pickle.dumps(signal_from_hidden(hidden))))
+        weight = weight[:vocab_size].to(hidden.dtype).float()
+        bias = None if bias is None else bias[:vocab_size].to(hidden.dtype).float()
+        return fitted_head(
+            weight, bias, config, hidden, torch.from_numpy(logits), dtype=self.engine.dtype, name=self.engine.path,
+            remedy=_OTHER_WAYS,
+        )  # fmt: skip
+
+    def ask(self, jobs: Sequence[Job]) -> list[Answer]:
+        return _completed(self._ask, jobs)
+
+    def _ask(self, jobs: Sequence[Job], cached: bool) -> list[Answer]:
+        ran = self.engine.run(jobs, cached=cached)
+        found = _first_of(self.engine.call("switchkd_take", [key for key, _ in ran]))
+        return [
+            Answer(
+                first=first, rows=hidden_from_signal(values, dtype), token_ids=list(output.outputs[0].token_ids),
+                margins=margins,
+            )
+            for (_, output), (first, values, dtype, margins) in zip(ran, found, strict=True)
+        ]  # fmt: skip
+
+    def signal(self, rows: torch.Tensor, lengths: np.ndarray) -> Signal:
+        values, dtype = signal_from_hidden(rows)
+        if self.kind == "topk":
+            words = self.engine.call("switchkd_compress", pickle.dumps((values, dtype)), self.top_k)
+            values, dtype = _first_of(words), "int32"
+        return Signal(kind=self.kind, dtype=dtype, values=values, lengths=lengths.astype(np.int32))
+
+    def exact(self, found: list[tuple[Session, np.ndarray]], lengths: np.ndarray) -> Signal:
+        parts: list[torch.Tensor | None] = []
+        for session, positions in found:
+            kept = session.kept(int(positions.min()), int(positions.max()) + 1)
+            complete = kept is not None and len(kept) > positions.max() - positions.min()
+            parts.append(kept if complete else None)
+        jobs = [
+            Job(tokens=session.tokens[: positions.max() + 1], first=int(positions.min()))
+            for (session, positions), part in zip(found, parts, strict=True)
+            if part is None
+        ]
+        fresh = iter(self.ask(jobs) if jobs else [])
+        rows = [next(fresh).rows if part is None else part for part in parts]
+        picked = [part[positions - positions.min()] for (_, positions), part in zip(found, rows, strict=True)]
+        values, dtype = signal_from_hidden(torch.cat(picked))
+        return Signal(kind="hidden", dtype=dtype, values=values, lengths=lengths.astype(np.int32))
+
+    def head_arrays(self) -> HeadArrays:
+        return self.head.to_arrays()
+
+
+class PublicRows:
+    """The top k of each row from vLLM's public log-probs. Approximate: their sums are those of float32 over all rows of
+    the model's table, ids that tie at the edge are vLLM's choice, and the tail's entropy is its upper bound."""
+
+    def __init__(self, engine: Engine, *, vocab_size: int, top_k: int) -> None:
+        self.engine, self.vocab_size, self.top_k = engine, vocab_size, min(top_k, vocab_size)
+
+    def ask(self, jobs: Sequence[Job]) -> list[Answer]:
+        return _completed(self._ask, jobs)
+
+    def _ask(self, jobs: Sequence[Job], cached: bool) -> list[Answer]:
+        ran = self.engine.run(jobs, cached=cached, prompt_logprobs=self.top_k, logprobs=self.top_k, flat_logprobs=True)
+        return [self._answer(job, output) for job, (_, output) in zip(jobs, ran, strict=True)]
+
+    def _answer(self, job: Job, output: Any) -> Answer:
+        """Entry i of the prompt's log-probs is the row of position i - 1. On a hit of the cache one model runner leaves
+        garbage in the entries of cached positions and the other leaves them out: count from the end."""
+        num, prompt, written = len(job.tokens), output.prompt_logprobs, output.outputs[0]
+        first = min(max(job.first, output.num_cached_tokens or 0), num - 1)
+        rows = [self._row(prompt, len(prompt) - (num - 1 - p)) for p in range(first, num - 1)]
+        rows += [self._row(written.logprobs, i) for i in range(len(written.token_ids))]
+        surplus = max(job.first - first, 0)
+        unknown = [float("inf")] * len(written.token_ids)  # the public interface does not say how close a draw was
+        return Answer(
+            first=first + surplus, rows=torch.stack(rows[surplus:]) if rows[surplus:] else _no_rows(self.top_k),
+            token_ids=list(written.token_ids), margins=unknown,
+        )  # fmt: skip
+
+    def _row(self, entries: Any, at: int) -> torch.Tensor:
+        """One packed row. The first id of an entry is that of the token that stands there; the top k follow."""
+        begin, end = entries.start_indices[at] + 1, entries.end_indices[at]
+        ids = np.array(entries.token_ids[begin:end], np.int64)
+        logprobs = np.array(entries.logprobs[begin:end], np.float64)
+        if ids.max() >= self.vocab_size:
+            raise ValueError(
+                f"id {ids.max()} is among the {self.top_k} most likely, the tokenizer has {self.vocab_size} tokens; "
+                "take teacher.interface: extension"
+            )
+        order = np.lexsort((ids, -logprobs))
+        tail = max(1.0 - float(np.exp(logprobs).sum()), 0.0)
+        others = self.vocab_size - len(ids)
+        entropy = tail * np.log(others / tail) if tail > 0 and others else 0.0
+        row = TopK(
+            torch.from_numpy(ids[order])[None], torch.from_numpy(logprobs[order]).float()[None],
+            torch.tensor([tail]).float(), torch.tensor([entropy]).float(),
+        )  # fmt: skip
+        return pack(row)[0]
+
+    def signal(self, rows: torch.Tensor, lengths: np.ndarray) -> Signal:
+        return Signal(kind="topk", dtype="int32", values=rows.numpy(), lengths=lengths.astype(np.int32))
+
+    def exact(self, found: list[tuple[Session, np.ndarray]], lengths: np.ndarray) -> Signal:
+        """Whole rows of log-probs, one request a position: slow, and rarely asked for."""
+        jobs = [
+            Job(tokens=session.tokens[: position + 1], first=int(position))
+            for session, positions in found
+            for position in positions.tolist()
+        ]
+        rows = np.full((len(jobs), self.vocab_size), -np.inf, np.float32)
+        for row, (_, output) in zip(rows, self.engine.run(jobs, logprobs=-1, flat_logprobs=True), strict=True):
+            entry = output.outputs[0].logprobs
+            ids, values = np.array(entry.token_ids), np.array(entry.logprobs, np.float32)
+            row[ids[ids < self.vocab_size]] = values[ids < self.vocab_size]
+        return Signal(kind="full", dtype="float32", values=rows, lengths=lengths.astype(np.int32))
+
+    def head_arrays(self) -> None:
+        return None
+
+
+def _completed(ask: Callable[[Sequence[Job], bool], list[Answer]], jobs: Sequence[Job]) -> list[Answer]:
+    """What began too late is asked for again without the cache. Trap: a prefix that ends on a cached block hides its
+    last row; and rows may be asked for far before the end."""
+    answers = ask(jobs, True)
+    if late := [i for i, (job, answer) in enumerate(zip(jobs, answers, strict=True)) if answer.first > job.first]:
+        for i, answer in zip(late, ask([jobs[i] for i in late], False), strict=True):
+            answers[i] = answer
+    return answers
+
+
+def _first_of(answers: list[bytes]) -> Any:
+    """What the one worker said that had something to say."""
+    found = [answer for answer in answers if answer]
+    if not found:
+        raise RuntimeError(f"vLLM's workers gave no hidden states; {_OTHER_WAYS}")
+    return pickle.loads(found[0])
+
+
+def _no_rows(top_k: int) -> torch.Tensor:
+    return torch.zeros(0, 2 * top_k + 2, dtype=torch.int32)

