@@ -81,7 +81,7 @@ def prepack(model: Any, switch: str = "auto", *, key: str = "prepack") -> Callab
     where it cannot work; `key` is named then.
     """
     head = model.get_output_embeddings()
-    layers = [layer for layer in model.modules() if type(layer) is torch.nn.Linear and layer is not head]
+    layers: list[Any] = [layer for layer in model.modules() if type(layer) is torch.nn.Linear and layer is not head]
     size = sum(layer.weight.nbytes for layer in layers)
     if switch == "off" or (switch == "auto" and size > MAX_BYTES):
         return lambda: None
