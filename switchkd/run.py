@@ -69,6 +69,7 @@ def _train(ready: Ready, log: MetricsLog, resume: bool) -> Summary:
             opened.callback(house.close)
             opened.callback(dog.progress, "the actors to end")
             dog.pulses = house.pulses
+            dog.progress("the first step")
             trainer = Trainer(config, plan, house, folder, log, _examiner(ready), dog)
             if checkpoint is not None:
                 trainer.resume(checkpoint)

@@ -43,7 +43,7 @@ class Run(Section):
     """Move a folder that holds another run aside and start anew."""
     watchdog_s: PositiveFloat = 1800.0
     """A run that does not get on for so long says which actor it waits for, saves what it can, and ends. Raise it where
-    a single optimizer step takes longer."""
+    a single optimizer step takes longer. The start has at least 5 minutes for each actor."""
     max_restarts: NonNegativeInt = 8
     """After losing a learner rank or the replay a run goes back to its checkpoint by itself, at most so often without
     reaching another checkpoint; then it ends, and --resume goes on."""

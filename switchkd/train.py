@@ -224,7 +224,7 @@ class Trainer:
         if not missing:
             raise RuntimeError(f"step {step} lacks rollouts, but no worker has a task; this is a bug, please report")
         self.log.note(f"rollouts {numbers(missing)} never arrived; they are written again")
-        self.dispatch.missing.extend(missing)
+        self.dispatch.missing.extend(i for i in missing if i not in self.dispatch.missing)
 
     def _feed(self) -> None:
         self.dispatch.feed(self.state.step, self._current_weights, bool(self.stop_signal))

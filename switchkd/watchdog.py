@@ -21,6 +21,8 @@ from typing import Any
 from switchkd.files import redact
 from switchkd.house import Pulse
 
+START_S = 300.0
+"""An actor may take so long to become ready after the one before, though `run.watchdog_s` be shorter."""
 LOOK_S = 0.5
 """At most so long until somebody who waits hears that the run has stalled."""
 EXIT_CODE = 1
@@ -53,6 +55,8 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
+        """Models are loaded now: until the first `progress` there is more time."""
+        self._last += 2 * max(self.limit_s, START_S)
         self._thread.start()
 
     def stop(self) -> None:
@@ -94,7 +98,7 @@ class Watchdog:
         idle = self._clock() - self._last
         if idle < self.limit_s / 2:
             return False
-        seen = self.pulses()
+        seen = self._asked()
         beats = sum(pulse.beats for pulse in seen)
         if beats != self._beats:
             self._beats, self._last = beats, self._clock()
@@ -103,6 +107,12 @@ class Watchdog:
             return False
         self._report(seen)
         return True
+
+    def _asked(self) -> list[Pulse]:
+        try:  # other processes, at a bad time
+            return self.pulses()
+        except Exception as error:
+            return [Pulse(name="the house", stands=f"cannot be asked ({type(error).__name__}: {error})")]
 
     def _watch(self) -> None:
         step = min(max(self.limit_s / 20, 0.05), 15.0)
@@ -138,13 +148,14 @@ class Watchdog:
 
 
 def all_of(awaited: Mapping[str, Future[Any]], limit_s: float) -> None:
-    """Wait for all; raise the first error, or Stalled with the names of the rest when none ended for `limit_s`."""
+    """Wait for all actors of a start; raise the first error, or Stalled with the names of the rest when no other one
+    became ready for `limit_s`."""
     left = dict(awaited)
     while left:
         done, _ = wait(left.values(), timeout=limit_s, return_when=FIRST_COMPLETED)
         if not done:
             raise Stalled(
-                f"no actor became ready for {limit_s:g} s (run.watchdog_s); still starting: {', '.join(left)}; either "
+                f"no actor became ready for {limit_s:g} s; still starting: {', '.join(left)}; either "
                 "the cluster has no room for them (see `ray status`), or their logs say what they are doing"
             )
         for future in done:

@@ -68,6 +68,7 @@ def test_a_loop_that_does_not_come_back_is_ended(tmp_path):
     said: list[str] = []
     dog = Watchdog(0.2, tmp_path, said.append, leave=left.append)
     dog.start()
+    dog.progress("the first step")
     deadline = time.monotonic() + 20
     while not left and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -116,15 +116,29 @@ def in_thread(function: Callable[[], None]) -> Future[None]:
     return answer
 
 
-def gathered(refs: list[Any]) -> Future[Any]:
-    """The answer of the first of several calls, once all have answered; the first error as soon as it comes."""
-    return _gathered(refs, lambda error, answer, futures: answer.set_exception(_cause(error)))
-
-
 def of_gang(refs: list[Any]) -> Future[Any]:
-    """As `gathered`, of ranks that live and die together. Raises StateLost when one of them died, or could not reach
-    what it needs; the survivors' errors that come of it tell nothing new."""
-    return _gathered(refs, _settle_gang)
+    """The answer of rank 0, once all have answered. Ranks live and die together: StateLost when one of them died, or
+    could not reach what it needs; the survivors' errors that come of it tell nothing new."""
+    answer: Future[Any] = Future()
+    futures = [ref.future() for ref in refs]
+    lock = Lock()  # callbacks come on Ray's threads
+    failed = False
+
+    def settle(done: Future[Any]) -> None:
+        nonlocal failed
+        with lock:
+            if failed or answer.done():
+                return
+            error = done.exception()
+            if error is not None:
+                failed = True
+                _settle_gang(error, answer, futures)
+            elif all(future.done() and future.exception() is None for future in futures):
+                answer.set_result(futures[0].result())
+
+    for future in futures:
+        future.add_done_callback(settle)
+    return answer
 
 
 def _settle_gang(error: BaseException, answer: Future[Any], futures: list[Future[Any]]) -> None:
@@ -159,28 +173,3 @@ def _told(error: BaseException) -> str:
     if _is_death(error):
         return "a learner rank died"
     return f"a learner rank failed ({type(_cause(error)).__name__}: {first_line(_cause(error))})"
-
-
-def _gathered(
-    refs: list[Any], settle_error: Callable[[BaseException, Future[Any], list[Future[Any]]], None]
-) -> Future[Any]:
-    answer: Future[Any] = Future()
-    futures = [ref.future() for ref in refs]
-    lock = Lock()  # callbacks come on Ray's threads
-    failed = False
-
-    def settle(done: Future[Any]) -> None:
-        nonlocal failed
-        with lock:
-            if failed or answer.done():
-                return
-            error = done.exception()
-            if error is not None:
-                failed = True
-                settle_error(error, answer, futures)
-            elif all(future.done() and future.exception() is None for future in futures):
-                answer.set_result(futures[0].result())
-
-    for future in futures:
-        future.add_done_callback(settle)
-    return answer

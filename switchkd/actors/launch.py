@@ -19,7 +19,7 @@ from ray import cloudpickle
 from ray.exceptions import RayError
 
 from switchkd.actors.environment import Secrets
-from switchkd.actors.futures import gathered, of_worker, patient
+from switchkd.actors.futures import of_worker, patient
 from switchkd.actors.health import pulses
 from switchkd.actors.learner_actor import LearnerActor, LearnerGroup
 from switchkd.actors.placement import options, settled, wait_for_resources
@@ -32,7 +32,7 @@ from switchkd.house import House, Weights
 from switchkd.metrics import MetricsLog
 from switchkd.sections import Config
 from switchkd.types import Exam, Task
-from switchkd.watchdog import all_of
+from switchkd.watchdog import START_S, all_of
 
 CONNECT_S = 10.0
 
@@ -136,14 +136,15 @@ def build_house(config: Config, run_dir: Path, stop_ids: frozenset[int], log: Me
             named = {f"{role} {i}": actor for role, group in groups.items() for i, actor in enumerate(group)}
             return {"replay": replay, **named}
 
-        awaited = {name: gathered([actor.ready.remote()]) for name, actor in actors().items() if actor not in ranks}
+        awaited = {name: patient(actor.ready.remote) for name, actor in actors().items() if actor not in ranks}
         head: HeadArrays | None = None
+        patience = max(config.run.watchdog_s, START_S)
         if teachers:
-            asked = gathered([teachers[0].head.remote()])
-            all_of({"teacher 0": asked}, config.run.watchdog_s)
+            asked = patient(teachers[0].head.remote)
+            all_of({"teacher 0": asked}, patience)
             head = asked.result()
         awaited["learner"] = learner.start({} if head is None else {"": head})
-        all_of(awaited, config.run.watchdog_s)
+        all_of(awaited, patience)
         patient(lambda: replay.restore.remote(None, 0)).result()
         return House(
             workers=[RayWorker(actor) for actor in workers],

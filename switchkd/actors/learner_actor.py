@@ -20,8 +20,12 @@ from switchkd.actors.futures import in_thread, of_gang, patient
 from switchkd.actors.health import GROUP, Health
 from switchkd.assembly import Gang, LearnerRank
 from switchkd.engines.heads import HeadArrays
+from switchkd.house import StateLost
 from switchkd.sections import Config
 from switchkd.types import BatchPlan, Rollout, StepResult
+
+MEETINGS = 3
+"""So many gangs are brought together until one stays whole."""
 
 
 @ray.remote(max_restarts=0, concurrency_groups=GROUP)
@@ -75,7 +79,15 @@ class LearnerGroup:
     def start(self, heads: dict[str, HeadArrays]) -> Future[None]:
         """Done when the ranks have met and hold the student."""
         self.heads = heads
-        return in_thread(self._meet)
+        return in_thread(self._come_together)
+
+    def _come_together(self) -> None:
+        for _ in range(MEETINGS - 1):
+            try:
+                return self._meet()
+            except StateLost:
+                self._anew()
+        self._meet()
 
     def _meet(self) -> None:
         address, port = of_gang([self.ranks[0].address.remote()]).result()
@@ -87,9 +99,12 @@ class LearnerGroup:
         of_gang([rank.start.remote(gang, heads) for rank, gang in zip(self.ranks, gangs, strict=True)]).result()
 
     def restart(self) -> Future[None]:
+        self._anew()
+        return in_thread(self._come_together)
+
+    def _anew(self) -> None:
         self.close()
         self.ranks = self.make()
-        return in_thread(self._meet)
 
     def close(self) -> None:
         for rank in self.ranks:
