@@ -88,7 +88,8 @@ class Havoc:
         processes = {f"{role} {pid}": pid for pid, role in actor_processes().items()} | {"driver": os.getpid()}
         for name, pid in processes.items():
             self.samples.setdefault(name, []).append((trained, kilobytes(pid, "RssAnon") / 2**10))
-        self.samples.setdefault("object store", []).append((trained, object_store_mb()))
+        with suppress(Exception):  # at the end the cluster goes
+            self.samples.setdefault("object store", []).append((trained, object_store_mb()))
 
 
 def run(*, steps: int, seed: int, every: int, keep: Path | None = None) -> Table:
