@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,11 +27,12 @@ from tiny import EOS, NUM_TOKENS, tiny_tokenizer
 
 from switchkd.algo.compressed import compress, unpack
 from switchkd.algo.sampling import Purpose, Sampling, draw
+from switchkd.algo.switching import jsd_threshold
 from switchkd.config import ConfigError
 from switchkd.engines.base import TeacherBusy, UnknownSession
 from switchkd.engines.heads import LinearHead, head_of, hidden_from_signal
 from switchkd.rows import Mode
-from switchkd.types import Positions, Signal
+from switchkd.types import Positions, Rollout, Signal
 
 pytestmark = [
     pytest.mark.vllm,
@@ -40,6 +42,8 @@ pytestmark = [
 BLOCK = 32  # positions of a cache block
 MAX_LEN = 100
 NOTHING = np.zeros(0, np.int32)
+TOLERANCE = 1e-4
+"""Of a logit in fp32, between vLLM's kernels and transformers'."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +68,12 @@ class Served:
         def make(max_sessions: int, max_len: int) -> Any:
             return self.teacher(max_sessions, max_len, **settings)
 
-        return Bench(make=make, model=self.model, logits=logits, vocab_size=NUM_TOKENS)
+        return Bench(make=make, model=self.model, logits=logits, vocab_size=NUM_TOKENS, atol=TOLERANCE)
 
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 32},
-    "qwen2": {"head_dim": 32, "hidden_size": 128},  # its head width follows from the hidden one
-    "granite": {"head_dim": 32},
+    "granite": {"head_dim": 32, "hidden_size": 128, "tie_word_embeddings": True},
     "public": {"head_dim": 32},
     "bfloat16": {"head_dim": 32, "dtype": torch.bfloat16},
 }
@@ -84,7 +87,7 @@ def served(request, tmp_path_factory) -> Iterator[Served]:
     torch.set_num_threads(1)
     name, config = request.param, dict(MODELS[request.param])
     dtype = config.pop("dtype", torch.float32)
-    family = name if name in ("qwen2", "granite") else "llama"
+    family = "granite" if name == "granite" else "llama"
     # public log-probs are those of the model's whole table, padding included
     teacher, student = test_exact.pair(family, teacher_vocab=NUM_TOKENS if name == "public" else 136, **config)
     folder = tmp_path_factory.mktemp("served") / name
@@ -105,14 +108,14 @@ public = pytest.mark.parametrize("served", ["public"], indirect=True)
 @llama
 @pytest.mark.parametrize("claim", contract.CLAIMS, ids=lambda f: f.__name__)
 def test_contract(served, claim):
-    """Every claim of the contract, rows within 2e-5 of a clean forward pass."""
+    """Every claim of the contract, with rows of a clean forward pass of transformers."""
     claim(served.bench())
 
 
-@pytest.mark.parametrize("served", ["qwen2", "granite"], indirect=True)
-def test_contract_rows_of_other_families(served):
-    """The same with a tied output matrix and biases, and with a scale on the logits: the head is found in the files
-    and tried against vLLM's own logits."""
+@pytest.mark.parametrize("served", ["granite"], indirect=True)
+def test_contract_rows_of_another_family(served):
+    """The same with a tied output matrix and a scale on the logits: the head is found in the files and tried against
+    vLLM's own logits."""
     contract.rows_equal_a_clean_forward(served.bench())
     contract.cuts_and_continuations(served.bench())
     contract.writing_is_keyed_drawing(served.bench())
@@ -153,6 +156,7 @@ def test_a_prefix_that_ends_on_a_cached_block(served, monkeypatch, size):
     cache, alone, and its rows are right."""
     bench, ids = served.bench(), served.bench().ids(size + 4, seed=size)
     settings = {"signal": "topk", "top_k": 8} if not served.engine.extended else {}
+    writer, other = (served.teacher(num, MAX_LEN, **settings) for num in (1, 2))
     seen = runs_of(served, monkeypatch)
 
     def rows_of(teacher: Any, *rows: Any) -> list[torch.Tensor]:
@@ -166,13 +170,12 @@ def test_a_prefix_that_ends_on_a_cached_block(served, monkeypatch, size):
         want = clean.log_softmax(-1).topk(8).values if settings else clean
         torch.testing.assert_close(rows, want, atol=1e-4, rtol=0)
 
-    writer = served.teacher(1, MAX_LEN, **settings)
     writer.open(sessions({0: ids[: size - 3]}))
     right(rows_of(writer, (0, size - 3, size - 4, ids[size - 3 : size]))[0], ids[:size], size - 4)
     right(rows_of(writer, (0, size, size - 1, ids[size:]))[0], ids, size - 1)
     assert seen == [(1, True), (1, True)]
     seen.clear()
-    other, company = served.teacher(2, MAX_LEN, **settings), bench.ids(9, seed=7)
+    company = bench.ids(9, seed=7)
     other.open(sessions({5: ids[:size], 6: company}))
     rows = rows_of(other, (5, size, size - 1, ids[size:]), (6, 9, 8, NOTHING))
     right(rows[0], ids, size - 1)
@@ -276,16 +279,31 @@ def test_compressed_rows_and_questions(served, monkeypatch):
 # --- rollouts --------------------------------------------------------------------------------------------------------
 
 
+def mode_of(served: Served, name: str, sampling: str) -> Mode:
+    """`switch` with a threshold that half of this pair's tokens are above."""
+    student, teacher = SAMPLINGS[sampling]
+    law: dict[str, Any] = {"student": student, "teacher": teacher, "max_new_tokens": MAX_NEW, "seed": 11}
+    if name != "switch":
+        return Mode(rule=RULES[name], **law)
+    never = Mode(rule=jsd_threshold(schedule="constant", tau_0=1.0), **law)
+    alone = test_exact.write((served.model, served.student), never, block_size=4, slots=5)
+    median = float(np.median(np.concatenate([rollout.statistic for rollout in alone.values()])))
+    return Mode(rule=jsd_threshold(schedule="constant", tau_0=median), **law)
+
+
+def both_write(found: dict[int, Rollout]) -> bool:
+    return {int(source) for rollout in found.values() for source in rollout.sources} == {0, 1}
+
+
 @llama
 @pytest.mark.parametrize("sampling", ["greedy", "sampled"])
 @pytest.mark.parametrize("name", ["switch", "adaswitch", "skd"])
 def test_rollouts_equal_the_transformers_teachers(served, name, sampling):
     """Tokens and owners in fp32, student leading, teacher leading, and one token each."""
-    student, teacher = SAMPLINGS[sampling]
-    mode = Mode(rule=RULES[name], student=student, teacher=teacher, max_new_tokens=MAX_NEW, seed=11)
+    mode = mode_of(served, name, sampling)
     models, excused = (served.model, served.student), 0
     wanted = test_exact.write(models, mode, block_size=1, slots=1, lead="lockstep")
-    assert {int(s) for r in wanted.values() for s in r.sources} == {0, 1}, "both models should write"
+    assert both_write(wanted)
     for block_size, slots, lead in [(1, 5, "lockstep"), (5, 3, "student"), (8, 5, "teacher")]:
         found = test_exact.write(
             models, mode, block_size=block_size, slots=slots, lead=lead, served=served.teacher(max_sessions=8)
@@ -297,9 +315,7 @@ def test_rollouts_equal_the_transformers_teachers(served, name, sampling):
 @llama
 def test_rollouts_from_compressed_rows(served):
     """`signal: topk` asks for what an interval leaves open: the tokens are the same."""
-    student, teacher = SAMPLINGS["sampled"]
-    mode = Mode(rule=RULES["switch"], student=student, teacher=teacher, max_new_tokens=MAX_NEW, seed=11)
-    models = (served.model, served.student)
+    mode, models = mode_of(served, "switch", "sampled"), (served.model, served.student)
     wanted = test_exact.write(models, mode, block_size=1, slots=1, lead="lockstep")
     brief = served.teacher(max_sessions=8, signal="topk", top_k=16)
     found = test_exact.write(models, mode, block_size=4, slots=5, served=brief)
@@ -374,25 +390,22 @@ def test_public_writing_is_keyed_drawing(served):
 @public
 def test_public_rollouts_are_marked_approximate(served):
     """A run with them ends well, with both models' tokens, each rollout marked."""
-    student, teacher = SAMPLINGS["sampled"]
-    mode = Mode(rule=RULES["switch"], student=student, teacher=teacher, max_new_tokens=MAX_NEW, seed=11)
-    brief = served.teacher(max_sessions=8, signal="topk", top_k=16)
-    found = test_exact.write(
-        (served.model, served.student), mode, block_size=4, slots=5, served=brief, coarse=True
-    ).values()
-    assert {int(s) for r in found for s in r.sources} == {0, 1} and all(r.approximate for r in found)
+    mode, brief = mode_of(served, "switch", "sampled"), served.teacher(max_sessions=8, signal="topk", top_k=16)
+    found = test_exact.write((served.model, served.student), mode, block_size=4, slots=5, served=brief, coarse=True)
+    assert both_write(found) and all(rollout.approximate for rollout in found.values())
 
 
 # --- the newer model runner ------------------------------------------------------------------------------------------
 
 
-def test_the_newer_model_runners_shapes():
+def test_the_newer_model_runners_shapes(monkeypatch):
     """Its batch rides in `execute_model_state`, its slots are not places in the batch, and its logits processors have
     hooks of their own: the same rows and draws come out. Only its interface is here; it needs a GPU to run."""
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcessor
 
     from switchkd.engines import vllm_worker
 
+    monkeypatch.setattr(vllm_worker, "_watch", None)  # of another test's engine
     hidden = torch.arange(12.0).view(6, 2)
     batch = SimpleNamespace(req_ids=["b", "a"], idx_mapping_np=np.array([5, 2]))
     runner = SimpleNamespace(execute_model_state=None, execute_model=lambda scheduled: None)
@@ -472,6 +485,12 @@ def finished(place: Path, *command: str) -> str:
     return done.stdout
 
 
+def both_finished(place: Path, first: Path, second: Path) -> None:
+    """Two runs beside each other."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda path: finished(place, TRAIN, str(path)), (first, second)))
+
+
 @pytest.mark.timeout(600)
 def test_a_run_on_ray_and_its_student(tmp_path):
     """`switchkd train` with backend vllm writes the rollouts and trains the weights of backend hf; the student's folder
@@ -485,8 +504,7 @@ def test_a_run_on_ray_and_its_student(tmp_path):
     vllm = config_file(
         tmp_path, stages, "vllm.yaml", run={"dir": "vllm", "mode": "ray"}, teacher={"backend": "vllm", "engine": engine}
     )
-    for path in (hf, vllm):
-        finished(tmp_path, TRAIN, str(path))
+    both_finished(tmp_path, hf, vllm)
     assert rollouts(tmp_path / "vllm") == rollouts(tmp_path / "hf") and len(rollouts(tmp_path / "hf")) == 12
     losses = [[row["loss/total"] for row in steps(tmp_path / name)] for name in ("vllm", "hf")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)

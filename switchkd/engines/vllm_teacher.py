@@ -34,6 +34,7 @@ _SETTINGS = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise every engine of a machine sits on its first core
     "OMP_WAIT_POLICY": "PASSIVE",  # OpenMP threads that spin bring a busy machine to a halt
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
 }
 _CPU_CACHE_BYTES = 2**30
 

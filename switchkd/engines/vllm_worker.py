@@ -139,7 +139,7 @@ class RowReader:
     @torch.inference_mode()
     def switchkd_logits(self, rows: bytes) -> bytes:
         """The model's own logits [n, its vocabulary] of hidden states; nothing where a worker has none."""
-        hidden = hidden_from_signal(*pickle.loads(rows), device=self.model_runner.device)
+        hidden = _on(self.model_runner.device, rows)
         logits = self.model_runner.get_model().compute_logits(hidden)
         return b"" if logits is None else pickle.dumps(logits.float().cpu().numpy())
 
@@ -149,7 +149,7 @@ class RowReader:
         assert _watch is not None
         if not _watch.keeps or _watch.head is None:
             return b""
-        hidden = hidden_from_signal(*pickle.loads(rows), device=self.model_runner.device)
+        hidden = _on(self.model_runner.device, rows)
         words = [pack(compress(_watch.head.logits(part), k)).cpu() for part in hidden.split(_ROWS_AT_ONCE)]
         return pickle.dumps(torch.cat(words).numpy())
 
@@ -227,6 +227,12 @@ class _Draw:
     def index(self, num_read: int | None) -> int:
         """How many tokens were written before this one."""
         return len(self._output or ()) if num_read is None else num_read - self.num_prompt
+
+
+def _on(device: torch.device, rows: bytes) -> torch.Tensor:
+    """Hidden states as they came, on the model's device."""
+    values, dtype = pickle.loads(rows)
+    return hidden_from_signal(values, dtype, device)
 
 
 def _rows_to_draw(logits: torch.Tensor, members: list[tuple[int, int]], vocab_size: int) -> torch.Tensor:
