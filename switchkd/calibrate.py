@@ -34,13 +34,19 @@ _ROOM = 24
 """Positions that `measure_costs` adds to a prompt, to stand in the middle of a completion."""
 
 
-def calibrate(config: Config, index: int) -> Costs:
-    """Of stage `index`. Loads teacher, student and learner. Raises ConfigError where there is no teacher to measure."""
+def calibrate(config: Config, index: int, *, learner: bool = True) -> Costs:
+    """Of stage `index`. Loads teacher and student, and the `learner` where its costs are not known. Raises ConfigError
+    where there is no teacher to measure."""
+    if learner and config.teacher.backend == "vllm":
+        raise ConfigError(
+            "--calibrate: vLLM and DeepSpeed do not bear each other in one process; add --learner-ms, or measure with "
+            "teacher.backend=hf"
+        )
     with redirect_stdout(sys.stderr):  # DeepSpeed says things
-        return _calibrate(config, index)
+        return _calibrate(config, index, learner)
 
 
-def _calibrate(config: Config, index: int) -> Costs:
+def _calibrate(config: Config, index: int, learner: bool) -> Costs:
     stage = config.train.stages[index]
     if not stage.needs_teacher:
         raise ConfigError(f"--calibrate: stage {stage.name} has no teacher; give --learner-ms, or another --stage")
@@ -59,7 +65,9 @@ def _calibrate(config: Config, index: int) -> Costs:
     breaks = {"student": _break_rate(seen.rollouts)}
     if _teacher_may_lead(worker, index):
         breaks["teacher"] = _break_rate(_rollouts(ready, worker, index, "teacher").rollouts)
-    learner_ms, publish_ms = _learner(ready, worker, teacher, stage, index, seen.rollouts)
+    learner_ms = publish_ms = 0.0
+    if learner:
+        learner_ms, publish_ms = _learner(ready, worker, teacher, stage, index, seen.rollouts)
     per_call = 1e3 * rows
     costs = Costs(
         student_ms=steps.student * per_call,
