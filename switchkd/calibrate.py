@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from switchkd.config import ConfigError
 from switchkd.plan_costs import USUAL_BREAK_RATE, Costs
 from switchkd.preflight import Ready, prepare
 from switchkd.run import written
-from switchkd.sections import Config, Stage
+from switchkd.sections import Config, Mix, Stage
 from switchkd.types import Origin, Prompt, Rollout
 from switchkd.worker import Worker, set_threads
 
@@ -34,13 +34,19 @@ _ROOM = 24
 """Positions that `measure_costs` adds to a prompt, to stand in the middle of a completion."""
 
 
-def calibrate(config: Config, index: int) -> Costs:
-    """Of stage `index`. Loads teacher, student and learner. Raises ConfigError where there is no teacher to measure."""
+def calibrate(config: Config, index: int, *, learner: bool = True) -> Costs:
+    """Of stage `index`. Loads teacher and student, and the `learner` where its costs are not known. Raises ConfigError
+    where there is no teacher to measure."""
+    if learner and config.teacher.backend == "vllm":
+        raise ConfigError(
+            "--calibrate: vLLM and DeepSpeed do not bear each other in one process; add --learner-ms, or measure with "
+            "teacher.backend=hf"
+        )
     with redirect_stdout(sys.stderr):  # DeepSpeed says things
-        return _calibrate(config, index)
+        return _calibrate(config, index, learner)
 
 
-def _calibrate(config: Config, index: int) -> Costs:
+def _calibrate(config: Config, index: int, learner: bool) -> Costs:
     stage = config.train.stages[index]
     if not stage.needs_teacher:
         raise ConfigError(f"--calibrate: stage {stage.name} has no teacher; give --learner-ms, or another --stage")
@@ -51,13 +57,17 @@ def _calibrate(config: Config, index: int) -> Costs:
     worker = make_worker(alone, 0, teacher, teacher.head_arrays(), ready.stop_ids)
     set_threads(resources.of_role(config, "rollout").threads)
     steps = _steps(ready, worker, teacher, stage)
+    references = [len(prompt.reference_ids) for prompt in ready.prompts.prompts]
+    ready = _rollouts_only(ready, index)
     rows = _rows(ready.config)
     _rollouts(ready, worker, index, "student")  # the first calls of a shape also pay for its setting up
     seen = _rollouts(ready, worker, index, "student")
     breaks = {"student": _break_rate(seen.rollouts)}
     if _teacher_may_lead(worker, index):
         breaks["teacher"] = _break_rate(_rollouts(ready, worker, index, "teacher").rollouts)
-    learner_ms, publish_ms = _learner(ready, worker, teacher, stage, index, seen.rollouts)
+    learner_ms = publish_ms = 0.0
+    if learner:
+        learner_ms, publish_ms = _learner(ready, worker, teacher, stage, index, seen.rollouts)
     per_call = 1e3 * rows
     costs = Costs(
         student_ms=steps.student * per_call,
@@ -70,11 +80,27 @@ def _calibrate(config: Config, index: int) -> Costs:
         publish_ms=publish_ms,
         break_rate=breaks["student"],
         teacher_break_rate=breaks.get("teacher"),
-        tokens=seen.tokens / len(seen.rollouts),
+        tokens=_mean_tokens(stage, seen, references),
         rows_per_token=sum(rollout.stats.num_scored_rows for rollout in seen.rollouts) / seen.tokens,
         measured_tokens_per_s=seen.tokens / seen.time_s,
     )
     return costs.model_copy(update={"call_ms": _rest_ms(costs, seen, steps, rows)})
+
+
+def _rollouts_only(ready: Ready, index: int) -> Ready:
+    """A batch is small: what the stage takes from the data set would leave few tokens to look at."""
+    config = ready.config
+    stages = list(config.train.stages)
+    if stages[index].mix.rollout > 0:
+        stages[index] = stages[index].model_copy(update={"mix": Mix(rollout=1.0)})
+    train = config.train.model_copy(update={"stages": tuple(stages)})
+    return replace(ready, config=config.model_copy(update={"train": train}))
+
+
+def _mean_tokens(stage: Stage, seen: _Seen, references: list[int]) -> float:
+    """Of a step's completions: those of the data set have their own length."""
+    data = stage.mix.dataset / (stage.mix.rollout + stage.mix.dataset + stage.mix.teacher)
+    return data * float(np.mean(references)) + (1 - data) * seen.tokens / len(seen.rollouts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -121,6 +121,9 @@ def with_weights(ready: Ready, index: int) -> Iterator[Finding]:
     started = time.perf_counter()
     ((_, rollout),) = written(ready, worker, 1, index)
     yield _written(rollout, time.perf_counter() - started)
+    if config.teacher.backend == "vllm" and config.needs_teacher:  # it and DeepSpeed do not bear each other
+        yield ok("dry pass", "the learner is left out: it has a process of its own beside vLLM's")
+        return
     yield _trained(config, index, {} if head is None else {"": head}, rollout)
 
 

@@ -34,6 +34,7 @@ class Shape:
     gated: bool  # two products before the activation, as in Llama
     head_width: int  # what goes into the output layer, and travels as the signal "hidden"
     vocab: int  # ids that teacher and student share
+    products: int = 0  # weights of its linear layers, the output layer left out: what a CPU may keep a copy of
     trainable: int = 0  # 0: all; with LoRA the adapters' parameters
 
     @property
@@ -93,6 +94,7 @@ def read_shape(
         gated=any("gate_proj" in name or "gate_up_proj" in name for name in names),
         head_width=head_width,
         vocab=_vocab(section, key, rows),
+        products=_products(model),
         trainable=0 if lora is None else _adapters(model, lora),
     )
 
@@ -118,6 +120,17 @@ def _output_layer(model: Any, section: Model, key: str) -> tuple[int, int]:
         raise ConfigError(f"{key}={section.path}: the model has no output layer; give a causal language model")
     rows, width = layer.weight.shape
     return int(rows), int(width)
+
+
+def _products(model: Any) -> int:
+    """As `engines/prepacked.py` takes them."""
+    from torch.nn import Linear
+
+    from switchkd.engines.prepacked import _MIN_SIZE
+
+    head = model.get_output_embeddings()
+    weights = [layer.weight for layer in model.modules() if type(layer) is Linear and layer is not head]
+    return sum(weight.numel() for weight in weights if min(weight.shape) >= _MIN_SIZE)
 
 
 def _ffn(text: Any) -> int:

@@ -64,7 +64,7 @@ def gather(
     if calibrate:
         from switchkd.calibrate import calibrate as measure
 
-        told = measure(config, index).model_dump()
+        told = measure(config, index, learner="learner_ms" not in numbers).model_dump()
     elif file is not None:
         told = read_costs(file, block).model_dump()
     elif not numbers:

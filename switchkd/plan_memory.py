@@ -4,7 +4,8 @@ In: a config and `Shape`s. Out: bytes by part, for one process of each role. For
 the role's dtype, P = parameters, T = trainable ones, V = shared vocabulary, D = the teacher's hidden width, G = ranks:
 
     teacher   weights d P; KV cache 2 d layers kv x sessions x columns; output matrix 4 V D where it must be in float32
-              (it draws itself, or compresses rows); one forward pass of at most 4,096 tokens
+              (it draws itself, or compresses rows); one forward pass of at most 4,096 tokens; on a CPU second copies
+              of matrices (`prepack`). With vLLM: weights and cache
     worker    weights d P; KV cache with rollout.batch_size slots; its own output matrix 4 V h where d < 4; the
               teacher's, 4 V D; rows 4 V x rows x (block + 2 span + 3)
     learner   weights d P; gradients; float32 masters 4 T and Adam's two moments 8 T, each divided by G from ZeRO 1
@@ -59,8 +60,11 @@ def teacher_memory(config: Config, shape: Shape) -> Parts:
         "kv cache": kv_cache(shape, section.max_sessions, columns(config), section.dtype),
         "forward pass": forward_pass(shape, columns(config), each),
     }
+    if section.backend == "vllm":  # whatever its share of the GPU is: so much of it is needed
+        return {name: parts[name] for name in ("weights", "kv cache")}
     if section.signal != "full" and each < 4:
         parts["output matrix, float32"] = 4.0 * shape.head_params
+    parts |= _packed(config, "teacher", shape, 4.0 * shape.head_params)
     if section.signal == "topk":
         from switchkd.engines.hf_engine import _KEPT_ROWS
 
@@ -80,8 +84,28 @@ def worker_memory(config: Config, shapes: dict[str, Shape]) -> Parts:
         parts["output matrix, float32"] = 4.0 * shape.head_params
     if "teacher" in shapes and config.teacher.signal != "full":
         parts["teacher's output matrix"] = 4.0 * shapes["teacher"].head_params
+    heads = 4.0 * shape.head_params + parts.get("teacher's output matrix", 0.0)
+    parts |= _packed(config, "rollout", shape, heads)
     parts["rows"] = _row_space(config, shape)
     return parts
+
+
+def _packed(config: Config, role: str, shape: Shape, heads: float) -> Parts:
+    """Second copies that a CPU reads faster (engines/prepacked.py): of the products, and of output matrices."""
+    from switchkd.assembly import device_of
+    from switchkd.engines.prepacked import MAX_BYTES, _works
+
+    section = config.teacher if role == "teacher" else config.student
+    resources = config.resources.teacher if role == "teacher" else config.resources.rollout
+    if section.prepack == "off" or resources.num_gpus or device_of(section) != "cpu":
+        return {}
+    import torch
+
+    products = float(BYTES[section.dtype] * shape.products) if _works(getattr(torch, section.dtype)) else 0.0
+    if section.prepack == "auto" and products > MAX_BYTES:
+        products = 0.0
+    found = products + (heads if _works(torch.float32) else 0.0)
+    return {"packed copies": found} if found else {}
 
 
 def _row_space(config: Config, shape: Shape) -> float:

@@ -115,6 +115,8 @@ class TestMemory:
         wanted = planned(here, teacher={"max_sessions": 5, **short}, student=short)
         found = shapes(wanted)
         parts = memory(wanted, found)
+        # a product with less than 32 rows, such as that of the keys, is not worth a copy
+        assert found["student"].products == 2 * (2 * 32 * 32 + 3 * 32 * 48)
         columns = 96 + 32  # 64 of the prompt, 32 of a reference, one to scratch, in multiples of 32
         assert parts["teacher"]["weights"] == 2 * found["teacher"].params
         assert parts["teacher"]["kv cache"] == 2 * 2 * 3 * (2 * 8) * 5 * columns
@@ -122,6 +124,9 @@ class TestMemory:
         assert parts["rollout"]["teacher's output matrix"] == 4 * 120 * 32
         assert parts["rollout"]["rows"] == 4 * 120 * 4 * (4 + 2 * 4 + 3)
         assert parts["learner"]["rows of a chunk"] == 4 * 9 * 256 * 120
+        off = planned(here, student={"prepack": "off"}, teacher={"max_sessions": 5, **short, "backend": "vllm"})
+        assert "packed copies" not in memory(off, found)["rollout"]
+        assert memory(off, found)["teacher"].keys() == {"weights", "kv cache"}
         assert "teacher's output matrix" not in memory(planned(here, teacher={"signal": "full"}), found)["rollout"]
 
     @pytest.mark.parametrize(
@@ -379,6 +384,8 @@ class TestCommand:
         (tmp_path / "own.json").write_text(json.dumps(told["costs"]))
         for name in ("earlier.json", "own.json"):
             assert json.loads(run(*given, "--costs", tmp_path / name)[1])["speed"] == told["speed"]
+        code, _, err = run("plan", "config.yaml", "--calibrate", "teacher.backend=vllm")
+        assert code == 2 and "add --learner-ms" in err
         code, out, _ = run("plan", "config.yaml", "--costs", tmp_path / "own.json", "--tokens", 6)
         assert code == 0 and "Bottleneck: learner rank" in out and "should be a learner rank" in out
 
