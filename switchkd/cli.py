@@ -1,4 +1,4 @@
-"""The door: `switchkd train`, `eval`, `rollout`, `export`, `bench`, `init-student`, `fetch-demo`.
+"""The door: `switchkd train`, `eval`, `rollout`, `export`, `bench`, `serve-teacher`, `init-student`, `fetch-demo`.
 
 In: a command line. Out: an exit code: 0, 2 for what the user can mend (one line on stderr), 143 for a run that SIGTERM
 stopped and that can go on, 1 for everything else (its traceback goes to the run's `logs/`, or to the terminal with
@@ -295,6 +295,32 @@ def export(
     from switchkd.export import export_run
 
     print(export_run(run, step=step, out=out, push=push))
+
+
+@app.command("serve-teacher")
+def serve_teacher(
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="Whose teacher, on which cluster.")] = None,
+    overrides: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="Under which runs attach to it (teacher.attach).")] = None,
+    stop: Annotated[str | None, typer.Option(metavar="NAME", help="End the teacher of this name.")] = None,
+) -> None:
+    """Serve CONFIG's teacher to many runs, on the cluster, until it is stopped."""
+    if (name is None) == (stop is None):
+        raise typer.BadParameter("give --name to serve a teacher, or --stop to end one")
+    wanted = None if config is None else _load(config, overrides)
+    if stop is not None:
+        from switchkd.run import stop_teacher
+
+        stop_teacher(stop, (wanted.cluster.address if wanted else "") or "auto")
+        print(f"{stop} is no longer served")
+        return
+    if wanted is None:
+        raise typer.BadParameter("give the CONFIG whose teacher is to be served")
+    assert name is not None
+    from switchkd.run import serve_teacher as serve
+
+    num = serve(wanted, name)
+    print(f"{name} is served by {num} replica{'s' * (num > 1)}: teacher.attach={name}")
 
 
 @app.command("init-student")

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from switchkd.sections import Config, Sampling, Section, Stage
+from switchkd.sections import Config, Model, Sampling, Section, Stage
 
 ALIASES = {"switch": "jsd_threshold", "adaswitch": "kl_spike", "skd": "outside_top_k"}
 """The papers' names, accepted wherever a rule's type is."""
@@ -55,7 +55,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
 def parse(raw: dict[str, Any]) -> Config:
     """Check a tree of plain values. Raises ConfigError with one line that names the key, the value and the remedy."""
     try:
-        config = Config.model_validate(_with_stages(raw))
+        config = Config.model_validate(_with_stages(_with_teachers(raw)))
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
     stages = tuple(_complete_stage(config, i, stage) for i, stage in enumerate(config.train.stages))
@@ -63,6 +63,15 @@ def parse(raw: dict[str, Any]) -> Config:
     config = config.model_copy(update={"train": train})
     _check_across(config)
     return config
+
+
+def _with_teachers(raw: dict[str, Any]) -> dict[str, Any]:
+    """Each of `teachers` with what it leaves out taken from `teacher`."""
+    shared, several = raw.get("teacher") or {}, raw.get("teachers")
+    if not isinstance(shared, dict) or not isinstance(several, dict):
+        return raw
+    filled = {name: {**shared, **own} if isinstance(own, dict) else own for name, own in several.items()}
+    return {**raw, "teachers": filled}
 
 
 _FROM_ROLLOUT = ("rule", "max_new_tokens")
@@ -190,7 +199,10 @@ def _check_across(config: Config) -> None:
             raise ConfigError(
                 f"{key}={stage.batch_size} is above replay.capacity={config.replay.capacity}; raise the capacity"
             )
-    for role, model in (("student", config.student), ("teacher", config.teacher)):
+    _check_teachers(config)
+    models: list[tuple[str, Model]] = [("student", config.student), ("teacher", config.teacher)]
+    models += [(f"teachers.{name}", teacher) for name, teacher in config.teachers.items()]
+    for role, model in models:
         if model.graphs == "on" and model.device == "cpu":
             raise ConfigError(
                 f"{role}.graphs=on needs a CUDA device, {role}.device is cpu; set {role}.graphs: auto or another device"
@@ -206,6 +218,25 @@ def _check_across(config: Config) -> None:
     by = config.train.select_by
     if by and by not in config.eval.metrics:
         raise ConfigError(_unknown("train.select_by", by, config.eval.metrics, "one of eval.metrics"))
+
+
+def _check_teachers(config: Config) -> None:
+    shared = config.teacher
+    for name, teacher in config.teachers.items():
+        if not name or not name.replace("-", "").replace("_", "").isalnum():
+            raise ConfigError(f"teachers: the name {name!r} is not made of letters, digits, - and _; choose another")
+        for key in ("temperature", "top_p", "top_k"):
+            if getattr(teacher, key) != getattr(shared, key):
+                raise ConfigError(
+                    f"teachers.{name}.{key}={getattr(teacher, key)}: all teachers of a run draw alike; set "
+                    f"teacher.{key} or rollout.rule.teacher"
+                )
+    for name in config.resources.teachers:
+        if name not in config.teachers:
+            known = ", ".join(config.teachers) or "none"
+            raise ConfigError(f"resources.teachers.{name}: there is no such teacher; teachers has {known}")
+    if any(config.of_teacher(name).teacher.attach for name in config.teacher_names) and config.run.mode != "ray":
+        raise ConfigError(f"teacher.attach needs a cluster, run.mode is {config.run.mode}; set run.mode: ray")
 
 
 def _anchor_data(config: Config, folder: Path) -> Config:
@@ -227,6 +258,7 @@ def _unknown(key: str, value: str, known: tuple[str, ...], other: str) -> str:
 
 
 _STAGES = ("train", "stages")
+_TAGS = ("<number>", "<span>")  # of sections.Count
 _KINDS = {"tuple_type": "give a list", "model_type": "give a group of keys", "dict_type": "give a group of keys"}
 
 
@@ -235,7 +267,7 @@ def _explain(error: ValidationError) -> str:
     # what stages inherit is wrong once, not once a stage
     errors = [each for each in error.errors() if each["loc"][:2] != _STAGES or repr(each["input"]) not in own]
     first = errors[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(str(part) for part in first["loc"] if part not in _TAGS)
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _known_keys(first["loc"])

@@ -234,7 +234,7 @@ def room(config: Config, shapes: dict[str, Shape]) -> Iterator[Finding]:
     if not resources.is_private(config):
         return
     on_gpus = {role for role in parts if getattr(config.resources, role).num_gpus}
-    needed = sum((total(parts[role]) + LIBRARIES) * numbers[role] for role in parts if role not in on_gpus)
+    needed = sum((total(parts[role]) + LIBRARIES) * numbers.get(role, 0) for role in parts if role not in on_gpus)
     there = _available()
     told = f"about {needed / GIB:.3g} GiB of {there / GIB:.3g} free"
     remedy = "lower learner.micro_batch_tokens, teacher.max_sessions or rollout.batch_size (see `switchkd plan`)"

@@ -110,21 +110,23 @@ def with_weights(ready: Ready, index: int) -> Iterator[Finding]:
     run = ready.config.run.model_copy(update={"mode": "inprocess"})
     learner = ready.config.learner.model_copy(update={"num_ranks": 1})
     config = ready.config.model_copy(update={"run": run, "learner": learner})
-    teacher: Any = None
-    head = None
-    if config.needs_teacher:
-        teacher = make_teacher(config)
+    teachers: dict[str, Any] = {}
+    for name in config.teacher_names:
+        own = config.of_teacher(name)
+        teacher = make_teacher(own)
         head = teacher.head_arrays()
         tokens = ready.prompts.prompts[0].token_ids[:_MOST_TOKENS]
-        yield determinism(config, teacher, None if head is None else LinearHead.from_arrays(head), tokens)
-    worker = make_worker(config, 0, teacher, head, ready.stop_ids)
+        yield determinism(own, teacher, None if head is None else LinearHead.from_arrays(head), tokens)
+        teachers[name] = (teacher, head)
+    heads = {name: head for name, (_, head) in teachers.items() if head is not None}
+    worker = make_worker(config, 0, teachers, ready.stop_ids)
     started = time.perf_counter()
     ((_, rollout),) = written(ready, worker, 1, index)
     yield _written(rollout, time.perf_counter() - started)
     if config.teacher.backend == "vllm" and config.needs_teacher:  # it and DeepSpeed do not bear each other
         yield ok("dry pass", "the learner is left out: it has a process of its own beside vLLM's")
         return
-    yield _trained(config, index, {} if head is None else {"": head}, rollout)
+    yield _trained(config, index, heads, rollout)
 
 
 def determinism(config: Config, teacher: Teacher, head: LinearHead | None, tokens: np.ndarray) -> Finding:

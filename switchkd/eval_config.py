@@ -43,7 +43,8 @@ def eval_config(
     raw["rollout"]["rule"] = {"type": "student"}
     raw["train"] = {"stages": [_WITH_TEACHER if compared else _NO_TEACHER]}
     if teacher:
-        raw["teacher"]["path"] = teacher
+        raw["teacher"] |= {"path": teacher, "attach": ""}
+        raw["teachers"], raw["resources"]["teachers"] = {}, {}
     if data:
         raw["eval"]["data"] = str(Path(data).expanduser().resolve()) if Path(data).expanduser().exists() else data
     if not raw["eval"]["data"]:

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -119,11 +119,17 @@ class LearnerHandle(Protocol):
         """End what is left of it and start it anew, with the student's first weights."""
 
 
+Tend = Callable[[float, float], list[str]]
+"""Called after each step with the seconds that the learner waited for rollouts and that the step took: lets pools grow
+or shrink. What happened, in words."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class House:
-    workers: list[WorkerHandle]
+    workers: Sequence[WorkerHandle]  # may grow and shrink at its end, in `tend` only
     replay: ReplayHandle
     learner: LearnerHandle
     pulses: Callable[[], list[Pulse]]
     """Of every actor, whatever it is doing."""
     close: Callable[[], None]
+    tend: Tend = field(default=lambda waited_s, elapsed_s: [])

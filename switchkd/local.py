@@ -10,9 +10,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from switchkd.assembly import Gang, LearnerRank, make_teacher, make_worker
+from switchkd import resources
+from switchkd.assembly import Gang, LearnerRank, Teachers, make_teacher, make_worker
 from switchkd.config import ConfigError
-from switchkd.engines.heads import HeadArrays
 from switchkd.house import House, Pulse, Weights
 from switchkd.replay_service import ReplayService, make_replay
 from switchkd.sections import Config
@@ -77,25 +77,29 @@ class DirectWorker:
 
 def check_single(config: Config) -> None:
     """ConfigError for what one process cannot be."""
-    if config.learner.num_ranks > 1 or config.rollout.num_workers > 1 or config.teacher.replicas > 1:
-        raise ConfigError(
-            f"run.mode=inprocess is one process: learner.num_ranks={config.learner.num_ranks}, "
-            f"rollout.num_workers={config.rollout.num_workers}, teacher.replicas={config.teacher.replicas} must be 1; "
-            "take run.mode=ray"
-        )
-    if config.teacher.backend == "vllm":  # two owners of one process's torch.distributed
-        raise ConfigError(
-            "run.mode=inprocess puts vLLM and DeepSpeed into one process, which they do not share; take run.mode=ray, "
-            "or teacher.backend=hf"
-        )
+    numbers = resources.counts(config)
+    if max(numbers.values()) > 1:
+        asked = ", ".join(f"{resources.key_of(role)}={num}" for role, num in reversed(numbers.items()))
+        raise ConfigError(f"run.mode=inprocess is one process: {asked} must be 1; take run.mode=ray")
+    for name in config.teacher_names:
+        if config.of_teacher(name).teacher.backend == "vllm":  # two owners of one process's torch.distributed
+            raise ConfigError(
+                "run.mode=inprocess puts vLLM and DeepSpeed into one process, which they do not share; take "
+                f"run.mode=ray, or {resources.role_of(name)}.backend=hf"
+            )
+
+
+def make_teachers(config: Config) -> Teachers:
+    """All of them, in this process."""
+    found = {name: make_teacher(config.of_teacher(name)) for name in config.teacher_names}
+    return {name: (teacher, teacher.head_arrays()) for name, teacher in found.items()}
 
 
 def build_house(config: Config, run_dir: Path, stop_ids: frozenset[int]) -> House:
-    teacher = make_teacher(config) if config.needs_teacher else None
-    head = teacher.head_arrays() if teacher is not None else None
-    heads: dict[str, HeadArrays] = {} if head is None else {"": head}
+    teachers = make_teachers(config)
+    heads = {name: head for name, (_, head) in teachers.items() if head is not None}
     replay = make_replay(config, run_dir)
-    worker = make_worker(config, 0, teacher, head, stop_ids)
+    worker = make_worker(config, 0, teachers, stop_ids)
     learner = LearnerRank(config, Gang(), heads, replay.fetch)
     return House(
         workers=[DirectWorker(worker, replay)],

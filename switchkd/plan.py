@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from switchkd import resources
+from switchkd.config import ConfigError
 from switchkd.model_shape import Shape, shapes
 from switchkd.plan_costs import Costs
 from switchkd.plan_memory import BYTES, GIB, Parts, memory, total
@@ -64,6 +65,11 @@ class Plan:
 
 def make_plan(config: Config, stage: Stage, costs: Costs | None = None) -> Plan:
     """Raises ConfigError for models whose config cannot be read."""
+    if config.needs_teacher and "teacher" not in resources.counts(config):
+        raise ConfigError(
+            "a plan counts the run's own only teacher; this config has several, or one that is served elsewhere: plan "
+            "with teachers={} teacher.attach= and the teacher in question as teacher.path"
+        )
     found, numbers = shapes(config), resources.counts(config)
     now = None
     gains: dict[str, float] = {}
@@ -93,7 +99,7 @@ def shared_cores(config: Config) -> int:
     import os
 
     roles = resources.counts(config)
-    on_gpus = any(getattr(config.resources, role).num_gpus for role in roles)
+    on_gpus = any(resources.of_role(config, role).num_gpus for role in roles)
     return 0 if on_gpus or not resources.is_private(config) else os.cpu_count() or 1
 
 

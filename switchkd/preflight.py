@@ -17,11 +17,12 @@ from switchkd.backend import check_backend, positions_beyond
 from switchkd.build import build_loss, build_rule, check_topk
 from switchkd.config import ConfigError
 from switchkd.demo import HUB_TIMEOUT_S
-from switchkd.engines.loading import load_tokenizer, refuse_own_code, same_tokenizer, stop_ids
+from switchkd.engines.loading import load_tokenizer, refuse_own_code, same_tokenizer, shared_vocab, stop_ids
 from switchkd.examination import WITH_TEACHER
 from switchkd.model_folder import check_model_folder, looks_local
 from switchkd.prompts import PromptSet, answer_end, eval_data, load_prompts
 from switchkd.resolve import reads_teacher, resolve_models
+from switchkd.resources import role_of
 from switchkd.sections import Config, Model, Stage, Teacher
 
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "*.py"]
@@ -47,13 +48,33 @@ def prepare(config: Config) -> Ready:
     tokenizer, ends = check_models(config)
     stop_id = answer_end(config.data, tokenizer, ends)
     needs = any(stage.mix.dataset > 0 and stage.steps for stage in config.train.stages)
-    prompts = load_prompts(config.data, tokenizer, stop_id=stop_id, need_references=needs)
+    names = tuple(config.teachers) if config.needs_teacher else ()
+    prompts = load_prompts(config.data, tokenizer, stop_id=stop_id, need_references=needs, teachers=names)
     evaluated = None
     if config.eval.data:
-        evaluated = load_prompts(eval_data(config), tokenizer, stop_id=stop_id)
+        evaluated = load_prompts(eval_data(config), tokenizer, stop_id=stop_id, teachers=names)
     return Ready(
         config=config, tokenizer=tokenizer, stop_ids=ends, stop_id=stop_id, prompts=prompts, eval_prompts=evaluated
     )
+
+
+def prepare_teacher(config: Config) -> tuple[Config, int]:
+    """What `serve-teacher` needs to know: the config with the teacher's folder, and the vocabulary's size. Raises
+    ConfigError."""
+    if config.teachers:
+        raise ConfigError(
+            f"serve-teacher serves one: the config has teachers {', '.join(config.teachers)}; set teacher instead"
+        )
+    if config.teacher.attach:
+        raise ConfigError(f"teacher.attach={config.teacher.attach}: serve-teacher starts a teacher; leave attach empty")
+    if not config.needs_teacher:
+        raise ConfigError("no stage of this config needs a teacher; there is nothing to serve")
+    check_backend(config)
+    _check_teacher_folder(config.teacher, "teacher")
+    config = resolve_models(config)
+    tokenizer = _tokenizer(config.teacher, "teacher.path")
+    _check_model(config, _read_config(config.teacher, "teacher.path"), config.teacher, "teacher")
+    return config, shared_vocab(tokenizer)
 
 
 # --- from the config and the disk ------------------------------------------------------------------------------------
@@ -62,19 +83,26 @@ def prepare(config: Config) -> Ready:
 def check(config: Config) -> None:
     """What can be said without a model in memory. Raises ConfigError."""
     _check_run_dir(config)
-    check_backend(config)
+    for name in config.teacher_names or ("",):
+        check_backend(config.of_teacher(name))
     for index, stage in enumerate(config.train.stages):
         try:
             _check_stage(stage)
-            check_topk(stage, config.teacher)
+            for name in config.teacher_names:
+                check_topk(stage, config.of_teacher(name).teacher)
         except ConfigError as error:
             raise ConfigError(f"train.stages.{index} ({stage.name}): {error}") from None
     _check_eval(config)
     _check_data(config)
-    if reads_teacher(config) and config.teacher.path != "demo":
-        check_model_folder(config.teacher.path, "teacher.path")
+    for name in config.teacher_names or ("",) * reads_teacher(config):
+        _check_teacher_folder(config.of_teacher(name).teacher, role_of(name))
     if config.student.cut is None and config.student.path != "demo":
         check_model_folder(config.student.path, "student.path")
+
+
+def _check_teacher_folder(teacher: Teacher, role: str) -> None:
+    if teacher.path != "demo" and not teacher.attach:  # who serves it has the weights
+        check_model_folder(teacher.path, f"{role}.path")
 
 
 def _check_run_dir(config: Config) -> None:
@@ -152,12 +180,13 @@ def check_models(config: Config) -> tuple[Any, frozenset[int]]:
     student = _tokenizer(config.student, "student.path")
     ends: frozenset[int] = frozenset()
     roles: list[tuple[str, Model]] = [("student", config.student)]
-    if config.needs_teacher:
-        roles.append(("teacher", config.teacher))
-        difference = same_tokenizer(_tokenizer(config.teacher, "teacher.path"), student)
+    for name in config.teacher_names:
+        role, teacher = role_of(name), config.of_teacher(name).teacher
+        roles.append((role, teacher))
+        difference = same_tokenizer(_tokenizer(teacher, f"{role}.path"), student)
         if difference:
             raise ConfigError(
-                f"teacher.path={config.teacher.path} and student.path={config.student.path} need one tokenizer: "
+                f"{role}.path={teacher.path} and student.path={config.student.path} need one tokenizer: "
                 f"{difference}; choose models of one family"
             )
     for role, section in roles:

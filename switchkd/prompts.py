@@ -57,15 +57,18 @@ def eval_data(config: Config) -> Data:
     return config.data.model_copy(update=own)
 
 
-def load_prompts(data: Data, tokenizer: Any, *, stop_id: int, need_references: bool = False) -> PromptSet:
-    """Read `data.path` and tokenize it. `stop_id` ends every reference (see `answer_end`).
+def load_prompts(
+    data: Data, tokenizer: Any, *, stop_id: int, need_references: bool = False, teachers: Sequence[str] = ()
+) -> PromptSet:
+    """Read `data.path` and tokenize it. `stop_id` ends every reference (see `answer_end`). Where there are several
+    `teachers`, `teacher_field` of each row names one of them.
 
     Prompts that are empty or over `max_prompt_tokens` are skipped and counted, rows without a reference too where
     references are needed. Raises ConfigError, for more than `max_skipped_frac` of them as well.
     """
     _check_template(data, tokenizer)
     records = read_records(data)
-    rows = [_Row.read(record, data, need_references) for record in records]
+    rows = [_Row.read(record, data, need_references, teachers) for record in records]
     texts = [_templated(row, data, tokenizer) for row in rows]
     prompt_ids = _tokenize(tokenizer, texts, whole=not _writes_start(data, tokenizer))
     reference_ids = _tokenize(tokenizer, [row.reference for row in rows], whole=False)
@@ -112,7 +115,7 @@ class _Row:
     teacher: str
 
     @classmethod
-    def read(cls, record: Record, data: Data, need_references: bool) -> _Row:
+    def read(cls, record: Record, data: Data, need_references: bool, teachers: Sequence[str]) -> _Row:
         fields = record.fields
         if data.messages_field:
             messages, reference = _conversation(record, data.messages_field)
@@ -128,7 +131,7 @@ class _Row:
             reference=reference or (references[0] if references else ""),
             references=references,
             answer=record.text("answer") if data.reference_field != "answer" else "",
-            teacher=record.text("teacher"),
+            teacher=_teacher(record, data.teacher_field, teachers) if teachers else "",
         )
 
     @property
@@ -146,6 +149,16 @@ class _Row:
             answer=self.answer,
             teacher=self.teacher,
         )
+
+
+def _teacher(record: Record, field: str, teachers: Sequence[str]) -> str:
+    name = record.text(field)
+    if name not in teachers:
+        raise ConfigError(
+            f"{record.where}: field {field!r} (data.teacher_field) is {name!r}, no name in teachers: "
+            f"{', '.join(teachers)}; mend the row, add the teacher, or name another field"
+        )
+    return name
 
 
 def _conversation(record: Record, field: str) -> tuple[tuple[dict[str, str], ...], str]:

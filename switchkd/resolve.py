@@ -23,13 +23,18 @@ def resolve_models(config: Config) -> Config:
     """The config with `demo` replaced by the fetched folder and a `cut` made (once, in the user's cache). Both stay on
     this machine: on a cluster without a shared home set $SWITCHKD_CACHE to shared storage."""
     teacher, student = config.teacher, config.student
-    if reads_teacher(config) and teacher.path == "demo":
+    several = dict(config.teachers)
+    for name, each in several.items():
+        if config.needs_teacher and each.path == "demo":
+            several[name] = each.model_copy(update={"path": str(fetch_demo())})
+    only = not several or student.cut is not None  # else nobody reads it
+    if reads_teacher(config) and only and teacher.path == "demo":
         teacher = teacher.model_copy(update={"path": str(fetch_demo())})
     if student.cut is not None:
         student = student.model_copy(update={"path": str(cut_student(teacher, student.cut)), "cut": None})
     elif student.path == "demo":
         student = student.model_copy(update={"path": str(fetch_demo())})
-    return config.model_copy(update={"teacher": teacher, "student": student})
+    return config.model_copy(update={"teacher": teacher, "teachers": several, "student": student})
 
 
 def cut_student(teacher: Model, cut: Cut) -> Path:

@@ -11,15 +11,36 @@ import os
 from collections.abc import Mapping
 
 from switchkd.config import ConfigError
-from switchkd.sections import Config, Resources
+from switchkd.sections import Config, Resources, Span
 
-_KEYS = {"teacher": "teacher.replicas", "rollout": "rollout.num_workers", "learner": "learner.num_ranks"}
+ROLES = ("teacher", "rollout", "learner")
+
+
+def spans(config: Config) -> dict[str, Span]:
+    """Processes of each role that the run starts itself: none of a teacher that runs already (`teacher.attach`) or that
+    no stage needs. One of several teachers is a role of its own, `teachers.NAME`."""
+    found = {}
+    for name in config.teacher_names:
+        teacher = config.of_teacher(name).teacher
+        if not teacher.attach:
+            found[role_of(name)] = Span.of(teacher.replicas)
+    return {**found, "rollout": Span.of(config.rollout.num_workers), "learner": Span.of(config.learner.num_ranks)}
+
+
+def role_of(teacher: str) -> str:
+    return f"teachers.{teacher}" if teacher else "teacher"
+
+
+def key_of(role: str) -> str:
+    """The key that says how many processes a role has."""
+    return {"rollout": "rollout.num_workers", "learner": "learner.num_ranks"}.get(role, f"{role}.replicas")
 
 
 def counts(config: Config) -> dict[str, int]:
-    """Processes of each role; no teacher where no stage needs one."""
-    found = {"rollout": config.rollout.num_workers, "learner": config.learner.num_ranks}
-    return {"teacher": config.teacher.replicas, **found} if config.needs_teacher else found
+    """Processes of each role that there must be room for: as many as it starts with; on a private cluster, whose cores
+    are shared out once, as many as it may become."""
+    private = is_private(config)
+    return {role: span.max if private else span.min for role, span in spans(config).items()}
 
 
 def is_private(config: Config) -> bool:
@@ -30,13 +51,20 @@ def is_private(config: Config) -> bool:
 
 def of_role(config: Config, role: str, cores: int | None = None) -> Resources:
     """One process's share, with nothing left null. `cores` is for tests."""
-    given: Resources = getattr(config.resources, role)
+    given = _given(config, role)
     cores = cores or os.cpu_count() or 1
     num_cpus = given.num_cpus
     if num_cpus is None:
         num_cpus = min(1.0, _even_share(config, cores)) if is_private(config) else 1.0
     threads = given.threads or _threads(config, role, num_cpus, cores)
-    return Resources(num_cpus=num_cpus, num_gpus=given.num_gpus, threads=threads)
+    return Resources(num_cpus=num_cpus, num_gpus=given.num_gpus, threads=threads, labels=given.labels)
+
+
+def _given(config: Config, role: str) -> Resources:
+    if role in ROLES:
+        found: Resources = getattr(config.resources, role)
+        return found
+    return config.of_teacher(role.removeprefix("teachers.")).resources.teacher
 
 
 def _even_share(config: Config, cores: int) -> float:
@@ -44,7 +72,7 @@ def _even_share(config: Config, cores: int) -> float:
     exactly."""
     left, sharing = float(cores), 0
     for role, number in counts(config).items():
-        each = getattr(config.resources, role).num_cpus
+        each = _given(config, role).num_cpus
         if each is None:
             sharing += number
         else:
@@ -61,8 +89,7 @@ def _threads(config: Config, role: str, num_cpus: float, cores: int) -> int:
     if role == "learner":
         alone = config.replay.max_staleness == 0
         return max(1, cores // number["learner"] if alone else cores // sum(number.values()))
-    writers = number["rollout"] + number.get("teacher", 0)
-    return max(1, cores // writers)
+    return max(1, cores // (sum(number.values()) - number["learner"]))
 
 
 def total(config: Config, cores: int | None = None) -> dict[str, dict[str, float]]:
@@ -82,7 +109,7 @@ def check(config: Config, available: Mapping[str, float]) -> None:
     cores = int(available.get("CPU", 0.0))
     asked = total(config, cores or None)
     for role, number in counts(config).items() if is_private(config) else ():
-        if getattr(config.resources, role).num_cpus is None and number > cores:
+        if _given(config, role).num_cpus is None and number > cores:
             raise ConfigError(_missing(config, "CPU", number, cores, {role: {"CPU": float(number)}}))
     for resource in ("CPU", "GPU"):
         there = available.get(resource, 0.0)
@@ -96,7 +123,7 @@ def _missing(
 ) -> str:
     number = counts(config)
     listed = ", ".join(
-        f"{part[resource]:g} for {_KEYS[role]}={number[role]}" for role, part in asked.items() if part[resource]
+        f"{part[resource]:g} for {key_of(role)}={number[role]}" for role, part in asked.items() if part[resource]
     )
     where = "machine" if is_private(config) else "cluster"
     waiting = "" if is_private(config) else f", add nodes, or raise cluster.wait_s={config.cluster.wait_s:g}"

@@ -11,14 +11,14 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
 from switchkd import local, resources
-from switchkd.assembly import make_teacher, make_worker
+from switchkd.assembly import make_worker
 from switchkd.checkpoint import RunFolder, TrainState, open_run
 from switchkd.config import ConfigError
 from switchkd.examination import Examiner
 from switchkd.files import write_json_atomic
 from switchkd.house import House
 from switchkd.metrics import MetricsLog
-from switchkd.preflight import Ready, prepare
+from switchkd.preflight import Ready, prepare, prepare_teacher
 from switchkd.prompts import PromptStream
 from switchkd.schedule import RunPlan
 from switchkd.sections import Config, Stage
@@ -87,6 +87,7 @@ def _check_room(config: Config, log: MetricsLog) -> None:
     if config.run.mode == "inprocess":
         local.check_single(config)
     elif resources.is_private(config):
+        _check_private(config)
         environment.for_private_cluster()
     else:
         from switchkd.actors import launch
@@ -94,6 +95,22 @@ def _check_room(config: Config, log: MetricsLog) -> None:
         launch.join(config, log)
         return
     resources.check(config, _this_machine())
+
+
+def _check_private(config: Config) -> None:
+    """ConfigError for what only a joined cluster has."""
+    for role in resources.counts(config):
+        if labels := resources.of_role(config, role).labels:
+            raise ConfigError(
+                f"resources.{role}.labels={labels}: nodes of a joined cluster have labels, a private cluster has none; "
+                "set cluster.address or remove them"
+            )
+    for name in config.teacher_names:
+        if wanted := config.of_teacher(name).teacher.attach:
+            raise ConfigError(
+                f"{resources.role_of(name)}.attach={wanted} needs the cluster on which that teacher is served: set "
+                "cluster.address (auto, host:port) or start the run there as a job"
+            )
 
 
 def _this_machine() -> dict[str, float]:
@@ -176,6 +193,29 @@ def _worker(ready: Ready) -> Worker:
     """One that has this process, and with it all cores, to itself."""
     run = ready.config.run.model_copy(update={"mode": "inprocess"})
     config = ready.config.model_copy(update={"run": run})
-    teacher = make_teacher(config) if config.needs_teacher else None
-    head = teacher.head_arrays() if teacher is not None else None
-    return make_worker(config, 0, teacher, head, ready.stop_ids)
+    return make_worker(config, 0, local.make_teachers(config), ready.stop_ids)
+
+
+def serve_teacher(config: Config, name: str) -> int:
+    """Start a named teacher on the cluster that the config joins; the number of its replicas. Raises ConfigError."""
+    wanted, vocab_size = prepare_teacher(config)
+    if resources.is_private(wanted):
+        raise ConfigError(
+            "serve-teacher needs a cluster that outlives it: set cluster.address (auto, host:port) or start it as a job"
+        )
+    from switchkd.actors import launch, serve
+
+    log = MetricsLog(wanted.metrics)
+    try:
+        launch.connect(wanted.cluster.address)
+        return serve.serve(wanted, name, vocab_size, log.note)
+    finally:
+        log.close()
+
+
+def stop_teacher(name: str, address: str) -> None:
+    """End a teacher that `serve_teacher` started on the cluster at this address. Raises ConfigError."""
+    from switchkd.actors import launch, serve
+
+    launch.connect(address)
+    serve.stop(name)

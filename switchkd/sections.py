@@ -11,10 +11,13 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
+    field_validator,
     model_validator,
 )
 
@@ -31,6 +34,31 @@ class Section(BaseModel):
     """A group of keys. Unknown keys are errors; values do not change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Span(Section):
+    """A pool that grows and shrinks between two numbers of processes (see `scaling.py`)."""
+
+    min: PositiveInt = 1
+    max: PositiveInt
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Span:
+        if self.min > self.max:
+            raise ValueError(f"min={self.min} is above max={self.max}; swap them")
+        return self
+
+    @classmethod
+    def of(cls, count: int | Span) -> Span:
+        """A plain number neither grows nor shrinks."""
+        return count if isinstance(count, Span) else cls(min=count, max=count)
+
+
+Count = Annotated[
+    Annotated[PositiveInt, Tag("<number>")] | Annotated[Span, Tag("<span>")],
+    Discriminator(lambda value: "<span>" if isinstance(value, dict | Span) else "<number>"),
+]
+"""A number of processes, or `{min: 1, max: 4}`."""
 
 
 class Run(Section):
@@ -87,7 +115,12 @@ class Teacher(Model):
     decide: Literal["interval", "coarse"] = "interval"
     """With `topk`: `interval` decides what is certain and asks for the hidden state of the rest, so that the tokens are
     those of whole rows; `coarse` takes the tail as one bin, asks nothing, and marks rollouts approximate."""
-    replicas: PositiveInt = 1
+    replicas: Count = 1
+    """A number, or `{min: 1, max: 4}`: one is added while calls wait for it, one is drained while the others would
+    do."""
+    attach: str = ""
+    """Use the running teacher of this name (`switchkd serve-teacher`) instead of starting one. `path` must name the
+    same model."""
     max_sessions: PositiveInt = 64
     lease_s: PositiveFloat = 600.0
     """A session not used for so long is forgotten."""
@@ -119,6 +152,8 @@ class Data(Section):
     split: str = "train"
     prompt_field: str = "prompt"
     reference_field: str = "reference"
+    teacher_field: str = "teacher"
+    """With `teachers`: the field that names a prompt's teacher."""
     messages_field: str | None = None
     """A field of chat messages; the last assistant message is the reference."""
     template: str | None = None
@@ -285,7 +320,9 @@ class Learner(Section):
 
 class RolloutSection(Section):
     rule: Rule = Rule()
-    num_workers: PositiveInt = 1
+    num_workers: Count = 1
+    """A number, or `{min: 1, max: 4}`: one is added while the learner waits and tasks wait for a row, one is drained
+    while the others would do."""
     batch_size: PositiveInt = 8
     """Rows that one worker holds: sequences that it writes at the same time."""
     max_new_tokens: PositiveInt = 128
@@ -338,7 +375,7 @@ class Cluster(Section):
     address: str = ""
     """Of a running Ray cluster (`auto`, `host:port`). Empty: the submitted job's, else a private one here."""
     wait_s: float = Field(0.0, ge=0)
-    """Wait so long for a cluster to grow to what the run needs."""
+    """Wait so long for a cluster to grow to what the run needs, or for others to leave it."""
     object_store_gb: PositiveFloat = 0.5
 
 
@@ -348,22 +385,35 @@ class Resources(Section):
     num_cpus: float | None = Field(None, ge=0)
     """Null: 1, and on a private cluster an even share of this machine."""
     num_gpus: float = Field(0.0, ge=0)
+    """All of them on one node; a share of one (0.5), or a whole number."""
     threads: PositiveInt | None = None
     """CPU threads. Null: see `resources.py`."""
     labels: dict[str, str] = {}
-    """Ray node labels that the process's node must have, such as `switchkd.io/role: teacher`."""
+    """Ray node labels that every process of the role asks for, such as `switchkd.io/role: teacher`."""
+
+    @field_validator("num_gpus")
+    @classmethod
+    def _whole(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError("above 1 it must be a whole number of GPUs")
+        return value
 
 
 class ResourcesOfRoles(Section):
     teacher: Resources = Resources()
     rollout: Resources = Resources()
     learner: Resources = Resources()
+    teachers: dict[str, Resources] = {}
+    """Of single ones of `teachers`, by name, instead of `teacher`."""
 
 
 class Config(Section):
     seed: int = 0
     run: Run
     teacher: Teacher = Teacher()
+    teachers: dict[str, Teacher] = {}
+    """Several, by name: `data.teacher_field` of a prompt says which one steps in. What one leaves out it takes from
+    `teacher`."""
     student: Student = Student()
     data: Data = Data()
     rollout: RolloutSection = RolloutSection()
@@ -383,3 +433,17 @@ class Config(Section):
     @property
     def num_steps(self) -> int:
         return sum(stage.steps for stage in self.train.stages)
+
+    @property
+    def teacher_names(self) -> tuple[str, ...]:
+        """Of `teachers`; the only one has the name ""; none where no stage needs one."""
+        return (tuple(self.teachers) or ("",)) if self.needs_teacher else ()
+
+    def of_teacher(self, name: str) -> Config:
+        """The config as a run with this one teacher alone would have it."""
+        if name not in self.teachers:
+            return self
+        resources = self.resources.model_copy(
+            update={"teacher": self.resources.teachers.get(name, self.resources.teacher), "teachers": {}}
+        )
+        return self.model_copy(update={"teacher": self.teachers[name], "teachers": {}, "resources": resources})

@@ -285,17 +285,20 @@ class Trainer:
     ) -> None:
         self.dispatch.collect()
         now = time.monotonic()
+        step_s = now - self.last_step_end
         reports, self.dispatch.reports = self.dispatch.reports, []
         row = {
             "stage": self.plan.stage(step).name,
             **step_row(result, entries, reports, staleness),
-            "time/step_s": now - self.last_step_end,
+            "time/step_s": step_s,
             "time/wait_rollouts_s": waited,
             **({"rollout/num_set_aside": len(self.aside.ids)} if self.aside.ids else {}),
         }
         self.last_step_end = now
         self.log.step(step, row)
         self._warn(self.watch.step(row, self._written(entries), self.plan.stage(step).rule))
+        for told in self.house.tend(waited, step_s):
+            self.log.note(told)
 
     def _warn(self, lines: list[str]) -> None:
         for line in lines:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -25,15 +25,18 @@ _REFERENCES, _GREEDY = 1 << 40, 1 << 41
 
 
 class Worker:
+    """`writers`: by teacher, all with the same student."""
+
     def __init__(
         self,
-        rollouts: RolloutWorker,
+        writers: Mapping[str, RolloutWorker],
         modes: Sequence[StageModes],
         decode: Callable[[Sequence[int]], str],
         *,
         index: int = 0,
     ) -> None:
-        self.rollouts = rollouts
+        self.writers = dict(writers)
+        self.rollouts = next(iter(self.writers.values()))  # what it knows of the student holds for all
         self.modes = list(modes)
         self.decode = decode
         self.index = index
@@ -46,14 +49,14 @@ class Worker:
     @property
     def beats(self) -> int:
         """Grows while it writes or reads."""
-        return self.rollouts.num_rounds + self.rollouts.calls.num_calls
+        return sum(writer.num_rounds + writer.calls.num_calls for writer in self.writers.values())
 
     def load_weights(self, bundle: WeightBundle) -> None:
         self.rollouts.load_weights(bundle)
 
     def generate(self, tasks: Sequence[Task], put: Put) -> WorkReport:
         """Write all tasks; each finished rollout goes to `put` at once."""
-        started, calls = time.monotonic(), self.rollouts.calls.num_calls
+        started, calls = time.monotonic(), self._num_calls()
         tally: Counter[str] = Counter()
         tail = 0.0
 
@@ -78,7 +81,7 @@ class Worker:
             modes = self.modes[stage]
             part = [task for task in tasks if task.stage == stage]
             unc = modes.rollout.wants_uncertainty
-            self.rollouts.run(
+            self._run(
                 [Job(task=t, mode=modes.of(t.origin), scored=modes.scored, wants_uncertainty=unc) for t in part], emit
             )
         return WorkReport(
@@ -87,7 +90,7 @@ class Worker:
             num_rollouts=tally["rollouts"],
             num_tokens=tally["tokens"],
             num_teacher_tokens=tally["teacher"],
-            num_teacher_calls=self.rollouts.calls.num_calls - calls,
+            num_teacher_calls=self._num_calls() - calls,
             num_near_ties=tally["ties"],
             signal_bytes=tally["bytes"],
             time_s=time.monotonic() - started,
@@ -97,6 +100,25 @@ class Worker:
             tail_mass=tail,
             num_topk_tokens=tally["topk"],
         )
+
+    def _run(self, jobs: Sequence[Job], emit: Put) -> None:
+        """Each with its own teacher, one teacher after the other."""
+        for writer, part in self._shares(jobs):
+            writer.version = self.rollouts.version
+            try:
+                writer.run(part, emit)
+            finally:
+                self.rollouts.version = writer.version  # it may have taken newer weights in
+
+    def _shares(self, jobs: Sequence[Job]) -> list[tuple[RolloutWorker, list[Job]]]:
+        names = sorted({job.task.prompt.teacher for job in jobs})
+        return [(self._of(name), [job for job in jobs if job.task.prompt.teacher == name]) for name in names]
+
+    def _of(self, teacher: str) -> RolloutWorker:
+        return self.writers.get(teacher, self.rollouts)
+
+    def _num_calls(self) -> int:
+        return sum(writer.calls.num_calls for writer in self.writers.values())
 
     def examine(self, exam: Exam) -> list[EvalRow]:
         """The student alone: its text per seed, and beside the teacher on references and on its own greedy text."""
@@ -127,7 +149,7 @@ class Worker:
         def emit(done: list[Rollout]) -> None:
             found.update({rollout.rollout_id: rollout for rollout in done})
 
-        self.rollouts.run([Job(task=_task(i, prompt), mode=mode, scored=False) for i, prompt in exam.prompts], emit)
+        self._run([Job(task=_task(i, prompt), mode=mode, scored=False) for i, prompt in exam.prompts], emit)
         return found
 
     def _beside_teacher(self, exam: Exam, greedy: dict[int, Rollout]) -> list[EvalRow]:
@@ -138,6 +160,7 @@ class Worker:
                 text=prompt.text,
                 token_ids=prompt.token_ids,
                 reference_ids=greedy[index].token_ids,
+                teacher=prompt.teacher,
             )
             on_reference = self._compare(_task(_REFERENCES + index, prompt))
             on_greedy = self._compare(_task(_GREEDY + index, own))
@@ -163,14 +186,15 @@ class Worker:
         num = len(task.prompt.reference_ids)
         if num == 0:
             return 0, 0, 0.0
-        signal = self.rollouts.references.exact(task)
+        writer = self._of(task.prompt.teacher)
+        signal = writer.references.exact(task)
         ids = np.concatenate([task.prompt.token_ids, task.prompt.reference_ids]).astype(np.int32)
         student = self.rollouts.student
         hidden = student.extend(np.array([0]), np.array([0], np.int32), ids, np.array([len(ids)], np.int32))
         hidden = hidden[len(ids) - num - 1 : len(ids) - 1]
         agree, divergence = 0, 0.0
         for i in range(0, num, chunk):
-            p_logits = self.rollouts.reader.logits_of(replace(signal, values=signal.values[i : i + chunk]))
+            p_logits = writer.reader.logits_of(replace(signal, values=signal.values[i : i + chunk]))
             q_logits = student.head.logits(hidden[i : i + chunk])
             agree += int(agreement(p_logits, q_logits).sum())
             divergence += float(per_row(forward_kl, p_logits, q_logits).sum())

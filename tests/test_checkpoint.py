@@ -371,7 +371,7 @@ def test_resume_refuses_what_changes_the_run(tmp_path, sections, key, old, new):
         {"run": {"mode": "inprocess"}},
         {"rollout": {"num_workers": 3, "batch_size": 2, "block_size": 8, "lead": "lockstep"}},
         {"teacher": {"replicas": 2, "max_sessions": 9, "device": "cpu"}, "student": {"device": "cpu"}},
-        {"resources": {role: {"num_cpus": 0.5, "num_gpus": 1.0, "threads": 3} for role in ROLES}},
+        {"resources": {role: {"num_cpus": 0.5, "num_gpus": 1.0, "threads": 3, "labels": {"a": "b"}} for role in ROLES}},
         {"cluster": {"address": "1.2.3.4", "wait_s": 9.0}, "metrics": {"log_every": 7}, "checkpoint": {"keep_last": 1}},
         {"learner": {"timeout_s": 5.0, "micro_batch_tokens": 1}, "eval": {"every": 9}},
         {"train": {"checkpoint_every": 1}},

@@ -29,13 +29,13 @@ def load(path: str, tokenizer, need_references: bool = False, **data):
 
 def test_fields_template_and_stop_id(tmp_path, tokenizer):
     """A row becomes the chat-templated prompt, the reference with the stop id, and its extra fields."""
-    row = {"id": 7, "prompt": "hi there", "reference": "yes", "references": ["yes", "ok"], "answer": 42, "teacher": "t"}
+    row = {"id": 7, "prompt": "hi there", "reference": "yes", "references": ["yes", "ok"], "answer": 42}
     loaded = load(jsonl(tmp_path, row), tokenizer)
     (prompt,) = loaded.prompts
     assert tokenizer.decode(prompt.token_ids) == "<user>hi there<assistant>"
     assert tokenizer.decode(prompt.reference_ids) == "yes<eos>" and prompt.reference_ids[-1] == EOS
     assert (prompt.prompt_id, prompt.text, prompt.references) == ("7", "hi there", ("yes", "ok"))
-    assert (prompt.answer, prompt.teacher) == ("42", "t")
+    assert (prompt.answer, prompt.teacher) == ("42", "")
     assert prompt.token_ids.dtype == prompt.reference_ids.dtype == np.int32
     assert loaded.num_skipped == 0 and loaded.report() == "1 prompts"
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from pools import Still, Thunks, fetch
 from runs import config, furnish, rollouts, steps
 from tiny import NUM_TOKENS, tiny_model
 
@@ -132,29 +132,18 @@ def test_refused_in_one_line(place: Path, monkeypatch, name: str) -> None:  # ty
         preflight.check(a_config(place, monkeypatch, stages, teacher={"path": "teacher"}))
 
 
-class _Remote:
-    """A replica whose calls are thunks, run by the stand-in for ray.get."""
-
-    def __init__(self, teacher) -> None:  # type: ignore[no-untyped-def]
-        self._teacher = teacher
-
-    def __getattr__(self, name: str):  # type: ignore[no-untyped-def]
-        method = getattr(self._teacher, name)
-        return SimpleNamespace(remote=lambda *args: lambda: method(*args))
-
-
 def test_router_passes_questions_on(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """Questions go to the sessions' replicas and come back in order; a lost session is opened again with all its
     tokens, and answers the same."""
     environment.for_private_cluster()  # must come before Ray is imported, for the tests after this one
     from switchkd.actors import teacher_router
 
-    monkeypatch.setattr(teacher_router.ray, "get", lambda thunk: thunk())
+    monkeypatch.setattr(teacher_router.ray, "get", fetch)
     replicas = [
         HFTeacher(tiny_model("llama"), vocab_size=NUM_TOKENS, max_sessions=2, max_len=64, signal="topk", top_k=4)
         for _ in range(2)
     ]
-    router = teacher_router.TeacherRouter([_Remote(replica) for replica in replicas])
+    router = teacher_router.TeacherRouter(Still({i: Thunks(replica) for i, replica in enumerate(replicas)}))
     ids = np.random.default_rng(0).integers(5, NUM_TOKENS, (3, 12)).astype(np.int32)
     names = np.array([5, 6, 7])
     for i in range(3):

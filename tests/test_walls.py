@@ -16,8 +16,8 @@ LIGHT = {"yaml", "pydantic", "typer", "numpy"}
 LAYERS = [
     ["sections", "types", "files"],
     ["config"],
-    ["resources", "algo", "backend"],
-    ["model_folder", "demo", "finding", "records", "run_lock", "engines.base", "engines.prepacked"],
+    ["resources", "scaling", "membership", "algo", "backend"],
+    ["model_folder", "demo", "finding", "records", "room", "run_lock", "engines.base", "engines.prepacked"],
     ["prompts", "schedule", "init_student", "weights", "rollout_io", "engines"],
     ["batching", "rows", "walk", "signal_rows", "questions", "certify", "pace", "propose", "teacher_calls"],
     ["references"],

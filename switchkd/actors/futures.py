@@ -26,7 +26,7 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _cause(error: BaseException) -> BaseException:
+def cause_of(error: BaseException) -> BaseException:
     """What the actor raised, not Ray's wrapping of it, where it can be told apart."""
     if isinstance(error, RayTaskError) and error.cause is not None:
         return error.cause
@@ -50,7 +50,7 @@ def of_worker(ref: Any) -> Future[Any]:
     def translated(error: BaseException) -> BaseException:
         if _is_death(error):
             return WorkerLost(first_line(error))
-        cause = _cause(error)
+        cause = cause_of(error)
         # what is not in this process's hands: actors, the object store, the network, the disk
         if isinstance(cause, RayError | StateLost | OSError):
             return Unreachable(f"{type(cause).__name__}: {first_line(cause)}")
@@ -87,7 +87,7 @@ def patient(ask: Callable[[], Any], wait_s: float = RESTART_S) -> Future[Any]:
             timer.daemon = True
             timer.start()
         else:
-            answer.set_exception(_cause(error))
+            answer.set_exception(cause_of(error))
 
     def attempt(pause_s: float) -> None:
         try:
@@ -159,17 +159,17 @@ def _settle_gang(error: BaseException, answer: Future[Any], futures: list[Future
                 time.sleep(0.1)
         if answer.done():
             return
-        stuck = isinstance(_cause(error), OSError) and not all(future.done() for future in futures)
-        answer.set_exception(StateLost(_told(error)) if stuck else _cause(error))
+        stuck = isinstance(cause_of(error), OSError) and not all(future.done() for future in futures)
+        answer.set_exception(StateLost(_told(error)) if stuck else cause_of(error))
 
     Thread(target=wait_for_others, daemon=True).start()
 
 
 def _spoils(error: BaseException) -> bool:
-    return _is_death(error) or isinstance(_cause(error), RayError | StateLost)
+    return _is_death(error) or isinstance(cause_of(error), RayError | StateLost)
 
 
 def _told(error: BaseException) -> str:
     if _is_death(error):
         return "a learner rank died"
-    return f"a learner rank failed ({type(_cause(error)).__name__}: {first_line(_cause(error))})"
+    return f"a learner rank failed ({type(cause_of(error)).__name__}: {first_line(cause_of(error))})"

@@ -24,6 +24,7 @@ GROUP = {"health": 1}
 """Goes into `concurrency_groups` of every actor."""
 WAITS = {
     "teacher_router.py": "waits for a teacher",
+    "directory.py": "waits for a teacher",
     "_put": "waits for the replay",
     "_fetch": "waits for the replay",
     "pulled": "waits for weights",

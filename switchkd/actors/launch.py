@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from concurrent.futures import Future
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,33 +18,44 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import RayError
 
+from switchkd import resources
 from switchkd.actors.environment import Secrets
-from switchkd.actors.futures import of_worker, patient
+from switchkd.actors.futures import patient
 from switchkd.actors.health import pulses
 from switchkd.actors.learner_actor import LearnerActor, LearnerGroup
-from switchkd.actors.placement import options, settled, wait_for_resources
+from switchkd.actors.place import Place, nodes, wait_for_places
+from switchkd.actors.placement import settled, wait_for_room
 from switchkd.actors.replay_actor import ReplayActor
 from switchkd.actors.rollout_actor import RolloutActor
-from switchkd.actors.teacher_actor import TeacherActor
+from switchkd.actors.serve import PoolHandle, attach
+from switchkd.actors.teacher_pool import TeacherPoolActor
+from switchkd.actors.worker_pool import RayWorker, WorkerPool
 from switchkd.config import ConfigError
-from switchkd.engines.heads import HeadArrays
-from switchkd.house import House, Weights
+from switchkd.house import House
 from switchkd.metrics import MetricsLog
-from switchkd.sections import Config
-from switchkd.types import Exam, Task
+from switchkd.sections import Config, Span
 from switchkd.watchdog import START_S, all_of
 
 CONNECT_S = 10.0
 
 
 def join(config: Config, log: MetricsLog) -> None:
-    """Join the job's or the named cluster and wait until it is large enough. Raises ConfigError."""
-    if not ray.is_initialized():
-        _join(os.environ.get("RAY_ADDRESS") or config.cluster.address)
-    wait_for_resources(config, ray.cluster_resources, log.note)
+    """Join the job's or the named cluster and wait until it has room for all at once; are the teachers there that are
+    served elsewhere? Raises ConfigError."""
+    connect(config.cluster.address)
+    wait_for_room(config, nodes, log.note)
+    with ExitStack() as rehearsal:
+        _set_aside(settled(config), rehearsal)
+        for name in config.teacher_names:
+            if (own := config.of_teacher(name)).teacher.attach:
+                rehearsal.callback(attach(own, resources.role_of(name)).close)
 
 
-def _join(address: str) -> None:
+def connect(address: str) -> None:
+    """To the job's cluster, or to this one. Raises ConfigError."""
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS") or address
     # Ray by itself would try for a quarter of an hour
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
     try:  # the network
@@ -73,25 +84,6 @@ def _start_private(config: Config) -> None:
     )
 
 
-class RayWorker:
-    """A rollout actor's handle. Ray restarts a dead one by itself; its calls in flight end with WorkerLost."""
-
-    def __init__(self, actor: Any) -> None:
-        self.actor = actor
-
-    def generate(self, tasks: list[Task], weights: Weights | None) -> Future[Any]:
-        return of_worker(self.actor.generate.remote(tasks, weights))
-
-    def offer(self, weights: Weights) -> None:
-        self.actor.offer.remote(weights)
-
-    def examine(self, exam: Exam, weights: Weights | None) -> Future[Any]:
-        return of_worker(self.actor.examine.remote(exam, weights))
-
-    def back(self) -> Future[None]:
-        return patient(self.actor.ready.remote)
-
-
 class RayReplay:
     """The replay actor's handle: while Ray starts it again its calls wait."""
 
@@ -114,48 +106,86 @@ def build_house(config: Config, run_dir: Path, stop_ids: frozenset[int], log: Me
             _start_private(config)
             opened.callback(ray.shutdown)
         start = partial(_start, opened)
+        places = _set_aside(config, opened)
         replay = start(ReplayActor, {}, plain, str(run_dir), *common)
-        teachers = [
-            start(TeacherActor, options(config, "teacher"), plain, *common)
-            for _ in range(config.teacher.replicas if config.needs_teacher else 0)
-        ]
+        pools = {name: _pool(opened, config, name, places, *common) for name in config.teacher_names}
         # trap: as they are, handles would go into the object store, where the restart of a worker may not find them
-        handles = cloudpickle.dumps((teachers, replay))
-        workers = [
-            start(RolloutActor, options(config, "rollout"), plain, i, handles, stop_ids, *common)
-            for i in range(config.rollout.num_workers)
-        ]
-        rank = cast(Any, LearnerActor).options(**options(config, "learner"))
-        learner = LearnerGroup(lambda: [rank.remote(plain, replay, *common) for _ in range(config.learner.num_ranks)])
+        handles = cloudpickle.dumps(({name: (pool.actor, pool.namespace) for name, pool in pools.items()}, replay))
+
+        def worker(index: int) -> RayWorker:
+            waiting = places["rollout"]
+            place = waiting.pop(0) if waiting else Place(resources.of_role(config, "rollout"))
+            actor = cast(Any, RolloutActor).options(**place.options())
+            return RayWorker(actor.remote(plain, index, handles, stop_ids, *common), place)
+
+        span = Span.of(config.rollout.num_workers)
+        workers = WorkerPool(
+            [worker(i) for i in range(span.min)], span, worker,
+            rows=config.rollout.batch_size, wait_s=config.cluster.wait_s,
+        )  # fmt: skip
+        opened.callback(workers.close)
+        # a gang that is started again stands where the first one stood
+        ranks = [cast(Any, LearnerActor).options(**place.options()) for place in places["learner"]]
+        learner = LearnerGroup(lambda: [rank.remote(plain, replay, *common) for rank in ranks])
         opened.callback(learner.close)
 
-        ranks = learner.ranks  # they are ready when they have met
-
         def actors() -> dict[str, Any]:
-            groups = {"teacher": teachers, "rollout worker": workers, "learner rank": learner.ranks}
+            groups = {"rollout worker": [each.actor for each in workers.actors], "learner rank": learner.ranks}
             named = {f"{role} {i}": actor for role, group in groups.items() for i, actor in enumerate(group)}
-            return {"replay": replay, **named}
+            teachers = {name: actor for pool in pools.values() for name, actor in pool.replicas().items()}
+            return {"replay": replay, **teachers, **named}
 
-        awaited = {name: patient(actor.ready.remote) for name, actor in actors().items() if actor not in ranks}
-        head: HeadArrays | None = None
         patience = max(config.run.watchdog_s, START_S)
-        if teachers:
-            asked = patient(teachers[0].head.remote)
-            all_of({"teacher 0": asked}, patience)
-            head = asked.result()
-        awaited["learner"] = learner.start({} if head is None else {"": head})
+        all_of({pool.role: patient(pool.actor.ready.remote) for pool in pools.values()}, patience)
+        heads = {name: pool.head() for name, pool in pools.items()}
+        waited_for = {"replay": replay, **{f"rollout worker {i}": each.actor for i, each in enumerate(workers.actors)}}
+        awaited = {name: patient(actor.ready.remote) for name, actor in waited_for.items()}
+        awaited["learner"] = learner.start({name: head for name, head in heads.items() if head is not None})
         all_of(awaited, patience)
         patient(lambda: replay.restore.remote(None, 0)).result()
         return House(
-            workers=[RayWorker(actor) for actor in workers],
+            workers=workers,
             replay=RayReplay(replay),
             learner=learner,
             pulses=lambda: pulses(actors()),
             close=opened.pop_all().close,
+            tend=partial(_tend, workers, list(pools.values())),
         )
 
 
-def _start(opened: ExitStack, actor: Any, options: dict[str, float], *args: Any) -> Any:
+def _set_aside(config: Config, opened: ExitStack) -> dict[str, list[Place]]:
+    """A place for every process that the run starts with, before any of them starts. Raises ConfigError."""
+    places = {
+        role: [Place(resources.of_role(config, role)) for _ in range(span.min)]
+        for role, span in resources.spans(config).items()
+    }
+    for place in chain.from_iterable(places.values()):
+        opened.callback(place.free)
+    wait_for_places(config, [(role, place) for role, some in places.items() for place in some])
+    return places
+
+
+def _pool(
+    opened: ExitStack, config: Config, name: str, places: dict[str, list[Place]], secrets: Secrets, working_dir: str
+) -> PoolHandle:
+    """The run's own pool of this teacher, or a served one."""
+    own = config.of_teacher(name)
+    if own.teacher.attach:
+        pool = attach(own, resources.role_of(name))
+    else:
+        waiting = cloudpickle.dumps(places[resources.role_of(name)])
+        pool = PoolHandle(
+            cast(Any, TeacherPoolActor).remote(own.model_dump(), waiting, secrets, working_dir, "", {}), name
+        )
+    opened.callback(pool.close)
+    return pool
+
+
+def _tend(workers: WorkerPool, pools: list[PoolHandle], waited_s: float, elapsed_s: float) -> list[str]:
+    return [*workers.tend(waited_s, elapsed_s), *(told for pool in pools for told in pool.news())]
+
+
+def _start(opened: ExitStack, actor: Any, options: dict[str, Any], *args: Any) -> Any:
     handle = actor.options(**options).remote(*args)
     opened.callback(ray.kill, handle)
     return handle

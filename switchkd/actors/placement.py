@@ -1,44 +1,52 @@
-"""How much of a cluster the run's actors take, and the wait for a cluster that is still too small.
+"""What a run asks of a cluster before any actor starts, and the wait for a cluster that is too small or too full.
 
-In: a config. Out: Ray's options per role; a ConfigError that says what is missing before any actor starts.
+In: a config, and a look at the nodes. Out: the config with nothing left open; a ConfigError that says who lacks what.
+Knows no Ray: `place.py` sets the room aside.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from switchkd import resources
+from switchkd import resources, room
 from switchkd.config import ConfigError
+from switchkd.room import Node
 from switchkd.sections import Config, ResourcesOfRoles
+
+SETTLE_S = 15.0
+"""How long what a run that has just ended had may take to come back."""
 
 
 def settled(config: Config) -> Config:
     """The config with nothing left open in `resources`: an actor sees another machine and another environment than the
     driver, and would work out something else."""
-    roles = {role: resources.of_role(config, role) for role in ResourcesOfRoles.model_fields}
-    return config.model_copy(update={"resources": ResourcesOfRoles(**roles)})
+    roles = {role: resources.of_role(config, role) for role in resources.ROLES}
+    each = {name: resources.of_role(config, resources.role_of(name)) for name in config.teachers}
+    return config.model_copy(update={"resources": ResourcesOfRoles(**roles, teachers=each)})
 
 
-def options(config: Config, role: str) -> dict[str, float]:
-    """What Ray sets aside for one actor of a role."""
-    each = resources.of_role(config, role)
-    return {"num_cpus": float(each.num_cpus or 0), "num_gpus": each.num_gpus}
-
-
-def wait_for_resources(
-    config: Config, available: Callable[[], dict[str, float]], say: Callable[[str], None], poll_s: float = 1.0
+def wait_for_room(
+    config: Config, look: Callable[[], Sequence[Node]], say: Callable[[str], None], poll_s: float = 1.0
 ) -> None:
-    """Wait up to `cluster.wait_s` for the cluster to grow, saying what is missing. Raises ConfigError."""
-    deadline = time.monotonic() + config.cluster.wait_s
-    told = ""
+    """Wait up to `cluster.wait_s` for the cluster to grow, or for others to leave it (a moment in any case), saying who
+    lacks what. Raises ConfigError."""
+    started, told = time.monotonic(), ""
     while True:
+        found = look()
+        waited = time.monotonic() - started
         try:
-            return resources.check(config, available())
+            room.check(config, found)
+            waiting = room.waits_for(config, found)
+            if not waiting:
+                return
+            if waited >= max(config.cluster.wait_s, SETTLE_S):
+                raise room.full(config, waiting)
         except ConfigError as missing:
-            if time.monotonic() >= deadline:
+            if waited >= config.cluster.wait_s:
                 raise
-            if str(missing) != told:
-                told = str(missing)
-                say(f"waiting up to {config.cluster.wait_s:g} s: {told}")
+            waiting = str(missing)
+        if waiting != told and waited < config.cluster.wait_s:
+            told = waiting
+            say(f"waiting up to {config.cluster.wait_s:g} s: {told}")
         time.sleep(poll_s)

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 from ray import cloudpickle
 
+from switchkd.actors.directory import PoolDirectory
 from switchkd.actors.environment import Secrets, prepare
 from switchkd.actors.futures import patient
 from switchkd.actors.health import GROUP, Health
@@ -34,14 +35,14 @@ class RolloutActor(Health):
         secrets: Secrets,
         working_dir: str,
     ) -> None:
-        """`handles`: of the teachers and of the replay, pickled."""
+        """`handles`: of the teachers' pools, each with the run's number there, and of the replay, pickled."""
         prepare(secrets, working_dir)
-        teachers, self.replay = cloudpickle.loads(handles)
-        router = TeacherRouter(teachers, first=index) if teachers else None
+        pools, self.replay = cloudpickle.loads(handles)
+        routers = {name: _router(pool, namespace, index) for name, (pool, namespace) in pools.items()}
         self.loaded = self.offered_key = (0, 0)  # as Weights.key
         self.offered: WeightBundle | None = None
-        head = router.head() if router else None
-        self.worker = make_worker(Config.model_validate(config), index, router, head, stop_ids, self._newer)
+        teachers = {name: (router, router.head()) for name, router in routers.items()}
+        self.worker = make_worker(Config.model_validate(config), index, teachers, stop_ids, self._newer)
 
     def ready(self) -> bool:
         return True
@@ -87,6 +88,10 @@ class RolloutActor(Health):
                 refused = set(full.refused)
                 rollouts = [rollout for rollout in rollouts if rollout.rollout_id in refused]
                 time.sleep(0.2)
+
+
+def _router(pool: Any, namespace: int, index: int) -> TeacherRouter:
+    return TeacherRouter(PoolDirectory(pool, f"{namespace}/{index}"), namespace=namespace, first=index)
 
 
 def pulled(weights: Weights) -> WeightBundle:

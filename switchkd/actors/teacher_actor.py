@@ -6,6 +6,9 @@ again. Calls are never retried by Ray: `base_lens` makes the router's own retrie
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,30 +22,60 @@ from switchkd.sections import Config
 from switchkd.types import Blocks, Positions, Sessions, Signal, WriteRequest, Written
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Worked:
+    """What a replica has done since it started."""
+
+    calls: int
+    busy_s: float
+
+
 @ray.remote(max_restarts=-1, max_task_retries=0, concurrency_groups=GROUP)
 class TeacherActor(Health):
     def __init__(self, config: dict[str, Any], secrets: Secrets, working_dir: str) -> None:
         prepare(secrets, working_dir)
         self.teacher = make_teacher(Config.model_validate(config))
+        self.held: set[int] = set()  # sessions that were opened and not closed
+        self.calls, self.busy_s = 0, 0.0
 
     def ready(self) -> bool:
         return True
+
+    def worked(self) -> Worked:
+        """Stands in the same line as every other call: how long the answer takes is how long calls wait."""
+        return Worked(calls=self.calls, busy_s=self.busy_s)
 
     def head(self) -> HeadArrays | None:
         """The output head for everybody who rebuilds rows; None when whole rows travel."""
         return self.teacher.head_arrays()
 
     def open(self, sessions: Sessions) -> None:
-        self.teacher.open(sessions)
+        self._timed(self.teacher.open, sessions)
+        self.held.update(sessions.session_ids.tolist())
 
     def score(self, blocks: Blocks) -> Signal:
-        return self.teacher.score(blocks)
+        return self._timed(self.teacher.score, blocks)
 
     def exact(self, question: Positions) -> Signal:
-        return self.teacher.exact(question)
+        return self._timed(self.teacher.exact, question)
 
     def write(self, request: WriteRequest) -> Written:
-        return self.teacher.write(request)
+        return self._timed(self.teacher.write, request)
 
     def close(self, session_ids: np.ndarray) -> None:
         self.teacher.close(session_ids)
+        self.held.difference_update(session_ids.tolist())
+
+    def close_within(self, first: int, end: int) -> None:
+        """Close what a run has left behind: sessions first, ..., end - 1."""
+        left = [session for session in self.held if first <= session < end]
+        if left:
+            self.close(np.array(left, np.int64))
+
+    def _timed(self, function: Callable[..., Any], *args: Any) -> Any:
+        start = time.monotonic()
+        try:
+            return function(*args)
+        finally:
+            self.calls += 1
+            self.busy_s += time.monotonic() - start

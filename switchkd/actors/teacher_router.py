@@ -1,51 +1,78 @@
-"""A worker's way to the teachers: each session sticks to one replica, and outlives it.
+"""A worker's way to a pool of teachers: each session sticks to one replica, and outlives it.
 
 In: the calls of `engines.base.Teacher`. The router keeps every session's tokens, so that a lost replica (or a lost
-session) costs one re-prefill elsewhere and nothing else. One router per rollout worker, in its process.
+session) costs one re-prefill elsewhere and nothing else. One router per rollout worker and pool, in the worker's
+process. It looks up the pool's members between calls, now and then, without waiting for the answer; only where nobody
+can be reached does it wait.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorDiedError, RayActorError
 
 from switchkd.engines.base import TeacherBusy, UnknownSession
 from switchkd.engines.heads import HeadArrays
+from switchkd.membership import Members
 from switchkd.types import Blocks, Positions, Sessions, Signal, WriteRequest, Written, ragged
 
 Ask = Callable[[Any, list[int]], Any]
 """(replica, which blocks) -> a reference to its answer."""
 
 RETRY_FOR_S = 300.0
-"""How long a router looks for a living replica before it gives up."""
+"""How long a router looks for a living replica, while none is being started, before it gives up."""
 QUARANTINE_S = 5.0
 """How long a replica that failed gets no new session."""
+PAUSE_S = 0.2
+SESSION_BITS = 42
+"""Of a session's number; the run's own number stands above them."""
+
+
+class Directory(Protocol):
+    """Where a router finds the members of its pool. `sessions`: how many of its own it has at each."""
+
+    def ask(self, sessions: Mapping[int, int]) -> Members | None:
+        """Waits for the answer; None where the pool itself cannot be reached just now."""
+
+    def poll(self, sessions: Mapping[int, int]) -> Members | None:
+        """What has come in since the last time, if anything; asks again where it is time. Never waits."""
+
+    def lost(self) -> None:
+        """A replica is dead for good, as far as can be seen from here."""
 
 
 class TeacherRouter:
-    def __init__(self, replicas: Sequence[Any], first: int = 0) -> None:
-        self.replicas = list(replicas)
+    """`namespace`: of the run, where several share the pool."""
+
+    def __init__(self, directory: Directory, *, namespace: int = 0, first: int = 0) -> None:
+        self._directory = directory
+        self._offset = namespace << SESSION_BITS
+        self._members = Members(ready={}, draining={}, sessions={})
         self._home: dict[int, int] = {}  # session id -> replica
         self._tokens: dict[int, np.ndarray] = {}  # session id -> its tokens, as last sent
-        self._bad_until = [0.0] * len(self.replicas)
+        self._bad_until: dict[int, float] = {}
         self._first = first  # workers start at different replicas
 
     # ── the Teacher protocol ───────────────────────────────────────────────────────────────────────────────────────
 
     def open(self, sessions: Sessions) -> None:
+        self._refresh()
         tokens = ragged(sessions.token_ids, sessions.lengths)
-        wanted = {int(s): part for s, part in zip(sessions.session_ids, tokens, strict=True)}
+        ids = (sessions.session_ids + self._offset).tolist()
+        wanted = dict(zip(ids, tokens, strict=True))
         self._place(wanted)
         self._tokens.update(wanted)
 
     def score(self, blocks: Blocks) -> Signal:
         """Split by replica, ask all at once, put together in the order asked. Lost sessions are opened again."""
+        blocks = self._own(blocks)
         parts = ragged(blocks.token_ids, blocks.lengths)
         answers = self._until_answered(blocks, lambda replica, some: replica.score.remote(_select(blocks, parts, some)))
         self._remember(blocks, parts)
@@ -53,6 +80,7 @@ class TeacherRouter:
 
     def exact(self, question: Positions) -> Signal:
         """As `score`; a lost session is opened elsewhere with all its tokens."""
+        question = replace(question, session_ids=question.session_ids + self._offset)
         parts = ragged(question.positions, question.lengths)
         held = [len(self._tokens[session]) for session in question.session_ids.tolist()]
         whole = Blocks(
@@ -76,7 +104,7 @@ class TeacherRouter:
 
     def write(self, request: WriteRequest) -> Written:
         """As `score`. A repeated request gives the same tokens, so a lost replica costs time only."""
-        blocks = request.blocks
+        blocks = self._own(request.blocks)
         parts = ragged(blocks.token_ids, blocks.lengths)
 
         def ask(replica: Any, some: list[int]) -> Any:
@@ -101,48 +129,91 @@ class TeacherRouter:
         )
 
     def close(self, session_ids: np.ndarray) -> None:
+        self._refresh()
         by_replica: dict[int, list[int]] = {}
-        for session in session_ids.tolist():
+        for session in (session_ids + self._offset).tolist():
             self._tokens.pop(session, None)
             home = self._home.pop(session, None)
             if home is not None:
                 by_replica.setdefault(home, []).append(session)
         for home, ids in by_replica.items():
-            self.replicas[home].close.remote(np.array(ids, np.int64))  # nobody waits for it
+            if (handle := self._handle(home)) is not None:
+                handle.close.remote(np.array(ids, np.int64))  # nobody waits for it
 
     def head(self) -> HeadArrays | None:
-        """The teacher's output head, from whichever replica answers; None when it sends whole rows."""
-        deadline = time.monotonic() + RETRY_FOR_S
+        """The teacher's output head, from whichever replica answers; None when it sends whole rows. Waits for the pool
+        to start."""
+        patience = self._patience()
         while True:
-            home = self._least_loaded(0)
-            try:
-                return ray.get(self.replicas[home].head.remote())
-            except RayActorError:
-                self._bad_until[home] = time.monotonic() + QUARANTINE_S
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.2)
+            home = self._least_loaded(set())
+            if home is not None:
+                try:
+                    found: HeadArrays | None = ray.get(self._members.ready[home].head.remote())
+                    return found
+                except RayActorError as error:
+                    self._failed(home, error)
+            next(patience)
 
     # ── replicas ───────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def _own(self, blocks: Blocks) -> Blocks:
+        """With session numbers that no other run uses."""
+        return replace(blocks, session_ids=blocks.session_ids + self._offset)
+
+    def _refresh(self) -> None:
+        self._take(self._directory.poll(Counter(self._home.values())))
+
+    def _take(self, members: Members | None) -> None:
+        if members is None:
+            return
+        if members.broken and not members.ready:
+            raise RuntimeError(f"there is no teacher any more: {members.broken}")
+        self._members = members
+
+    def _patience(self) -> Iterator[None]:
+        """Each turn waits a little and looks the members up. Raises RuntimeError after RETRY_FOR_S without anybody to
+        wait for."""
+        deadline = time.monotonic() + RETRY_FOR_S
+        while True:
+            time.sleep(PAUSE_S)
+            self._take(self._directory.ask(Counter(self._home.values())))
+            if self._members.num_starting and not self._members.ready:
+                deadline = time.monotonic() + RETRY_FOR_S
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"no teacher replica answered for {RETRY_FOR_S:g} s; see the teachers' logs")
+            yield
+
+    def _handle(self, home: int) -> Any | None:
+        return self._members.ready.get(home) or self._members.draining.get(home)
+
+    def _failed(self, home: int, error: RayActorError) -> None:
+        self._bad_until[home] = time.monotonic() + QUARANTINE_S
+        if isinstance(error, ActorDiedError):
+            self._directory.lost()
+
     def _until_answered(self, blocks: Blocks, ask: Ask) -> list[tuple[Any, int]]:
         """For every block, in order: the answer that it came in, and its place there."""
-        deadline = time.monotonic() + RETRY_FOR_S
+        self._refresh()
         answers: dict[int, tuple[Any, int]] = {}
         missing = list(range(len(blocks.session_ids)))
+        patience = self._patience()
+        at_once = True  # a session that was forgotten has been opened again by then
         while missing:
             answers.update(self._ask_once(blocks, ask, missing))
             missing = [i for i in missing if i not in answers]
-            if missing and time.monotonic() > deadline:
-                raise RuntimeError(f"no teacher replica answered for {RETRY_FOR_S:g} s; see the teachers' logs")
+            if missing and not at_once:
+                next(patience)
+            at_once = False
         return [answers[i] for i in range(len(blocks.session_ids))]
 
     def _ask_once(self, blocks: Blocks, ask: Ask, which: list[int]) -> dict[int, tuple[Any, int]]:
         """One call per replica for the blocks `which`; what failed is missing from the answer and lives elsewhere."""
+        ids = blocks.session_ids.tolist()
+        self._reopen([ids[i] for i in which if self._handle(self._home[ids[i]]) is None], blocks)
         by_replica: dict[int, list[int]] = {}
         for i in which:
-            by_replica.setdefault(self._home[int(blocks.session_ids[i])], []).append(i)
-        calls = {home: ask(self.replicas[home], members) for home, members in by_replica.items()}
+            by_replica.setdefault(self._home[ids[i]], []).append(i)
+        calls = {home: ask(self._handle(home), members) for home, members in by_replica.items()}
         answers: dict[int, tuple[Any, int]] = {}
         for home, call in calls.items():
             members = by_replica[home]
@@ -151,9 +222,9 @@ class TeacherRouter:
             except UnknownSession as error:
                 self._reopen(error.session_ids, blocks)
                 continue
-            except RayActorError:  # it died, or cannot be reached just now
-                self._bad_until[home] = time.monotonic() + QUARANTINE_S
-                self._reopen([int(blocks.session_ids[i]) for i in members], blocks)
+            except RayActorError as error:  # it died, or cannot be reached just now
+                self._failed(home, error)
+                self._reopen([ids[i] for i in members], blocks)
                 continue
             answers.update({i: (answer, place) for place, i in enumerate(members)})
         return answers
@@ -165,47 +236,48 @@ class TeacherRouter:
 
     def _reopen(self, session_ids: Sequence[int], blocks: Blocks) -> None:
         """Open lost sessions with the tokens that the coming block keeps of them."""
+        if not session_ids:
+            return
         base = dict(zip(blocks.session_ids.tolist(), blocks.base_lens.tolist(), strict=True))
         wanted = {session: self._tokens[session][: base[session]] for session in session_ids}
-        for session in session_ids:
-            self._home.pop(session, None)
-        deadline = time.monotonic() + RETRY_FOR_S
+        patience = self._patience()
         while True:
             try:
                 return self._place(wanted)
             except TeacherBusy:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.1)
+                next(patience)
 
     def _place(self, sessions: dict[int, np.ndarray]) -> None:
-        """Give sessions to the replica that holds the fewest of ours. Raises TeacherBusy when none has room."""
-        deadline = time.monotonic() + RETRY_FOR_S
-        busy = 0
+        """Give sessions to the replica that holds the fewest of all. Raises TeacherBusy when none has room."""
+        patience = self._patience()
+        busy: set[int] = set()
         while True:
             home = self._least_loaded(busy)
+            if home is None:
+                if busy:
+                    raise TeacherBusy(f"no teacher replica has room for {len(sessions)} sessions")
+                next(patience)
+                continue
             try:
-                ray.get(self.replicas[home].open.remote(_as_sessions(sessions)))
+                ray.get(self._members.ready[home].open.remote(_as_sessions(sessions)))
                 self._home.update(dict.fromkeys(sessions, home))
                 return
             except TeacherBusy:
-                busy += 1
-                if busy >= len(self.replicas):
-                    raise
-            except RayActorError:  # it died, or cannot be reached just now
-                self._bad_until[home] = time.monotonic() + QUARANTINE_S
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.2)
+                busy.add(home)
+            except RayActorError as error:  # it died, or cannot be reached just now
+                self._failed(home, error)
+                next(patience)
 
-    def _least_loaded(self, rank: int) -> int:
-        """The replica of the given rank in order of health, load, and distance from this worker's first."""
-        now, num = time.monotonic(), len(self.replicas)
-        load = [0] * num
-        for home in self._home.values():
-            load[home] += 1
-        order = sorted(range(num), key=lambda i: (self._bad_until[i] > now, load[i], (i - self._first) % num))
-        return order[rank % num]
+    def _least_loaded(self, without: set[int]) -> int | None:
+        """In order of health, load (that of all workers), and distance from this worker's first."""
+        now, own = time.monotonic(), Counter(self._home.values())
+        num, others = max(1, len(self._members.ready)), self._members.sessions
+        free = [number for number in self._members.ready if number not in without]
+        order = sorted(
+            free,
+            key=lambda i: (self._bad_until.get(i, 0.0) > now, own[i] + others.get(i, 0), (i - self._first) % num),
+        )
+        return order[0] if order else None
 
 
 def _as_sessions(sessions: dict[int, np.ndarray]) -> Sessions:

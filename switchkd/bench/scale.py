@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -91,7 +91,7 @@ def _house(replicas: int, num_workers: int, folder: Path) -> House:
     return build_house(config(num_workers, replicas), folder, frozenset(), nobody)
 
 
-def measure(handles: list[WorkerHandle], workers: tuple[int, ...], waves: int, repeats: int) -> dict[int, Runs]:
+def measure(handles: Sequence[WorkerHandle], workers: tuple[int, ...], waves: int, repeats: int) -> dict[int, Runs]:
     """The first `n` workers for each `n`, in turns, all with the same load each."""
     found = {num: Runs() for num in workers}
     ids = count()
@@ -105,7 +105,7 @@ def measure(handles: list[WorkerHandle], workers: tuple[int, ...], waves: int, r
     return found
 
 
-def _once(handles: list[WorkerHandle], runs: Runs, num: int, ids: Iterator[int]) -> float:
+def _once(handles: Sequence[WorkerHandle], runs: Runs, num: int, ids: Iterator[int]) -> float:
     shares = [[_task(next(ids)) for _ in range(num)] for _ in handles]
     start, busy = time.perf_counter(), cpu_seconds()
     futures = [handle.generate(share, None) for handle, share in zip(handles, shares, strict=True)]

@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from switchkd.assembly import Gang
+from switchkd.assembly import Gang, Teachers
 from switchkd.build import build_modes
-from switchkd.engines.base import Teacher
 from switchkd.engines.heads import HeadArrays, LinearHead
 from switchkd.replay import Replay
 from switchkd.replay_service import ReplayService
@@ -57,10 +56,8 @@ def _replacements(sleeps: Sleeps) -> list[tuple[Any, str, Any]]:
     """Modules, names in them, and what stands there instead: the actors import them from there, later."""
     from switchkd import assembly, replay_service
 
-    def worker(
-        config: Config, index: int, teacher: Teacher, head: HeadArrays, stop_ids: frozenset[int], new_weights: Any
-    ) -> Worker:
-        return make_worker(sleeps, config, index, teacher, head, stop_ids)
+    def worker(config: Config, index: int, teachers: Teachers, stop_ids: frozenset[int], new_weights: Any) -> Worker:
+        return make_worker(sleeps, config, index, teachers, stop_ids)
 
     def rank(config: Config, gang: Gang, heads: Any, fetch: Callable[[list[int]], list[Rollout]]) -> SleepingRank:
         return SleepingRank(sleeps, gang, fetch)
@@ -125,11 +122,11 @@ class SleepingTeacher:
         pass
 
 
-def make_worker(
-    sleeps: Sleeps, config: Config, index: int, teacher: Teacher, arrays: HeadArrays, stop_ids: frozenset[int]
-) -> Worker:
+def make_worker(sleeps: Sleeps, config: Config, index: int, teachers: Teachers, stop_ids: frozenset[int]) -> Worker:
     """As `assembly.make_worker`, with a student that sleeps."""
     torch.set_num_threads(1)
+    teacher, arrays = teachers[""]
+    assert arrays is not None
     rollouts = RolloutWorker(
         student=SleepingStudent(sleeps.student, config.rollout.batch_size, 10_000),
         teacher=teacher,
@@ -139,7 +136,7 @@ def make_worker(
         lead=config.rollout.lead,
         overlap=bool(config.rollout.overlap),
     )
-    return Worker(rollouts, build_modes(config), str, index=index)
+    return Worker({"": rollouts}, build_modes(config), str, index=index)
 
 
 def make_replay(config: Config, run_dir: Path) -> ReplayService:

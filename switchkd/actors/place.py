@@ -1,0 +1,96 @@
+"""Room on a cluster, set aside for each process before any actor starts.
+
+In: what a process takes. Out: a `Place`, a placement group of one bundle (STRICT_PACK): all GPUs of a process lie on
+one node that has the labels of its role, and a process that is restarted finds its place again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.util import get_placement_group, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from switchkd import resources, room
+from switchkd.actors import placement
+from switchkd.room import Node
+from switchkd.sections import Config, Resources
+
+
+class Place:
+    """Room for one process. Empty where the process takes nothing and may stand anywhere."""
+
+    def __init__(self, each: Resources, *, name: str = "", detached: bool = False) -> None:
+        self.taken = {"num_cpus": float(each.num_cpus or 0), "num_gpus": float(each.num_gpus)}
+        bundle = {key: num for key, num in (("CPU", self.taken["num_cpus"]), ("GPU", self.taken["num_gpus"])) if num}
+        self.labels = dict(each.labels)
+        self.group: Any = None
+        if bundle:
+            self.group = placement_group(
+                [bundle],
+                strategy="STRICT_PACK",
+                name=name,
+                lifetime="detached" if detached else None,
+                bundle_label_selector=[self.labels] if self.labels else None,
+            )
+
+    @classmethod
+    def named(cls, each: Resources, name: str) -> Place:
+        """One that was made under this name."""
+        place = cls(Resources())
+        place.taken = {"num_cpus": float(each.num_cpus or 0), "num_gpus": float(each.num_gpus)}
+        if any(place.taken.values()):
+            place.group = get_placement_group(name)
+        return place
+
+    @property
+    def key(self) -> str:
+        return self.group.id.hex() if self.group is not None else ""
+
+    def alive(self) -> bool:
+        """Has nobody given it back?"""
+        return self.group is None or self._state() != "REMOVED"
+
+    def wait(self, timeout_s: float) -> bool:
+        """Is the room there, at the latest after so long?"""
+        if self.group is not None and timeout_s > 0:
+            self.group.wait(timeout_s)
+        return self.group is None or self._state() == "CREATED"
+
+    def _state(self) -> str:
+        return str(placement_group_table(self.group).get("state"))
+
+    def options(self) -> dict[str, Any]:
+        """For the actor that takes the place."""
+        if self.group is None:
+            return {**self.taken, "label_selector": self.labels} if self.labels else dict(self.taken)
+        strategy = PlacementGroupSchedulingStrategy(placement_group=self.group, placement_group_bundle_index=0)
+        return {**self.taken, "scheduling_strategy": strategy}
+
+    def free(self) -> None:
+        """Who still stands there is ended."""
+        if self.group is not None and ray.is_initialized():
+            remove_placement_group(self.group)
+
+
+def nodes() -> list[Node]:
+    """The living nodes of the cluster that was joined."""
+    free = ray._private.state.available_resources_per_node()
+    return [
+        Node(labels=node.get("Labels", {}), total=node["Resources"], free=free.get(node["NodeID"], {}))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def wait_for_places(config: Config, places: Sequence[tuple[str, Place]]) -> None:
+    """All of them, or a ConfigError that names those who found no room: processes that fit one by one need not fit
+    together, and another run may have been faster."""
+    deadline = time.monotonic() + max(config.cluster.wait_s, placement.SETTLE_S)
+    without = [role for role, place in places if not place.wait(deadline - time.monotonic())]
+    if without:
+        who = ", ".join(f"{without.count(role)} of {resources.key_of(role)}" for role in dict.fromkeys(without))
+        raise room.full(config, f"no node of the cluster has room for {who} beside the rest of the run")

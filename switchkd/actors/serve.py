@@ -1,0 +1,211 @@
+"""One teacher for many runs: a named pool that outlives whoever started it, and the way of a run to it.
+
+In: a config whose teacher is served, or a run's config with `teacher.attach`. Out: a pool on the joined cluster, or the
+handle of one that is there. Sessions of different runs never meet: each run has a number of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, cast
+
+import ray
+from ray import cloudpickle
+from ray.exceptions import RayError
+
+from switchkd import resources
+from switchkd.actors.directory import PoolDirectory
+from switchkd.actors.environment import Secrets
+from switchkd.actors.futures import cause_of, patient
+from switchkd.actors.place import Place, nodes, wait_for_places
+from switchkd.actors.placement import settled, wait_for_room
+from switchkd.actors.teacher_pool import NAMESPACE, TeacherPoolActor, replica_name
+from switchkd.actors.teacher_router import TeacherRouter
+from switchkd.assembly import max_len
+from switchkd.config import ConfigError
+from switchkd.engines.heads import HeadArrays
+from switchkd.membership import Members
+from switchkd.sections import Config, Span
+
+LEAVE_S = 10.0
+"""How long a pool may take to let a run go."""
+
+
+class PoolHandle:
+    """A run's hold on a pool: its own (namespace 0), or a served one that it leaves as it found it."""
+
+    def __init__(self, actor: Any, name: str, namespace: int = 0, num_told: int = 0) -> None:
+        self.actor, self.name, self.namespace = actor, name, namespace
+        self._num_told = num_told
+        self._asked: Any = None
+        self._directory = PoolDirectory(actor, "driver")
+        self._members: Members | None = None
+
+    @property
+    def role(self) -> str:
+        return f"teacher {self.name}".strip()
+
+    def head(self) -> HeadArrays | None:
+        """The output head, once the pool works. Raises RuntimeError where it cannot start."""
+        patient(self.actor.ready.remote).result()
+        return TeacherRouter(self._directory).head()
+
+    def replicas(self) -> dict[str, Any]:
+        """Handles of those that work, by name, as last heard. Never waits."""
+        self._members = self._directory.poll({}) or self._members
+        there = {**self._members.ready, **self._members.draining} if self._members else {}
+        return {f"{self.role} {number}": handle for number, handle in there.items()}
+
+    def news(self) -> list[str]:
+        """What happened there since the last time, as far as it has been heard of. Never waits."""
+        if self._asked is None:
+            self._asked = self.actor.news.remote(self._num_told)
+        if not ray.wait([self._asked], timeout=0)[0]:
+            return []
+        asked, self._asked = self._asked, None
+        try:
+            self._num_told, told = ray.get(asked)
+        except RayError:
+            return []
+        return [f"{self.name}: {line}" if self.name else line for line in told]
+
+    def close(self) -> None:
+        """End the run's own pool; take the run's sessions out of a served one."""
+        leave = self.actor.detach.remote(self.namespace) if self.namespace else self.actor.stop.remote()
+        with suppress(RayError):  # it has died: there is nothing left to end
+            ray.get(leave, timeout=LEAVE_S)
+        if not self.namespace:
+            ray.kill(self.actor)
+
+
+def facts(config: Config, vocab_size: int) -> dict[str, Any]:
+    """What a run must know of a served teacher: where these are equal (and the length is enough), so are the rows."""
+    teacher = config.teacher
+    path = os.path.realpath(os.path.expanduser(teacher.path))
+    found = {
+        "path": path if os.path.isdir(path) else teacher.path,
+        "revision": teacher.revision,
+        "dtype": teacher.dtype,
+        "backend": teacher.backend,
+        "interface": teacher.interface,
+        "signal": teacher.signal,
+        "vocabulary": vocab_size,
+    }
+    return {**found, "signal_top_k": teacher.signal_top_k} if teacher.signal == "topk" else found
+
+
+def attach(config: Config, key: str) -> PoolHandle:
+    """The served teacher that `config.teacher` names. `key`: its section. Raises ConfigError."""
+    name = config.teacher.attach
+    pool = find(name)
+    if pool is None:
+        there = ", ".join(served()) or "none"
+        raise ConfigError(
+            f"{key}.attach={name}: no teacher of this name is served on the cluster (there: {there}); start it with "
+            f"`switchkd serve-teacher CONFIG --name {name}`"
+        )
+    try:
+        namespace, there = ray.get(pool.attach.remote())
+    except RayError as error:
+        raise ConfigError(
+            f"{key}.attach={name}: it does not answer ({cause_of(error)}); stop it and serve it anew"
+        ) from None
+    try:
+        _check_same(config, key, there)
+        told = ray.get(pool.news.remote(1 << 60))[0]
+    except BaseException:
+        pool.detach.remote(namespace)
+        raise
+    return PoolHandle(pool, name, namespace, told)
+
+
+def _check_same(config: Config, key: str, there: dict[str, Any]) -> None:
+    from switchkd.engines.loading import load_tokenizer, shared_vocab
+
+    teacher = config.teacher
+    vocab = shared_vocab(load_tokenizer(teacher.path, trust_remote_code=teacher.trust_remote_code))
+    for fact, wanted in facts(config, vocab).items():
+        if there.get(fact) != wanted:
+            raise ConfigError(
+                f"{key}.attach={teacher.attach}: its {fact} is {there.get(fact)!r}, this run's is {wanted!r}; set "
+                f"{key} as the config that it serves has it, or serve another"
+            )
+    if max_len(config) > there["max_len"]:
+        raise ConfigError(
+            f"{key}.attach={teacher.attach} holds {there['max_len']} tokens a session, this run needs "
+            f"{max_len(config)}; lower data.max_prompt_tokens or max_new_tokens, or serve it with a config that has "
+            "them"
+        )
+
+
+def find(name: str) -> Any | None:
+    try:
+        return ray.get_actor(_pool_name(name), namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
+def served() -> list[str]:
+    """Names of the teachers that are served on the cluster."""
+    prefix = _pool_name("")
+    known = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True)]
+    return sorted(name.removeprefix(prefix) for name in known if name and name.startswith(prefix))
+
+
+def _pool_name(name: str) -> str:
+    return f"teacher-pool/{name}"
+
+
+def serve(config: Config, name: str, vocab_size: int, say: Callable[[str], None]) -> int:
+    """Start the named pool on the joined cluster and wait until it works: its replicas. Raises ConfigError."""
+    if find(name) is not None:
+        raise ConfigError(
+            f"--name {name}: a teacher of this name is served already; attach to it (teacher.attach={name}), take "
+            f"another name, or end it with `switchkd serve-teacher --stop {name}`"
+        )
+    config = settled(config)
+    alone = _alone(config)
+    wait_for_room(alone, nodes, say)
+    each = resources.of_role(config, "teacher")
+    span = Span.of(config.teacher.replicas)
+    places = [Place(each, name=replica_name(name, i), detached=True) for i in range(span.min)]
+    pool = None
+    try:
+        wait_for_places(alone, [("teacher", place) for place in places])
+        known = {**facts(config, vocab_size), "max_len": max_len(config)}
+        options = {"name": _pool_name(name), "namespace": NAMESPACE, "lifetime": "detached"}
+        pool = cast(Any, TeacherPoolActor).options(**options).remote(
+            config.model_dump(), cloudpickle.dumps(places), Secrets.of_this_process(), os.getcwd(), name, known
+        )  # fmt: skip
+        num: int = ray.get(pool.ready.remote())
+        return num
+    except BaseException as error:
+        if pool is not None:
+            _end(pool)
+        for place in places:
+            place.free()
+        raise cause_of(error) from None
+
+
+def _alone(config: Config) -> Config:
+    """As far as room is asked for: the teacher and nothing else."""
+    nothing = resources.Resources(num_cpus=0.0)
+    roles = config.resources.model_copy(update={"rollout": nothing, "learner": nothing})
+    return config.model_copy(update={"resources": roles})
+
+
+def stop(name: str) -> None:
+    """End a served teacher. Raises ConfigError where there is none of this name."""
+    pool = find(name)
+    if pool is None:
+        there = ", ".join(served()) or "none"
+        raise ConfigError(f"--stop {name}: no teacher of this name is served on the cluster (there: {there})")
+    _end(pool)
+
+
+def _end(pool: Any) -> None:
+    with suppress(RayError):  # it has died: it is only to be removed
+        ray.get(pool.stop.remote(), timeout=LEAVE_S)
+    ray.kill(pool)

@@ -1,0 +1,428 @@
+"""Pools on a cluster of several nodes: they change while a run goes on, find their nodes by label, survive what dies,
+and one teacher serves many runs. The rollouts are those of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import numpy as np
+import pytest
+from runs import STAGES, SWITCH, command, config, config_file, descendants, furnish, linked, rollouts, steps
+
+from switchkd.actors import environment
+from switchkd.config import ConfigError
+from switchkd.metrics import MetricsLog
+from switchkd.run import train
+from switchkd.sections import Config
+from switchkd.types import Blocks, Sessions
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+JOINED = {"run": {"dir": "run", "mode": "ray"}, "cluster": {"address": "auto"}}
+TEACH, WRITE = {"pool": "teach"}, {"pool": "write"}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Four nodes of this machine: a head, two that teach, one that writes."""
+    environment.for_private_cluster()
+    import ray
+    from ray.cluster_utils import Cluster
+
+    folder = tempfile.mkdtemp(prefix="skd-", dir="/tmp")  # a socket's path must be short
+    small = {"object_store_memory": 80_000_000}
+    made = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False, "temp_dir": folder, **small}
+    )
+    for labels in (TEACH, TEACH, WRITE):
+        made.add_node(num_cpus=2, labels=labels, **small)
+    ray.init(address=made.address, log_to_driver=False, logging_level="ERROR")
+    yield made
+    ray.shutdown()
+    made.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    return furnish(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def alone(models) -> Path:
+    """The run without Ray that the others are held against."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(models)
+        train(config(models, STAGES, name="alone.yaml", run={"dir": "alone"}))
+    return models / "alone"
+
+
+@pytest.fixture
+def place(models, tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return linked(models, tmp_path)
+
+
+@pytest.fixture
+def notes(monkeypatch) -> list[str]:
+    """What runs say."""
+    said: list[str] = []
+    monkeypatch.setattr(MetricsLog, "note", lambda self, text: said.append(text))
+    return said
+
+
+class At:
+    """Does something just after tasks of a batch were given out, each thing once."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, by_batch: dict[int, Callable[[], None]]) -> None:
+        from switchkd.actors.worker_pool import RayWorker
+
+        self.by_batch = dict(by_batch)
+        generate = RayWorker.generate
+
+        def watched(worker: Any, tasks: Any, weights: Any) -> Any:
+            future = generate(worker, tasks, weights)
+            if action := self.by_batch.pop(tasks[0].batch, None):
+                time.sleep(0.05)  # let it begin
+                action()
+            return future
+
+        patch.setattr(RayWorker, "generate", watched)
+
+
+@pytest.fixture
+def pools(monkeypatch) -> list[Any]:
+    """The pools that runs start or attach to, as they do."""
+    from switchkd.actors import launch
+
+    found: list[Any] = []
+    start = launch._pool
+
+    def watched(*args: Any) -> Any:
+        found.append(start(*args))
+        return found[-1]
+
+    monkeypatch.setattr(launch, "_pool", watched)
+    return found
+
+
+def members(pool: Any) -> Any:
+    import ray
+    from ray import cloudpickle
+
+    return cloudpickle.loads(ray.get(pool.members.remote("test", {})))
+
+
+def same_rollouts(run: Path, other: Path) -> None:
+    ours, theirs = rollouts(run), rollouts(other)
+    assert sorted(ours) == sorted(theirs)
+    assert [i for i in ours if ours[i] != theirs[i]] == []
+
+
+def same_losses(run: Path, other: Path) -> None:
+    losses = [[row["loss/total"] for row in steps(folder)] for folder in (run, other)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def nobody_left() -> None:
+    wait_until(lambda: not actors(), "the run left actors behind")
+
+
+def actors(role: str = r"\w+Actor") -> list[int]:
+    return sorted(pid for pid, name in descendants(os.getpid()).items() if re.match(f"ray::{role}", name))
+
+
+def wait_until(true: Callable[[], bool], otherwise: str, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.2)
+
+
+def nodes_of(role: str) -> set[str]:
+    """Where living actors of a class stand: the labels' pool of each node."""
+    import ray
+
+    pool_of = {node["NodeID"]: node.get("Labels", {}).get("pool", "") for node in ray.nodes()}
+    known = ray._private.state.actors().values()
+    alive = [each for each in known if each["State"] == "ALIVE" and each["ActorClassName"] == role]
+    return {pool_of[each["Address"]["NodeID"]] for each in alive}
+
+
+# --- a run whose pools change ----------------------------------------------------------------------------------------
+
+
+def test_workers_come_and_go(cluster, alone, place, notes, monkeypatch):
+    """A run that begins with one worker, goes on with three and ends with two writes the rollouts of a run with one
+    (tests/test_scaling.py says when that happens; here it is told to)."""
+    import ray
+
+    from switchkd import scaling
+    from switchkd.actors.worker_pool import WorkerPool
+
+    sizes: list[int] = []
+    plan = {1: 1, 3: 1, 6: -1}  # decision at the so manieth look
+    tend = WorkerPool.tend
+
+    def told(loads: Any, span: Any) -> int:
+        return plan.pop(len(sizes), 0)
+
+    def tended(pool: Any, waited_s: float, elapsed_s: float) -> list[str]:
+        found = tend(pool, waited_s, elapsed_s)
+        sizes.append(len(pool))
+        if pool._coming:
+            ray.wait([pool._coming.ready], timeout=120)  # tiny steps are over before a process has started
+        return found
+
+    monkeypatch.setattr(scaling, "decide", told)
+    monkeypatch.setattr(WorkerPool, "tend", tended)
+    writers = {"num_workers": {"min": 1, "max": 3}, "batch_size": 4, "max_new_tokens": 12, "lead": "student"}
+    train(config(place, STAGES, **JOINED, rollout={**writers, "block_size": 4}))
+    assert sizes == [1, 1, 2, 2, 3, 3, 2, 2, 2, 2] and not plan
+    assert [note for note in notes if note.endswith("one is added")] and "2 rollout workers" in notes
+    same_rollouts(place / "run", alone)
+    same_losses(place / "run", alone)
+    nobody_left()
+
+
+def test_teachers_die_leave_and_come(cluster, alone, place, notes, pools, monkeypatch):
+    """A replica that is killed for good is replaced, one is drained under its sessions, and at last the pool itself is
+    killed with all it has: the run goes on, with the same rollouts."""
+    import ray
+
+    ready: list[int] = []
+
+    def kill_one() -> None:
+        number, handle = next(iter(members(pools[0].actor).ready.items()))
+        ray.kill(handle)
+        ready.append(number)
+
+    def drain_one() -> None:
+        wait_until(lambda: len(members(pools[0].actor).ready) == 2, "the dead replica was not replaced")
+        ready.extend(members(pools[0].actor).ready)
+        ray.get(pools[0].actor.drain.remote(min(ready[-2:])))
+
+    def kill_pool() -> None:
+        os.kill(actors("TeacherPoolActor")[0], signal.SIGKILL)
+
+    At(monkeypatch, {3: kill_one, 5: drain_one, 8: kill_pool})
+    train(config(place, STAGES, **JOINED, teacher={"path": "teacher", "replicas": 2}))
+    assert 2 in ready[1:], "the third replica came for the one that died"
+    assert any("is lost" in note for note in notes) and any("is drained" in note for note in notes)
+    same_rollouts(place / "run", alone)
+    same_losses(place / "run", alone)
+    nobody_left()
+
+
+def test_labels_and_a_node_that_goes(cluster, alone, place, notes, monkeypatch):
+    """Each role stands on the nodes that its labels name. When a node with a teacher is taken away and another comes,
+    the run goes on meanwhile with the other replica, and ends as if nothing had happened."""
+    frail = {"num_cpus": 1, "labels": {"pool": "frail"}, "object_store_memory": 80_000_000}
+    nodes = [cluster.add_node(**frail) for _ in range(2)]
+    found: dict[str, set[str]] = {}
+
+    def look_and_strike() -> None:
+        found.update({role: nodes_of(role) for role in ("TeacherActor", "RolloutActor")})
+        cluster.remove_node(nodes.pop(), allow_graceful=False)
+        nodes.append(cluster.add_node(**frail))
+
+    At(monkeypatch, {4: look_and_strike})
+    each = {
+        "teacher": {"threads": 1, "labels": frail["labels"]},
+        "rollout": {"threads": 1, "labels": WRITE},
+        "learner": {"threads": 1},
+    }
+    train(config(place, STAGES, **JOINED, resources=each, teacher={"path": "teacher", "replicas": 2}))
+    assert found == {"TeacherActor": {"frail"}, "RolloutActor": {"write"}}
+    assert any("died" in note or "lost" in note for note in notes)
+    same_rollouts(place / "run", alone)
+    nobody_left()
+    for node in nodes:
+        cluster.remove_node(node)
+
+
+def test_several_teachers(cluster, place):
+    """Two pools of different teachers, one of them of two replicas: each rollout is that of a run in one process."""
+    rows = [json.loads(line) for line in (place / "data.jsonl").read_text().splitlines()]
+    named = [{**row, "source": ("near", "far")[i % 2]} for i, row in enumerate(rows)]
+    (place / "named.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
+    data = {"path": "./named.jsonl", "max_prompt_tokens": 64, "max_reference_tokens": 32, "teacher_field": "source"}
+    both = {"near": {"path": "teacher", "replicas": 2}, "far": {"path": "student"}}
+    train(config(place, STAGES, **JOINED, teachers=both, data=data))
+    one = {**both, "near": {"path": "teacher"}}
+    train(config(place, STAGES, run={"dir": "one", "mode": "inprocess"}, teachers=one, data=data))
+    same_rollouts(place / "run", place / "one")
+    same_losses(place / "run", place / "one")
+    nobody_left()
+
+
+# --- what does not fit -----------------------------------------------------------------------------------------------
+
+
+def test_no_room(cluster, place, notes, monkeypatch):
+    """A cluster that is large enough but full, one without such labels, and processes that fit one by one but not
+    together: each is said in a line, before any actor starts and any folder is made."""
+    import ray
+
+    from switchkd.actors import placement
+
+    monkeypatch.setattr(placement, "SETTLE_S", 1.0)
+    holder = ray.remote(lambda: time.sleep(600)).options(num_cpus=2)
+    held = [holder.remote() for _ in range(4)]
+    wait_until(lambda: ray.available_resources().get("CPU", 0) <= 1, "the cluster did not fill")
+    with pytest.raises(ConfigError, match=r"needs 3 CPUs \(.*\), and of the cluster's 9 only 1 are free: other runs"):
+        train(config(place, [SWITCH], **JOINED))
+    waiting = {**JOINED, "cluster": {"address": "auto", "wait_s": 3}}
+    with pytest.raises(ConfigError, match=r"raise cluster.wait_s=3, or ask for less"):
+        train(config(place, [SWITCH], **waiting))
+    assert [note for note in notes if note.startswith("waiting up to 3 s: the run needs 3 CPUs")]
+    for each in held:
+        ray.cancel(each, force=True)
+    wait_until(lambda: ray.available_resources().get("CPU", 0) >= 9, "the cluster did not empty")
+    with pytest.raises(ConfigError, match=r"resources.learner.labels=pool=learn: no node of the cluster has these"):
+        train(config(place, [SWITCH], **JOINED, resources={"learner": {"labels": {"pool": "learn"}}}))
+    monkeypatch.setattr(placement, "SETTLE_S", 8.0)
+    wide = {"teacher": {"num_cpus": 2, "labels": TEACH}, "rollout": {"num_cpus": 1.5, "labels": TEACH}}
+    several = {"rollout": {"num_workers": 1}, "teacher": {"path": "teacher", "replicas": 2}}
+    with pytest.raises(ConfigError, match=r"no node of the cluster has room for 1 of rollout.num_workers beside the"):
+        train(config(place, [SWITCH], **JOINED, resources=wide, **several))
+    assert not actors() and not (place / "run").exists()
+
+
+# --- one teacher for many runs ---------------------------------------------------------------------------------------
+
+
+REFUSED = (
+    ({"attach": "small"}, r"teacher.attach=small: no teacher of this name is served on the cluster \(there: big\)"),
+    ({"attach": "big", "path": "student"}, r"teacher.attach=big: its path is '.*teacher', this run's is '.*student'"),
+    ({"attach": "big", "signal": "full"}, r"its signal is 'hidden', this run's is 'full'; set teacher as the config"),
+)
+
+
+def test_serve_attach_stop(cluster, alone, place, notes, pools, monkeypatch, capsys, request):
+    """`serve-teacher` starts a teacher that outlives it; a run attaches, goes on although the served pool dies (its
+    replica keeps its sessions), leaves nothing behind, and a second run finds it as it was."""
+    import ray
+
+    from switchkd.actors import serve
+
+    file = config_file(place, STAGES, **JOINED, teacher={"path": "teacher", "max_sessions": 12})
+    request.addfinalizer(lambda: serve.find("big") and serve.stop("big"))
+    code, out, _ = command(monkeypatch, capsys, "serve-teacher", file, "--name", "big")
+    assert (code, out) == (0, "big is served by 1 replica: teacher.attach=big\n")
+    replica = actors("TeacherActor")
+    code, _, said = command(monkeypatch, capsys, "serve-teacher", file, "--name", "big")
+    assert code == 2 and "--name big: a teacher of this name is served already; attach to it" in said
+
+    attached = {"path": "teacher", "attach": "big"}
+    At(monkeypatch, {4: lambda: os.kill(actors("TeacherPoolActor")[0], signal.SIGKILL)})
+    train(config(place, STAGES, **JOINED, teacher=attached))
+    same_rollouts(place / "run", alone)
+    assert actors("TeacherActor") == replica, "the pool came back and found its replica"
+    assert not actors("RolloutActor")
+    again = {**JOINED, "run": {"dir": "again", "mode": "ray"}}
+    train(config(place, STAGES, **again, teacher=attached))
+    same_rollouts(place / "again", alone)
+    assert pools[0].namespace != pools[1].namespace
+    assert actors("TeacherActor") == replica
+
+    no = {**JOINED, "run": {"dir": "no", "mode": "ray"}}
+    for teacher, told in REFUSED:
+        with pytest.raises(ConfigError, match=told):
+            train(config(place, STAGES, **no, teacher={"path": "teacher", **teacher}))
+    longer = {"path": "./data.jsonl", "max_prompt_tokens": 200, "max_reference_tokens": 32}
+    with pytest.raises(
+        ConfigError, match=r"holds 96 tokens a session, this run needs 232; lower data.max_prompt_tokens"
+    ):
+        train(config(place, STAGES, **no, teacher=attached, data=longer))
+    assert not (place / "no").exists()
+
+    code, out, _ = command(monkeypatch, capsys, "serve-teacher", "--stop", "big")
+    assert (code, out) == (0, "big is no longer served\n") and serve.served() == []
+    nobody_left()
+    code, _, said = command(monkeypatch, capsys, "serve-teacher", "--stop", "big")
+    assert code == 2 and "--stop big: no teacher of this name is served on the cluster (there: none)" in said
+    wait_until(lambda: ray.available_resources().get("CPU", 0) >= 9, "its places were not given back")
+
+
+def test_a_cluster_is_needed(place, monkeypatch, capsys):
+    """Without one that outlives the command there is nothing to serve on, or to attach to."""
+    for name in ("RAY_ADDRESS", "RAY_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    file = config_file(place, STAGES, run={"dir": "run", "mode": "ray"})
+    code, _, said = command(monkeypatch, capsys, "serve-teacher", file, "--name", "big")
+    assert code == 2 and "serve-teacher needs a cluster that outlives it: set cluster.address" in said
+    with pytest.raises(ConfigError, match=r"teacher.attach=big needs the cluster on which that teacher is served"):
+        train(config(place, STAGES, run={"dir": "run", "mode": "ray"}, teacher={"path": "teacher", "attach": "big"}))
+
+
+# --- the controller at work ------------------------------------------------------------------------------------------
+
+
+def start_pool(wanted: Config) -> Any:
+    from ray import cloudpickle
+
+    from switchkd.actors.environment import Secrets
+    from switchkd.actors.placement import settled
+    from switchkd.actors.serve import PoolHandle
+    from switchkd.actors.teacher_pool import TeacherPoolActor
+
+    plain = settled(wanted).model_dump()
+    return PoolHandle(TeacherPoolActor.remote(plain, cloudpickle.dumps([]), Secrets({}), os.getcwd(), "", {}), "")
+
+
+def test_grows_with_its_queue_and_shrinks_without(cluster, place):
+    """While six callers keep one replica busy the pool adds others, which take new sessions; when they stop it drains
+    them, down to one."""
+    import ray
+
+    from switchkd.actors.directory import PoolDirectory
+    from switchkd.actors.teacher_router import TeacherRouter
+
+    pool = start_pool(config(place, STAGES, **JOINED, teacher={"path": "teacher", "replicas": {"min": 1, "max": 2}}))
+    try:
+        assert ray.get(pool.actor.ready.remote()) == 1
+        enough = Event()
+
+        def call(index: int) -> None:
+            router = TeacherRouter(PoolDirectory(pool.actor, f"0/{index}"), first=index)
+            turn = 0
+            while not enough.is_set():
+                turn += 1
+                session = np.array([1000 * index + turn])
+                prompt = np.full(40, 5 + index, np.int32)
+                router.open(Sessions(session_ids=session, token_ids=prompt, lengths=np.array([40], np.int32)))
+                for i in range(5):
+                    router.score(
+                        Blocks(
+                            session_ids=session, base_lens=np.array([40 + i], np.int32),
+                            first_rows=np.array([39 + i], np.int32), token_ids=np.array([7], np.int32),
+                            lengths=np.array([1], np.int32),
+                        )
+                    )  # fmt: skip
+                router.close(session)
+
+        threads = [Thread(target=call, args=(i,), daemon=True) for i in range(6)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(members(pool.actor).ready) == 2, "the pool did not grow", 120)
+        wait_until(lambda: all(members(pool.actor).sessions.values()), "the new one got no session")
+        enough.set()
+        for thread in threads:
+            thread.join(30)
+        wait_until(lambda: not (seen := members(pool.actor)).draining and len(seen.ready) == 1, "it did not shrink", 90)
+        said = ray.get(pool.actor.news.remote(0))[1]
+        assert "one is added" in said[0] and any("is drained" in line for line in said)
+    finally:
+        pool.close()
+    nobody_left()

@@ -1,0 +1,280 @@
+"""A router and its pool's book, with replicas of this process: who gets a session, and what a lost replica costs."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from pools import Still, Thunks, fetch
+from toy import ToyTeacher, pair
+
+from switchkd.actors import environment
+from switchkd.engines.base import TeacherBusy, UnknownSession
+from switchkd.membership import DRAIN_S, FORGET_S, Members, Roster, State
+from switchkd.types import Blocks, Sessions
+
+CHAIN = pair()[0]
+
+
+@pytest.fixture
+def rooms(monkeypatch) -> Any:
+    """The module, whose ray.get runs thunks and whose pauses are short."""
+    environment.for_private_cluster()  # must come before Ray is imported, for the tests after this one
+    from switchkd.actors import teacher_router
+
+    monkeypatch.setattr(teacher_router.ray, "get", fetch)
+    monkeypatch.setattr(teacher_router, "PAUSE_S", 0.001)
+    return teacher_router
+
+
+def lost() -> Exception:
+    from ray.exceptions import ActorDiedError
+
+    return ActorDiedError()
+
+
+def away() -> Exception:
+    from ray.exceptions import ActorUnavailableError
+
+    return ActorUnavailableError("not now", None)
+
+
+def opened(*ids: int) -> Sessions:
+    """Sessions with the prompt (id, 3)."""
+    return Sessions(
+        session_ids=np.array(ids), token_ids=np.array([t for i in ids for t in (i % 20, 3)], np.int32),
+        lengths=np.full(len(ids), 2, np.int32),
+    )  # fmt: skip
+
+
+def block(*ids: int, base: int = 2, tokens: tuple[int, ...] = (5, 6)) -> Blocks:
+    num = len(ids)
+    return Blocks(
+        session_ids=np.array(ids), base_lens=np.full(num, base, np.int32),
+        first_rows=np.full(num, base - 1, np.int32), token_ids=np.array(tokens * num, np.int32),
+        lengths=np.full(num, len(tokens), np.int32),
+    )  # fmt: skip
+
+
+def replicas(num: int) -> dict[int, Thunks]:
+    return {i: Thunks(ToyTeacher(CHAIN)) for i in range(num)}
+
+
+def alone(*blocks_and_ids: Any) -> np.ndarray:
+    """What one teacher that is never lost answers."""
+    teacher = ToyTeacher(CHAIN)
+    ids, blocks = blocks_and_ids
+    teacher.open(opened(*ids))
+    return [teacher.score(each).values for each in blocks][-1]
+
+
+def held(pool: dict[int, Thunks]) -> dict[int, list[int]]:
+    return {i: sorted(replica.teacher.sessions) for i, replica in pool.items()}
+
+
+class TestRouter:
+    def test_new_sessions_go_to_the_least_loaded_of_all(self, rooms):
+        """The load is that of all workers: what the others have is told, one's own is counted."""
+        pool = replicas(3)
+        directory = Still(pool)
+        directory.members = Members(ready=pool, draining={}, sessions={0: 2, 1: 5, 2: 3})
+        router = rooms.TeacherRouter(directory)
+        for i in range(5):
+            router.open(opened(i))
+        assert held(pool) == {0: [0, 1, 3], 1: [], 2: [2, 4]}
+        assert directory.heard[-1] == {0: 3, 2: 1}, "its own sessions are reported"
+
+    def test_workers_start_at_different_replicas(self, rooms):
+        pool = replicas(3)
+        for first in range(3):
+            rooms.TeacherRouter(Still(pool), first=first).open(opened(first))
+        assert held(pool) == {0: [0], 1: [1], 2: [2]}
+
+    def test_a_drained_replica_keeps_its_sessions_and_gets_no_new_one(self, rooms):
+        """Then it leaves: what it still had is read again elsewhere, with the rows of a teacher that stayed."""
+        pool = replicas(2)
+        directory = Still(pool)
+        router = rooms.TeacherRouter(directory)
+        router.open(opened(0))
+        directory.members = Members(ready={1: pool[1]}, draining={0: pool[0]}, sessions={})
+        router.open(opened(1))
+        router.score(block(0, 1))
+        assert held(pool) == {0: [0], 1: [1]}
+        directory.members = Members(ready={1: pool[1]}, draining={}, sessions={})
+        rows = router.score(block(0, 1, base=4, tokens=(7,))).values
+        assert held(pool)[1] == [0, 1]
+        np.testing.assert_allclose(rows, alone((0, 1), (block(0, 1), block(0, 1, base=4, tokens=(7,)))))
+
+    @pytest.mark.parametrize("fault", [lost, away])
+    def test_a_lost_replica_costs_a_new_reading(self, rooms, fault):
+        """Its sessions go on at another one with the same rows; only a dead one is reported to the pool."""
+        pool = replicas(2)
+        directory = Still(pool)
+        router = rooms.TeacherRouter(directory)
+        router.open(opened(0))
+        router.open(opened(1))
+        router.score(block(0, 1))
+        pool[0].faults = [fault()]
+        rows = router.score(block(0, 1, base=4, tokens=(7,))).values
+        np.testing.assert_allclose(rows, alone((0, 1), (block(0, 1), block(0, 1, base=4, tokens=(7,)))))
+        assert held(pool)[1] == [0, 1] and directory.num_lost == (fault is lost)
+        router.open(opened(2))
+        assert held(pool)[1] == [0, 1, 2], "a replica that failed gets no new session for a while"
+
+    def test_a_replica_that_forgot(self, rooms):
+        """A session that its replica no longer knows is opened again, at once."""
+        pool = replicas(1)
+        router = rooms.TeacherRouter(Still(pool))
+        router.open(opened(3))
+        pool[0].faults = [UnknownSession([3])]
+        np.testing.assert_allclose(router.score(block(3)).values, alone((3,), (block(3),)))
+
+    def test_all_gone_and_one_comes(self, rooms, monkeypatch):
+        """Without any replica the router waits for the pool to have one again, and not for ever."""
+        pool = replicas(2)
+        directory = Still(pool)
+        router = rooms.TeacherRouter(directory)
+        router.open(opened(0))
+        begun = time.monotonic()
+
+        def ask(sessions):
+            """One is being started for longer than the router waits where none is."""
+            there = time.monotonic() - begun > 0.2
+            return Members(ready={9: pool[1]} if there else {}, draining={}, sessions={}, num_starting=int(not there))
+
+        monkeypatch.setattr(directory, "ask", ask)
+        monkeypatch.setattr(directory, "poll", lambda sessions: None)
+        monkeypatch.setattr(rooms, "RETRY_FOR_S", 0.05)
+        directory.members = Members(ready={}, draining={}, sessions={}, num_starting=1)
+        router._members = directory.members
+        np.testing.assert_allclose(router.score(block(0)).values, alone((0,), (block(0),)))
+        monkeypatch.setattr(directory, "ask", lambda sessions: Members(ready={}, draining={}, sessions={}))
+        router._members = Members(ready={}, draining={}, sessions={})
+        with pytest.raises(RuntimeError, match=r"no teacher replica answered for 0\.05 s"):
+            router.score(block(0))
+
+    def test_broken_pool(self, rooms):
+        """A pool that cannot start replicas any more ends the wait with its reason."""
+        directory = Still({})
+        directory.members = Members(ready={}, draining={}, sessions={}, broken="no weights")
+        with pytest.raises(RuntimeError, match="there is no teacher any more: no weights"):
+            rooms.TeacherRouter(directory).open(opened(0))
+
+    def test_busy(self, rooms):
+        """A full replica is passed over; when all are full the worker hears of it."""
+        pool = replicas(2)
+        router = rooms.TeacherRouter(Still(pool))
+        pool[0].faults = [TeacherBusy("full")]
+        router.open(opened(0))
+        assert held(pool) == {0: [], 1: [0]}
+        for replica in pool.values():
+            replica.faults = [TeacherBusy("full")]
+        with pytest.raises(TeacherBusy, match="no teacher replica has room for 1 sessions"):
+            router.open(opened(1))
+
+    def test_runs_do_not_meet(self, rooms):
+        """Two runs with sessions of the same numbers share a replica: each reads its own text."""
+        pool = replicas(1)
+        routers = [rooms.TeacherRouter(Still(pool), namespace=n) for n in (1, 2)]
+        routers[0].open(opened(0))
+        other = Sessions(
+            session_ids=np.array([0]), token_ids=np.array([9, 9], np.int32), lengths=np.array([2], np.int32)
+        )
+        routers[1].open(other)
+        assert len(pool[0].teacher.sessions) == 2
+        np.testing.assert_allclose(routers[0].score(block(0)).values, alone((0,), (block(0),)))
+        routers[1].close(np.array([0]))
+        assert list(pool[0].teacher.sessions) == [1 << rooms.SESSION_BITS]
+        largest = (1 << 20) - 1 << rooms.SESSION_BITS
+        assert largest + (1 << rooms.SESSION_BITS) - 1 < 1 << 63, "every run's sessions have room in an int64"
+
+
+class TestRoster:
+    def book(self, num: int) -> Roster:
+        roster = Roster()
+        for i in range(num):
+            roster.set_state(roster.add(f"handle {i}", 0.0), State.READY, 0.0)
+        return roster
+
+    def test_what_a_router_sees(self):
+        """Ready and draining ones, and the load that the others make."""
+        roster = self.book(2)
+        late = roster.add("handle 2", 0.0)
+        roster.report("a", {0: 3}, 0.0)
+        roster.report("b", {0: 1, 1: 4}, 0.0)
+        roster.set_state(1, State.DRAINING, 1.0)
+        seen = roster.members("a", 2.0)
+        assert (dict(seen.ready), dict(seen.draining)) == ({0: "handle 0"}, {1: "handle 1"})
+        assert dict(seen.sessions) == {0: 1, 1: 4, late: 0} and seen.num_starting == 1
+
+    def test_drain(self):
+        """It ends when every router has heard of it and nobody has a session there, or when its time is up."""
+        roster = self.book(2)
+        roster.report("a", {0: 1}, 0.0)
+        roster.set_state(0, State.DRAINING, 0.0)
+        assert roster.drained(4.0, seen_s=5.0) == [] == roster.drained(6.0, seen_s=5.0)
+        roster.report("a", {}, 7.0)
+        assert roster.drained(8.0, seen_s=5.0) == [0]
+        roster.report("a", {0: 2}, DRAIN_S)
+        assert roster.drained(DRAIN_S, seen_s=5.0) == [] and roster.drained(DRAIN_S + 1, seen_s=5.0) == [0]
+
+    def test_a_router_that_died_counts_no_more(self):
+        roster = self.book(1)
+        roster.report("a", {0: 7}, 0.0)
+        assert roster.sessions(0, FORGET_S) == 7 and roster.sessions(0, FORGET_S + 1) == 0
+
+    def test_numbers_are_not_used_again(self):
+        roster = self.book(2)
+        roster.remove(1)
+        assert roster.add("another", 0.0) == 2
+
+    def test_the_emptiest_is_drained(self):
+        """The one with the fewest sessions, the youngest of equal ones."""
+        roster = self.book(3)
+        assert roster.to_drain(0.0) == 2
+        roster.report("a", {0: 3, 1: 1, 2: 1}, 0.0)
+        assert roster.to_drain(0.0) == 2
+        roster.report("a", {0: 0, 1: 1, 2: 1}, 0.0)
+        assert roster.to_drain(0.0) == 0
+
+
+class TestDirectory:
+    def test_asks_now_and_then_and_never_waits(self, monkeypatch):
+        """One question at a time; its answer is taken at a later call; a pool that is away is asked again."""
+        environment.for_private_cluster()
+        from ray import cloudpickle
+        from ray.exceptions import ActorUnavailableError
+
+        from switchkd.actors import directory
+
+        members = Members(ready={0: "x"}, draining={}, sessions={})
+        asked: list[dict[int, int]] = []
+        done: list[bool] = [False]
+        fails: list[Exception] = []
+
+        def get(ref, timeout=None):
+            if fails:
+                raise fails.pop()
+            return cloudpickle.dumps(members)
+
+        pool = SimpleNamespace(members=SimpleNamespace(remote=lambda router, sessions: asked.append(sessions) or "ref"))
+        monkeypatch.setattr(directory.ray, "get", get)
+        monkeypatch.setattr(directory.ray, "wait", lambda refs, timeout: (refs, []) if done[0] else ([], refs))
+        clock = [100.0]
+        monkeypatch.setattr(directory.time, "monotonic", lambda: clock[0])
+        here = directory.PoolDirectory(pool, "0/0")
+        assert here.poll({0: 1}) is None and here.poll({0: 2}) is None and asked == [{0: 1}]
+        done[0] = True
+        assert here.poll({0: 3}) == members
+        assert here.poll({0: 4}) is None and len(asked) == 1, "not so soon"
+        clock[0] += 2 * directory.POLL_S
+        fails.append(ActorUnavailableError("", None))
+        assert here.poll({0: 5}) is None and here.poll({}) is None and asked[-1] == {0: 5}
+        fails.append(ActorUnavailableError("", None))
+        assert here.ask({}) is None and here.ask({}) == members
+        fails.append(lost())
+        ended = here.ask({})
+        assert not ended.ready and ended.broken == "their pool was ended"

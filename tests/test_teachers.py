@@ -1,0 +1,143 @@
+"""Several teachers in one run, routed by a field of the prompt: each rollout is that of its own teacher."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from runs import config, furnish, lines, rollouts, steps
+from tiny import save_tiny, tiny_tokenizer
+
+from switchkd.config import ConfigError, load, parse
+from switchkd.eval_config import eval_config
+from switchkd.preflight import prepare
+from switchkd.run import sample, train
+
+SWITCH = {
+    "name": "switch", "steps": 3, "mix": {"rollout": 0.5, "dataset": 0.5},
+    "rule": {"type": "switch", "half_life": 6}, "loss": {"type": "forward_kl"},
+}  # fmt: skip
+BOTH = {"teachers": {"math": {"path": "teacher"}, "chat": {"path": "other"}}, "data": {"teacher_field": "source"}}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """Two teachers; every other row names the second."""
+    place = furnish(tmp_path_factory.mktemp("teachers"))
+    save_tiny(place / "other", num_hidden_layers=2, hidden_size=48, seed=5)  # of another width
+    rows = [json.loads(line) | {"source": ("math", "chat")[i % 2]} for i, line in enumerate(text(place))]
+    (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
+
+
+@pytest.fixture(autouse=True)
+def here(models, monkeypatch):
+    monkeypatch.chdir(models)
+
+
+def text(place: Path) -> list[str]:
+    return (place / "data.jsonl").read_text().splitlines()
+
+
+def wanted(place: Path, run: str, **sections):
+    data = {"path": "./data.jsonl", "max_prompt_tokens": 64, "max_reference_tokens": 32, **BOTH["data"]}
+    several = {"teachers": BOTH["teachers"], "data": data, **sections}
+    return config(place, [SWITCH], name=f"{run}.yaml", run={"dir": run}, **several)
+
+
+def test_each_prompt_has_its_own_teacher(models):
+    """Every rollout, written or taken from the data set, equals that of a run with its teacher alone (at the first
+    step: later the students differ); the learner rebuilds rows of both widths, evaluation compares with both."""
+    evaluation = {"data": "./data.jsonl", "num_prompts": 4, "max_new_tokens": 8}
+    summary = train(wanted(models, "both", eval=evaluation))
+    assert summary.finished and {"eval/kl", "eval/agreement"} <= summary.stage_scores[-1][1].keys()
+    rows = {row["rollout_id"]: row for row in lines(models / "both" / "rollouts.jsonl")}
+    assert {row["teacher"] for row in rows.values()} == {"math", "chat"}
+    first = {i: row["token_ids"] for i, row in rows.items() if row["step"] == 0}
+    found = rollouts(models / "both")
+    for name, folder in (("math", "teacher"), ("chat", "other")):
+        alone = config(models, [SWITCH], name=f"{name}.yaml", run={"dir": name}, teacher={"path": folder})
+        train(alone)
+        theirs = rollouts(models / name)
+        own = [i for i in first if rows[i]["teacher"] == name]
+        assert own and [i for i in own if found[i] != theirs[i]] == []
+    assert all(row["loss/total"] > 0 for row in steps(models / "both"))
+
+
+def test_resume_and_look(models):
+    """`switchkd rollout` shows each prompt with its teacher, and a resume finds the names again."""
+    pairs, _ = sample(wanted(models, "looked"), 6, 0)
+    assert {(prompt.teacher, rollout.teacher) for prompt, rollout in pairs} == {("math", "math"), ("chat", "chat")}
+    train(wanted(models, "resumed"))
+    longer = {**SWITCH, "steps": 4}
+    data = {"path": "./data.jsonl", "max_prompt_tokens": 64, "max_reference_tokens": 32, **BOTH["data"]}
+    more = config(models, [longer], name="more.yaml", run={"dir": "resumed"}, teachers=BOTH["teachers"], data=data)
+    assert train(more, resume=True).steps == 4
+
+
+def test_rows_without_a_teacher_are_refused(models, tmp_path):
+    """In one line, before anything is made: the row, the field, what it says, and the names there are."""
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(
+        "\n".join([*text(models)[:3], json.dumps({"prompt": "who", "reference": "me", "source": "cooking"})]) + "\n"
+    )
+    with pytest.raises(ConfigError) as error:
+        train(wanted(models, "refused", data={"path": str(broken), **BOTH["data"]}))
+    assert str(error.value) == (
+        f"{broken}:4: field 'source' (data.teacher_field) is 'cooking', no name in teachers: math, chat; mend the row, "
+        "add the teacher, or name another field"
+    )
+    with pytest.raises(ConfigError, match=r"data.jsonl:1: field 'teacher' \(data.teacher_field\) is '', no name in"):
+        train(wanted(models, "refused", data={"path": "./data.jsonl"}))
+    assert not (models / "refused").exists()
+
+
+def test_a_field_of_that_name_means_nothing_to_one_teacher(models, tmp_path):
+    """With a single teacher rows may say what they like."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "who", "reference": "me", "teacher": "gone"}) + "\n")
+    ready = prepare(config(models, [SWITCH], data={"path": str(rows)}, run={"dir": str(tmp_path / "run")}))
+    assert [prompt.teacher for prompt in ready.prompts.prompts] == [""]
+
+
+def test_tokenizers(models, tmp_path):
+    """All share the student's; the one that does not is named."""
+    save_tiny(tmp_path / "strange")
+    strange = tiny_tokenizer()
+    strange.add_tokens(["more"])
+    strange.save_pretrained(tmp_path / "strange")
+    several = {"math": {"path": "teacher"}, "chat": {"path": str(tmp_path / "strange")}}
+    with pytest.raises(ConfigError, match=r"teachers.chat.path=.*strange and student.path=student need one tokenizer"):
+        prepare(wanted(models, "no", teachers=several))
+
+
+BASE = {"run": {"dir": "x"}, "train": {"num_steps": 1}}
+
+
+def test_keys():
+    """What one leaves out it takes from `teacher`; what all must share is said; names are checked."""
+    both = parse({**BASE, "teacher": {"path": "big", "dtype": "bfloat16"}, "teachers": {"a": {}, "b": {"path": "c"}}})
+    assert [(both.teachers[n].path, both.teachers[n].dtype) for n in "ab"] == [("big", "bfloat16"), ("c", "bfloat16")]
+    assert both.of_teacher("b").teacher.path == "c" and both.of_teacher("b").teacher_names == ("",)
+    assert both.teacher_names == ("a", "b") and parse(BASE).teacher_names == ("",)
+    for sections, said in (
+        ({"teachers": {"a": {"temperature": 0.5}}}, r"teachers.a.temperature=0.5: all teachers of a run draw alike"),
+        ({"teachers": {"a b": {}}}, r"teachers: the name 'a b' is not made of letters"),
+        ({"teachers": {"a": {"pth": "x"}}}, r"teachers.a.pth: unknown key .*did you mean 'path'"),
+        ({"resources": {"teachers": {"a": {}}}}, r"resources.teachers.a: there is no such teacher; teachers has none"),
+        ({"teachers": {"a": {"graphs": "on", "device": "cpu"}}}, r"teachers.a.graphs=on needs a CUDA device"),
+        ({"teacher": {"attach": "big"}, "run": {"dir": "x", "mode": "inprocess"}}, r"teacher.attach needs a cluster"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            parse({**BASE, **sections})
+
+
+def test_eval_with_another_teacher(models):
+    """`eval --teacher` compares with that one, whatever the run had."""
+    train(wanted(models, "evaluated"))
+    one = eval_config(model="evaluated", teacher="other", data="data.jsonl")
+    assert one.teacher_names == ("",) and one.teacher.path == "other"
+    several = eval_config(model="evaluated", data="data.jsonl")
+    assert several.teacher_names == ("math", "chat")
+    assert load("evaluated/config.yaml").teachers.keys() == {"math", "chat"}
