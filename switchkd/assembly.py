@@ -148,6 +148,7 @@ def make_worker(
         overlap=_overlaps(config),
         device=device,
         coarse=config.teacher.decide == "coarse",
+        candidates=config.rollout.save_candidates,
         new_weights=new_weights if config.rollout.on_new_weights == "reprefill" else None,
     )
     decode = partial(tokenizer.decode, skip_special_tokens=True)

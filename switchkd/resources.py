@@ -17,8 +17,9 @@ _KEYS = {"teacher": "teacher.replicas", "rollout": "rollout.num_workers", "learn
 
 
 def counts(config: Config) -> dict[str, int]:
-    """Processes of each role; no teacher where no stage needs one."""
-    found = {"rollout": config.rollout.num_workers, "learner": config.learner.num_ranks}
+    """Processes of each role; no teacher where no stage needs one, no worker where rollouts were recorded."""
+    workers = 0 if config.rollout.recorded else config.rollout.num_workers
+    found = {"rollout": workers, "learner": config.learner.num_ranks}
     return {"teacher": config.teacher.replicas, **found} if config.needs_teacher else found
 
 
@@ -62,7 +63,7 @@ def _threads(config: Config, role: str, num_cpus: float, cores: int) -> int:
         alone = config.replay.max_staleness == 0
         return max(1, cores // number["learner"] if alone else cores // sum(number.values()))
     writers = number["rollout"] + number.get("teacher", 0)
-    return max(1, cores // writers)
+    return max(1, cores // max(1, writers))
 
 
 def total(config: Config, cores: int | None = None) -> dict[str, dict[str, float]]:

@@ -23,6 +23,7 @@ from switchkd.actors.futures import gathered, of_worker, patient
 from switchkd.actors.health import pulses
 from switchkd.actors.learner_actor import LearnerActor, LearnerGroup
 from switchkd.actors.placement import options, settled, wait_for_resources
+from switchkd.actors.prometheus import Exporter
 from switchkd.actors.replay_actor import ReplayActor
 from switchkd.actors.rollout_actor import RolloutActor
 from switchkd.actors.teacher_actor import TeacherActor
@@ -30,6 +31,8 @@ from switchkd.config import ConfigError
 from switchkd.engines.heads import HeadArrays
 from switchkd.house import House, Weights
 from switchkd.metrics import MetricsLog
+from switchkd.recorded import heads_for
+from switchkd.resources import counts
 from switchkd.sections import Config
 from switchkd.types import Exam, Task
 from switchkd.watchdog import all_of
@@ -123,7 +126,7 @@ def build_house(config: Config, run_dir: Path, stop_ids: frozenset[int], log: Me
         handles = cloudpickle.dumps((teachers, replay))
         workers = [
             start(RolloutActor, options(config, "rollout"), plain, i, handles, stop_ids, *common)
-            for i in range(config.rollout.num_workers)
+            for i in range(counts(config)["rollout"])
         ]
         rank = cast(Any, LearnerActor).options(**options(config, "learner"))
         learner = LearnerGroup(lambda: [rank.remote(plain, replay, *common) for _ in range(config.learner.num_ranks)])
@@ -142,9 +145,11 @@ def build_house(config: Config, run_dir: Path, stop_ids: frozenset[int], log: Me
             asked = gathered([teachers[0].head.remote()])
             all_of({"teacher 0": asked}, config.run.watchdog_s)
             head = asked.result()
-        awaited["learner"] = learner.start({} if head is None else {"": head})
+        awaited["learner"] = learner.start(heads_for(config, run_dir, {} if head is None else {"": head}))
         all_of(awaited, config.run.watchdog_s)
         patient(lambda: replay.restore.remote(None, 0)).result()
+        if config.metrics.prometheus:
+            log.export(Exporter(run_dir.resolve().name))
         return House(
             workers=[RayWorker(actor) for actor in workers],
             replay=RayReplay(replay),
