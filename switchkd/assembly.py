@@ -154,6 +154,7 @@ def make_worker(
             overlap=_overlaps(own),
             device=device,
             coarse=own.teacher.decide == "coarse",
+            candidates=config.rollout.save_candidates,
             new_weights=new_weights if config.rollout.on_new_weights == "reprefill" else None,
         )
 

@@ -253,6 +253,7 @@ def _stage_modes(config: Config, stage: Stage, first_step: int) -> StageModes:
         "seed": config.seed,
         "first_step": first_step,
         "wants_uncertainty": stage.loss.type == "atkd",
+        "candidates": config.rollout.save_candidates,
     }
     rollout = Mode(
         rule=build_rule(stage),

@@ -1,4 +1,5 @@
-"""The door: `switchkd train`, `eval`, `rollout`, `export`, `bench`, `serve-teacher`, `init-student`, `fetch-demo`.
+"""The door: `switchkd train`, `eval`, `rollout`, `report`, `export`, `bench`, `plan`, `doctor`, `serve-teacher`,
+`init-student`, `fetch-demo`.
 
 In: a command line. Out: an exit code: 0, 2 for what the user can mend (one line on stderr), 143 for a run that SIGTERM
 stopped and that can go on, 1 for everything else (its traceback goes to the run's `logs/`, or to the terminal with
@@ -119,9 +120,13 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the full config, stop.")] = False,
+    from_rollouts: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Train on what this run recorded with rollout.save_signal.")
+    ] = None,
 ) -> None:
     """Train a student as CONFIG says."""
-    wanted = _load(config, overrides)
+    recorded = [] if from_rollouts is None else [f'rollout.recorded="{from_rollouts.expanduser().resolve()}"']
+    wanted = _load(config, [*(overrides or []), *recorded])
     if dry_run:
         _dry_run(wanted)
         return
@@ -142,7 +147,8 @@ def _dry_run(config: Config) -> None:
     print(dump_yaml(config), end="")
     held_out = f"; held out: {ready.eval_prompts.report()}" if ready.eval_prompts else ""
     steps = f"{config.num_steps} steps in {len(config.train.stages)} stages"
-    print(f"switchkd: this can run: {steps}; {ready.prompts.report()}{held_out}", file=sys.stderr)
+    data = config.rollout.recorded or ready.prompts.report()
+    print(f"switchkd: this can run: {steps}; {data}{held_out}", file=sys.stderr)
 
 
 @app.command("eval")
@@ -274,6 +280,18 @@ def doctor(
         _print_json({"ok": not failed, "findings": [finding.to_json() for finding in findings]})
     if failed:
         raise typer.Exit(2)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; several stand side by side.")],
+    out: Annotated[Path | None, typer.Option(help="The page; else report.html in the run's folder.")] = None,
+    rollouts: Annotated[int, typer.Option(min=0, help="So many rollouts of each run can be looked at.")] = 200,
+) -> None:
+    """Write one HTML page about runs: curves, and rollouts coloured by who wrote what."""
+    from switchkd.report import write_report
+
+    print(write_report(runs, out, rollouts))
 
 
 def _print_json(obj: dict[str, Any]) -> None:

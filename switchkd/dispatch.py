@@ -61,7 +61,18 @@ class Dispatch:
             except BaseException:
                 self.again.appendleft(tasks)
                 raise
+            self.show(tasks)
             self.working[index] = (self.house.workers[index].generate(tasks, given), tasks)
+
+    def show(self, more: Iterable[Task] = ()) -> None:
+        """Who is at work, for whoever looks at the terminal; `more` are about to go out."""
+        groups = [tasks for tasks in (list(more), *(tasks for _, tasks in self.working.values())) if tasks]
+        scored = any(self.plan.stages[task.stage].needs_teacher for tasks in groups for task in tasks)
+        workers = f"{len(groups)} of {len(self.house.workers)} workers"
+        self.log.now(
+            rollout=f"{workers} at {sum(map(len, groups))} rollouts" if groups else "",
+            teacher=f"answers {workers}" if scored else "",
+        )
 
     def _next_again(self, step: int) -> list[Task]:
         """Also a second time nothing is written with weights that are too old: the run may have gone back."""
@@ -136,6 +147,7 @@ class Dispatch:
             if not future.done():
                 continue
             del self.working[index]
+            self.show()
             try:
                 report: WorkReport = future.result()
             except WorkerLost:

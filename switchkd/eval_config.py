@@ -36,11 +36,11 @@ def eval_config(
     is_run = (folder / "config.yaml").is_file() and not (folder / "config.json").is_file()
     file = config or (folder / "config.yaml" if is_run else None)
     base = load(file, list(overrides)) if file else _minimal(model, overrides)
-    compared = bool(teacher) or (file is not None and base.needs_teacher)
+    compared = bool(teacher) or (file is not None and any(stage.needs_teacher for stage in base.train.stages))
     raw = resolved(base)
     raw["student"] |= {"path": str(find_student(folder) if is_run else model), "cut": None}
     raw |= {"learner": {}, "replay": {}}
-    raw["rollout"]["rule"] = {"type": "student"}
+    raw["rollout"] |= {"rule": {"type": "student"}, "recorded": ""}
     raw["train"] = {"stages": [_WITH_TEACHER if compared else _NO_TEACHER]}
     if teacher:
         raw["teacher"] |= {"path": teacher, "attach": ""}

@@ -6,11 +6,17 @@ read from $HF_TOKEN and goes nowhere else.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 
-from switchkd.config import ConfigError
+import yaml
+
+from switchkd.config import ConfigError, parse
+from switchkd.metrics import METRICS
+from switchkd.model_card import CARD, write_card
+from switchkd.resume import CONFIG
 
 _STEP = "step-"
 
@@ -24,6 +30,8 @@ def export_run(run_dir: Path, *, step: int | None = None, out: Path | None = Non
         raise ConfigError(f"--push {push} needs a token; set HF_TOKEN in the environment")
     if out is not None:
         folder = _copy(folder, out.expanduser())
+        if not (folder / CARD).exists():
+            _add_card(folder, run_dir, step)
     if push:
         _push(folder, push, str(token))
     return folder
@@ -71,6 +79,19 @@ def _copy(folder: Path, out: Path) -> Path:
         out.rmdir()
     making.rename(out)
     return out
+
+
+def _add_card(folder: Path, run_dir: Path, step: int | None) -> None:
+    """From what the run has written so far; a checkpoint's student has none of its own."""
+    try:
+        config = parse(yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8")))
+        lines = (run_dir / METRICS).read_text(encoding="utf-8").splitlines()
+    except (OSError, ConfigError, yaml.YAMLError):
+        return  # the student is whole without it
+    rows = [json.loads(line) for line in lines]
+    before = [row for row in rows if step is None or row["step"] < step]
+    scores = [(row["stage_end"], row) for row in before if "stage_end" in row]
+    write_card(folder, run_dir, config, scores, 1 + max((row["step"] for row in before), default=-1))
 
 
 def _push(folder: Path, repo: str, token: str) -> None:

@@ -14,6 +14,7 @@ from switchkd import resources
 from switchkd.assembly import Gang, LearnerRank, Teachers, make_teacher, make_worker
 from switchkd.config import ConfigError
 from switchkd.house import House, Pulse, Weights
+from switchkd.recorded import RecordedRollouts, heads_for
 from switchkd.replay_service import ReplayService, make_replay
 from switchkd.sections import Config
 from switchkd.types import Exam, Task
@@ -55,7 +56,7 @@ def _cannot_restart() -> None:
 class DirectWorker:
     """A worker that puts into a replay of the same process."""
 
-    def __init__(self, worker: Worker, replay: ReplayService | None) -> None:
+    def __init__(self, worker: Worker, replay: ReplayService | RecordedRollouts | None) -> None:
         self.worker, self.replay = worker, replay
 
     def generate(self, tasks: list[Task], weights: Weights | None) -> Future[Any]:
@@ -97,14 +98,14 @@ def make_teachers(config: Config) -> Teachers:
 
 def build_house(config: Config, run_dir: Path, stop_ids: frozenset[int]) -> House:
     teachers = make_teachers(config)
-    heads = {name: head for name, (_, head) in teachers.items() if head is not None}
+    heads = heads_for(config, run_dir, {name: head for name, (_, head) in teachers.items() if head is not None})
     replay = make_replay(config, run_dir)
-    worker = make_worker(config, 0, teachers, stop_ids)
+    workers = [] if config.rollout.recorded else [make_worker(config, 0, teachers, stop_ids)]
     learner = LearnerRank(config, Gang(), heads, replay.fetch)
     return House(
-        workers=[DirectWorker(worker, replay)],
+        workers=[DirectWorker(worker, replay) for worker in workers],
         replay=Direct(replay),
         learner=DirectLearner(learner),
-        pulses=lambda: [Pulse(name="rollout worker 0", beats=worker.beats)],
+        pulses=lambda: [Pulse(name=f"rollout worker {i}", beats=worker.beats) for i, worker in enumerate(workers)],
         close=learner.close,
     )

@@ -1,25 +1,25 @@
 """Numbers go to metrics.jsonl, the console and, where asked for, TensorBoard and W&B.
 
 In: one row per optimizer step, with names such as `loss/...`, `rollout/...` or `time/...`, and evaluations with
-`eval/...`. Out: a line each, flushed at once; on a terminal a live bar, else a plain line per `log_every` steps.
+`eval/...`. Out: a line each, flushed at once; on a terminal a live view, else a plain line per `log_every` steps.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from switchkd.checkpoint import TrainState
 from switchkd.config import ConfigError
 from switchkd.files import json_safe, write_text_atomic
+from switchkd.live import LiveView
 from switchkd.resume import CONFIG
 from switchkd.sections import Metrics
 
@@ -61,7 +61,8 @@ class MetricsLog:
         self._file: TextIO | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
-        self._bar: Progress | None = None
+        self._live: LiveView | None = None
+        self._sinks: list[Callable[[int, Mapping[str, float]], None]] = []
 
     def open(self, run_dir: Path, num_steps: int, state: TrainState) -> None:
         """Append to the run folder's files, which a resume has cut back to `state`. ConfigError without wandb."""
@@ -73,15 +74,24 @@ class MetricsLog:
         if self.settings.wandb:
             self._wandb = _wandb(run_dir, self.settings.wandb)
         if self.console.is_terminal:
-            self._bar = _bar(self.console)
-            self._bar.add_task("", total=num_steps, completed=state.step, line="starting")
-            self._bar.start()
+            self._live = LiveView(self.console, num_steps, state.step)
+            self._live.start()
+
+    def now(self, **doing: str) -> None:
+        """What roles (`teacher`, `rollout`, `replay`, `learner`) do from now on; only a terminal shows it."""
+        if self._live is not None:
+            self._live.now(**doing)
+
+    def export(self, sink: Callable[[int, Mapping[str, float]], None]) -> None:
+        """One more sink: it gets each row's step and numbers."""
+        self._sinks.append(sink)
 
     def step(self, step: int, row: Mapping[str, Any]) -> None:
         """What an optimizer step (0-based) reports."""
-        line = _line(self._write({"step": step, **row}))
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step + 1, line=line)
+        told = self._write({"step": step, **row})
+        line = _line(told)
+        if self._live is not None:
+            self._live.step(step + 1, told, line)
         elif (step + 1) % self.settings.log_every == 0 or step + 1 == self._num_steps:
             self.note(f"step {step + 1}/{self._num_steps}  {line}  {self._eta(step + 1)}")
 
@@ -100,7 +110,7 @@ class MetricsLog:
 
     def summary(self, stage_scores: StageScores, student: str, finished: bool) -> None:
         """The last words: the table, and where the student is or how to go on."""
-        self._stop_bar()
+        self._stop_live()
         if self._run_dir and (rows := summary_rows(stage_scores, self._run_dir / METRICS)):
             self.console.print(summary_table(rows))
         if finished:
@@ -110,7 +120,7 @@ class MetricsLog:
 
     def close(self) -> None:
         """`open` may come again: a run that goes back to its checkpoint cuts the files in between."""
-        self._stop_bar()
+        self._stop_live()
         if self._file:
             self._file.close()
         if self._tensorboard:
@@ -118,10 +128,10 @@ class MetricsLog:
         if self._wandb:
             self._wandb.finish()
 
-    def _stop_bar(self) -> None:
-        if self._bar:
-            self._bar.stop()
-            self._bar = None
+    def _stop_live(self) -> None:
+        if self._live:
+            self._live.stop()
+            self._live = None
 
     def _write(self, told: dict[str, Any]) -> dict[str, Any]:
         """To all sinks; returns the row in plain values."""
@@ -136,6 +146,8 @@ class MetricsLog:
             self._tensorboard.flush()
         if self._wandb:
             self._wandb.log({"step": row["step"], **numbers})
+        for sink in self._sinks:
+            sink(row["step"], numbers)
         return row
 
     def _eta(self, num_done: int) -> str:
@@ -150,7 +162,11 @@ def summary_rows(stage_scores: StageScores, metrics_file: Path) -> list[dict[str
     The means come from metrics.jsonl, which also has the steps before a resume.
     """
     with metrics_file.open(encoding="utf-8") as lines:
-        steps = [row for row in map(json.loads, lines) if "stage" in row]
+        return stage_rows(stage_scores, [row for row in map(json.loads, lines) if "stage" in row])
+
+
+def stage_rows(stage_scores: StageScores, steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """`summary_rows` from the rows of the steps."""
     scores = dict(stage_scores)
     rows = []
     for name in dict.fromkeys([*scores, *(row["stage"] for row in steps)]):
@@ -192,11 +208,6 @@ def _line(row: Mapping[str, Any]) -> str:
 
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _bar(console: Console) -> Progress:
-    columns = (MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.fields[line]}"), TimeRemainingColumn())
-    return Progress(*columns, console=console)
 
 
 def _tensorboard(run_dir: Path, first_step: int) -> Any:

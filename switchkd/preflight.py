@@ -21,6 +21,7 @@ from switchkd.engines.loading import load_tokenizer, refuse_own_code, same_token
 from switchkd.examination import WITH_TEACHER
 from switchkd.model_folder import check_model_folder, looks_local
 from switchkd.prompts import PromptSet, answer_end, eval_data, load_prompts
+from switchkd.recorded import adapted, check_vocab
 from switchkd.resolve import reads_teacher, resolve_models
 from switchkd.resources import role_of
 from switchkd.sections import Config, Model, Stage, Teacher
@@ -43,10 +44,18 @@ class Ready:
 
 def prepare(config: Config) -> Ready:
     """All checks that need no cluster, in the order of their cost. Raises ConfigError."""
+    if config.rollout.recorded:
+        config = adapted(config)
     check(config)
     config = resolve_models(config)
     tokenizer, ends = check_models(config)
     stop_id = answer_end(config.data, tokenizer, ends)
+    if config.rollout.recorded:  # they bring prompts and completions with them, and nobody evaluates
+        check_vocab(config, shared_vocab(tokenizer))
+        nothing = PromptSet(prompts=(), num_rows=0, skipped={}, num_cut=0)
+        return Ready(
+            config=config, tokenizer=tokenizer, stop_ids=ends, stop_id=stop_id, prompts=nothing, eval_prompts=None
+        )
     needs = any(stage.mix.dataset > 0 and stage.steps for stage in config.train.stages)
     names = tuple(config.teachers) if config.needs_teacher else ()
     prompts = load_prompts(config.data, tokenizer, stop_id=stop_id, need_references=needs, teachers=names)
@@ -164,6 +173,8 @@ def _check_eval(config: Config) -> None:
 
 
 def _check_data(config: Config) -> None:
+    if config.rollout.recorded:
+        return
     if not config.data.path:
         raise ConfigError("data.path is empty; name a JSONL or parquet file, or a data set of the hub")
     for key, name in (("data.path", config.data.path), ("eval.data", config.eval.data)):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from switchkd.candidates import Top
 from switchkd.engines.base import StudentEngine
 from switchkd.pace import Costs
 from switchkd.rows import Row
@@ -40,7 +41,7 @@ class Proposer:
     def draft(self, rows: list[Row], size: int) -> Draft:
         """The student writes up to `size` tokens a row with its keyed draws; nothing is drafted past a stop."""
         limits = np.array([min(size, row.mode.max_new_tokens - row.t) for row in rows])
-        keep = any(row.mode.rule.needs_rows and row.mode.scored for row in rows)
+        keep = any((row.mode.rule.needs_rows and row.mode.scored) or row.mode.candidates for row in rows)
         tokens = np.full((len(rows), int(limits.max())), -1, np.int64)
         counts = np.zeros(len(rows), np.int64)
         read = np.array([row.student_len for row in rows])
@@ -74,6 +75,8 @@ class Proposer:
         for r, row in enumerate(rows):
             row.student_len = int(draft.read[r])
             row.accept(int(draft.tokens[r, 0]), Source.STUDENT, version, self.stop_ids)
+            if row.mode.candidates and draft.q_logits is not None:
+                row.student_top.append(Top.of(draft.q_logits[r], row.mode.candidates))
 
     def student_block(self, draft: Draft, pieces: Sequence[np.ndarray]) -> Block:
         """The student proposed; `pieces` are the teacher's rows [>= counts[r], D] from each row's next position on."""

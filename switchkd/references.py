@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from switchkd.candidates import candidates
 from switchkd.questions import Reference
 from switchkd.rows import mean_tail_mass
 from switchkd.teacher_calls import TeacherCalls, split
@@ -20,8 +21,8 @@ Emit = Callable[[list[Rollout]], None]
 class References:
     """`at_once`: how many the teacher reads in one call."""
 
-    def __init__(self, calls: TeacherCalls, *, at_once: int, stop_ids: frozenset[int]) -> None:
-        self.calls, self.at_once, self.stop_ids = calls, at_once, stop_ids
+    def __init__(self, calls: TeacherCalls, *, at_once: int, stop_ids: frozenset[int], candidates: int = 0) -> None:
+        self.calls, self.at_once, self.stop_ids, self.candidates = calls, at_once, stop_ids, candidates
         self.version = 0
 
     def take(self, tasks: Sequence[Task], *, scored: bool, wants_uncertainty: bool, version: int, emit: Emit) -> None:
@@ -100,6 +101,7 @@ class References:
                 signal_bytes=piece.nbytes + asked.signal_bytes, num_scored_rows=num, num_asked=asked.num_asked,
                 tail_mass=mean_tail_mass(piece),
             )  # fmt: skip
+        seen = [] if piece is None or not self.candidates else [self.calls.reader.top(piece, self.candidates)]
         return Rollout(
             rollout_id=task.rollout_id,
             batch=task.batch,
@@ -117,4 +119,5 @@ class References:
             finish_reason="eos" if num and int(ids[-1]) in self.stop_ids else "length",
             teacher=task.prompt.teacher,
             stats=stats,
+            candidates=candidates(seen, [], num, self.candidates),
         )

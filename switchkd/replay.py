@@ -144,7 +144,7 @@ class Replay:
             self._waiting.difference_update(rollout_ids)
         taken = self.fetch(rollout_ids)
         self._last_staleness = [version - rollout.oldest_version for rollout in taken]
-        return [_entry(rollout) for rollout in taken]
+        return [entry_of(rollout) for rollout in taken]
 
     def fetch(self, rollout_ids: Sequence[int]) -> list[Rollout]:
         """The rollouts themselves, in the order asked for. KeyError for one that is not here."""
@@ -336,7 +336,7 @@ def allowed_until(version: int, max_staleness: int, batch_ends: Sequence[int]) -
     return batch_ends[min(version + max_staleness, len(batch_ends) - 1)]
 
 
-def _entry(rollout: Rollout) -> Entry:
+def entry_of(rollout: Rollout) -> Entry:
     return Entry(
         rollout_id=rollout.rollout_id,
         batch=rollout.batch,

@@ -6,16 +6,17 @@ In: the calls of `house.ReplayHandle` and, from workers and learners, `put` and 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from switchkd import recorded
 from switchkd.engines.loading import load_tokenizer
-from switchkd.files import append_whole
+from switchkd.recorded import RecordedRollouts
 from switchkd.replay import Entry, Replay
-from switchkd.rollout_io import load_replay_state, rollout_to_row, save_replay_state, save_rollouts
+from switchkd.resume import SIGNAL
+from switchkd.rollout_io import append_rows, load_replay_state, save_replay_state, save_rollouts
 from switchkd.sections import Config
 from switchkd.types import Rollout
 
@@ -26,10 +27,19 @@ EMPTY: dict[str, Any] = {
 
 
 class ReplayService:
-    def __init__(self, replay: Replay, rollouts_file: Path | None, decode: Callable[[Sequence[int]], str]) -> None:
+    """`rollouts_file` and `signal_dir`: what was trained on goes there, as lines and with the teacher's signal."""
+
+    def __init__(
+        self,
+        replay: Replay,
+        rollouts_file: Path | None,
+        decode: Callable[[Sequence[int]], str],
+        signal_dir: Path | None = None,
+    ) -> None:
         self.replay = replay
         self.rollouts_file = rollouts_file
         self.decode = decode
+        self.signal_dir = signal_dir
 
     def put(self, rollouts: Sequence[Rollout]) -> list[int]:
         return self.replay.put(rollouts)
@@ -47,8 +57,9 @@ class ReplayService:
             return
         rollouts = self.replay.fetch(rollout_ids)
         if self.rollouts_file is not None:
-            rows = [rollout_to_row(r, self.decode(r.prompt_ids.tolist()), self.decode, step) for r in rollouts]
-            append_whole(self.rollouts_file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            append_rows(self.rollouts_file, rollouts, self.decode, step)
+        if self.signal_dir is not None:
+            save_rollouts(recorded.shard(self.signal_dir, step), rollouts)
         self.replay.commit(step, rollout_ids)
 
     def durable(self, step: int) -> None:
@@ -85,10 +96,14 @@ class ReplayService:
         return self.replay.stats()
 
 
-def make_replay(config: Config, run_dir: Path) -> ReplayService:
-    """The replay of one run."""
+def make_replay(config: Config, run_dir: Path) -> ReplayService | RecordedRollouts:
+    """The replay of one run, or what another run recorded in its place."""
     section = config.replay
     replay = Replay(capacity=section.capacity, policy=section.policy, lease_s=section.lease_s, seed=config.seed)
     tokenizer = load_tokenizer(config.student.path, trust_remote_code=config.student.trust_remote_code)
     decode = partial(tokenizer.decode, skip_special_tokens=False)
-    return ReplayService(replay, run_dir / "rollouts.jsonl" if config.rollout.save else None, decode)
+    rollouts_file = run_dir / "rollouts.jsonl" if config.rollout.save else None
+    if config.rollout.recorded:
+        sizes = [stage.batch_size for stage in config.train.stages for _ in range(stage.steps)]
+        return RecordedRollouts(Path(config.rollout.recorded), sizes, rollouts_file, decode)
+    return ReplayService(replay, rollouts_file, decode, run_dir / SIGNAL if config.rollout.save_signal else None)

@@ -18,13 +18,16 @@ ROLES = ("teacher", "rollout", "learner")
 
 def spans(config: Config) -> dict[str, Span]:
     """Processes of each role that the run starts itself: none of a teacher that runs already (`teacher.attach`) or that
-    no stage needs. One of several teachers is a role of its own, `teachers.NAME`."""
+    no stage needs, no worker where rollouts were recorded. One of several teachers is a role of its own,
+    `teachers.NAME`."""
     found = {}
     for name in config.teacher_names:
         teacher = config.of_teacher(name).teacher
         if not teacher.attach:
             found[role_of(name)] = Span.of(teacher.replicas)
-    return {**found, "rollout": Span.of(config.rollout.num_workers), "learner": Span.of(config.learner.num_ranks)}
+    if not config.rollout.recorded:
+        found["rollout"] = Span.of(config.rollout.num_workers)
+    return {**found, "learner": Span.of(config.learner.num_ranks)}
 
 
 def role_of(teacher: str) -> str:
@@ -89,7 +92,7 @@ def _threads(config: Config, role: str, num_cpus: float, cores: int) -> int:
     if role == "learner":
         alone = config.replay.max_staleness == 0
         return max(1, cores // number["learner"] if alone else cores // sum(number.values()))
-    return max(1, cores // (sum(number.values()) - number["learner"]))
+    return max(1, cores // max(1, sum(number.values()) - number["learner"]))
 
 
 def total(config: Config, cores: int | None = None) -> dict[str, dict[str, float]]:

@@ -21,6 +21,8 @@ from switchkd.files import fsync_dir, redact, write_atomic
 from switchkd.sections import Config
 
 CONFIG = "config.yaml"
+SIGNAL = "signal"
+"""Of `rollout.save_signal`: a file per step, `step-00000012.safetensors`, and the teachers' output heads."""
 HISTORY = ("metrics.jsonl", "rollouts.jsonl")
 SET_ASIDE = "set_aside.jsonl"
 
@@ -51,6 +53,7 @@ MAY_CHANGE = (
     "rollout.block_size",
     "rollout.lead",
     "rollout.save",
+    "rollout.save_signal",
     "learner.timeout_s",
     "learner.micro_batch_tokens",
     "learner.gradient_checkpointing",
@@ -87,7 +90,8 @@ def cut_back(run_dir: Path, step: int | None, set_aside: Collection[int] = ()) -
     """Cut metrics.jsonl and rollouts.jsonl to rows of steps before `step` (None: to nothing), and set_aside.jsonl to
     the rollouts that a checkpoint knows of.
 
-    Cut lines, a half-written last one included, are appended to `lost/<file>`. Returns how many, by file.
+    Cut lines, a half-written last one included, are appended to `lost/<file>`. Returns how many, by file. What
+    `rollout.save_signal` kept of those steps goes there too.
     """
 
     def before(row: dict[str, Any]) -> bool:
@@ -97,7 +101,19 @@ def cut_back(run_dir: Path, step: int | None, set_aside: Collection[int] = ()) -
         return row.get("rollout_id") in set_aside
 
     wanted = {**dict.fromkeys(HISTORY, before), SET_ASIDE: known}
-    return {name: _cut_file(run_dir / name, stays) for name, stays in wanted.items() if (run_dir / name).exists()}
+    cut = {name: _cut_file(run_dir / name, stays) for name, stays in wanted.items() if (run_dir / name).exists()}
+    moved = _cut_shards(run_dir, step)
+    return {**cut, SIGNAL: moved} if moved else cut
+
+
+def _cut_shards(run_dir: Path, step: int | None) -> int:
+    """Recorded rollouts of steps that are taken back go to `lost/` too."""
+    late = [path for path in (run_dir / SIGNAL).glob("step-*") if step is None or path.stem >= f"step-{step:08d}"]
+    for path in late:
+        lost = run_dir / "lost" / SIGNAL / path.name
+        lost.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, lost)
+    return len(late)
 
 
 def _stored(path: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from switchkd.candidates import Top
 from switchkd.engines.base import OutputHead, StudentEngine, Teacher, TeacherBusy
 from switchkd.pace import LOCKSTEP, Lead, Pace
 from switchkd.propose import Proposer, grouped, write_request
@@ -75,12 +76,13 @@ class RolloutWorker:
         overlap: bool = False,
         device: str = "cpu",
         coarse: bool = False,
+        candidates: int = 0,
         new_weights: Callable[[], WeightBundle | None] | None = None,
     ) -> None:
         self.student = student
         self.calls = TeacherCalls(teacher, head, device)
         self.reader = self.calls.reader
-        self.references = References(self.calls, at_once=student.num_slots, stop_ids=stop_ids)
+        self.references = References(self.calls, at_once=student.num_slots, stop_ids=stop_ids, candidates=candidates)
         self.stop_ids = stop_ids
         self.overlap = overlap
         self.coarse = coarse  # `teacher.decide`
@@ -215,7 +217,7 @@ class RolloutWorker:
         return Flight(rows, self.calls.submit(timed), land)
 
     def _land(self, flight: Flight) -> None:
-        answer = flight.answer.result()
+        answer = self.calls.result(flight.answer)
         for row in flight.rows:
             row.in_flight = False
         flight.land(answer)
@@ -248,6 +250,7 @@ class RolloutWorker:
                 row.teacher_len = before[r] + min(int(held[r]), int(sent[r]))
                 row.carry = pieces[r][settled : settled + 1] if held[r] == settled == sent[r] else None
                 row.num_drafted += int(draft.counts[r])
+                row.block_lengths.append(settled)
                 row.took(pieces[r][:settled])
 
         return self._fly(rows, "read", sum(map(len, fed)), land, blocks_of(rows, fed, firsts), lead)
@@ -266,6 +269,7 @@ class RolloutWorker:
                 # neither model has read the last proposed token
                 read = before[r] + min(int(held[r]), int(block.counts[r]) - 1)
                 row.student_len = row.teacher_len = read
+                row.block_lengths.append(len(row.tokens) - before[r])
                 row.took(pieces[r][: len(row.tokens) - before[r]])
 
         return self._fly(rows, "write", len(rows), land, request, lead)
@@ -308,7 +312,7 @@ class RolloutWorker:
             for row, tokens, piece in zip(rows, tokens_of, pieces, strict=True):
                 row.write(tokens.tolist(), self.version, self.stop_ids)
                 row.teacher_len = len(row.tokens) - 1
-                row.took(piece)
+                self._read_alone(row, piece)
 
         return self._fly(rows, "write", len(rows), land, request, None)
 
@@ -324,10 +328,18 @@ class RolloutWorker:
             pieces = split(signal)
             self._take_uncertainty(pending, pieces, [np.array(row.tokens[row.prompt_len :]) for row in pending], firsts)
             for row, piece in zip(pending, pieces, strict=True):
-                row.took(piece)
+                self._read_alone(row, piece)
 
         firsts = [row.prompt_len - 1 for row in pending]
         return self._fly(pending, "read", sum(map(len, fed)), land, blocks_of(pending, fed, firsts), None)
+
+    def _read_alone(self, row: Row, piece: np.ndarray) -> None:
+        """The teacher's rows of tokens that no walk has settled."""
+        row.took(piece)
+        if row.mode.candidates:
+            row.teacher_top.append(self.reader.top(piece, row.mode.candidates))
+            if not row.alone:  # the student never read them
+                row.student_top.append(Top.unknown(len(piece), row.mode.candidates))
 
     def _take_uncertainty(
         self,

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from switchkd.files import json_safe, write_atomic
-from switchkd.types import Origin, Rollout, RolloutStats, Signal, Source
+from switchkd.files import append_whole, json_safe, write_atomic
+from switchkd.types import Candidates, Origin, Rollout, RolloutStats, Signal, Source
 
 FORMAT = {"format": "switchkd-rollouts", "version": "1"}
 
@@ -32,12 +33,33 @@ TOKEN_FIELDS = {
 }
 """Arrays with one value per token of the completion."""
 
+CANDIDATE_FIELDS = {
+    "teacher_ids": np.int32,
+    "teacher_logprobs": np.float32,
+    "student_ids": np.int32,
+    "student_logprobs": np.float32,
+}
+"""Arrays [T, K], where rollouts have them; one K in a file."""
+
 PLAIN_FIELDS = ("rollout_id", "batch", "stage", "prompt_id", "finish_reason", "approximate", "teacher")
 
 
 def save_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:
     """Write them whole or not at all."""
     _save(path, rollouts, {})
+
+
+def read_column(path: Path, name: str) -> np.ndarray:
+    """One of TOKEN_FIELDS of all rollouts of a file, flat; nothing else is read."""
+    with safe_open(path, framework="numpy") as file:
+        column: np.ndarray = file.get_tensor(name)
+    return column
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """What is not an array of all rollouts of a file; nothing else is read."""
+    records: list[dict[str, Any]] = json.loads(read_column(path, "records").tobytes())["rollouts"]
+    return records
 
 
 def load_rollouts(path: Path) -> list[Rollout]:
@@ -59,12 +81,14 @@ def rollout_to_row(
 ) -> dict[str, Any]:
     """One line of rollouts.jsonl: who wrote what, and what the rule saw. Strict JSON, NaN is null.
 
-    `step` is the optimizer step that trained on it (by default its own batch). `segments` are the runs of tokens with
-    one source, with their texts; `versions` are runs `[weight_version, num_tokens]`.
+    `step` is the optimizer step that trained on it (by default its own batch). `pieces` are the tokens' texts, joined
+    the completion; `segments` the runs of tokens with one source; `versions` runs `[weight_version, num_tokens]`;
+    `candidates` each model's most likely tokens (null without `rollout.save_candidates`).
     """
     runs = _runs(rollout.sources)
-    ends = np.cumsum([num for _, num in runs]).tolist()
-    texts = texts_between(rollout.token_ids.tolist(), ends, decode)
+    ends = np.cumsum([0, *(num for _, num in runs)]).tolist()
+    pieces = texts_between(rollout.token_ids.tolist(), range(1, rollout.num_tokens + 1), decode)
+    texts = ["".join(pieces[start:end]) for start, end in pairwise(ends)]
     row = {
         "step": rollout.batch if step is None else step,
         **{name: getattr(rollout, name) for name in PLAIN_FIELDS},
@@ -78,13 +102,40 @@ def rollout_to_row(
         "num_tokens": rollout.num_tokens,
         "teacher_frac": rollout.teacher_frac,
         "token_ids": rollout.token_ids,
+        "pieces": pieces,
         "statistic": _rounded(rollout.statistic),
         "threshold": _rounded(rollout.threshold),
         "uncertainty": _rounded(rollout.uncertainty),
         "versions": [list(run) for run in _runs(rollout.weight_versions)],
+        "candidates": None if rollout.candidates is None else _candidates_row(rollout.candidates, decode),
         "stats": asdict(rollout.stats),
     }
     return json_safe(row)
+
+
+def append_rows(
+    path: Path, rollouts: Sequence[Rollout], decode: Callable[[Sequence[int]], str], step: int | None = None
+) -> None:
+    """Add a line per rollout to a rollouts.jsonl. Raises OSError; then not one of them was added."""
+    rows = [rollout_to_row(rollout, decode(rollout.prompt_ids.tolist()), decode, step) for rollout in rollouts]
+    append_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _candidates_row(found: Candidates, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
+    """By model: lists [T][up to K] of ids, texts and log-probs; an empty list where its row was never made."""
+    sides = {
+        "teacher": (found.teacher_ids, found.teacher_logprobs),
+        "student": (found.student_ids, found.student_logprobs),
+    }
+    names = {i: decode([i]) for ids, _ in sides.values() for i in np.unique(ids[ids >= 0]).tolist()}
+    return {
+        side: {
+            "ids": [row[row >= 0] for row in ids],
+            "texts": [[names[i] for i in row if i >= 0] for row in ids.tolist()],
+            "logprobs": [_rounded(row[own >= 0], 4) for own, row in zip(ids, logprobs, strict=True)],
+        }
+        for side, (ids, logprobs) in sides.items()
+    }
 
 
 def texts_between(token_ids: Sequence[int], ends: Iterable[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
@@ -113,6 +164,9 @@ def _save(path: Path, rollouts: Sequence[Rollout], rest: dict[str, Any]) -> None
         "prompt_ids": _flat([rollout.prompt_ids for rollout in rollouts], np.int32),
         **{name: _flat([getattr(r, name) for r in rollouts], dtype) for name, dtype in TOKEN_FIELDS.items()},
     }
+    seen = [rollout.candidates for rollout in rollouts if rollout.candidates is not None]
+    for name, dtype in CANDIDATE_FIELDS.items() if seen else ():
+        tensors[f"candidates.{name}"] = np.concatenate([getattr(one, name).astype(dtype, copy=False) for one in seen])
     groups: dict[str, list[Signal]] = {}
     for rollout in rollouts:
         if rollout.signal is not None:
@@ -133,6 +187,7 @@ def _load(path: Path) -> tuple[list[Rollout], dict[str, Any]]:
     lengths = [record["length"] for record in records]
     columns: dict[str, list[Any]] = {name: _split(tensors[name], lengths) for name in TOKEN_FIELDS}
     signals = _split_signals(tensors, records)
+    seen = _split_candidates(tensors, records)
     rollouts = [
         Rollout(
             **{name: record[name] for name in PLAIN_FIELDS},
@@ -140,11 +195,27 @@ def _load(path: Path) -> tuple[list[Rollout], dict[str, Any]]:
             prompt_ids=prompts[i],
             **{name: column[i] for name, column in columns.items()},
             signal=signals[i],
-            stats=RolloutStats(**record["stats"]),
+            stats=_stats(record["stats"]),
+            candidates=seen[i],
         )
         for i, record in enumerate(records)
     ]
     return rollouts, told["rest"]
+
+
+def _stats(told: dict[str, Any]) -> RolloutStats:
+    return RolloutStats(**{**told, "block_lengths": tuple(told.get("block_lengths", ()))})
+
+
+def _split_candidates(tensors: dict[str, np.ndarray], records: list[dict[str, Any]]) -> list[Candidates | None]:
+    lengths = [record["length"] if record.get("candidates") else 0 for record in records]
+    if not any(record.get("candidates") for record in records):
+        return [None] * len(records)
+    columns = {name: _split(tensors[f"candidates.{name}"], lengths) for name in CANDIDATE_FIELDS}
+    return [
+        Candidates(**{name: column[i] for name, column in columns.items()}) if record.get("candidates") else None
+        for i, record in enumerate(records)
+    ]
 
 
 def _record(rollout: Rollout) -> dict[str, Any]:
@@ -154,6 +225,7 @@ def _record(rollout: Rollout) -> dict[str, Any]:
         "stats": json_safe(asdict(rollout.stats)),
         "prompt_length": len(rollout.prompt_ids),
         "length": rollout.num_tokens,
+        "candidates": rollout.candidates is not None,
         "signal": None if rollout.signal is None else _signal_record(rollout.signal),
     }
 
@@ -195,6 +267,6 @@ def _runs(values: np.ndarray) -> list[tuple[int, int]]:
     return [(int(value), sum(1 for _ in run)) for value, run in groupby(values.tolist())]
 
 
-def _rounded(values: np.ndarray) -> list[float]:
+def _rounded(values: np.ndarray, digits: int = 6) -> list[float]:
     """Six digits: what float32 holds, without the tail that float64 shows."""
-    return [float(f"{value:.6g}") for value in values.tolist()]
+    return [float(f"{value:.{digits}g}") for value in values.tolist()]

@@ -16,6 +16,7 @@ import torch
 
 from switchkd.algo.sampling import Purpose, Sampling
 from switchkd.algo.switching import Rule, init_memory
+from switchkd.candidates import Top, candidates
 from switchkd.types import Rollout, RolloutStats, Signal, Source, Task
 
 
@@ -34,6 +35,7 @@ class Mode:
     first_step: int = 0  # ... counted from the stage's first
     scored: bool = True  # False: the student writes alone and nobody scores it
     wants_uncertainty: bool = False  # ATKD's UnC rides along
+    candidates: int = 0  # this many of each model's most likely ids ride along
 
 
 @dataclass(slots=True)
@@ -87,6 +89,9 @@ class Row:
     uncertainty: list[float] = field(default_factory=list)
     signal: list[np.ndarray] = field(default_factory=list)  # pieces [n, D], one row per decided token
     num_signal: int = 0  # rows in `signal`
+    teacher_top: list[Top] = field(default_factory=list)  # pieces, for `Mode.candidates`
+    student_top: list[Top] = field(default_factory=list)
+    block_lengths: list[int] = field(default_factory=list)
     opened: bool = False  # the teacher holds a session
     in_flight: bool = False  # it waits for the teacher
     num_teacher: int = 0
@@ -205,9 +210,11 @@ class Row:
                 num_scored_rows=self.num_scored_rows,
                 num_undecided=self.num_undecided,
                 num_asked=self.num_asked,
+                block_lengths=tuple(self.block_lengths),
                 tail_mass=mean_tail_mass(values) if values is not None and signal_kind == "topk" else 0.0,
                 time_s=time.monotonic() - self.started,
             ),
+            candidates=candidates(self.teacher_top, self.student_top, num, self.mode.candidates),
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from switchkd import local, resources
 from switchkd.assembly import make_worker
@@ -18,6 +19,7 @@ from switchkd.examination import Examiner
 from switchkd.files import write_json_atomic
 from switchkd.house import House
 from switchkd.metrics import MetricsLog
+from switchkd.model_card import write_card
 from switchkd.preflight import Ready, prepare, prepare_teacher
 from switchkd.prompts import PromptStream
 from switchkd.schedule import RunPlan
@@ -55,7 +57,7 @@ def train(config: Config, *, resume: bool = False) -> Summary:
 
 def _train(ready: Ready, log: MetricsLog, resume: bool) -> Summary:
     config = ready.config
-    log.note(f"data: {ready.prompts.report()}")
+    log.note(f"data: {config.rollout.recorded or ready.prompts.report()}")
     _check_room(config, log)
     with open_run(config, resume) as folder:
         plan = _plan(ready)
@@ -75,9 +77,16 @@ def _train(ready: Ready, log: MetricsLog, resume: bool) -> Summary:
                 trainer.resume(checkpoint)
             state = trainer.run()
         summary = _summary(folder, state, plan)
+        if summary.student:
+            write_card(Path(summary.student), folder.path, config, summary.stage_scores, _student_steps(summary))
         write_json_atomic(folder.path / "summary.json", asdict(summary))
     log.summary(summary.stage_scores, summary.student, summary.finished)
     return summary
+
+
+def _student_steps(summary: Summary) -> int:
+    """After which step `student/` was saved: with `train.select_by` that is the best one."""
+    return summary.steps if summary.best_step is None else summary.best_step
 
 
 def _check_room(config: Config, log: MetricsLog) -> None:

@@ -337,6 +337,12 @@ class RolloutSection(Section):
     on_new_weights: Literal["finish", "reprefill"] = "finish"
     save: bool = True
     """Write rollouts.jsonl."""
+    save_candidates: NonNegativeInt = 0
+    """So many of each model's most likely tokens go into rollouts.jsonl beside every token, for `switchkd report`."""
+    save_signal: bool = False
+    """Keep what was trained on, with the teacher's signal, in `signal/`, for `switchkd train --from-rollouts`."""
+    recorded: str = ""
+    """A run folder with a `signal/`: train on its rollouts; neither teacher nor rollout workers are started."""
 
 
 class Replay(Section):
@@ -369,6 +375,8 @@ class Metrics(Section):
     tensorboard: bool = False
     wandb: str | None = None
     """A W&B project."""
+    prometheus: bool = True
+    """On Ray: the same numbers on every node's metrics port, as `ray_switchkd_...`."""
 
 
 class Cluster(Section):
@@ -428,7 +436,8 @@ class Config(Section):
 
     @property
     def needs_teacher(self) -> bool:
-        return any(stage.needs_teacher for stage in self.train.stages)
+        """Is one started? Recorded rollouts bring its signal with them."""
+        return not self.rollout.recorded and any(stage.needs_teacher for stage in self.train.stages)
 
     @property
     def num_steps(self) -> int:

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from switchkd.algo.compressed import unpack
 from switchkd.algo.losses import uncertainty
+from switchkd.candidates import Top
 from switchkd.engines.base import OutputHead
 from switchkd.engines.heads import hidden_from_signal
 from switchkd.types import Signal
@@ -57,6 +59,14 @@ class SignalReader:
             for i in range(0, len(token_ids), chunk)
         ]
         return torch.cat(parts).numpy().astype(np.float32) if parts else np.zeros(0, np.float32)
+
+    def top(self, values: np.ndarray, k: int, chunk: int = 64) -> Top:
+        """The k most likely ids of signal rows [n, D] (with `signal: topk` no more than it has)."""
+        if self.kind == "topk":
+            rows = unpack(hidden_from_signal(values, "int32", self.device))
+            return Top.padded(rows.ids[:, :k], rows.logprobs[:, :k], k)
+        parts = [Top.of(self.logits(values[i : i + chunk]), k) for i in range(0, len(values), chunk)]
+        return Top.joined(parts, k)
 
     def signal(self, values: np.ndarray) -> Signal:
         return Signal(kind=self.kind, dtype=self.dtype, values=values, lengths=np.array([len(values)], np.int32))

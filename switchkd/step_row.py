@@ -26,13 +26,25 @@ def step_row(
         "rollout/tokens": tokens,
         "rollout/tokens_per_s": tokens / max(sum(report.time_s for report in reports), 1e-9),
         "rollout/near_ties": sum(report.num_near_ties for report in reports),
+        **_blocks(reports),
         "teacher/calls": sum(report.num_teacher_calls for report in reports),
         "teacher/signal_bytes": sum(report.signal_bytes for report in reports),
         **_signal(reports),
         "replay/staleness_mean": sum(staleness) / len(staleness) if staleness else 0.0,
         "replay/staleness_max": max(staleness, default=0),
         "time/learn_s": result.time_s,
+        "time/rollout_s": sum(report.time_s for report in reports),
+        "time/rollout_idle_s": sum(report.idle_s for report in reports),
+        "time/wait_teacher_s": sum(report.wait_teacher_s for report in reports),
+        "time/wait_replay_s": sum(report.wait_replay_s for report in reports),
     }
+
+
+def _blocks(reports: Sequence[WorkReport]) -> dict[str, float]:
+    """How many tokens a block settles; nothing where no block was proposed."""
+    blocks = sum(report.num_blocks for report in reports)
+    tokens = sum(report.num_block_tokens for report in reports)
+    return {"rollout/block_len_mean": tokens / blocks} if blocks else {}
 
 
 def _signal(reports: Sequence[WorkReport]) -> dict[str, float]:

@@ -7,8 +7,9 @@ own. `num_calls` counts those that the teacher computes for.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ class TeacherCalls:
         self._teacher = teacher
         self.reader = SignalReader(head, device)
         self.num_calls = 0
+        self.wait_s = 0.0  # that the caller has waited for answers
         self._thread: ThreadPoolExecutor | None = None
 
     def start_thread(self) -> None:
@@ -50,13 +52,27 @@ class TeacherCalls:
         if self._thread is not None:
             return self._thread.submit(function, *args)
         answer: Future = Future()
-        answer.set_result(function(*args))
+        with self._waiting():
+            answer.set_result(function(*args))
         return answer
+
+    def result(self, answer: Future) -> Any:
+        """Of a submitted call; the time until it is there counts as waiting."""
+        with self._waiting():
+            return answer.result()
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.wait_s += time.monotonic() - started
 
     def open(self, tasks: Sequence[Task]) -> None:
         """Raises TeacherBusy when they do not all fit."""
         if tasks:
-            self.submit(self.teacher.open, sessions_of(tasks)).result()
+            self.result(self.submit(self.teacher.open, sessions_of(tasks)))
 
     def open_some(self, tasks: Sequence[Task]) -> int:
         """How many of the tasks, from the first on, the teacher takes now: at least one, it may wait for that."""
@@ -72,18 +88,18 @@ class TeacherCalls:
 
     def close(self, session_ids: Sequence[int]) -> None:
         if session_ids:
-            self.submit(self.teacher.close, np.array(session_ids, np.int64)).result()
+            self.result(self.submit(self.teacher.close, np.array(session_ids, np.int64)))
 
     def score(self, blocks: Blocks) -> Signal:
         self.num_calls += 1
-        signal: Signal = self.submit(self.teacher.score, blocks).result()
+        signal: Signal = self.result(self.submit(self.teacher.score, blocks))
         self.reader.learn(signal)
         return signal
 
     def exact(self, question: Positions) -> Signal:
         """Exact rows of positions that the teacher has read (`signal: topk`)."""
         self.num_calls += 1
-        answer: Signal = self.submit(self.teacher.exact, question).result()
+        answer: Signal = self.result(self.submit(self.teacher.exact, question))
         return answer
 
     def uncertainty(

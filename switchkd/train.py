@@ -196,6 +196,7 @@ class Trainer:
         """Keep the workers busy until this step's rollouts are all in the replay; None when told to stop."""
         step = self.state.step
         stage = self.plan.stage_index(step)
+        self.log.now(learner=f"waits for the rollouts of step {step + 1}", replay=f"gathers step {step + 1}")
         while not self.stop_signal:
             self._feed()
             num = self.plan.batch_size(step) - self.aside.short(self.plan.step_of, step)
@@ -249,6 +250,7 @@ class Trainer:
         hard_frac = (0.5 if loss.hard_frac is None else loss.hard_frac) if loss.type == "atkd" else None
         batch = plan_batch(step, self.plan.stage_index(step), entries, self.config.learner.num_ranks, hard_frac)
         self.whole = False
+        self.log.now(learner=f"trains on step {step + 1}")
         learning = self.house.learner.step(batch, self.plan.lr_at(step))
         waits_for = f"the learner at step {step}"
         self.dog.progress(waits_for)
@@ -290,6 +292,7 @@ class Trainer:
         row = {
             "stage": self.plan.stage(step).name,
             **step_row(result, entries, reports, staleness),
+            **self._queue(),
             "time/step_s": step_s,
             "time/wait_rollouts_s": waited,
             **({"rollout/num_set_aside": len(self.aside.ids)} if self.aside.ids else {}),
@@ -299,6 +302,16 @@ class Trainer:
         self._warn(self.watch.step(row, self._written(entries), self.plan.stage(step).rule))
         for told in self.house.tend(waited, step_s):
             self.log.note(told)
+
+    def _queue(self) -> dict[str, float]:
+        """What waits for the learner, and what is being written."""
+        stats = self._asked(self.house.replay.stats())
+        in_flight = sum(len(tasks) for _, tasks in self.dispatch.working.values())
+        return {
+            "replay/waiting": stats["num_waiting"],
+            "replay/bytes": stats["bytes"],
+            "rollout/in_flight": in_flight,
+        }
 
     def _warn(self, lines: list[str]) -> None:
         for line in lines:
@@ -327,7 +340,9 @@ class Trainer:
         if not self.examiner.prompts:
             return
         self.dispatch.drain()
+        self.log.now(rollout=f"examination on {len(self.examiner.prompts)} prompts", learner="waits for it")
         scores = self._scores()
+        self.log.now(rollout="", learner="")
         self.log.evaluation(self.state.step, stage_end, scores)
         self._warn(self.watch.evaluation(scores))
         self.last_step_end = time.monotonic()
@@ -370,6 +385,7 @@ class Trainer:
         """Learner, replay and counters as of now, whole or not at all."""
         if self.saved_step == self.state.step:
             return
+        self.log.now(learner=f"saves checkpoint {self.state.step}")
         extra = {"num_started": self.dispatch.next_id, **self.aside.extra}
         self.state = replace(self.state, elapsed_s=time.monotonic() - self.started, extra=extra)
         save(self.house, self.folder, self.state, self.dog, self.log.note)

@@ -158,7 +158,19 @@ class RolloutStats:
     num_undecided: int = 0  # `signal: topk`: exact rows asked for because an interval did not decide, ...
     num_asked: int = 0  # ... and those asked for to draw the teacher's token, or for a token's own probability
     tail_mass: float = 0.0  # `signal: topk`: the mean over its tokens of what the top k leave out
+    block_lengths: tuple[int, ...] = ()  # tokens that each block settled
     time_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidates:
+    """What each model would rather have written: its K most likely ids for every token, at temperature 1 (K as in
+    `rollout.save_candidates`). Ids are -1 and log-probs NaN where a model's row was never made."""
+
+    teacher_ids: np.ndarray  # int32 [T, K]
+    teacher_logprobs: np.ndarray  # float32 [T, K]
+    student_ids: np.ndarray  # int32 [T, K]
+    student_logprobs: np.ndarray  # float32 [T, K]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,6 +194,7 @@ class Rollout:
     approximate: bool = False
     teacher: str = ""  # which teacher, when there are several
     stats: RolloutStats = RolloutStats()
+    candidates: Candidates | None = None  # to be looked at; nothing is computed from them
 
     @property
     def num_tokens(self) -> int:
@@ -272,6 +285,11 @@ class WorkReport:
     num_asked: int = 0
     tail_mass: float = 0.0  # summed over `num_topk_tokens` ...
     num_topk_tokens: int = 0  # ... that carry a compressed row
+    num_blocks: int = 0
+    num_block_tokens: int = 0  # settled in blocks; the others were written by one model alone, or by the data set
+    idle_s: float = 0.0  # without work before this call
+    wait_teacher_s: float = 0.0  # of `time_s`: for the teacher's answers
+    wait_replay_s: float = 0.0  # of `time_s`: for room in the replay
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from switchkd.algo.losses import uncertainty
 from switchkd.algo.sampling import Purpose, Sampling, coin, draw
+from switchkd.candidates import Top
 from switchkd.certify import Verdict, certified, coarse_statistic
 from switchkd.questions import Briefs
 from switchkd.rows import Row
@@ -111,6 +112,10 @@ def _settle(
         for r, value in zip(alive, span.uncertainty(alive, k, tokens).tolist(), strict=True):
             rows[r].uncertainty.append(value)
     near = (verdict.gap < NEAR_TIE).numpy()
+    if mode.candidates:
+        for r, p, q in zip(alive, *span.tops(alive, k, mode.candidates), strict=True):
+            rows[r].teacher_top.append(p)
+            rows[r].student_top.append(q)
     for i, r in enumerate(alive):
         row = rows[r]
         row.memory = verdict.memory[i : i + 1]
@@ -266,6 +271,14 @@ class _Span:
             return self.briefs.uncertainty(which, np.full(len(which), k), tokens)
         p_logits = self.p_rows(which, k)
         return uncertainty(p_logits, torch.from_numpy(tokens).to(p_logits.device))
+
+    def tops(self, which: np.ndarray, k: int, num: int) -> tuple[list[Top], list[Top]]:
+        """Each model's `num` most likely ids at position k of rows `which`, one piece a row."""
+        student = Top.of(self.q_rows(which, k), num)
+        if self.block.briefs is None:
+            return Top.of(self.p_rows(which, k), num).split(), student.split()
+        rows = self.briefs.briefs(which, np.full(len(which), k))
+        return Top.padded(rows.ids[:, :num], rows.logprobs[:, :num], num).split(), student.split()
 
     def q_rows(self, which: np.ndarray, k: int) -> Tensor:
         """The student's logits [n, V] at position k of rows `which`."""

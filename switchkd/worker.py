@@ -40,6 +40,7 @@ class Worker:
         self.modes = list(modes)
         self.decode = decode
         self.index = index
+        self._free_since = time.monotonic()
 
     @property
     def version(self) -> int:
@@ -56,13 +57,16 @@ class Worker:
 
     def generate(self, tasks: Sequence[Task], put: Put) -> WorkReport:
         """Write all tasks; each finished rollout goes to `put` at once."""
-        started, calls = time.monotonic(), self._num_calls()
+        started, calls, waited = time.monotonic(), self._num_calls(), self._waited_s()
+        idle = started - self._free_since
         tally: Counter[str] = Counter()
-        tail = 0.0
+        tail = putting = 0.0
 
         def emit(done: list[Rollout]) -> None:
-            nonlocal tail
+            nonlocal tail, putting
+            since = time.monotonic()
             put(done)
+            putting += time.monotonic() - since
             tally["rollouts"] += len(done)
             for rollout in done:
                 tally["tokens"] += rollout.num_tokens
@@ -73,6 +77,8 @@ class Worker:
                 tally["rows"] += stats.num_scored_rows
                 tally["undecided"] += stats.num_undecided
                 tally["asked"] += stats.num_asked
+                tally["blocks"] += len(stats.block_lengths)
+                tally["in blocks"] += sum(stats.block_lengths)
                 if rollout.signal is not None and rollout.signal.kind == "topk":
                     tally["topk"] += rollout.num_tokens
                     tail += stats.tail_mass * rollout.num_tokens
@@ -84,6 +90,7 @@ class Worker:
             self._run(
                 [Job(task=t, mode=modes.of(t.origin), scored=modes.scored, wants_uncertainty=unc) for t in part], emit
             )
+        self._free_since = time.monotonic()
         return WorkReport(
             worker=self.index,
             version=self.version,
@@ -93,12 +100,17 @@ class Worker:
             num_teacher_calls=self._num_calls() - calls,
             num_near_ties=tally["ties"],
             signal_bytes=tally["bytes"],
-            time_s=time.monotonic() - started,
+            time_s=self._free_since - started,
             num_scored_rows=tally["rows"],
             num_undecided=tally["undecided"],
             num_asked=tally["asked"],
             tail_mass=tail,
             num_topk_tokens=tally["topk"],
+            num_blocks=tally["blocks"],
+            num_block_tokens=tally["in blocks"],
+            idle_s=idle,
+            wait_teacher_s=self._waited_s() - waited,
+            wait_replay_s=putting,
         )
 
     def _run(self, jobs: Sequence[Job], emit: Put) -> None:
@@ -120,6 +132,9 @@ class Worker:
     def _num_calls(self) -> int:
         return sum(writer.calls.num_calls for writer in self.writers.values())
 
+    def _waited_s(self) -> float:
+        return sum(writer.calls.wait_s for writer in self.writers.values())
+
     def examine(self, exam: Exam) -> list[EvalRow]:
         """The student alone: its text per seed, and beside the teacher on references and on its own greedy text."""
         rows = []
@@ -137,10 +152,11 @@ class Worker:
                 )
                 for index, prompt in exam.prompts
             ]
-        if not exam.with_teacher:
-            return rows
-        greedy = written if written and exam.temperature == 0 else self._write(exam, 0.0, 0)
-        return [*rows, *self._beside_teacher(exam, greedy)]
+        if exam.with_teacher:
+            greedy = written if written and exam.temperature == 0 else self._write(exam, 0.0, 0)
+            rows += self._beside_teacher(exam, greedy)
+        self._free_since = time.monotonic()
+        return rows
 
     def _write(self, exam: Exam, temperature: float, seed: int) -> dict[int, Rollout]:
         mode = eval_mode(temperature=temperature, max_new_tokens=exam.max_new_tokens, seed=seed)

@@ -185,3 +185,31 @@ def test_nothing_heavy_is_imported():
 
     code = "import sys, switchkd.metrics; print([m for m in ('torch', 'wandb', 'tensorboard') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_wandb_itself_goes_on_offline(tmp_path, monkeypatch):
+    """The real library, without its server: the first log makes an id, the next one writes under the same."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    (tmp_path / "config.yaml").write_text("seed: 3\n")
+    ids = []
+    for step in (0, 1):
+        log = opened(tmp_path, step=step, wandb="kd")
+        log.step(step, row())
+        log.close()
+        ids.append((tmp_path / "wandb_run_id").read_text().strip())
+    assert ids[0] == ids[1]
+    files = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert files and all(file.stem == f"run-{ids[0]}" for file in files)
+
+
+def test_more_sinks(tmp_path):
+    """Whoever is added gets each row's step and its numbers, texts left out."""
+    log, got = opened(tmp_path), []
+    log.export(lambda step, numbers: got.append((step, dict(numbers))))
+    log.step(2, row())
+    log.evaluation(3, "warm", {"eval/kl": 1.0})
+    log.close()
+    numbers = {"loss/total": 0.5, "rollout/teacher_frac": 0.25, "rollout/tokens_per_s": 1234.5}
+    assert got == [(2, numbers), (2, {"eval/kl": 1.0})]

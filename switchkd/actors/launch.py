@@ -25,6 +25,7 @@ from switchkd.actors.health import pulses
 from switchkd.actors.learner_actor import LearnerActor, LearnerGroup
 from switchkd.actors.place import Place, nodes, wait_for_places
 from switchkd.actors.placement import settled, wait_for_room
+from switchkd.actors.prometheus import Exporter
 from switchkd.actors.replay_actor import ReplayActor
 from switchkd.actors.rollout_actor import RolloutActor
 from switchkd.actors.serve import PoolHandle, attach
@@ -33,6 +34,7 @@ from switchkd.actors.worker_pool import RayWorker, WorkerPool
 from switchkd.config import ConfigError
 from switchkd.house import House
 from switchkd.metrics import MetricsLog
+from switchkd.recorded import heads_for
 from switchkd.sections import Config, Span
 from switchkd.watchdog import START_S, all_of
 
@@ -120,7 +122,7 @@ def build_house(config: Config, run_dir: Path, stop_ids: frozenset[int], log: Me
 
         span = Span.of(config.rollout.num_workers)
         workers = WorkerPool(
-            [worker(i) for i in range(span.min)], span, worker,
+            [worker(i) for i in range(0 if config.rollout.recorded else span.min)], span, worker,
             rows=config.rollout.batch_size, wait_s=config.cluster.wait_s,
         )  # fmt: skip
         opened.callback(workers.close)
@@ -137,12 +139,15 @@ def build_house(config: Config, run_dir: Path, stop_ids: frozenset[int], log: Me
 
         patience = max(config.run.watchdog_s, START_S)
         all_of({pool.role: patient(pool.actor.ready.remote) for pool in pools.values()}, patience)
-        heads = {name: pool.head() for name, pool in pools.items()}
+        told = {name: pool.head() for name, pool in pools.items()}
+        heads = heads_for(config, run_dir, {name: head for name, head in told.items() if head is not None})
         waited_for = {"replay": replay, **{f"rollout worker {i}": each.actor for i, each in enumerate(workers.actors)}}
         awaited = {name: patient(actor.ready.remote) for name, actor in waited_for.items()}
-        awaited["learner"] = learner.start({name: head for name, head in heads.items() if head is not None})
+        awaited["learner"] = learner.start(heads)
         all_of(awaited, patience)
         patient(lambda: replay.restore.remote(None, 0)).result()
+        if config.metrics.prometheus:
+            log.export(Exporter(run_dir.resolve().name))
         return House(
             workers=workers,
             replay=RayReplay(replay),

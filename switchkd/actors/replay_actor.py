@@ -13,6 +13,7 @@ import ray
 from switchkd.actors.environment import Secrets, prepare
 from switchkd.actors.health import GROUP, Health
 from switchkd.house import StateLost
+from switchkd.recorded import RecordedRollouts
 from switchkd.replay import Entry
 from switchkd.replay_service import ReplayService, make_replay
 from switchkd.sections import Config
@@ -23,12 +24,12 @@ from switchkd.types import Rollout
 class ReplayActor(Health):
     def __init__(self, config: dict[str, Any], run_dir: str, secrets: Secrets, working_dir: str) -> None:
         prepare(secrets, working_dir)
-        self.kept: ReplayService = make_replay(Config.model_validate(config), Path(run_dir))
+        self.kept = make_replay(Config.model_validate(config), Path(run_dir))
         self.restored = False
         self.num_put = 0
 
     @property
-    def service(self) -> ReplayService:
+    def service(self) -> ReplayService | RecordedRollouts:
         if not self.restored:
             raise StateLost("the replay died")
         return self.kept

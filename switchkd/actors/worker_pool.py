@@ -125,7 +125,7 @@ class WorkerPool(Sequence[WorkerHandle]):
 
     def tend(self, waited_s: float, elapsed_s: float) -> list[str]:
         """After a step that took `elapsed_s`, for `waited_s` of which the learner waited: what changed, in words."""
-        if self._span.min == self._span.max:
+        if self._span.min == self._span.max or not self._workers:
             return []
         told = [*self._end_leaving(), *self._take_in()]
         load = self._load(waited_s, elapsed_s)

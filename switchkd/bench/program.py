@@ -34,6 +34,12 @@ class StepLog:
     def note(self, text: str) -> None:
         """A bench says nothing on the way."""
 
+    def now(self, **doing: str) -> None:
+        """Nobody watches."""
+
+    def export(self, sink: Any) -> None:
+        """The numbers go to `on_step` alone."""
+
     def step(self, step: int, row: Mapping[str, Any]) -> None:
         self.on_step(row)
 

@@ -1,0 +1,67 @@
+"""What each model would rather have written: its most likely ids beside every token, for people to look at.
+
+In: rows of logits. Out: `Top`s, which a row collects piece by piece, and the `Candidates` of a finished rollout.
+
+Shapes: n rows, V vocabulary, K ids that are kept, T tokens of a rollout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from switchkd.algo.compressed import first_ids
+from switchkd.types import Candidates
+
+
+@dataclass(frozen=True, slots=True)
+class Top:
+    """The K most likely ids of n rows, the most likely first; -1 with a log-prob of NaN where there is none."""
+
+    ids: np.ndarray  # int32 [n, K]
+    logprobs: np.ndarray  # float32 [n, K], at temperature 1
+
+    @classmethod
+    def of(cls, logits: Tensor, k: int) -> Top:
+        """Of float rows [n, V]."""
+        with torch.no_grad():
+            ids = first_ids(logits, min(k, logits.shape[1]))
+            logprobs = logits.gather(1, ids).float() - logits.float().logsumexp(dim=1, keepdim=True)
+        return cls.padded(ids, logprobs, k)
+
+    @classmethod
+    def padded(cls, ids: Tensor, logprobs: Tensor, k: int) -> Top:
+        """At most k ids a row, filled up to k."""
+        found = cls.unknown(len(ids), k)
+        found.ids[:, : ids.shape[1]] = ids.cpu().numpy()
+        found.logprobs[:, : ids.shape[1]] = logprobs.float().cpu().numpy()
+        return found
+
+    @classmethod
+    def unknown(cls, num: int, k: int) -> Top:
+        return cls(np.full((num, k), -1, np.int32), np.full((num, k), np.nan, np.float32))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Top], k: int) -> Top:
+        parts = [cls.unknown(0, k), *parts]
+        return cls(np.concatenate([part.ids for part in parts]), np.concatenate([part.logprobs for part in parts]))
+
+    def split(self) -> list[Top]:
+        """Row by row."""
+        return [Top(self.ids[i : i + 1], self.logprobs[i : i + 1]) for i in range(len(self.ids))]
+
+
+def candidates(teacher: Sequence[Top], student: Sequence[Top], num: int, k: int) -> Candidates | None:
+    """Of a rollout with `num` tokens; a side that has not seen all of them is unknown. None for k = 0."""
+    if k == 0:
+        return None
+    sides = []
+    for parts in (teacher, student):
+        joined = Top.joined(parts, k)
+        sides.append(joined if len(joined.ids) == num else Top.unknown(num, k))
+    p, q = sides
+    return Candidates(teacher_ids=p.ids, teacher_logprobs=p.logprobs, student_ids=q.ids, student_logprobs=q.logprobs)

@@ -1,0 +1,85 @@
+"""A run on a terminal: how far it is, and one line per role that says what it does now.
+
+In: what the loop tells (`now`) and each step's row. Out: a few lines that rich redraws several times a second, also
+while the loop itself waits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console, Group
+from rich.filesize import decimal
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+ROLES = ("teacher", "rollout", "replay", "learner")
+
+
+class LiveView:
+    def __init__(self, console: Console, num_steps: int, first_step: int) -> None:
+        columns = (MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.fields[line]}"))
+        self._bar = Progress(*columns, TimeRemainingColumn(), console=console, auto_refresh=False)
+        self._task = self._bar.add_task("", total=num_steps, completed=first_step, line="starting")
+        self._now: dict[str, tuple[str, float]] = {}  # what a role does, and since when
+        self._row: Mapping[str, Any] = {}
+        self._over = False
+        self._live = Live(console=console, get_renderable=self._drawn, refresh_per_second=4)
+
+    def start(self) -> None:
+        self._live.start()
+
+    def stop(self) -> None:
+        """How far it came stays on the terminal; nobody is at work any more."""
+        self._over = True
+        self._live.stop()
+
+    def now(self, **doing: str) -> None:
+        """What roles do from now on; an empty text is nothing."""
+        for role, text in doing.items():
+            if self._now.get(role, ("", 0.0))[0] != text:
+                self._now[role] = (text, time.monotonic())
+
+    def step(self, num_done: int, row: Mapping[str, Any], line: str) -> None:
+        self._row = row
+        self._bar.update(self._task, completed=num_done, line=line)
+
+    def _drawn(self) -> Group:
+        table = Table.grid(padding=(0, 2))
+        for _ in range(4):
+            table.add_column(overflow="ellipsis", no_wrap=True)
+        rates, queues = _rates(self._row), _queues(self._row)
+        for role in ROLES:
+            text, since = self._now.get(role, ("", 0.0))
+            seconds = int(time.monotonic() - since)
+            doing = f"{text} ({seconds} s)" if text and seconds >= 2 else text or "-"
+            table.add_row(role, doing, rates[role], queues[role])
+        return Group(self._bar) if self._over else Group(self._bar, table)
+
+
+def _rates(row: Mapping[str, Any]) -> dict[str, str]:
+    """How fast each role was in the last step."""
+    return {
+        "teacher": _told(row, "teacher/calls", "{:.0f} calls a step"),
+        "rollout": _told(row, "rollout/tokens_per_s", "{:.4g} tokens/s"),
+        "replay": f"{decimal(int(row['replay/bytes']))} held" if row.get("replay/bytes") is not None else "",
+        "learner": _told(row, "time/learn_s", "{:.3g} s a step"),
+    }
+
+
+def _queues(row: Mapping[str, Any]) -> dict[str, str]:
+    """What stood before each role in the last step."""
+    return {
+        "teacher": _told(row, "time/wait_teacher_s", "awaited for {:.3g} s"),
+        "rollout": _told(row, "time/rollout_idle_s", "idle for {:.3g} s"),
+        "replay": _told(row, "replay/waiting", "{:.0f} rollouts wait"),
+        "learner": _told(row, "time/wait_rollouts_s", "waited for {:.3g} s"),
+    }
+
+
+def _told(row: Mapping[str, Any], key: str, form: str) -> str:
+    value = row.get(key)
+    return "" if value is None else form.format(value)

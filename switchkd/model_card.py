@@ -1,0 +1,110 @@
+"""The model card beside an exported student: what taught it, how, on what, for how long, and with which result.
+
+In: a run's folder and the config that it ran. Out: README.md, as the model hub reads it.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from switchkd.config import dump_yaml
+from switchkd.files import redact, write_text_atomic
+from switchkd.metrics import COLUMNS, METRICS, StageScores, is_number, summary_rows
+from switchkd.model_folder import looks_local
+from switchkd.sections import Config, Stage
+
+CARD = "README.md"
+PACKAGES = ("switchkd", "torch", "transformers", "deepspeed", "ray")
+
+
+def write_card(folder: Path, run_dir: Path, config: Config, scores: StageScores, steps: int) -> None:
+    """Beside the student in `folder`, after `steps` steps of the run in `run_dir`."""
+    write_text_atomic(folder / CARD, redact(model_card(run_dir, config, scores, steps)))
+
+
+def model_card(run_dir: Path, config: Config, scores: StageScores, steps: int) -> str:
+    head = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["distillation", "switchkd"]}
+    if not looks_local(config.student.path):
+        head["base_model"] = config.student.path
+    sections = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {_name(run_dir)}",
+        "A student that was distilled with [switchkd](https://arxiv.org/abs/2410.19503): teacher and student write "
+        "sequences together, token by token, and the student learns from the teacher's distribution at each of them.",
+        "## How it was made",
+        _list(_origin(config, steps)),
+        "## Stages",
+        _list([_stage(stage) for stage in config.train.stages]),
+        "## Results",
+        _results(run_dir, scores),
+        "## Versions",
+        _list([f"{name} {found}" for name, found in versions().items()]),
+        f"<details><summary>config.yaml</summary>\n\n```yaml\n{dump_yaml(config)}```\n\n</details>",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of what computes; packages that are not installed are left out."""
+    found = {"Python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a checkout, or a part that is not needed
+            continue
+    return found
+
+
+def _origin(config: Config, steps: int) -> list[str]:
+    teacher = f"`{config.teacher.path}`, {config.teacher.dtype}, signal {config.teacher.signal}"
+    if not any(stage.needs_teacher for stage in config.train.stages):
+        teacher = "none"
+    data = f"`{config.data.path}`"
+    if config.rollout.recorded:
+        data = f"the rollouts that were recorded in `{config.rollout.recorded}`"
+    return [
+        f"**Teacher**: {teacher}",
+        f"**Student before**: `{config.student.path}`, {config.student.dtype}",
+        f"**Data**: {data}",
+        f"**Steps**: {steps} of {config.num_steps}, seed {config.seed}",
+        f"**Learner**: {config.learner.dtype}, learning rate {config.learner.lr:g}"
+        + ("" if config.learner.lora is None else f", LoRA of rank {config.learner.lora.r}"),
+    ]
+
+
+def _stage(stage: Stage) -> str:
+    shares = {"rollouts": stage.mix.rollout, "data": stage.mix.dataset, "teacher's text": stage.mix.teacher}
+    mix = " + ".join(f"{share:g} {name}" for name, share in shares.items() if share > 0)
+    rule = f", rule {stage.rule.type}" if stage.mix.rollout > 0 else ""
+    return (
+        f"**{stage.name}**: {stage.steps} steps of {stage.batch_size} completions ({mix}){rule}, loss {stage.loss.type}"
+    )
+
+
+def _results(run_dir: Path, scores: StageScores) -> str:
+    rows = summary_rows(scores, run_dir / METRICS) if (run_dir / METRICS).exists() else []
+    shown = {title: key for title, key in COLUMNS.items() if any(is_number(row.get(key)) for row in rows)}
+    if not shown:
+        return "Nothing was measured."
+    table = [["after", *shown], ["---", *("---:" for _ in shown)]]
+    table += [[str(row["name"]), *(_cell(row.get(key)) for key in shown.values())] for row in rows]
+    lines = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    return f"{lines}\n\nAgreement (equal arg max) and KL (nats a token) are with the teacher, on held-out data."
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if is_number(value) else "-"
+
+
+def _name(run_dir: Path) -> str:
+    return run_dir.resolve().name
+
+
+def _list(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)

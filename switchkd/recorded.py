@@ -1,0 +1,211 @@
+"""Rollouts that a run recorded with `rollout.save_signal` stand in for workers and teacher in another run.
+
+In: `<run>/signal/`: a shard per optimizer step (tokens, who wrote them, the teacher's signal) and the teachers' output
+heads. Out: the heads, and what `replay_service.ReplayService` answers to the same calls. The rollouts
+come in the order in which they were trained on, and again from the first on when they run out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from switchkd.config import ConfigError
+from switchkd.engines.heads import HeadArrays
+from switchkd.files import write_atomic
+from switchkd.replay import Entry, entry_of
+from switchkd.resume import SIGNAL
+from switchkd.rollout_io import (
+    append_rows,
+    load_rollouts,
+    read_column,
+    read_records,
+    save_replay_state,
+    save_rollouts,
+)
+from switchkd.sections import Config
+from switchkd.types import Rollout
+
+HEADS = "heads.safetensors"
+_SHARD = re.compile(r"step-(\d{8})\.safetensors")
+
+
+def shard(signal_dir: Path, step: int) -> Path:
+    """Where the rollouts that a step trained on are kept; its folder is made."""
+    signal_dir.mkdir(parents=True, exist_ok=True)
+    return signal_dir / f"step-{step:08d}.safetensors"
+
+
+def find_shards(run_dir: Path) -> list[tuple[int, Path]]:
+    """Step and file of all shards of a run, in order. Raises ConfigError where there are none."""
+    if not run_dir.is_dir():
+        raise ConfigError(f"--from-rollouts {run_dir}: there is no such folder; give the folder of a run")
+    named = [(_SHARD.fullmatch(path.name), path) for path in (run_dir / SIGNAL).glob("step-*.safetensors")]
+    found = sorted((int(name[1]), path) for name, path in named if name)
+    if not found:
+        raise ConfigError(
+            f"--from-rollouts {run_dir}: it has no {SIGNAL}/ with the teacher's signal; run it with "
+            "rollout.save_signal=true"
+        )
+    return found
+
+
+def adapted(config: Config) -> Config:
+    """The config as recorded rollouts need it: the kind of their signal, and their age. Raises ConfigError."""
+    if config.train.select_by:
+        raise ConfigError(
+            f"train.select_by={config.train.select_by} evaluates during training, but --from-rollouts starts no worker "
+            "to do it; remove it, and run `switchkd eval` afterwards"
+        )
+    kinds: set[str] = set()
+    age = 0
+    for step, path in find_shards(Path(config.rollout.recorded)):
+        try:  # somebody else's files
+            kinds |= {record["signal"]["kind"] for record in read_records(path) if record["signal"]}
+            age = max(age, step - int(read_column(path, "weight_versions").min(initial=step)))
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise ConfigError(f"--from-rollouts: {path} cannot be read ({error}); record it again") from None
+    if not kinds and any(stage.needs_teacher for stage in config.train.stages):
+        raise ConfigError(
+            f"--from-rollouts {config.rollout.recorded}: its rollouts carry no teacher signal, but the loss needs one; "
+            "record them with a loss that has a teacher, or take learner.loss.type=cross_entropy"
+        )
+    signal = {"signal": sorted(kinds)[0], "decide": "coarse"} if kinds else {}  # nothing is decided any more
+    staleness = max(config.replay.max_staleness, age)
+    return config.model_copy(
+        update={
+            "teacher": config.teacher.model_copy(update=signal),
+            "replay": config.replay.model_copy(update={"max_staleness": staleness}),
+        }
+    )
+
+
+def check_vocab(config: Config, vocab_size: int) -> None:
+    """ConfigError where the recorded token ids are not those of the student's tokenizer."""
+    for head in load_heads(Path(config.rollout.recorded) / SIGNAL / HEADS).values():
+        if len(head.weight) != vocab_size:
+            raise ConfigError(
+                f"--from-rollouts {config.rollout.recorded}: its teacher has {len(head.weight)} token ids, the "
+                f"tokenizer of student.path={config.student.path} has {vocab_size}; take a student of its family"
+            )
+
+
+def heads_for(config: Config, run_dir: Path, heads: dict[str, HeadArrays]) -> dict[str, HeadArrays]:
+    """What the learner holds: `heads`, kept in the run's folder where its signal is, or those of the recorded run."""
+    if config.rollout.recorded:
+        return load_heads(Path(config.rollout.recorded) / SIGNAL / HEADS)
+    if config.rollout.save_signal:
+        (run_dir / SIGNAL).mkdir(parents=True, exist_ok=True)
+        save_heads(run_dir / SIGNAL / HEADS, heads)
+    return heads
+
+
+def save_heads(path: Path, heads: dict[str, HeadArrays]) -> None:
+    tensors, told = {}, {}
+    for i, (name, head) in enumerate(heads.items()):
+        parts = asdict(head)
+        tensors[f"{i}.weight"], tensors[f"{i}.bias"] = parts.pop("weight"), parts.pop("bias")
+        told[str(i)] = {"name": name, **parts}
+    metadata = {"heads": json.dumps(told)}
+    write_atomic(path, lambda beside: save_file(tensors, beside, metadata=metadata))
+
+
+def load_heads(path: Path) -> dict[str, HeadArrays]:
+    """Raises ConfigError."""
+    if not path.is_file():
+        raise ConfigError(f"--from-rollouts: {path} is missing, without it hidden states cannot be read; record again")
+    with safe_open(path, framework="numpy") as file:
+        told = json.loads(file.metadata()["heads"])
+        return {
+            parts.pop("name"): HeadArrays(
+                weight=file.get_tensor(f"{i}.weight"), bias=file.get_tensor(f"{i}.bias"), **parts
+            )
+            for i, parts in told.items()
+        }
+
+
+class RecordedRollouts:
+    """A replay that another run has filled. Step s of this run gets the next `batch_sizes[s]` rollouts; they take this
+    run's ids, stages and weight versions (their age stays what it was)."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        batch_sizes: Sequence[int],
+        rollouts_file: Path | None,
+        decode: Callable[[Sequence[int]], str],
+    ) -> None:
+        self.rollouts_file, self.decode = rollouts_file, decode
+        self._order = [
+            (step, path, place) for step, path in find_shards(run_dir) for place in range(len(read_records(path)))
+        ]
+        self._firsts = [0, *accumulate(batch_sizes)]
+        self._held: dict[int, Rollout] = {}
+        self._committed: set[int] = set()
+
+    def take(self, step: int, num: int, version: int, stage: int) -> list[Entry]:
+        ids = range(self._firsts[step], self._firsts[step] + num)
+        found = [self._order[i % len(self._order)] for i in ids]
+        shards = {path: load_rollouts(path) for path in dict.fromkeys(path for _, path, _ in found)}
+        for rollout_id, (recorded_at, path, place) in zip(ids, found, strict=True):
+            rollout = shards[path][place]
+            self._held[rollout_id] = replace(
+                rollout,
+                rollout_id=rollout_id,
+                batch=step,
+                stage=stage,
+                weight_versions=(rollout.weight_versions + (version - recorded_at)).astype(np.int32),
+            )
+        return [entry_of(self._held[rollout_id]) for rollout_id in ids]
+
+    def fetch(self, rollout_ids: Sequence[int]) -> list[Rollout]:
+        return [self._held[rollout_id] for rollout_id in rollout_ids]
+
+    def commit(self, step: int, rollout_ids: Sequence[int]) -> None:
+        """The step is trained: its rollouts get their lines and go."""
+        if step in self._committed:
+            return
+        if self.rollouts_file is not None:
+            append_rows(self.rollouts_file, self.fetch(rollout_ids), self.decode, step)
+        self._committed.add(step)
+        for rollout_id in rollout_ids:
+            del self._held[rollout_id]
+
+    def put(self, rollouts: Sequence[Rollout]) -> list[int]:
+        raise RuntimeError("recorded rollouts take no new ones, and nobody writes any; this is a bug, please report")
+
+    def durable(self, step: int) -> None:
+        """The shards stay where they are."""
+
+    def save(self, path: Path, step: int) -> None:
+        """A resumed run reads the shards again."""
+        save_replay_state(path, {"rollouts": []})
+
+    def save_batch(self, path: Path, rollout_ids: Sequence[int]) -> None:
+        save_rollouts(path, self.fetch(rollout_ids))
+
+    def restore(self, path: Path | None, num_started: int) -> list[int]:
+        """The shards are all there is to know: any step may be taken again."""
+        self._held, self._committed = {}, set()
+        return []
+
+    def rewind(self, step: int, num_started: int) -> bool:
+        self.restore(None, num_started)
+        return True
+
+    def missing(self, num_started: int) -> list[int]:
+        return []
+
+    def set_aside(self, rollout_ids: Sequence[int]) -> None:
+        """Nobody writes rollouts that could be."""
+
+    def stats(self) -> dict[str, float]:
+        return {"num_waiting": float(len(self._order)), "bytes": 0.0}

@@ -1,0 +1,1 @@
+"""One HTML page about run folders: read what is there, count, draw."""

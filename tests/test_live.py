@@ -1,0 +1,66 @@
+"""The terminal view: one line per role while a run goes on."""
+
+import io
+
+from rich.console import Console
+
+from switchkd.checkpoint import TrainState
+from switchkd.live import ROLES, LiveView
+from switchkd.metrics import MetricsLog
+from switchkd.sections import Metrics
+
+ROW = {
+    "stage": "warm", "loss/total": 0.5, "teacher/calls": 12, "rollout/tokens_per_s": 345.6, "time/learn_s": 1.25,
+    "replay/waiting": 7, "replay/bytes": 15_400, "time/wait_teacher_s": 2.5, "time/rollout_idle_s": 0.25,
+    "time/wait_rollouts_s": 3.75,
+}  # fmt: skip
+
+
+def drawn(view: LiveView) -> str:
+    console = Console(file=io.StringIO(), width=140)
+    console.print(view._drawn())
+    return console.file.getvalue()
+
+
+def test_one_line_per_role():
+    """Each role stands in a line of its own with what it does, how fast it was, and what stood before it."""
+    view = LiveView(Console(file=io.StringIO()), 8, 2)
+    view.now(teacher="answers 1 of 2 workers", rollout="1 of 2 workers at 4 rollouts", learner="trains on step 3")
+    view.step(3, ROW, "warm  loss 0.5")
+    head, *lines = drawn(view).splitlines()
+    assert "3/8" in head and "loss 0.5" in head
+    assert [line.split()[0] for line in lines] == list(ROLES)
+    told = dict(zip(ROLES, lines, strict=True))
+    assert "answers 1 of 2 workers" in told["teacher"] and "12 calls" in told["teacher"] and "2.5 s" in told["teacher"]
+    assert "345.6 tokens/s" in told["rollout"] and "idle for 0.25 s" in told["rollout"]
+    assert "15.4 kB held" in told["replay"] and "7 rollouts wait" in told["replay"] and "  -  " in told["replay"]
+    assert "trains on step 3" in told["learner"] and "1.25 s a step" in told["learner"]
+
+
+def test_a_role_says_how_long(monkeypatch):
+    """What takes seconds is told with its time; the same text said again does not begin anew."""
+    now = [100.0]
+    monkeypatch.setattr("switchkd.live.time.monotonic", lambda: now[0])
+    view = LiveView(Console(file=io.StringIO()), 8, 0)
+    view.now(learner="trains")
+    now[0] += 5
+    view.now(learner="trains")
+    assert "trains (5 s)" in drawn(view)
+    view.now(learner="saves")
+    assert "saves" in drawn(view) and "(" not in drawn(view)
+    view.stop()
+    assert "0/8" in drawn(view) and "saves" not in drawn(view), "the run has ended"
+
+
+def test_only_a_terminal_shows_it(tmp_path):
+    """On a terminal the log's view has the roles; without one nothing of it is printed."""
+    for terminal in (True, False):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=140)
+        log = MetricsLog(Metrics(), console)
+        log.open(tmp_path, 4, TrainState())
+        log.now(learner="waits for the rollouts of step 1")
+        log.step(0, ROW)
+        log.close()
+        said = console.file.getvalue()
+        assert ("waits for the rollouts of step 1" in said) == terminal
+        assert ("step 1/4" in said) != terminal

@@ -1,0 +1,54 @@
+"""The card beside a student says where it comes from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from runs import STAGES, command, config, furnish
+
+from switchkd.model_card import CARD, model_card
+from switchkd.run import train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    place = furnish(tmp_path_factory.mktemp("models"))
+    evaluation = {"data": "./data.jsonl", "num_prompts": 4, "max_new_tokens": 8}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        train(config(place, STAGES, run={"dir": "run"}, eval=evaluation))
+    return place / "run"
+
+
+def test_the_card_says_everything(run):
+    """Teacher, student, data, steps, each stage's method, results, versions; a head that the hub can read."""
+    text = (run / "student" / CARD).read_text()
+    head = yaml.safe_load(text.split("---")[1])
+    assert head["library_name"] == "transformers" and "base_model" not in head, "the student was a local folder"
+    for part in ("`teacher`", "`student`", "data.jsonl", "10 of 10", "rule jsd_threshold", "loss skew_reverse_kl",
+                 "rule kl_spike", "loss atkd", "torch 2", "transformers 5", "Python 3"):  # fmt: skip
+        assert part in text, part
+    scores = json.loads((run / "summary.json").read_text())["stage_scores"]
+    for name, found in scores:
+        assert f"| {name} | {found['eval/agreement']:.4g} |" in text
+
+
+def test_a_checkpoints_student_gets_one_too(run, tmp_path, monkeypatch, capsys):
+    """`export --step --out` writes the card of that step: fewer steps, and only the scores until then."""
+    code, _, told = command(monkeypatch, capsys, "export", run, "--step", 9, "--out", tmp_path / "nine")
+    assert code == 0, told
+    text = (tmp_path / "nine" / CARD).read_text()
+    assert "9 of 10" in text and "| switch |" in text and "| adaswitch | 0" not in text
+    code, _, _ = command(monkeypatch, capsys, "export", run, "--out", tmp_path / "last")
+    assert code == 0 and (tmp_path / "last" / CARD).read_text() == (run / "student" / CARD).read_text()
+
+
+def test_a_hub_student_is_named_as_base(run, monkeypatch):
+    """The hub links a student that came from it; without any score the card says so; no token is written."""
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 30)
+    settings = config(run.parent, STAGES, name="hub.yaml", student={"path": "owner/small"})
+    text = model_card(run / "nowhere", settings, (), 3)
+    assert yaml.safe_load(text.split("---")[1])["base_model"] == "owner/small" and "Nothing was measured" in text

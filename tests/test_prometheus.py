@@ -1,0 +1,88 @@
+"""A run's numbers on Ray's metrics port, and a dashboard that asks for nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from runs import SWITCH, WARM_UP, config, furnish, lines
+
+from switchkd.actors import environment
+from switchkd.run import train
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+BOARD = Path(__file__).parents[1] / "cluster" / "grafana" / "switchkd.json"
+STAGES = [{**WARM_UP, "steps": 1}, {**SWITCH, "steps": 2}]
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    """Of the metrics of a small Ray of this module's own, which reports twice a second."""
+    environment.for_private_cluster()
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="skd-", dir="/tmp")  # a socket's path must be short
+    ray.init(
+        address="local", num_cpus=4, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False,
+        logging_level="ERROR", _temp_dir=folder, _system_config={"metrics_report_interval_ms": 500},
+    )  # fmt: skip
+    yield ray.nodes()[0]["MetricsExportPort"]
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def run(port, tmp_path_factory) -> Path:
+    place = furnish(tmp_path_factory.mktemp("models"))
+    evaluation = {"data": "./data.jsonl", "num_prompts": 4, "max_new_tokens": 8}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        train(config(place, STAGES, run={"dir": "shown", "mode": "ray"}, eval=evaluation))
+    return place / "shown"
+
+
+def exported(port: int) -> dict[str, float]:
+    """Our gauges as Prometheus would read them, by name."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    found = re.findall(r'^(ray_switchkd_\w+)\{[^}]*run="shown"[^}]*\} (\S+)$', text, flags=re.MULTILINE)
+    return {name: float(value) for name, value in found}
+
+
+@pytest.fixture(scope="module")
+def seen(port, run) -> dict[str, float]:
+    """Once the last step has arrived."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        found = exported(port)
+        if found.get("ray_switchkd_step") == 2 and "ray_switchkd_eval_kl" in found:
+            return found
+        time.sleep(1)
+    raise AssertionError(f"the metrics port shows {sorted(exported(port))}")
+
+
+def test_the_port_shows_the_last_step(seen, run):
+    """Every number of the last step's line stands there, with its value, under the run's name."""
+    last = [row for row in lines(run / "metrics.jsonl") if "stage" in row][-1]
+    for key in ("loss/total", "rollout/teacher_frac", "weight_version", "replay/staleness_max", "time/learn_s"):
+        assert seen["ray_switchkd_" + key.replace("/", "_")] == pytest.approx(last[key]), key
+
+
+def test_the_dashboard_asks_for_what_is_there(seen):
+    """Each panel's queries name gauges that a run exports; every panel has one."""
+    board = json.loads(BOARD.read_text())
+    panels = [panel for panel in board["panels"] if panel["type"] != "row"]
+    queries = [target["expr"] for panel in panels for target in panel["targets"]]
+    names = {name for query in queries for name in re.findall(r"ray_switchkd_\w+", query)}
+    assert len(panels) > 12 and all(panel["targets"] for panel in panels)
+    assert names <= seen.keys(), names - seen.keys()
+    variables = {one["name"] for one in board["templating"]["list"]}
+    assert {"run", "source"} <= variables and all("$run" in query for query in queries)
