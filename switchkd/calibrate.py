@@ -53,7 +53,7 @@ def _calibrate(config: Config, index: int, learner: bool) -> Costs:
     ready = prepare(config)
     run = ready.config.run.model_copy(update={"mode": "inprocess"})
     alone = ready.config.model_copy(update={"run": run})
-    teacher = make_teacher(alone)
+    teacher: Any = make_teacher(alone)
     worker = make_worker(alone, 0, {"": (teacher, teacher.head_arrays())}, ready.stop_ids)
     set_threads(resources.of_role(config, "rollout").threads)
     steps = _steps(ready, worker, teacher, stage)

@@ -66,9 +66,9 @@ def teacher_memory(config: Config, shape: Shape) -> Parts:
         parts["output matrix, float32"] = 4.0 * shape.head_params
     parts |= _packed(config, "teacher", shape, 4.0 * shape.head_params)
     if section.signal == "topk":
-        from switchkd.engines.hf_engine import _KEPT_ROWS
+        from switchkd.engines.teacher_sessions import KEPT_ROWS
 
-        parts["kept rows"] = float(each * section.max_sessions * _KEPT_ROWS * shape.head_width)
+        parts["kept rows"] = float(each * section.max_sessions * KEPT_ROWS * shape.head_width)
     return parts
 
 

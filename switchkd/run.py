@@ -180,8 +180,10 @@ def evaluate(config: Config) -> dict[str, float]:
 
 
 def sample(config: Config, num: int, stage: int) -> tuple[list[tuple[Prompt, Rollout]], Worker]:
-    """The first rollouts of a stage, each with its prompt, and who wrote them. In this process."""
-    ready = prepare(config)
+    """The first rollouts of a stage, each with its prompt, and who wrote them. In this process, and written anew also
+    where the run trains on recorded ones."""
+    anew = config.rollout.model_copy(update={"recorded": ""})
+    ready = prepare(config.model_copy(update={"rollout": anew}))
     worker = _worker(ready)
     return written(ready, worker, num, stage), worker
 

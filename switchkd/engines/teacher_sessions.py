@@ -16,7 +16,7 @@ import torch
 from switchkd.engines.base import TeacherBusy, UnknownSession
 from switchkd.types import Blocks, Positions, Sessions, WriteRequest, ragged
 
-_KEPT_ROWS = 64
+KEPT_ROWS = 64
 """Of each session, besides the last answer: AdaSwitch asks about the tokens of its window."""
 
 
@@ -34,7 +34,7 @@ class Session:
         num = len(rows)
         if self.rows is not None and self.first <= first <= self.first + len(self.rows):
             rows, first = torch.cat([self.rows[: first - self.first], rows]), self.first
-        surplus = max(len(rows) - max(_KEPT_ROWS, num), 0)
+        surplus = max(len(rows) - max(KEPT_ROWS, num), 0)
         self.first, self.rows = first + surplus, rows[surplus:]
 
     def kept(self, first: int, end: int) -> torch.Tensor | None:
