@@ -46,6 +46,7 @@ class LiveView:
     def step(self, num_done: int, row: Mapping[str, Any], line: str) -> None:
         self._row = row
         self._bar.update(self._task, completed=num_done, line=line)
+        self._live.refresh()
 
     def _drawn(self) -> Group:
         table = Table.grid(padding=(0, 2))
