@@ -61,11 +61,12 @@ def _check_keys(teacher: Teacher) -> None:
         value = getattr(teacher, key)
         if value != Teacher.model_fields[key].default:
             raise ConfigError(f"teacher.{key}={value} is not for teacher.backend=vllm; remove it: {remedy}")
-    if teacher.graphs == "on":
-        raise ConfigError(
-            "teacher.graphs=on is not for teacher.backend=vllm; remove it: vLLM records graphs of its own, see "
-            "teacher.engine.enforce_eager"
-        )
+    for key, own in (("graphs", "enforce_eager"), ("prepack", "linear_backend")):
+        if getattr(teacher, key) == "on":
+            raise ConfigError(
+                f"teacher.{key}=on is not for teacher.backend=vllm; remove it: vLLM has its own way, see "
+                f"teacher.engine.{own}"
+            )
     if teacher.signal == "full":
         raise ConfigError(
             "teacher.signal=full is not for teacher.backend=vllm; take hidden (exact) or topk, or teacher.backend=hf"

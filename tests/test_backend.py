@@ -34,6 +34,7 @@ def installed(monkeypatch):
         (VLLM | {"device": "cuda:1"}, r"^teacher.device=cuda:1 .* resources.teacher.num_gpus"),
         (VLLM | {"attn": "eager"}, r"^teacher.attn=eager is not for teacher.backend=vllm; remove it"),
         (VLLM | {"graphs": "on"}, r"^teacher.graphs=on .* teacher.engine.enforce_eager"),
+        (VLLM | {"prepack": "on"}, r"^teacher.prepack=on is not for teacher.backend=vllm; remove it"),
         (VLLM | {"interface": "public"}, r"teacher.signal=hidden, teacher.decide=interval take interface=extension"),
         (
             VLLM | THIN | {"decide": "interval"},

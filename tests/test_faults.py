@@ -241,8 +241,11 @@ def test_calls_are_lost_late_and_repeated(alone, place):
 
 
 A_NODE_GOES = """
+import os
 from switchkd.actors import environment
 environment.for_private_cluster()
+# Ray takes a node for dead after 15 s by default
+os.environ.update(RAY_health_check_period_ms="1000", RAY_health_check_failure_threshold="3")
 import ray
 from ray.cluster_utils import Cluster
 

@@ -215,7 +215,7 @@ def config_of(folder: Path, steps: int, seed: int) -> Any:
             "teacher": {"path": str(folder / "teacher"), "replicas": 2},
             "student": {"path": str(folder / "student")},
             "data": {"path": str(folder / "data.jsonl"), "max_prompt_tokens": 16, "max_reference_tokens": 16},
-            "rollout": {"rule": {"type": "switch", "half_life": 6}, "num_workers": 2, "batch_size": 4,
+            "rollout": {"rule": {"type": "random", "prob": 0.3}, "num_workers": 2, "batch_size": 4,
                         "max_new_tokens": 12, "lead": "student", "block_size": 4},
             "replay": {"max_staleness": 1, "capacity": BATCH},
             "learner": {"lr": 1e-3, "scheduler": "constant"},
