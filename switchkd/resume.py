@@ -70,7 +70,7 @@ def check_same(run_dir: Path, config: Config) -> None:
     if not path.exists():
         return
     stored = _stored(path)
-    old, new = dict(_leaves(stored)), dict(_leaves(yaml.safe_load(redact(dump_yaml(config)))))
+    old, new = dict(leaves(stored)), dict(leaves(yaml.safe_load(redact(dump_yaml(config)))))
     last_steps = f"train.stages.{len(stored['train']['stages']) - 1}.steps"
     changed = [
         f"{key} was {old.get(key)!r} and is now {new.get(key)!r}"
@@ -124,14 +124,14 @@ def _stored(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read by this version of switchkd: {error}") from None
 
 
-def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and values; the items of a list of sections are numbered."""
     if isinstance(tree, dict) and tree:
         for name, value in tree.items():
-            yield from _leaves(value, f"{key}.{name}" if key else str(name))
+            yield from leaves(value, f"{key}.{name}" if key else str(name))
     elif isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
         for i, item in enumerate(tree):
-            yield from _leaves(item, f"{key}.{i}")
+            yield from leaves(item, f"{key}.{i}")
     else:
         yield key, tree
 

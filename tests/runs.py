@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from safetensors.torch import load_file
 from tiny import save_tiny
 
 from switchkd import cli
+from switchkd.actors import environment
 from switchkd.config import load
 from switchkd.sections import Config
 
@@ -84,6 +88,22 @@ def command(monkeypatch: Any, captured: Any, *args: object) -> tuple[int, str, s
     except SystemExit as end:
         code = int(end.code or 0)
     return (code, *captured.readouterr())
+
+
+@contextmanager
+def small_ray(num_cpus: int, **more: Any) -> Iterator[str]:
+    """A Ray of the caller's own, in a folder of its own; the runs of this process start their actors on it."""
+    environment.for_private_cluster()
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="skd-", dir="/tmp")  # a socket's path must be short
+    ray.init(
+        address="local", num_cpus=num_cpus, include_dashboard=False, object_store_memory=100_000_000,
+        log_to_driver=False, logging_level="ERROR", _temp_dir=folder, **more,
+    )  # fmt: skip
+    yield folder
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 # --- what a run left behind ------------------------------------------------------------------------------------------

@@ -5,26 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import NUM_ROLLOUTS, STAGES, command, config, config_file, distance, furnish, lines, linked, rollouts, steps
+from runs import NUM_ROLLOUTS, STAGES, command, config, config_file, distance, lines, rollouts, steps
 
 from switchkd.metrics import MetricsLog
 from switchkd.rollout import RolloutWorker
 from switchkd.run import train
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    return furnish(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def place(models, tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return linked(models, tmp_path)
 
 
 def break_rollouts(patch: pytest.MonkeyPatch, broken: set[int]) -> None:

@@ -15,7 +15,7 @@ import yaml
 from switchkd.checkpoint import Checkpoint, Draft, TrainState, begin, finish, latest, open_run
 from switchkd.config import ConfigError, parse, resolved
 from switchkd.files import write_json_atomic
-from switchkd.resume import MAY_CHANGE, _leaves, cut_back
+from switchkd.resume import MAY_CHANGE, cut_back, leaves
 from switchkd.run_lock import LOCK, RunLock
 from switchkd.sections import Config
 
@@ -397,7 +397,7 @@ def test_more_steps_extend_the_last_stage(tmp_path):
 
 def test_every_key_that_may_change_exists():
     """MAY_CHANGE has no stale names: each pattern meets a key of the config."""
-    keys = [key for key, _ in _leaves(resolved(config_of(Path("x"))))]
+    keys = [key for key, _ in leaves(resolved(config_of(Path("x"))))]
     assert all(any(fnmatchcase(key, pattern) for key in keys) for pattern in MAY_CHANGE)
 
 

@@ -11,14 +11,11 @@ import json
 import os
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,16 +25,14 @@ from runs import (
     config,
     config_file,
     distance,
-    furnish,
     lines,
-    linked,
     rollouts,
+    small_ray,
     steps,
 )
 from test_ray_run import ON_RAY, TWO_OF_ALL, Murder, actors, same_numbers, same_rollouts, wait_until
 
 from switchkd import recovery
-from switchkd.actors import environment
 from switchkd.metrics import MetricsLog
 from switchkd.run import train
 from switchkd.watchdog import Stalled
@@ -46,48 +41,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    environment.for_private_cluster()
-    import ray
-
-    folder = tempfile.mkdtemp(prefix="skd-", dir="/tmp")  # a socket's path must be short
-    ray.init(
-        address="local", num_cpus=8, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False,
-        logging_level="ERROR", _temp_dir=folder,
-    )  # fmt: skip
-    yield
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    return furnish(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def alone(models) -> Path:
-    """The run that nothing befell."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(models)
-        train(config(models, STAGES, name="alone.yaml", run={"dir": "alone"}))
-    return models / "alone"
-
-
-@pytest.fixture
-def place(models, tmp_path, monkeypatch) -> Path:
-    """A working directory of one's own with the models in it."""
-    monkeypatch.chdir(tmp_path)
-    return linked(models, tmp_path)
-
-
-@pytest.fixture
-def notes(monkeypatch) -> list[str]:
-    """What the user is told."""
-    told: list[str] = []
-    note = MetricsLog.note
-    monkeypatch.setattr(MetricsLog, "note", lambda self, text: (told.append(text), note(self, text)))
-    return told
+def cluster() -> Iterator[str]:
+    with small_ray(8) as folder:
+        yield folder
 
 
 def after_step(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> None:

@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import STAGES, SWITCH, command, config, config_file, descendants, furnish, linked, rollouts, steps
+from runs import STAGES, SWITCH, command, config, config_file, descendants, rollouts, steps
 
 from switchkd.actors import environment
 from switchkd.config import ConfigError
-from switchkd.metrics import MetricsLog
 from switchkd.run import train
 from switchkd.sections import Config
 from switchkd.types import Blocks, Sessions
@@ -51,34 +50,6 @@ def cluster() -> Iterator[Any]:
     ray.shutdown()
     made.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    return furnish(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def alone(models) -> Path:
-    """The run without Ray that the others are held against."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(models)
-        train(config(models, STAGES, name="alone.yaml", run={"dir": "alone"}))
-    return models / "alone"
-
-
-@pytest.fixture
-def place(models, tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return linked(models, tmp_path)
-
-
-@pytest.fixture
-def notes(monkeypatch) -> list[str]:
-    """What runs say."""
-    said: list[str] = []
-    monkeypatch.setattr(MetricsLog, "note", lambda self, text: said.append(text))
-    return said
 
 
 class At:

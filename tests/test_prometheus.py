@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import SWITCH, WARM_UP, config, furnish, lines
+from runs import SWITCH, WARM_UP, config, furnish, lines, small_ray
 
-from switchkd.actors import environment
 from switchkd.run import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -26,17 +23,10 @@ STAGES = [{**WARM_UP, "steps": 1}, {**SWITCH, "steps": 2}]
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
     """Of the metrics of a small Ray of this module's own, which reports twice a second."""
-    environment.for_private_cluster()
-    import ray
+    with small_ray(4, _system_config={"metrics_report_interval_ms": 500}):
+        import ray
 
-    folder = tempfile.mkdtemp(prefix="skd-", dir="/tmp")  # a socket's path must be short
-    ray.init(
-        address="local", num_cpus=4, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False,
-        logging_level="ERROR", _temp_dir=folder, _system_config={"metrics_report_interval_ms": 500},
-    )  # fmt: skip
-    yield ray.nodes()[0]["MetricsExportPort"]
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+        yield ray.nodes()[0]["MetricsExportPort"]
 
 
 @pytest.fixture(scope="module")

@@ -25,15 +25,14 @@ from runs import (
     config_file,
     descendants,
     distance,
-    furnish,
     lines,
     linked,
     processes,
     rollouts,
+    small_ray,
     steps,
 )
 
-from switchkd.actors import environment
 from switchkd.config import ConfigError
 from switchkd.metrics import MetricsLog
 from switchkd.run import Summary, train
@@ -51,23 +50,8 @@ TWO_OF_ALL = {
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """A small Ray of this module's own, in a folder of its own; the runs of this process start their actors on it."""
-    environment.for_private_cluster()
-    import ray
-
-    folder = tempfile.mkdtemp(prefix="skd-", dir="/tmp")  # a socket's path must be short
-    ray.init(
-        address="local", num_cpus=8, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False,
-        logging_level="ERROR", _temp_dir=folder,
-    )  # fmt: skip
-    yield folder
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    return furnish(tmp_path_factory.mktemp("models"))
+    with small_ray(8) as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import ADASWITCH, NUM_ROLLOUTS, STAGES, WARM_UP, command, config, config_file, distance, furnish, lines, steps
+from runs import ADASWITCH, NUM_ROLLOUTS, STAGES, WARM_UP, command, config, config_file, distance, lines, steps
 from tiny import tiny_tokenizer
 
 from switchkd.candidates import Top, candidates
@@ -20,11 +20,6 @@ from switchkd.run import train
 from switchkd.types import Source
 
 RECORDS = {"save_signal": True, "save_candidates": 3}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    return furnish(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

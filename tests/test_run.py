@@ -23,9 +23,7 @@ from runs import (
     config,
     config_file,
     distance,
-    furnish,
     lines,
-    linked,
     rollouts,
     steps,
     tree,
@@ -41,18 +39,6 @@ from switchkd.run import Summary, train
 
 EVAL = {"data": "./data.jsonl", "num_prompts": 6, "max_new_tokens": 12}
 ONE_STEP = [{"name": "only", "steps": 1}]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    return furnish(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def place(models, tmp_path, monkeypatch) -> Path:
-    """A working directory of one's own with the models in it."""
-    monkeypatch.chdir(tmp_path)
-    return linked(models, tmp_path)
 
 
 @pytest.fixture(scope="module")

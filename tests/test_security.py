@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import command, config_file, descendants, furnish, linked, processes
+from runs import command, config_file, descendants, linked, processes
 from safetensors.torch import load_file, save_file
 from test_ray_run import answers, free_ports, wait_until
 
@@ -35,11 +35,6 @@ from switchkd.sections import Config, Model, Student, Teacher
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "switchkd").rglob("*.py"))
 ONE_STEP = [{"name": "only", "steps": 1}]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    return furnish(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

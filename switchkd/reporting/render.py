@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -21,6 +21,7 @@ from switchkd.files import json_safe
 from switchkd.metrics import COLUMNS, is_number, stage_rows
 from switchkd.reporting.payload import payload
 from switchkd.reporting.read import RunData
+from switchkd.resume import leaves
 
 SCRIPTS = ("chart.js", "charts.js", "viewer.js", "main.js")
 SHOWN = {
@@ -76,9 +77,9 @@ def _part(name: str) -> str:
 
 
 def _head(run: RunData) -> dict[str, Any]:
-    leaves = dict(_leaves(run.config))
+    keys = dict(leaves(run.config))
     stages = run.section("train").get("stages") or []
-    facts = {title: str(leaves[key]) for title, key in SHOWN.items() if leaves.get(key) not in (None, "")}
+    facts = {title: str(keys[key]) for title, key in SHOWN.items() if keys.get(key) not in (None, "")}
     methods = [_method(stage) for stage in stages if isinstance(stage, dict)]
     return {
         "name": run.name,
@@ -125,7 +126,7 @@ def _table(runs: Sequence[RunData]) -> dict[str, Any]:
 
 def _differences(runs: Sequence[RunData]) -> list[list[str]]:
     """Keys in which the runs' configs differ, with each run's value."""
-    trees = [dict(_leaves(run.config)) for run in runs]
+    trees = [dict(leaves(run.config)) for run in runs]
     keys = dict.fromkeys(key for tree in trees for key in tree if key != "run.dir")
     told = [[key, *(_value(tree.get(key)) for tree in trees)] for key in keys]
     return [row for row in told if len(set(row[1:])) > 1] if all(trees) else []
@@ -133,14 +134,3 @@ def _differences(runs: Sequence[RunData]) -> list[list[str]]:
 
 def _value(value: Any) -> str:
     return json.dumps(json_safe(value), ensure_ascii=False, default=str)
-
-
-def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict) and tree:
-        for name, value in tree.items():
-            yield from _leaves(value, f"{key}.{name}" if key else str(name))
-    elif isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
-        for i, item in enumerate(tree):
-            yield from _leaves(item, f"{key}.{i}")
-    else:
-        yield key, tree

@@ -1,0 +1,42 @@
+"""Rooms that many test files share: tiny models with data, a working directory of one's own, the run nothing befell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from runs import STAGES, config, furnish, linked
+
+from switchkd.metrics import MetricsLog
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    return furnish(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def place(models, tmp_path, monkeypatch) -> Path:
+    """A working directory of one's own with the models in it."""
+    monkeypatch.chdir(tmp_path)
+    return linked(models, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def alone(models) -> Path:
+    """STAGES without Ray and without accidents: what others are held against."""
+    from switchkd.run import train
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(models)
+        train(config(models, STAGES, name="alone.yaml", run={"dir": "alone"}))
+    return models / "alone"
+
+
+@pytest.fixture
+def notes(monkeypatch) -> list[str]:
+    """What the user is told."""
+    told: list[str] = []
+    note = MetricsLog.note
+    monkeypatch.setattr(MetricsLog, "note", lambda self, text: (told.append(text), note(self, text)))
+    return told
