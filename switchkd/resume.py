@@ -38,6 +38,7 @@ MAY_CHANGE = (
     "train.early_stop",
     "*.device",
     "*.graphs",
+    "*.prepack",
     "teacher*.device_map",
     "teacher*.engine",
     "teacher*.engine.*_parallel_size",

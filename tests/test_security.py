@@ -159,7 +159,8 @@ def test_a_student_is_cut_from_safetensors_only(place):
 
 
 def test_nothing_of_ours_unpickles_a_file():
-    """No pickle but the handles that our own processes pass to each other; torch.load reads tensors only."""
+    """No pickle but what our own processes pass to each other, as handles and within one vLLM engine; torch.load reads
+    tensors only."""
 
     def opens(tree: ast.AST) -> list[str]:
         found = [name for name, call in calls(tree) if name == "torch.load" and keyword(call, "weights_only") != "True"]
@@ -170,7 +171,8 @@ def test_nothing_of_ours_unpickles_a_file():
         return found
 
     found = offences(opens)
-    assert all(line.startswith("switchkd/actors/") and line.endswith(": cloudpickle") for line in found), found
+    passed = ("switchkd/actors/", ": cloudpickle"), ("switchkd/engines/vllm_", ": pickle")
+    assert all(any(line.startswith(a) and line.endswith(b) for a, b in passed) for line in found), found
     assert opens(ast.parse("import pickle\ntorch.load(path)")) == ["torch.load", "pickle"]
 
 
