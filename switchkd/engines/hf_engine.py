@@ -36,6 +36,7 @@ class HFStudent:
         )
         self.model, self.num_slots, self.max_len = model, num_slots, max_len
         self.head = head_of(model, vocab_size)
+        prepack = "off" if capture else prepack  # a recording keeps addresses, packed copies move
         self._refresh = prepacked.prepack(model, prepack, key="student.prepack")
         if prepack != "off":
             self.head.prepack()
@@ -66,6 +67,7 @@ class HFTeacher:
                  prepack: str = "auto") -> None:  # fmt: skip
         self.model, self.vocab_size, self.kind = model, vocab_size, signal
         self.top_k = top_k
+        prepack = "off" if capture else prepack  # a recording keeps addresses, packed copies move
         self._prepack = prepack != "off"
         if signal != "full":
             head_of(model, vocab_size, model.dtype)  # an error belongs to the start, not to the first score
