@@ -7,11 +7,7 @@ from pathlib import Path
 import pytest
 from runs import STAGES, config, furnish, linked
 
-from switchkd.actors import environment
 from switchkd.metrics import MetricsLog
-
-# before anything imports Ray, which reads these once: some tests meet it where nothing would have set them
-environment.for_private_cluster()
 
 
 @pytest.fixture(scope="module")

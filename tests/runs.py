@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -21,6 +22,11 @@ from switchkd import cli
 from switchkd.actors import environment
 from switchkd.config import load
 from switchkd.sections import Config
+
+# before anything imports Ray, which reads these once and keeps the token: a test that takes them out of its environment
+# and starts a Ray would take the token from all Rays after it
+environment.for_private_cluster()
+PROTECTED = {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH_")}
 
 BASE: dict[str, Any] = {
     "run": {"dir": "run", "mode": "inprocess"},
@@ -93,7 +99,7 @@ def command(monkeypatch: Any, captured: Any, *args: object) -> tuple[int, str, s
 @contextmanager
 def small_ray(num_cpus: int, **more: Any) -> Iterator[str]:
     """A Ray of the caller's own, in a folder of its own; the runs of this process start their actors on it."""
-    environment.for_private_cluster()
+    os.environ.update(PROTECTED)
     import ray
 
     folder = tempfile.mkdtemp(prefix="skd-", dir="/tmp")  # a socket's path must be short
@@ -101,9 +107,11 @@ def small_ray(num_cpus: int, **more: Any) -> Iterator[str]:
         address="local", num_cpus=num_cpus, include_dashboard=False, object_store_memory=100_000_000,
         log_to_driver=False, logging_level="ERROR", _temp_dir=folder, **more,
     )  # fmt: skip
-    yield folder
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 # --- what a run left behind ------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import json
 import shutil
 import socket
 import stat
-import tempfile
 from collections import namedtuple
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import SWITCH, WARM_UP, command, config, config_file, furnish, linked, tree
+from runs import SWITCH, WARM_UP, command, config, config_file, furnish, linked, small_ray, tree
 from tiny import save_tiny, tiny_tokenizer
 
 from switchkd import doctor, doctor_machine, doctor_models
@@ -390,17 +389,12 @@ class TestWithWeights:
 @pytest.mark.timeout(240)
 def test_every_node_sees_the_folder(here, monkeypatch):
     """On a real cluster a task on each node sees a probe in the run folder, and not another one."""
-    from switchkd.actors import environment
+    # the home of the test's own has no token: the Ray of this process keeps the one that it began with
+    with small_ray(4):
+        import ray
 
-    environment.for_private_cluster()
-    import ray
+        from switchkd.actors import probe
 
-    from switchkd.actors import probe
-
-    folder = tempfile.mkdtemp(prefix="skd-", dir="/tmp")  # a socket's path must be short
-    ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=100_000_000,
-             log_to_driver=False, _temp_dir=folder)  # fmt: skip
-    try:
         sections = {**ON_CLUSTER, "run": {"dir": str(here / "run"), "mode": "ray"}}
         monkeypatch.setenv("RAY_JOB_ID", "1")
         settings = wanted(here, **sections)
@@ -421,6 +415,3 @@ def test_every_node_sees_the_folder(here, monkeypatch):
         small = wanted(here, **sections, resources={"learner": {"num_gpus": 7}})
         monkeypatch.undo()
         assert "7 for learner.num_ranks=1" in one(of(doctor._cluster, small), "x", "fail").text
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)

@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 from runs import STAGES, SWITCH, command, config, config_file, descendants, rollouts, steps
 
-from switchkd.actors import environment
 from switchkd.config import ConfigError
 from switchkd.run import train
 from switchkd.sections import Config
@@ -34,7 +33,6 @@ TEACH, WRITE = {"pool": "teach"}, {"pool": "write"}
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Four nodes of this machine: a head, two that teach, one that writes."""
-    environment.for_private_cluster()
     import ray
     from ray.cluster_utils import Cluster
 
@@ -392,7 +390,9 @@ def test_grows_with_its_queue_and_shrinks_without(cluster, place):
         for thread in threads:
             thread.join(30)
         wait_until(lambda: not (seen := members(pool.actor)).draining and len(seen.ready) == 1, "it did not shrink", 90)
-        said = ray.get(pool.actor.news.remote(0))[1]
+        from switchkd.actors.teacher_pool import NOTHING_TOLD
+
+        said = ray.get(pool.actor.news.remote(NOTHING_TOLD))[1]
         assert "one is added" in said[0] and any("is drained" in line for line in said)
     finally:
         pool.close()

@@ -11,7 +11,6 @@ import pytest
 from pools import Still, Thunks, fetch
 from toy import ToyTeacher, pair
 
-from switchkd.actors import environment
 from switchkd.engines.base import TeacherBusy, UnknownSession
 from switchkd.membership import DRAIN_S, FORGET_S, Members, Roster, State
 from switchkd.types import Blocks, Sessions
@@ -22,7 +21,6 @@ CHAIN = pair()[0]
 @pytest.fixture
 def rooms(monkeypatch) -> Any:
     """The module, whose ray.get runs thunks and whose pauses are short."""
-    environment.for_private_cluster()  # must come before Ray is imported, for the tests after this one
     from switchkd.actors import teacher_router
 
     monkeypatch.setattr(teacher_router.ray, "get", fetch)
@@ -244,7 +242,6 @@ class TestRoster:
 class TestDirectory:
     def test_asks_now_and_then_and_never_waits(self, monkeypatch):
         """One question at a time; its answer is taken at a later call; a pool that is away is asked again."""
-        environment.for_private_cluster()
         from ray import cloudpickle
         from ray.exceptions import ActorUnavailableError
 

@@ -13,7 +13,6 @@ from runs import config, furnish, rollouts, steps
 from tiny import NUM_TOKENS, tiny_model
 
 from switchkd import preflight
-from switchkd.actors import environment
 from switchkd.config import ConfigError
 from switchkd.engines.hf_engine import HFTeacher
 from switchkd.rollout_io import load_rollouts, save_rollouts
@@ -135,7 +134,6 @@ def test_refused_in_one_line(place: Path, monkeypatch, name: str) -> None:  # ty
 def test_router_passes_questions_on(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """Questions go to the sessions' replicas and come back in order; a lost session is opened again with all its
     tokens, and answers the same."""
-    environment.for_private_cluster()  # must come before Ray is imported, for the tests after this one
     from switchkd.actors import teacher_router
 
     monkeypatch.setattr(teacher_router.ray, "get", fetch)

@@ -23,7 +23,7 @@ from switchkd.actors.environment import Secrets
 from switchkd.actors.futures import patient
 from switchkd.actors.health import pulses
 from switchkd.actors.learner_actor import LearnerActor, LearnerGroup
-from switchkd.actors.place import Place, nodes, wait_for_places
+from switchkd.actors.place import Place, beside_driver, nodes, wait_for_places
 from switchkd.actors.placement import settled, wait_for_room
 from switchkd.actors.prometheus import Exporter
 from switchkd.actors.replay_actor import ReplayActor
@@ -109,7 +109,7 @@ def build_house(config: Config, run_dir: Path, stop_ids: frozenset[int], log: Me
             opened.callback(ray.shutdown)
         start = partial(_start, opened)
         places = _set_aside(config, opened)
-        replay = start(ReplayActor, {}, plain, str(run_dir), *common)
+        replay = start(ReplayActor, beside_driver(), plain, str(run_dir), *common)
         pools = {name: _pool(opened, config, name, places, *common) for name in config.teacher_names}
         # trap: as they are, handles would go into the object store, where the restart of a worker may not find them
         handles = cloudpickle.dumps(({name: (pool.actor, pool.namespace) for name, pool in pools.items()}, replay))
@@ -179,9 +179,8 @@ def _pool(
         pool = attach(own, resources.role_of(name))
     else:
         waiting = cloudpickle.dumps(places[resources.role_of(name)])
-        pool = PoolHandle(
-            cast(Any, TeacherPoolActor).remote(own.model_dump(), waiting, secrets, working_dir, "", {}), name
-        )
+        actor = cast(Any, TeacherPoolActor).options(**beside_driver())
+        pool = PoolHandle(actor.remote(own.model_dump(), waiting, secrets, working_dir, "", {}), name)
     opened.callback(pool.close)
     return pool
 

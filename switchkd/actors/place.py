@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 from ray.util import get_placement_group, placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from switchkd import resources, room
 from switchkd.actors import placement
@@ -74,6 +74,13 @@ class Place:
         """Who still stands there is ended."""
         if self.group is not None and ray.is_initialized():
             remove_placement_group(self.group)
+
+
+def beside_driver() -> dict[str, Any]:
+    """For an actor that takes nothing and whose death would cost more than its part: where Ray would put it by chance,
+    it would die with any node of the cluster; here it dies only with the driver's, and then starts elsewhere."""
+    here = ray.get_runtime_context().get_node_id()
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=here, soft=True)}
 
 
 def nodes() -> list[Node]:

@@ -21,7 +21,7 @@ from switchkd.actors.environment import Secrets
 from switchkd.actors.futures import cause_of, patient
 from switchkd.actors.place import Place, nodes, wait_for_places
 from switchkd.actors.placement import settled, wait_for_room
-from switchkd.actors.teacher_pool import NAMESPACE, TeacherPoolActor, replica_name
+from switchkd.actors.teacher_pool import NAMESPACE, NOTHING_TOLD, TeacherPoolActor, Told, replica_name
 from switchkd.actors.teacher_router import TeacherRouter
 from switchkd.assembly import max_len
 from switchkd.config import ConfigError
@@ -36,9 +36,9 @@ LEAVE_S = 10.0
 class PoolHandle:
     """A run's hold on a pool: its own (namespace 0), or a served one that it leaves as it found it."""
 
-    def __init__(self, actor: Any, name: str, namespace: int = 0, num_told: int = 0) -> None:
+    def __init__(self, actor: Any, name: str, namespace: int = 0, told: Told = NOTHING_TOLD) -> None:
         self.actor, self.name, self.namespace = actor, name, namespace
-        self._num_told = num_told
+        self._told = told
         self._asked: Any = None
         self._directory = PoolDirectory(actor, "driver")
         self._members: Members | None = None
@@ -61,12 +61,12 @@ class PoolHandle:
     def news(self) -> list[str]:
         """What happened there since the last time, as far as it has been heard of. Never waits."""
         if self._asked is None:
-            self._asked = self.actor.news.remote(self._num_told)
+            self._asked = self.actor.news.remote(self._told)
         if not ray.wait([self._asked], timeout=0)[0]:
             return []
         asked, self._asked = self._asked, None
         try:
-            self._num_told, told = ray.get(asked)
+            self._told, told = ray.get(asked)
         except RayError:
             return []
         return [f"{self.name}: {line}" if self.name else line for line in told]
@@ -114,7 +114,7 @@ def attach(config: Config, key: str) -> PoolHandle:
         ) from None
     try:
         _check_same(config, key, there)
-        told = ray.get(pool.news.remote(1 << 60))[0]
+        told, _ = ray.get(pool.news.remote(NOTHING_TOLD))
     except BaseException:
         pool.detach.remote(namespace)
         raise

@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from threading import Event, RLock, Thread
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import ray
 from ray import cloudpickle
@@ -45,6 +45,16 @@ NAMESPACE = "switchkd"
 """Of the names of served teachers."""
 
 
+class Told(NamedTuple):
+    """So many lines of a pool's log, in one of its lives: one that was started again begins a new log."""
+
+    life: str
+    num: int
+
+
+NOTHING_TOLD = Told("", 0)
+
+
 @ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=0, max_concurrency=32)
 class TeacherPoolActor:
     """`places`: for the first replicas, pickled. `served`: the pool's name where it is detached."""
@@ -66,7 +76,9 @@ class TeacherPoolActor:
         self.served, self.facts = served, facts
         self.roster, self.watches = Roster(), dict[int, Watch]()
         self.lock, self.wake, self.stopped = RLock(), Event(), False
-        self.log: list[str] = []
+        self.life = random_tokens.token_hex(4)
+        again = ray.get_runtime_context().was_current_actor_reconstructed
+        self.log = ["the teacher pool died and is started again"] if again else []
         self.ever_ready, self.num_failed, self.hold_until = False, 0, 0.0
         self.runs: set[int] = set()
         self.loads: list[scaling.Load] = []
@@ -104,10 +116,11 @@ class TeacherPoolActor:
         for handle in handles.values():
             handle.close_within.remote(first, first + (1 << SESSION_BITS))
 
-    def news(self, since: int) -> tuple[int, list[str]]:
-        """What happened after the first `since` things that happened."""
+    def news(self, told: Told) -> tuple[Told, list[str]]:
+        """What happened since, and what has been told with it."""
         with self.lock:
-            return len(self.log), self.log[since:]
+            num = told.num if told.life == self.life else 0
+            return Told(self.life, len(self.log)), self.log[num:]
 
     def stop(self) -> None:
         """End all replicas."""

@@ -44,10 +44,10 @@ def cluster(num_cpus: float, object_store_mb: int, furnish: Callable[[], None] |
 
 
 def object_store_mb() -> float:
-    """Of all objects in the store of this process's cluster."""
+    """Of all objects in the store of this process's cluster (named: there may be others on this machine)."""
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
-    stats = get_memory_info_reply(get_state_from_address(None)).store_stats
+    stats = get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address)).store_stats
     return stats.object_store_bytes_used / 2**20
 
 

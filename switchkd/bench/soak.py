@@ -89,7 +89,8 @@ class Havoc:
         for name, pid in processes.items():
             self.samples.setdefault(name, []).append((trained, kilobytes(pid, "RssAnon") / 2**10))
         with suppress(Exception):  # at the end the cluster goes
-            self.samples.setdefault("object store", []).append((trained, object_store_mb()))
+            now = object_store_mb()
+            self.samples.setdefault("object store", []).append((trained, now))
 
 
 def run(*, steps: int, seed: int, every: int, keep: Path | None = None) -> Table:
