@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from switchkd.algo import switching
-from switchkd.bench.bound import StepCosts, row_bound_s
+from switchkd.bench.bound import StepCosts, row_bound_s, row_steady_s
 from switchkd.types import Origin, Rollout
 
 COSTS = StepCosts(
@@ -52,6 +52,20 @@ def test_equals_trying_everything(seed: int) -> None:
     owned, differ = rng.integers(0, 2, 8).tolist(), (rng.random(8) < 0.5).tolist()
     rule = switching.jsd_threshold()
     assert row_bound_s(rollout(owned), np.array(differ), COSTS, rule) == pytest.approx(literally(owned, differ))
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_always_the_same_way(who: str) -> None:
+    """Rounds of 4 with a break at the third token, then of what is left, counted by hand."""
+    owned, differ = [1, 1, 1, 1, 1, 1], [False, False, True, False, False, False]
+    if who == "teacher":  # breaks where the student owns
+        owned = [1 - each for each in owned]
+        by_hand = (4 * 1.5 + 1.6 + 3 * 0.1) + (2 * 1.5 + 1.2 + 2 * 0.1) + (1.5 + 1.0 + 0.1)
+    else:
+        by_hand = (4 * 1.0 + 2.1 + 3 * 0.1) + (2 * 1.0 + 1.7 + 2 * 0.1) + (1.0 + 1.5 + 0.1)
+    rule = switching.jsd_threshold()
+    found = row_steady_s(rollout(owned), np.array(differ), COSTS, rule, who, 4)
+    assert found == pytest.approx(by_hand) and found >= row_bound_s(rollout(owned), np.array(differ), COSTS, rule)
 
 
 def test_a_settled_row_costs_the_teachers_steps_only() -> None:

@@ -158,6 +158,39 @@ def row_bound_s(rollout: Rollout, differ: np.ndarray, costs: StepCosts, rule: Ru
     return float(best[0])
 
 
+def steady_s(rollouts: Sequence[Rollout], reads: Sequence[Any], costs: StepCosts, rule: Rule) -> float:
+    """Seconds at the same costs without hindsight: every round of every row is taken the same way, the one that turns
+    out best for all of them. What lies between this and `bound_s` nobody can have who does not know the draws."""
+    prompts = sum(len(rollout.prompt_ids) for rollout in rollouts) * costs.prompt
+    ways = [("student", size) for size in costs.read] + [("teacher", size) for size in costs.check]
+    return prompts + min(
+        sum(
+            row_steady_s(rollout, read.differ, costs, rule, who, most)
+            for rollout, read in zip(rollouts, reads, strict=True)
+        )
+        for who, most in ways
+    )
+
+
+def row_steady_s(rollout: Rollout, differ: np.ndarray, costs: StepCosts, rule: Rule, who: str, most: int) -> float:
+    """One row whose every round is led by `who` with blocks of `most` tokens, or of as many as are left."""
+    owned = rollout.sources == Source.TEACHER
+    settled = np.isneginf(rollout.threshold) if rule.settled is not None else np.zeros(len(owned), bool)
+    if who == "teacher":
+        step, block, ends = costs.write, costs.check, _next(~owned & differ)
+    else:
+        step, block, ends = costs.student, costs.read, _next(owned & differ)
+    t, seconds = 0, 0.0
+    while t < rollout.num_tokens:
+        if settled[t]:
+            return seconds + (rollout.num_tokens - t) * costs.write
+        size = max(size for size in block if size <= min(most, rollout.num_tokens - t))
+        kept = min(int(ends[t]) - t + 1, size)
+        seconds += size * step + block[size] + kept * costs.settle
+        t += kept
+    return seconds
+
+
 def _next(breaks: np.ndarray) -> np.ndarray:
     """For every position the first break at or behind it, or the last position."""
     found = np.full(len(breaks), len(breaks) - 1)

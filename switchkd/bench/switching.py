@@ -22,9 +22,9 @@ import torch
 from switchkd.algo import divergence, switching
 from switchkd.algo.sampling import Purpose, Sampling, draw
 from switchkd.bench.afternoon import AdaSwitch, Afternoon, Decide, skd, switch
-from switchkd.bench.bound import StepCosts, bound_s, measure_costs
+from switchkd.bench.bound import StepCosts, bound_s, measure_costs, steady_s
 from switchkd.bench.models import prompts
-from switchkd.bench.table import Cell, Table, paired, surroundings
+from switchkd.bench.table import Cell, Spread, Table, paired, surroundings
 from switchkd.config import ConfigError
 from switchkd.engines.heads import LinearHead
 from switchkd.engines.hf_engine import HFStudent, HFTeacher
@@ -104,13 +104,16 @@ class Pair:
 
 
 COLUMNS = (
-    "rule", "tokens/s", "x lockstep", "x afternoon", "time of on-policy", "share of bound", "teacher calls/token",
-    "breaks/token", "teacher share", "agreement", "bytes/row", "bytes/token", "rounds",
+    "rule", "tokens/s", "x lockstep", "x afternoon", "time of on-policy", "share of bound", "of steady",
+    "rows/round", "teacher calls/token", "breaks/token", "teacher share", "agreement", "bytes/row",
+    "bytes/token", "rounds",
 )  # fmt: skip
 REMARKS = (
     "x lockstep, x afternoon: tokens/s against one token of each model at a time in the same engine, and against a "
     "plain transformers loop; time of on-policy: against student-only sampling with one scoring pass, in this engine.",
-    "share of bound: the hindsight optimum's time over ours. agreement: equal arg max on the written tokens.",
+    "share of bound: the hindsight optimum's time over ours; of steady: the time over ours of always the same way to "
+    "lead, the best one, at the same costs of full batches. rows/round: how full the batches were that took a round.",
+    "agreement: equal arg max on the written tokens. rounds: how often each way was taken, in the last run.",
 )
 
 
@@ -149,6 +152,7 @@ def _row(pair: Pair, name: str, costs: StepCosts, repeats: int) -> dict[str, Cel
 
     def engine(side: str, worker: RolloutWorker, a_mode: Mode) -> Callable[[], float]:
         def seconds_per_token() -> float:
+            worker.pace.rounds.clear()
             start = time.perf_counter()
             last[side] = pair.write(worker, a_mode)
             return (time.perf_counter() - start) / sum(r.num_tokens for r in last[side])
@@ -176,15 +180,21 @@ def _row(pair: Pair, name: str, costs: StepCosts, repeats: int) -> dict[str, Cel
     )
     rollouts = last["auto"]
     reads = agreements(pair, rollouts, mode)
+    num_tokens = sum(rollout.num_tokens for rollout in rollouts)
+
+    def share(least_s: float) -> Spread:
+        """Of our time."""
+        return result.spread["auto"].map(lambda seconds: least_s / num_tokens / seconds)
+
     return {
         "rule": name,
         "tokens/s": result.spread["auto"].map(lambda seconds: 1 / seconds),
         "x lockstep": result.ratios["lockstep"],
         "x afternoon": result.ratios["afternoon"],
         "time of on-policy": result.ratios["on-policy"].map(lambda ratio: 1 / ratio),
-        "share of bound": result.spread["auto"].map(
-            lambda seconds: bound_s(rollouts, reads, costs, rule) / sum(r.num_tokens for r in rollouts) / seconds
-        ),
+        "share of bound": share(bound_s(rollouts, reads, costs, rule)),
+        "of steady": share(steady_s(rollouts, reads, costs, rule)),
+        "rows/round": sum(r.stats.num_rounds for r in rollouts) / sum(auto.pace.rounds.values()),
         "agreement": float(np.concatenate([read.agree for read in reads]).mean()),
         **_counted(rollouts),
         "rounds": ", ".join(f"{who} {size}: {num}" for (who, size), num in sorted(auto.pace.rounds.items())),
