@@ -238,6 +238,13 @@ def test_several_teachers(cluster, place):
 # --- what does not fit -----------------------------------------------------------------------------------------------
 
 
+class Holder:
+    """Takes room and does nothing."""
+
+    def here(self) -> bool:
+        return True
+
+
 def test_no_room(cluster, place, notes, monkeypatch):
     """A cluster that is large enough but full, one without such labels, and processes that fit one by one but not
     together: each is said in a line, before any actor starts and any folder is made."""
@@ -246,8 +253,9 @@ def test_no_room(cluster, place, notes, monkeypatch):
     from switchkd.actors import placement
 
     monkeypatch.setattr(placement, "SETTLE_S", 1.0)
-    holder = ray.remote(lambda: time.sleep(600)).options(num_cpus=2)
-    held = [holder.remote() for _ in range(4)]
+    # actors: a task that is cancelled just as it begins may go on
+    held = [ray.remote(Holder).options(num_cpus=2).remote() for _ in range(4)]
+    ray.get([each.here.remote() for each in held])
     wait_until(lambda: ray.available_resources().get("CPU", 0) <= 1, "the cluster did not fill")
     with pytest.raises(ConfigError, match=r"needs 3 CPUs \(.*\), and of the cluster's 9 only 1 are free: other runs"):
         train(config(place, [SWITCH], **JOINED))
@@ -256,7 +264,7 @@ def test_no_room(cluster, place, notes, monkeypatch):
         train(config(place, [SWITCH], **waiting))
     assert [note for note in notes if note.startswith("waiting up to 3 s: the run needs 3 CPUs")]
     for each in held:
-        ray.cancel(each, force=True)
+        ray.kill(each)
     wait_until(lambda: ray.available_resources().get("CPU", 0) >= 9, "the cluster did not empty")
     with pytest.raises(ConfigError, match=r"resources.learner.labels=pool=learn: no node of the cluster has these"):
         train(config(place, [SWITCH], **JOINED, resources={"learner": {"labels": {"pool": "learn"}}}))

@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ class LearnerActor(Health):
         prepare(secrets, working_dir)
         self.config = Config.model_validate(config)
         self.replay = replay
+        # what `start` needs and takes seconds, while the teacher, whose output head `start` waits for, is loading
+        import_module("transformers.models.auto.modeling_auto")
 
     def address(self) -> tuple[str, int]:
         """Where rank 0 can be met: this node's address and a free port."""

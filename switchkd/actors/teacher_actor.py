@@ -9,17 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 
 from switchkd.actors.environment import Secrets, prepare
 from switchkd.actors.health import GROUP, Health
-from switchkd.assembly import make_teacher
-from switchkd.engines.heads import HeadArrays
 from switchkd.sections import Config
 from switchkd.types import Blocks, Positions, Sessions, Signal, WriteRequest, Written
+
+if TYPE_CHECKING:
+    from switchkd.engines.heads import HeadArrays
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +35,9 @@ class Worked:
 class TeacherActor(Health):
     def __init__(self, config: dict[str, Any], secrets: Secrets, working_dir: str) -> None:
         prepare(secrets, working_dir)
+        # here, not above: the pool, which imports this class to start it, has no need of torch
+        from switchkd.assembly import make_teacher
+
         self.teacher = make_teacher(Config.model_validate(config))
         self.held: set[int] = set()  # sessions that were opened and not closed
         self.calls, self.busy_s = 0, 0.0

@@ -12,16 +12,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import ray
 from ray.exceptions import ActorDiedError, RayActorError
 
 from switchkd.engines.base import TeacherBusy, UnknownSession
-from switchkd.engines.heads import HeadArrays
 from switchkd.membership import Members
 from switchkd.types import Blocks, Positions, Sessions, Signal, WriteRequest, Written, ragged
+
+if TYPE_CHECKING:
+    from switchkd.engines.heads import HeadArrays
 
 Ask = Callable[[Any, list[int]], Any]
 """(replica, which blocks) -> a reference to its answer."""
