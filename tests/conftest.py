@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores: before anything imports torch
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from runs import STAGES, config, furnish, linked

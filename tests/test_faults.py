@@ -290,7 +290,7 @@ def test_a_teacher_stands_still(cluster, alone, place, monkeypatch, notes):
     assert "teacher 0 does not answer" in told and "\n" not in told
     (stacks,) = (place / "run" / "logs").glob("stall-*.txt")
     text = stacks.read_text()
-    assert "teacher_router.py" in text and "== this process" in text and "train.py" in text and "== learner rank 0" in text
+    assert all(part in text for part in ("teacher_router.py", "== this process", "train.py", "== learner rank 0"))
     assert "saved checkpoint 4" in notes
     wait_until(lambda: not actors(), "the run left actors behind")
     assert train(config(place, STAGES), resume=True).finished
