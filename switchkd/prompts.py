@@ -19,7 +19,7 @@ from switchkd.sections import Config, Data
 from switchkd.types import Prompt
 
 TOO_LONG, EMPTY, NO_REFERENCE = "over max_prompt_tokens", "empty prompt", "no reference"
-EPOCH_ORDER, ORIGIN_OF_ROLLOUT, ORIGIN_OF_BATCH = 1, 2, 3  # what random words are for
+EPOCH_ORDER, ORIGIN_OF_ROLLOUT, ORIGIN_OF_BATCH, DRAW_OF_BUFFER = 1, 2, 3, 4  # what random words are for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
