@@ -168,7 +168,7 @@ def test_buffer_goes_back():
 
 EVAL = {"data": "./data.jsonl", "num_prompts": 4, "max_new_tokens": 4, "every": 2, "metrics": ["loss"]}
 PHI = {"start": 0.4, "step": 0.2, "rises": "no_better", "margin": 9.0}
-REPLAY = {"policy": "adaptive", "capacity": 8, "max_staleness": 1, "phi": PHI}
+REPLAY = {"policy": "adaptive", "capacity": 8, "phi": PHI}
 STAGES = [
     {**WARM_UP, "steps": 2},
     {"name": "adapt", "steps": 12, "mix": {"rollout": 1, "dataset": 1}, "rule": {"type": "student"},
@@ -213,7 +213,7 @@ def test_a_run_whose_phi_rises(whole):
     assert kinds[:2] == ["dataset"] * 2 and {"reused", "rollout", "dataset"} <= set(kinds[2:])
     ages = [told[step]["replay/staleness_max"] for step in reused]
     assert max(ages) > 1 and all(row["replay/buffered"] <= 8 for row in told)
-    assert all(row["replay/staleness_max"] <= 1 for step, row in enumerate(told) if step not in reused)
+    assert all(row["replay/staleness_max"] == 0 for step, row in enumerate(told) if step not in reused)
 
 
 def test_evaluation_loss_is_the_plain_models(whole, monkeypatch):
