@@ -270,6 +270,7 @@ def _anchor_data(config: Config, folder: Path) -> Config:
 
     def anchored(name: str) -> str:
         looks_local = name.startswith((".", "/", "~")) or Path(name).suffix in (".jsonl", ".json", ".parquet")
+        looks_local = looks_local and not name.startswith("hf://")
         return str((folder / Path(name).expanduser()).resolve()) if name and looks_local else name
 
     data = config.data.model_copy(update={"path": anchored(config.data.path)})

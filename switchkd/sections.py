@@ -148,16 +148,23 @@ class Student(Model):
 
 class Data(Section):
     path: str = ""
-    """JSONL or parquet (relative to the config file), or a hub name that `datasets` knows (`name:subset` too)."""
+    """JSONL or parquet (relative to the config file), a hub name that `datasets` knows (`name:subset` too), or one such
+    file of a data set on the hub (`hf://datasets/owner/name/file.jsonl`)."""
     split: str = "train"
+    """Of a hub name. Rows can be cut out of any kind: `train[500:]`, `train[:500]`."""
     prompt_field: str = "prompt"
+    input_field: str | None = None
+    """A field that belongs to the prompt (a context, an input); where it holds text that follows after a blank line."""
     reference_field: str = "reference"
+    """A text, or a list of them, the first of which is trained on."""
     teacher_field: str = "teacher"
     """With `teachers`: the field that names a prompt's teacher."""
     messages_field: str | None = None
     """A field of chat messages; the last assistant message is the reference."""
     template: str | None = None
     """A text with {prompt}; by default the tokenizer's chat template, else the bare prompt."""
+    template_with_input: str | None = None
+    """Instead of `template` where `input_field` holds text: a text with {prompt} and {input}."""
     system: str | None = None
     max_prompt_tokens: PositiveInt = 512
     max_reference_tokens: PositiveInt = 512
