@@ -158,7 +158,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="JSONL or parquet file, or hub name.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Compare with this model.")] = None,
     metric: Annotated[
-        list[str] | None, typer.Option(help="rouge_l, exact_match, agreement, kl; may be repeated.")
+        list[str] | None, typer.Option(help="rouge_l, exact_match, agreement, kl, loss; may be repeated.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="Take all other settings from this config.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from switchkd.sections import Config, Model, Sampling, Section, Stage
+from switchkd.sections import Config, Model, Phi, Sampling, Section, Stage
 
 ALIASES = {"switch": "jsd_threshold", "adaswitch": "kl_spike", "skd": "outside_top_k"}
 """The papers' names, accepted wherever a rule's type is."""
@@ -200,6 +200,7 @@ def _check_across(config: Config) -> None:
                 f"{key}={stage.batch_size} is above replay.capacity={config.replay.capacity}; raise the capacity"
             )
     _check_teachers(config)
+    _check_adaptive(config)
     models: list[tuple[str, Model]] = [("student", config.student), ("teacher", config.teacher)]
     models += [(f"teachers.{name}", teacher) for name, teacher in config.teachers.items()]
     for role, model in models:
@@ -218,6 +219,31 @@ def _check_across(config: Config) -> None:
     by = config.train.select_by
     if by and by not in config.eval.metrics:
         raise ConfigError(_unknown("train.select_by", by, config.eval.metrics, "one of eval.metrics"))
+
+
+def _check_adaptive(config: Config) -> None:
+    """DistiLLM's replay lives on evaluations, and draws between rollouts and the data set."""
+    replay, policy = config.replay, "replay.policy=adaptive"
+    if replay.policy != "adaptive":
+        if replay.phi != Phi():
+            raise ConfigError(f"replay.phi belongs to replay.policy=adaptive, this is {replay.policy}; remove one")
+        return
+    if not config.eval.data or not config.eval.every:
+        missing = "eval.every=0" if config.eval.data else "eval.data is empty"
+        raise ConfigError(f"{policy} follows the validation loss, but {missing}; set eval.data and eval.every")
+    if "loss" not in config.eval.metrics:
+        raise ConfigError(f"{policy} follows eval/loss; add loss to eval.metrics={list(config.eval.metrics)}")
+    for i, stage in enumerate(config.train.stages):
+        mix = stage.mix
+        if mix.rollout and (not mix.dataset or mix.teacher):
+            key = _said(config.train.mix, mix, "train.mix", i, "mix")
+            told = f"rollout {mix.rollout:g}, dataset {mix.dataset:g}, teacher {mix.teacher:g}"
+            raise ConfigError(
+                f"{key} ({told}): {policy} draws between rollouts and the data set; take {{rollout: 1, dataset: 1}} "
+                "(phi decides), or a mix without rollouts for a stage of its own"
+            )
+    if not any(stage.mix.rollout and stage.steps for stage in config.train.stages):
+        raise ConfigError(f"{policy}, but no stage has rollouts; take mix {{rollout: 1, dataset: 1}} or policy fifo")
 
 
 def _check_teachers(config: Config) -> None:
@@ -244,6 +270,7 @@ def _anchor_data(config: Config, folder: Path) -> Config:
 
     def anchored(name: str) -> str:
         looks_local = name.startswith((".", "/", "~")) or Path(name).suffix in (".jsonl", ".json", ".parquet")
+        looks_local = looks_local and not name.startswith("hf://")
         return str((folder / Path(name).expanduser()).resolve()) if name and looks_local else name
 
     data = config.data.model_copy(update={"path": anchored(config.data.path)})

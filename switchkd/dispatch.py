@@ -99,6 +99,7 @@ class Dispatch:
     def _next_admitted(self, step: int) -> int | None:
         """The next one to start, if it may. New ones must find room in the replay: nobody who waits for the workers
         shall wait for ever."""
+        self._pass_over(step)
         if self.missing:
             return self.missing[0] if self._may_start(self.missing[0], step) else None
         section = self.config.replay
@@ -107,8 +108,25 @@ class Dispatch:
             return None
         return self.next_id if self._may_start(self.next_id, step) else None
 
+    def _pass_over(self, step: int) -> None:
+        """Of steps that draw from the replay buffer nothing is written."""
+        if self.missing:
+            self.missing = deque(self.lost(self.missing))
+        last = self.plan.num_tasks - 1
+        while self.next_id <= last and (ahead := self.plan.step_of(self.next_id)) < self.plan.open_until(step):
+            if not self.plan.reuses(ahead):
+                return
+            self.next_id = self.plan.first_id(ahead + 1)
+
+    def lost(self, missing: Iterable[int]) -> list[int]:
+        """Of started ids that never arrived, those that somebody was to write."""
+        return [i for i in missing if i not in self.aside.ids and not self.plan.reuses(self.plan.step_of(i))]
+
     def _may_start(self, rollout_id: int, step: int) -> bool:
-        """Admission bounds staleness: a rollout for step s may start once s - version <= max_staleness."""
+        """Admission bounds staleness: a rollout for step s may start once s - version <= max_staleness. Where the next
+        evaluation has a say in what a step trains on, that is waited for."""
+        if self.plan.step_of(rollout_id) >= self.plan.open_until(step):
+            return False
         limit = self.config.replay.max_staleness
         if self.plan.origin(rollout_id) != Origin.ROLLOUT:
             limit = max(limit, PREFETCH)
@@ -200,6 +218,7 @@ class Dispatch:
     def start_over(self, missing: Iterable[int]) -> None:
         """The replay is another one: these started rollouts are missing in it. Those that are being written will come,
         or fail and go out again."""
+        missing = self.lost(missing)
         flying = {task.rollout_id for _, tasks in self.working.values() for task in tasks}
         self.again.clear()
         self.tries.clear()

@@ -16,14 +16,16 @@ from typing import Any
 from switchkd.types import Prompt
 
 GREEDY = -1
-"""The `seed` of a row that was written at temperature 0, to be read beside the teacher; its text is not scored."""
+"""The `seed` of a row that was written at temperature 0, to be read beside the teacher, or whose reference was read;
+its text is not scored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalRow:
     """One text that the student wrote, and sums over tokens of how it compares with the teacher.
 
-    `agree` counts equal arg maxes, `kl` sums KL(p || q) in nats: of the reference, and of the student's greedy text.
+    `agree` counts equal arg maxes, `kl` sums KL(p || q) in nats: of the reference, and of the student's greedy text;
+    `reference_loss` sums -log q of the reference's own tokens, over `loss_tokens` of them.
     """
 
     index: int  # in the evaluation set
@@ -37,6 +39,8 @@ class EvalRow:
     greedy_tokens: int = 0
     greedy_agree: int = 0
     greedy_kl: float = 0.0
+    loss_tokens: int = 0
+    reference_loss: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,8 @@ def stats(rows: Sequence[EvalRow], metrics: Iterable[str], prompts: Sequence[Pro
     """Scores by name; one that no row has the numbers for is left out.
 
     `rouge_l` and `exact_match` are means over prompts, 0 to 100; `agreement` (0 to 1) and `kl` (nats) are means over
-    the tokens of the references, `agreement_greedy` and `kl_greedy` over those of the student's own greedy texts.
+    the tokens of the references, `agreement_greedy` and `kl_greedy` over those of the student's own greedy texts;
+    `loss` (nats) is the student's cross-entropy on the references.
     """
     written = [row for row in rows if row.seed != GREEDY]
     found = {"length": _over_seeds(written, lambda row: row.num_tokens, lambda row: 1)}
@@ -76,6 +81,8 @@ def stats(rows: Sequence[EvalRow], metrics: Iterable[str], prompts: Sequence[Pro
         elif metric == "kl":
             found[metric] = _over_seeds(rows, lambda row: row.reference_kl, lambda row: row.reference_tokens)
             found[f"{metric}_greedy"] = _over_seeds(rows, lambda row: row.greedy_kl, lambda row: row.greedy_tokens)
+        elif metric == "loss":
+            found[metric] = _over_seeds(rows, lambda row: row.reference_loss, lambda row: row.loss_tokens)
     return {name: stat for name, stat in found.items() if stat.num_seeds}
 
 

@@ -34,6 +34,7 @@ class Examiner:
                 temperature=settings.temperature,
                 max_new_tokens=settings.max_new_tokens,
                 with_teacher=self.has_teacher and any(name in WITH_TEACHER for name in settings.metrics),
+                with_loss="loss" in settings.metrics,
             )
             for i in range(min(num_workers, len(numbered)))
         ]

@@ -73,6 +73,9 @@ class ReplayHandle(Protocol):
     def take(self, step: int, num: int, version: int, stage: int) -> Future[list[Entry] | None]:
         """Lease one step's rollouts; None while they are not all there."""
 
+    def draw(self, step: int, num: int, version: int) -> Future[list[Entry]]:
+        """One step's rollouts out of those that were trained on before (`replay.policy: adaptive`)."""
+
     def commit(self, step: int, rollout_ids: list[int]) -> Future[None]:
         """They were trained on: write them to rollouts.jsonl and keep them until `durable`."""
 

@@ -36,6 +36,7 @@ COLUMNS = {
     "KL, own text": "eval/kl_greedy",
     "ROUGE-L": "eval/rouge_l",
     "exact match": "eval/exact_match",
+    "validation loss": "eval/loss",
     "teacher share": "rollout/teacher_frac",
     "tokens/s": "rollout/tokens_per_s",
 }

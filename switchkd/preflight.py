@@ -61,7 +61,8 @@ def prepare(config: Config) -> Ready:
     prompts = load_prompts(config.data, tokenizer, stop_id=stop_id, need_references=needs, teachers=names)
     evaluated = None
     if config.eval.data:
-        evaluated = load_prompts(eval_data(config), tokenizer, stop_id=stop_id, teachers=names)
+        loss = "loss" in config.eval.metrics
+        evaluated = load_prompts(eval_data(config), tokenizer, stop_id=stop_id, need_references=loss, teachers=names)
     return Ready(
         config=config, tokenizer=tokenizer, stop_ids=ends, stop_id=stop_id, prompts=prompts, eval_prompts=evaluated
     )

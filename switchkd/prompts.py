@@ -6,6 +6,7 @@ so that a run resumes anywhere. Every complaint names the file and, for JSONL, t
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from switchkd.sections import Config, Data
 from switchkd.types import Prompt
 
 TOO_LONG, EMPTY, NO_REFERENCE = "over max_prompt_tokens", "empty prompt", "no reference"
-EPOCH_ORDER, ORIGIN_OF_ROLLOUT, ORIGIN_OF_BATCH = 1, 2, 3  # what random words are for
+EPOCH_ORDER, ORIGIN_OF_ROLLOUT, ORIGIN_OF_BATCH, DRAW_OF_BUFFER = 1, 2, 3, 4  # what random words are for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +110,7 @@ class _Row:
     where: str
     prompt_id: str
     messages: tuple[dict[str, str], ...]  # without the answer; for plain prompts one message of the user
+    parts: tuple[str, str]  # of a plain prompt: prompt_field and input_field
     reference: str
     references: tuple[str, ...]
     answer: str
@@ -117,17 +119,23 @@ class _Row:
     @classmethod
     def read(cls, record: Record, data: Data, need_references: bool, teachers: Sequence[str]) -> _Row:
         fields = record.fields
+        references, parts = tuple(record.texts("references")), ("", "")
         if data.messages_field:
             messages, reference = _conversation(record, data.messages_field)
         else:
-            messages = ({"role": "user", "content": record.text(data.prompt_field, needed=True)},)
-            elsewhere = "references" in fields
-            reference = record.text(data.reference_field, needed=need_references and not elsewhere)
-        references = tuple(record.texts("references"))
+            parts = record.text(data.prompt_field, needed=True), record.text(data.input_field or "")
+            whole = "\n\n".join(parts) if parts[1].strip() else parts[0]
+            messages = ({"role": "user", "content": whole},)
+            if isinstance(fields.get(data.reference_field), list):
+                references = references or tuple(record.texts(data.reference_field))
+                reference = ""
+            else:
+                reference = record.text(data.reference_field, needed=need_references and "references" not in fields)
         return cls(
             where=record.where,
             prompt_id=str(fields.get("id", record.where)),
             messages=messages,
+            parts=parts,
             reference=reference or (references[0] if references else ""),
             references=references,
             answer=record.text("answer") if data.reference_field != "answer" else "",
@@ -183,6 +191,8 @@ def _writes_start(data: Data, tokenizer: Any) -> bool:
 def _check_template(data: Data, tokenizer: Any) -> None:
     if data.template is not None and "{prompt}" not in data.template:
         raise ConfigError(f"data.template={data.template!r} does not contain {{prompt}}; put it where the prompt goes")
+    if data.template_with_input is not None:
+        _check_with_input(data)
     if data.messages_field and not _uses_chat(data, tokenizer):
         reason = "the tokenizer has no chat template" if data.template is None else "data.template takes bare prompts"
         raise ConfigError(
@@ -192,12 +202,25 @@ def _check_template(data: Data, tokenizer: Any) -> None:
         raise ConfigError("data.system needs the tokenizer's chat template; write it into data.template instead")
 
 
+def _check_with_input(data: Data) -> None:
+    if data.template is None or data.input_field is None:
+        raise ConfigError("data.template_with_input belongs to data.template and data.input_field; set all three")
+    if not all(name in (data.template_with_input or "") for name in ("{prompt}", "{input}")):
+        raise ConfigError(
+            f"data.template_with_input={data.template_with_input!r} does not contain both {{prompt}} and {{input}}"
+        )
+
+
 def _templated(row: _Row, data: Data, tokenizer: Any) -> str:
     """The text that the model reads; empty for an empty prompt."""
     if not row.text.strip():
         return ""
     if data.template is not None:
-        return data.template.replace("{prompt}", row.text)
+        prompt, given = row.parts
+        if data.template_with_input is None or not given.strip():
+            return data.template.replace("{prompt}", row.text)
+        texts = {"{prompt}": prompt, "{input}": given}
+        return re.sub(r"\{prompt\}|\{input\}", lambda name: texts[name[0]], data.template_with_input)
     if not _uses_chat(data, tokenizer):
         return row.text
     messages = list(row.messages)

@@ -65,6 +65,10 @@ def adapted(config: Config) -> Config:
             f"train.select_by={config.train.select_by} evaluates during training, but --from-rollouts starts no worker "
             "to do it; remove it, and run `switchkd eval` afterwards"
         )
+    if config.replay.policy == "adaptive":
+        raise ConfigError(
+            "replay.policy=adaptive follows evaluations, but --from-rollouts starts no worker to do them; take fifo"
+        )
     kinds: set[str] = set()
     age = 0
     for step, path in find_shards(Path(config.rollout.recorded)):
@@ -181,6 +185,9 @@ class RecordedRollouts:
 
     def put(self, rollouts: Sequence[Rollout]) -> list[int]:
         raise RuntimeError("recorded rollouts take no new ones, and nobody writes any; this is a bug, please report")
+
+    def draw(self, step: int, num: int, version: int) -> list[Entry]:
+        raise RuntimeError("recorded rollouts are not drawn again; this is a bug, please report")
 
     def durable(self, step: int) -> None:
         """The shards stay where they are."""

@@ -1,12 +1,14 @@
 """Files and hub data sets become Records: rows with the place they came from, so that a complaint can name it.
 
-In: a `data` section. Out: a list of Records. JSONL is read here line by line; parquet and hub names go through
-`datasets`. Every error is a ConfigError of one line.
+In: a `data` section. Out: a list of Records. JSONL is read here line by line; hub names go through `datasets`, single
+files of the hub through its cache. Every error is a ConfigError of one line.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +19,8 @@ from switchkd.config import ConfigError
 from switchkd.sections import Data
 
 _JSON = (".jsonl", ".json")
+_HUB_FILE = re.compile(r"hf://datasets/([^/]+/[^/]+)/(.+)")
+_SLICE = re.compile(r"\w*\[(\d*):(\d*)\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +80,10 @@ def read_records(data: Data) -> list[Record]:
     if not data.path:
         raise ConfigError("data.path is empty; name a JSONL or parquet file, or a data set of the hub")
     path = Path(data.path).expanduser()
-    if path.suffix in (*_JSON, ".parquet") or path.is_absolute():
-        rows = _read_file(path)
+    if data.path.startswith("hf://"):
+        rows = _sliced(_read_file(_fetch(data.path), data.path), data.split)
+    elif path.suffix in (*_JSON, ".parquet") or path.is_absolute():
+        rows = _sliced(_read_file(path, str(path)), data.split)
     else:
         rows = _read_hub(data.path, data.split)
     records = list(islice(rows, data.num_rows))
@@ -89,21 +95,49 @@ def read_records(data: Data) -> list[Record]:
 _EXAMPLE = '{"prompt": "...", "reference": "..."}'
 
 
-def _read_file(path: Path) -> Iterator[Record]:
+def _sliced(rows: Iterator[Record], split: str) -> Iterator[Record]:
+    """The rows that `train[500:1000]` names; all where no slice is given."""
+    if "[" not in split:
+        return rows
+    cut = _SLICE.fullmatch(split)
+    if cut is None:
+        raise ConfigError(f"split {split!r} of a file is not understood; take rows as in train[500:] or train[:500]")
+    first, last = (int(number) if number else None for number in cut.groups())
+    return islice(rows, first, last)
+
+
+def _fetch(name: str) -> Path:
+    """A file of a data set on the hub, fetched or found in the cache. Raises ConfigError."""
+    from huggingface_hub import hf_hub_download
+
+    found = _HUB_FILE.fullmatch(name)
+    if found is None:
+        raise ConfigError(f"data {name!r} is not of the form hf://datasets/owner/name/file.jsonl")
+    try:  # the network
+        fetched = hf_hub_download(found[1], found[2], repo_type="dataset", token=os.environ.get("HF_TOKEN") or False)
+    except Exception as error:
+        raise ConfigError(
+            f"data {name!r} cannot be had from the hub: {_first_line(error)}; check the name, set HF_TOKEN for a gated "
+            "one, or give a file"
+        ) from None
+    return Path(fetched)
+
+
+def _read_file(path: Path, name: str) -> Iterator[Record]:
     if not path.is_file():
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise ConfigError(f"data file {path} {what}; relative paths start at the config file's folder")
     if path.suffix in _JSON:
-        return _read_jsonl(path)
+        return _read_jsonl(path, name)
     if path.suffix == ".parquet":
-        return _read_parquet(path)
+        return _read_parquet(path, name)
     raise ConfigError(f"data file {path}: {path.suffix or 'no'} ending is not known; use .jsonl or .parquet")
 
 
-def _read_jsonl(path: Path) -> Iterator[Record]:
+def _read_jsonl(path: Path, name: str) -> Iterator[Record]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            where = f"{path}:{number}"
+            where = f"{name}:{number}"
             if not line.strip():
                 continue
             try:
@@ -120,7 +154,7 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
             yield Record(where, row)
 
 
-def _read_parquet(path: Path) -> Iterator[Record]:
+def _read_parquet(path: Path, name: str) -> Iterator[Record]:
     import pyarrow.parquet
 
     try:  # a file from elsewhere
@@ -128,7 +162,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"data file {path} cannot be read as parquet: {_first_line(error)}") from None
     rows = (row for batch in batches for row in batch.to_pylist())
-    return (Record(f"{path}:{i}", row) for i, row in enumerate(rows, start=1))
+    return (Record(f"{name}:{i}", row) for i, row in enumerate(rows, start=1))
 
 
 def _read_hub(name: str, split: str) -> Iterator[Record]:

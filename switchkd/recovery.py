@@ -93,7 +93,7 @@ def go_back(house: House, folder: RunFolder, dispatch: Dispatch, dog: Watchdog) 
     if not dog.result(house.replay.rewind(state.step, started), "the replay to go back"):
         path = checkpoint.replay_file if checkpoint else None
         missing = dog.result(house.replay.restore(path, started), "the replay to load its state")
-        dispatch.start_over(i for i in missing if i not in dispatch.aside.ids)
+        dispatch.start_over(missing)
     dispatch.aside.take_up(state.extra, keep=True)
     dog.result(house.replay.set_aside(sorted(dispatch.aside.ids)), "the replay")
     return state

@@ -72,12 +72,13 @@ def check_same(run_dir: Path, config: Config) -> None:
         return
     stored = _stored(path)
     old, new = dict(leaves(stored)), dict(leaves(yaml.safe_load(redact(dump_yaml(config)))))
+    fixed = ("eval.every",) if config.replay.policy == "adaptive" else ()  # phi follows evaluations
     last_steps = f"train.stages.{len(stored['train']['stages']) - 1}.steps"
     changed = [
         f"{key} was {old.get(key)!r} and is now {new.get(key)!r}"
         for key in dict.fromkeys([*old, *new])
         if old.get(key) != new.get(key)
-        and not any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
+        and (key in fixed or not any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE))
         and not (key == last_steps and new.get(key, 0) > old[key])
     ]
     if changed:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from switchkd import local, resources
+from switchkd.adaptive import Adaptive
 from switchkd.assembly import make_worker
 from switchkd.checkpoint import RunFolder, TrainState, open_run
 from switchkd.config import ConfigError
@@ -140,8 +141,12 @@ def _plan(ready: Ready, stages: tuple[Stage, ...] | None = None) -> RunPlan:
     """Of the run's stages, or of others."""
     config = ready.config
     stream = PromptStream(ready.prompts.prompts, seed=config.seed, shuffle=config.data.shuffle)
-    samples = config.rollout.samples_per_prompt
-    return RunPlan(stages or config.train.stages, stream, seed=config.seed, samples_per_prompt=samples)
+    samples, replay, adaptive = config.rollout.samples_per_prompt, config.replay, None
+    if replay.policy == "adaptive" and stages is None:  # other stages are looked at, not trained
+        adaptive = Adaptive(numbers=replay.phi, capacity=replay.capacity, every=config.eval.every)
+    return RunPlan(
+        stages or config.train.stages, stream, seed=config.seed, samples_per_prompt=samples, adaptive=adaptive
+    )
 
 
 def _examiner(ready: Ready) -> Examiner:

@@ -2,7 +2,8 @@
 
 In: the stages and a PromptStream. Out: Tasks and numbers, all pure functions of (config, seed, index): workers, learner
 and a resumed run ask the same questions and get the same answers. Rollout ids are start indices and continue over
-stages; more steps in the last stage change no earlier task.
+stages; more steps in the last stage change no earlier task. With `adaptive`, where a step's batch comes from depends on
+the evaluations before it, and is asked only once those are known (`open_until`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from bisect import bisect_right
 from itertools import accumulate
 from typing import Protocol
 
+from switchkd.adaptive import BUFFERED, GENERATED, MIXED, Adaptive
 from switchkd.prompts import ORIGIN_OF_BATCH, ORIGIN_OF_ROLLOUT, random_words
 from switchkd.sections import Mix, Stage
 from switchkd.types import Origin, Prompt, Task
@@ -26,9 +28,18 @@ class Prompts(Protocol):
 class RunPlan:
     """The order of a run's rollouts (ids 0 to `num_tasks` - 1) over its steps (0 to `num_steps` - 1) and stages."""
 
-    def __init__(self, stages: tuple[Stage, ...], prompts: Prompts, *, seed: int, samples_per_prompt: int = 1) -> None:
+    def __init__(
+        self,
+        stages: tuple[Stage, ...],
+        prompts: Prompts,
+        *,
+        seed: int,
+        samples_per_prompt: int = 1,
+        adaptive: Adaptive | None = None,
+    ) -> None:
         self.stages, self.prompts, self.seed = stages, prompts, seed
         self.samples_per_prompt = samples_per_prompt
+        self.adaptive = adaptive
         self.stage_ends = list(accumulate(stage.steps for stage in stages))
         """First step after each stage."""
         sizes = [stage.batch_size for stage in stages for _ in range(stage.steps)]
@@ -80,9 +91,37 @@ class RunPlan:
         """Where a completion comes from, drawn from its id, or from its batch's number."""
         step = self.step_of(rollout_id)
         mix = self.stage(step).mix
+        source = self._source(step)
+        if source != MIXED:
+            return Origin.ROLLOUT if source == GENERATED else Origin.DATASET
         if mix.drawn == "per_batch":
             return _drawn(mix, _coin(self.seed, step, ORIGIN_OF_BATCH))
         return _drawn(mix, _coin(self.seed, rollout_id, ORIGIN_OF_ROLLOUT))
+
+    def reuses(self, step: int) -> bool:
+        """Does a step train on the replay buffer? Its own ids then stand for nothing."""
+        return self._source(step) == BUFFERED
+
+    def open_until(self, step: int) -> int:
+        """The first step of which it is not known yet, at the time of `step`, where its batch comes from."""
+        if self.adaptive is None:
+            return self.num_steps
+        every = self.adaptive.every
+        return min((step // every + 1) * every, self.stage_ends[self.stage_index(step)])
+
+    def _source(self, step: int) -> str:
+        """As `adaptive.py` has it. Steps are decided in order, and once."""
+        if self.adaptive is None:
+            return MIXED
+        for undecided in range(len(self.adaptive.sources), step + 1):
+            stage = self.stage(undecided)
+            if not stage.mix.rollout:
+                self.adaptive.pass_over()
+                continue
+            done = undecided - (self.stage_ends[self.stage_index(undecided)] - stage.steps)
+            coin = _coin(self.seed, undecided, ORIGIN_OF_BATCH)
+            self.adaptive.decide(coin, done / stage.steps, stage.batch_size)
+        return self.adaptive.sources[step]
 
     def lr_at(self, step: int) -> float:
         """A step's learning rate: warm-up from above 0 to the stage's `lr`, then its schedule down to `min_lr_frac`."""

@@ -148,16 +148,23 @@ class Student(Model):
 
 class Data(Section):
     path: str = ""
-    """JSONL or parquet (relative to the config file), or a hub name that `datasets` knows (`name:subset` too)."""
+    """JSONL or parquet (relative to the config file), a hub name that `datasets` knows (`name:subset` too), or one such
+    file of a data set on the hub (`hf://datasets/owner/name/file.jsonl`)."""
     split: str = "train"
+    """Of a hub name. Rows can be cut out of any kind: `train[500:]`, `train[:500]`."""
     prompt_field: str = "prompt"
+    input_field: str | None = None
+    """A field that belongs to the prompt (a context, an input); where it holds text that follows after a blank line."""
     reference_field: str = "reference"
+    """A text, or a list of them, the first of which is trained on."""
     teacher_field: str = "teacher"
     """With `teachers`: the field that names a prompt's teacher."""
     messages_field: str | None = None
     """A field of chat messages; the last assistant message is the reference."""
     template: str | None = None
     """A text with {prompt}; by default the tokenizer's chat template, else the bare prompt."""
+    template_with_input: str | None = None
+    """Instead of `template` where `input_field` holds text: a text with {prompt} and {input}."""
     system: str | None = None
     max_prompt_tokens: PositiveInt = 512
     max_reference_tokens: PositiveInt = 512
@@ -345,11 +352,29 @@ class RolloutSection(Section):
     """A run folder with a `signal/`: train on its rollouts; neither teacher nor rollout workers are started."""
 
 
+class Phi(Section):
+    """With `replay.policy: adaptive`: the share of steps that train on text of the student (see `adaptive.py`)."""
+
+    start: Frac = 0.0
+    step: Frac = 0.1
+    """It rises by this after an evaluation ..."""
+    margin: float = Field(0.1, ge=0)
+    """... whose `eval/loss` (nats a token) was, by this much, ..."""
+    rises: Literal["worse", "no_better"] = "worse"
+    """... `worse`: above that of the last rise (at first, that of the start), as in the authors' code; or `no_better`:
+    not below the best one."""
+
+
 class Replay(Section):
     max_staleness: NonNegativeInt = 0
     """How many weight versions a trained token may lag behind; 0 is strictly synchronous."""
     capacity: PositiveInt = 4096
-    policy: Literal["fifo", "completion", "uniform"] = "fifo"
+    """Rollouts that wait for the learner and, with `uniform` and `adaptive`, that are kept to be drawn again."""
+    policy: Literal["fifo", "completion", "uniform", "adaptive"] = "fifo"
+    """`fifo`: each step its own; `completion`: the first that are finished; `uniform`: drawn from what is there, again
+    and again; `adaptive`: DistiLLM's, where validation loss decides how often a step trains on the student's texts, new
+    or from a buffer, and how often on the data set (`phi` then stands in for the fractions of `mix`)."""
+    phi: Phi = Phi()
     lease_s: PositiveFloat = 3600.0
 
 
@@ -358,7 +383,8 @@ class Eval(Section):
     split: str = "test"
     every: NonNegativeInt = 0
     """Steps between evaluations during training; 0 = at stage boundaries only."""
-    metrics: tuple[Literal["rouge_l", "exact_match", "agreement", "kl"], ...] = ("rouge_l", "agreement", "kl")
+    metrics: tuple[Literal["rouge_l", "exact_match", "agreement", "kl", "loss"], ...] = ("rouge_l", "agreement", "kl")
+    """`loss`: cross-entropy of the references, nats a token."""
     num_prompts: PositiveInt = 200
     seeds: tuple[int, ...] = (0,)
     temperature: float = Field(1.0, ge=0)

@@ -62,7 +62,7 @@ class Trainer:
         self.restarts = Restarts(config.run.max_restarts, log.note)
         self.weights: Weights | None = None  # of state.version, once somebody needed them
         self.whole = True  # learner and replay stand where `state` says
-        self.watch = Watch(config.replay.max_staleness)
+        self.watch = self._new_watch()
         self.num_skipped = 0  # steps in a row
         self.stop_signal = 0
         self.saved_step = -1
@@ -89,9 +89,16 @@ class Trainer:
         self.state = replace(state, incarnation=incarnation, stopped_early=stopped)
         self.saved_step = state.step if "num_started" in state.extra else -1
         self.weights, self.whole, self.num_skipped = None, True, 0
-        self.watch = Watch(self.config.replay.max_staleness)
+        self.watch = self._new_watch()
+        if self.plan.adaptive:
+            self.plan.adaptive.take_up(state.extra.get("adaptive"))
         for _, scores in state.stage_scores:
             self.watch.evaluation(scores)
+
+    def _new_watch(self) -> Watch:
+        """Text from the replay buffer is old by intention."""
+        replay = self.config.replay
+        return Watch(math.inf if replay.policy == "adaptive" else replay.max_staleness)
 
     def run(self) -> TrainState:
         """Train to the last step (or to early stop, or to SIGTERM: then the state is saved first). A lost part sends
@@ -173,7 +180,10 @@ class Trainer:
         result = self._learn(entries)
         step = self.state.step
         self._commit(step, [entry.rollout_id for entry in entries])
-        self.aside.num_short += self.plan.batch_size(step) - len(entries)
+        if self.plan.reuses(step):  # nobody waits for rollouts of its own
+            self._asked(self.house.replay.set_aside(list(self.plan.rollout_ids(step))))
+        else:
+            self.aside.num_short += self.plan.batch_size(step) - len(entries)
         self.state = replace(
             self.state, step=step + 1, version=result.version, elapsed_s=time.monotonic() - self.started
         )
@@ -199,8 +209,11 @@ class Trainer:
         self.log.now(learner=f"waits for the rollouts of step {step + 1}", replay=f"gathers step {step + 1}")
         while not self.stop_signal:
             self._feed()
-            num = self.plan.batch_size(step) - self.aside.short(self.plan.step_of, step)
-            entries = self._asked(self.house.replay.take(step, num, self.state.version, stage))
+            num, version = self.plan.batch_size(step), self.state.version
+            if self.plan.reuses(step):
+                return self._asked(self.house.replay.draw(step, num, version))
+            num -= self.aside.short(self.plan.step_of, step)
+            entries = self._asked(self.house.replay.take(step, num, version, stage))
             if entries is not None:
                 self._check_staleness(entries)
                 return entries
@@ -221,7 +234,7 @@ class Trainer:
 
     def _look_for_missing(self, step: int) -> None:
         """All that was started was written, but some of it went down with a replay that died."""
-        missing = self._asked(self.house.replay.missing(self.dispatch.next_id))
+        missing = self.dispatch.lost(self._asked(self.house.replay.missing(self.dispatch.next_id)))
         if not missing:
             raise RuntimeError(f"step {step} lacks rollouts, but no worker has a task; this is a bug, please report")
         self.log.note(f"rollouts {numbers(missing)} never arrived; they are written again")
@@ -293,6 +306,7 @@ class Trainer:
             "stage": self.plan.stage(step).name,
             **step_row(result, entries, reports, staleness),
             **self._queue(),
+            **self._phi(step),
             "time/step_s": step_s,
             "time/wait_rollouts_s": waited,
             **({"rollout/num_set_aside": len(self.aside.ids)} if self.aside.ids else {}),
@@ -303,6 +317,20 @@ class Trainer:
         for told in self.house.tend(waited, step_s):
             self.log.note(told)
 
+    def _phi(self, step: int) -> dict[str, float]:
+        """What DistiLLM's replay decided on, and whether this step was one of the buffer's."""
+        if self.plan.adaptive is None:
+            return {}
+        return {"replay/phi": self.plan.adaptive.phi, "replay/reused": float(self.plan.reuses(step))}
+
+    def _hear(self, loss: float) -> None:
+        adaptive, step = self.plan.adaptive, self.state.step
+        if adaptive is None:
+            return
+        before, counts = adaptive.reference, step > 0 and self.plan.stage(step - 1).mix.rollout > 0
+        if adaptive.hear(loss, counts=counts):
+            self.log.note(f"validation loss {loss:.4g}, {before:.4g} before: phi rises to {adaptive.phi:g}")
+
     def _queue(self) -> dict[str, float]:
         """What waits for the learner, and what is being written."""
         stats = self._asked(self.house.replay.stats())
@@ -310,6 +338,7 @@ class Trainer:
         return {
             "replay/waiting": stats["num_waiting"],
             "replay/bytes": stats["bytes"],
+            **({"replay/buffered": stats["num_buffered"]} if "num_buffered" in stats else {}),
             "rollout/in_flight": in_flight,
         }
 
@@ -345,6 +374,7 @@ class Trainer:
         self.log.now(rollout="", learner="")
         self.log.evaluation(self.state.step, stage_end, scores)
         self._warn(self.watch.evaluation(scores))
+        self._hear(scores.get("eval/loss", math.nan))
         self.last_step_end = time.monotonic()
         self._select(scores)
         if stage_end:
@@ -372,7 +402,7 @@ class Trainer:
         by = self.config.train.select_by
         if not by or self.state.step == 0:
             return
-        score = scores[f"eval/{by}"] * (-1 if by == "kl" else 1)
+        score = scores[f"eval/{by}"] * (-1 if by in ("kl", "loss") else 1)
         if self.state.best is None or score > self.state.best:
             self._export("student")
             self.state = replace(self.state, best=score, best_step=self.state.step, evals_since_best=0)
@@ -387,6 +417,8 @@ class Trainer:
             return
         self.log.now(learner=f"saves checkpoint {self.state.step}")
         extra = {"num_started": self.dispatch.next_id, **self.aside.extra}
+        if self.plan.adaptive:
+            extra["adaptive"] = self.plan.adaptive.state
         self.state = replace(self.state, elapsed_s=time.monotonic() - self.started, extra=extra)
         save(self.house, self.folder, self.state, self.dog, self.log.note)
         self.saved_step = self.state.step

@@ -301,3 +301,4 @@ class Exam:
     temperature: float
     max_new_tokens: int
     with_teacher: bool  # agreement and KL on references and on the student's own greedy text
+    with_loss: bool = False  # cross-entropy of the references

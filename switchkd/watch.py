@@ -48,7 +48,7 @@ def rollout_metrics(entries: Sequence[Entry]) -> dict[str, float]:
 class Watch:
     """The memory of one run (a resumed one begins with `evaluation` of the scores before)."""
 
-    def __init__(self, max_staleness: int) -> None:
+    def __init__(self, max_staleness: float) -> None:
         self._max_staleness = max_staleness
         self._best_agreement = -math.inf
         self._open: set[str] = set()  # warnings that were given and still hold

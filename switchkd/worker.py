@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 
 from switchkd.algo.divergence import agreement, forward_kl, per_row
 from switchkd.build import StageModes, eval_mode
-from switchkd.evaluate import EvalRow
+from switchkd.evaluate import GREEDY, EvalRow
 from switchkd.rollout import Job, RolloutWorker
 from switchkd.types import Exam, Origin, Prompt, Rollout, Source, Task, WeightBundle, WorkReport
 
@@ -155,6 +155,8 @@ class Worker:
         if exam.with_teacher:
             greedy = written if written and exam.temperature == 0 else self._write(exam, 0.0, 0)
             rows += self._beside_teacher(exam, greedy)
+        if exam.with_loss:
+            rows += [self._reference_loss(index, prompt) for index, prompt in exam.prompts]
         self._free_since = time.monotonic()
         return rows
 
@@ -204,17 +206,35 @@ class Worker:
             return 0, 0, 0.0
         writer = self._of(task.prompt.teacher)
         signal = writer.references.exact(task)
-        ids = np.concatenate([task.prompt.token_ids, task.prompt.reference_ids]).astype(np.int32)
-        student = self.rollouts.student
-        hidden = student.extend(np.array([0]), np.array([0], np.int32), ids, np.array([len(ids)], np.int32))
-        hidden = hidden[len(ids) - num - 1 : len(ids) - 1]
         agree, divergence = 0, 0.0
-        for i in range(0, num, chunk):
+        for i, q_logits in self._student_rows(task.prompt, chunk):
             p_logits = writer.reader.logits_of(replace(signal, values=signal.values[i : i + chunk]))
-            q_logits = student.head.logits(hidden[i : i + chunk])
             agree += int(agreement(p_logits, q_logits).sum())
             divergence += float(per_row(forward_kl, p_logits, q_logits).sum())
         return num, agree, divergence
+
+    def _reference_loss(self, index: int, prompt: Prompt) -> EvalRow:
+        """The sum of -log q over the reference's tokens, its end included."""
+        labels, loss = torch.from_numpy(prompt.reference_ids).long(), 0.0
+        for i, q_logits in self._student_rows(prompt):
+            own = labels[i : i + len(q_logits)].to(q_logits.device)
+            loss += float(torch.nn.functional.cross_entropy(q_logits.float(), own, reduction="sum"))
+        return EvalRow(
+            index=index, prompt_id=prompt.prompt_id, seed=GREEDY, text="", num_tokens=0,
+            loss_tokens=len(labels), reference_loss=loss,
+        )  # fmt: skip
+
+    def _student_rows(self, prompt: Prompt, chunk: int = 64) -> Iterator[tuple[int, torch.Tensor]]:
+        """The student reads a given completion: first token and logits [up to chunk, V] of each part."""
+        num = len(prompt.reference_ids)
+        if num == 0:
+            return
+        ids = np.concatenate([prompt.token_ids, prompt.reference_ids]).astype(np.int32)
+        student = self.rollouts.student
+        hidden = student.extend(np.array([0]), np.array([0], np.int32), ids, np.array([len(ids)], np.int32))
+        hidden = hidden[len(ids) - num - 1 : len(ids) - 1]
+        for i in range(0, num, chunk):
+            yield i, student.head.logits(hidden[i : i + chunk])
 
 
 def _task(rollout_id: int, prompt: Prompt) -> Task:

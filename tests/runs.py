@@ -114,6 +114,25 @@ def small_ray(num_cpus: int, **more: Any) -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+DIE_AFTER = """
+import os, signal, sys
+from switchkd import cli
+from switchkd.metrics import MetricsLog
+
+log_step = MetricsLog.step
+
+def die(self, step, row):
+    log_step(self, step, row)
+    if step == {step}:
+        os.kill(os.getpid(), signal.{signal})
+
+MetricsLog.step = die
+sys.argv = ["switchkd", "train", "config.yaml"]
+cli.main()
+"""
+"""`python -c` this: a run of config.yaml that a signal ends after a step."""
+
+
 # --- what a run left behind ------------------------------------------------------------------------------------------
 
 

@@ -245,3 +245,71 @@ class TestStream:
     def test_order_is_stable_for_ever(self):
         """A new NumPy may not change what a resumed run trains on next."""
         assert "".join(PromptStream("abcdefgh", seed=1)[i][1] for i in range(16)) == "eafgchdbadgcfbhe"
+
+
+# --- an input beside the prompt, lists of references, files of the hub -----------------------------------------------
+
+WITH_INPUT = {"prompt_field": "instruction", "input_field": "context", "reference_field": "output"}
+
+
+def test_input_beside_the_prompt(tmp_path, tokenizer):
+    """`input_field` follows the prompt after a blank line where it holds text; `template_with_input` places it, and
+    braces in the texts stay what they are."""
+    rows = [{"instruction": "sum {input}", "context": "of {prompt}", "output": "a"},
+            {"instruction": "say", "context": " ", "output": "b"}, {"instruction": "go", "output": "c"}]  # fmt: skip
+    path = jsonl(tmp_path, *rows)
+    prompts = load(path, tokenizer, **WITH_INPUT).prompts
+    assert [one.text for one in prompts] == ["sum {input}\n\nof {prompt}", "say", "go"]
+    templates = {"template": "Q {prompt} A", "template_with_input": "Q {prompt} I {input} A"}
+    prompts = load(path, tokenizer, **WITH_INPUT, **templates).prompts
+    read = [tokenizer.decode(one.token_ids) for one in prompts]
+    assert read == ["Q sum {input} I of {prompt} A", "Q say A", "Q go A"]
+    for missing in ("template", "input_field"):
+        wrong = {**WITH_INPUT, **templates, missing: None}
+        with pytest.raises(ConfigError, match=r"belongs to data.template and data.input_field"):
+            load(path, tokenizer, **wrong)
+    with pytest.raises(ConfigError, match=r"does not contain both \{prompt\} and \{input\}"):
+        load(path, tokenizer, **WITH_INPUT, template="{prompt}", template_with_input="{prompt}")
+
+
+def test_a_list_of_references(tmp_path, tokenizer):
+    """Where the reference's field holds a list, all are references and the first is trained on."""
+    (prompt,) = load(jsonl(tmp_path, {"prompt": "x", "reference": ["b", "a"]}), tokenizer, need_references=True).prompts
+    assert (prompt.reference, prompt.references) == ("b", ("b", "a"))
+    with pytest.raises(ConfigError, match="is a list, not a list of texts"):
+        load(jsonl(tmp_path, {"prompt": "x", "reference": [1]}), tokenizer)
+
+
+def test_rows_cut_out_of_a_file(tmp_path, tokenizer):
+    """`split` takes a slice of a file's rows, counted before `num_rows`; complaints name the file's own line."""
+    path = jsonl(tmp_path, *({"prompt": f"q{i}"} for i in range(6)))
+    for split, wanted in {"train[2:]": "2345", "train[:2]": "01", "[1:3]": "12", "train": "012345"}.items():
+        assert [one.text for one in load(path, tokenizer, split=split).prompts] == [f"q{i}" for i in wanted]
+    assert [one.text for one in load(path, tokenizer, split="train[3:]", num_rows=2).prompts] == ["q3", "q4"]
+    assert load(path, tokenizer, split="train[3:]").prompts[0].prompt_id == f"{path}:4"
+    with pytest.raises(ConfigError, match=r"split 'train\[:10%\]' of a file is not understood"):
+        load(path, tokenizer, split="train[:10%]")
+
+
+def test_a_file_of_the_hub(tmp_path, tokenizer, monkeypatch):
+    """`hf://datasets/owner/name/file` is fetched by the hub's own library; what it says becomes one line."""
+    import huggingface_hub
+
+    asked = []
+
+    def fetch(repo, file, *, repo_type, token):
+        asked.append((repo, file, repo_type))
+        if repo == "no/one":
+            raise OSError("no route\nto host")
+        return jsonl(tmp_path, {"prompt": "q"}, name="fetched.jsonl")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    (prompt,) = load("hf://datasets/owner/name/sub/f.jsonl", tokenizer).prompts
+    assert prompt.prompt_id == "hf://datasets/owner/name/sub/f.jsonl:1"
+    with pytest.raises(
+        ConfigError, match=r"^data 'hf://datasets/no/one/f.jsonl' cannot be had from the hub: no route;"
+    ):
+        load("hf://datasets/no/one/f.jsonl", tokenizer)
+    assert asked == [("owner/name", "sub/f.jsonl", "dataset"), ("no/one", "f.jsonl", "dataset")]
+    with pytest.raises(ConfigError, match=r"is not of the form hf://datasets/owner/name/file.jsonl"):
+        load("hf://owner/f.jsonl", tokenizer)

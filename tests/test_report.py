@@ -107,6 +107,8 @@ def test_counts_are_those_of_the_rollouts(run):
         statistic.append([t, sum(row["statistic"][t] for row in own) / len(own)])
         threshold.append([t, sum(row["threshold"][t] for row in own) / len(own)])
     assert tally.share_by_position()[1] == shares
+    own = sum(p["num_tokens"] for row in rows for p in row["segments"] if p["source"] == "student")
+    assert tally.student_share()[1] == pytest.approx(own / sum(row["num_tokens"] for row in rows))
     for found, wanted in ((tally.rule_by_position()[1]["statistic"], statistic),
                           (tally.rule_by_position()[1]["threshold"], threshold)):  # fmt: skip
         assert [t for t, _ in found] == [t for t, _ in wanted]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from runs import (
     ADASWITCH,
+    DIE_AFTER,
     NUM_ROLLOUTS,
     STAGES,
     SWITCH,
@@ -119,23 +120,6 @@ def test_commands_on_a_run(whole, models, monkeypatch, capsys):
 
 
 # --- stopped and taken up again --------------------------------------------------------------------------------------
-
-DIE_AFTER = """
-import os, signal, sys
-from switchkd import cli
-from switchkd.metrics import MetricsLog
-
-log_step = MetricsLog.step
-
-def die(self, step, row):
-    log_step(self, step, row)
-    if step == {step}:
-        os.kill(os.getpid(), signal.{signal})
-
-MetricsLog.step = die
-sys.argv = ["switchkd", "train", "config.yaml"]
-cli.main()
-"""
 
 
 def test_kill_and_resume(place, whole, monkeypatch, capsys):

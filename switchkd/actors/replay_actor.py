@@ -51,6 +51,9 @@ class ReplayActor(Health):
     def take(self, step: int, num: int, version: int, stage: int) -> list[Entry] | None:
         return self.service.take(step, num, version, stage)
 
+    def draw(self, step: int, num: int, version: int) -> list[Entry]:
+        return self.service.draw(step, num, version)
+
     def commit(self, step: int, rollout_ids: list[int]) -> None:
         self.service.commit(step, rollout_ids)
 

@@ -72,6 +72,12 @@ class Tally:
         """By stage: [position, the teacher's share there]."""
         return {stage: _ratio(sums.by_teacher, sums.tokens) for stage, sums in sorted(self.stages.items())}
 
+    def student_share(self) -> dict[int, float]:
+        """By stage: the share of all tokens of its rollouts that the student wrote."""
+        return {
+            stage: 1 - sum(sums.by_teacher) / sum(sums.tokens) for stage, sums in self.stages.items() if sums.tokens
+        }
+
     def rule_by_position(self) -> dict[int, dict[str, list[list[float]]]]:
         """By stage: [position, mean] of the statistic and of its threshold, where the rule looked."""
         return {

@@ -1,0 +1,322 @@
+"""DistiLLM's adaptive replay: phi follows the validation loss, each step's batch follows phi, and nothing else."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from runs import DIE_AFTER, WARM_UP, command, config, config_file, descendants, distance, lines, small_ray, steps
+from test_replay import rollout
+
+from switchkd.adaptive import BUFFERED, FIXED, GENERATED, Adaptive
+from switchkd.config import ConfigError
+from switchkd.metrics import MetricsLog
+from switchkd.prompts import PromptStream
+from switchkd.replay_buffer import Buffer
+from switchkd.run import train
+from switchkd.schedule import RunPlan
+from switchkd.sections import Mix, Phi, Stage
+from switchkd.types import Origin, Prompt
+
+# --- the schedule ----------------------------------------------------------------------------------------------------
+
+
+def algorithm_1(T: int, B: int, coins: list[float], losses: dict[int, float], *, eps: float, N_phi: int, capacity: int):
+    """The authors' loop, in the paper's notation: phi before each iteration, and where its batch came from."""
+    phi, L_prev, stored = 0.0, losses[0], 0
+    for t in range(T):
+        if t in losses and t > 0 and losses[t] >= L_prev + eps:
+            phi, L_prev = min(phi + 1 / N_phi, 1.0), losses[t]
+        u = coins[t]
+        if u < phi * (1 - t / T) or (u < phi and stored < capacity):
+            stored = min(stored + B, capacity)
+            yield phi, "generate"
+        elif u < phi:
+            yield phi, "replay"
+        else:
+            yield phi, "fixed"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_schedule_is_algorithm_1(seed):
+    """phi and the source of every step equal those of the paper's loop, for any losses and coins."""
+    rng = random.Random(seed)
+    T, B, every, capacity = 400, 4, 10, 40
+    coins = [rng.random() for _ in range(T)]
+    losses = {t: 2.0 + 1.5 * t / T + rng.uniform(-0.1, 0.1) for t in range(0, T, every)}
+    told = list(algorithm_1(T, B, coins, losses, eps=0.1, N_phi=10, capacity=capacity))
+    ours = Adaptive(numbers=Phi(), capacity=capacity, every=every)
+    names = {GENERATED: "generate", BUFFERED: "replay", FIXED: "fixed"}
+    for t in range(T):
+        if t in losses:
+            ours.hear(losses[t], counts=t > 0)
+        ours.decide(coins[t], t / T, B)
+        assert (pytest.approx(ours.phi), names[ours.sources[t]]) == told[t]
+    assert {source for _, source in told} == set(names.values()) and told[-1][0] > 0.5
+
+
+def test_phi_without_a_better_loss():
+    """`no_better`: phi rises wherever the loss is not `margin` below the best one, up to 1."""
+    phi = Adaptive(numbers=Phi(rises="no_better", step=0.4), capacity=1, every=1)
+    found = [(phi.hear(loss, counts=True), phi.phi) for loss in (3.0, 2.9, 2.85, 2.7, 2.0, 2.1, 2.1)]
+    assert found == [
+        (False, 0.0), (False, 0.0), (True, 0.4), (False, 0.4), (False, 0.4), (True, 0.8), (True, 1.0),
+    ]  # fmt: skip
+    assert not phi.hear(5.0, counts=True) and phi.phi == 1.0
+
+
+def plan(adaptive: Adaptive | None, *stages: Stage) -> RunPlan:
+    prompts = [Prompt(prompt_id=str(i), text="", token_ids=np.ones(1, np.int32)) for i in range(7)]
+    return RunPlan(stages, PromptStream(prompts, seed=0), seed=0, adaptive=adaptive)
+
+
+BOTH = Mix(rollout=1, dataset=1)
+
+
+def test_shares_over_a_long_run():
+    """At a constant phi, phi of all steps are the student's, with new ones falling linearly to none."""
+    run = plan(Adaptive(numbers=Phi(start=0.6), capacity=8, every=4), Stage(steps=4000, batch_size=2, mix=BOTH))
+    kinds = ["b" if run.reuses(step) else run.origin(2 * step).name for step in range(4000)]
+    assert kinds.count("DATASET") / 4000 == pytest.approx(0.4, abs=0.03)
+    for quarter in range(4):
+        part = kinds[1000 * quarter : 1000 * (quarter + 1)]
+        assert part.count("ROLLOUT") / 1000 == pytest.approx(0.6 * (1 - (quarter + 0.5) / 4), abs=0.05)
+
+
+def test_plan_waits_for_evaluations():
+    """A step is open once no evaluation before it is missing; a stage without rollouts has its own mix; what was
+    decided stays when a checkpoint is taken up again, in this process or with more steps in another."""
+    stages = Stage(steps=3, batch_size=2, mix=Mix(dataset=1)), Stage(steps=9, batch_size=2, mix=BOTH)
+    run = plan(Adaptive(numbers=Phi(start=0.9), capacity=2, every=4), *stages)
+    assert [run.open_until(step) for step in range(12)] == [3, 3, 3, 4, 8, 8, 8, 8, 12, 12, 12, 12]
+    assert not run.reuses(2) and run.adaptive.sources == "---"
+    run.reuses(7)
+    state = run.adaptive.state
+    run.adaptive.hear(1.0, counts=True)
+    run.reuses(11)
+    decided = run.adaptive.sources
+    run.adaptive.take_up(state)
+    assert run.adaptive.sources == decided and run.adaptive.reference is None
+    longer = plan(
+        Adaptive(numbers=Phi(start=0.9), capacity=2, every=4), stages[0], Stage(**{**dict(stages[1]), "steps": 99})
+    )
+    longer.adaptive.take_up(state)
+    longer.reuses(11)
+    assert longer.adaptive.sources.startswith(state["sources"]) and set(decided[3:]) <= set("gbf")
+
+
+# --- the buffer ------------------------------------------------------------------------------------------------------
+
+
+def ids(rollouts: list[Any]) -> list[int]:
+    return [one.rollout_id for one in rollouts]
+
+
+def test_buffer_keeps_the_last_and_draws_alike():
+    """A draw is `num` different ones of the last `capacity` that earlier steps put in, a function of (seed, step)."""
+    buffer = Buffer(6, seed=3)
+    for step in range(4):
+        buffer.add(step, [rollout(3 * step + i) for i in range(3)])
+    assert len(buffer) == 6 and ids(buffer.draw(2, 9)) == [0, 1, 2, 3, 4, 5]
+    assert ids(buffer.draw(4, 9)) == [6, 7, 8, 9, 10, 11]
+    drawn = {step: ids(buffer.draw(step, 2)) for step in range(4, 30)}
+    assert drawn == {step: ids(buffer.draw(step, 2)) for step in drawn}
+    assert {i for own in drawn.values() for i in own} == set(range(6, 12))
+    assert all(len(set(own)) == 2 for own in drawn.values())
+    assert ids(Buffer(6, seed=4).draw(4, 2)) == []
+
+
+def test_buffer_takes_what_the_student_wrote():
+    """Text of the data set or of the teacher alone is not kept."""
+    from dataclasses import replace
+
+    buffer = Buffer(6, seed=0)
+    buffer.add(0, [replace(rollout(i), origin=origin) for i, origin in enumerate(Origin)])
+    assert ids(buffer.draw(1, 9)) == [0] and buffer.holds([0]) and not buffer.holds([0, 1])
+
+
+def test_buffer_goes_back():
+    """After a rewind, and after a restore of its state, each step draws what it drew before."""
+    buffer = Buffer(4, seed=1)
+    before = {}
+    for step in range(6):
+        before[step] = ids(buffer.draw(step, 3))
+        buffer.add(step, [rollout(2 * step), rollout(2 * step + 1)])
+        if step == 3:
+            state = buffer.state(4)
+    buffer.durable(4)
+    buffer.rewind(4)
+    assert buffer.holds([4, 5, 6, 7]) and not buffer.holds([3]) and not buffer.holds([8])
+    other = Buffer(4, seed=1)
+    assert ids(other.restore({**state, "rollouts": [*state["rollouts"], rollout(99)]})) == [99]
+    for again in (buffer, other):
+        for step in (4, 5):
+            assert ids(again.draw(step, 3)) == before[step]
+            again.add(step, [rollout(2 * step), rollout(2 * step + 1)])
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+EVAL = {"data": "./data.jsonl", "num_prompts": 4, "max_new_tokens": 4, "every": 2, "metrics": ["loss"]}
+PHI = {"start": 0.4, "step": 0.2, "rises": "no_better", "margin": 9.0}
+REPLAY = {"policy": "adaptive", "capacity": 8, "phi": PHI}
+STAGES = [
+    {**WARM_UP, "steps": 2},
+    {"name": "adapt", "steps": 12, "mix": {"rollout": 1, "dataset": 1}, "rule": {"type": "student"},
+     "loss": {"type": "skew_kl"}},
+]  # fmt: skip
+SECTIONS: dict[str, Any] = {"eval": EVAL, "replay": REPLAY, "train": {"checkpoint_every": 3, "stages": STAGES}}
+
+
+def by_step(run: Path) -> dict[int, list[tuple[Any, ...]]]:
+    found: dict[int, list[tuple[Any, ...]]] = {}
+    for row in lines(run / "rollouts.jsonl"):
+        found.setdefault(row["step"], []).append((row["rollout_id"], row["token_ids"], row["origin"], row["batch"]))
+    return {step: sorted(rows) for step, rows in found.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(models) -> Path:
+    """The run that nothing befell."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(models)
+        assert train(config(models, STAGES, name="adaptive.yaml", **{**SECTIONS, "run": {"dir": "adaptive"}})).finished
+    return models / "adaptive"
+
+
+def test_a_run_whose_phi_rises(whole):
+    """phi rises at each evaluation of its stage; each step has a whole batch of the source that the schedule decides;
+    what comes from the buffer was trained on before, word by word."""
+    told = steps(whole)
+    phi = [0.4] * 4 + [0.6] * 2 + [0.8] * 2 + [1.0] * 6
+    assert [row["replay/phi"] for row in told] == pytest.approx(phi)
+    written = by_step(whole)
+    reused = [step for step, row in enumerate(told) if row["replay/reused"]]
+    assert all(len(rows) == 4 for rows in written.values()) and sorted(written) == list(range(14))
+    seen: dict[int, Any] = {}
+    for step, rows in written.items():
+        if step in reused:
+            assert all(seen[row[0]] == row and row[2] == "rollout" for row in rows)
+        else:
+            assert {(row[3], row[0] // 4) for row in rows} == {(step, step)} and len({row[2] for row in rows}) == 1
+            seen |= {row[0]: row for row in rows}
+    kinds = ["reused" if step in reused else rows[0][2] for step, rows in written.items()]
+    assert kinds[:2] == ["dataset"] * 2 and {"reused", "rollout", "dataset"} <= set(kinds[2:])
+    ages = [told[step]["replay/staleness_max"] for step in reused]
+    assert max(ages) > 1 and all(row["replay/buffered"] <= 8 for row in told)
+    assert all(row["replay/staleness_max"] == 0 for step, row in enumerate(told) if step not in reused)
+
+
+def test_evaluation_loss_is_the_plain_models(whole, monkeypatch):
+    """eval/loss is the cross-entropy a token of the student on the references, the end of each included."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from switchkd.preflight import prepare
+
+    monkeypatch.chdir(whole.parent)
+    ready = prepare(config(whole.parent, STAGES, name="again.yaml", **SECTIONS))
+    model = AutoModelForCausalLM.from_pretrained(whole / "student")
+    assert len(AutoTokenizer.from_pretrained(whole / "student")) == 120
+    total = num = 0.0
+    for prompt in ready.eval_prompts.prompts[:4]:
+        ids = torch.from_numpy(np.concatenate([prompt.token_ids, prompt.reference_ids])).long()[None]
+        rows = model(ids).logits.detach()[0, len(prompt.token_ids) - 1 : -1, :120].log_softmax(-1)
+        total -= float(rows.gather(1, torch.from_numpy(prompt.reference_ids).long()[:, None]).sum())
+        num += len(prompt.reference_ids)
+    scored = [row for row in lines(whole / "metrics.jsonl") if "eval/loss" in row]
+    assert scored[-1]["eval/loss"] == pytest.approx(total / num, abs=1e-4)
+    assert len(scored) == 8 and all(math.isfinite(row["eval/loss"]) for row in scored)
+
+
+@pytest.mark.parametrize("step", [4, 10])
+def test_kill_and_resume(whole, place, monkeypatch, capsys, step):
+    """SIGKILL between checkpoints, before and after the buffer is drawn from: --resume trains the same rollouts, with
+    the same phi, to the same weights."""
+    config_file(place, STAGES, **SECTIONS)
+    script = DIE_AFTER.format(step=step, signal="SIGKILL")
+    died = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    code, _, err = command(monkeypatch, capsys, "train", "config.yaml", "--resume")
+    assert code == 0, err
+    assert by_step(place / "run") == by_step(whole)
+    for name in ("replay/phi", "replay/reused", "loss/total"):
+        assert [row[name] for row in steps(place / "run")] == [row[name] for row in steps(whole)]
+    assert distance(place / "run" / "student", whole / "student") == 0
+
+
+def test_resume_with_another_rhythm_is_refused(whole, place):
+    """Under adaptive replay evaluations decide what is trained on: their rhythm may not change."""
+    config_file(place, STAGES, **SECTIONS)
+    (place / "run").symlink_to(whole)
+    with pytest.raises(ConfigError, match=r"eval\.every was 2 and is now 5"):
+        train(config(place, STAGES, **{**SECTIONS, "eval": {**EVAL, "every": 5}}), resume=True)
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("eval.every=0", "replay.policy=adaptive follows the validation loss, but eval.every=0; set eval.data"),
+        ("eval.data=", "but eval.data is empty; set eval.data and eval.every"),
+        ("eval.metrics=[kl]", "follows eval/loss; add loss to eval.metrics=['kl']"),
+        ("train.stages.1.mix={rollout: 1}", "mix (rollout 1, dataset 0, teacher 0): replay.policy=adaptive draws"),
+        ("train.stages.1.mix={rollout: 1, dataset: 1, teacher: 1}", "draws between rollouts and the data set"),
+        ("train.stages.1.mix={dataset: 1}", "no stage has rollouts"),
+        ("replay.policy=fifo", "replay.phi belongs to replay.policy=adaptive, this is fifo"),
+        ("replay.policy=adaptiv", "replay.policy='adaptiv'"),
+        ("replay.phi.start=1.5", "replay.phi.start=1.5"),
+        ("replay.phi.when=always", "replay.phi.when: unknown key"),
+        ("replay.capacity=3", "is above replay.capacity=3"),
+    ],
+)
+def test_refused_in_one_line(place, monkeypatch, capsys, override, message):
+    """What adaptive replay cannot work with is one line that names the key, exit code 2; nothing is written."""
+    config_file(place, STAGES, **SECTIONS)
+    code, _, err = command(monkeypatch, capsys, "train", "config.yaml", override)
+    said = [line for line in err.splitlines() if line.startswith("switchkd: error:")]
+    assert code == 2 and len(said) == 1 and message in said[0], err
+    assert not (place / "run").exists()
+
+
+def test_references_are_needed(place, monkeypatch, capsys):
+    """An evaluation set without references has no validation loss."""
+    (place / "bare.jsonl").write_text('{"prompt": "say it", "reference": ""}\n')
+    config_file(place, STAGES, **{**SECTIONS, "eval": {**EVAL, "data": "./bare.jsonl"}})
+    code, _, err = command(monkeypatch, capsys, "train", "config.yaml")
+    assert code == 2 and "no reference" in err and not (place / "run").exists()
+
+
+# --- on Ray ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_on_ray_and_the_replay_dies(whole, place, monkeypatch):
+    """Two workers on Ray train on the rollouts that one process trains on, though the replay, buffer and all, is
+    killed after the first checkpoint that holds a buffer."""
+    log_step, killed = MetricsLog.step, []
+
+    def die(self, step, row):
+        log_step(self, step, row)
+        if step == 9 and not killed:
+            killed.extend(pid for pid, name in descendants(os.getpid()).items() if name.startswith("ray::ReplayActor"))
+            os.kill(killed[0], signal.SIGKILL)
+
+    with small_ray(6):
+        monkeypatch.setattr(MetricsLog, "step", die)
+        sections = {**SECTIONS, "run": {"mode": "ray"}}
+        sections["rollout"] = {"num_workers": 2}
+        assert train(config(place, STAGES, **sections)).finished
+    assert killed and by_step(place / "run") == by_step(whole)
+    assert [row["replay/phi"] for row in steps(place / "run")] == [row["replay/phi"] for row in steps(whole)]
