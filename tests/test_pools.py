@@ -238,13 +238,6 @@ def test_several_teachers(cluster, place):
 # --- what does not fit -----------------------------------------------------------------------------------------------
 
 
-class Holder:
-    """Takes room and does nothing."""
-
-    def here(self) -> bool:
-        return True
-
-
 def test_no_room(cluster, place, notes, monkeypatch):
     """A cluster that is large enough but full, one without such labels, and processes that fit one by one but not
     together: each is said in a line, before any actor starts and any folder is made."""
@@ -253,7 +246,10 @@ def test_no_room(cluster, place, notes, monkeypatch):
     from switchkd.actors import placement
 
     monkeypatch.setattr(placement, "SETTLE_S", 1.0)
-    # actors: a task that is cancelled just as it begins may go on
+    class Holder:  # an actor: a task that is cancelled just as it begins may go on
+        def here(self) -> bool:
+            return True
+
     held = [ray.remote(Holder).options(num_cpus=2).remote() for _ in range(4)]
     ray.get([each.here.remote() for each in held])
     wait_until(lambda: ray.available_resources().get("CPU", 0) <= 1, "the cluster did not fill")
