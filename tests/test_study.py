@@ -46,7 +46,7 @@ STUDY: dict[str, Any] = {
 
 def study_file(place: Path, **changes: Any) -> Path:
     path = place / "study.yaml"
-    path.write_text(yaml.safe_dump({**STUDY, **changes}))
+    path.write_text(yaml.safe_dump({**STUDY, **changes}, sort_keys=False))
     return path
 
 
@@ -58,7 +58,7 @@ def test_a_solution_written_out():
     problem = Problem(385, 947)
     assert problem.prompt == "385+947="
     assert problem.solution == "5+7+0=12,8+4+1=13,3+9+1=13####1332"
-    assert Problem(20, 51).solution == "0+1+0=1,2+5+0=7####71"
+    assert Problem(20, 51).solution == "0+1+0=01,2+5+0=07####71"
 
 
 def test_every_solution_is_right():
@@ -140,12 +140,16 @@ def test_groups_of_keys_are_merged():
         ({"sedes": [1]}, [], "sedes: unknown key (value [1]); did you mean 'seeds'?"),
         ({"task": {**STUDY["task"], "digit": [2]}}, [], "task.digit: unknown key (value [2]); did you mean 'digits'?"),
         ({"main": ["swich"]}, [], "main: 'swich' is not known; did you mean 'switch'?"),
-        ({"methods": {"x": {"rollout": {"rule": {"type": "swich"}}}}}, [], "methods.x: rollout.rule.type='swich'"),
-        ({"methods": {"x": {"rollout": {"rule": {"type": "switch", "prob": 0.5}}}}}, [], "methods.x: "),
+        (
+            {"main": [], "methods": {"x": {"rollout": {"rule": {"type": "swich"}}}}},
+            [],
+            "methods.x: rollout.rule.type='swich'",
+        ),
+        ({"main": [], "methods": {"x": {"rollout": {"rule": {"type": "switch", "prob": 1}}}}}, [], "methods.x: rule"),
         ({"methods": {"warm-up": {}}}, [], "the name 'warm-up' is taken"),
         ({}, ["--methods", "swich"], "--methods: 'swich' is not known; did you mean 'switch'?"),
         ({}, ["--cells", "switch-seed9"], "--cells: 'switch-seed9' is not known"),
-        ({}, ["--only-table"], "no cell is finished yet"),
+        ({}, ["--only-table"], "holds no study yet"),
     ],
 )
 def test_bad_input_is_one_line(changes, options, told, tmp_path, monkeypatch, capsys):
@@ -155,7 +159,7 @@ def test_bad_input_is_one_line(changes, options, told, tmp_path, monkeypatch, ca
     code, _, err = command(
         monkeypatch, capsys, "bench", "quality", "--study", file, "--out", tmp_path / "out", *options
     )
-    assert code == 2 and told in err and len(err.strip().splitlines()) == 1
+    assert code == 2 and told in err and len(err.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
 def test_the_folder_of_another_study(tmp_path, monkeypatch, capsys):

@@ -2,8 +2,8 @@
 
 In: how many problems, of which numbers of digits, and a seed. Out: a folder with train.jsonl, test.jsonl and the two
 untrained models. A problem `385+947=` is answered column by column from the right, each with the carry it was handed,
-then by the result: `5+7+0=12,8+4+1=13,3+9+1=13####1332`. One wrong column spoils all that follow, so what a student
-does after its own mistakes shows in the result, and the more the longer the numbers are.
+then by the result: `5+7+0=12,8+4+1=13,3+9+1=13####1332`. All columns are of one width. One wrong column spoils all that
+follow, so what a student does after its own mistakes shows in the result, the more the longer the numbers are.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ class Problem:
         columns, carry = [], 0
         for a, b in zip(reversed(str(self.first)), reversed(str(self.second)), strict=True):
             total = int(a) + int(b) + carry
-            columns.append(f"{a}+{b}+{carry}={total}")
+            columns.append(f"{a}+{b}+{carry}={total:02}")
             carry = total // 10
         return ",".join(columns) + f"####{self.answer}"
 
 
 def solution_tokens(digits: int) -> int:
-    """At most so many tokens has a solution, its end included: 7 or 8 a column (less one comma), `####`, the answer."""
-    return 9 * digits - 1 + 1 + digits + 1 + 1
+    """At most so many tokens has a solution: 8 a column, commas between them, `####`, the answer, the end."""
+    return 8 * digits + (digits - 1) + 1 + (digits + 1) + 1
 
 
 def draw(digits: Sequence[int], num: int, seed: int, apart_from: Sequence[Problem] = ()) -> list[Problem]:
@@ -110,14 +110,19 @@ def tokenizer() -> Any:
 
 
 def model(*, layers: int, hidden: int, heads: int, seed: int, positions: int) -> Any:
-    """An untrained Llama of this size with the tokenizer's vocabulary. Same arguments, same weights."""
+    """An untrained Llama of this size with the tokenizer's vocabulary. Same arguments, same weights.
+
+    They are drawn as wide as the width asks for: Llama's own 0.02 is for models forty times as wide, and costs a small
+    one several times the steps until it can copy a digit.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
         "llama", vocab_size=len(TOKENS), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=positions,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=TOKENS.index(EOS), pad_token_id=TOKENS.index(PAD),
+        tie_word_embeddings=True, initializer_range=hidden**-0.5, bos_token_id=None, eos_token_id=TOKENS.index(EOS),
+        pad_token_id=TOKENS.index(PAD),
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

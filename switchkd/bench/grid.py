@@ -143,7 +143,7 @@ class Grid:
             if not summary.finished:
                 raise Stopped(cell.name)
             trained = time.monotonic()
-            scores = {}
+            scores: dict[str, float] = {}
             for exam, changes in self.study.exams.items():
                 scores |= self._exam(exam, changes, cell, {**paths, "student": summary.student})
         ended = time.monotonic()

@@ -13,6 +13,7 @@ from switchkd.bench.grid import Grid, Say, claim
 from switchkd.bench.quality_plot import check_matplotlib, draw
 from switchkd.bench.quality_table import Mean, QualityTable
 from switchkd.bench.study import TEACHER, WARM_UP, Cell, cells, read_study
+from switchkd.config import ConfigError
 from switchkd.files import write_json_atomic, write_text_atomic
 
 
@@ -26,6 +27,8 @@ def run(
     check_matplotlib()
     grid = Grid(study=study, home=study_file.resolve().parent, out=out.resolve(), say=say)
     if only_table:
+        if not (grid.out / "study.json").exists():
+            raise ConfigError(f"--out {out} holds no study yet; run the same command without --only-table first")
         claim(study, grid.out)
     else:
         grid.run(methods, wanted)
