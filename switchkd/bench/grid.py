@@ -229,15 +229,13 @@ def claim(study: Study, out: Path) -> None:
 
 
 def rollout_numbers(metrics: Path) -> dict[str, float]:
-    """Who wrote what, over the whole run: tokens that models wrote, and the teacher's share of all trained ones."""
+    """Who wrote what, over the whole run: tokens of both models (those of the data set do not count), and the teacher's
+    share of them."""
     with metrics.open(encoding="utf-8") as lines:
         steps = [row for row in map(json.loads, lines) if "loss/total" in row]
-    shares = [row["rollout/teacher_frac"] for row in steps if row.get("rollout/teacher_frac") is not None]
-    return {
-        "tokens": sum(row["rollout/tokens"] for row in steps),
-        "teacher_frac": statistics.fmean(shares) if shares else 0.0,
-        "steps": len(steps),
-    }
+    student = sum(row["rollout/student_tokens"] for row in steps)
+    teacher = sum(row["rollout/teacher_tokens"] for row in steps)
+    return {"tokens": student + teacher, "teacher_frac": teacher / max(student + teacher, 1), "steps": len(steps)}
 
 
 def _clock(seconds: float) -> str:

@@ -149,8 +149,8 @@ class QualityTable:
         few = [row.method for row in self.rows if len(row.by_seed) < self.num_seeds]
         told = [
             f"# {self.name}",
-            f"Means over seeds with their 95% interval (Student's t), by {self.rank_by}. KL in nats a token, teacher "
-            "share and tokens of what was trained on, seconds of the run without its exam.",
+            f"Means over seeds with their 95% interval (Student's t), by {self.rank_by}. KL in nats a token; teacher "
+            "share of the tokens that models wrote for the training; seconds of the run without its exam.",
             self._scores(),
         ]
         if few:
