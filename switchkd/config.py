@@ -57,7 +57,7 @@ def parse(raw: dict[str, Any]) -> Config:
     try:
         config = Config.model_validate(_with_stages(_with_teachers(raw)))
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
+        raise ConfigError(explain(error)) from None
     stages = tuple(_complete_stage(config, i, stage) for i, stage in enumerate(config.train.stages))
     train = config.train.model_copy(update={"stages": stages, "num_steps": None})
     config = config.model_copy(update={"train": train})
@@ -289,7 +289,8 @@ _TAGS = ("<number>", "<span>")  # of sections.Count
 _KINDS = {"tuple_type": "give a list", "model_type": "give a group of keys", "dict_type": "give a group of keys"}
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError, root: type[Section] = Config) -> str:
+    """The first thing that is wrong, in one line: key, value, remedy. `root` is the section that was read."""
     own = [repr(each["input"]) for each in error.errors() if each["loc"][:2] != _STAGES]
     # what stages inherit is wrong once, not once a stage
     errors = [each for each in error.errors() if each["loc"][:2] != _STAGES or repr(each["input"]) not in own]
@@ -297,7 +298,7 @@ def _explain(error: ValidationError) -> str:
     key = ".".join(str(part) for part in first["loc"] if part not in _TAGS)
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     if first["type"] == "extra_forbidden":
-        known = _known_keys(first["loc"])
+        known = _known_keys(first["loc"], root)
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return f"{key}: unknown key (value {_short(first['input'])}); {hint}{more}"
@@ -307,8 +308,8 @@ def _explain(error: ValidationError) -> str:
     return f"{key}={_short(first['input'])}: {text[0].lower()}{text[1:]}{more}"
 
 
-def _known_keys(loc: tuple[Any, ...]) -> list[str]:
-    section: Any = Config
+def _known_keys(loc: tuple[Any, ...], root: type[Section]) -> list[str]:
+    section: Any = root
     for part in loc[:-1]:
         if isinstance(part, int):
             continue

@@ -46,8 +46,16 @@ class Examiner:
         answer: Callable[[Future[list[EvalRow]]], list[EvalRow]] = Future.result,
     ) -> dict[str, float]:
         """Scores of these weights. Waits for all workers, with `answer`; raises WorkerLost when one died."""
+        return aggregate(self.rows(workers, weights, answer), self.settings.metrics, self.prompts)
+
+    def rows(
+        self,
+        workers: Sequence[WorkerHandle],
+        weights: Weights | None = None,
+        answer: Callable[[Future[list[EvalRow]]], list[EvalRow]] = Future.result,
+    ) -> list[EvalRow]:
+        """As `examine`, text by text, by seed and prompt."""
         shares = self.shares(len(workers))
         futures = [worker.examine(exam, weights) for worker, exam in zip(workers, shares, strict=False)]
         rows: list[EvalRow] = [row for future in futures for row in answer(future)]
-        rows.sort(key=lambda row: (row.seed, row.index))
-        return aggregate(rows, self.settings.metrics, self.prompts)
+        return sorted(rows, key=lambda row: (row.seed, row.index))

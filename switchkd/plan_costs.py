@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
-from switchkd.config import ConfigError, _explain
+from switchkd.config import ConfigError, explain
 from switchkd.sections import Config, Frac, Section
 
 USUAL_BREAK_RATE = 0.3
@@ -108,4 +108,4 @@ def _told(error: ValidationError) -> str:
     first = error.errors()[0]
     if first["type"] == "extra_forbidden":
         return f"{first['loc'][-1]}: unknown key; known here: {', '.join(Costs.model_fields)}"
-    return _explain(error)
+    return explain(error)

@@ -97,7 +97,7 @@ def check(config: Config) -> None:
         check_backend(config.of_teacher(name))
     for index, stage in enumerate(config.train.stages):
         try:
-            _check_stage(stage)
+            check_stage(stage)
             for name in config.teacher_names:
                 check_topk(stage, config.of_teacher(name).teacher)
         except ConfigError as error:
@@ -126,7 +126,7 @@ def _check_run_dir(config: Config) -> None:
         raise ConfigError(f"run.dir={config.run.dir} is a file; give a folder")
 
 
-def _check_stage(stage: Stage) -> None:
+def check_stage(stage: Stage) -> None:
     """Rule and loss are built and tried, to hear what they refuse; then combinations that would train on nothing."""
     for kind, name, attempt in (("rule", stage.rule.type, build_rule), ("loss", stage.loss.type, _try_loss)):
         try:

@@ -16,6 +16,7 @@ from switchkd.adaptive import Adaptive
 from switchkd.assembly import make_worker
 from switchkd.checkpoint import RunFolder, TrainState, open_run
 from switchkd.config import ConfigError
+from switchkd.evaluate import EvalRow, aggregate
 from switchkd.examination import Examiner
 from switchkd.files import write_json_atomic
 from switchkd.house import House
@@ -175,13 +176,19 @@ def _summary(folder: RunFolder, state: TrainState, plan: RunPlan) -> Summary:
 
 def evaluate(config: Config) -> dict[str, float]:
     """Scores of the student that the config names, by metric, on `eval.data`, in this process."""
+    rows, prompts = examined(config)
+    scores = aggregate(rows, config.eval.metrics, prompts)
+    by_metric = {name.removeprefix("eval/"): value for name, value in scores.items()}
+    return {**by_metric, "num_prompts": len(prompts)}
+
+
+def examined(config: Config) -> tuple[list[EvalRow], list[Prompt]]:
+    """What that student wrote on `eval.data`, text by text, and the prompts that `EvalRow.index` counts."""
     if not config.eval.data:
         raise ConfigError("eval.data is empty; name a JSONL or parquet file with prompts and references")
     ready = prepare(config)
     examiner = _examiner(ready)
-    scores = examiner.examine([local.DirectWorker(_worker(ready), None)])
-    by_metric = {name.removeprefix("eval/"): value for name, value in scores.items()}
-    return {**by_metric, "num_prompts": len(examiner.prompts)}
+    return examiner.rows([local.DirectWorker(_worker(ready), None)]), examiner.prompts
 
 
 def sample(config: Config, num: int, stage: int) -> tuple[list[tuple[Prompt, Rollout]], Worker]:

@@ -24,6 +24,8 @@ def step_row(
         **result.metrics,
         **rollout_metrics(entries),
         "rollout/tokens": tokens,
+        "rollout/student_tokens": sum(report.num_student_tokens for report in reports),
+        "rollout/teacher_tokens": sum(report.num_teacher_tokens for report in reports),
         "rollout/tokens_per_s": tokens / max(sum(report.time_s for report in reports), 1e-9),
         "rollout/near_ties": sum(report.num_near_ties for report in reports),
         **_blocks(reports),

@@ -280,6 +280,7 @@ class WorkReport:
     num_near_ties: int
     signal_bytes: int
     time_s: float
+    num_student_tokens: int = 0  # what neither wrote is the data set's
     num_scored_rows: int = 0
     num_undecided: int = 0
     num_asked: int = 0

@@ -70,6 +70,7 @@ class Worker:
             tally["rollouts"] += len(done)
             for rollout in done:
                 tally["tokens"] += rollout.num_tokens
+                tally["student"] += int((rollout.sources == Source.STUDENT).sum())
                 tally["teacher"] += int((rollout.sources == Source.TEACHER).sum())
                 tally["ties"] += rollout.stats.num_near_ties
                 stats = rollout.stats
@@ -96,6 +97,7 @@ class Worker:
             version=self.version,
             num_rollouts=tally["rollouts"],
             num_tokens=tally["tokens"],
+            num_student_tokens=tally["student"],
             num_teacher_tokens=tally["teacher"],
             num_teacher_calls=self._num_calls() - calls,
             num_near_ties=tally["ties"],

@@ -1,4 +1,4 @@
-"""The door of the benches: `switchkd bench switching|trainer|learner|weights|scale|overlap|soak`.
+"""The door of the benches: `switchkd bench switching|trainer|learner|weights|scale|overlap|soak|quality`.
 
 In: a command line. Out: one table on stdout, and as JSON where asked for. A bench that lacks the device, a model or a
 peer says so in one line (ConfigError, exit code 2). Imports nothing heavy until a command runs.
@@ -178,6 +178,31 @@ def soak(
     from switchkd.bench.soak import run
 
     _finish(run(steps=steps, seed=seed, every=every), json)
+
+
+@app.command()
+def quality(
+    study: Annotated[Path, typer.Option(metavar="FILE", help="Such as configs/study/arithmetic.yaml.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The study's folder; the same command goes on in it.")],
+    methods: Annotated[list[str] | None, typer.Option(help="Run this method only; may be repeated.")] = None,
+    cells: Annotated[list[str] | None, typer.Option(help="Run this cell (NAME-seed1) only; may be repeated.")] = None,
+    only_table: Annotated[
+        bool, typer.Option("--only-table", help="Run nothing; table and plot of what is there.")
+    ] = False,
+) -> None:
+    """Which method teaches better: a study's grid of methods and seeds on equal terms, its table and its plot."""
+    from switchkd.bench.grid import Stopped
+    from switchkd.bench.quality import run
+
+    try:
+        table = run(
+            study, out, methods=methods or (), wanted=cells or (), only_table=only_table,
+            say=lambda text: print(text, flush=True),
+        )  # fmt: skip
+    except Stopped as stopped:
+        print(f"stopped during {stopped}; the same command goes on", flush=True)
+        raise typer.Exit(1) from None
+    print(table.markdown())
 
 
 def _check(device: str, dtype: str, json: Path | None) -> None:

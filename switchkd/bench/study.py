@@ -1,0 +1,200 @@
+"""A study file: one task, one student, one teacher, many methods, a few seeds; every cell is an ordinary run.
+
+In: a YAML file (`configs/study/`). Out: a checked `Study` and its `Cell`s, each with the config of its run; or a
+ConfigError of one line. Nothing is started here. A method is a name and what it changes in the shared config, as a
+nested group of ordinary keys.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, PositiveInt, ValidationError, field_validator
+
+from switchkd.config import ConfigError, explain, parse
+from switchkd.sections import Config, Section
+
+TEACHER, WARM_UP = "teacher", "warm-up"
+"""Runs that come before the cells, and their rows in the table."""
+
+Overrides = dict[str, Any]
+
+
+class Size(Section):
+    """Of a small Llama."""
+
+    layers: PositiveInt
+    hidden: PositiveInt
+    heads: PositiveInt
+
+
+class Arithmetic(Section):
+    """Additions with written-out steps (`arithmetic.py`), made once in the study's folder. Data and untrained models
+    then come from there."""
+
+    type: Literal["arithmetic"]
+    digits: tuple[PositiveInt, ...] = Field(min_length=1)
+    num_train: PositiveInt
+    num_test: PositiveInt
+    seed: int = 0
+    teacher: Size
+    student: Size
+
+
+class Group(Section):
+    """Scores are also given for parts of the test set."""
+
+    field: str = ""
+    """A field of its rows, such as `digits`: one part for each value."""
+    reference_tokens: tuple[PositiveInt, ...] = ()
+    """Or lengths at which the next part begins, in tokens of the reference."""
+
+
+class Study(Section):
+    name: str
+    """Of what is compared: a folder belongs to one study."""
+    task: Arithmetic | None = None
+    seeds: tuple[int, ...] = Field(min_length=1)
+    base: Overrides
+    """What all runs share: an ordinary config without `run.dir`."""
+    teacher: Overrides | None = None
+    """What the run changes that makes the teacher. Without it, `base.teacher` is ready."""
+    teacher_at_least: float = 0.0
+    """In `rank_by`: a study with a worse teacher ends."""
+    warm_up: Overrides | None = None
+    """What the run changes from whose student all cells of a seed start. Without it, `base.student` is where they
+    do."""
+    methods: dict[str, Overrides] = Field(min_length=1)
+    main: tuple[str, ...] = ()
+    """Methods whose cells come first, and whose curves stand in the plot."""
+    exams: dict[str, Overrides] = Field(default={"": {}}, min_length=1)
+    """Test sets by name, each with what it changes in the shared config (`eval`, `data`)."""
+    rank_by: str = "exact_match"
+    group: Group = Group()
+
+    @field_validator("methods")
+    @classmethod
+    def _names(cls, methods: dict[str, Overrides]) -> dict[str, Overrides]:
+        for name in methods:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name in (TEACHER, WARM_UP):
+                raise ValueError(f"the name {name!r} is taken or not made of letters, digits, dots, - and _")
+        return methods
+
+    @property
+    def digest(self) -> str:
+        """Of all that cells share. Methods and seeds may be added to a study that has begun."""
+        shared = self.model_dump(mode="json", exclude={"methods", "seeds", "main"})
+        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One method with one seed."""
+
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-seed{self.seed}"
+
+
+def read_study(path: Path) -> Study:
+    """Raises ConfigError, also for a method whose config would be refused."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"--study {path} does not exist; give a file such as configs/study/arithmetic.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"--study {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"--study {path} holds no keys; see configs/study/arithmetic.yaml")
+    try:
+        study = Study.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain(error, Study)}") from None
+    for name in study.main:
+        _known(name, study.methods, f"{path}: main")
+    _check_configs(study, path)
+    return study
+
+
+def _check_configs(study: Study, path: Path) -> None:
+    """Every run's config is parsed, its rule and loss are tried: a typo in the last method costs no night."""
+    from switchkd.preflight import check_stage
+
+    runs = {f"methods.{name}": overrides for name, overrides in study.methods.items()}
+    runs |= {f"exams.{name}": overrides for name, overrides in study.exams.items()}
+    runs |= {name: own for name, own in ((TEACHER, study.teacher), (WARM_UP, study.warm_up)) if own is not None}
+    for name, overrides in runs.items():
+        try:
+            for stage in configured(study, overrides, Path("unused"), path.parent).train.stages:
+                check_stage(stage)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {name}: {error}") from None
+
+
+def cells(study: Study, methods: Sequence[str] = (), wanted: Sequence[str] = ()) -> list[Cell]:
+    """Main methods before the others, and in both all methods of a seed before the next seed, so that a part of the
+    grid is balanced. `methods` and `wanted` (cell names) choose some; ConfigError for names that are not there."""
+    for name in methods:
+        _known(name, study.methods, "--methods")
+    others = [name for name in study.methods if name not in study.main]
+    every = [Cell(name, seed) for part in (study.main, others) for seed in study.seeds for name in part]
+    for name in wanted:
+        _known(name, [cell.name for cell in every], "--cells")
+    return [cell for cell in every if cell.method in (methods or study.methods) and (not wanted or cell.name in wanted)]
+
+
+def _known(name: str, known: Mapping[str, Any] | Sequence[str], key: str) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}"
+        raise ConfigError(f"{key}: {name!r} is not known; {hint}")
+
+
+def configured(study: Study, overrides: Overrides, run_dir: Path, home: Path, **paths: str) -> Config:
+    """The config of one run. `home` is where relative data paths start; `paths` replace `data`, `eval`, `teacher`,
+    `student` (what the study makes itself). Raises ConfigError."""
+    raw = merged(study.base, overrides)
+    raw = merged(raw, {"run": {"dir": str(run_dir), "overwrite": True}})
+    for section, key in (("data", "path"), ("eval", "data")):
+        named = raw.get(section, {}).get(key) if isinstance(raw.get(section), dict) else None
+        if isinstance(named, str) and (home / named).exists():
+            raw = merged(raw, {section: {key: str((home / named).resolve())}})
+    keys = {
+        "data": ("data", "path"),
+        "eval": ("eval", "data"),
+        "teacher": ("teacher", "path"),
+        "student": ("student", "path"),
+    }
+    for what, path in paths.items():
+        section, key = keys[what]
+        raw = merged(raw, {section: {key: path}})
+    return parse(raw)
+
+
+def merged(base: Overrides, over: Mapping[str, Any]) -> Overrides:
+    """Groups of keys are merged, all else is replaced; neither argument is changed."""
+    found = dict(base)
+    for key, value in over.items():
+        below = found.get(key)
+        found[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+    return found
+
+
+def flat(overrides: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """`learner.loss.type=atkd`, ...: what a method is, for the reader."""
+    for key, value in overrides.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}={value}"

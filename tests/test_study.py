@@ -1,0 +1,293 @@
+"""The head-to-head: its task, its grid that goes on cell by cell, its table against a hand calculation."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from runs import command
+
+from switchkd.bench import arithmetic, grid
+from switchkd.bench.arithmetic import Problem
+from switchkd.bench.quality_table import Mean, Paired, QualityTable, holm
+from switchkd.bench.study import Cell, cells, merged, read_study
+from switchkd.config import ConfigError
+from switchkd.evaluate import exact_match, final_number
+
+SIZE = {"layers": 1, "hidden": 16, "heads": 2}
+STUDY: dict[str, Any] = {
+    "name": "tiny",
+    "task": {"type": "arithmetic", "digits": [2, 3], "num_train": 40, "num_test": 8, "teacher": SIZE, "student": SIZE},
+    "seeds": [1, 2],
+    "group": {"field": "digits"},
+    "base": {
+        "run": {"mode": "inprocess"},
+        "data": {"max_prompt_tokens": 12, "max_reference_tokens": 40},
+        "rollout": {"batch_size": 4, "max_new_tokens": 8, "block_size": 4, "lead": "student", "save": False},
+        "train": {"num_steps": 2, "batch_size": 4, "checkpoint_every": 0},
+        "learner": {"lr": 1e-3},
+        "eval": {"metrics": ["exact_match", "kl"], "num_prompts": 8, "temperature": 0, "max_new_tokens": 8},
+        "resources": {role: {"threads": 1} for role in ("teacher", "rollout", "learner")},
+    },
+    "teacher": {"learner": {"loss": {"type": "cross_entropy"}}, "train": {"mix": {"dataset": 1.0}}},
+    "warm_up": {"learner": {"loss": {"type": "cross_entropy"}}, "train": {"mix": {"dataset": 1.0}}},
+    "main": ["switch"],
+    "methods": {
+        "supervised-kd": {"train": {"mix": {"dataset": 1.0}}},
+        "switch": {"rollout": {"rule": {"type": "switch"}}},
+    },
+}
+
+
+def study_file(place: Path, **changes: Any) -> Path:
+    path = place / "study.yaml"
+    path.write_text(yaml.safe_dump({**STUDY, **changes}, sort_keys=False))
+    return path
+
+
+# --- the task --------------------------------------------------------------------------------------------------------
+
+
+def test_a_solution_written_out():
+    """By hand: 385 + 947, columns from the right, with the carry that each was handed."""
+    problem = Problem(385, 947)
+    assert problem.prompt == "385+947="
+    assert problem.solution == "5+7+0=12,8+4+1=13,3+9+1=13####1332"
+    assert Problem(20, 51).solution == "0+1+0=01,2+5+0=07####71"
+
+
+def test_every_solution_is_right():
+    """Each column's sum is that of its three digits, its carry is the one before, and the results are the answer's
+    digits."""
+    for problem in arithmetic.draw([2, 3, 4, 8], 200, seed=3):
+        steps, answer = problem.solution.split("####")
+        carry, result = 0, ""
+        for step in steps.split(","):
+            summands, total = step.split("=")
+            a, b, handed = map(int, summands.split("+"))
+            assert handed == carry and a + b + handed == int(total)
+            carry, result = divmod(int(total), 10)[0], str(int(total) % 10) + result
+        whole = (str(carry) if carry else "") + result
+        assert whole == answer == str(sum(map(int, problem.prompt.rstrip("=").split("+"))))
+        assert exact_match(problem.solution, problem.answer) and not exact_match(problem.solution + "0", problem.answer)
+
+
+def test_the_answer_is_what_follows_the_mark():
+    assert final_number("5+7+0=12####1332") == "1332"
+    assert final_number("5+7+0=12####") is None
+
+
+def test_train_and_test_share_no_problem():
+    """Swapped summands are the same problem; each part is as asked, and the same whenever it is drawn."""
+    test = arithmetic.draw([2, 3], 400, seed=0)
+    train = arithmetic.draw([2, 3], 2000, seed=1, apart_from=test)
+    pairs = [frozenset((p.first, p.second)) for p in (*test, *train)]
+    assert len(set(pairs)) == len(pairs) == 2400
+    assert [sum(p.digits == n for p in train) for n in (2, 3)] == [1000, 1000]
+    assert train == arithmetic.draw([2, 3], 2000, seed=1, apart_from=test) != arithmetic.draw([2, 3], 2000, seed=2)
+
+
+def test_too_many_problems():
+    with pytest.raises(ConfigError, match="30 problems of 1 digits"):
+        arithmetic.draw([1], 30, seed=0)
+
+
+def test_the_tokenizer_gives_texts_back():
+    """`####` is one token, all else is one a letter; nothing falls to the padding token."""
+    tokenizer = arithmetic.tokenizer()
+    text = Problem(385, 947).prompt + Problem(385, 947).solution
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text and len(ids) == len(text) - 3
+    assert not {tokenizer.pad_token_id, tokenizer.eos_token_id} & set(ids)
+    longest = max(len(tokenizer(p.solution)["input_ids"]) for p in arithmetic.draw([8], 300, seed=0))
+    assert longest + 1 <= arithmetic.solution_tokens(8)
+
+
+# --- the study file --------------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_study_is_sound():
+    """It is read, every method's config is accepted, the rollouts have room for every solution."""
+    study = read_study(Path(__file__).parents[1] / "configs" / "study" / "arithmetic.yaml")
+    assert study.task is not None
+    assert study.base["rollout"]["max_new_tokens"] >= arithmetic.solution_tokens(max(study.task.digits))
+    names = [cell.name for cell in cells(study)]
+    assert len(set(names)) == len(study.methods) * len(study.seeds)
+    assert {cell.seed for cell in cells(study)[: len(study.main)]} == {study.seeds[0]}
+
+
+def test_the_order_keeps_a_part_of_the_grid_balanced(tmp_path):
+    study = read_study(study_file(tmp_path, methods={**STUDY["methods"], "other": {}}))
+    assert [cell.name for cell in cells(study)] == [
+        "switch-seed1", "switch-seed2", "supervised-kd-seed1", "other-seed1", "supervised-kd-seed2", "other-seed2",
+    ]  # fmt: skip
+
+
+def test_groups_of_keys_are_merged():
+    base = {"a": {"b": 1, "c": {"d": 2}}, "e": [1]}
+    assert merged(base, {"a": {"c": {"f": 3}}, "e": [2]}) == {"a": {"b": 1, "c": {"d": 2, "f": 3}}, "e": [2]}
+    assert base == {"a": {"b": 1, "c": {"d": 2}}, "e": [1]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "told"),
+    [
+        ({"sedes": [1]}, [], "sedes: unknown key (value [1]); did you mean 'seeds'?"),
+        ({"task": {**STUDY["task"], "digit": [2]}}, [], "task.digit: unknown key (value [2]); did you mean 'digits'?"),
+        ({"main": ["swich"]}, [], "main: 'swich' is not known; did you mean 'switch'?"),
+        (
+            {"main": [], "methods": {"x": {"rollout": {"rule": {"type": "swich"}}}}},
+            [],
+            "methods.x: rollout.rule.type='swich'",
+        ),
+        ({"main": [], "methods": {"x": {"rollout": {"rule": {"type": "switch", "prob": 1}}}}}, [], "methods.x: rule"),
+        ({"methods": {"warm-up": {}}}, [], "the name 'warm-up' is taken"),
+        ({}, ["--methods", "swich"], "--methods: 'swich' is not known; did you mean 'switch'?"),
+        ({}, ["--cells", "switch-seed9"], "--cells: 'switch-seed9' is not known"),
+        ({}, ["--only-table"], "holds no study yet"),
+    ],
+)
+def test_bad_input_is_one_line(changes, options, told, tmp_path, monkeypatch, capsys):
+    """Exit code 2, one line, nothing trained."""
+    monkeypatch.setattr(grid.Grid, "_furnish", lambda self: pytest.fail("it was started"))
+    file = study_file(tmp_path, **changes)
+    code, _, err = command(
+        monkeypatch, capsys, "bench", "quality", "--study", file, "--out", tmp_path / "out", *options
+    )
+    assert code == 2 and told in err and len(err.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_the_folder_of_another_study(tmp_path, monkeypatch, capsys):
+    """Refused, and left as it was; more methods and seeds are not another study."""
+    study = read_study(study_file(tmp_path))
+    grid.claim(study, tmp_path / "out")
+    grid.claim(read_study(study_file(tmp_path, seeds=[1, 2, 3], methods={"switch": {}})), tmp_path / "out")
+    before = (tmp_path / "out" / "study.json").read_bytes()
+    file = study_file(tmp_path, base=merged(STUDY["base"], {"train": {"num_steps": 9}}))
+    code, _, err = command(monkeypatch, capsys, "bench", "quality", "--study", file, "--out", tmp_path / "out")
+    assert code == 2 and "belongs to another study (tiny; base differ)" in err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    code, _, err = command(monkeypatch, capsys, "bench", "quality", "--study", file, "--out", tmp_path / "mine")
+    assert code == 2 and "holds no study" in err
+    assert (tmp_path / "out" / "study.json").read_bytes() == before
+
+
+# --- the grid --------------------------------------------------------------------------------------------------------
+
+
+class Trains:
+    """`run.train`, counted; the given call ends as after SIGTERM."""
+
+    def __init__(self, monkeypatch: Any, stop_at: int = 0) -> None:
+        from switchkd import run
+
+        self.real, self.seen, self.stop_at = run.train, [], stop_at
+        monkeypatch.setattr(run, "train", self)
+
+    def __call__(self, config: Any, *, resume: bool = False) -> Any:
+        self.seen.append(Path(config.run.dir).name)
+        if len(self.seen) == self.stop_at:
+            from switchkd.train import Trainer
+
+            step = Trainer._one_step
+
+            def stopped(trainer: Any) -> None:
+                step(trainer)
+                signal.raise_signal(signal.SIGTERM)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Trainer, "_one_step", stopped)
+                return self.real(config, resume=resume)
+        return self.real(config, resume=resume)
+
+
+def test_a_grid_goes_on_cell_by_cell(tmp_path, monkeypatch, capsys):
+    """Stopped in its third cell it keeps two; the same command runs that one on and the last one, and no other; the
+    table then has all four, with numbers of each length, and a third time nothing is run."""
+    args = ("bench", "quality", "--study", study_file(tmp_path), "--out", tmp_path / "out")
+    first = Trains(monkeypatch, stop_at=6)  # teacher, warm-up 1, cell, warm-up 2, cell, cell
+    code, told, _ = command(monkeypatch, capsys, *args)
+    assert code == 1 and "stopped during supervised-kd-seed1; the same command goes on" in told
+    order = ["teacher", "warm-up-seed1", "switch-seed1", "warm-up-seed2", "switch-seed2", "supervised-kd-seed1"]
+    assert first.seen == order
+    made = {path.name: path.read_bytes() for path in (tmp_path / "out" / "cells").iterdir()}
+    assert set(made) == {f"{name}.json" for name in ("teacher-seed0", *order[1:5])}
+
+    second = Trains(monkeypatch)
+    code, told, _ = command(monkeypatch, capsys, *args)
+    assert code == 0 and second.seen == ["supervised-kd-seed1", "supervised-kd-seed2"]
+    assert all((tmp_path / "out" / "cells" / name).read_bytes() == data for name, data in made.items())
+    cell = json.loads((tmp_path / "out" / "cells" / "supervised-kd-seed1.json").read_text())
+    assert cell["resumed"] and cell["rollouts"]["steps"] == 2 and cell["rollouts"]["teacher_frac"] == 0
+    assert {"exact_match", "exact_match/digits=2", "exact_match/digits=3", "kl", "kl_greedy"} <= set(cell["scores"])
+    assert json.loads((tmp_path / "out" / "cells" / "switch-seed1.json").read_text())["rollouts"]["tokens"] > 0
+    assert "| supervised-kd | 2 |" in told and (tmp_path / "out" / "plot.png").read_bytes()[1:4] == b"PNG"
+    assert len(json.loads((tmp_path / "out" / "table.json").read_text())["rows"]) == 2
+
+    third = Trains(monkeypatch)
+    assert command(monkeypatch, capsys, *args)[0] == 0 and not third.seen
+
+
+def test_a_method_that_was_changed_under_its_name(tmp_path):
+    """Its old cells are not taken for the new method's."""
+    one = grid.Grid(study=read_study(study_file(tmp_path)), home=tmp_path, out=tmp_path / "out", say=print)
+    grid.claim(one.study, one.out)
+    one._keep(Cell("switch", 1), {"overrides": {"rollout": {"rule": {"type": "skd"}}}})
+    with pytest.raises(ConfigError, match=r"methods.switch is not what .* was made with \(rollout.rule.type=skd\)"):
+        one.read(Cell("switch", 1))
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def cell(method: str, seed: int, score: float, **parts: float) -> dict[str, Any]:
+    return {
+        "method": method, "seed": seed, "overrides": {},
+        "scores": {"exact_match": score, **{f"exact_match/{name}": value for name, value in parts.items()}},
+        "rollouts": {"teacher_frac": 0.25, "tokens": 100.0}, "seconds": {"train": 2.0},
+    }  # fmt: skip
+
+
+def test_the_interval_by_hand():
+    """Of 1, 2, 3: s = 1, t(0.975, 2) = 4.302653, so 2 ± 4.302653 / sqrt(3)."""
+    mean = Mean.of([1.0, 2.0, 3.0])
+    assert mean.mean == 2 and mean.half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert Mean.of([5.0]) == Mean(5.0, None, 1)
+
+
+def test_the_paired_test_by_hand():
+    """Differences 1, 2, 3: t = 2 / (1 / sqrt(3)); with two degrees of freedom p = 1 - t / sqrt(2 + t^2). Seeds that
+    only one has do not count."""
+    pair = Paired.of("a", {1: 2.0, 2: 4.0, 3: 6.0, 4: 9.0}, "b", {1: 1.0, 2: 2.0, 3: 3.0, 5: 0.0})
+    t = 2 * math.sqrt(3)
+    assert pair is not None and pair.difference.num == 3 and pair.t == pytest.approx(t)
+    assert pair.p == pytest.approx(1 - t / math.sqrt(2 + t * t))
+    same = Paired.of("a", {1: 1.0, 2: 2.0}, "b", {1: 1.0, 2: 2.0})
+    assert same is not None and same.p is None and same.difference.mean == 0
+    assert Paired.of("a", {1: 1.0}, "b", {2: 1.0}) is None
+
+
+def test_holm_by_hand():
+    """0.01 x 3, 0.03 x 2, and 0.04 x 1, which may not be below the one before."""
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_the_table_ranks_and_compares_neighbours():
+    """Best first, whatever the order of the cells; neighbours in that order; a method with fewer seeds is named."""
+    told = [cell("low", s, 10.0 + s, **{"digits=2": 30.0}) for s in (1, 2)]
+    told += [cell("high", s, 50.0 + 2 * s, **{"digits=2": 70.0}) for s in (1, 2)] + [cell("middle", 1, 20.0)]
+    table = QualityTable.of("t", "exact_match", 2, told, [cell("teacher", 0, 99.0, **{"digits=2": 100.0})])
+    assert [row.method for row in table.rows] == ["high", "middle", "low"]
+    assert [(pair.method, pair.other) for pair in table.neighbours] == [("high", "middle"), ("middle", "low")]
+    assert table.rows[0].scores["exact_match"].mean == 53 and table.parts == ["digits=2"]
+    text = table.markdown()
+    assert "Not all of the 2 seeds are there for: middle." in text
+    assert "| low | 2 | 11.5 ± 6.4 | 25.0% | 100 | 2 |" in text
+    assert "| low | 30.0 ± 0.0 |" in text and "| teacher | 100.0 |" in text and "| middle | - |" in text
