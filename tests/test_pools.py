@@ -246,6 +246,7 @@ def test_no_room(cluster, place, notes, monkeypatch):
     from switchkd.actors import placement
 
     monkeypatch.setattr(placement, "SETTLE_S", 1.0)
+
     class Holder:  # an actor: a task that is cancelled just as it begins may go on
         def here(self) -> bool:
             return True
