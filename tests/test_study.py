@@ -121,6 +121,13 @@ def test_the_shipped_study_is_sound():
     assert {cell.seed for cell in cells(study)[: len(study.main)]} == {study.seeds[0]}
 
 
+def test_the_study_of_dolly_is_sound():
+    """Every method's config is accepted, and each test set is told by name."""
+    study = read_study(Path(__file__).parents[1] / "configs" / "study" / "dolly.yaml")
+    assert set(study.exams) == {"dolly", "self_inst", "s_ni", "vicuna"} and set(study.main) <= study.methods.keys()
+    assert len(cells(study)) == 3 * len(study.methods)
+
+
 def test_the_order_keeps_a_part_of_the_grid_balanced(tmp_path):
     study = read_study(study_file(tmp_path, methods={**STUDY["methods"], "other": {}}))
     assert [cell.name for cell in cells(study)] == [
