@@ -1,9 +1,10 @@
 """Additions with written-out steps: a reasoning task, its tokenizer and two small models, made here without a network.
 
-In: how many problems, of which numbers of digits, and a seed. Out: a folder with train.jsonl, test.jsonl and the two
-untrained models. A problem `385+947=` is answered column by column from the right, each with the carry it was handed,
-then by the result: `5+7+0=12,8+4+1=13,3+9+1=13####1332`. All columns are of one width. One wrong column spoils all that
-follow, so what a student does after its own mistakes shows in the result, the more the longer the numbers are.
+In: how many problems, of which numbers of digits, and a seed. Out: a folder with train.jsonl, test.jsonl, valid.jsonl
+and the two untrained models. A problem `385+947=` is answered column by column from the right, each with the carry it
+was handed, then by the result: `5+7+0=12,8+4+1=13,3+9+1=13####1332`. All columns are of one width. One wrong column
+spoils all that follow, so what a student does after its own mistakes shows in the result, and the more the longer the
+numbers are.
 """
 
 from __future__ import annotations
@@ -135,17 +136,19 @@ def furnish(
     digits: Sequence[int],
     num_train: int,
     num_test: int,
+    num_valid: int,
     seed: int,
     teacher: dict[str, int],
     student: dict[str, int],
 ) -> None:
-    """Write train.jsonl, test.jsonl, teacher-init/ and student-init/; the folder stands whole or not at all."""
+    """Write the three files, teacher-init/ and student-init/; the folder stands whole or not at all."""
     test = draw(digits, num_test, seed)
     train = draw(digits, num_train, seed + 1, apart_from=test)
+    valid = draw(digits, num_valid, seed + 2, apart_from=[*test, *train])
     making = folder.with_name(f"{folder.name}.making")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
-    for name, problems in (("train", train), ("test", test)):
+    for name, problems in (("train", train), ("test", test), ("valid", valid)):
         text = "".join(json.dumps(row) + "\n" for row in rows(problems))
         (making / f"{name}.jsonl").write_text(text, encoding="utf-8")
     for number, (name, size) in enumerate((("teacher", teacher), ("student", student))):

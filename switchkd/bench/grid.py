@@ -86,8 +86,9 @@ class Grid:
         from switchkd.bench import arithmetic
 
         arithmetic.furnish(
-            self.out / "task", digits=task.digits, num_train=task.num_train, num_test=task.num_test, seed=task.seed,
-            teacher=task.teacher.model_dump(), student=task.student.model_dump(),
+            self.out / "task", digits=task.digits, num_train=task.num_train, num_test=task.num_test,
+            num_valid=task.num_valid, seed=task.seed, teacher=task.teacher.model_dump(),
+            student=task.student.model_dump(),
         )  # fmt: skip
 
     def _teacher(self) -> None:
@@ -132,7 +133,7 @@ class Grid:
         """The run, and what its student is worth."""
         from switchkd.run import train
 
-        config = self._config({**overrides, "seed": cell.seed}, run_dir, paths)
+        config = self._training({**overrides, "seed": cell.seed}, run_dir, paths)
         resume = (run_dir / "checkpoints" / "LATEST").exists()
         if not resume:
             shutil.rmtree(run_dir, ignore_errors=True)
@@ -157,6 +158,13 @@ class Grid:
             "seconds": {"train": trained - started, "exam": ended - trained},
             "resumed": resume,
         }
+
+    def _training(self, overrides: Overrides, run_dir: Path, paths: dict[str, str]) -> Config:
+        """Nothing is evaluated on the way, unless the method lives on it; then never on the exam of a task."""
+        if not {**self.study.base.get("eval", {}), **overrides.get("eval", {})}.get("every"):
+            return self._config(overrides, run_dir, {**paths, "eval": ""})
+        valid = {"eval": str(self.out / "task" / "valid.jsonl")} if self.study.task else {}
+        return self._config(overrides, run_dir, {**paths, **valid})
 
     def _exam(self, name: str, changes: Overrides, cell: Cell, paths: dict[str, str]) -> dict[str, float]:
         """Beside the teacher, but for the teacher itself. Every student of the study takes the same."""

@@ -44,6 +44,8 @@ class Arithmetic(Section):
     digits: tuple[PositiveInt, ...] = Field(min_length=1)
     num_train: PositiveInt
     num_test: PositiveInt
+    num_valid: PositiveInt = 100
+    """For methods that look at validation scores (`eval.every`)."""
     seed: int = 0
     teacher: Size
     student: Size
@@ -134,9 +136,10 @@ def _check_configs(study: Study, path: Path) -> None:
     runs = {f"methods.{name}": overrides for name, overrides in study.methods.items()}
     runs |= {f"exams.{name}": overrides for name, overrides in study.exams.items()}
     runs |= {name: own for name, own in ((TEACHER, study.teacher), (WARM_UP, study.warm_up)) if own is not None}
+    paths = {"data": "train.jsonl", "eval": "valid.jsonl"} if study.task else {}
     for name, overrides in runs.items():
         try:
-            for stage in configured(study, overrides, Path("unused"), path.parent).train.stages:
+            for stage in configured(study, overrides, Path("unused"), path.parent, **paths).train.stages:
                 check_stage(stage)
         except ConfigError as error:
             raise ConfigError(f"{path}: {name}: {error}") from None
