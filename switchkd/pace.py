@@ -40,6 +40,11 @@ _MEMORY = 0.98
 """Weight of what is known of a break rate against one more token."""
 _PRIOR = 0.3
 _PRIOR_WEIGHT = 8.0  # tokens
+_SURE = 1.05
+"""A gain over lockstep below this may be the clock's error: then the floor is taken."""
+_NEAR, _AGAIN = 1.25, 16
+"""Where lockstep is nearly as good, it is taken every so many rounds: what it costs would else be known from its first
+calls only."""
 _BUCKET = 8
 """Tokens of a completion that share a break rate: thresholds, and with them owners, change along the way."""
 
@@ -117,6 +122,7 @@ class Pace:
         self.costs = costs or Costs()
         self.rounds: dict[Lead, int] = {}  # how often each way was taken ...
         self.trials: dict[Lead, int] = {}  # ... and how often that told its costs
+        self._unseen = 0  # rounds since lockstep was taken
         self._rates: dict[str, dict[str, _Rates]] = {}
 
     @property
@@ -128,6 +134,7 @@ class Pace:
         """For the coming round of rows that share a rule."""
         lead = self._choose(rows)
         self.rounds[lead] = self.rounds.get(lead, 0) + 1
+        self._unseen = 0 if lead == LOCKSTEP else self._unseen + 1
         return lead
 
     def saw_call(self, lead: Lead, kind: str, tokens: int, seconds: float) -> None:
@@ -157,7 +164,9 @@ class Pace:
             if way in ways and self.trials.get(way, 0) < _TRIALS:
                 return way
         worth = self.worth(rows, max(way.size for way in ways))
-        return max(ways, key=lambda way: worth[way])
+        best = max(ways, key=lambda way: worth[way])
+        gain = worth[best] / worth[LOCKSTEP]
+        return LOCKSTEP if gain < _SURE or (gain < _NEAR and self._unseen >= _AGAIN) else best
 
     def _ways(self, rows: Sequence[Row]) -> list[Lead]:
         rule = rows[0].mode.rule

@@ -67,6 +67,16 @@ def test_lockstep_where_every_block_breaks() -> None:
     assert found.choose(rows(8)) in (LOCKSTEP, Lead("student", 1))
 
 
+@pytest.mark.parametrize(("gain", "num_lockstep"), [(1.04, 60), (1.2, 3), (1.3, 0)])
+def test_lockstep_where_little_is_gained(monkeypatch, gain: float, num_lockstep: int) -> None:
+    """A gain that the clock's error could feign is not taken; where lockstep is nearly as good, its costs are looked at
+    every 17th round; else blocks are kept to."""
+    found, way = pace(), Lead("student", 4)
+    monkeypatch.setattr(found, "_ways", lambda rows: [LOCKSTEP, way])
+    monkeypatch.setattr(found, "worth", lambda rows, most: {LOCKSTEP: 1.0, way: gain})
+    assert [found.choose(rows(8)) for _ in range(60)].count(LOCKSTEP) == num_lockstep
+
+
 def test_rates_are_kept_by_place() -> None:
     """Early tokens are the student's and late ones the teacher's, so the lead changes along the way."""
     found = pace()

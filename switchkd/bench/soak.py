@@ -19,7 +19,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,17 +182,20 @@ def _table(steps: int, seed: int, elapsed: float, havoc: Havoc) -> Table:
         }
         for role, (_, samples) in longest.items()
     ]
-    told = ", ".join(f"{sum(fault.role == role for fault in havoc.faults)} of role {role}" for role in ROLES)
-    recovered = [fault.recover_s for fault in havoc.faults if fault.recover_s]
-    slowest = f"; seconds until a step beyond it was done: {Spread.of(recovered)}, at most {max(recovered):.1f}"
+    told = ", ".join(_of_role(role, [fault for fault in havoc.faults if fault.role == role]) for role in ROLES)
     return Table(
         title=f"Soak of {steps} steps", columns=tuple(rows[0]), rows=tuple(rows),
         notes=surroundings("cpu", "float32", steps=steps, seed=seed, batch=BATCH, elapsed_s=round(elapsed, 1)),
         remarks=(
-            f"{len(havoc.faults)} processes were killed ({told}){slowest if recovered else ''}.",
+            f"{len(havoc.faults)} processes were killed: {told}; in brackets seconds until a step beyond it was done.",
             f"{steps * BATCH} rollouts: none lost, none twice in the history. {elapsed:.0f} s in all.",
         ),
     )  # fmt: skip
+
+
+def _of_role(role: str, faults: Sequence[Fault]) -> str:
+    recovered = [fault.recover_s for fault in faults if fault.recover_s]
+    return f"{len(faults)} of role {role}{f' ({Spread.of(recovered)})' if recovered else ''}"
 
 
 # --- a tiny run ------------------------------------------------------------------------------------------------------
