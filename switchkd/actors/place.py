@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -74,6 +75,14 @@ class Place:
         """Who still stands there is ended."""
         if self.group is not None and ray.is_initialized():
             remove_placement_group(self.group)
+
+
+def free_all(prefix: str) -> None:
+    """Places under such names, made by a process that died: Ray keeps them until the job ends."""
+    for each in placement_group_table().values():
+        if each["name"].startswith(prefix) and each["state"] != "REMOVED":
+            with suppress(ValueError):  # somebody was faster
+                remove_placement_group(get_placement_group(each["name"]))
 
 
 def beside_driver() -> dict[str, Any]:

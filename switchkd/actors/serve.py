@@ -19,7 +19,7 @@ from switchkd import resources
 from switchkd.actors.directory import PoolDirectory
 from switchkd.actors.environment import Secrets
 from switchkd.actors.futures import cause_of, patient
-from switchkd.actors.place import Place, nodes, wait_for_places
+from switchkd.actors.place import Place, free_all, nodes, wait_for_places
 from switchkd.actors.placement import settled, wait_for_room
 from switchkd.actors.teacher_pool import NAMESPACE, NOTHING_TOLD, TeacherPoolActor, Told, replica_name
 from switchkd.actors.teacher_router import TeacherRouter
@@ -78,6 +78,7 @@ class PoolHandle:
             ray.get(leave, timeout=LEAVE_S)
         if not self.namespace:
             ray.kill(self.actor)
+            free_all(replica_name(self.actor._actor_id.hex(), ""))  # where it could not do so itself
 
 
 def facts(config: Config, vocab_size: int) -> dict[str, Any]:

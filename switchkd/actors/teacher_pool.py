@@ -23,7 +23,7 @@ from ray.exceptions import ActorUnavailableError, RayError
 from switchkd import scaling
 from switchkd.actors.environment import Secrets, prepare
 from switchkd.actors.futures import cause_of
-from switchkd.actors.place import Place
+from switchkd.actors.place import Place, free_all
 from switchkd.actors.teacher_actor import TeacherActor, Worked
 from switchkd.actors.teacher_load import Probe, Watch, load_of
 from switchkd.actors.teacher_router import SESSION_BITS
@@ -77,8 +77,13 @@ class TeacherPoolActor:
         self.roster, self.watches = Roster(), dict[int, Watch]()
         self.lock, self.wake, self.stopped = RLock(), Event(), False
         self.life = random_tokens.token_hex(4)
-        again = ray.get_runtime_context().was_current_actor_reconstructed
-        self.log = ["the teacher pool died and is started again"] if again else []
+        itself = ray.get_runtime_context()
+        self.names = replica_name(served or itself.get_actor_id(), "")
+        self.log: list[str] = []
+        if itself.was_current_actor_reconstructed:
+            self.log.append("the teacher pool died and is started again")
+            if not served:  # its replicas died with it, their places did not
+                free_all(self.names)
         self.ever_ready, self.num_failed, self.hold_until = False, 0, 0.0
         self.runs: set[int] = set()
         self.loads: list[scaling.Load] = []
@@ -246,7 +251,7 @@ class TeacherPoolActor:
 
     def _adopt(self) -> None:
         """Replicas of a served pool whose own process died."""
-        prefix, now = self._name(""), time.monotonic()
+        prefix, now = self.names, time.monotonic()
         if not self.served:
             return
         known = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True)]
@@ -301,8 +306,8 @@ class TeacherPoolActor:
 
     # ── small things ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _name(self, number: int | str) -> str:
-        return replica_name(self.served, number)
+    def _name(self, number: int) -> str:
+        return f"{self.names}{number}"
 
     def _say(self, text: str) -> None:
         self.log.append(text)
@@ -315,5 +320,5 @@ def _reason(error: RayError) -> str:
 
 
 def replica_name(served: str, number: int | str) -> str:
-    """Of a served pool's replica and of its place."""
+    """Of a replica's place, and of a served pool's replica. `served`: the pool's name, or its actor's id."""
     return f"teacher/{served}/{number}"
