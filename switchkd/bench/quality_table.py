@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from switchkd.bench.study import flat
+from switchkd.bench.study import WARM_UP, flat
 from switchkd.bench.table import surroundings
 from switchkd.config import ConfigError
 
@@ -81,18 +81,25 @@ class Row:
     what: str  # what it changes
     scores: dict[str, Mean]
     by_seed: dict[int, float]  # of the score that ranks
+    gain: Mean | None  # in it over the student that it started from, seed by seed
     teacher_frac: Mean
     rollout_tokens: Mean
     train_s: Mean
 
     @classmethod
-    def of(cls, method: str, told: Sequence[Mapping[str, Any]], rank_by: str) -> Row:
+    def of(
+        cls, method: str, told: Sequence[Mapping[str, Any]], rank_by: str, started: Mapping[int, float] | None = None
+    ) -> Row:
+        """`started`: the score of each seed's student before."""
+        by_seed = {one["seed"]: one["scores"][rank_by] for one in told}
+        gains = [score - started[seed] for seed, score in by_seed.items() if started and seed in started]
         names = [name for name in told[0]["scores"] if all(name in one["scores"] for one in told)]
         return cls(
             method=method,
             what=" ".join(flat(told[0]["overrides"])),
             scores={name: Mean.of([one["scores"][name] for one in told]) for name in names},
-            by_seed={one["seed"]: one["scores"][rank_by] for one in told},
+            by_seed=by_seed,
+            gain=Mean.of(gains) if gains else None,
             teacher_frac=Mean.of([one["rollouts"]["teacher_frac"] for one in told]),
             rollout_tokens=Mean.of([one["rollouts"]["tokens"] for one in told]),
             train_s=Mean.of([one["seconds"]["train"] for one in told]),
@@ -124,7 +131,8 @@ class QualityTable:
             raise ConfigError(
                 f"{name}: no cell is finished yet; run `switchkd bench quality` without --only-table first"
             )
-        rows = sorted(_rows(cells, rank_by), key=lambda row: -row.scores[rank_by].mean)
+        started = {one["seed"]: one["scores"][rank_by] for one in before if one["method"] == WARM_UP}
+        rows = sorted(_rows(cells, rank_by, started), key=lambda row: -row.scores[rank_by].mean)
         return cls(
             name=name, rank_by=rank_by, num_seeds=num_seeds, rows=tuple(rows), before=tuple(_rows(before, rank_by)),
             neighbours=tuple(_neighbours(rows)),
@@ -150,7 +158,8 @@ class QualityTable:
         told = [
             f"# {self.name}",
             f"Means over seeds with their 95% interval (Student's t), by {self.rank_by}. KL in nats a token; teacher "
-            "share of the tokens that models wrote for the training; seconds of the run without its exam.",
+            "share of the tokens that models wrote for the training; seconds of the run without its exam. The gain is "
+            "over the student that all methods of a seed start from.",
             self._scores(),
         ]
         if few:
@@ -168,13 +177,14 @@ class QualityTable:
 
     def _scores(self) -> str:
         there = [name for name in MEASURES if name in self.rows[0].scores]
-        titles = ("method", "seeds", self.rank_by, *(MEASURES[name] for name in there), "teacher share",
+        titles = ("method", "seeds", self.rank_by, "gain", *(MEASURES[name] for name in there), "teacher share",
                   "tokens written", "seconds")  # fmt: skip
         rows = []
         for row in (*self.rows, *self.before):
             measures = [str(row.scores[name]) if name in row.scores else "-" for name in there]
             rest = (f"{row.teacher_frac.mean:.1%}", f"{row.rollout_tokens.mean:,.0f}", f"{row.train_s.mean:.0f}")
-            rows.append((row.method, str(len(row.by_seed)), str(row.scores[self.rank_by]), *measures, *rest))
+            first = (row.method, str(len(row.by_seed)), str(row.scores[self.rank_by]), str(row.gain or "-"))
+            rows.append((*first, *measures, *rest))
         return _table(titles, rows)
 
     def _parts(self) -> str:
@@ -192,11 +202,11 @@ class QualityTable:
         return _table(("pair", "seeds", "difference", "p", "p (Holm)"), rows)
 
 
-def _rows(cells: Iterable[Mapping[str, Any]], rank_by: str) -> list[Row]:
+def _rows(cells: Iterable[Mapping[str, Any]], rank_by: str, started: Mapping[int, float] | None = None) -> list[Row]:
     by_method: dict[str, list[Mapping[str, Any]]] = {}
     for cell in cells:
         by_method.setdefault(cell["method"], []).append(cell)
-    return [Row.of(method, told, rank_by) for method, told in by_method.items()]
+    return [Row.of(method, told, rank_by, started) for method, told in by_method.items()]
 
 
 def _neighbours(rows: Sequence[Row]) -> list[Paired]:
