@@ -31,6 +31,8 @@ from switchkd.bench.table import Spread, Table, surroundings
 BATCH = 8
 ROLES = {"rollout worker": "RolloutActor", "teacher": "TeacherActor", "learner rank": "LearnerActor",
          "replay": "ReplayActor"}  # fmt: skip
+CALM = 10
+"""Steps at the end of which no sample is taken."""
 SETTLE = 0.25
 """The first part of a process's samples is left out of its slope: buffers and caches fill."""
 
@@ -49,6 +51,8 @@ class Havoc:
     run_dir: Path
     due: list[Fault]
     rng: random.Random
+    last_sampled: int
+    """Step from which no sample is taken: Ray ends a process that asks a cluster which has gone."""
     faults: list[Fault] = field(default_factory=list)
     samples: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # process: (steps trained, MB)
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -63,7 +67,7 @@ class Havoc:
             seen, trained = step, trained + 1
             if self.faults and struck and step > self.faults[-1].step:
                 self.faults[-1].recover_s, struck = time.monotonic() - struck, 0.0
-            if trained % 5 == 0:
+            if trained % 5 == 0 and step < self.last_sampled:
                 self._sample(trained)
             if self.due and not struck and step >= self.due[0].step and self._strike(self.due[0], step):
                 self.due.pop(0)
@@ -104,7 +108,7 @@ def run(*, steps: int, seed: int, every: int, keep: Path | None = None) -> Table
         folder = keep or Path(place)
         config = config_of(folder, steps, seed)
         rng = random.Random(seed)
-        havoc = Havoc(folder / "run", schedule(steps, every, rng), rng)
+        havoc = Havoc(folder / "run", schedule(steps, every, rng), rng, last_sampled=steps - CALM)
         thread = threading.Thread(target=havoc.watch, name="havoc", daemon=True)
         thread.start()
         started = time.monotonic()
