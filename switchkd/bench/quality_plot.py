@@ -42,6 +42,8 @@ def _ranking(axes: Any, table: QualityTable) -> None:
         if row.method != "teacher":
             axes.axvline(row.scores[table.rank_by].mean, linestyle=":", color="gray", label=f"after {row.method}")
             axes.legend(loc="lower right")
+    starts = [row.scores[table.rank_by].mean for row in table.before if row.method != "teacher"]
+    axes.set_xlim(*_around([*starts, *(score for row in rows for score in row.by_seed.values())]))
     axes.set_xlabel(f"{table.rank_by}, mean and 95% interval over seeds; strokes: seeds")
     axes.grid(axis="x", alpha=0.3)
 
@@ -50,6 +52,8 @@ def _curves(axes: Any, table: QualityTable, main: tuple[str, ...]) -> None:
     parts = table.parts
     axes.set_ylabel(table.rank_by)
     drawn = [row for row in table.rows if row.method in main]
+    if means := [mean.mean for row in drawn for part in parts if (mean := table.part(row, part)) is not None]:
+        axes.set_ylim(*_around(means))
     for i, row in enumerate(drawn):
         there = [(place, mean) for place, part in enumerate(parts) if (mean := table.part(row, part)) is not None]
         shift = 0.5 * (i / max(len(drawn) - 1, 1) - 0.5)  # side by side, not one over the other
@@ -62,6 +66,13 @@ def _curves(axes: Any, table: QualityTable, main: tuple[str, ...]) -> None:
     axes.grid(axis="y", alpha=0.3)
     if drawn:
         axes.legend(fontsize="small")
+
+
+def _around(scores: list[float]) -> tuple[float, float]:
+    """Limits that show all scores: two seeds' intervals are so wide that one would see nothing else."""
+    low, high = min(scores), max(scores)
+    margin = 0.15 * (high - low) or 1.0
+    return low - margin, high + margin
 
 
 def _figure_class() -> Any:
