@@ -222,6 +222,9 @@ def test_labels_and_a_node_that_goes(cluster, alone, place, monkeypatch):
     nobody_left()
     for node in nodes:
         cluster.remove_node(node)
+    import ray
+
+    wait_until(lambda: ray.cluster_resources().get("CPU") == 9, "the nodes did not go")
 
 
 def test_several_teachers(cluster, place):
