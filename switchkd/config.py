@@ -38,18 +38,24 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     Relative data paths are taken from the config file's folder. Raises ConfigError.
     """
     path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist; give a path such as configs/quickstart.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"config file {path} cannot be read as YAML: {_one_line(error)}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"config file {path} holds no keys; see configs/quickstart.yaml for an example")
+    raw = read_yaml(path, "config file", "configs/quickstart.yaml")
     for override in overrides:
         apply_override(raw, override)
     config = parse(raw)
     return _anchor_data(config, path.resolve().parent)
+
+
+def read_yaml(path: Path, what: str, example: str) -> dict[str, Any]:
+    """The keys of a file. Raises ConfigError, in which the file is a `what`, and `example` one that is right."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{what} {path} does not exist; give a path such as {example}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{what} {path} cannot be read as YAML: {_one_line(error)}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{what} {path} holds no keys; see {example} for an example")
+    return raw
 
 
 def parse(raw: dict[str, Any]) -> Config:

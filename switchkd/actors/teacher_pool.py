@@ -78,12 +78,12 @@ class TeacherPoolActor:
         self.lock, self.wake, self.stopped = RLock(), Event(), False
         self.life = random_tokens.token_hex(4)
         itself = ray.get_runtime_context()
-        self.names = replica_name(served or itself.get_actor_id(), "")
+        self.key = served or itself.get_actor_id()
         self.log: list[str] = []
         if itself.was_current_actor_reconstructed:
             self.log.append("the teacher pool died and is started again")
             if not served:  # its replicas died with it, their places did not
-                free_all(self.names)
+                free_all(self._name(""))
         self.ever_ready, self.num_failed, self.hold_until = False, 0, 0.0
         self.runs: set[int] = set()
         self.loads: list[scaling.Load] = []
@@ -251,7 +251,7 @@ class TeacherPoolActor:
 
     def _adopt(self) -> None:
         """Replicas of a served pool whose own process died."""
-        prefix, now = self.names, time.monotonic()
+        prefix, now = self._name(""), time.monotonic()
         if not self.served:
             return
         known = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True)]
@@ -306,8 +306,8 @@ class TeacherPoolActor:
 
     # ── small things ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _name(self, number: int) -> str:
-        return f"{self.names}{number}"
+    def _name(self, number: int | str) -> str:
+        return replica_name(self.key, number)
 
     def _say(self, text: str) -> None:
         self.log.append(text)

@@ -137,11 +137,7 @@ def bound_s(rollouts: Sequence[Rollout], reads: Sequence[Any], costs: StepCosts,
 
 def row_bound_s(rollout: Rollout, differ: np.ndarray, costs: StepCosts, rule: Rule) -> float:
     """Dynamic programming from the last token to the first, over the three ways to take the next round."""
-    owned = rollout.sources == Source.TEACHER
-    num = rollout.num_tokens
-    settled = np.isneginf(rollout.threshold) if rule.settled is not None else np.zeros(num, bool)
-    # a proposal ends behind the first token at which it breaks
-    ends = {"student": _next(owned & differ), "teacher": _next(~owned & differ)}
+    num, (settled, ends) = rollout.num_tokens, _course(rollout, differ, rule)
     best = np.zeros(num + 1)
     for t in range(num - 1, -1, -1):
         if settled[t]:  # the teacher goes on alone
@@ -174,21 +170,24 @@ def steady_s(rollouts: Sequence[Rollout], reads: Sequence[Any], costs: StepCosts
 
 def row_steady_s(rollout: Rollout, differ: np.ndarray, costs: StepCosts, rule: Rule, who: str, most: int) -> float:
     """One row whose every round is led by `who` with blocks of `most` tokens, or of as many as are left."""
-    owned = rollout.sources == Source.TEACHER
-    settled = np.isneginf(rollout.threshold) if rule.settled is not None else np.zeros(len(owned), bool)
-    if who == "teacher":
-        step, block, ends = costs.write, costs.check, _next(~owned & differ)
-    else:
-        step, block, ends = costs.student, costs.read, _next(owned & differ)
+    settled, ends = _course(rollout, differ, rule)
+    step, block = (costs.write, costs.check) if who == "teacher" else (costs.student, costs.read)
     t, seconds = 0, 0.0
     while t < rollout.num_tokens:
         if settled[t]:
             return seconds + (rollout.num_tokens - t) * costs.write
         size = max(size for size in block if size <= min(most, rollout.num_tokens - t))
-        kept = min(int(ends[t]) - t + 1, size)
+        kept = min(int(ends[who][t]) - t + 1, size)
         seconds += size * step + block[size] + kept * costs.settle
         t += kept
     return seconds
+
+
+def _course(rollout: Rollout, differ: np.ndarray, rule: Rule) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Of each token: does the teacher go on alone there, and behind which token does either's proposal end?"""
+    owned = rollout.sources == Source.TEACHER
+    settled = np.isneginf(rollout.threshold) if rule.settled is not None else np.zeros(len(owned), bool)
+    return settled, {"student": _next(owned & differ), "teacher": _next(~owned & differ)}
 
 
 def _next(breaks: np.ndarray) -> np.ndarray:

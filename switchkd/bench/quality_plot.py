@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from switchkd.bench.quality_table import QualityTable
+from switchkd.bench.study import TEACHER
 from switchkd.config import ConfigError
 from switchkd.files import write_atomic
 
@@ -38,12 +39,11 @@ def _ranking(axes: Any, table: QualityTable) -> None:
     for row, place in zip(rows, places, strict=True):
         axes.plot(list(row.by_seed.values()), [place] * len(row.by_seed), "|", color="gray", markersize=6)
     axes.set_yticks(places, [f"{row.method} ({len(row.by_seed)})" for row in rows])
-    for row in table.before:
-        if row.method != "teacher":
-            axes.axvline(row.scores[table.rank_by].mean, linestyle=":", color="gray", label=f"after {row.method}")
-            axes.legend(loc="lower right")
-    starts = [row.scores[table.rank_by].mean for row in table.before if row.method != "teacher"]
-    axes.set_xlim(*_around([*starts, *(score for row in rows for score in row.by_seed.values())]))
+    starts = {row.method: row.scores[table.rank_by].mean for row in table.before if row.method != TEACHER}
+    for method, mean in starts.items():
+        axes.axvline(mean, linestyle=":", color="gray", label=f"after {method}")
+        axes.legend(loc="lower right")
+    axes.set_xlim(*_around([*starts.values(), *(score for row in rows for score in row.by_seed.values())]))
     axes.set_xlabel(f"{table.rank_by}, mean and 95% interval over seeds; strokes: seeds")
     axes.grid(axis="x", alpha=0.3)
 

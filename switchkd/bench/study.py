@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, PositiveInt, ValidationError, field_validator
 
-from switchkd.config import ConfigError, explain, parse
+from switchkd.config import ConfigError, explain, parse, read_yaml
 from switchkd.sections import Config, Section
 
 TEACHER, WARM_UP = "teacher", "warm-up"
@@ -111,14 +110,7 @@ class Cell:
 
 def read_study(path: Path) -> Study:
     """Raises ConfigError, also for a method whose config would be refused."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"--study {path} does not exist; give a file such as configs/study/arithmetic.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"--study {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"--study {path} holds no keys; see configs/study/arithmetic.yaml")
+    raw = read_yaml(path, "--study", "configs/study/arithmetic.yaml")
     try:
         study = Study.model_validate(raw)
     except ValidationError as error:
