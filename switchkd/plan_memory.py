@@ -24,8 +24,10 @@ from switchkd.sections import Config
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-CHUNK_COPIES = 9
-"""Rows [chunk_tokens, V] in float32 that exist at the same time while a loss and its gradient are taken."""
+FEW_COPIES = 9
+"""Copies in float32 of the few rows over which a loss and its gradient are taken."""
+FEW_ELEMENTS = {"cpu": 2**18, "device": 2**24}
+"""Of those rows together (algo/chunked.py)."""
 LIVE_PARAMS = 1e9
 """ZeRO-3's default for parameters that are whole at the same time."""
 
@@ -132,10 +134,21 @@ def learner_memory(config: Config, shapes: dict[str, Shape]) -> Parts:
     signal = config.teacher.signal
     if "teacher" in shapes and signal != "full":
         parts["teacher's output matrix"] = 4.0 * shapes["teacher"].head_params
-    parts["rows of a chunk"] = 4.0 * CHUNK_COPIES * learner.chunk_tokens * shape.vocab
-    if not shape.trainable:  # summed over chunks in float32, and one chunk's
-        parts["gradient of the output matrix"] = 2 * 4.0 * shape.head_params
+    parts["rows of a chunk"] = _chunk_space(config, shape)
+    if not shape.trainable:  # summed over chunks in float32; of a short type also one chunk's
+        each = 4.0 + (BYTES[learner.dtype] if learner.dtype != "float32" else 0)
+        parts["gradient of the output matrix"] = each * shape.head_params
     return parts
+
+
+def _chunk_space(config: Config, shape: Shape) -> float:
+    """The teacher's rows in float32, the student's in their own type, and what the loss of a few rows needs."""
+    from switchkd.assembly import device_of
+
+    chunk = float(config.learner.chunk_tokens * shape.vocab)
+    on_cpu = not config.resources.learner.num_gpus and device_of("auto") == "cpu"
+    few = max(FEW_ELEMENTS["cpu" if on_cpu else "device"], shape.vocab)
+    return (4 + BYTES[config.learner.dtype]) * chunk + 4 * FEW_COPIES * min(chunk, few)
 
 
 def states(config: Config, shape: Shape) -> Parts:

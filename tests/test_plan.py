@@ -123,7 +123,7 @@ class TestMemory:
         assert parts["rollout"]["kv cache"] == 2 * 2 * 2 * (2 * 8) * 4 * columns
         assert parts["rollout"]["teacher's output matrix"] == 4 * 120 * 32
         assert parts["rollout"]["rows"] == 4 * 120 * 4 * (4 + 2 * 4 + 3)
-        assert parts["learner"]["rows of a chunk"] == 4 * 9 * 256 * 120
+        assert parts["learner"]["rows of a chunk"] == (4 + 4 + 4 * 9) * 256 * 120
         off = planned(here, student={"prepack": "off"}, teacher={"max_sessions": 5, **short, "backend": "vllm"})
         assert "packed copies" not in memory(off, found)["rollout"]
         assert memory(off, found)["teacher"].keys() == {"weights", "kv cache"}

@@ -1,25 +1,33 @@
 """A loss over many positions that never holds more than one chunk of vocabulary rows.
 
-In: the student's last hidden states [N, D], its output head, the teacher's rows by slice, and a per-token loss.
-Out: sum(weights * per-token loss), differentiable in the hidden states and in the head. The gradient of a chunk is
+In: the student's last hidden states [N, D], its output matrix, the teacher's rows by slice, and a per-token loss.
+Out: sum(weights * per-token loss), differentiable in the hidden states and in the matrix. The gradient of a chunk is
 taken as soon as its loss is known (as Liger's fused losses do, arXiv 2410.10989): nothing is computed twice, and what
-is kept until the backward pass is one gradient per hidden state and one of the head.
+is kept until the backward pass is one gradient per hidden state and one of the matrix.
+
+Two sizes: products run over a chunk, so that the matrix is read seldom; the loss and its gradient, which are many
+passes over each row, run over as few rows as stay in a cache. Of a chunk exist the teacher's rows and the student's,
+which become their gradients where they stand.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Head = Callable[..., Tensor]
+from switchkd.algo.compressed import TopK
+
+_CPU_ELEMENTS = 2**18
+_DEVICE_ELEMENTS = 2**24
 
 
 def chunked_loss(
     student_hidden: Tensor,
-    student_head: Head,
-    head_parameters: Sequence[Tensor],
-    teacher_logits: Callable[[slice], Any],
+    weight: Tensor,
+    bias: Tensor | None,
+    logits_of: Callable[[Tensor], Tensor],
+    teacher_logits: Callable[[slice], Tensor | TopK | None],
     labels: Tensor,
     mask: Tensor,
     weights: Tensor,
@@ -29,23 +37,22 @@ def chunked_loss(
 ) -> Tensor:
     """sum(weights * per-token loss), a differentiable scalar.
 
-    `student_head(hidden [n, D], *head_parameters)` gives the student's rows [n, V] and `teacher_logits(slice)` the
-    teacher's (None for a loss without a teacher, compressed rows where the loss takes them); each is called once per
-    chunk, in order, and so is
-    `loss(p_logits, q_logits, labels, mask, **extras)`, which gets the same slice of each tensor of `extras` ([N, ...]).
-    N = 0 gives a zero that still reaches the hidden states and the head, so that every rank's hooks run.
+    The student's rows are logits_of(hidden @ weight.T + bias), with weight [V, D], bias [V] and a function that goes
+    through each row by itself (to float32, scale, soft-cap). `teacher_logits(slice)` gives the teacher's rows [n, V]:
+    None for a loss without a teacher, compressed ones where the loss takes them; it is called once per chunk, in order.
+    `loss(p_logits, q_logits, labels, mask, **extras)` gets a few rows at a time, in order and each once, with the same
+    rows of each tensor of `extras` ([N, ...]).
+    N = 0 gives a zero that still reaches the hidden states and the matrix, so that every rank's hooks run.
     """
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}: give a number of positions, at least 1")
 
-    def of_rows(rows: slice, hidden: Tensor, *parameters: Tensor) -> Tensor:
-        with torch.no_grad():
-            p_logits = teacher_logits(rows)
+    def of_rows(rows: slice, p_logits: Tensor | TopK | None, product: Tensor) -> Tensor:
         own = {name: tensor[rows] for name, tensor in extras.items()}
-        per_token = loss(p_logits, student_head(hidden, *parameters), labels[rows], mask[rows], **own)
+        per_token = loss(p_logits, logits_of(product), labels[rows], mask[rows], **own)
         return (weights[rows] * per_token).sum()
 
-    total: Tensor = _GradientsAhead.apply(of_rows, chunk, student_hidden, *head_parameters)  # type: ignore[no-untyped-call]
+    total: Tensor = _GradientsAhead.apply(of_rows, teacher_logits, chunk, student_hidden, weight, bias)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -53,42 +60,74 @@ class _GradientsAhead(torch.autograd.Function):
     """The sum over chunks; its gradients are ready when the forward pass ends, the backward pass scales them."""
 
     @staticmethod
-    def forward(ctx: Any, of_rows: Callable[..., Tensor], chunk: int, hidden: Tensor, *parameters: Tensor) -> Tensor:
-        wanted = ctx.needs_input_grad[2:]
+    def forward(ctx: Any, of_rows: Callable[..., Tensor], teacher_logits: Callable[[slice], Any], chunk: int,
+                hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # fmt: skip
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[3:]
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        grads: list[Tensor | None] = [None] * len(wanted)
-        if wanted[0]:
-            grads[0] = torch.zeros_like(hidden)
-        leaves = [p.detach().requires_grad_(w) for p, w in zip(parameters, wanted[1:], strict=True)]
+        # chunks are summed in float32
+        of_hidden = torch.zeros_like(hidden) if wants_hidden else None
+        of_weight = torch.zeros_like(weight, dtype=_summed(weight)) if wants_weight else None
+        of_bias = torch.zeros_like(bias, dtype=_summed(bias)) if bias is not None and wants_bias else None
         for start in range(0, len(hidden), chunk):
             rows = slice(start, min(start + chunk, len(hidden)))
-            with torch.enable_grad():
-                states = hidden[rows].detach().requires_grad_(wanted[0])
-                part = of_rows(rows, states, *leaves)
-            total += part.detach()
-            inputs = [leaf for leaf, w in zip((states, *leaves), wanted, strict=True) if w]
-            if not (inputs and part.requires_grad):
-                continue
-            found = iter(torch.autograd.grad(part, inputs, allow_unused=True, materialize_grads=True))
-            for i, w in enumerate(wanted):
-                if w:
-                    grads[i] = _added(grads[i], next(found), rows if i == 0 else None)
-        for i, (parameter, w) in enumerate(zip(parameters, wanted[1:], strict=True), 1):
-            if w:  # chunks were summed in float32; without any the gradient is zero
-                found_grad = grads[i]
-                grads[i] = torch.zeros_like(parameter) if found_grad is None else found_grad.to(parameter.dtype)
-        ctx.grads = grads
+            states = hidden[rows].to(weight.dtype)
+            product = torch.nn.functional.linear(states, weight, bias)
+            total += _differentiate(of_rows, rows, teacher_logits(rows), product)
+            if of_hidden is not None:
+                of_hidden[rows] = product @ weight
+            if of_weight is not None:
+                _add_product(of_weight, product.T, states)
+            if of_bias is not None:
+                of_bias += product.sum(0, dtype=of_bias.dtype)
+        ctx.grads = (
+            of_hidden,
+            None if of_weight is None else of_weight.to(weight.dtype),
+            None if bias is None or of_bias is None else of_bias.to(bias.dtype),
+        )
         return total.to(torch.promote_types(hidden.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Any, ...]:
         grads, ctx.grads = ctx.grads, None  # scaled in place: there is no second backward pass
-        return (None, None, *(None if grad is None else grad.mul_(outer[0].to(grad.dtype)) for grad in grads))
+        return (None, None, None, *(None if grad is None else grad.mul_(outer[0].to(grad.dtype)) for grad in grads))
 
 
-def _added(total: Tensor | None, part: Tensor, rows: slice | None) -> Tensor:
-    if rows is not None:
-        assert total is not None
-        total[rows] = part
-        return total
-    return part.float() if total is None else total.add_(part)
+def _differentiate(
+    of_rows: Callable[..., Tensor], rows: slice, p_logits: Tensor | TopK | None, product: Tensor
+) -> Tensor:
+    """The loss of a chunk; its gradient takes the place of `product` [n, V]."""
+    total = torch.zeros((), dtype=torch.float64, device=product.device)
+    for few in _few_rows(product):
+        with torch.enable_grad():
+            leaf = product[few].detach().requires_grad_()
+            part = of_rows(slice(rows.start + few.start, rows.start + few.stop), _taken(p_logits, few), leaf)
+        total += part.detach()
+        if part.requires_grad:
+            product[few] = torch.autograd.grad(part, leaf)[0]
+        else:
+            product[few] = 0
+    return total
+
+
+def _few_rows(product: Tensor) -> Iterator[slice]:
+    num, vocab = product.shape
+    size = max((_CPU_ELEMENTS if product.device.type == "cpu" else _DEVICE_ELEMENTS) // vocab, 1)
+    return (slice(start, min(start + size, num)) for start in range(0, num, size))
+
+
+def _taken(p_logits: Tensor | TopK | None, few: slice) -> Tensor | TopK | None:
+    if p_logits is None:
+        return None
+    return p_logits.of(few) if isinstance(p_logits, TopK) else p_logits[few]
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, without a second matrix of that size where the types allow it."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+def _summed(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

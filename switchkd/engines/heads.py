@@ -57,14 +57,10 @@ class LinearHead:
         """[..., D] in any float dtype to float32 [..., V]. Differentiable in `hidden`."""
         hidden = hidden.to(device=self.weight.device, dtype=self.weight.dtype)
         if self._packed is not None:
-            out = self._packed.product(hidden).float()
+            out = self._packed.product(hidden)
         else:
-            out = torch.nn.functional.linear(hidden, self.weight, self.bias).float()
-        if self.scale != 1.0:
-            out = out * self.scale
-        if self.softcap:
-            out = torch.tanh(out / self.softcap) * self.softcap
-        return out
+            out = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        return finished(out, scale=self.scale, softcap=self.softcap)
 
     def copy_from(self, model: Any) -> None:
         """Take the model's present weights, in place: who holds this head sees the new ones."""
@@ -94,6 +90,16 @@ class LinearHead:
         weight = hidden_from_signal(arrays.weight, arrays.weight_dtype, device).to(dtype)
         bias = torch.tensor(arrays.bias, device=device, dtype=dtype) if len(arrays.bias) else None
         return cls(weight, bias, scale=arrays.scale, softcap=arrays.softcap)
+
+
+def finished(product: torch.Tensor, *, scale: float, softcap: float) -> torch.Tensor:
+    """float32 logits of what the output layer's matrix gave, row by row: what a `LinearHead` does after the product."""
+    out = product.float()
+    if scale != 1.0:
+        out = out * scale
+    if softcap:
+        out = torch.tanh(out / softcap) * softcap
+    return out
 
 
 def head_of(model: Any, vocab_size: int, dtype: torch.dtype = torch.float32) -> LinearHead:

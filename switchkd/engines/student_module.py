@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from switchkd.algo.compressed import TopK, concatenated, unpack
 from switchkd.algo.losses import atkd_weights, cross_entropy, forward_kl, token_weights
 from switchkd.algo.tail_losses import coarse
 from switchkd.batching import Batch, LossSpec
-from switchkd.engines.heads import LinearHead, final_hidden
+from switchkd.engines.heads import LinearHead, final_hidden, finished
 from switchkd.types import BatchPlan, Source
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager]
@@ -50,14 +51,10 @@ class OutputLayer(nn.Module):
         if len(weight) > self.vocab_size:  # rows beyond the shared vocabulary do not exist
             weight, bias = weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
         return chunked_loss(
-            hidden, self._logits, [weight] if bias is None else [weight, bias], teacher, batch.labels,
+            hidden, weight, bias, partial(finished, scale=self.scale, softcap=self.softcap), teacher, batch.labels,
             torch.ones_like(batch.labels, dtype=torch.bool), objective.weights, objective.per_token, objective.extras,
             self.chunk,
         )  # fmt: skip
-
-    def _logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """float32 [n, V]."""
-        return LinearHead(weight, bias, scale=self.scale, softcap=self.softcap).logits(hidden)
 
 
 class Objective:
@@ -82,7 +79,7 @@ class Objective:
 
     def per_token(self, p_logits: Tensor | TopK | None, q_logits: Tensor, labels: Tensor, mask: Tensor,
                   *, lm_weight: Tensor | None = None, **extras: Tensor) -> Tensor:  # fmt: skip
-        """What chunked_loss calls for each chunk."""
+        """What chunked_loss calls for a few rows at a time."""
         loss = self._distance(p_logits, q_logits, labels, mask, extras)
         if not loss.requires_grad:  # a constant, of a user's own: ranks wait for each other in every backward pass
             loss = loss + 0 * q_logits.sum(-1)
