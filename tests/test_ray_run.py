@@ -329,3 +329,26 @@ def wait_until(true: Callable[[], bool], otherwise: str, seconds: float = 30) ->
     while not true():
         assert time.monotonic() < deadline, otherwise
         time.sleep(0.2)
+
+
+NOBODY = """
+from switchkd.actors.futures import patient
+import ray
+
+@ray.remote
+def one():
+    return 1
+
+asked = patient(one.remote)
+print(type(asked.exception(timeout=60)).__name__, ray.is_initialized())
+"""
+
+
+def test_a_late_question_starts_no_ray():
+    """Whoever asks a Ray that is gone hears so; Ray's own answer would be to start another one."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", NOBODY],
+        env=env, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == ["RaySystemError", "False"], done.stdout + done.stderr[-2000:]
