@@ -338,7 +338,8 @@ def test_switching(models, tmp_path):
     for row in smoke(models, tmp_path, "switching")["rows"]:
         assert row["tokens/s"]["median"] > 0 and row["x afternoon"]["median"] > 0
         assert row["share of bound"]["median"] > 0 and 0 < row["teacher calls/token"] <= 1
-        assert row["share of bound"]["median"] <= row["of steady"]["median"]
+        # equal where a rule leaves no choice, but for rounding
+        assert row["share of bound"]["median"] <= row["of steady"]["median"] * (1 + 1e-9)
         assert row["bytes/row"] > 0 and 0 < row["rows/round"] <= 2
 
 
