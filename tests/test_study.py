@@ -220,7 +220,7 @@ def test_a_grid_goes_on_cell_by_cell(tmp_path, monkeypatch, capsys):
     args = ("bench", "quality", "--study", study_file(tmp_path), "--out", tmp_path / "out")
     first = Trains(monkeypatch, stop_at=6)  # teacher, warm-up 1, cell, warm-up 2, cell, cell
     code, told, _ = command(monkeypatch, capsys, *args)
-    assert code == 1 and "stopped during supervised-kd-seed1; the same command goes on" in told
+    assert code == 1 and "stopped at supervised-kd-seed1; the same command goes on" in told
     order = ["teacher", "warm-up-seed1", "switch-seed1", "warm-up-seed2", "switch-seed2", "supervised-kd-seed1"]
     assert first.seen == order
     made = {path.name: path.read_bytes() for path in (tmp_path / "out" / "cells").iterdir()}
@@ -239,6 +239,35 @@ def test_a_grid_goes_on_cell_by_cell(tmp_path, monkeypatch, capsys):
 
     third = Trains(monkeypatch)
     assert command(monkeypatch, capsys, *args)[0] == 0 and not third.seen
+
+
+def test_a_cell_that_fails_does_not_keep_the_others(tmp_path, monkeypatch, capsys):
+    """Exit code 1 at the end, with its name and its log, where the whole error stands; the same command tries it again,
+    and SIGTERM behind a cell's last step ends the grid, too."""
+    args = ("bench", "quality", "--study", study_file(tmp_path), "--out", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        cell_of = grid.Grid._cell
+
+        def breaks(one: Any, cell: Cell) -> Any:
+            (one.out / "runs").mkdir(exist_ok=True)
+            if cell == Cell("switch", 1):
+                raise ValueError("the loss is nan")
+            return cell_of(one, cell)
+
+        patch.setattr(grid.Grid, "_cell", breaks)
+        code, told, _ = command(monkeypatch, capsys, *args)
+    log = tmp_path / "out" / "runs" / "switch-seed1.log"
+    assert code == 1 and f"without a result: switch-seed1 (ValueError: the loss is nan; {log})" in told
+    assert "Traceback" in log.read_text() and "| supervised-kd | 2 |" in (tmp_path / "out" / "table.md").read_text()
+    names = {path.stem for path in (tmp_path / "out" / "cells").iterdir()}
+    assert {"switch-seed2", "supervised-kd-seed1", "supervised-kd-seed2"} <= names and "switch-seed1" not in names
+
+    (tmp_path / "out" / "cells" / "supervised-kd-seed2.json").unlink()
+    exam = grid.Grid._exam
+    monkeypatch.setattr(grid.Grid, "_exam", lambda *args: (signal.raise_signal(signal.SIGTERM), exam(*args))[1])
+    code, told, _ = command(monkeypatch, capsys, *args)
+    assert code == 1 and "stopped at supervised-kd-seed2;" in told
+    assert (tmp_path / "out" / "cells" / "switch-seed1.json").exists()
 
 
 def test_a_method_that_was_changed_under_its_name(tmp_path):

@@ -191,7 +191,7 @@ def quality(
     ] = False,
 ) -> None:
     """Which method teaches better: a study's grid of methods and seeds on equal terms, its table and its plot."""
-    from switchkd.bench.grid import Stopped
+    from switchkd.bench.grid import Failed, Stopped
     from switchkd.bench.quality import run
 
     try:
@@ -200,7 +200,10 @@ def quality(
             say=lambda text: print(text, flush=True),
         )  # fmt: skip
     except Stopped as stopped:
-        print(f"stopped during {stopped}; the same command goes on", flush=True)
+        print(f"stopped at {stopped}; the same command goes on", flush=True)
+        raise typer.Exit(1) from None
+    except Failed as failed:
+        print(f"without a result: {failed}; the same command tries them again", flush=True)
         raise typer.Exit(1) from None
     print(table.markdown())
 

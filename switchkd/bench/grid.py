@@ -9,17 +9,19 @@ In: a Study and a folder. Out, in the folder:
     runs/NAME-seed1/          the cell's run, without its checkpoints; NAME-seed1.log is what it said
 
 Killed anywhere, the same command goes on: finished cells are read, the others run. A run with a checkpoint is resumed,
-one without begins anew.
+one without begins anew. A cell that fails does not keep the others from running.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import signal
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,11 @@ Say = Callable[[str], None]
 
 
 class Stopped(Exception):
-    """A run was told to stop (SIGTERM) before its end."""
+    """The grid was told to stop (SIGTERM); its text names the first cell that is not there."""
+
+
+class Failed(Exception):
+    """Some cells have no result; its text names them and their logs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,32 +53,49 @@ class Grid:
     say: Say
 
     def run(self, methods: Sequence[str] = (), wanted: Sequence[str] = ()) -> None:
-        """All chosen cells that are not there yet. Raises ConfigError, Stopped."""
+        """All chosen cells that are not there yet. Raises ConfigError, Stopped, and at the end Failed."""
         chosen = cells(self.study, methods, wanted)
         claim(self.study, self.out)
         lock = RunLock(self.out)
         try:
-            self._run(chosen)
+            with _sigterm() as heard:
+                self._run(chosen, heard)
         finally:
             lock.release()
 
-    def _run(self, chosen: Sequence[Cell]) -> None:
+    def _run(self, chosen: Sequence[Cell], heard: list[int]) -> None:
         missing = [cell for cell in chosen if self.read(cell) is None]
         self.say(f"{self.study.name}: {len(chosen)} cells, {len(chosen) - len(missing)} of them are there")
         self._furnish()
         self._teacher()
         took: list[float] = []
+        failed: list[str] = []
         for i, cell in enumerate(missing):
+            if heard:  # after its last step a run ends as it would have
+                raise Stopped(cell.name)
             started = time.monotonic()
             start = Cell(WARM_UP, cell.seed)
             if self._warm_up_run and self.read(start) is None:
                 self._warm_up(start)
                 started = time.monotonic()
-            told = self._cell(cell)
+            try:  # a night's work is not to end with one method that diverges
+                told = self._cell(cell)
+            except (ConfigError, Stopped):
+                raise
+            except Exception as error:
+                log = self.out / "runs" / f"{cell.name}.log"
+                with log.open("a") as file:
+                    traceback.print_exception(error, file=file)
+                reason = next(iter(str(error).splitlines()), "")
+                failed.append(f"{cell.name} ({type(error).__name__}: {reason}; {log})")
+                self.say(f"{i + 1}/{len(missing)} {failed[-1]}")
+                continue
             took.append(time.monotonic() - started)
             left = statistics.fmean(took) * (len(missing) - i - 1)
             scored = " ".join(f"{name} {told['scores'][name]:.4g}" for name in self._headline(told["scores"]))
             self.say(f"{i + 1}/{len(missing)} {cell.name}  {scored}  {took[-1]:.0f} s  {_clock(left)} left")
+        if failed:
+            raise Failed("; ".join(failed))
 
     def _headline(self, scores: dict[str, float]) -> list[str]:
         return [name for name in (self.study.rank_by, "kl_greedy", "length") if name in scores]
@@ -212,6 +235,17 @@ class Grid:
                 "the changed method another name, or remove its cells"
             )
         return told
+
+
+@contextmanager
+def _sigterm() -> Iterator[list[int]]:
+    """What has come in meanwhile. A run has a handler of its own, and calls this one."""
+    heard: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        yield heard
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 _WITHOUT_TEACHER: Overrides = {"learner": {"loss": {"type": "cross_entropy"}}, "train": {"mix": {"dataset": 1.0}}}

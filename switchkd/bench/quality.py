@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from switchkd.bench.grid import Grid, Say, claim
+from switchkd.bench.grid import Failed, Grid, Say, claim
 from switchkd.bench.quality_plot import check_matplotlib, draw
 from switchkd.bench.quality_table import Mean, QualityTable
 from switchkd.bench.study import TEACHER, WARM_UP, Cell, cells, read_study
@@ -20,7 +20,8 @@ from switchkd.files import write_json_atomic, write_text_atomic
 def run(
     study_file: Path, out: Path, *, methods: Sequence[str], wanted: Sequence[str], only_table: bool, say: Say
 ) -> QualityTable:
-    """Run what is missing, then make the table of all that is there. Raises ConfigError, grid.Stopped."""
+    """Run what is missing, then make the table of all that is there. Raises ConfigError, grid.Stopped, and
+    behind the table grid.Failed."""
     study = read_study(study_file)
     cells(study, methods, wanted)
     Mean.of([0.0, 1.0])  # says that scipy is missing before hours are spent
@@ -30,13 +31,19 @@ def run(
         if not (grid.out / "study.json").exists():
             raise ConfigError(f"--out {out} holds no study yet; run the same command without --only-table first")
         claim(study, grid.out)
-    else:
-        grid.run(methods, wanted)
+    failed = None
+    if not only_table:
+        try:
+            grid.run(methods, wanted)
+        except Failed as error:
+            failed = error
     table = _table(grid)
     write_text_atomic(out / "table.md", table.markdown())
     write_json_atomic(out / "table.json", table.to_json())
     draw(table, study.main, out / "plot.png")
     say(f"{out / 'table.md'}, table.json and plot.png: {sum(len(row.by_seed) for row in table.rows)} cells")
+    if failed:
+        raise failed
     return table
 
 
