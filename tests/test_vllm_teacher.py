@@ -76,7 +76,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "granite": {"head_dim": 32, "hidden_size": 128, "tie_word_embeddings": True},
     "public": {"head_dim": 32},
     "bfloat16": {"head_dim": 32, "dtype": torch.bfloat16},
+    "split": {"head_dim": 32},
 }
+SMALL = {"kv_cache_memory_bytes": 64 * 2**20}
+SPLIT = {"tensor_parallel_size": 2}
+"""Between two workers, processes of their own: each has one of the two key-value heads."""
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +99,7 @@ def served(request, tmp_path_factory) -> Iterator[Served]:
     tiny_tokenizer().save_pretrained(folder)
     engine = Engine(
         str(folder), dtype=str(dtype).removeprefix("torch."), max_len=MAX_LEN, max_sessions=8,
-        interface="public" if name == "public" else "extension", arguments={"kv_cache_memory_bytes": 64 * 2**20},
+        interface="public" if name == "public" else "extension", arguments=SMALL | (SPLIT if name == "split" else {}),
     )  # fmt: skip
     yield Served(engine, teacher, student)
     engine.close()
@@ -133,6 +137,45 @@ def test_logprobs_equal_a_clean_forward(served):
         torch.testing.assert_close(rows.log_softmax(-1), clean.log_softmax(-1), atol=1e-3, rtol=0)
         at += size
     assert at > 2 * BLOCK
+
+
+@pytest.mark.timeout(600)  # workers that are processes start slowly
+@pytest.mark.parametrize("served", ["split"], indirect=True)
+def test_a_teacher_split_between_workers(served, monkeypatch):
+    """Its rows and draws are those of a clean forward pass, and its rows those of the same teacher on one worker; they
+    come from one of the two, and neither keeps anything of a request that was answered."""
+    from switchkd.engines.vllm_teacher import Engine
+
+    bench, ids, said = served.bench(), served.bench().ids(70, seed=9), []
+    call = served.engine.call
+
+    def spy(method: str, *args: Any) -> list[Any]:
+        answers = call(method, *args)
+        said.append((method, [bool(answer) for answer in answers]))
+        return answers
+
+    monkeypatch.setattr(served.engine, "call", spy)
+    contract.rows_equal_a_clean_forward(bench)
+    contract.cuts_and_continuations(bench)
+    contract.writing_is_keyed_drawing(bench)
+    assert said and all(answered == [True, False] for method, answered in said if method == "switchkd_take")
+    kept = "__import__('switchkd.engines.vllm_worker').engines.vllm_worker"
+    left = served.engine._llm.collective_rpc(lambda worker: eval(f"[*{kept}._margins, *{kept}._watch.rows]"))
+    assert left == [[], []]
+
+    request = blocks((0, 60, 0, ids[60:]))
+    whole = Engine(served.engine.path, dtype="float32", max_len=MAX_LEN, max_sessions=2, arguments=SMALL)
+    try:
+        signals = []
+        for engine in (served.engine, whole):
+            teacher = Served(engine, served.model, served.student).teacher()
+            teacher.open(sessions({0: ids[:60]}))
+            signals.append(teacher.score(request))
+    finally:
+        whole.close()
+    split, one = (bench.logits(signal) for signal in signals)
+    assert len(split) == 70
+    torch.testing.assert_close(split, one, atol=TOLERANCE, rtol=0)
 
 
 def runs_of(served, monkeypatch) -> list[tuple[int, bool]]:
@@ -480,7 +523,7 @@ engine.close()
 
 def finished(place: Path, *command: str) -> str:
     """Output of a Python process of its own: vLLM and DeepSpeed do not share one."""
-    done = subprocess.run([sys.executable, "-c", *command], cwd=place, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, "-c", *command], cwd=place, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, (done.stdout[-3000:], done.stderr[-3000:])
     return done.stdout
 
@@ -492,6 +535,19 @@ def both_finished(place: Path, first: Path, second: Path) -> None:
 
 
 @pytest.mark.timeout(600)
+def test_a_split_teacher_in_a_run(tmp_path):
+    """On Ray, where vLLM left to itself would ask for Ray workers and a placement group of their own: tokens and owners
+    of backend hf."""
+    furnish(tmp_path, head_dim=32)
+    stages = [{**SWITCH, "steps": 1}]
+    hf = config_file(tmp_path, stages, "hf.yaml", run={"dir": "hf"})
+    split = {"backend": "vllm", "engine": {**SMALL, **SPLIT}}
+    vllm = config_file(tmp_path, stages, "vllm.yaml", run={"dir": "vllm", "mode": "ray"}, teacher=split)
+    both_finished(tmp_path, hf, vllm)
+    assert rollouts(tmp_path / "vllm") == rollouts(tmp_path / "hf") and len(rollouts(tmp_path / "hf")) == 4
+
+
+@pytest.mark.timeout(600)
 def test_a_run_on_ray_and_its_student(tmp_path):
     """`switchkd train` with backend vllm writes the rollouts and trains the weights of backend hf; the student's folder
     loads in vLLM and writes transformers' greedy text there."""
@@ -500,10 +556,8 @@ def test_a_run_on_ray_and_its_student(tmp_path):
     furnish(tmp_path, head_dim=32)
     stages = [{**SWITCH, "steps": 3}]
     hf = config_file(tmp_path, stages, "hf.yaml", run={"dir": "hf"})
-    engine = {"kv_cache_memory_bytes": 64 * 2**20}
-    vllm = config_file(
-        tmp_path, stages, "vllm.yaml", run={"dir": "vllm", "mode": "ray"}, teacher={"backend": "vllm", "engine": engine}
-    )
+    served = {"backend": "vllm", "engine": SMALL}
+    vllm = config_file(tmp_path, stages, "vllm.yaml", run={"dir": "vllm", "mode": "ray"}, teacher=served)
     both_finished(tmp_path, hf, vllm)
     assert rollouts(tmp_path / "vllm") == rollouts(tmp_path / "hf") and len(rollouts(tmp_path / "hf")) == 12
     losses = [[row["loss/total"] for row in steps(tmp_path / name)] for name in ("vllm", "hf")]

@@ -32,11 +32,14 @@ from switchkd.types import Blocks, Positions, Sessions, Signal, WriteRequest, Wr
 _SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process: it starts and steps faster
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise every engine of a machine sits on its first core
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork of a process whose OpenMP threads have worked hangs
     "OMP_WAIT_POLICY": "PASSIVE",  # OpenMP threads that spin bring a busy machine to a halt
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 _CPU_CACHE_BYTES = 2**30
+_SPLITS = ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size")
+"""vLLM's arguments that give an engine more than one worker."""
 
 
 class Engine:
@@ -58,7 +61,8 @@ class Engine:
             "model": path, "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code,
             "max_model_len": max_len + 1,  # vLLM wants room for one token to write
             "max_num_seqs": min(max_sessions, 256), "max_logprobs": -1, "skip_tokenizer_init": True,
-            "enable_prefix_caching": True, "load_format": "safetensors", **_of_platform(given), **given,
+            "enable_prefix_caching": True, "load_format": "safetensors", **_of_platform(given), **_of_workers(given),
+            **given,
             "async_scheduling": False,  # a draw counts the tokens that were written before it
             "logits_processors": ["switchkd.engines.vllm_worker:KeyedDraws"],
         }  # fmt: skip
@@ -234,6 +238,13 @@ def _of_platform(given: dict[str, Any]) -> dict[str, Any]:
     if "gpu_memory_utilization" not in given and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         settings["kv_cache_memory_bytes"] = _CPU_CACHE_BYTES
     return settings
+
+
+def _of_workers(given: dict[str, Any]) -> dict[str, Any]:
+    """Several workers are processes of this one, on its node. Left to itself, vLLM would see the replica's placement
+    group and start Ray actors, one in a bundle each; all of the replica's GPUs are one bundle, which it refuses."""
+    several = any((given.get(name) or 1) > 1 for name in _SPLITS)
+    return {"distributed_executor_backend": "mp"} if several else {}
 
 
 def _none_of(rows: torch.Tensor | None) -> torch.Tensor:

@@ -128,13 +128,14 @@ class RowReader:
         """Rows and margins of finished requests: a list of (first position, values, dtype, margins); nothing on workers
         that hold none."""
         assert _watch is not None
-        found = []
-        for key in keys:
-            margins, taken = _margins.pop(key, {}), _watch.taken(key)
-            if taken is None:
-                return b""
-            found.append((taken[0], *signal_from_hidden(taken[1]), [margins[i] for i in sorted(margins)]))
-        return pickle.dumps(found)
+        # of all requests, before one answers nothing: margins are counted on every worker
+        taken = [(_watch.taken(key), _margins.pop(key, {})) for key in keys]
+        found = [
+            (rows[0], *signal_from_hidden(rows[1]), [margins[i] for i in sorted(margins)])
+            for rows, margins in taken
+            if rows is not None
+        ]
+        return pickle.dumps(found) if len(found) == len(keys) else b""
 
     @torch.inference_mode()
     def switchkd_logits(self, rows: bytes) -> bytes:
