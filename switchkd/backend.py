@@ -28,6 +28,11 @@ _NOT_THERE = {
     "convert": "the teacher generates",
 }
 _PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size")
+_LOADS = (
+    "safetensors", "fastsafetensors", "instanttensor", "mistral", "runai_streamer", "runai_streamer_sharded",
+    "sharded_state",
+)  # fmt: skip
+"""vLLM's ways to read weights that open safetensors and nothing else."""
 
 
 def check_backend(config: Config) -> None:
@@ -86,6 +91,11 @@ def _check_engine(config: Config) -> None:
             raise ConfigError(f"teacher.engine.{name} has a key of its own; set {_OURS[name]} instead")
         if name in _NOT_THERE:
             raise ConfigError(f"teacher.engine.{name} cannot be set: {_NOT_THERE[name]}; remove it")
+    if (load := engine.get("load_format", "safetensors")) not in _LOADS:
+        raise ConfigError(
+            f"teacher.engine.load_format={load}: only safetensors are read, a pickle runs code; remove it, or take "
+            f"one of {', '.join(_LOADS)}"
+        )
     sizes = {name: engine[name] for name in _PARALLEL if name in engine}
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:

@@ -48,6 +48,13 @@ def installed(monkeypatch):
             VLLM | {"engine": {"async_scheduling": True}},
             r"^teacher.engine.async_scheduling cannot be set: .*; remove it$",
         ),
+        *(
+            (
+                VLLM | {"engine": {"load_format": load}},
+                rf"^teacher.engine.load_format={load}: only safetensors are read, .*; remove it, or take one of safe",
+            )
+            for load in ("auto", "hf", "pt", "npcache", "dummy", "tensorizer", "ipc_cache", "my_plugin", None)
+        ),
         (
             VLLM | {"engine": {"tensor_parallel_size": 0}},
             r"^teacher.engine.tensor_parallel_size=0: give a whole number",
@@ -61,7 +68,15 @@ def test_refused(installed, teacher, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("teacher", [VLLM, VLLM | {"engine": {"quantization": "fp8"}, "graphs": "off"}, VLLM | THIN])
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        VLLM,
+        VLLM | {"engine": {"quantization": "fp8"}, "graphs": "off"},
+        VLLM | {"engine": {"load_format": "runai_streamer"}},
+        VLLM | THIN,
+    ],
+)
 def test_accepted(installed, teacher):
     """Engine arguments are vLLM's own affair."""
     backend.check_backend(config(teacher))
