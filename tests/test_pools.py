@@ -346,6 +346,46 @@ def test_serve_attach_stop(cluster, alone, place, notes, pools, monkeypatch, cap
     wait_until(lambda: ray.available_resources().get("CPU", 0) >= 9, "its places were not given back")
 
 
+def test_a_served_pool_that_does_not_answer(cluster, place, monkeypatch, capsys):
+    """A run that would attach to it ends with one line instead of waiting for ever; `--stop` ends it, and the replicas
+    that it does not end itself."""
+    import ray
+
+    from switchkd.actors import serve
+    from switchkd.actors.teacher_pool import NAMESPACE, replica_name
+
+    @ray.remote(num_cpus=0)
+    class Frozen:
+        def attach(self) -> None:
+            Event().wait()
+
+        def stop(self) -> None:
+            Event().wait()
+
+    monkeypatch.setattr(serve, "ANSWER_S", 1.0)
+    monkeypatch.setattr(serve, "LEAVE_S", 1.0)
+    names = [serve._pool_name("still"), replica_name("still", 0)]
+    kept = [Frozen.options(name=name, namespace=NAMESPACE, lifetime="detached").remote() for name in names]
+    file = config_file(place, STAGES, **JOINED, teacher={"path": "teacher", "attach": "still"})
+    code, _, said = command(monkeypatch, capsys, "train", file)
+    assert code == 2 and (
+        "teacher.attach=still: it does not answer (no word from it in 1 s); end it with `switchkd serve-teacher --stop "
+        "still` and serve it anew" in said
+    )
+    assert not (place / "run").exists()
+    code, out, _ = command(monkeypatch, capsys, "serve-teacher", "--stop", "still")
+    assert (code, out) == (0, "still is no longer served\n")
+    for name in names:
+        wait_until(lambda name=name: not _is_named(name), f"{name} was left behind")
+    del kept
+
+
+def _is_named(name: str) -> bool:
+    import ray
+
+    return name in [each["name"] for each in ray.util.list_named_actors(all_namespaces=True)]
+
+
 def test_a_cluster_is_needed(place, monkeypatch, capsys):
     """Without one that outlives the command there is nothing to serve on, or to attach to."""
     for name in ("RAY_ADDRESS", "RAY_JOB_ID"):

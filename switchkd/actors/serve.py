@@ -13,12 +13,12 @@ from typing import Any, cast
 
 import ray
 from ray import cloudpickle
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from switchkd import resources
 from switchkd.actors.directory import PoolDirectory
 from switchkd.actors.environment import Secrets
-from switchkd.actors.futures import cause_of, patient
+from switchkd.actors.futures import cause_of, first_line, patient
 from switchkd.actors.place import Place, free_all, nodes, wait_for_places
 from switchkd.actors.placement import settled, wait_for_room
 from switchkd.actors.teacher_pool import NAMESPACE, NOTHING_TOLD, TeacherPoolActor, Told, replica_name
@@ -28,9 +28,12 @@ from switchkd.config import ConfigError
 from switchkd.engines.heads import HeadArrays
 from switchkd.membership import Members
 from switchkd.sections import Config, Span
+from switchkd.watchdog import START_S
 
 LEAVE_S = 10.0
 """How long a pool may take to let a run go."""
+ANSWER_S = 60.0
+"""How long a served pool may take to answer a run that comes: enough for one that is just started again."""
 
 
 class PoolHandle:
@@ -107,19 +110,26 @@ def attach(config: Config, key: str) -> PoolHandle:
             f"{key}.attach={name}: no teacher of this name is served on the cluster (there: {there}); start it with "
             f"`switchkd serve-teacher CONFIG --name {name}`"
         )
-    try:
-        namespace, there = ray.get(pool.attach.remote())
-    except RayError as error:
-        raise ConfigError(
-            f"{key}.attach={name}: it does not answer ({cause_of(error)}); stop it and serve it anew"
-        ) from None
+    namespace, there = _answer(pool.attach.remote(), key, name)
     try:
         _check_same(config, key, there)
-        told, _ = ray.get(pool.news.remote(NOTHING_TOLD))
+        told, _ = _answer(pool.news.remote(NOTHING_TOLD), key, name)
     except BaseException:
         pool.detach.remote(namespace)
         raise
     return PoolHandle(pool, name, namespace, told)
+
+
+def _answer(asked: Any, key: str, name: str) -> Any:
+    try:
+        return ray.get(asked, timeout=ANSWER_S)
+    except RayError as error:
+        late = isinstance(error, GetTimeoutError)
+        why = f"no word from it in {ANSWER_S:g} s" if late else first_line(cause_of(error))
+        raise ConfigError(
+            f"{key}.attach={name}: it does not answer ({why}); end it with `switchkd serve-teacher --stop {name}` and "
+            "serve it anew"
+        ) from None
 
 
 def _check_same(config: Config, key: str, there: dict[str, Any]) -> None:
@@ -167,7 +177,7 @@ def serve(config: Config, name: str, vocab_size: int, say: Callable[[str], None]
             f"another name, or end it with `switchkd serve-teacher --stop {name}`"
         )
     config = settled(config)
-    alone = _alone(config)
+    alone, patience = _alone(config), max(config.run.watchdog_s, START_S)
     wait_for_room(alone, nodes, say)
     each = resources.of_role(config, "teacher")
     span = Span.of(config.teacher.replicas)
@@ -180,13 +190,18 @@ def serve(config: Config, name: str, vocab_size: int, say: Callable[[str], None]
         pool = cast(Any, TeacherPoolActor).options(**options).remote(
             config.model_dump(), cloudpickle.dumps(places), Secrets.of_this_process(), os.getcwd(), name, known
         )  # fmt: skip
-        num: int = ray.get(pool.ready.remote())
+        num: int = ray.get(pool.ready.remote(), timeout=patience)
         return num
     except BaseException as error:
         if pool is not None:
-            _end(pool)
+            _end(pool, name)
         for place in places:
             place.free()
+        if isinstance(error, GetTimeoutError):
+            raise ConfigError(
+                f"--name {name}: its replicas have not started within {patience:g} s; look at what `ray logs` says of "
+                "them, or raise run.watchdog_s"
+            ) from None
         raise cause_of(error) from None
 
 
@@ -203,10 +218,17 @@ def stop(name: str) -> None:
     if pool is None:
         there = ", ".join(served()) or "none"
         raise ConfigError(f"--stop {name}: no teacher of this name is served on the cluster (there: {there})")
-    _end(pool)
+    _end(pool, name)
 
 
-def _end(pool: Any) -> None:
+def _end(pool: Any, name: str) -> None:
+    """The pool, and its replicas where it cannot end them itself any more."""
     with suppress(RayError):  # it has died: it is only to be removed
         ray.get(pool.stop.remote(), timeout=LEAVE_S)
     ray.kill(pool)
+    prefix = replica_name(name, "")
+    for each in ray.util.list_named_actors(all_namespaces=True):
+        if each["name"].startswith(prefix):
+            with suppress(ValueError):  # it is just ending
+                ray.kill(ray.get_actor(each["name"], namespace=NAMESPACE))
+    free_all(prefix)
