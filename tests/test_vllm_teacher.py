@@ -496,6 +496,37 @@ def test_the_newer_model_runners_shapes(monkeypatch):
     assert out.argmax(-1)[1] == want[0] and torch.equal(out[0], logits[0])
 
 
+@pytest.mark.parametrize("missing", ["execute_model", "sample_tokens", "execute_model_state"])
+def test_a_model_runner_of_an_unknown_form(tmp_path, monkeypatch, missing):
+    """Is an error at the start that says what is missing and which ways are left, and nothing of it is wrapped. Here
+    vLLM is a fake around our extension: no release has such a runner."""
+    import vllm
+
+    from switchkd.engines import vllm_teacher, vllm_worker
+
+    known = {"execute_model": print, "sample_tokens": print, "execute_model_state": None}
+    worker = vllm_worker.RowReader()
+    worker.model_runner = SimpleNamespace(**{name: value for name, value in known.items() if name != missing})
+    before = vars(worker.model_runner).copy()
+    ended: list[str] = []
+
+    class Fake:
+        def __init__(self, **_: Any) -> None:
+            core = SimpleNamespace(shutdown=lambda: ended.append("engine"))
+            self.llm_engine = SimpleNamespace(engine_core=core)
+
+        def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[Any]:
+            return [getattr(worker, method)(*args)]
+
+    monkeypatch.setattr(vllm, "LLM", Fake)
+    monkeypatch.setattr(vllm_worker, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(vllm_worker, "_watch", None)
+    told = rf"^vLLM's model runner SimpleNamespace has no {missing}: .* take teacher.interface: public .*backend: hf$"
+    with pytest.raises(RuntimeError, match=told):
+        vllm_teacher.Engine(str(tmp_path), dtype="float32", max_len=8, max_sessions=1)
+    assert vars(worker.model_runner) == before and ended == ["engine"]
+
+
 @llama
 def test_unknown_engine_arguments(served):
     """A name that this vLLM does not know is an error in the config's words, before the engine starts."""

@@ -74,7 +74,11 @@ class Engine:
         self._llm: Any = LLM(**settings)
         atexit.register(self.close)
         if self.extended:
-            self.call("switchkd_watch")
+            try:
+                self.call("switchkd_watch")
+            except BaseException:
+                self.close()
+                raise
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """Of every worker, its answer."""

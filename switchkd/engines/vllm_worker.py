@@ -41,7 +41,10 @@ class _Watch:
     def __init__(self, runner: Any, keeps: bool) -> None:
         for name in ("execute_model", "sample_tokens", "execute_model_state"):
             if not hasattr(runner, name):
-                raise RuntimeError(f"vLLM's model runner {type(runner).__name__} has no {name}")
+                raise RuntimeError(
+                    f"vLLM's model runner {type(runner).__name__} has no {name}: it hands out no hidden states; "
+                    "take teacher.interface: public with teacher.signal: topk, or teacher.backend: hf"
+                )
         self.runner, self.keeps = runner, keeps
         self.head: LinearHead | None = None
         self.rows: dict[str, list[tuple[int, torch.Tensor]]] = defaultdict(list)  # by key: first position, [n, D]
