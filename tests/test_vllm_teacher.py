@@ -5,6 +5,8 @@ Real vLLM on a CPU, tiny models in fp32. Its CPU attention takes heads of 32 and
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -538,7 +540,7 @@ def test_unknown_engine_arguments(served):
 
 # --- a run -----------------------------------------------------------------------------------------------------------
 
-TRAIN = "import sys; from switchkd.cli import main; sys.argv = ['switchkd', 'train', sys.argv[1]]; main()"
+COMMAND = "import sys; from switchkd.cli import main; sys.argv[0] = 'switchkd'; main()"
 GREEDY = """
 import sys, json
 from switchkd.engines.vllm_rows import Job
@@ -562,7 +564,24 @@ def finished(place: Path, *command: str) -> str:
 def both_finished(place: Path, first: Path, second: Path) -> None:
     """Two runs beside each other."""
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda path: finished(place, TRAIN, str(path)), (first, second)))
+        list(pool.map(lambda path: finished(place, COMMAND, "train", str(path)), (first, second)))
+
+
+@pytest.mark.timeout(600)
+def test_doctor(tmp_path):
+    """`switchkd doctor` loads the teacher into vLLM, compares its rows, and passes one rollout; the learner, which
+    cannot share the process, is left out and said to be."""
+    furnish(tmp_path, head_dim=32)
+    teacher = {"backend": "vllm", "engine": SMALL}
+    file = config_file(tmp_path, [SWITCH], run={"dir": "run", "mode": "ray"}, teacher=teacher)
+    said = json.loads(finished(tmp_path, COMMAND, "doctor", str(file), "--json"))
+    assert said["ok"]
+    steady = next(each for each in said["findings"] if each["check"] == "determinism")
+    assert steady["text"].startswith("the same rows twice differ by 0, in another batch by ")
+    passed = [each["text"] for each in said["findings"] if each["check"] == "dry pass"]
+    assert re.match(r"one rollout of \d+ tokens \(\d+ by the teacher\) in ", passed[0])
+    assert passed[1:] == ["the learner is left out: it has a process of its own beside vLLM's"]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.timeout(600)
