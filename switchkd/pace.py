@@ -36,10 +36,10 @@ LOCKSTEP = Lead("lockstep", 1)
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _TRIALS = 2
 """Each way is tried so often before any is trusted: the first call of a shape also pays for its setting up."""
-_MEMORY = 0.98
+_MEMORY = 0.99
 """Weight of what is known of a break rate against one more token."""
 _PRIOR = 0.3
-_PRIOR_WEIGHT = 8.0  # tokens
+_PRIOR_WEIGHT = 8.0  # tokens; it fades as they do, or it would count for a few percent for ever
 _SURE = 1.05
 """A gain over lockstep below this may be the clock's error: then the floor is taken."""
 _NEAR, _AGAIN = 1.25, 16
@@ -97,21 +97,23 @@ class _Rates:
     """Break rates of one way to propose, by place in the completion: sums of breaks and chances, older ones fading."""
 
     def __init__(self) -> None:
-        self._breaks, self._chances = np.zeros(1), np.zeros(1)
+        self._breaks, self._chances, self._prior = np.zeros(1), np.zeros(1), np.full(1, _PRIOR_WEIGHT)
 
     def saw(self, t: int, broke: bool) -> None:
         bucket = t // _BUCKET
         if bucket >= len(self._breaks):
             more = bucket + 1 - len(self._breaks)
             self._breaks, self._chances = (np.pad(x, (0, more)) for x in (self._breaks, self._chances))
+            self._prior = np.pad(self._prior, (0, more), constant_values=_PRIOR_WEIGHT)
         self._breaks[bucket] = self._breaks[bucket] * _MEMORY + broke
         self._chances[bucket] = self._chances[bucket] * _MEMORY + 1
+        self._prior[bucket] *= _MEMORY
 
     def at(self, t: np.ndarray) -> np.ndarray:
         """The rate at places t; where nothing was seen yet that of the last place before it which was."""
         seen = np.maximum.accumulate(np.where(self._chances > 0, np.arange(len(self._chances)), 0))
         bucket = seen[np.minimum(t // _BUCKET, len(seen) - 1)]
-        return (self._breaks[bucket] + _PRIOR * _PRIOR_WEIGHT) / (self._chances[bucket] + _PRIOR_WEIGHT)
+        return (self._breaks[bucket] + _PRIOR * self._prior[bucket]) / (self._chances[bucket] + self._prior[bucket])
 
 
 class Pace:
