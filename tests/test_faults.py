@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from runs import (
     STAGES,
+    SWITCH,
     command,
     config,
     config_file,
@@ -30,6 +31,7 @@ from runs import (
     small_ray,
     steps,
 )
+from test_broken_prompts import break_rollouts
 from test_ray_run import ON_RAY, TWO_OF_ALL, Murder, actors, same_numbers, same_rollouts, wait_until
 
 from switchkd import recovery
@@ -120,6 +122,68 @@ def test_a_rank_dies_while_workers_write(cluster, alone, place, monkeypatch, not
     assert [row["step"] for row in steps(place / "run")] == list(range(10))
     assert max(row["replay/staleness_max"] for row in steps(place / "run")) <= 1
     print([note for note in notes if note.startswith("back at step")])
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+DEADLY = """
+import os
+import numpy as np
+from switchkd.algo import switching
+
+KILLS, BREAKS, BREAKS_THE_TEACHER = 6, 9, 13
+
+
+def rule():
+    if "RAY_JOB_ID" in os.environ:
+        arm()
+    return switching.jsd_threshold(half_life=6)
+
+
+def arm():
+    from switchkd.actors.teacher_router import SESSION_BITS, TeacherRouter
+    from switchkd.rollout import RolloutWorker
+
+    start, place = RolloutWorker._start, TeacherRouter._place
+
+    def started(job, slot):
+        if job.task.rollout_id == KILLS:
+            os._exit(1)
+        if job.task.rollout_id == BREAKS:
+            raise ValueError("no rule for this prompt")
+        return start(job, slot)
+
+    def placed(self, sessions):
+        empty = np.zeros(0, np.int32)
+        return place(self, {i: empty if i == BREAKS_THE_TEACHER else ids for i, ids in sessions.items()})
+
+    RolloutWorker._start = staticmethod(started)
+    TeacherRouter._place = placed
+"""
+"""A rule that is the user's own code, and what it may do to a process: end it, or raise; the last one sends a session
+without tokens, at which the teacher raises."""
+
+
+def test_prompts_that_break_and_kill(cluster, place, monkeypatch, notes):
+    """A prompt that ends its worker's process, one its rule and one its teacher raise at are set aside with
+    their reasons; the others are written and trained on as in a run without Ray where those could not be written."""
+    stage = {**SWITCH, "steps": 4, "mix": {"rollout": 1}}
+    broken = {"path": "./data.jsonl", "max_prompt_tokens": 64, "max_reference_tokens": 32, "max_broken_frac": 0.2}
+    with monkeypatch.context() as patch:
+        break_rollouts(patch, {6, 9, 13})
+        train(config(place, [stage], run={"dir": "sound"}, data=broken))
+    (place / "deadly.py").write_text(DEADLY)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    summary = train(config(place, [{**stage, "rule": {"type": "deadly:rule"}}], run=ON_RAY, data=broken))
+    assert summary.finished
+    told = {row["rollout_id"]: row["reason"] for row in lines(place / "run" / "set_aside.jsonl")}
+    assert told[6] == "WorkerLost: its worker died 3 times while it was written alone"
+    assert told[9] == "ValueError: no rule for this prompt"
+    assert "ValueError: session 13 has 0 tokens" in told[13] and len(told) == 3
+    assert notes.count("rollout worker 0 died; its 4 rollouts are written again, each alone") == 1
+    assert any(re.match("warning: rollout 6 is set aside: its prompt .* breaks a worker", note) for note in notes)
+    assert rollouts(place / "run") == rollouts(place / "sound") and len(rollouts(place / "run")) == 13
+    assert distance(place / "run" / "student", place / "sound" / "student") < 1e-4
 
 
 # --- the disk --------------------------------------------------------------------------------------------------------
