@@ -11,11 +11,15 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -240,24 +244,49 @@ def test_the_newest_checkpoint_is_cut_short(alone, place, monkeypatch, caplog):
 # --- the network, a node, the job ------------------------------------------------------------------------------------
 
 
+LOST_CALLS = {
+    # actors' calls, by probability and the first ones for sure; actors' starts; objects put into the store
+    "CoreWorkerService.grpc_client.PushTask": {"num_failures": 3, "req_failure_prob": 10, "resp_failure_prob": 10},
+    "ray::rpc::ActorInfoGcsService.grpc_client.RegisterActor": {"num_failures": 2},
+    "ray::rpc::ActorInfoGcsService.grpc_client.CreateActor": {"num_failures": 2},
+    "NodeManagerService.grpc_client.PinObjectIDs": {"num_failures": 2},
+    "NodeManagerService.grpc_client.RequestWorkerLease": {"num_failures": 2},
+    "CoreWorkerService.grpc_client.GetObjectStatus": {"num_failures": 2},
+}
+"""Of each process's calls."""
+FOR_SURE = {"num_lower_bound_req_failures": 1, "num_lower_bound_resp_failures": 1}
+"""The first call's request and the second one's answer are lost."""
+
+
+@pytest.mark.timeout(480)
 def test_calls_are_lost_late_and_repeated(alone, place):
-    """Requests that never arrive, answers that never come back (their calls are made again), and everything late: the
-    run ends with the same rollouts."""
+    """Requests that never arrive, answers that never come back (their calls are made again), and everything late: Ray's
+    logs tell of each kind, and the run ends with the same rollouts and the same student."""
     config_file(place, STAGES, run={**ON_RAY, "watchdog_s": 60})
-    # of each process's calls
-    faults = {"num_failures": 3, "req_failure_prob": 10, "resp_failure_prob": 10, "in_flight_failure_prob": 0}
+    logs = tempfile.mkdtemp(prefix="skd-", dir="/tmp")  # a socket's path must be short
+    faults = {name: {**FOR_SURE, **fault} for name, fault in LOST_CALLS.items()}
     chaos = {
-        "RAY_testing_rpc_failure": json.dumps({"CoreWorkerService.grpc_client.PushTask": faults}),
+        "RAY_testing_rpc_failure": json.dumps(faults),
         "RAY_testing_rpc_failure_avoid_intra_node_failures": "0",
         "RAY_testing_asio_delay_us": "CoreWorkerService.grpc_server.PushTask=1000:20000",
+        "RAY_TMPDIR": logs,
     }
     done = subprocess.run(
         [sys.executable, "-m", "switchkd.cli", "train", "config.yaml"], env={**os.environ, **chaos},
-        capture_output=True, text=True, timeout=220, check=False,
+        capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
-    print(done.stdout[-6000:])
+    fired = Counter(
+        (found[1], found[2])
+        for path in Path(logs).glob("ray/session_2*/logs/*")
+        if path.is_file()
+        for found in re.finditer(r"Inject RPC (request|response) failure for (\S+)", path.read_text(errors="replace"))
+    )
+    shutil.rmtree(logs, ignore_errors=True)
+    print(done.stdout[-6000:], fired)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert {(kind, name) for name in LOST_CALLS for kind in ("request", "response")} == set(fired)
     same_rollouts(place / "run", alone)
+    assert distance(place / "run" / "student", alone / "student") < 1e-4
 
 
 A_NODE_GOES = """
