@@ -251,7 +251,6 @@ LOST_CALLS = {
     "ray::rpc::ActorInfoGcsService.grpc_client.CreateActor": {"num_failures": 2},
     "NodeManagerService.grpc_client.PinObjectIDs": {"num_failures": 2},
     "NodeManagerService.grpc_client.RequestWorkerLease": {"num_failures": 2},
-    "CoreWorkerService.grpc_client.GetObjectStatus": {"num_failures": 2},
 }
 """Of each process's calls."""
 FOR_SURE = {"num_lower_bound_req_failures": 1, "num_lower_bound_resp_failures": 1}
