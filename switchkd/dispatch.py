@@ -186,13 +186,13 @@ class Dispatch:
             else:
                 if tasks:  # else somebody is back
                     self.reports.append(report)
-                    self.deaths.written(tasks)
+                    self.deaths.written(tasks, report.num_teacher_calls > 0)
                     self._blame(tasks, None)
 
     def _died(self, tasks: list[Task], times: int, kind: type[Exception], told: str) -> int:
         """A worker, or so many teachers, died over these tasks: was it one of them? Which time they go out again."""
         self.deaths.hear(tasks, times)
-        if self.deaths.blame(tasks):
+        if self.deaths.blame(tasks, kind):
             self.log.note(told)
             who = "its worker" if kind is WorkerLost else "teachers"
             self._blame(tasks, kind(f"{who} died {MAX_DEATHS} times while it was written alone"))

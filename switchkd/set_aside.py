@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from switchkd.files import append_whole, redact
-from switchkd.house import MAX_DEATHS
+from switchkd.house import MAX_DEATHS, TeacherLost, WorkerLost
 from switchkd.resume import SET_ASIDE
 from switchkd.types import Task
 
@@ -104,20 +104,21 @@ class Deaths:
 
     - it was alone in its call, and MAX_DEATHS parts died of it, one after the other, and
     - others can be written: some call ended well since its first death; or, where there was none besides, calls before
-      it did and no other task's call died as well.
+      it did and no other task's call died as well. For teachers only calls that asked them count.
 
     So where everything dies nothing is to blame; and what dies by chance, and is then written, is cleared.
     """
 
     def __init__(self) -> None:
-        self._num_written = 0  # calls that ended well
-        self._first: dict[int, int] = {}  # task: _num_written at its first death
+        self._well = {WorkerLost: 0, TeacherLost: 0}  # calls that ended well; those of them that asked teachers
+        self._first: dict[int, dict[type[Exception], int]] = {}  # task: the same at its first death
         self._num: dict[int, int] = {}  # in company, then alone
         self._blamed: set[int] = set()
 
-    def written(self, tasks: Iterable[Task]) -> None:
-        """A call ended well."""
-        self._num_written += 1
+    def written(self, tasks: Iterable[Task], asked: bool) -> None:
+        """A call ended well. `asked`: teachers."""
+        self._well[WorkerLost] += 1
+        self._well[TeacherLost] += asked
         self.forget(self._blamed.union(task.rollout_id for task in tasks))
         self._blamed.clear()
 
@@ -130,7 +131,7 @@ class Deaths:
     def hear(self, tasks: Iterable[Task], times: int) -> None:
         """So many parts died of a call."""
         for task in tasks:
-            self._first.setdefault(task.rollout_id, self._num_written)
+            self._first.setdefault(task.rollout_id, dict(self._well))
             self._num[task.rollout_id] = self._num.get(task.rollout_id, 0) + times
 
     def split(self, tasks: Sequence[Task]) -> bool:
@@ -140,13 +141,13 @@ class Deaths:
         self._num.update((task.rollout_id, 0) for task in tasks)
         return True
 
-    def blame(self, tasks: Sequence[Task]) -> bool:
-        """Is the call's only task to be set aside?"""
+    def blame(self, tasks: Sequence[Task], kind: type[Exception]) -> bool:
+        """Is the call's only task to be set aside? `kind`: WorkerLost or TeacherLost."""
         rollout_id = tasks[0].rollout_id
         if len(tasks) > 1 or self._num[rollout_id] < MAX_DEATHS:
             return False
-        others = len(self._first) > 1
-        found = self._num_written > self._first[rollout_id] or (self._num_written > 0 and not others)
+        well, others = self._well[kind], len(self._first) > 1
+        found = well > self._first[rollout_id][kind] or (well > 0 and not others)
         if found:
             self._blamed.add(rollout_id)
         return found

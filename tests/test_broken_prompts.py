@@ -8,17 +8,19 @@ import os
 import signal
 from collections.abc import Callable
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from runs import NUM_ROLLOUTS, STAGES, command, config, config_file, distance, lines, rollouts, steps
 
 from switchkd import dispatch
-from switchkd.house import TeacherLost, Unreachable, WorkerLost
+from switchkd.house import MAX_DEATHS, TeacherLost, Unreachable, WorkerLost
 from switchkd.local import DirectWorker
 from switchkd.metrics import MetricsLog
 from switchkd.rollout import RolloutWorker
 from switchkd.run import train
+from switchkd.set_aside import Deaths
 
 
 def break_rollouts(patch: pytest.MonkeyPatch, broken: set[int]) -> None:
@@ -245,6 +247,21 @@ def test_teachers_die_of_a_prompt(place, monkeypatch):
     assert [ids for ids in calls if 15 < ids[0] < 20] == [[16, 17, 18, 19], [16], [17], [18], [19]]
     (row,) = lines(place / "run" / "set_aside.jsonl")
     assert row["reason"] == "TeacherLost: teachers died 3 times while it was written alone" and len(rested) == 2
+
+
+def test_who_speaks_for_a_rollout():
+    """That others are written meanwhile; where teachers die, others that asked teachers."""
+    first, last, other = ([SimpleNamespace(rollout_id=i)] for i in range(3))
+    deaths = Deaths()
+    deaths.written(other, asked=True)
+    for tasks in (first, last):
+        deaths.hear(tasks, MAX_DEATHS)
+        assert not deaths.split(tasks)
+    assert not deaths.blame(first, TeacherLost) and not deaths.blame(first, WorkerLost), "both died"
+    deaths.written(other, asked=False)
+    assert not deaths.blame(first, TeacherLost) and deaths.blame(first, WorkerLost)
+    deaths.written(other, asked=True)
+    assert deaths.blame(last, TeacherLost)
 
 
 def test_somebody_does_not_answer(alone, place, monkeypatch, notes):
