@@ -6,6 +6,8 @@ the replay themselves), reports, tasks set aside. What failed decides:
     the worker died                 its tasks go to whoever is free first; it gets new ones when it is back
     somebody it asked (Unreachable) the same, and it rests for a while
     its work raised an error        its tasks are tried one by one; those that fail alone are set aside
+    the worker died again,          the same: whose worker or teachers die alone too, MAX_DEATHS times while others are
+    or the teachers (TeacherLost)   written, is set aside (`set_aside.Deaths`)
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ from threading import Timer
 from typing import Any
 
 from switchkd.config import ConfigError
-from switchkd.house import House, Unreachable, Weights, WorkerLost
+from switchkd.house import MAX_DEATHS, House, TeacherLost, Unreachable, Weights, WorkerLost
 from switchkd.metrics import MetricsLog
 from switchkd.schedule import RunPlan
 from switchkd.sections import Config
-from switchkd.set_aside import SetAside, Trials
+from switchkd.set_aside import Deaths, SetAside, Trials
 from switchkd.types import Origin, Task, WorkReport
 from switchkd.watchdog import Watchdog
 
@@ -44,7 +46,7 @@ class Dispatch:
         self.missing: deque[int] = deque()  # started once, never arrived
         self.again: deque[list[Task]] = deque()
         self.tries: dict[int, int] = {}
-        self.trials = Trials()
+        self.trials, self.deaths = Trials(), Deaths()
         self.working: dict[int, tuple[Future[Any], list[Task]]] = {}
         self.reports: list[WorkReport] = []
 
@@ -169,11 +171,13 @@ class Dispatch:
             try:
                 report: WorkReport = future.result()
             except WorkerLost:
-                num = f"its {len(tasks)} rollouts are" if len(tasks) > 1 else "its rollout is"
-                self._give_again(index, tasks, f"rollout worker {index} died; {num} written again")
+                self._died(tasks, 1, WorkerLost, f"rollout worker {index} died")
                 self.working[index] = (self.house.workers[index].back(), [])
+            except TeacherLost as error:
+                tries = self._died(tasks, MAX_DEATHS, TeacherLost, f"rollout worker {index} could not go on ({error})")
+                self.working[index] = (_rest(REST_S * 2**tries), [])
             except Unreachable as error:
-                tries = self._give_again(index, tasks, f"rollout worker {index} could not go on ({error})")
+                tries = self._give_again([tasks], f"rollout worker {index} could not go on ({error})")
                 self.working[index] = (_rest(REST_S * 2**tries), [])
             except ConfigError:
                 raise
@@ -182,21 +186,37 @@ class Dispatch:
             else:
                 if tasks:  # else somebody is back
                     self.reports.append(report)
+                    self.deaths.written(tasks, report.num_teacher_calls > 0)
                     self._blame(tasks, None)
 
-    def _give_again(self, index: int, tasks: list[Task], told: str) -> int:
+    def _died(self, tasks: list[Task], times: int, kind: type[Exception], told: str) -> int:
+        """A worker, or so many teachers, died over these tasks: was it one of them? Which time they go out again."""
+        self.deaths.hear(tasks, times)
+        if self.deaths.blame(tasks, kind):
+            self.log.note(told)
+            who = "its worker" if kind is WorkerLost else "teachers"
+            self._blame(tasks, kind(f"{who} died {MAX_DEATHS} times while it was written alone"))
+            return 0
+        return self._give_again([[task] for task in tasks] if self.deaths.split(tasks) else [tasks], told)
+
+    def _give_again(self, groups: list[list[Task]], told: str) -> int:
         """To whoever is free first: puts are idempotent. Which time it is."""
-        tries = self.tries[tasks[0].rollout_id] = self.tries.get(tasks[0].rollout_id, 0) + 1
+        ids = [task.rollout_id for tasks in groups for task in tasks]
+        self.tries.update((rollout_id, self.tries.get(rollout_id, 0) + 1) for rollout_id in ids)
+        tries = max(self.tries[rollout_id] for rollout_id in ids)
         if tries >= MAX_TRIES:
-            raise RuntimeError(f"rollouts {tasks[0].rollout_id}.. were given out {tries} times in vain; {told}")
-        self.log.note(told)
-        self.again.append(tasks)
+            which = f"rollouts {numbers(ids)} were" if len(ids) > 1 else f"rollout {numbers(ids)} was"
+            raise RuntimeError(f"{which} given out {tries} times in vain; {told}; see its log")
+        num = f"its {len(ids)} rollouts are" if len(ids) > 1 else "its rollout is"
+        self.log.note(f"{told}; {num} written again{', each alone' if len(groups) > 1 else ''}")
+        self.again.extend(groups)
         return tries
 
     def _broke(self, tasks: list[Task], error: Exception) -> None:
         """An error of the work itself: which of the tasks is it?"""
         if not tasks:  # a worker could not come back
             raise error
+        self.deaths.forget(task.rollout_id for task in tasks)
         if len(tasks) == 1:
             self._blame(tasks, error)
             return
@@ -223,6 +243,7 @@ class Dispatch:
         self.again.clear()
         self.tries.clear()
         self.trials.clear()
+        self.deaths.clear()
         self.missing = deque(i for i in missing if i not in flying)
 
 

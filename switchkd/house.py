@@ -38,6 +38,14 @@ class Unreachable(Exception):
     """Somebody whom a worker asked did not answer: the tasks are sound and are to be given out again."""
 
 
+class TeacherLost(Unreachable):
+    """Teachers died MAX_DEATHS times in a row while a worker asked them about the same rollout."""
+
+
+MAX_DEATHS = 3
+"""So often a worker, or teachers, may die of a rollout that is written alone before it is to blame."""
+
+
 class StateLost(Exception):
     """A learner rank or the replay died, and with it what no file holds: the run goes back to its checkpoint."""
 

@@ -170,8 +170,9 @@ class Data(Section):
     max_reference_tokens: PositiveInt = 512
     max_skipped_frac: Frac = 0.1
     max_broken_frac: Frac = 0.01
-    """A rollout whose writing fails also alone, on a sound worker, is set aside (`set_aside.jsonl` says why). More of
-    them than this share of the run's rollouts end the run."""
+    """A rollout whose writing fails also alone, on a sound worker, or kills its worker or teacher three times while
+    others are written, is set aside (`set_aside.jsonl` says why). More of them than this share of the run's rollouts
+    end the run."""
     num_rows: PositiveInt | None = None
     shuffle: bool = True
 

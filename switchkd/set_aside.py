@@ -1,7 +1,7 @@
 """Rollouts that cannot be written: remembered, counted, and left out of their batch.
 
-In: tasks that broke a sound worker also alone. Out: a line each in set_aside.jsonl, how many a step is short of, and a
-RuntimeError where there are more than the budget.
+In: tasks that broke a sound worker, or killed theirs, also alone. Out: a line each in set_aside.jsonl, how many a step
+is short of, and a RuntimeError where there are more than the budget.
 
 A step trains on the rollouts that it has. Its denominators count the tokens that are there, so what is missing changes
 no other rollout's weight; a step without any leaves the weights as they are.
@@ -10,13 +10,17 @@ no other rollout's weight; a step without any leaves the weights as they are.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from switchkd.files import append_whole, redact
+from switchkd.house import MAX_DEATHS, TeacherLost, WorkerLost
 from switchkd.resume import SET_ASIDE
 from switchkd.types import Task
+
+SPLIT_AFTER = 2
+"""Deaths under the same call after which its tasks are tried one by one."""
 
 
 class SetAside:
@@ -93,3 +97,62 @@ class _Trial:
     def __init__(self, size: int) -> None:
         self.size = self.left = size
         self.broken: list[tuple[Task, BaseException]] = []
+
+
+class Deaths:
+    """Of which tasks did workers, or teachers, die? Parts die for many reasons; a prompt is one of them only where
+
+    - it was alone in its call, and MAX_DEATHS parts died of it, one after the other, and
+    - others can be written: some call ended well since its first death; or, where there was none besides, calls before
+      it did and no other task's call died as well. For teachers only calls that asked them count.
+
+    So where everything dies nothing is to blame; and what dies by chance, and is then written, is cleared.
+    """
+
+    def __init__(self) -> None:
+        self._well = {WorkerLost: 0, TeacherLost: 0}  # calls that ended well; those of them that asked teachers
+        self._first: dict[int, dict[type[Exception], int]] = {}  # task: the same at its first death
+        self._num: dict[int, int] = {}  # in company, then alone
+        self._blamed: set[int] = set()
+
+    def written(self, tasks: Iterable[Task], asked: bool) -> None:
+        """A call ended well. `asked`: teachers."""
+        self._well[WorkerLost] += 1
+        self._well[TeacherLost] += asked
+        self.forget(self._blamed.union(task.rollout_id for task in tasks))
+        self._blamed.clear()
+
+    def forget(self, rollout_ids: Iterable[int]) -> None:
+        """Nobody died of them."""
+        for rollout_id in rollout_ids:
+            self._first.pop(rollout_id, None)
+            self._num.pop(rollout_id, None)
+
+    def hear(self, tasks: Iterable[Task], times: int) -> None:
+        """So many parts died of a call."""
+        for task in tasks:
+            self._first.setdefault(task.rollout_id, dict(self._well))
+            self._num[task.rollout_id] = self._num.get(task.rollout_id, 0) + times
+
+    def split(self, tasks: Sequence[Task]) -> bool:
+        """Is each to be tried alone from now on?"""
+        if len(tasks) == 1 or self._num[tasks[0].rollout_id] < SPLIT_AFTER:
+            return False
+        self._num.update((task.rollout_id, 0) for task in tasks)
+        return True
+
+    def blame(self, tasks: Sequence[Task], kind: type[Exception]) -> bool:
+        """Is the call's only task to be set aside? `kind`: WorkerLost or TeacherLost."""
+        rollout_id = tasks[0].rollout_id
+        if len(tasks) > 1 or self._num[rollout_id] < MAX_DEATHS:
+            return False
+        well, others = self._well[kind], len(self._first) > 1
+        found = well > self._first[rollout_id][kind] or (well > 0 and not others)
+        if found:
+            self._blamed.add(rollout_id)
+        return found
+
+    def clear(self) -> None:
+        self._first.clear()
+        self._num.clear()
+        self._blamed.clear()

@@ -1,18 +1,26 @@
-"""A prompt that breaks its worker is set aside with the reason; the others are trained on as if it were not there."""
+"""A prompt that breaks its worker, or kills it, is set aside with the reason; the others are trained on as if it were
+not there. What dies or fails for other reasons is tried again, and not for ever."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+from collections.abc import Callable
+from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from runs import NUM_ROLLOUTS, STAGES, command, config, config_file, distance, lines, rollouts, steps
 
+from switchkd import dispatch
+from switchkd.house import MAX_DEATHS, TeacherLost, Unreachable, WorkerLost
+from switchkd.local import DirectWorker
 from switchkd.metrics import MetricsLog
 from switchkd.rollout import RolloutWorker
 from switchkd.run import train
+from switchkd.set_aside import Deaths
 
 
 def break_rollouts(patch: pytest.MonkeyPatch, broken: set[int]) -> None:
@@ -110,3 +118,166 @@ def test_state_holds_what_was_set_aside(place, monkeypatch):
     train(config(place, STAGES, data={"path": "./data.jsonl", "max_prompt_tokens": 64, "max_broken_frac": 0.1}))
     told = json.loads((place / "run" / "checkpoints" / "step-00000010" / "state.json").read_text())["told"]["extra"]
     assert told == {"num_started": 40, "set_aside": [13], "num_short": 1}
+
+
+# --- deaths ----------------------------------------------------------------------------------------------------------
+
+Fault = Callable[[list[int], int], Exception | None]
+"""(rollouts of a call, how many calls there were before) -> what becomes of it; None: it is written."""
+
+
+def calls_of(patch: pytest.MonkeyPatch, fault: Fault) -> list[list[int]]:
+    """Every call that is made from now on, some of which end as `fault` says."""
+    generate, calls = DirectWorker.generate, list[list[int]]()
+
+    def generated(worker: DirectWorker, tasks: Any, weights: Any) -> Future[Any]:
+        ids = [task.rollout_id for task in tasks]
+        error = fault(ids, len(calls))
+        calls.append(ids)
+        if error is None:
+            return generate(worker, tasks, weights)
+        failed: Future[Any] = Future()
+        failed.set_exception(error)
+        return failed
+
+    patch.setattr(DirectWorker, "generate", generated)
+    return calls
+
+
+def kills(*deadly: int) -> Fault:
+    return lambda ids, num: WorkerLost() if set(deadly).intersection(ids) else None
+
+
+def rests(patch: pytest.MonkeyPatch) -> list[float]:
+    """How long workers rest; nobody waits for it."""
+    found: list[float] = []
+
+    def rest(seconds: float) -> Future[None]:
+        found.append(seconds)
+        over: Future[None] = Future()
+        over.set_result(None)
+        return over
+
+    patch.setattr(dispatch, "_rest", rest)
+    return found
+
+
+SOME = {"path": "./data.jsonl", "max_prompt_tokens": 64, "max_reference_tokens": 32, "max_broken_frac": 0.1}
+
+
+def test_a_prompt_kills(alone, place, monkeypatch, notes):
+    """A call whose worker died twice is taken apart; whose worker then dies alone too, three times while the others are
+    written, is set aside. Every other rollout is trained on once."""
+    calls = calls_of(monkeypatch, kills(17))
+    assert train(config(place, STAGES, data=SOME)).finished
+    group = [16, 17, 18, 19]
+    assert [ids for ids in calls if set(ids) & set(group)] == [group, group, [16], [17], [18], [19], [17], [17]]
+    (row,) = lines(place / "run" / "set_aside.jsonl")
+    assert (row["rollout_id"], row["step"]) == (17, 4)
+    assert row["reason"] == "WorkerLost: its worker died 3 times while it was written alone"
+    assert "rollout worker 0 died; its 4 rollouts are written again" in notes
+    assert "rollout worker 0 died; its 4 rollouts are written again, each alone" in notes
+    assert any(note.startswith("warning: rollout 17 is set aside: its prompt") for note in notes)
+    ours, sound = rollouts(place / "run"), rollouts(alone)
+    assert sorted(ours) == [i for i in range(NUM_ROLLOUTS) if i != 17]
+    assert [i for i in ours if i < 20 and ours[i] != sound[i]] == []
+
+
+def test_two_prompts_kill(place, monkeypatch):
+    """Also where nothing is left to be written beside them: what was written since they first died speaks for it."""
+    calls = calls_of(monkeypatch, kills(18, 19))
+    assert train(config(place, STAGES, data=SOME)).finished
+    assert [ids[0] for ids in calls if len(ids) == 1] == [16, 17, 18, 19, 18, 19, 18, 19]
+    assert [row["rollout_id"] for row in lines(place / "run" / "set_aside.jsonl")] == [18, 19]
+
+
+def test_calls_of_one_rollout(place, monkeypatch):
+    """Where each rollout has a call of its own, those before it are the witnesses; without any it is not to blame."""
+    stage = {"name": "single", "steps": 3, "batch_size": 1}
+    with monkeypatch.context() as patch:
+        calls = calls_of(patch, kills(1))
+        assert train(config(place, [stage], data={**SOME, "max_broken_frac": 0.5})).finished
+    assert calls == [[0], [1], [1], [1], [2]] and sorted(rollouts(place / "run")) == [0, 2]
+    calls_of(monkeypatch, kills(0))
+    with pytest.raises(RuntimeError, match="rollout 0 was given out 5 times in vain; rollout worker 0 died"):
+        train(config(place, [stage], run={"dir": "first"}, data={**SOME, "max_broken_frac": 0.5}))
+    assert not (place / "first" / "set_aside.jsonl").exists()
+
+
+def test_workers_die_whatever_they_write(place, monkeypatch, capsys):
+    """From some time on every worker dies: no prompt is blamed, and the run ends with one line."""
+    config_file(place, STAGES, data={**SOME, "max_broken_frac": 1.0})
+    calls = calls_of(monkeypatch, kills(*range(16, NUM_ROLLOUTS)))
+    code, _, err = command(monkeypatch, capsys, "train", "config.yaml")
+    assert code == 1 and "rollout 16 was given out 5 times in vain; rollout worker 0 died; see its log" in err
+    assert max(map(max, calls)) == 19 and not (place / "run" / "set_aside.jsonl").exists()
+
+
+def test_workers_die_by_chance(alone, place, monkeypatch):
+    """Two deaths of every call, and two of each rollout alone, blame nobody: the run is the one that nothing befell."""
+    num: dict[int, int] = {}
+
+    def fault(ids: list[int], calls: int) -> Exception | None:
+        num[ids[0]] = num.get(ids[0], 0) + 1
+        return WorkerLost() if num[ids[0]] <= (4 if ids[0] % 8 == 0 else 0) else None
+
+    calls_of(monkeypatch, fault)
+    assert train(config(place, STAGES)).finished
+    assert rollouts(place / "run") == rollouts(alone) and not (place / "run" / "set_aside.jsonl").exists()
+    # hidden states' last bits depend on how many are written together
+    assert distance(place / "run" / "student", alone / "student") < 1e-5
+
+
+def test_deaths_beyond_the_budget(place, monkeypatch, capsys):
+    """They count against data.max_broken_frac as any other."""
+    config_file(place, STAGES, data={**SOME, "max_broken_frac": 0.03})
+    calls_of(monkeypatch, kills(17, 22))
+    code, _, err = command(monkeypatch, capsys, "train", "config.yaml")
+    said = err.strip().splitlines()[-1]
+    assert code == 1 and "2 of the run's 40 rollouts could not be written, more than data.max_broken_frac=0.03" in said
+    assert "WorkerLost: its worker died 3 times while it was written alone" in said
+
+
+def test_teachers_die_of_a_prompt(place, monkeypatch):
+    """That they died so often in a row counts as so many deaths: the call is taken apart at once, and who is alone
+    with it is set aside at once."""
+    rested = rests(monkeypatch)
+    calls = calls_of(monkeypatch, lambda ids, num: TeacherLost("3 in a row") if 18 in ids else None)
+    assert train(config(place, STAGES, data=SOME)).finished
+    assert [ids for ids in calls if 15 < ids[0] < 20] == [[16, 17, 18, 19], [16], [17], [18], [19]]
+    (row,) = lines(place / "run" / "set_aside.jsonl")
+    assert row["reason"] == "TeacherLost: teachers died 3 times while it was written alone" and len(rested) == 2
+
+
+def test_who_speaks_for_a_rollout():
+    """That others are written meanwhile; where teachers die, others that asked teachers."""
+    first, last, other = ([SimpleNamespace(rollout_id=i)] for i in range(3))
+    deaths = Deaths()
+    deaths.written(other, asked=True)
+    for tasks in (first, last):
+        deaths.hear(tasks, MAX_DEATHS)
+        assert not deaths.split(tasks)
+    assert not deaths.blame(first, TeacherLost) and not deaths.blame(first, WorkerLost), "both died"
+    deaths.written(other, asked=False)
+    assert not deaths.blame(first, TeacherLost) and deaths.blame(first, WorkerLost)
+    deaths.written(other, asked=True)
+    assert deaths.blame(last, TeacherLost)
+
+
+def test_somebody_does_not_answer(alone, place, monkeypatch, notes):
+    """A worker whom somebody did not answer rests, each time twice as long; the call goes out as it was; when it went
+    out in vain so often, the run ends with one line that says who. Nobody is set aside."""
+    rested = rests(monkeypatch)
+    away = Unreachable("RayError: no route")
+    with monkeypatch.context() as patch:
+        calls = calls_of(patch, lambda ids, num: away if num in (2, 3, 7) else None)
+        assert train(config(place, STAGES)).finished
+    assert calls[2] == calls[3] == calls[4] and len(calls) == 13 and rested == [1.0, 2.0, 1.0]
+    assert "rollout worker 0 could not go on (RayError: no route); its 4 rollouts are written again" in notes
+    assert rollouts(place / "run") == rollouts(alone)
+    rested.clear()
+    calls = calls_of(monkeypatch, lambda ids, num: away if 9 in ids else None)
+    with pytest.raises(RuntimeError, match=r"rollouts 8 to 11 were given out 5 times in vain; .* \(RayError: no route"):
+        train(config(place, STAGES, run={"dir": "second"}))
+    assert calls[2:] == [[8, 9, 10, 11]] * dispatch.MAX_TRIES and rested == [1.0, 2.0, 4.0, 8.0]
+    assert not (place / "second" / "set_aside.jsonl").exists()

@@ -11,16 +11,21 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from runs import (
     STAGES,
+    SWITCH,
     command,
     config,
     config_file,
@@ -30,6 +35,7 @@ from runs import (
     small_ray,
     steps,
 )
+from test_broken_prompts import break_rollouts
 from test_ray_run import ON_RAY, TWO_OF_ALL, Murder, actors, same_numbers, same_rollouts, wait_until
 
 from switchkd import recovery
@@ -122,6 +128,68 @@ def test_a_rank_dies_while_workers_write(cluster, alone, place, monkeypatch, not
     print([note for note in notes if note.startswith("back at step")])
 
 
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+DEADLY = """
+import os
+import numpy as np
+from switchkd.algo import switching
+
+KILLS, BREAKS, BREAKS_THE_TEACHER = 6, 9, 13
+
+
+def rule():
+    if "RAY_JOB_ID" in os.environ:
+        arm()
+    return switching.jsd_threshold(half_life=6)
+
+
+def arm():
+    from switchkd.actors.teacher_router import SESSION_BITS, TeacherRouter
+    from switchkd.rollout import RolloutWorker
+
+    start, place = RolloutWorker._start, TeacherRouter._place
+
+    def started(job, slot):
+        if job.task.rollout_id == KILLS:
+            os._exit(1)
+        if job.task.rollout_id == BREAKS:
+            raise ValueError("no rule for this prompt")
+        return start(job, slot)
+
+    def placed(self, sessions):
+        empty = np.zeros(0, np.int32)
+        return place(self, {i: empty if i == BREAKS_THE_TEACHER else ids for i, ids in sessions.items()})
+
+    RolloutWorker._start = staticmethod(started)
+    TeacherRouter._place = placed
+"""
+"""A rule that is the user's own code, and what it may do to a process: end it, or raise; the last one sends a session
+without tokens, at which the teacher raises."""
+
+
+def test_prompts_that_break_and_kill(cluster, place, monkeypatch, notes):
+    """A prompt that ends its worker's process, one its rule and one its teacher raise at are set aside with
+    their reasons; the others are written and trained on as in a run without Ray where those could not be written."""
+    stage = {**SWITCH, "steps": 4, "mix": {"rollout": 1}}
+    broken = {"path": "./data.jsonl", "max_prompt_tokens": 64, "max_reference_tokens": 32, "max_broken_frac": 0.2}
+    with monkeypatch.context() as patch:
+        break_rollouts(patch, {6, 9, 13})
+        train(config(place, [stage], run={"dir": "sound"}, data=broken))
+    (place / "deadly.py").write_text(DEADLY)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    summary = train(config(place, [{**stage, "rule": {"type": "deadly:rule"}}], run=ON_RAY, data=broken))
+    assert summary.finished
+    told = {row["rollout_id"]: row["reason"] for row in lines(place / "run" / "set_aside.jsonl")}
+    assert told[6] == "WorkerLost: its worker died 3 times while it was written alone"
+    assert told[9] == "ValueError: no rule for this prompt"
+    assert "ValueError: session 13 has 0 tokens" in told[13] and len(told) == 3
+    assert notes.count("rollout worker 0 died; its 4 rollouts are written again, each alone") == 1
+    assert any(re.match("warning: rollout 6 is set aside: its prompt .* breaks a worker", note) for note in notes)
+    assert rollouts(place / "run") == rollouts(place / "sound") and len(rollouts(place / "run")) == 13
+    assert distance(place / "run" / "student", place / "sound" / "student") < 1e-4
+
+
 # --- the disk --------------------------------------------------------------------------------------------------------
 
 FILL = """
@@ -176,24 +244,48 @@ def test_the_newest_checkpoint_is_cut_short(alone, place, monkeypatch, caplog):
 # --- the network, a node, the job ------------------------------------------------------------------------------------
 
 
+LOST_CALLS = {
+    # actors' calls, by probability and the first ones for sure; actors' starts; objects put into the store
+    "CoreWorkerService.grpc_client.PushTask": {"num_failures": 3, "req_failure_prob": 10, "resp_failure_prob": 10},
+    "ray::rpc::ActorInfoGcsService.grpc_client.RegisterActor": {"num_failures": 2},
+    "ray::rpc::ActorInfoGcsService.grpc_client.CreateActor": {"num_failures": 2},
+    "NodeManagerService.grpc_client.PinObjectIDs": {"num_failures": 2},
+    "NodeManagerService.grpc_client.RequestWorkerLease": {"num_failures": 2},
+}
+"""Of each process's calls."""
+FOR_SURE = {"num_lower_bound_req_failures": 1, "num_lower_bound_resp_failures": 1}
+"""The first call's request and the second one's answer are lost."""
+
+
+@pytest.mark.timeout(480)
 def test_calls_are_lost_late_and_repeated(alone, place):
-    """Requests that never arrive, answers that never come back (their calls are made again), and everything late: the
-    run ends with the same rollouts."""
+    """Requests that never arrive, answers that never come back (their calls are made again), and everything late: Ray's
+    logs tell of each kind, and the run ends with the same rollouts and the same student."""
     config_file(place, STAGES, run={**ON_RAY, "watchdog_s": 60})
-    # of each process's calls
-    faults = {"num_failures": 3, "req_failure_prob": 10, "resp_failure_prob": 10, "in_flight_failure_prob": 0}
+    logs = tempfile.mkdtemp(prefix="skd-", dir="/tmp")  # a socket's path must be short
+    faults = {name: {**FOR_SURE, **fault} for name, fault in LOST_CALLS.items()}
     chaos = {
-        "RAY_testing_rpc_failure": json.dumps({"CoreWorkerService.grpc_client.PushTask": faults}),
+        "RAY_testing_rpc_failure": json.dumps(faults),
         "RAY_testing_rpc_failure_avoid_intra_node_failures": "0",
         "RAY_testing_asio_delay_us": "CoreWorkerService.grpc_server.PushTask=1000:20000",
+        "RAY_TMPDIR": logs,
     }
     done = subprocess.run(
         [sys.executable, "-m", "switchkd.cli", "train", "config.yaml"], env={**os.environ, **chaos},
-        capture_output=True, text=True, timeout=220, check=False,
+        capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
-    print(done.stdout[-6000:])
+    fired = Counter(
+        (found[1], found[2])
+        for path in Path(logs).glob("ray/session_2*/logs/*")
+        if path.is_file()
+        for found in re.finditer(r"Inject RPC (request|response) failure for (\S+)", path.read_text(errors="replace"))
+    )
+    shutil.rmtree(logs, ignore_errors=True)
+    print(done.stdout[-6000:], fired)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert {(kind, name) for name in LOST_CALLS for kind in ("request", "response")} == set(fired)
     same_rollouts(place / "run", alone)
+    assert distance(place / "run" / "student", alone / "student") < 1e-4
 
 
 A_NODE_GOES = """

@@ -80,7 +80,8 @@ def kill(role: str) -> None:
 
 
 class Murder:
-    """Kills at set moments: just after tasks of a batch were given out, or an examination began; each once."""
+    """Kills at set moments: just after tasks of a batch were given out, or an examination began; each once. The only
+    teacher dies while a worker waits for its answer about a block: `in_flight`."""
 
     def __init__(self, patch: pytest.MonkeyPatch, *, at_batch: dict[int, str], at_examination: int | None) -> None:
         from switchkd.actors.launch import RayWorker
@@ -88,26 +89,63 @@ class Murder:
         self.at_batch, self.at_examination = dict(at_batch), at_examination
         self.generate, self.examine = RayWorker.generate, RayWorker.examine
         self.victims: list[str] = []
+        self.in_flight: list[str] = []  # where the asker stood
         patch.setattr(RayWorker, "generate", lambda worker, tasks, weights: self._generate(worker, tasks, weights))
         patch.setattr(RayWorker, "examine", lambda worker, exam, weights: self._examine(worker, exam, weights))
 
     def _generate(self, worker: Any, tasks: Any, weights: Any) -> Any:
         future = self.generate(worker, tasks, weights)
-        self._strike(self.at_batch.pop(tasks[0].batch, ""))
+        self._strike(self.at_batch.pop(tasks[0].batch, ""), worker)
         return future
 
     def _examine(self, worker: Any, exam: Any, weights: Any) -> Any:
         future = self.examine(worker, exam, weights)
         if self.at_examination == (weights.version if weights else 0):
             self.at_examination = None
-            self._strike("RolloutActor")
+            self._strike("RolloutActor", worker)
         return future
 
-    def _strike(self, role: str) -> None:
-        if role:
+    def _strike(self, role: str, worker: Any) -> None:
+        if not role:
+            return
+        if role == "TeacherActor" and len(actors(role)) == 1:
+            self.in_flight.append(stopped_within_a_block(worker))
+        else:
             time.sleep(0.05)  # let it begin
-            kill(role)
-            self.victims.append(role)
+        kill(role)
+        self.victims.append(role)
+
+
+def stopped_within_a_block(worker: Any) -> str:
+    """The only teacher stands still, and the worker waits for its answer about a block: where."""
+    import ray
+
+    (teacher,) = actors("TeacherActor")
+    os.kill(teacher, signal.SIGSTOP)
+    deadline = time.monotonic() + 60
+    while "_ask_once" not in (stands := ray.get(worker.actor.pulse.remote())[1]):
+        assert time.monotonic() < deadline, f"no block was asked about; the worker stands at {stands!r}"
+        if "teacher_router.py" in stands:  # it opens sessions, or the like: let that be done
+            os.kill(teacher, signal.SIGCONT)
+            time.sleep(0.01)
+            os.kill(teacher, signal.SIGSTOP)
+    return stands
+
+
+def hear_at_once(patch: pytest.MonkeyPatch) -> None:
+    """What the teachers' pool tells is waited for after every step; else the last steps may be over before."""
+    from switchkd.actors.serve import PoolHandle
+
+    news = PoolHandle.news
+
+    def heard(pool: Any) -> list[str]:
+        import ray
+
+        pool._asked = pool._asked or pool.actor.news.remote(pool._told)
+        ray.wait([pool._asked], timeout=60)
+        return news(pool)
+
+    patch.setattr(PoolHandle, "news", heard)
 
 
 def same_rollouts(run: Path, other: Path) -> None:
@@ -121,14 +159,22 @@ def same_numbers(run: Path, other: Path, tolerance: float) -> None:
     assert losses[0] == pytest.approx(losses[1], abs=tolerance)
 
 
-def test_one_of_each_and_all_of_them_die(cluster, alone, place, monkeypatch):
+def test_one_of_each_and_all_of_them_die(cluster, alone, place, monkeypatch, notes):
     """With one worker, one teacher and one rank the run equals the one without Ray, its losses and evaluations too,
-    though its worker is killed while it writes and while it is examined, and its only teacher while it is asked."""
+    though its worker is killed while it writes and while it is examined, and its only teacher while a call about a
+    block waits for its answer. The user is told of each death."""
+    hear_at_once(monkeypatch)
     murder = Murder(monkeypatch, at_batch={4: "RolloutActor", 5: "TeacherActor"}, at_examination=3)
     summary = train(config(place, STAGES, run=ON_RAY, eval=EVAL))
     assert sorted(murder.victims) == ["RolloutActor", "RolloutActor", "TeacherActor"]
-    assert summary.finished
+    assert summary.finished and "waits for a teacher" in murder.in_flight[0]
     wait_until(lambda: not actors(), "the run left actors behind")
+    assert [note for note in notes if " died" in note] == [
+        "a rollout worker died; the evaluation begins again",
+        "rollout worker 0 died; its 4 rollouts are written again",
+        "teacher replica 0 died and is started again",
+    ]
+    assert "teacher replica 0 works" in notes
     same_rollouts(place / "run", alone[0])
     assert steps(place / "run")[0]["loss/total"] == steps(alone[0])[0]["loss/total"]
     same_numbers(place / "run", alone[0], 1e-5)
@@ -137,12 +183,13 @@ def test_one_of_each_and_all_of_them_die(cluster, alone, place, monkeypatch):
         assert name == same and ours == pytest.approx(theirs, abs=1e-4)
 
 
-def test_two_of_each_and_one_of_them_dies(cluster, alone, place, monkeypatch):
+def test_two_of_each_and_one_of_them_dies(cluster, alone, place, monkeypatch, notes):
     """Two workers, two teachers and two ranks write the same rollouts and compute the same losses, though a worker and
     a teacher are killed at their work."""
     murder = Murder(monkeypatch, at_batch={4: "TeacherActor", 6: "RolloutActor"}, at_examination=None)
     summary = train(config(place, STAGES, run=ON_RAY, **TWO_OF_ALL))
     assert murder.victims == ["TeacherActor", "RolloutActor"] and summary.finished
+    assert [note for note in notes if re.fullmatch(r"rollout worker \d died; its 2 rollouts are written again", note)]
     same_rollouts(place / "run", alone[0])
     same_numbers(place / "run", alone[0], 1e-5)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import time
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,7 @@ from pools import Still, Thunks, fetch
 from toy import ToyTeacher, pair
 
 from switchkd.engines.base import TeacherBusy, UnknownSession
+from switchkd.house import TeacherLost
 from switchkd.membership import DRAIN_S, FORGET_S, Members, Roster, State
 from switchkd.types import Blocks, Sessions
 
@@ -25,7 +28,18 @@ def rooms(monkeypatch) -> Any:
 
     monkeypatch.setattr(teacher_router.ray, "get", fetch)
     monkeypatch.setattr(teacher_router, "PAUSE_S", 0.001)
+    monkeypatch.setattr(teacher_router, "MAX_PAUSE_S", 0.01)
     return teacher_router
+
+
+@pytest.fixture
+def naps(rooms, monkeypatch) -> list[float]:
+    """How long the router meant to wait; nobody does."""
+    found: list[float] = []
+    monkeypatch.setattr(rooms, "PAUSE_S", 0.2)
+    monkeypatch.setattr(rooms, "MAX_PAUSE_S", 3.0)
+    monkeypatch.setattr(rooms.time, "sleep", found.append)
+    return found
 
 
 def lost() -> Exception:
@@ -122,6 +136,39 @@ class TestRouter:
         router.open(opened(2))
         assert held(pool)[1] == [0, 1, 2], "a replica that failed gets no new session for a while"
 
+    def test_a_call_that_kills(self, rooms, naps):
+        """A session over whose calls three replicas died, in a row, is given back to whoever wants it written; asked
+        for anew, it has three more. The others are answered as ever."""
+        pool = {i: Mortal(deadly=1) for i in range(2)}
+        router = rooms.TeacherRouter(Looks(pool))
+        router.open(opened(0))
+        for num in (3, 6):
+            router.open(opened(1))
+            with pytest.raises(TeacherLost, match="3 times in a row its teacher died over the same call"):
+                router.score(block(0, 1))
+            assert sum(replica.deaths for replica in pool.values()) == num
+        router.close(np.array([1]))
+        np.testing.assert_allclose(router.score(block(0)).values, alone((0,), (block(0),)))
+
+    def test_losses_with_answers_between(self, rooms, naps):
+        """Only losses in a row count, and those of a replica that had been there: one that is away for long is one."""
+        pool = {0: Mortal(deadly=-1)}
+        directory = Looks(pool, noticed=20)
+        router = rooms.TeacherRouter(directory)
+        router.open(opened(0))
+        for _ in range(4):
+            pool[0].die()
+            np.testing.assert_allclose(router.score(block(0)).values, alone((0,), (block(0),)))
+        assert pool[0].deaths == 4 and len(pool[0].calls) > 40, "it was asked while it was away"
+
+    def test_pauses_grow(self, rooms, naps):
+        """Twice as long each time, up to a few seconds."""
+        pool = {0: Mortal(deadly=-1)}
+        router = rooms.TeacherRouter(Looks(pool, noticed=7))
+        pool[0].die()
+        router.open(opened(0))
+        assert naps[:6] == pytest.approx([0.2, 0.4, 0.8, 1.6, 3.0, 3.0])
+
     def test_a_replica_that_forgot(self, rooms):
         """A session that its replica no longer knows is opened again, at once."""
         pool = replicas(1)
@@ -188,6 +235,83 @@ class TestRouter:
         assert list(pool[0].teacher.sessions) == [1 << rooms.SESSION_BITS]
         largest = (1 << 20) - 1 << rooms.SESSION_BITS
         assert largest + (1 << rooms.SESSION_BITS) - 1 < 1 << 63, "every run's sessions have room in an int64"
+
+
+class Mortal(Thunks):
+    """A replica whose process dies of a session's score, and knows no session when it is back."""
+
+    def __init__(self, deadly: int) -> None:
+        super().__init__(ToyTeacher(CHAIN))
+        self.deadly, self.deaths, self.looks = deadly, 0, 0  # looks: since it died; 0: it is there
+
+    def die(self) -> None:
+        self.deaths, self.looks = self.deaths + 1, 1
+        self.teacher = ToyTeacher(CHAIN)
+
+    def _run(self, name: str, args: tuple[Any, ...]) -> Any:
+        if not self.looks and name == "score" and self.deadly in args[0].session_ids:
+            self.die()
+        if self.looks and name != "close":  # nobody waits for that
+            self.calls.append(name)
+            raise away()
+        return super()._run(name, args)
+
+
+class Looks(Still):
+    """The directory of `Mortal` replicas: at the look `noticed` after a death it is known, at the next one over."""
+
+    def __init__(self, ready: dict[int, Mortal], noticed: int = 2) -> None:
+        super().__init__(ready)
+        self.noticed = noticed
+
+    def ask(self, sessions: Any) -> Members:
+        ready = {}
+        for number, replica in self.members.ready.items():
+            if replica.looks > self.noticed:
+                replica.looks = 0
+            elif replica.looks:
+                replica.looks += 1
+            if replica.looks <= self.noticed:
+                ready[number] = replica
+        return Members(ready=ready, draining={}, sessions={}, num_starting=len(self.members.ready) - len(ready))
+
+    def poll(self, sessions: Any) -> None:
+        return None
+
+
+def test_what_a_router_gave_up_on(rooms):
+    """Reaches the driver as what it is, through the worker's own process."""
+    from ray.exceptions import RayTaskError
+
+    from switchkd.actors.futures import of_worker
+
+    failed: Future[Any] = Future()
+    raised = RayTaskError("generate", "", pickle.loads(pickle.dumps(TeacherLost("3 times"))))
+    failed.set_exception(raised.as_instanceof_cause())
+    found = of_worker(SimpleNamespace(future=lambda: failed)).exception()
+    assert type(found) is TeacherLost and str(found) == "3 times"
+
+
+class TestPool:
+    def test_a_replica_that_dies_whenever_it_starts(self, monkeypatch):
+        """It is replaced after a time, and the third of them ends the pool, with the reason."""
+        from switchkd.actors import teacher_pool
+
+        monkeypatch.setattr(teacher_pool.ray, "kill", lambda handle: None)
+        actor = teacher_pool.TeacherPoolActor.__ray_metadata__.modified_class
+        pool = object.__new__(actor)
+        pool.roster, pool.watches, pool.log, pool.loads = Roster(), {}, [], []
+        pool.ever_ready, pool.num_failed = True, 0
+        handle = SimpleNamespace(ready=SimpleNamespace(remote=lambda: None))
+        monkeypatch.setattr(teacher_pool, "Probe", lambda ref: None)
+        for number in range(3):
+            pool._enter(handle, SimpleNamespace(free=lambda: None), 0.0)
+            pool._restarting(number, teacher_pool.RESTART_S - 1)
+            assert number in pool.watches and not pool.roster.broken
+            pool._restarting(number, teacher_pool.RESTART_S + 1)
+            assert number not in pool.watches
+        assert pool.roster.broken == "it dies whenever it is started, for 600 s now; see its log"
+        assert pool.log[0] == f"teacher replica 0 is lost: {pool.roster.broken}"
 
 
 class TestRoster:

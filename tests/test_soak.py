@@ -27,6 +27,14 @@ def test_the_accounts(tmp_path):
     assert soak.account(path, 5) == (2, 1)
 
 
+def test_the_queue(tmp_path):
+    """Of steps, not of evaluations."""
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": 0, "replay/waiting": 8.0}, {"step": 1, "eval/kl": 1.0}, {"step": 1, "replay/waiting": 0}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert soak.queue(path) == [8, 0]
+
+
 def test_the_slope():
     """MB per 100 steps, without what came before it settled."""
     samples = [(step, 50.0 if step < 20 else 80 + 0.02 * step) for step in range(0, 101, 5)]
@@ -38,7 +46,8 @@ def test_the_slope():
 @pytest.mark.timeout(400)
 def test_a_hundred_steps(tmp_path, monkeypatch, capsys):
     """`bench soak`: nothing lost, nothing twice (the command fails otherwise), each role died at least once, and
-    neither the object store nor any process that lived long grows by more than a run of its size could explain."""
+    neither the object store nor any process that lived long grows by more than a run of its size could explain. The
+    replay never held more than it has room for."""
     code, out, err = command(monkeypatch, capsys, "bench", "soak", "--json", tmp_path / "soak.json")
     print(out)
     assert code == 0, err
@@ -49,4 +58,7 @@ def test_a_hundred_steps(tmp_path, monkeypatch, capsys):
     grown = {name: row["last, MB"] - row["first, MB"] for name, row in rows.items()}
     assert all(more < 60 for more in grown.values()), grown
     assert "800 rollouts: none lost, none twice" in told["remarks"][1]
+    said = told["remarks"][2]
+    found = re.search(r"for 8 rollouts: at most (\d+) waited .* full after (\d+) steps and empty after (\d+)", said)
+    assert found and int(found[1]) <= 8, said
     assert not Path("run").exists()

@@ -17,7 +17,7 @@ from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 from switchkd.house import StateLost, Unreachable, WorkerLost
 
 RESTART_S = 600.0
-"""How long a dead worker or replay may take to come back before the run ends."""
+"""How long a dead worker or replay may take to come back before the run ends, and a teacher before it is replaced."""
 GRACE_S = 10.0
 """When a rank fails, so long is waited for the news that another one died: survivors notice before Ray does."""
 

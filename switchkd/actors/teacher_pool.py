@@ -22,7 +22,7 @@ from ray.exceptions import ActorUnavailableError, RayError
 
 from switchkd import scaling
 from switchkd.actors.environment import Secrets, prepare
-from switchkd.actors.futures import cause_of
+from switchkd.actors.futures import RESTART_S, cause_of
 from switchkd.actors.place import Place, free_all
 from switchkd.actors.teacher_actor import TeacherActor, Worked
 from switchkd.actors.teacher_load import Probe, Watch, load_of
@@ -184,7 +184,7 @@ class TeacherPoolActor:
         except ActorUnavailableError:
             self._restarting(number, now)
         except RayError as error:
-            self._lost(number, error)
+            self._lost(number, _reason(error))
         else:
             self._answered(number, answer, now)
 
@@ -201,8 +201,11 @@ class TeacherPoolActor:
         watch.probe = Probe(replica.handle.worked.remote())
 
     def _restarting(self, number: int, now: float) -> None:
-        """Ray starts it again by itself; it is asked until it answers."""
+        """Ray starts it again by itself; it is asked until it answers, or for RESTART_S."""
         watch, replica = self.watches[number], self.roster.replicas[number]
+        if replica.state is State.STARTING and now - replica.since > RESTART_S:
+            self._lost(number, f"it dies whenever it is started, for {RESTART_S:g} s now; see its log")
+            return
         if replica.state is State.DRAINING:
             self._end(number)
             return
@@ -212,9 +215,9 @@ class TeacherPoolActor:
             self._say(f"teacher replica {number} died and is started again")
         watch.probe = Probe(replica.handle.ready.remote())
 
-    def _lost(self, number: int, error: RayError) -> None:
+    def _lost(self, number: int, told: str) -> None:
         """It will not come back: another takes its place."""
-        starting, told = self.roster.replicas[number].state is State.STARTING, _reason(error)
+        starting = self.roster.replicas[number].state is State.STARTING
         self._end(number)
         self._say(f"teacher replica {number} is lost: {told}")
         self.num_failed += starting

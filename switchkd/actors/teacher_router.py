@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +19,7 @@ import ray
 from ray.exceptions import ActorDiedError, RayActorError
 
 from switchkd.engines.base import TeacherBusy, UnknownSession
+from switchkd.house import MAX_DEATHS, TeacherLost
 from switchkd.membership import Members
 from switchkd.types import Blocks, Positions, Sessions, Signal, WriteRequest, Written, ragged
 
@@ -32,7 +33,8 @@ RETRY_FOR_S = 300.0
 """How long a router looks for a living replica, while none is being started, before it gives up."""
 QUARANTINE_S = 5.0
 """How long a replica that failed gets no new session."""
-PAUSE_S = 0.2
+PAUSE_S, MAX_PAUSE_S = 0.2, 3.0
+"""How long a router waits before it asks again; each time twice as long, up to the second."""
 SESSION_BITS = 42
 """Of a session's number; the run's own number stands above them."""
 
@@ -60,6 +62,8 @@ class TeacherRouter:
         self._home: dict[int, int] = {}  # session id -> replica
         self._tokens: dict[int, np.ndarray] = {}  # session id -> its tokens, as last sent
         self._bad_until: dict[int, float] = {}
+        self._away: set[int] = set()  # replicas that failed and were not seen at work, or starting, since
+        self._losses: Counter[int] = Counter()  # session id -> replicas lost over its calls since the last answer
         self._first = first  # workers start at different replicas
 
     # ── the Teacher protocol ───────────────────────────────────────────────────────────────────────────────────────
@@ -69,6 +73,7 @@ class TeacherRouter:
         tokens = ragged(sessions.token_ids, sessions.lengths)
         ids = (sessions.session_ids + self._offset).tolist()
         wanted = dict(zip(ids, tokens, strict=True))
+        self._answered(ids)
         self._place(wanted)
         self._tokens.update(wanted)
 
@@ -135,6 +140,7 @@ class TeacherRouter:
         by_replica: dict[int, list[int]] = {}
         for session in (session_ids + self._offset).tolist():
             self._tokens.pop(session, None)
+            self._losses.pop(session, None)
             home = self._home.pop(session, None)
             if home is not None:
                 by_replica.setdefault(home, []).append(session)
@@ -171,13 +177,15 @@ class TeacherRouter:
         if members.broken and not members.ready:
             raise RuntimeError(f"there is no teacher any more: {members.broken}")
         self._members = members
+        self._away.intersection_update(members.ready)  # who was seen to leave and is back is another process
 
     def _patience(self) -> Iterator[None]:
-        """Each turn waits a little and looks the members up. Raises RuntimeError after RETRY_FOR_S without anybody to
-        wait for."""
-        deadline = time.monotonic() + RETRY_FOR_S
+        """Each turn waits, ever longer, and looks the members up. Raises RuntimeError after RETRY_FOR_S without anybody
+        to wait for."""
+        deadline, pause = time.monotonic() + RETRY_FOR_S, PAUSE_S
         while True:
-            time.sleep(PAUSE_S)
+            time.sleep(pause)
+            pause = min(2 * pause, MAX_PAUSE_S)
             self._take(self._directory.ask(Counter(self._home.values())))
             if self._members.num_starting and not self._members.ready:
                 deadline = time.monotonic() + RETRY_FOR_S
@@ -188,10 +196,22 @@ class TeacherRouter:
     def _handle(self, home: int) -> Any | None:
         return self._members.ready.get(home) or self._members.draining.get(home)
 
-    def _failed(self, home: int, error: RayActorError) -> None:
+    def _failed(self, home: int, error: RayActorError, sessions: Collection[int] = ()) -> None:
+        """A call for these sessions got no answer. Raises TeacherLost where one of them met that MAX_DEATHS times in a
+        row, each time with a replica that had been there."""
         self._bad_until[home] = time.monotonic() + QUARANTINE_S
         if isinstance(error, ActorDiedError):
             self._directory.lost()
+        if home not in self._away:
+            self._away.add(home)
+            self._losses.update(list(sessions))
+        if (num := max((self._losses[session] for session in sessions), default=0)) >= MAX_DEATHS:
+            self._answered(sessions)
+            raise TeacherLost(f"{num} times in a row its teacher died over the same call")
+
+    def _answered(self, sessions: Iterable[int]) -> None:
+        for session in sessions:
+            self._losses.pop(session, None)
 
     def _until_answered(self, blocks: Blocks, ask: Ask) -> list[tuple[Any, int]]:
         """For every block, in order: the answer that it came in, and its place there."""
@@ -225,9 +245,11 @@ class TeacherRouter:
                 self._reopen(error.session_ids, blocks)
                 continue
             except RayActorError as error:  # it died, or cannot be reached just now
-                self._failed(home, error)
+                self._failed(home, error, [ids[i] for i in members])
                 self._reopen([ids[i] for i in members], blocks)
                 continue
+            self._away.discard(home)
+            self._answered(ids[i] for i in members)
             answers.update({i: (answer, place) for place, i in enumerate(members)})
         return answers
 
@@ -263,11 +285,12 @@ class TeacherRouter:
             try:
                 ray.get(self._members.ready[home].open.remote(_as_sessions(sessions)))
                 self._home.update(dict.fromkeys(sessions, home))
+                self._away.discard(home)
                 return
             except TeacherBusy:
                 busy.add(home)
             except RayActorError as error:  # it died, or cannot be reached just now
-                self._failed(home, error)
+                self._failed(home, error, sessions)
                 next(patience)
 
     def _least_loaded(self, without: set[int]) -> int | None:

@@ -1,7 +1,8 @@
 """A long run of tiny models while its processes are killed at random: is anything lost, and does memory stay flat?
 
 In: a number of steps, a seed, how often something dies. Out: a table of every process's memory and its slope; faults,
-seconds to recover. Raises RuntimeError when a rollout was lost or stands twice in the history.
+seconds to recover; how full the replay was. Raises RuntimeError when a rollout was lost or stands twice in the history,
+or more of them waited than the replay may hold.
 
 It is the real program on a private Ray cluster, with two workers that may be one version ahead, a replay that holds one
 batch (so that it is full whenever the learner is slower, and empty whenever the workers are), and a checkpoint every 10
@@ -119,9 +120,12 @@ def run(*, steps: int, seed: int, every: int, keep: Path | None = None) -> Table
             thread.join()
         elapsed = time.monotonic() - started
         lost, twice = account(folder / "run" / "rollouts.jsonl", steps * BATCH)
+        waiting = queue(folder / "run" / "metrics.jsonl")
+    if max(waiting) > BATCH:
+        raise RuntimeError(f"{max(waiting)} rollouts waited in a replay that has room for {BATCH}")
     if lost or twice:
         raise RuntimeError(f"of {steps * BATCH} rollouts {lost} were lost and {twice} stand twice in the history")
-    return _table(steps, seed, elapsed, havoc)
+    return _table(steps, seed, elapsed, havoc, waiting)
 
 
 def schedule(steps: int, every: int, rng: random.Random) -> list[Fault]:
@@ -139,6 +143,13 @@ def account(path: Path, num: int) -> tuple[int, int]:
     with path.open(encoding="utf-8") as lines:
         ids = [json.loads(line)["rollout_id"] for line in lines]
     return len(set(range(num)) - set(ids)), len(ids) - len(set(ids))
+
+
+def queue(path: Path) -> list[int]:
+    """Rollouts that waited in the replay when a step was over, by step."""
+    with path.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    return [int(row["replay/waiting"]) for row in rows if "replay/waiting" in row]
 
 
 def last_step(path: Path) -> int | None:
@@ -170,7 +181,7 @@ def slope(samples: Iterable[tuple[int, float]]) -> float:
     return 100 * statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
-def _table(steps: int, seed: int, elapsed: float, havoc: Havoc) -> Table:
+def _table(steps: int, seed: int, elapsed: float, havoc: Havoc, waiting: Sequence[int]) -> Table:
     longest: dict[str, tuple[str, list[tuple[int, float]]]] = {}
     for name, samples in havoc.samples.items():
         role = name.rstrip("0123456789").strip()
@@ -193,6 +204,8 @@ def _table(steps: int, seed: int, elapsed: float, havoc: Havoc) -> Table:
         remarks=(
             f"{len(havoc.faults)} processes were killed: {told}; in brackets seconds until a step beyond it was done.",
             f"{steps * BATCH} rollouts: none lost, none twice in the history. {elapsed:.0f} s in all.",
+            f"The replay has room for {BATCH} rollouts: at most {max(waiting)} waited after a step; it was full "
+            f"after {waiting.count(BATCH)} steps and empty after {waiting.count(0)}.",
         ),
     )  # fmt: skip
 
