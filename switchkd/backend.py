@@ -28,7 +28,8 @@ _NOT_THERE = {
     "runner": "the teacher generates",
     "convert": "the teacher generates",
 }
-_PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size")
+SPLITS = ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size")
+"""vLLM's arguments that give an engine more than one worker."""
 _LOADS = (
     "safetensors", "fastsafetensors", "instanttensor", "mistral", "runai_streamer", "runai_streamer_sharded",
     "sharded_state",
@@ -39,7 +40,7 @@ _SAME_ROWS = frozenset(
         "attention_backend", "block_size", "cpu_offload_gb", "disable_custom_all_reduce", "disable_log_stats",
         "distributed_executor_backend", "download_dir", "enable_chunked_prefill", "enable_prefix_caching",
         "enforce_eager", "gpu_memory_utilization", "kv_cache_memory_bytes", "load_format", "max_logprobs",
-        "max_model_len", "max_num_batched_tokens", "max_num_seqs", "seed", "swap_space", *_PARALLEL,
+        "max_model_len", "max_num_batched_tokens", "max_num_seqs", "seed", "swap_space", *SPLITS,
     }
 )  # fmt: skip
 """Engine arguments about memory, speed and place: at most the last bits of a row depend on them."""
@@ -112,7 +113,7 @@ def _check_engine(config: Config) -> None:
             f"teacher.engine.load_format={load}: only safetensors are read, a pickle runs code; remove it, or take "
             f"one of {', '.join(_LOADS)}"
         )
-    sizes = {name: engine[name] for name in _PARALLEL if name in engine}
+    sizes = {name: engine[name] for name in SPLITS if name in engine}
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise ConfigError(f"teacher.engine.{name}={size!r}: give a whole number of 1 or more")

@@ -171,10 +171,10 @@ class Dispatch:
             try:
                 report: WorkReport = future.result()
             except WorkerLost:
-                self._died(tasks, 1, WorkerLost, f"rollout worker {index} died")
+                self._died(index, tasks, WorkerLost, f"rollout worker {index} died")
                 self.working[index] = (self.house.workers[index].back(), [])
             except TeacherLost as error:
-                tries = self._died(tasks, MAX_DEATHS, TeacherLost, f"rollout worker {index} could not go on ({error})")
+                tries = self._died(index, tasks, TeacherLost, f"rollout worker {index} could not go on ({error})")
                 self.working[index] = (_rest(REST_S * 2**tries), [])
             except Unreachable as error:
                 tries = self._give_again([tasks], f"rollout worker {index} could not go on ({error})")
@@ -189,15 +189,19 @@ class Dispatch:
                     self.deaths.written(tasks, report.num_teacher_calls > 0)
                     self._blame(tasks, None)
 
-    def _died(self, tasks: list[Task], times: int, kind: type[Exception], told: str) -> int:
-        """A worker, or so many teachers, died over these tasks: was it one of them? Which time they go out again."""
-        self.deaths.hear(tasks, times)
-        if self.deaths.blame(tasks, kind):
+    def _died(self, index: int, tasks: list[Task], kind: type[Exception], told: str) -> int:
+        """A worker, or teachers, died over these tasks: was it one of them? Which time they go out again."""
+        self.deaths.hear(tasks, kind, index)
+        if self.deaths.blame(tasks, kind, len(self.house.workers)):
             self.log.note(told)
             who = "its worker" if kind is WorkerLost else "teachers"
             self._blame(tasks, kind(f"{who} died {MAX_DEATHS} times while it was written alone"))
             return 0
-        return self._give_again([[task] for task in tasks] if self.deaths.split(tasks) else [tasks], told)
+        if not self.deaths.split(tasks, kind):
+            return self._give_again([tasks], told)
+        for task in tasks:  # alone each has all its tries
+            self.tries.pop(task.rollout_id, None)
+        return self._give_again([[task] for task in tasks], told)
 
     def _give_again(self, groups: list[list[Task]], told: str) -> int:
         """To whoever is free first: puts are idempotent. Which time it is."""

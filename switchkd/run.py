@@ -45,6 +45,7 @@ class Summary:
     best_step: int | None
     elapsed_s: float
     stage_scores: tuple[tuple[str, dict[str, float]], ...]
+    told_to_stop: bool = False  # SIGTERM came, be it behind the last step
 
 
 def train(config: Config, *, resume: bool = False) -> Summary:
@@ -78,7 +79,7 @@ def _train(ready: Ready, log: MetricsLog, resume: bool) -> Summary:
             if checkpoint is not None:
                 trainer.resume(checkpoint)
             state = trainer.run()
-        summary = _summary(folder, state, plan)
+        summary = _summary(folder, state, plan, told_to_stop=bool(trainer.stop_signal))
         if summary.student:
             write_card(Path(summary.student), folder.path, config, summary.stage_scores, _student_steps(summary))
         write_json_atomic(folder.path / "summary.json", asdict(summary))
@@ -155,7 +156,7 @@ def _examiner(ready: Ready) -> Examiner:
     return Examiner(ready.config.eval, prompts, has_teacher=ready.config.needs_teacher)
 
 
-def _summary(folder: RunFolder, state: TrainState, plan: RunPlan) -> Summary:
+def _summary(folder: RunFolder, state: TrainState, plan: RunPlan, *, told_to_stop: bool) -> Summary:
     finished = state.step >= plan.num_steps or state.stopped_early
     student = folder.path / "student"
     return Summary(
@@ -168,6 +169,7 @@ def _summary(folder: RunFolder, state: TrainState, plan: RunPlan) -> Summary:
         best_step=state.best_step,
         elapsed_s=state.elapsed_s,
         stage_scores=state.stage_scores,
+        told_to_stop=told_to_stop,
     )
 
 

@@ -10,7 +10,9 @@ no other rollout's weight; a step without any leaves the weights as they are.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -102,17 +104,19 @@ class _Trial:
 class Deaths:
     """Of which tasks did workers, or teachers, die? Parts die for many reasons; a prompt is one of them only where
 
-    - it was alone in its call, and MAX_DEATHS parts died of it, one after the other, and
-    - others can be written: some call ended well since its first death; or, where there was none besides, calls before
-      it did and no other task's call died as well. For teachers only calls that asked them count.
+    - it was alone in its call, and MAX_DEATHS parts of a kind died of it, one after the other;
+    - workers: on two of them at least, if there are two; and some call ended well since the first of these deaths, or,
+      where there was none besides, calls before it did and no other task's call died;
+    - teachers, which workers share, so that a neighbour's call dies with them: no other task's call died, and calls
+      that asked teachers ended well.
 
-    So where everything dies nothing is to blame; and what dies by chance, and is then written, is cleared.
+    So where everything dies, or it cannot be told who is to blame, nothing is; and what dies by chance, and is then
+    written, is cleared.
     """
 
     def __init__(self) -> None:
         self._well = {WorkerLost: 0, TeacherLost: 0}  # calls that ended well; those of them that asked teachers
-        self._first: dict[int, dict[type[Exception], int]] = {}  # task: the same at its first death
-        self._num: dict[int, int] = {}  # in company, then alone
+        self._of: dict[int, _Deaths] = {}
         self._blamed: set[int] = set()
 
     def written(self, tasks: Iterable[Task], asked: bool) -> None:
@@ -125,34 +129,47 @@ class Deaths:
     def forget(self, rollout_ids: Iterable[int]) -> None:
         """Nobody died of them."""
         for rollout_id in rollout_ids:
-            self._first.pop(rollout_id, None)
-            self._num.pop(rollout_id, None)
+            self._of.pop(rollout_id, None)
 
-    def hear(self, tasks: Iterable[Task], times: int) -> None:
-        """So many parts died of a call."""
+    def hear(self, tasks: Iterable[Task], kind: type[Exception], worker: int) -> None:
+        """A call died. `kind`: WorkerLost, or TeacherLost, which stands for MAX_DEATHS teachers."""
         for task in tasks:
-            self._first.setdefault(task.rollout_id, dict(self._well))
-            self._num[task.rollout_id] = self._num.get(task.rollout_id, 0) + times
+            own = self._of.setdefault(task.rollout_id, _Deaths(dict(self._well)))
+            own.num[kind] += 1 if kind is WorkerLost else MAX_DEATHS
+            own.workers.add(worker)
 
-    def split(self, tasks: Sequence[Task]) -> bool:
+    def split(self, tasks: Sequence[Task], kind: type[Exception]) -> bool:
         """Is each to be tried alone from now on?"""
-        if len(tasks) == 1 or self._num[tasks[0].rollout_id] < SPLIT_AFTER:
+        if len(tasks) == 1 or self._of[tasks[0].rollout_id].num[kind] < SPLIT_AFTER:
             return False
-        self._num.update((task.rollout_id, 0) for task in tasks)
+        for task in tasks:
+            self._of[task.rollout_id].num.clear()
+            self._of[task.rollout_id].workers.clear()
         return True
 
-    def blame(self, tasks: Sequence[Task], kind: type[Exception]) -> bool:
-        """Is the call's only task to be set aside? `kind`: WorkerLost or TeacherLost."""
-        rollout_id = tasks[0].rollout_id
-        if len(tasks) > 1 or self._num[rollout_id] < MAX_DEATHS:
+    def blame(self, tasks: Sequence[Task], kind: type[Exception], num_workers: int) -> bool:
+        """Is the call's only task to be set aside?"""
+        own = self._of[tasks[0].rollout_id]
+        if len(tasks) > 1 or own.num[kind] < MAX_DEATHS:
             return False
-        well, others = self._well[kind], len(self._first) > 1
-        found = well > self._first[rollout_id][kind] or (well > 0 and not others)
+        others = sum(bool(each.num) for each in self._of.values()) > 1
+        found = self._well[kind] > 0 and not others
+        if kind is WorkerLost:
+            found = found or self._well[kind] > own.well_before[kind]
+            found = found and len(own.workers) >= min(2, num_workers)
         if found:
-            self._blamed.add(rollout_id)
+            self._blamed.add(tasks[0].rollout_id)
         return found
 
     def clear(self) -> None:
-        self._first.clear()
-        self._num.clear()
+        self._of.clear()
         self._blamed.clear()
+
+
+@dataclass
+class _Deaths:
+    """Of one task: in company, then alone."""
+
+    well_before: dict[type[Exception], int]
+    num: Counter[type[Exception]] = field(default_factory=Counter)
+    workers: set[int] = field(default_factory=set)

@@ -103,14 +103,7 @@ class Trainer:
     def run(self) -> TrainState:
         """Train to the last step (or to early stop, or to SIGTERM: then the state is saved first). A lost part sends
         the loop back to the last checkpoint; a stalled run saves what it can and raises Stalled."""
-        previous = signal.getsignal(signal.SIGTERM)
-
-        def heard(number: int, frame: FrameType | None) -> None:
-            self.stop_signal = number
-            if callable(previous):  # whoever started this run is meant too
-                previous(number, frame)
-
-        signal.signal(signal.SIGTERM, heard)
+        previous = signal.signal(signal.SIGTERM, self._on_signal)
         lost: StateLost | None = None
         try:
             while True:
@@ -170,6 +163,9 @@ class Trainer:
     @property
     def finished(self) -> bool:
         return self.state.step >= self.plan.num_steps or self.state.stopped_early
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.stop_signal = number
 
     # ── one step ───────────────────────────────────────────────────────────────────────────────────────────────────
 

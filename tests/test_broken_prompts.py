@@ -249,19 +249,35 @@ def test_teachers_die_of_a_prompt(place, monkeypatch):
     assert row["reason"] == "TeacherLost: teachers died 3 times while it was written alone" and len(rested) == 2
 
 
-def test_who_speaks_for_a_rollout():
-    """That others are written meanwhile; where teachers die, others that asked teachers."""
+def test_whose_worker_died():
+    """A rollout is to blame if others were written meanwhile, and not always the same one of several workers died."""
     first, last, other = ([SimpleNamespace(rollout_id=i)] for i in range(3))
     deaths = Deaths()
     deaths.written(other, asked=True)
-    for tasks in (first, last):
-        deaths.hear(tasks, MAX_DEATHS)
-        assert not deaths.split(tasks)
-    assert not deaths.blame(first, TeacherLost) and not deaths.blame(first, WorkerLost), "both died"
+    for time in range(MAX_DEATHS):
+        deaths.hear(first, WorkerLost, time % 2)
+        deaths.hear(last, WorkerLost, 0)
+    assert not deaths.blame(first, WorkerLost, 2), "both died, and nothing was written since"
     deaths.written(other, asked=False)
-    assert not deaths.blame(first, TeacherLost) and deaths.blame(first, WorkerLost)
-    deaths.written(other, asked=True)
-    assert deaths.blame(last, TeacherLost)
+    assert deaths.blame(first, WorkerLost, 2)
+    assert not deaths.blame(last, WorkerLost, 2) and deaths.blame(last, WorkerLost, 1)
+
+
+def test_whose_teachers_died():
+    """Workers share them: where several calls died, none is to blame until the others are written. What died with
+    teachers does not count where a worker dies."""
+    first, last = ([SimpleNamespace(rollout_id=i)] for i in range(2))
+    deaths = Deaths()
+    for tasks in (first, last):
+        deaths.hear(tasks, TeacherLost, 0)
+        assert not deaths.split(tasks, TeacherLost)
+    deaths.written([SimpleNamespace(rollout_id=2)], asked=True)
+    assert not deaths.blame(first, TeacherLost, 1)
+    deaths.written(last, asked=True)
+    assert deaths.blame(first, TeacherLost, 1)
+    deaths.hear(last, TeacherLost, 0)
+    deaths.hear(last, WorkerLost, 0)
+    assert not deaths.blame(last, WorkerLost, 1)
 
 
 def test_somebody_does_not_answer(alone, place, monkeypatch, notes):

@@ -50,7 +50,7 @@ TWO_OF_ALL = {
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    with small_ray(8) as folder:
+    with small_ray(8, num_gpus=2) as folder:  # for Ray's books only: nobody asks what these GPUs can do
         yield folder
 
 
@@ -192,6 +192,30 @@ def test_two_of_each_and_one_of_them_dies(cluster, alone, place, monkeypatch, no
     assert [note for note in notes if re.fullmatch(r"rollout worker \d died; its 2 rollouts are written again", note)]
     same_rollouts(place / "run", alone[0])
     same_numbers(place / "run", alone[0], 1e-5)
+
+
+def test_shares_of_gpus(cluster, alone, place, monkeypatch):
+    """Each process takes its share of a GPU, as Ray counts: two teachers with halves, two workers with quarters, a
+    learner with one eighth. Afterwards both GPUs are whole again."""
+    import ray
+
+    from switchkd.actors.worker_pool import RayWorker
+
+    free: list[float] = []
+    generate = RayWorker.generate
+
+    def watched(worker: Any, tasks: Any, weights: Any) -> Any:
+        free.append(ray.available_resources().get("GPU", 0.0))
+        return generate(worker, tasks, weights)
+
+    monkeypatch.setattr(RayWorker, "generate", watched)
+    shares = {"teacher": {"num_gpus": 0.5}, "rollout": {"num_gpus": 0.25}, "learner": {"num_gpus": 0.125}}
+    two = {key: TWO_OF_ALL[key] for key in ("rollout", "teacher")}
+    taken = {role: {"threads": 1, **share} for role, share in shares.items()}
+    train(config(place, STAGES, run=ON_RAY, resources=taken, **two))
+    assert set(free) == {2 - 2 * 0.5 - 2 * 0.25 - 0.125}
+    wait_until(lambda: ray.available_resources().get("GPU") == 2, "the GPUs were not given back")
+    same_rollouts(place / "run", alone[0])
 
 
 OWN_RULE = """

@@ -249,7 +249,6 @@ def test_a_cell_that_fails_does_not_keep_the_others(tmp_path, monkeypatch, capsy
         cell_of = grid.Grid._cell
 
         def breaks(one: Any, cell: Cell) -> Any:
-            (one.out / "runs").mkdir(exist_ok=True)
             if cell == Cell("switch", 1):
                 raise ValueError("the loss is nan")
             return cell_of(one, cell)
@@ -268,6 +267,26 @@ def test_a_cell_that_fails_does_not_keep_the_others(tmp_path, monkeypatch, capsy
     code, told, _ = command(monkeypatch, capsys, *args)
     assert code == 1 and "stopped at supervised-kd-seed2;" in told
     assert (tmp_path / "out" / "cells" / "switch-seed1.json").exists()
+
+
+def test_every_cell_fails(tmp_path, monkeypatch, capsys):
+    """The user hears why, not that there is no table."""
+    monkeypatch.setattr(grid.Grid, "_cell", lambda one, cell: 1 / 0)
+    args = ("bench", "quality", "--study", study_file(tmp_path), "--out", tmp_path / "out")
+    code, told, _ = command(monkeypatch, capsys, *args, "--cells", "switch-seed1")
+    assert code == 1 and "without a result: switch-seed1 (ZeroDivisionError:" in told
+
+
+def test_sigterm_behind_a_runs_last_step(tmp_path, monkeypatch, capsys):
+    """The cell is kept; no other one begins."""
+    from switchkd.train import Trainer
+
+    save = Trainer._export
+    monkeypatch.setattr(Trainer, "_export", lambda *args: (signal.raise_signal(signal.SIGTERM), save(*args))[1])
+    args = ("bench", "quality", "--study", study_file(tmp_path), "--out", tmp_path / "out")
+    code, told, _ = command(monkeypatch, capsys, *args, "--cells", "switch-seed1")
+    assert code == 1 and "stopped at switch-seed1;" in told
+    assert {path.stem for path in (tmp_path / "out" / "cells").iterdir()} == {"teacher-seed0", "warm-up-seed1"}
 
 
 def test_a_method_that_was_changed_under_its_name(tmp_path):

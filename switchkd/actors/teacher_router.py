@@ -179,15 +179,16 @@ class TeacherRouter:
         self._members = members
         self._away.intersection_update(members.ready)  # who was seen to leave and is back is another process
 
-    def _patience(self) -> Iterator[None]:
-        """Each turn waits, ever longer, and looks the members up. Raises RuntimeError after RETRY_FOR_S without anybody
-        to wait for."""
-        deadline, pause = time.monotonic() + RETRY_FOR_S, PAUSE_S
+    def _patience(self, most_s: float = MAX_PAUSE_S) -> Iterator[None]:
+        """Each turn waits, ever longer up to `most_s`, and looks the members up. Raises RuntimeError after RETRY_FOR_S
+        without anybody to wait for."""
+        deadline, pause, hopeful = time.monotonic() + RETRY_FOR_S, PAUSE_S, False
         while True:
             time.sleep(pause)
-            pause = min(2 * pause, MAX_PAUSE_S)
+            pause = min(2 * pause, most_s)
             self._take(self._directory.ask(Counter(self._home.values())))
-            if self._members.num_starting and not self._members.ready:
+            was_hopeful, hopeful = hopeful, bool(self._members.num_starting) and not self._members.ready
+            if hopeful or was_hopeful:
                 deadline = time.monotonic() + RETRY_FOR_S
             if time.monotonic() > deadline:
                 raise RuntimeError(f"no teacher replica answered for {RETRY_FOR_S:g} s; see the teachers' logs")
@@ -264,7 +265,7 @@ class TeacherRouter:
             return
         base = dict(zip(blocks.session_ids.tolist(), blocks.base_lens.tolist(), strict=True))
         wanted = {session: self._tokens[session][: base[session]] for session in session_ids}
-        patience = self._patience()
+        patience = self._patience(PAUSE_S)  # room comes as soon as a neighbour's row has ended
         while True:
             try:
                 return self._place(wanted)

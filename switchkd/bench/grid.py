@@ -22,8 +22,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from switchkd.bench.study import TEACHER, WARM_UP, Cell, Overrides, Study, cells, configured, flat
@@ -51,6 +52,7 @@ class Grid:
     home: Path
     out: Path
     say: Say
+    heard: list[int] = field(default_factory=list)  # signals that ask to stop
 
     def run(self, methods: Sequence[str] = (), wanted: Sequence[str] = ()) -> None:
         """All chosen cells that are not there yet. Raises ConfigError, Stopped, and at the end Failed."""
@@ -58,12 +60,23 @@ class Grid:
         claim(self.study, self.out)
         lock = RunLock(self.out)
         try:
-            with _sigterm() as heard:
-                self._run(chosen, heard)
+            with self._listening():
+                self._run(chosen)
         finally:
             lock.release()
 
-    def _run(self, chosen: Sequence[Cell], heard: list[int]) -> None:
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        previous = signal.signal(signal.SIGTERM, self._hear)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.heard.append(number)
+
+    def _run(self, chosen: Sequence[Cell]) -> None:
         missing = [cell for cell in chosen if self.read(cell) is None]
         self.say(f"{self.study.name}: {len(chosen)} cells, {len(chosen) - len(missing)} of them are there")
         self._furnish()
@@ -71,23 +84,19 @@ class Grid:
         took: list[float] = []
         failed: list[str] = []
         for i, cell in enumerate(missing):
-            if heard:  # after its last step a run ends as it would have
-                raise Stopped(cell.name)
             started = time.monotonic()
             start = Cell(WARM_UP, cell.seed)
             if self._warm_up_run and self.read(start) is None:
                 self._warm_up(start)
                 started = time.monotonic()
+            if self.heard:  # behind its last step a run ends as it would have
+                raise Stopped("; ".join([cell.name, *failed]))
             try:  # a night's work is not to end with one method that diverges
                 told = self._cell(cell)
             except (ConfigError, Stopped):
                 raise
             except Exception as error:
-                log = self.out / "runs" / f"{cell.name}.log"
-                with log.open("a") as file:
-                    traceback.print_exception(error, file=file)
-                reason = next(iter(str(error).splitlines()), "")
-                failed.append(f"{cell.name} ({type(error).__name__}: {reason}; {log})")
+                failed.append(self._failed(cell, error))
                 self.say(f"{i + 1}/{len(missing)} {failed[-1]}")
                 continue
             took.append(time.monotonic() - started)
@@ -96,6 +105,14 @@ class Grid:
             self.say(f"{i + 1}/{len(missing)} {cell.name}  {scored}  {took[-1]:.0f} s  {_clock(left)} left")
         if failed:
             raise Failed("; ".join(failed))
+
+    def _failed(self, cell: Cell, error: Exception) -> str:
+        log = self.out / "runs" / f"{cell.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as file:
+            traceback.print_exception(error, file=file)
+        reason = next(iter(str(error).splitlines()), "")
+        return f"{cell.name} ({type(error).__name__}: {reason}; {log})"
 
     def _headline(self, scores: dict[str, float]) -> list[str]:
         return [name for name in (self.study.rank_by, "kl_greedy", "length") if name in scores]
@@ -164,6 +181,9 @@ class Grid:
         started = time.monotonic()
         with run_dir.with_name(f"{run_dir.name}.log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
             summary = train(config, resume=resume)
+            signal.signal(signal.SIGTERM, self._hear)  # Ray has a handler of its own
+            if summary.told_to_stop:
+                self.heard.append(signal.SIGTERM)
             if not summary.finished:
                 raise Stopped(cell.name)
             trained = time.monotonic()
@@ -235,17 +255,6 @@ class Grid:
                 "the changed method another name, or remove its cells"
             )
         return told
-
-
-@contextmanager
-def _sigterm() -> Iterator[list[int]]:
-    """What has come in meanwhile. A run has a handler of its own, and calls this one."""
-    heard: list[int] = []
-    previous = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
-    try:
-        yield heard
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 _WITHOUT_TEACHER: Overrides = {"learner": {"loss": {"type": "cross_entropy"}}, "train": {"mix": {"dataset": 1.0}}}

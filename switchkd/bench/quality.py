@@ -37,6 +37,8 @@ def run(
             grid.run(methods, wanted)
         except Failed as error:
             failed = error
+            if not any(grid.read(cell) for cell in cells(study)):
+                raise
     table = _table(grid)
     write_text_atomic(out / "table.md", table.markdown())
     write_json_atomic(out / "table.json", table.to_json())

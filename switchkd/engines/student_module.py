@@ -171,7 +171,7 @@ def teacher_rows(
                 values = segment.values[start - segment.start : stop - segment.start]
                 parts.append(values.float() if segment.kind == "full" else heads[segment.teacher].logits(values))
         if parts:
-            return torch.cat(parts)
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
         return None if batch.teacher else torch.zeros(0, vocab_size, device=batch.labels.device)
 
     if "topk" in kinds:

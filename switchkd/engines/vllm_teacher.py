@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from switchkd.backend import SPLITS
 from switchkd.config import ConfigError
 from switchkd.engines.heads import HeadArrays
 from switchkd.engines.teacher_sessions import Session, SessionTable, split
@@ -38,8 +39,6 @@ _SETTINGS = {
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 _CPU_CACHE_BYTES = 2**30
-_SPLITS = ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size")
-"""vLLM's arguments that give an engine more than one worker."""
 
 
 class Engine:
@@ -247,7 +246,7 @@ def _of_platform(given: dict[str, Any]) -> dict[str, Any]:
 def _of_workers(given: dict[str, Any]) -> dict[str, Any]:
     """Several workers are processes of this one, on its node. Left to itself, vLLM would see the replica's placement
     group and start Ray actors, one in a bundle each; all of the replica's GPUs are one bundle, which it refuses."""
-    several = any((given.get(name) or 1) > 1 for name in _SPLITS)
+    several = any((given.get(name) or 1) > 1 for name in SPLITS)
     return {"distributed_executor_backend": "mp"} if several else {}
 
 
