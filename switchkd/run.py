@@ -223,6 +223,8 @@ def _worker(ready: Ready) -> Worker:
 
 def serve_teacher(config: Config, name: str) -> int:
     """Start a named teacher on the cluster that the config joins; the number of its replicas. Raises ConfigError."""
+    if "/" in name or not name:  # what belongs to it is found by its name and a slash
+        raise ConfigError(f"--name {name!r}: choose a name without a slash")
     wanted, vocab_size = prepare_teacher(config)
     if resources.is_private(wanted):
         raise ConfigError(

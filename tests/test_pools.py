@@ -314,6 +314,8 @@ def test_serve_attach_stop(cluster, alone, place, notes, pools, monkeypatch, cap
     replica = actors("TeacherActor")
     code, _, said = command(monkeypatch, capsys, "serve-teacher", file, "--name", "big")
     assert code == 2 and "--name big: a teacher of this name is served already; attach to it" in said
+    code, _, said = command(monkeypatch, capsys, "serve-teacher", file, "--name", "big/one")
+    assert code == 2 and "--name 'big/one': choose a name without a slash" in said
 
     attached = {"path": "teacher", "attach": "big"}
     At(monkeypatch, {4: lambda: os.kill(actors("TeacherPoolActor")[0], signal.SIGKILL)})
