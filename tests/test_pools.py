@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from runs import STAGES, SWITCH, command, config, config_file, descendants, rollouts, steps
+from test_ray_run import hear_at_once
 
 from switchkd.config import ConfigError
 from switchkd.run import train
@@ -189,6 +190,7 @@ def test_teachers_die_leave_and_come(cluster, alone, place, notes, pools, monkey
     def kill_pool() -> None:
         os.kill(actors("TeacherPoolActor")[0], signal.SIGKILL)
 
+    hear_at_once(monkeypatch)
     At(monkeypatch, {3: kill_one, 5: drain_one, 8: kill_pool})
     train(config(place, STAGES, **JOINED, teacher={"path": "teacher", "replicas": 2}))
     assert 2 in ready[1:], "the third replica came for the one that died"

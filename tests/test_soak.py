@@ -47,7 +47,7 @@ def test_the_slope():
 def test_a_hundred_steps(tmp_path, monkeypatch, capsys):
     """`bench soak`: nothing lost, nothing twice (the command fails otherwise), each role died at least once, and
     neither the object store nor any process that lived long grows by more than a run of its size could explain. The
-    replay never held more than it has room for."""
+    replay never held more than it may."""
     code, out, err = command(monkeypatch, capsys, "bench", "soak", "--json", tmp_path / "soak.json")
     print(out)
     assert code == 0, err
@@ -59,6 +59,6 @@ def test_a_hundred_steps(tmp_path, monkeypatch, capsys):
     assert all(more < 60 for more in grown.values()), grown
     assert "800 rollouts: none lost, none twice" in told["remarks"][1]
     said = told["remarks"][2]
-    found = re.search(r"for 8 rollouts: at most (\d+) waited .* full after (\d+) steps and empty after (\d+)", said)
-    assert found and int(found[1]) <= 8, said
+    found = re.search(r"at most (\d+) waited .* full after (\d+) steps and empty after ([1-9])", said)
+    assert found and int(found[1]) <= soak.MOST_WAITING, said
     assert not Path("run").exists()
