@@ -207,7 +207,7 @@ def _table(steps: int, seed: int, elapsed: float, havoc: Havoc, waiting: Sequenc
         remarks=(
             f"{len(havoc.faults)} processes were killed: {told}; in brackets seconds until a step beyond it was done.",
             f"{steps * BATCH} rollouts: none lost, none twice in the history. {elapsed:.0f} s in all.",
-            f"The replay has room for {BATCH} rollouts, where a run goes back also for all trained since its checkpoint: "
+            f"The replay has room for {BATCH} rollouts, where a run goes back also for all since its checkpoint: "
             f"at most {max(waiting)} waited after a step; it was full after {sum(num >= BATCH for num in waiting)} "
             f"steps and empty after {waiting.count(0)}.",
         ),
