@@ -212,7 +212,7 @@ def test_shares_of_gpus(cluster, alone, place, monkeypatch):
     shares = {"teacher": {"num_gpus": 0.5}, "rollout": {"num_gpus": 0.25}, "learner": {"num_gpus": 0.125}}
     two = {key: TWO_OF_ALL[key] for key in ("rollout", "teacher")}
     taken = {role: {"threads": 1, **share} for role, share in shares.items()}
-    train(config(place, STAGES, run=ON_RAY, resources=taken, **two))
+    train(config(place, STAGES, run=ON_RAY, cluster={"address": "auto"}, resources=taken, **two))
     assert set(free) == {2 - 2 * 0.5 - 2 * 0.25 - 0.125}
     wait_until(lambda: ray.available_resources().get("GPU") == 2, "the GPUs were not given back")
     same_rollouts(place / "run", alone[0])
