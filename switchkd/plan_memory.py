@@ -26,8 +26,6 @@ GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FEW_COPIES = 9
 """Copies in float32 of the few rows over which a loss and its gradient are taken."""
-FEW_ELEMENTS = {"cpu": 2**18, "device": 2**24}
-"""Of those rows together (algo/chunked.py)."""
 LIVE_PARAMS = 1e9
 """ZeRO-3's default for parameters that are whole at the same time."""
 
@@ -143,11 +141,13 @@ def learner_memory(config: Config, shapes: dict[str, Shape]) -> Parts:
 
 def _chunk_space(config: Config, shape: Shape) -> float:
     """The teacher's rows in float32, the student's in their own type, and what the loss of a few rows needs."""
+    from switchkd.algo.chunked import CPU_ELEMENTS
+    from switchkd.algo.divergence import DEVICE_ELEMENTS
     from switchkd.assembly import device_of
 
     chunk = float(config.learner.chunk_tokens * shape.vocab)
     on_cpu = not config.resources.learner.num_gpus and device_of("auto") == "cpu"
-    few = max(FEW_ELEMENTS["cpu" if on_cpu else "device"], shape.vocab)
+    few = max(CPU_ELEMENTS if on_cpu else DEVICE_ELEMENTS, shape.vocab)
     return (4 + BYTES[config.learner.dtype]) * chunk + 4 * FEW_COPIES * min(chunk, few)
 
 

@@ -14,12 +14,11 @@ from learning import FORWARD_KL, make_rollouts, settings_of, student_folder, tea
 from runs import SWITCH, WARM_UP, command, config, config_file, furnish
 from tiny import save_tiny, tiny_model
 
-from switchkd.algo import chunked
 from switchkd.config import ConfigError
 from switchkd.model_shape import Shape, read_shape, shapes
 from switchkd.plan import make_plan
 from switchkd.plan_costs import Costs, parse_costs
-from switchkd.plan_memory import FEW_ELEMENTS, layer_activations, memory, states
+from switchkd.plan_memory import layer_activations, memory, states
 from switchkd.plan_speed import bottleneck, kept, one_more, ratio, speed
 from switchkd.sections import Config, Lora, Model
 
@@ -125,7 +124,6 @@ class TestMemory:
         assert parts["rollout"]["teacher's output matrix"] == 4 * 120 * 32
         assert parts["rollout"]["rows"] == 4 * 120 * 4 * (4 + 2 * 4 + 3)
         assert parts["learner"]["rows of a chunk"] == (4 + 4 + 4 * 9) * 256 * 120
-        assert {"cpu": chunked._CPU_ELEMENTS, "device": chunked._DEVICE_ELEMENTS} == FEW_ELEMENTS
         off = planned(here, student={"prepack": "off"}, teacher={"max_sessions": 5, **short, "backend": "vllm"})
         assert "packed copies" not in memory(off, found)["rollout"]
         assert memory(off, found)["teacher"].keys() == {"weights", "kv cache"}

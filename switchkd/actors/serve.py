@@ -21,7 +21,7 @@ from switchkd.actors.environment import Secrets
 from switchkd.actors.futures import cause_of, first_line, patient
 from switchkd.actors.place import Place, free_all, nodes, wait_for_places
 from switchkd.actors.placement import settled, wait_for_room
-from switchkd.actors.teacher_pool import NAMESPACE, NOTHING_TOLD, TeacherPoolActor, Told, replica_name
+from switchkd.actors.teacher_pool import NAMESPACE, NOTHING_TOLD, TeacherPoolActor, Told, named, replica_name
 from switchkd.actors.teacher_router import TeacherRouter
 from switchkd.assembly import max_len
 from switchkd.backend import engine_facts
@@ -163,9 +163,7 @@ def find(name: str) -> Any | None:
 
 def served() -> list[str]:
     """Names of the teachers that are served on the cluster."""
-    prefix = _pool_name("")
-    known = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True)]
-    return sorted(name.removeprefix(prefix) for name in known if name and name.startswith(prefix))
+    return sorted(named(_pool_name("")))
 
 
 def _pool_name(name: str) -> str:
@@ -230,8 +228,7 @@ def _end(pool: Any, name: str) -> None:
         ray.get(pool.stop.remote(), timeout=LEAVE_S)
     ray.kill(pool)
     prefix = replica_name(name, "")
-    for each in ray.util.list_named_actors(all_namespaces=True):
-        if each["name"].startswith(prefix):
-            with suppress(ValueError):  # it is just ending
-                ray.kill(ray.get_actor(each["name"], namespace=NAMESPACE))
+    for number in named(prefix):
+        with suppress(ValueError):  # it is just ending
+            ray.kill(ray.get_actor(f"{prefix}{number}", namespace=NAMESPACE))
     free_all(prefix)

@@ -257,8 +257,7 @@ class TeacherPoolActor:
         prefix, now = self._name(""), time.monotonic()
         if not self.served:
             return
-        known = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True)]
-        numbers = sorted(int(name.removeprefix(prefix)) for name in known if name and name.startswith(prefix))
+        numbers = sorted(map(int, named(prefix)))
         for number in numbers:
             self.roster.num_ever = number
             place = Place.named(of_role(self.config, "teacher"), self._name(number))
@@ -320,6 +319,12 @@ def _reason(error: RayError) -> str:
     """What a replica's start raised; else Ray's first line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return str(cause_of(error)) if "creation task" in lines[0] else lines[0]
+
+
+def named(prefix: str) -> list[str]:
+    """What follows the prefix in the names of the cluster's actors."""
+    known = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True)]
+    return [name.removeprefix(prefix) for name in known if name and name.startswith(prefix)]
 
 
 def replica_name(served: str, number: int | str) -> str:

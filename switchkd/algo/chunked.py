@@ -10,16 +10,17 @@ passes over each row, run over as few rows as stay in a cache. Of a chunk exist 
 which become their gradients where they stand.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from switchkd.algo.compressed import TopK
+from switchkd.algo.divergence import few_rows
 
-_CPU_ELEMENTS = 2**18
-_DEVICE_ELEMENTS = 2**24
+CPU_ELEMENTS = 2**18
+"""Of the rows that a loss gets at a time. Its gradient takes more passes than a rule's numbers: fewer, longer calls."""
 
 
 def chunked_loss(
@@ -99,8 +100,8 @@ def _differentiate(
     of_rows: Callable[..., Tensor], rows: slice, p_logits: Tensor | TopK | None, product: Tensor
 ) -> Tensor:
     """The loss of a chunk; its gradient takes the place of `product` [n, V]."""
-    total = torch.zeros((), dtype=torch.float64, device=product.device)
-    for few in _few_rows(product):
+    total, (num, vocab) = torch.zeros((), dtype=torch.float64, device=product.device), product.shape
+    for few in few_rows(num, vocab, product.device, CPU_ELEMENTS):
         with torch.enable_grad():
             leaf = product[few].detach().requires_grad_()
             part = of_rows(slice(rows.start + few.start, rows.start + few.stop), _taken(p_logits, few), leaf)
@@ -110,12 +111,6 @@ def _differentiate(
         else:
             product[few] = 0
     return total
-
-
-def _few_rows(product: Tensor) -> Iterator[slice]:
-    num, vocab = product.shape
-    size = max((_CPU_ELEMENTS if product.device.type == "cpu" else _DEVICE_ELEMENTS) // vocab, 1)
-    return (slice(start, min(start + size, num)) for start in range(0, num, size))
 
 
 def _taken(p_logits: Tensor | TopK | None, few: slice) -> Tensor | TopK | None:

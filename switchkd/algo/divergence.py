@@ -15,7 +15,7 @@ from torch import Tensor
 
 _FLOOR = -1e4  # stands for log 0: exp gives 0, and the difference of two is 0 instead of NaN
 _CPU_ELEMENTS = 2**16  # a chunk that stays in the cache of a core
-_DEVICE_ELEMENTS = 2**24
+DEVICE_ELEMENTS = 2**24
 
 
 def forward_kl(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def per_row(function: Callable[..., Tensor], *logits: Tensor, **numbers: float) 
     """`function` of rows [N, V], never below zero, float64 [N], in the memory of a few rows beside the logits."""
     num, vocab = logits[0].shape
     out = torch.empty(num, dtype=torch.float64, device=logits[0].device)
-    for rows in _chunks(num, vocab, logits[0].device):
+    for rows in few_rows(num, vocab, logits[0].device):
         out[rows] = function(*(x[rows] for x in logits), **numbers).double()
     return out.clamp_(min=0)  # rounding, these are sums of signed terms
 
@@ -125,6 +125,7 @@ def _entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(dim=-1)
 
 
-def _chunks(num: int, vocab: int, device: torch.device) -> Iterator[slice]:
-    size = max((_CPU_ELEMENTS if device.type == "cpu" else _DEVICE_ELEMENTS) // vocab, 1)
-    return (slice(start, start + size) for start in range(0, num, size))
+def few_rows(num: int, vocab: int, device: torch.device, on_cpu: int | None = None) -> Iterator[slice]:
+    """Slices of `num` rows, each of about so many elements: `on_cpu` (a core's cache), elsewhere DEVICE_ELEMENTS."""
+    size = max(((on_cpu or _CPU_ELEMENTS) if device.type == "cpu" else DEVICE_ELEMENTS) // vocab, 1)
+    return (slice(start, min(start + size, num)) for start in range(0, num, size))
