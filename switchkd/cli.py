@@ -21,6 +21,7 @@ import typer
 
 from switchkd import __version__
 from switchkd.bench.cli import app as bench
+from switchkd.said import typed
 
 if TYPE_CHECKING:
     from switchkd.sections import Config
@@ -61,17 +62,12 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv:
             raise
-        _leave(f"{_told(error)} (--debug shows where)", 1)
+        _leave(f"{typed(error)} (--debug shows where)", 1)
 
 
 def _leave(text: str, code: int) -> None:
     print(f"switchkd: error: {' '.join(text.split())}", file=sys.stderr)
     sys.exit(code)
-
-
-def _told(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 @contextmanager
@@ -91,7 +87,7 @@ def _traceback_into(run_dir: str) -> Iterator[None]:
         path = folder / "logs" / f"error-{time.strftime('%Y%m%d-%H%M%S')}.txt"
         path.parent.mkdir(exist_ok=True)
         path.write_text(redact(traceback.format_exc()), encoding="utf-8")
-        raise Failed(f"{redact(_told(error))} (traceback in {path})") from None
+        raise Failed(f"{redact(typed(error))} (traceback in {path})") from None
 
 
 def _version(wanted: bool) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from switchkd.said import one_line
 from switchkd.sections import Config, Model, Phi, Sampling, Section, Stage
 
 ALIASES = {"switch": "jsd_threshold", "adaswitch": "kl_spike", "skd": "outside_top_k"}
@@ -52,7 +53,7 @@ def read_yaml(path: Path, what: str, example: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{what} {path} does not exist; give a path such as {example}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{what} {path} cannot be read as YAML: {_one_line(error)}") from None
+        raise ConfigError(f"{what} {path} cannot be read as YAML: {one_line(error)}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{what} {path} holds no keys; see {example} for an example")
     return raw
@@ -334,7 +335,3 @@ def _section_in(annotation: Any) -> Any:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

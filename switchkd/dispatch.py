@@ -21,6 +21,7 @@ from typing import Any
 from switchkd.config import ConfigError
 from switchkd.house import MAX_DEATHS, House, TeacherLost, Unreachable, Weights, WorkerLost
 from switchkd.metrics import MetricsLog
+from switchkd.said import typed
 from switchkd.schedule import RunPlan
 from switchkd.sections import Config
 from switchkd.set_aside import Deaths, SetAside, Trials
@@ -224,9 +225,8 @@ class Dispatch:
         if len(tasks) == 1:
             self._blame(tasks, error)
             return
-        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         ids = numbers(task.rollout_id for task in tasks)
-        self.log.note(f"writing rollouts {ids} failed ({reason}); each is tried alone")
+        self.log.note(f"writing rollouts {ids} failed ({typed(error)}); each is tried alone")
         self.trials.begin(tasks)
         self.again.extend([task] for task in tasks)
 

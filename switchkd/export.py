@@ -17,6 +17,7 @@ from switchkd.config import ConfigError, parse
 from switchkd.metrics import METRICS
 from switchkd.model_card import CARD, write_card
 from switchkd.resume import CONFIG
+from switchkd.said import first_line
 
 _STEP = "step-"
 
@@ -102,5 +103,5 @@ def _push(folder: Path, repo: str, token: str) -> None:
         api.create_repo(repo, exist_ok=True, private=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a student trained with switchkd")
     except Exception as error:
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__).replace(token, "***")
+        line = first_line(error).replace(token, "***")
         raise ConfigError(f"--push {repo} failed: {line}") from None

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from switchkd.config import ConfigError
+from switchkd.said import one_line, typed
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -41,7 +42,7 @@ def fail(check: str, text: str, remedy: str) -> Finding:
 
 def refused(check: str, error: ConfigError) -> Finding:
     """A ConfigError says what is wrong and, behind its first semicolon, what to do."""
-    text, _, remedy = " ".join(str(error).split()).partition("; ")
+    text, _, remedy = one_line(error).partition("; ")
     return fail(check, text, remedy or "change it in the config")
 
 
@@ -55,7 +56,5 @@ def looked(check: str, look: Callable[[], Iterable[Finding]]) -> list[Finding]:
     except ConfigError as error:
         found.append(refused(check, error))
     except Exception as error:
-        line = next(iter(str(error).strip().splitlines()), "")
-        text = redact(f"{type(error).__name__}: {line}" if line else type(error).__name__)
-        found.append(fail(check, text, "see the traceback of `switchkd --debug rollout CONFIG`"))
+        found.append(fail(check, redact(typed(error)), "see the traceback of `switchkd --debug rollout CONFIG`"))
     return found

@@ -17,6 +17,7 @@ from typing import Any
 
 from switchkd.config import ConfigError
 from switchkd.model_folder import check_model_folder
+from switchkd.said import first_line
 
 
 def spread(num_layers: int, of: int) -> tuple[int, ...]:
@@ -85,9 +86,8 @@ def _config(folder: str | Path, given: dict[str, Any]) -> Any:
     try:  # other people's files, or the hub
         return AutoConfig.from_pretrained(folder, **given)
     except (OSError, ValueError) as error:
-        line = next(iter(str(error).strip().splitlines()), "")
         raise ConfigError(
-            f"teacher {str(folder)!r} is not a model folder or hub name that can be read: {line}"
+            f"teacher {str(folder)!r} is not a model folder or hub name that can be read: {first_line(error)}"
         ) from None
 
 

@@ -14,6 +14,7 @@ from switchkd.config import ConfigError
 from switchkd.engines.loading import shared_vocab
 from switchkd.init_student import _checked, _cut_config
 from switchkd.preflight import _read_config, _tokenizer
+from switchkd.said import first_line
 from switchkd.sections import Config, Lora, Model
 
 _FFN = ("intermediate_size", "ffn_dim", "n_inner")
@@ -108,9 +109,9 @@ def _hollow(config: Any, section: Model, key: str) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(
-            f"{key}={section.path}: no causal language model can be made of its config: {line}; check its config.json"
+            f"{key}={section.path}: no causal language model can be made of its config: {first_line(error)}; "
+            "check its config.json"
         ) from None
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from switchkd.config import ConfigError, explain
+from switchkd.said import one_line
 from switchkd.sections import Config, Frac, Section
 
 USUAL_BREAK_RATE = 0.3
@@ -83,7 +84,7 @@ def read_costs(path: Path, block_size: int) -> Costs:
     except FileNotFoundError:
         raise ConfigError(f"--costs {path}: there is no such file; `switchkd plan --json` writes one") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--costs {path} cannot be read as JSON: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"--costs {path} cannot be read as JSON: {one_line(error)}") from None
     if isinstance(told, dict) and isinstance(told.get("costs"), dict):
         told = told["costs"]
     if not isinstance(told, dict):

@@ -24,6 +24,7 @@ from switchkd.prompts import PromptSet, answer_end, eval_data, load_prompts
 from switchkd.recorded import adapted, check_vocab
 from switchkd.resolve import reads_teacher, resolve_models
 from switchkd.resources import role_of
+from switchkd.said import first_line, one_line
 from switchkd.sections import Config, Model, Stage, Teacher
 
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "*.py"]
@@ -136,7 +137,7 @@ def check_stage(stage: Stage) -> None:
         except Exception as error:
             if ":" not in name and not isinstance(error, ValueError):
                 raise  # ours, not the user's
-            told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            told = f"{type(error).__name__}: {one_line(error)}"
             raise ConfigError(f"{kind} {name}: {told}") from None
     plain = stage.loss.type == "cross_entropy"
     if plain and stage.mix.rollout > 0 and stage.rule.type == "student":
@@ -229,10 +230,9 @@ def _reach_hub(section: Model, key: str) -> None:
             token=os.environ.get("HF_TOKEN") or False,
         )
     except Exception as error:
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(
-            f"{key}={section.path} is no folder here, and the hub does not give it: {line}; check the name, set "
-            "HF_TOKEN for a gated model, or give a folder"
+            f"{key}={section.path} is no folder here, and the hub does not give it: {first_line(error)}; check the "
+            "name, set HF_TOKEN for a gated model, or give a folder"
         ) from None
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from switchkd.config import ConfigError
 from switchkd.records import Record, read_records
+from switchkd.said import one_line
 from switchkd.sections import Config, Data
 from switchkd.types import Prompt
 
@@ -229,9 +230,7 @@ def _templated(row: _Row, data: Data, tokenizer: Any) -> str:
     try:  # templates are programs of their own, and refuse what they do not know (system messages, two users in a row)
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:
-        raise ConfigError(
-            f"{row.where}: the chat template refuses these messages: {' '.join(str(error).split())}"
-        ) from None
+        raise ConfigError(f"{row.where}: the chat template refuses these messages: {one_line(error)}") from None
 
 
 def _tokenize(tokenizer: Any, texts: list[str], *, whole: bool) -> list[list[int]]:

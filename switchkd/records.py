@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from switchkd.config import ConfigError
+from switchkd.said import first_line
 from switchkd.sections import Data
 
 _JSON = (".jsonl", ".json")
@@ -117,8 +118,8 @@ def _fetch(name: str) -> Path:
         fetched = hf_hub_download(found[1], found[2], repo_type="dataset", token=os.environ.get("HF_TOKEN") or False)
     except Exception as error:
         raise ConfigError(
-            f"data {name!r} cannot be had from the hub: {_first_line(error)}; check the name, set HF_TOKEN for a gated "
-            "one, or give a file"
+            f"data {name!r} cannot be had from the hub: {first_line(error)[:200]}; check the name, set HF_TOKEN for a "
+            "gated one, or give a file"
         ) from None
     return Path(fetched)
 
@@ -160,7 +161,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[Record]:
     try:  # a file from elsewhere
         batches = pyarrow.parquet.ParquetFile(path).iter_batches()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"data file {path} cannot be read as parquet: {_first_line(error)}") from None
+        raise ConfigError(f"data file {path} cannot be read as parquet: {first_line(error)[:200]}") from None
     rows = (row for batch in batches for row in batch.to_pylist())
     return (Record(f"{name}:{i}", row) for i, row in enumerate(rows, start=1))
 
@@ -175,7 +176,7 @@ def _read_hub(name: str, split: str) -> Iterator[Record]:
     except Exception as error:
         raise ConfigError(
             f"data {name!r} (split {split!r}) is neither a .jsonl or .parquet file nor a data set that can be had from "
-            f"the hub: {_first_line(error)}"
+            f"the hub: {first_line(error)[:200]}"
         ) from None
     return (Record(f"{name}/{split}:{i}", row) for i, row in enumerate(rows, start=1))
 
@@ -190,7 +191,3 @@ def _kind(value: Any) -> str:
         dict: "an object",
     }
     return "null" if value is None else names.get(type(value), type(value).__name__)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -13,6 +13,7 @@ from typing import TypeVar
 from switchkd.checkpoint import RunFolder, TrainState
 from switchkd.dispatch import Dispatch
 from switchkd.house import House, StateLost
+from switchkd.said import typed
 from switchkd.watchdog import Stalled, Watchdog
 
 RETRY_S = (1.0, 4.0, 16.0)
@@ -55,8 +56,7 @@ def lasting(what: str, ask: Callable[[], T], say: Say, sleep: Callable[[float], 
         except (StateLost, Stalled):
             raise
         except Exception as error:
-            reason = next(iter(str(error).strip().splitlines()), "")
-            say(f"warning: {what} failed ({type(error).__name__}: {reason}); trying again in {pause:g} s")
+            say(f"warning: {what} failed ({typed(error)}); trying again in {pause:g} s")
         sleep(pause)
     return ask()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores: before anything imports torch
@@ -44,3 +45,14 @@ def notes(monkeypatch) -> list[str]:
     note = MetricsLog.note
     monkeypatch.setattr(MetricsLog, "note", lambda self, text: (told.append(text), note(self, text)))
     return told
+
+
+@pytest.fixture
+def done_at(monkeypatch) -> list[tuple[int, float]]:
+    """Which steps this process has done, and when: to tell, never to assert, how long a recovery took."""
+    done: list[tuple[int, float]] = []
+    log_step = MetricsLog.step
+    monkeypatch.setattr(
+        MetricsLog, "step", lambda self, step, row: (log_step(self, step, row), done.append((step, time.time())))
+    )
+    return done

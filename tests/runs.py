@@ -172,6 +172,11 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def seconds_beyond(step: int, since: float, done_at: list[tuple[int, float]]) -> str:
+    """From a moment until a step beyond this one was done."""
+    return f"{min(when for number, when in done_at if number > step and when > since) - since:.1f} s"
+
+
 # --- processes -------------------------------------------------------------------------------------------------------
 
 

@@ -32,6 +32,7 @@ from runs import (
     distance,
     lines,
     rollouts,
+    seconds_beyond,
     small_ray,
     steps,
 )
@@ -93,7 +94,7 @@ class FullDisk:
             limit_files(self.pids[0], resource.RLIM_INFINITY)
 
 
-def test_full_disk_and_learner_and_replay_die(cluster, alone, place, monkeypatch, notes):
+def test_full_disk_and_learner_and_replay_die(cluster, alone, place, monkeypatch, notes, done_at):
     """A checkpoint that cannot be written is tried again. A lost learner, and then a lost replay, send the run back to
     its checkpoint without ending it. What was written since is trained on again, or written again; the student has the
     weights of the other run bit for bit."""
@@ -112,6 +113,8 @@ def test_full_disk_and_learner_and_replay_die(cluster, alone, place, monkeypatch
         "the replay died; going back to the last checkpoint (restart 2 of 8)",
         "a learner rank died; going back to the last checkpoint (restart 1 of 8)",
     ]
+    (full,) = [when for step, when in done_at if step == 2]
+    print(f"a step beyond, after a disk that was full once: {seconds_beyond(2, full, done_at)}")
     print([note for note in notes if note.startswith("back at step")])
     wait_until(lambda: not actors(), "the run left actors behind")
 
@@ -226,7 +229,7 @@ def test_the_disk_stays_full(alone, place, monkeypatch, capsys):
     assert distance(place / "run" / "student", alone / "student") == 0
 
 
-def test_the_newest_checkpoint_is_cut_short(alone, place, monkeypatch, caplog):
+def test_the_newest_checkpoint_is_cut_short(alone, place, monkeypatch, caplog, done_at):
     """A run that was stopped, and whose newest checkpoint lost half a file, goes on from the one before, says so, and
     ends as if nothing had been."""
     with monkeypatch.context() as patch:
@@ -234,7 +237,9 @@ def test_the_newest_checkpoint_is_cut_short(alone, place, monkeypatch, caplog):
         assert train(config(place, STAGES)).steps == 7
     newest = place / "run" / "checkpoints" / "step-00000007" / "replay.safetensors"
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    resumed = time.time()
     assert train(config(place, STAGES), resume=True).finished
+    print(f"a step beyond, after --resume: {seconds_beyond(6, resumed, done_at)}")
     assert "step-00000007 is skipped: replay.safetensors has" in caplog.text
     assert [row["step"] for row in lines(place / "run" / "lost" / "metrics.jsonl")] == [6]
     same_rollouts(place / "run", alone)
@@ -339,7 +344,7 @@ def test_a_node_goes(alone, place):
     assert distance(place / "run" / "student", alone / "student") < 1e-4
 
 
-def test_sigterm_on_ray(alone, place, monkeypatch, capsys):
+def test_sigterm_on_ray(alone, place, monkeypatch, capsys, done_at):
     """SIGTERM to a run on Ray: within the job's grace period it saves the step at hand and ends with exit code 143;
     --resume completes it."""
     config_file(place, STAGES, run=ON_RAY)
@@ -352,11 +357,12 @@ def test_sigterm_on_ray(alone, place, monkeypatch, capsys):
         run.send_signal(signal.SIGTERM)
         sent = time.monotonic()
         rest = run.communicate(timeout=30)[0]
-    print(f"ended {time.monotonic() - sent:.1f} s after SIGTERM")
+    ended = f"ended {time.monotonic() - sent:.1f} s after SIGTERM"
     assert run.returncode == 143 and "--resume goes on" in rest
-    config_file(place, STAGES)
+    resumed = time.time()
     code, _, err = command(monkeypatch, capsys, "train", "config.yaml", "--resume")
     assert code == 0, err
+    print(f"{ended}; a step beyond, after --resume: {seconds_beyond(5, resumed, done_at)}")
     assert not (place / "run" / "lost").exists()
     same_rollouts(place / "run", alone)
     assert distance(place / "run" / "student", alone / "student") == 0

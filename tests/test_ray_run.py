@@ -29,6 +29,7 @@ from runs import (
     linked,
     processes,
     rollouts,
+    seconds_beyond,
     small_ray,
     steps,
 )
@@ -253,7 +254,7 @@ def test_stale_weights_and_a_secret(cluster, place, monkeypatch):
     assert [path for path in files if token.encode() in path.read_bytes()] == []
 
 
-def test_kill_everything_and_resume(cluster, alone, place, monkeypatch):
+def test_kill_everything_and_resume(cluster, alone, place, monkeypatch, done_at):
     """SIGKILL of the driver and its private Ray leaves no process behind. The resumed run loses its learner, goes back
     to its last checkpoint by itself, and completes: no rollout lost, none twice, the same weights bit for bit."""
     config_file(place, STAGES, run=ON_RAY)
@@ -263,6 +264,7 @@ def test_kill_everything_and_resume(cluster, alone, place, monkeypatch):
         while driver.poll() is None:
             seen |= descendants(driver.pid)
             time.sleep(0.3)
+    died = time.time()
     assert driver.returncode == -signal.SIGKILL
     assert any(name.startswith("ray::LearnerActor") for name in seen.values())
     wait_until(lambda: not seen.keys() & processes().keys(), "processes outlived their driver")
@@ -270,11 +272,37 @@ def test_kill_everything_and_resume(cluster, alone, place, monkeypatch):
     with monkeypatch.context() as patch:
         murder = Murder(patch, at_batch={8: "LearnerActor"}, at_examination=None)
         assert train(config(place, STAGES, run=ON_RAY), resume=True).finished
+    print("a step beyond, after the driver's death:", seconds_beyond(4, died, done_at))
     assert murder.victims == ["LearnerActor"]
     same_rollouts(place / "run", alone[0])
     same_numbers(place / "run", alone[0], 0)
     assert distance(place / "run" / "student", alone[0] / "student") == 0
     assert [row["step"] for row in lines(place / "run" / "lost" / "metrics.jsonl")] == [3, 4, 6, 7]
+
+
+def test_the_driver_dies_on_a_joined_cluster(cluster, alone, place, done_at):
+    """On a cluster that others use too the actors of a driver that was killed go by themselves, and --resume completes
+    its run there."""
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    config_file(place, STAGES, run=ON_RAY, cluster={"address": address})
+    code = DIE_AFTER.format(step=4)
+    seen: dict[int, str] = {}
+    with subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL) as driver:
+        while driver.poll() is None:
+            seen |= descendants(driver.pid)
+            time.sleep(0.3)
+    died = time.time()
+    assert driver.returncode == -signal.SIGKILL and not any("raylet" in name for name in seen.values())
+    assert [row["step"] for row in steps(place / "run")] == [0, 1, 2, 3, 4]
+    wait_until(lambda: not actors(), "actors outlived their driver")
+    print(f"its actors were gone after {time.time() - died:.1f} s")
+    assert train(config(place, STAGES, run=ON_RAY, cluster={"address": address}), resume=True).finished
+    print("a step beyond, after the driver's death:", seconds_beyond(4, died, done_at))
+    same_rollouts(place / "run", alone[0])
+    assert distance(place / "run" / "student", alone[0] / "student") == 0
+    assert [row["step"] for row in lines(place / "run" / "lost" / "metrics.jsonl")] == [3, 4]
 
 
 DIE_AFTER = """

@@ -14,7 +14,7 @@ LIGHT = {"yaml", "pydantic", "typer", "numpy"}
 """What the light rooms may import at load: reading a config takes a blink."""
 
 LAYERS = [
-    ["sections", "types", "files"],
+    ["sections", "types", "files", "said"],
     ["config"],
     ["resources", "scaling", "membership", "algo", "backend", "live"],
     ["model_folder", "demo", "finding", "records", "room", "run_lock", "engines.base", "engines.prepacked"],

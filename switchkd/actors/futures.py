@@ -15,6 +15,7 @@ from typing import Any
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
 from switchkd.house import StateLost, Unreachable, WorkerLost
+from switchkd.said import first_line, last_line, typed
 
 RESTART_S = 600.0
 """How long a dead worker or replay may take to come back before the run ends, and a teacher before it is replaced."""
@@ -22,17 +23,12 @@ GRACE_S = 10.0
 """When a rank fails, so long is waited for the news that another one died: survivors notice before Ray does."""
 
 
-def first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def cause_of(error: BaseException) -> BaseException:
     """What the actor raised, not Ray's wrapping of it, where it can be told apart."""
     if isinstance(error, RayTaskError) and error.cause is not None:
         return error.cause
-    lines = str(error).strip().splitlines()
-    if isinstance(error, ActorDiedError) and lines and "creation task" in lines[0]:
-        return RuntimeError(f"an actor could not start: {lines[-1]}")
+    if isinstance(error, ActorDiedError) and "creation task" in first_line(error):
+        return RuntimeError(f"an actor could not start: {last_line(error)}")
     if isinstance(error, RayActorError):
         return RuntimeError(f"an actor was lost; --resume goes on from the last checkpoint ({first_line(error)})")
     return error
@@ -53,7 +49,7 @@ def of_worker(ref: Any) -> Future[Any]:
         cause = cause_of(error)
         # what is not in this process's hands: actors, the object store, the network, the disk
         if isinstance(cause, RayError | StateLost | OSError):
-            return Unreachable(f"{type(cause).__name__}: {first_line(cause)}")
+            return Unreachable(typed(cause))
         return cause
 
     return _translated(ref.future(), translated)
@@ -172,4 +168,4 @@ def _spoils(error: BaseException) -> bool:
 def _told(error: BaseException) -> str:
     if _is_death(error):
         return "a learner rank died"
-    return f"a learner rank failed ({type(cause_of(error)).__name__}: {first_line(cause_of(error))})"
+    return f"a learner rank failed ({typed(cause_of(error))})"

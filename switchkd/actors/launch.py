@@ -35,6 +35,7 @@ from switchkd.config import ConfigError
 from switchkd.house import House
 from switchkd.metrics import MetricsLog
 from switchkd.recorded import heads_for
+from switchkd.said import one_line
 from switchkd.sections import Config, Span
 from switchkd.watchdog import START_S, all_of
 
@@ -66,7 +67,7 @@ def connect(address: str) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
     except (OSError, RuntimeError, RayError) as error:
-        told = " ".join(str(error).split())[:300]
+        told = one_line(error)[:300]
         raise ConfigError(
             f"the Ray cluster at cluster.address={address} cannot be joined ({told}); start one with `ray start "
             "--head`, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as it has them, or leave cluster.address empty for a "

@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import switchkd
 from switchkd.actors.launch import join
+from switchkd.said import last_line
 from switchkd.sections import Config
 
 ANSWER_S = 90.0
@@ -64,8 +65,7 @@ def _answer(name: str, ref: Any) -> Look:
     try:  # another machine
         sees, found = ray.get(ref, timeout=ANSWER_S)
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        return Look(name=name, error=lines[-1] if lines else type(error).__name__)
+        return Look(name=name, error=last_line(error))
     return Look(name=name, sees=sees, versions=found)
 
 

@@ -18,7 +18,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from switchkd import resources
 from switchkd.actors.directory import PoolDirectory
 from switchkd.actors.environment import Secrets
-from switchkd.actors.futures import cause_of, first_line, patient
+from switchkd.actors.futures import cause_of, patient
 from switchkd.actors.place import Place, free_all, nodes, wait_for_places
 from switchkd.actors.placement import settled, wait_for_room
 from switchkd.actors.teacher_pool import NAMESPACE, NOTHING_TOLD, TeacherPoolActor, Told, named, replica_name
@@ -28,6 +28,7 @@ from switchkd.backend import engine_facts
 from switchkd.config import ConfigError
 from switchkd.engines.heads import HeadArrays
 from switchkd.membership import Members
+from switchkd.said import first_line
 from switchkd.sections import Config, Span
 from switchkd.watchdog import START_S
 

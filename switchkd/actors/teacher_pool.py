@@ -29,6 +29,7 @@ from switchkd.actors.teacher_load import Probe, Watch, load_of
 from switchkd.actors.teacher_router import SESSION_BITS
 from switchkd.membership import Roster, State
 from switchkd.resources import of_role
+from switchkd.said import first_line
 from switchkd.sections import Config, Span
 
 TICK_S = 0.5
@@ -317,8 +318,8 @@ class TeacherPoolActor:
 
 def _reason(error: RayError) -> str:
     """What a replica's start raised; else Ray's first line."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return str(cause_of(error)) if "creation task" in lines[0] else lines[0]
+    line = first_line(error)
+    return str(cause_of(error)) if "creation task" in line else line
 
 
 def named(prefix: str) -> list[str]:

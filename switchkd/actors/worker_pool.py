@@ -19,6 +19,7 @@ from switchkd import scaling
 from switchkd.actors.futures import of_worker, patient
 from switchkd.actors.place import Place
 from switchkd.house import Weights, WorkerHandle
+from switchkd.said import last_line
 from switchkd.sections import Span
 from switchkd.types import Exam, Task
 
@@ -182,8 +183,7 @@ class WorkerPool(Sequence[WorkerHandle]):
         try:
             ray.get(coming.ready)
         except ray.exceptions.RayError as error:
-            lines = str(error).strip().splitlines()
-            return self._give_up(f"one more rollout worker could not start: {lines[-1] if lines else error}")
+            return self._give_up(f"one more rollout worker could not start: {last_line(error)}")
         self._workers.append(coming.worker)
         self._coming = None
         return [f"{len(self)} rollout workers"]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from switchkd.config import ConfigError
+from switchkd.said import first_line
 
 # Where tokenizers differ although their vocabularies are equal: merges, normalizers, splitting, special tokens.
 PROBES = (
@@ -67,7 +68,7 @@ def load_model(
             token=_token(),
         )
     except OSError as error:
-        raise ConfigError(f"model {name!r} cannot be loaded: {_first_line(error)} {_REMEDY}") from error
+        raise ConfigError(f"model {name!r} cannot be loaded: {first_line(error)} {_REMEDY}") from error
     except ValueError as error:
         refuse_own_code(error, f"model {name!r}")
         raise
@@ -85,7 +86,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str 
             name, trust_remote_code=trust_remote_code, revision=revision, token=_token()
         )
     except OSError as error:
-        raise ConfigError(f"tokenizer of {name!r} cannot be loaded: {_first_line(error)} {_REMEDY}") from error
+        raise ConfigError(f"tokenizer of {name!r} cannot be loaded: {first_line(error)} {_REMEDY}") from error
     except ValueError as error:
         refuse_own_code(error, f"tokenizer of {name!r}")
         raise
@@ -133,10 +134,6 @@ def same_tokenizer(a: Any, b: Any) -> str:
 def _token() -> str | bool:
     """The environment's, never a file's: what a job may read is decided where it is started."""
     return os.environ.get("HF_TOKEN") or False
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def refuse_own_code(error: Exception, what: str) -> None:
