@@ -65,7 +65,7 @@ def _rates(row: Mapping[str, Any]) -> dict[str, str]:
     """How fast each role was in the last step."""
     return {
         "teacher": _told(row, "teacher/calls", "{:.0f} calls a step"),
-        "rollout": _told(row, "rollout/tokens_per_s", "{:.4g} tokens/s"),
+        "rollout": _told(row, "rollout/tokens_per_s", "{:,.0f} tokens/s"),
         "replay": f"{decimal(int(row['replay/bytes']))} held" if row.get("replay/bytes") is not None else "",
         "learner": _told(row, "time/learn_s", "{:.3g} s a step"),
     }

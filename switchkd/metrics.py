@@ -194,7 +194,7 @@ def _cell(row: Mapping[str, Any], key: str) -> str:
     if not is_number(value := row.get(key)):
         return "-"
     std = row.get(f"{key}_std")
-    return f"{value:.4g}" + (f" ± {std:.2g}" if std else "")
+    return figure(value) + (f" ± {std:.2g}" if std else "")
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -203,8 +203,13 @@ def _line(row: Mapping[str, Any]) -> str:
     for key, name in SHORT.items():
         value = row.get(key)
         if is_number(value):
-            parts.append(f"{name} {value:.1%}" if key.endswith("_frac") else f"{name} {value:.4g}")
+            parts.append(f"{name} {value:.1%}" if key.endswith("_frac") else f"{name} {figure(value)}")
     return "  ".join(part for part in parts if part)
+
+
+def figure(value: float) -> str:
+    """Four figures, or all that stand before the point."""
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def is_number(value: Any) -> bool:

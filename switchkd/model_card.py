@@ -15,7 +15,7 @@ import yaml
 
 from switchkd.config import dump_yaml
 from switchkd.files import redact, write_text_atomic
-from switchkd.metrics import COLUMNS, METRICS, StageScores, is_number, summary_rows
+from switchkd.metrics import COLUMNS, METRICS, StageScores, figure, is_number, summary_rows
 from switchkd.model_folder import looks_local
 from switchkd.sections import Config, Stage
 
@@ -99,7 +99,7 @@ def _results(run_dir: Path, scores: StageScores) -> str:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.4g}" if is_number(value) else "-"
+    return figure(value) if is_number(value) else "-"
 
 
 def _name(run_dir: Path) -> str:

@@ -32,7 +32,7 @@ def test_one_line_per_role():
     assert [line.split()[0] for line in lines] == list(ROLES)
     told = dict(zip(ROLES, lines, strict=True))
     assert "answers 1 of 2 workers" in told["teacher"] and "12 calls" in told["teacher"] and "2.5 s" in told["teacher"]
-    assert "345.6 tokens/s" in told["rollout"] and "idle for 0.25 s" in told["rollout"]
+    assert "346 tokens/s" in told["rollout"] and "idle for 0.25 s" in told["rollout"]
     assert "15.4 kB held" in told["replay"] and "7 rollouts wait" in told["replay"] and "  -  " in told["replay"]
     assert "trains on step 3" in told["learner"] and "1.25 s a step" in told["learner"]
 

@@ -107,11 +107,13 @@ def test_algo_is_pure(file):
         assert top in {"torch", "numpy", *sys.stdlib_module_names} or name.startswith("switchkd.algo"), name
 
 
-@pytest.mark.parametrize("file", ["config.py", "sections.py", "cli.py", "bench/cli.py", "types.py", "__init__.py"])
+@pytest.mark.parametrize(
+    "file", ["config.py", "sections.py", "said.py", "cli.py", "bench/cli.py", "types.py", "__init__.py"]
+)
 def test_light_rooms(file):
     """What answers a typo imports nothing heavy at load."""
     for name in imports(file, at_load=True):
-        light = {"switchkd.__version__", "switchkd.sections", "switchkd.config", "switchkd.bench.cli"}
+        light = {"switchkd.__version__", "switchkd.sections", "switchkd.config", "switchkd.said", "switchkd.bench.cli"}
         top = name.partition(".")[0]
         assert top in LIGHT | sys.stdlib_module_names or name in light or name.rpartition(".")[0] in light, name
 

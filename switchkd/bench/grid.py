@@ -31,6 +31,7 @@ from switchkd.bench.study import TEACHER, WARM_UP, Cell, Overrides, Study, cells
 from switchkd.config import ConfigError
 from switchkd.files import write_json_atomic
 from switchkd.run_lock import RunLock
+from switchkd.said import typed
 from switchkd.sections import Config
 
 Say = Callable[[str], None]
@@ -111,8 +112,7 @@ class Grid:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a", encoding="utf-8") as file:
             traceback.print_exception(error, file=file)
-        reason = next(iter(str(error).splitlines()), "")
-        return f"{cell.name} ({type(error).__name__}: {reason}; {log})"
+        return f"{cell.name} ({typed(error)}; {log})"
 
     def _headline(self, scores: dict[str, float]) -> list[str]:
         return [name for name in (self.study.rank_by, "kl_greedy", "length") if name in scores]

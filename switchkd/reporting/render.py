@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from switchkd import __version__
 from switchkd.files import json_safe
-from switchkd.metrics import COLUMNS, is_number, stage_rows
+from switchkd.metrics import COLUMNS, figure, is_number, stage_rows
 from switchkd.reporting.payload import payload
 from switchkd.reporting.read import RunData
 from switchkd.resume import leaves
@@ -118,7 +118,7 @@ def _table(runs: Sequence[RunData]) -> dict[str, Any]:
     rows = [(run.name, row) for run in runs for row in stage_rows(run.stage_scores, run.steps)]
     shown = {title: key for title, key in COLUMNS.items() if any(is_number(row.get(key)) for _, row in rows)}
     cells = [
-        [name, row["name"], *(f"{row[key]:.4g}" if is_number(row.get(key)) else "–" for key in shown.values())]
+        [name, row["name"], *(figure(row[key]) if is_number(row.get(key)) else "–" for key in shown.values())]
         for name, row in rows
     ]
     return {"titles": list(shown), "rows": cells if shown else []}
