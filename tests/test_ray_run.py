@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -380,8 +381,9 @@ def head(monkeypatch) -> Iterator[str]:
     finally:
         own = descendants(process.pid)
         for pid in (process.pid, *own):
-            if processes().get(pid) == own.get(pid, processes().get(pid)):
-                os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it ends by itself
+                if processes().get(pid) == own.get(pid, processes().get(pid)):
+                    os.kill(pid, signal.SIGKILL)
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
