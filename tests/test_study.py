@@ -269,6 +269,25 @@ def test_a_cell_that_fails_does_not_keep_the_others(tmp_path, monkeypatch, capsy
     assert (tmp_path / "out" / "cells" / "switch-seed1.json").exists()
 
 
+def test_a_warm_up_that_fails_keeps_its_seed_alone(tmp_path, monkeypatch, capsys):
+    """The other seed's cells are made; the warm-up is named once, with its log."""
+    warm_up = grid.Grid._warm_up
+
+    def breaks(one: Any, cell: Cell) -> None:
+        if cell.seed == 1:
+            raise ValueError("the loss is nan")
+        warm_up(one, cell)
+
+    monkeypatch.setattr(grid.Grid, "_warm_up", breaks)
+    args = ("bench", "quality", "--study", study_file(tmp_path), "--out", tmp_path / "out")
+    code, told, _ = command(monkeypatch, capsys, *args)
+    log = tmp_path / "out" / "warm-up-seed1.log"
+    assert code == 1 and told.count("the loss is nan") == 2  # when it happened, and at the end
+    assert f"without a result: warm-up-seed1 (ValueError: the loss is nan; {log})" in told and log.is_file()
+    made = {path.stem for path in (tmp_path / "out" / "cells").iterdir()}
+    assert {"switch-seed2", "supervised-kd-seed2"} <= made and not any(name.endswith("seed1") for name in made)
+
+
 def test_every_cell_fails(tmp_path, monkeypatch, capsys):
     """The user hears why, not that there is no table."""
     monkeypatch.setattr(grid.Grid, "_cell", lambda one, cell: 1 / 0)

@@ -9,7 +9,7 @@ In: a Study and a folder. Out, in the folder:
     runs/NAME-seed1/          the cell's run, without its checkpoints; NAME-seed1.log is what it said
 
 Killed anywhere, the same command goes on: finished cells are read, the others run. A run with a checkpoint is resumed,
-one without begins anew. A cell that fails does not keep the others from running.
+one without begins anew. A cell that fails does not keep the others from running, a warm-up only those of its seed.
 """
 
 from __future__ import annotations
@@ -83,32 +83,35 @@ class Grid:
         self._furnish()
         self._teacher()
         took: list[float] = []
-        failed: list[str] = []
+        failed: dict[Cell, str] = {}
         for i, cell in enumerate(missing):
             started = time.monotonic()
-            start = Cell(WARM_UP, cell.seed)
-            if self._warm_up_run and self.read(start) is None:
-                self._warm_up(start)
-                started = time.monotonic()
-            if self.heard:  # behind its last step a run ends as it would have
-                raise Stopped("; ".join([cell.name, *failed]))
-            try:  # a night's work is not to end with one method that diverges
+            at_work = start = Cell(WARM_UP, cell.seed)
+            if start in failed:
+                continue
+            try:  # a night's work is not to end with one method, or one seed, that diverges
+                if self._warm_up_run and self.read(start) is None:
+                    self._warm_up(start)
+                    started = time.monotonic()
+                if self.heard:  # behind its last step a run ends as it would have
+                    raise Stopped("; ".join([cell.name, *failed.values()]))
+                at_work = cell
                 told = self._cell(cell)
             except (ConfigError, Stopped):
                 raise
             except Exception as error:
-                failed.append(self._failed(cell, error))
-                self.say(f"{i + 1}/{len(missing)} {failed[-1]}")
+                failed[at_work] = self._failed(at_work, error)
+                self.say(f"{i + 1}/{len(missing)} {failed[at_work]}")
                 continue
             took.append(time.monotonic() - started)
             left = statistics.fmean(took) * (len(missing) - i - 1)
             scored = " ".join(f"{name} {told['scores'][name]:.4g}" for name in self._headline(told["scores"]))
             self.say(f"{i + 1}/{len(missing)} {cell.name}  {scored}  {took[-1]:.0f} s  {_clock(left)} left")
         if failed:
-            raise Failed("; ".join(failed))
+            raise Failed("; ".join(failed.values()))
 
     def _failed(self, cell: Cell, error: Exception) -> str:
-        log = self.out / "runs" / f"{cell.name}.log"
+        log = (self.out if cell.method == WARM_UP else self.out / "runs") / f"{cell.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a", encoding="utf-8") as file:
             traceback.print_exception(error, file=file)
