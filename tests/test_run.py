@@ -341,6 +341,17 @@ def test_a_ray_of_the_caller(monkeypatch):
         environment.for_private_cluster()
 
 
+def test_whoever_waits_on_a_private_ray_sleeps(monkeypatch):
+    """Its processes share the cores: OpenMP's threads do not spin, unless the user said so."""
+    code = "import os; from switchkd.actors.environment import for_private_cluster as protect; protect(); "
+    code += "print(os.environ['OMP_WAIT_POLICY'])"
+    for said, told in (("", "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "OMP_WAIT"))}
+        env |= {"OMP_WAIT_POLICY": said} if said else {}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+        assert done.stdout.strip() == told, done.stderr[-1000:]
+
+
 def test_other_ways_to_write(place):
     """Newer weights in mid-rollout, lockstep, another replay policy and age: accepted, and the run ends well."""
     other = {"on_new_weights": "reprefill", "lead": "lockstep", "block_size": 2, "batch_size": 2, "max_new_tokens": 12}

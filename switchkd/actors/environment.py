@@ -14,20 +14,22 @@ SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
 
 
 def for_private_cluster() -> None:
-    """Loopback only, a token that lives in memory only, no usage report; nothing where the caller runs a Ray already.
-    Raises ConfigError when it comes too late: Ray reads these once, when it is imported."""
+    """Loopback only, a token that lives in memory only, no usage report, and no thread that spins while it waits (its
+    processes take turns on the cores); nothing where the caller runs a Ray already. Raises ConfigError when it comes
+    too late: Ray reads these once, when it is imported."""
     wanted = {
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": random_tokens.token_hex(32),
     }
+    passive = {"OMP_WAIT_POLICY": "PASSIVE"}  # read by each process when it loads torch
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         return
     if ray is not None and not wanted.keys() <= os.environ.keys():
         raise ConfigError("ray was imported before switchkd could protect it; import it later, or call ray.init first")
-    for name, value in wanted.items():
+    for name, value in (wanted | passive).items():
         os.environ.setdefault(name, value)
 
 
