@@ -43,12 +43,11 @@ class Failed(Exception):
 
 def main() -> None:
     """Entry point of the `switchkd` command."""
+    from switchkd.actors.environment import share_the_cores
     from switchkd.config import ConfigError
 
-    # the roles of a run take turns on the cores: a thread that spins while it waits holds up the others; the sides of a
-    # bench wait for each other, and the default (spin a moment, then sleep) is best for each
-    if sys.argv[1:2] != ["bench"]:
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if sys.argv[1:2] != ["bench"]:  # its sides have the cores for themselves, one after the other
+        share_the_cores()
     # a bar per loaded model and process would bury what the run itself says
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:  # the process boundary

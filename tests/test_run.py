@@ -342,11 +342,11 @@ def test_a_ray_of_the_caller(monkeypatch):
 
 
 def test_whoever_waits_on_a_private_ray_sleeps(monkeypatch):
-    """Its processes share the cores: OpenMP's threads do not spin, unless the user said so."""
+    """Its processes share the cores: OpenMP's threads spin for a moment only, unless the user said otherwise."""
     code = "import os; from switchkd.actors.environment import for_private_cluster as protect; protect(); "
-    code += "print(os.environ['OMP_WAIT_POLICY'])"
-    for said, told in (("", "PASSIVE"), ("ACTIVE", "ACTIVE")):
-        env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "OMP_WAIT"))}
+    code += "print(os.environ['OMP_WAIT_POLICY'], os.environ.get('GOMP_SPINCOUNT'))"
+    for said, told in (("", "PASSIVE 3000"), ("ACTIVE", "ACTIVE None")):
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "OMP_WAIT", "GOMP"))}
         env |= {"OMP_WAIT_POLICY": said} if said else {}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
         assert done.stdout.strip() == told, done.stderr[-1000:]

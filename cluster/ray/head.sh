@@ -16,6 +16,6 @@ if [ "$address" = 127.0.0.1 ]; then
 fi
 # A stopped job has so long to write a checkpoint before it is killed; Ray's own default is 3.
 export RAY_JOB_STOP_WAIT_TIME_S=${RAY_JOB_STOP_WAIT_TIME_S:-300}
-# Actors of one machine share its cores: an OpenMP thread that waits is to sleep, not to spin.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+# Actors of one machine share its cores: an OpenMP thread that waits spins for microseconds, then sleeps.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-3000}
 exec ray start --head "--node-ip-address=$address" --port=6379 --dashboard-host=127.0.0.1 --disable-usage-stats "$@"

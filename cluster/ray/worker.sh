@@ -22,6 +22,6 @@ case $role in
     ;;
 esac
 need_token
-# Actors of one machine share its cores: an OpenMP thread that waits is to sleep, not to spin.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+# Actors of one machine share its cores: an OpenMP thread that waits spins for microseconds, then sleeps.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-3000}
 exec ray start "--address=$head:6379" --disable-usage-stats "${labels[@]}" "$@"

@@ -12,25 +12,35 @@ from switchkd.config import ConfigError
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
 """Travel as an argument from process to process: never in a runtime environment, which Ray logs."""
 
+THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
+"""Read by a process when it loads torch. Roles take turns on the cores: an OpenMP thread that waits for the next
+product of its pass spins for some microseconds (without that a pass takes a third longer), then it sleeps. By default
+it would spin for milliseconds, and two workers on two cores were hardly faster than one."""
+
 
 def for_private_cluster() -> None:
-    """Loopback only, a token that lives in memory only, no usage report, and no thread that spins while it waits (its
-    processes take turns on the cores); nothing where the caller runs a Ray already. Raises ConfigError when it comes
-    too late: Ray reads these once, when it is imported."""
+    """Loopback only, a token that lives in memory only, no usage report, threads that take turns; nothing where the
+    caller runs a Ray already. Raises ConfigError when it comes too late: Ray reads these once, when it is imported."""
     wanted = {
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": random_tokens.token_hex(32),
     }
-    passive = {"OMP_WAIT_POLICY": "PASSIVE"}  # read by each process when it loads torch
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         return
     if ray is not None and not wanted.keys() <= os.environ.keys():
         raise ConfigError("ray was imported before switchkd could protect it; import it later, or call ray.init first")
-    for name, value in (wanted | passive).items():
+    for name, value in wanted.items():
         os.environ.setdefault(name, value)
+    share_the_cores()
+
+
+def share_the_cores() -> None:
+    """THREADS for this process, where torch is not loaded yet, and for those that it starts; else as the user said."""
+    if not THREADS.keys() & os.environ.keys():
+        os.environ.update(THREADS)
 
 
 class Secrets:
