@@ -1,4 +1,4 @@
-"""The table as one picture: the score that ranks with its intervals, and by part for the main methods.
+"""The table as one picture: the gain (or score) that ranks with its intervals, and scores by part for the main methods.
 
 In: a QualityTable. Out: a PNG.
 """
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from switchkd.bench.quality_table import QualityTable
-from switchkd.bench.study import TEACHER
 from switchkd.config import ConfigError
 from switchkd.files import write_atomic
 
@@ -32,19 +31,20 @@ def draw(table: QualityTable, main: tuple[str, ...], path: Path) -> None:
 
 
 def _ranking(axes: Any, table: QualityTable) -> None:
+    """Gains where there are starts: seeds differ more by where they start than methods do by what they add."""
     rows = table.rows[::-1]  # the best on top
-    means = [row.scores[table.rank_by] for row in rows]
+    means = [row.gain if table.by_gain and row.gain else row.scores[table.rank_by] for row in rows]
+    seeds = [list((row.gains if table.by_gain else row.by_seed).values()) for row in rows]
     places = list(range(len(rows)))
     axes.errorbar([mean.mean for mean in means], places, xerr=[mean.half or 0 for mean in means], fmt="o", capsize=3)
-    for row, place in zip(rows, places, strict=True):
-        axes.plot(list(row.by_seed.values()), [place] * len(row.by_seed), "|", color="gray", markersize=6)
+    for scores, place in zip(seeds, places, strict=True):
+        axes.plot(scores, [place] * len(scores), "|", color="gray", markersize=6)
     axes.set_yticks(places, [f"{row.method} ({len(row.by_seed)})" for row in rows])
-    starts = {row.method: row.scores[table.rank_by].mean for row in table.before if row.method != TEACHER}
-    for method, mean in starts.items():
-        axes.axvline(mean, linestyle=":", color="gray", label=f"after {method}")
-        axes.legend(loc="lower right")
-    axes.set_xlim(*_around([*starts.values(), *(score for row in rows for score in row.by_seed.values())]))
-    axes.set_xlabel(f"{table.rank_by}, mean and 95% interval over seeds; strokes: seeds")
+    axes.set_xlim(*_around([score for scores in seeds for score in scores] + ([0.0] if table.by_gain else [])))
+    if table.by_gain:
+        axes.axvline(0.0, linestyle=":", color="gray")
+    what = f"gain in {table.rank_by}" if table.by_gain else table.rank_by
+    axes.set_xlabel(f"{what}: mean, 95% interval; strokes: seeds")
     axes.grid(axis="x", alpha=0.3)
 
 

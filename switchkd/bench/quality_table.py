@@ -81,7 +81,8 @@ class Row:
     what: str  # what it changes
     scores: dict[str, Mean]
     by_seed: dict[int, float]  # of the score that ranks
-    gain: Mean | None  # in it over the student that it started from, seed by seed
+    gains: dict[int, float]  # in it over the student that the seed started from, where there is one
+    gain: Mean | None
     teacher_frac: Mean
     rollout_tokens: Mean
     train_s: Mean
@@ -92,14 +93,15 @@ class Row:
     ) -> Row:
         """`started`: the score of each seed's student before."""
         by_seed = {one["seed"]: one["scores"][rank_by] for one in told}
-        gains = [score - started[seed] for seed, score in by_seed.items() if started and seed in started]
+        gains = {seed: score - started[seed] for seed, score in by_seed.items() if started and seed in started}
         names = [name for name in told[0]["scores"] if all(name in one["scores"] for one in told)]
         return cls(
             method=method,
             what=" ".join(flat(told[0]["overrides"])),
             scores={name: Mean.of([one["scores"][name] for one in told]) for name in names},
             by_seed=by_seed,
-            gain=Mean.of(gains) if gains else None,
+            gains=gains,
+            gain=Mean.of(list(gains.values())) if gains else None,
             teacher_frac=Mean.of([one["rollouts"]["teacher_frac"] for one in told]),
             rollout_tokens=Mean.of([one["rollouts"]["tokens"] for one in told]),
             train_s=Mean.of([one["seconds"]["train"] for one in told]),
@@ -132,11 +134,22 @@ class QualityTable:
                 f"{name}: no cell is finished yet; run `switchkd bench quality` without --only-table first"
             )
         started = {one["seed"]: one["scores"][rank_by] for one in before if one["method"] == WARM_UP}
-        rows = sorted(_rows(cells, rank_by, started), key=lambda row: -row.scores[rank_by].mean)
+        rows = _rows(cells, rank_by, started)
+        by_gain = _have_starts(rows)  # methods may have other seeds, and seeds other starts
+        rows.sort(key=lambda row: -(row.gain if by_gain and row.gain else row.scores[rank_by]).mean)
         return cls(
             name=name, rank_by=rank_by, num_seeds=num_seeds, rows=tuple(rows), before=tuple(_rows(before, rank_by)),
             neighbours=tuple(_neighbours(rows)),
         )  # fmt: skip
+
+    @property
+    def by_gain(self) -> bool:
+        """Whether gains rank, not scores."""
+        return _have_starts(self.rows)
+
+    @property
+    def _ranked(self) -> str:
+        return f"gain in {self.rank_by}" if self.by_gain else self.rank_by
 
     @property
     def parts(self) -> list[str]:
@@ -157,7 +170,7 @@ class QualityTable:
         few = [row.method for row in self.rows if len(row.by_seed) < self.num_seeds]
         told = [
             f"# {self.name}",
-            f"Means over seeds with their 95% interval (Student's t), by {self.rank_by}. KL in nats a token; teacher "
+            f"Means over seeds with their 95% interval (Student's t), by {self._ranked}. KL in nats a token; teacher "
             "share of the tokens that models wrote for the training; seconds of the run without its exam. The gain is "
             "over the student that all methods of a seed start from.",
             self._scores(),
@@ -207,6 +220,10 @@ def _rows(cells: Iterable[Mapping[str, Any]], rank_by: str, started: Mapping[int
     for cell in cells:
         by_method.setdefault(cell["method"], []).append(cell)
     return [Row.of(method, told, rank_by, started) for method, told in by_method.items()]
+
+
+def _have_starts(rows: Iterable[Row]) -> bool:
+    return all(row.gain is not None for row in rows)
 
 
 def _neighbours(rows: Sequence[Row]) -> list[Paired]:
