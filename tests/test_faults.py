@@ -359,6 +359,7 @@ def test_sigterm_on_ray(alone, place, monkeypatch, capsys, done_at):
         rest = run.communicate(timeout=30)[0]
     ended = f"ended {time.monotonic() - sent:.1f} s after SIGTERM"
     assert run.returncode == 143 and "--resume goes on" in rest
+    config_file(place, STAGES)
     resumed = time.time()
     code, _, err = command(monkeypatch, capsys, "train", "config.yaml", "--resume")
     assert code == 0, err
