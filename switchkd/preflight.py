@@ -245,8 +245,7 @@ def _read_config(section: Model, key: str) -> Any:
         config = AutoConfig.from_pretrained(section.path, trust_remote_code=section.trust_remote_code, **given)
     except (OSError, ValueError) as error:
         refuse_own_code(error, f"{key}={section.path}")
-        line = next(iter(str(error).strip().splitlines()), "")
-        raise ConfigError(f"{key}={section.path}: its config cannot be read: {line}") from None
+        raise ConfigError(f"{key}={section.path}: its config cannot be read: {first_line(error)}") from None
     try:
         generation = GenerationConfig.from_pretrained(section.path, **given)
     except OSError:  # many models have none

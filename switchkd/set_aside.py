@@ -19,6 +19,7 @@ from typing import Any
 from switchkd.files import append_whole, redact
 from switchkd.house import MAX_DEATHS, TeacherLost, WorkerLost
 from switchkd.resume import SET_ASIDE
+from switchkd.said import typed
 from switchkd.types import Task
 
 SPLIT_AFTER = 2
@@ -45,8 +46,7 @@ class SetAside:
 
     def add(self, task: Task, error: BaseException) -> None:
         """Raises RuntimeError beyond the budget, after writing the line."""
-        lines = str(error).strip().splitlines()
-        reason = redact(f"{type(error).__name__}: {lines[0] if lines else ''}")
+        reason = redact(typed(error))
         row = {"rollout_id": task.rollout_id, "prompt_id": task.prompt.prompt_id, "step": task.batch,
                "stage": task.stage, "reason": reason}  # fmt: skip
         self.ids.add(task.rollout_id)
