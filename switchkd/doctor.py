@@ -43,7 +43,6 @@ def examine(config: Config, *, quick: bool = False, tell: Tell | None = None) ->
     reached = look("ports", lambda: machine.ports(config))
     look("tokens", lambda: machine.tokens(config))
     look("secrets", lambda: machine.secrets(config))
-    look("object store", lambda: machine.object_store(config))
     writable = look("run.dir", lambda: machine.run_dir(config))
     if not resources.is_private(config):
         if reached and writable:
@@ -109,6 +108,7 @@ def _sizes(config: Config) -> Iterator[Finding]:
     found = shapes(config)
     yield from machine.disk(config, found)
     yield from machine.room(config, found)
+    yield from machine.object_store(config, found)
 
 
 def _waiting(config: Config) -> Finding | None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from switchkd import local, resources
 from switchkd.finding import Finding, fail, ok, warn
 from switchkd.model_folder import looks_local
-from switchkd.model_shape import Shape
+from switchkd.model_shape import Shape, object_store_bytes
 from switchkd.plan_memory import GIB, checkpoint_bytes, memory, total
 from switchkd.resume import CONFIG
 from switchkd.run import _this_machine
@@ -248,12 +248,13 @@ def _available() -> float:
     return float(found[0]) * 1024 if found else float("inf")
 
 
-def object_store(config: Config) -> Iterator[Finding]:
+def object_store(config: Config, shapes: dict[str, Shape]) -> Iterator[Finding]:
     """A private cluster's, in shared memory."""
     shm = Path("/dev/shm")
     if not resources.is_private(config) or config.run.mode == "inprocess" or not shm.is_dir():
         return
-    wanted, free = config.cluster.object_store_gb, shutil.disk_usage(shm).free / 1e9
-    told = f"{free:.3g} GB free in {shm}, cluster.object_store_gb={wanted:g}"
+    wanted, free = object_store_bytes(config, shapes["student"]) / 1e9, shutil.disk_usage(shm).free / 1e9
+    key = "cluster.object_store_gb" + (" by default" if config.cluster.object_store_gb is None else "")
+    told = f"{free:.3g} GB free in {shm}, {key}={wanted:.3g}"
     remedy = "Ray would use the disk: enlarge it (docker run --shm-size), or lower cluster.object_store_gb"
     yield ok("object store", told) if free >= wanted else warn("object store", told, remedy)

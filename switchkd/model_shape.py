@@ -17,6 +17,8 @@ from switchkd.preflight import _read_config, _tokenizer
 from switchkd.said import first_line
 from switchkd.sections import Config, Lora, Model
 
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Of one number."""
 _FFN = ("intermediate_size", "ffn_dim", "n_inner")
 
 
@@ -98,6 +100,14 @@ def read_shape(
         products=_products(model),
         trainable=0 if lora is None else _adapters(model, lora),
     )
+
+
+def object_store_bytes(config: Config, student: Shape | None) -> int:
+    """What a private cluster keeps in shared memory: a version that is loaded while the next one is published, beside
+    rollouts. From a store that is too small Ray goes to the disk, and refuses once 95% of that are used."""
+    if config.cluster.object_store_gb is not None:
+        return int(config.cluster.object_store_gb * 1e9)
+    return int(5e8) + (2 * BYTES[config.student.dtype] * student.params if student else 0)
 
 
 def _hollow(config: Any, section: Model, key: str) -> Any:

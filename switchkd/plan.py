@@ -17,9 +17,9 @@ from typing import Any
 
 from switchkd import resources
 from switchkd.config import ConfigError
-from switchkd.model_shape import Shape, shapes
+from switchkd.model_shape import BYTES, Shape, shapes
 from switchkd.plan_costs import Costs
-from switchkd.plan_memory import BYTES, GIB, Parts, memory, total
+from switchkd.plan_memory import GIB, Parts, memory, total
 from switchkd.plan_speed import Speed, bottleneck, kept, one_more, ratio, speed
 from switchkd.sections import Config, Stage
 

@@ -19,11 +19,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from switchkd.model_shape import Shape
+from switchkd.model_shape import BYTES, Shape
 from switchkd.sections import Config
 
 GIB = 2**30
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FEW_COPIES = 9
 """Copies in float32 of the few rows over which a loss and its gradient are taken."""
 LIVE_PARAMS = 1e9

@@ -411,7 +411,8 @@ class Cluster(Section):
     """Of a running Ray cluster (`auto`, `host:port`). Empty: the submitted job's, else a private one here."""
     wait_s: float = Field(0.0, ge=0)
     """Wait so long for a cluster to grow to what the run needs, or for others to leave it."""
-    object_store_gb: PositiveFloat = 0.5
+    object_store_gb: PositiveFloat | None = None
+    """Of a private cluster. Null: half a gigabyte, and room for two versions of the student."""
 
 
 class Resources(Section):

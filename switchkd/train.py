@@ -289,9 +289,20 @@ class Trainer:
         """The learner's, packed once per version; None while the student's folder is all there is."""
         version, incarnation = self.state.version, self.state.incarnation
         if self.weights is None and (version > 0 or incarnation > 0):
-            packed = self.dog.result(self.house.learner.publish(version), f"the learner to publish version {version}")
-            self.weights = Weights(version=version, packed=packed, incarnation=incarnation)
+            self.weights = Weights(version=version, packed=self._published(version), incarnation=incarnation)
         return self.weights
+
+    def _published(self, version: int) -> Any:
+        """Without room for it the run ends, but not without what it has learnt."""
+        publish, what = self.house.learner.publish, f"the learner to publish version {version}"
+        try:
+            return lasting(
+                f"publishing version {version}", lambda: self.dog.result(publish(version), what), self.log.note
+            )
+        except OSError:
+            self._checkpoint()
+            self.log.note(f"saved checkpoint {self.state.step}; --resume goes on from there")
+            raise
 
     # ── look and save ──────────────────────────────────────────────────────────────────────────────────────────────
 

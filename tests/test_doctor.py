@@ -8,6 +8,7 @@ import socket
 import stat
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -222,11 +223,19 @@ class TestMachine:
             one(of(doctor_machine.room, wanted(here), shapes(wanted(here))), "memory", status)
 
     def test_object_store(self, here, monkeypatch):
-        """A private cluster's must fit into shared memory."""
+        """A private cluster's must fit into shared memory: the size that was given, or two versions of the student."""
+        from switchkd.model_shape import shapes
+
         on_ray = wanted(here, run={"mode": "ray"}, cluster={"object_store_gb": 2})
-        for free, status in ((1e9, "warn"), (3e9, "ok")):
+        sizes = shapes(on_ray)
+        large = {"student": replace(sizes["student"], params=500_000_000)}
+        by_default = wanted(here, run={"mode": "ray"})
+        for asked, shape, free, status in (
+            (on_ray, large, 1e9, "warn"), (on_ray, large, 3e9, "ok"), (by_default, sizes, 6e8, "ok"),
+            (by_default, large, 4.4e9, "warn"), (by_default, large, 4.6e9, "ok"),
+        ):  # fmt: skip
             monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: Usage(0, 0, free))
-            one(of(doctor_machine.object_store, on_ray), "object store", status)
+            one(of(doctor_machine.object_store, asked, shape), "object store", status)
 
     def test_run_dir(self, here, monkeypatch):
         """Writable, free, absolute on a cluster; the probe is gone afterwards."""

@@ -7,6 +7,7 @@ teachers, and a killed driver, stand in test_ray_run.py.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -20,8 +21,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from runs import (
     STAGES,
@@ -227,6 +230,61 @@ def test_the_disk_stays_full(alone, place, monkeypatch, capsys):
     assert code == 0, err
     same_rollouts(place / "run", alone)
     assert distance(place / "run" / "student", alone / "student") == 0
+
+
+@pytest.mark.parametrize("times", [2, 9])
+def test_no_room_to_publish(alone, place, monkeypatch, notes, times):
+    """A version that does not fit into the object store is published again; when there is no room in the end, the run
+    ends with what it has learnt, and --resume completes it. (No cluster: `publish` itself fails, as a rank's does.)"""
+    from switchkd.assembly import LearnerRank
+
+    monkeypatch.setattr(recovery, "RETRY_S", (0.01, 0.01, 0.01))
+    publish, left = LearnerRank.publish, [True] * times
+
+    def full(rank: Any, version: int) -> Any:
+        if version == 5 and left:
+            left.pop()
+            raise OSError(28, "no room in Ray's object store")
+        return publish(rank, version)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LearnerRank, "publish", full)
+        if times > 3:
+            with pytest.raises(OSError, match="no room"):
+                train(config(place, STAGES))
+        else:
+            assert train(config(place, STAGES)).finished
+    told = [note for note in notes if "publishing version 5 failed (OSError: " in note]
+    assert len(told) == min(times, 3)
+    if times > 3:
+        assert (place / "run" / "checkpoints" / "LATEST").read_text().strip() == "step-00000005"
+        assert notes[-1] == "saved checkpoint 5; --resume goes on from there"
+        assert train(config(place, STAGES), resume=True).finished
+        assert not (place / "run" / "lost").exists()
+    same_rollouts(place / "run", alone)
+    assert distance(place / "run" / "student", alone / "student") == 0
+
+
+def test_a_rank_says_that_there_is_no_room(monkeypatch):
+    """Ray's error of a full store becomes one of the disk's kind: the rank lives on, with the version's size and what
+    can be done."""
+    from ray.exceptions import OutOfDiskError
+
+    from switchkd.actors import learner_actor
+    from switchkd.actors.futures import _spoils
+
+    rank = object.__new__(learner_actor.LearnerActor.__ray_metadata__.modified_class)
+    bundle = SimpleNamespace(buckets=(np.zeros(3_000_000, np.uint8), np.zeros(2_000_000, np.uint8)))
+    rank.rank = SimpleNamespace(publish=lambda version: bundle if version else None)
+
+    def put(value: Any) -> None:
+        raise OutOfDiskError("Local disk is full")
+
+    monkeypatch.setattr(learner_actor.ray, "put", put)
+    assert rank.publish(0) == []  # another rank's part: it puts nothing
+    with pytest.raises(OSError, match=r"a version of 0\.005 GB.*free some, or give more memory") as caught:
+        rank.publish(1)
+    assert caught.value.errno == errno.ENOSPC and not _spoils(caught.value)
 
 
 def test_the_newest_checkpoint_is_cut_short(alone, place, monkeypatch, caplog, done_at):

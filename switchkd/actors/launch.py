@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -34,6 +34,7 @@ from switchkd.actors.worker_pool import RayWorker, WorkerPool
 from switchkd.config import ConfigError
 from switchkd.house import House
 from switchkd.metrics import MetricsLog
+from switchkd.model_shape import Shape, object_store_bytes, read_shape
 from switchkd.recorded import heads_for
 from switchkd.said import one_line
 from switchkd.sections import Config, Span
@@ -81,10 +82,17 @@ def _start_private(config: Config) -> None:
         address="local",
         num_cpus=os.cpu_count() or 1,
         include_dashboard=False,
-        object_store_memory=int(config.cluster.object_store_gb * 1e9),
+        object_store_memory=object_store_bytes(config, _student_shape(config)),
         logging_level=logging.ERROR,
         log_to_driver=False,
     )
+
+
+def _student_shape(config: Config) -> Shape | None:
+    """None for a model that cannot be built without its weights, as another's code may want it."""
+    with suppress(ConfigError):
+        return read_shape(config.student, "student.path")
+    return None
 
 
 class RayReplay:

@@ -6,6 +6,7 @@ together on another port; the run goes on from its last checkpoint.
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 
 from switchkd.actors.environment import Secrets, prepare
 from switchkd.actors.futures import in_thread, of_gang, patient
@@ -56,9 +58,20 @@ class LearnerActor(Health):
         return self.rank.step(plan, lr)
 
     def publish(self, version: int) -> list[Any]:
-        """Rank 0 puts the weights into the object store once; the others only take part in gathering them."""
+        """Rank 0 puts the weights into the object store once; the others only take part in gathering them. Raises
+        OSError where there is no room."""
         bundle = self.rank.publish(version)
-        return [] if bundle is None else [ray.put(bundle)]
+        if bundle is None:
+            return []
+        try:
+            return [ray.put(bundle)]
+        except (OutOfDiskError, ObjectStoreFullError) as error:  # the rank lives, and can be asked again
+            size = sum(bucket.nbytes for bucket in bundle.buckets) / 1e9
+            raise OSError(
+                errno.ENOSPC,
+                f"no room in Ray's object store for a version of {size:.3g} GB, and less than 5% of the disk behind it "
+                "is free: free some, or give more memory (cluster.object_store_gb, or ray start --object-store-memory)",
+            ) from error
 
     def save(self, folder: Path, tag: str) -> None:
         self.rank.save(folder, tag)
