@@ -16,7 +16,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from statistics import median
+from statistics import fmean, linear_regression, median
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -83,18 +83,26 @@ class Costs:
         sizes, times = self._lines[kind]
         place = bisect_left(sizes, tokens)
         if place == len(sizes):
-            slope = times[-1] / sizes[-1] / 2
-            if len(sizes) > 1:
-                slope = max((times[-1] - times[-2]) / (sizes[-1] - sizes[-2]), 0.0)
-            return times[-1] + slope * (tokens - sizes[-1])
+            return _beyond(sizes, times, tokens)
         if place == 0:
             return times[0] * math.sqrt(tokens / sizes[0])
         low, high = sizes[place - 1], sizes[place]
         return times[place - 1] + (times[place] - times[place - 1]) * (tokens - low) / (high - low)
 
 
+def _beyond(sizes: list[int], times: list[float], tokens: float) -> float:
+    """The line through the larger sizes goes on, by least squares: between two neighbours the clock's error would be
+    all of the slope, and a way that looks dear is never tried."""
+    if len(sizes) == 1:
+        return times[0] * (1 + (tokens / sizes[0] - 1) / 2)
+    first = min(bisect_left(sizes, sizes[-1] / 4), len(sizes) - 2)
+    slope, level = linear_regression(sizes[first:], times[first:])
+    return level + slope * tokens if slope > 0 else fmean(times[first:])
+
+
 class _Rates:
-    """Break rates of one way to propose, by place in the completion: sums of breaks and chances, older ones fading."""
+    """Break rates of one way to propose, by place in the completion: sums of breaks and chances, older ones fading.
+    Before a place tells its own it has the rate of all."""
 
     def __init__(self) -> None:
         self._breaks, self._chances, self._prior = np.zeros(1), np.zeros(1), np.full(1, _PRIOR_WEIGHT)
@@ -111,9 +119,11 @@ class _Rates:
 
     def at(self, t: np.ndarray) -> np.ndarray:
         """The rate at places t; where nothing was seen yet that of the last place before it which was."""
+        left = self._prior.min()
+        overall = (self._breaks.sum() + _PRIOR * left) / (self._chances.sum() + left)
         seen = np.maximum.accumulate(np.where(self._chances > 0, np.arange(len(self._chances)), 0))
         bucket = seen[np.minimum(t // _BUCKET, len(seen) - 1)]
-        return (self._breaks[bucket] + _PRIOR * self._prior[bucket]) / (self._chances[bucket] + self._prior[bucket])
+        return (self._breaks[bucket] + overall * self._prior[bucket]) / (self._chances[bucket] + self._prior[bucket])
 
 
 class Pace:

@@ -8,7 +8,7 @@ from toy import task
 
 from switchkd.algo import switching
 from switchkd.algo.sampling import Sampling
-from switchkd.pace import LOCKSTEP, Costs, Lead, Pace
+from switchkd.pace import LOCKSTEP, Costs, Lead, Pace, _Rates
 from switchkd.rows import Mode, Row
 
 RULE = switching.jsd_threshold()
@@ -127,3 +127,31 @@ def test_costs_are_medians_on_straight_lines() -> None:
     assert costs.of("read", 8) == 1.1 and costs.of("read", 12) == pytest.approx(1.6)
     assert costs.of("read", 32) == pytest.approx(4.1) and 0.5 < costs.of("read", 4) < 1.1
     assert np.isnan(costs.of("write", 8))
+
+
+def test_costs_beyond_what_was_seen_do_not_hang_on_the_clocks_error() -> None:
+    """Two neighbouring sizes, one of them measured while the machine was busy: the line of all larger sizes goes on.
+    Falling times are their mean; one size alone says that twice the tokens take one and a half times as long."""
+    costs = Costs()
+    for tokens in (8, 16, 24, 31):
+        costs.add("read", tokens, 1.0 + 0.1 * tokens)
+    costs.add("read", 32, 4.2 + 1.0)
+    assert costs.of("read", 64) == pytest.approx(7.4, rel=0.25), "the last two alone say 37"
+    for tokens, seconds in ((8, 3.0), (16, 2.0)):
+        costs.add("write", tokens, seconds)
+    assert costs.of("write", 64) == 2.5
+    costs.add("check", 8, 1.0)
+    assert costs.of("check", 16) == 1.5
+
+
+def test_a_place_that_was_hardly_seen_has_the_rate_of_all() -> None:
+    """Nothing broke in 500 tokens elsewhere: three tokens without a break are no reason for short blocks."""
+    rates = _Rates()
+    for _ in range(500):
+        rates.saw(0, False)
+    for _ in range(3):
+        rates.saw(20, False)
+    assert rates.at(np.array([20]))[0] < 0.01 and rates.at(np.array([0]))[0] < 0.001
+    for _ in range(100):
+        rates.saw(20, True)
+    assert rates.at(np.array([20]))[0] > 0.9
