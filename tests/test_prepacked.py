@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import MethodType
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from switchkd.config import ConfigError
 from switchkd.engines import prepacked
 from switchkd.engines.heads import LinearHead, final_hidden
 from switchkd.engines.hf_engine import HFStudent
-from switchkd.engines.prepacked import Prepacked, can_pack, prepack
+from switchkd.engines.prepacked import Prepacked, Together, can_pack, prepack
 from switchkd.weights import pack
 
 torch.set_num_threads(1)
@@ -61,6 +62,38 @@ def test_a_model_reads_the_same(family):
     assert len(packed) >= 4 and model.get_output_embeddings() not in packed
     with torch.inference_mode():
         torch.testing.assert_close(final_hidden(model, input_ids=IDS, use_cache=False), wanted, atol=2e-5, rtol=0)
+
+
+@needs_onednn
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (0, 0, 2, 1)])
+def test_layers_that_read_the_same(order):
+    """Whatever the order of the calls, and with another input in between: each layer's own product."""
+    layers = [torch.nn.Linear(64, n) for n in (96, 32, 48)]
+    together, inputs = Together(layers), [matrix(2, 5, 64), matrix(5, 64)]
+    with torch.inference_mode():
+        for x in (*inputs, inputs[0]):
+            for index in order:
+                found, wanted = together.product(index, x), layers[index](x)
+                torch.testing.assert_close(found, wanted, atol=2e-5, rtol=0)
+                other = together.product(index, inputs[1])
+                torch.testing.assert_close(other, layers[index](inputs[1]), atol=2e-5, rtol=0)
+        for layer in layers:
+            layer.weight.mul_(2)
+        together.refresh()
+        torch.testing.assert_close(together.product(1, x), layers[1](x), atol=2e-5, rtol=0)
+        x.mul_(3)  # the first layer asked never trusts what it saw
+        torch.testing.assert_close(together.product(0, x), layers[0](x), atol=4e-5, rtol=0)
+
+
+@needs_onednn
+@pytest.mark.parametrize("family, groups", [("llama", 4), ("gemma2", 4), ("opt", 2), ("gpt2", 0)])
+def test_what_is_taken_together(family, groups):
+    """Of two layers: those whose names are the usual ones."""
+    model = tiny_model(family)
+    prepack(model)
+    changed = [vars(module)["forward"] for module in model.modules() if "forward" in vars(module)]
+    shared = {id(own.func.__self__) for own in changed if isinstance(getattr(own, "func", None), MethodType)}
+    assert len(shared) == groups
 
 
 @needs_onednn
