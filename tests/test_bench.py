@@ -347,3 +347,5 @@ def test_a_rule_that_is_not_measured(bench):
     """Refused before a model is loaded."""
     code, out, err = bench("switching", "--rule", "nonsense")
     assert code == 2 and out == "" and "--rule nonsense: choose from switch, adaswitch, skd" in err
+    code, out, err = bench("switching", "--prompts", "65")
+    assert code == 2 and out == "" and "'--prompts': Input should be less than or equal to 64" in err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -72,3 +73,14 @@ def test_a_settled_row_costs_the_teachers_steps_only() -> None:
     """After AdaSwitch's switch nobody checks."""
     found = row_bound_s(rollout([1] * 8, threshold=-np.inf), np.zeros(8, bool), COSTS, switching.kl_spike())
     assert found == pytest.approx(8 * COSTS.write)
+
+
+def test_costs_measured_around_a_turn_are_averaged():
+    """Field by field, block by block."""
+    twice = StepCosts(**{
+        field.name: {k: 3 * v for k, v in value.items()} if isinstance(value, dict) else 3 * value
+        for field in fields(COSTS) for value in [getattr(COSTS, field.name)]
+    })  # fmt: skip
+    found = StepCosts.mean([COSTS, twice])
+    assert found.student == pytest.approx(2 * COSTS.student) and found.settle == pytest.approx(2 * COSTS.settle)
+    assert found.read == pytest.approx({size: 2 * cost for size, cost in COSTS.read.items()})

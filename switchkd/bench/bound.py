@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,18 @@ class StepCosts:
     check: dict[int, float]  # the student's block of K, its head included
     settle: float
     prompt: float
+
+    @classmethod
+    def mean(cls, several: Sequence[StepCosts]) -> StepCosts:
+        """Of costs that were measured around what they are compared with."""
+
+        def over(name: str) -> Any:
+            values = [getattr(costs, name) for costs in several]
+            if isinstance(values[0], dict):
+                return {size: fmean(value[size] for value in values) for size in values[0]}
+            return fmean(values)
+
+        return cls(**{field.name: over(field.name) for field in fields(cls)})
 
     def as_ms(self) -> dict[str, Any]:
         """For people, of a whole call of one row."""

@@ -42,6 +42,9 @@ def switching(
     teacher: Teacher = "demo",
     student: Student = "12",
     rule: Annotated[list[str] | None, typer.Option(help="switch, adaswitch or skd; may be repeated.")] = None,
+    prompts: Annotated[
+        int | None, typer.Option(min=1, max=64, help="Prompts to write for (24): with more, batches run empty less.")
+    ] = None,
     json: Json = None,
 ) -> None:
     """Tokens per second of each rule against lockstep, a plain loop, on-policy sampling, and the bound."""
@@ -58,7 +61,7 @@ def switching(
     torch.set_num_threads(threads or os.cpu_count() or 1)
     table = run(
         smoke=smoke, repeats=_turns(repeats, smoke, 3), device=device, dtype=dtype,
-        teacher=pair.teacher, student=pair.student, rules=rule or (),
+        teacher=pair.teacher, student=pair.student, rules=rule or (), num_prompts=prompts,
     )  # fmt: skip
     _finish(table, json)
 

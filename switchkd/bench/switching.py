@@ -5,7 +5,8 @@ In: a teacher, a student, prompts. Out: a Table, one row per rule. All sides wri
 temperature 1, with the same limit, batch and dtype, in turns (A B C, C B A, ...) after a warm-up.
 
 The bound is the hindsight optimum: for every rollout the cheapest sequence of student-led, teacher-led and lockstep
-rounds, found by dynamic programming over the recorded owners and agreements, at the measured costs of full batches.
+rounds, found by dynamic programming over the recorded owners and agreements, at the costs of full batches. These are
+measured before and after every turn that is compared with them: a shared machine is half as fast again a minute later.
 """
 
 from __future__ import annotations
@@ -118,20 +119,31 @@ REMARKS = (
 
 
 def run(
-    *, smoke: bool, repeats: int, device: str, dtype: str, teacher: str, student: str, rules: Sequence[str] = ()
+    *,
+    smoke: bool,
+    repeats: int,
+    device: str,
+    dtype: str,
+    teacher: str,
+    student: str,
+    rules: Sequence[str] = (),
+    num_prompts: int | None = None,
 ) -> Table:
     """One row per rule (all by default)."""
     check_rules(rules)
     size = SMOKE if smoke else REAL
+    size = replace(size, prompts=num_prompts or size.prompts)
     pair = Pair(teacher, student, device=device, dtype=dtype, size=size)
-    costs = measure_costs(pair.student, pair.teacher, pair.head, pair.tasks[0].prompt, size.batch, size.block)
+    around: list[StepCosts] = []
+    rows = tuple(_row(pair, name, around, repeats) for name in rules or RULES)
     return Table(
         title=f"switching, {Path(student).name or student}",
         columns=COLUMNS,
-        rows=tuple(_row(pair, name, costs, repeats) for name in rules or RULES),
+        rows=rows,
         notes=surroundings(
             device, dtype, threads=torch.get_num_threads(), teacher=teacher, student=student, prompts=size.prompts,
-            batch=size.batch, max_new_tokens=size.tokens, repeats=repeats, costs_ms_per_row=costs.as_ms(),
+            batch=size.batch, max_new_tokens=size.tokens, repeats=repeats,
+            costs_ms_per_row=StepCosts.mean(around).as_ms(),
         ),
         remarks=REMARKS,
     )  # fmt: skip
@@ -144,7 +156,8 @@ def check_rules(rules: Sequence[str]) -> None:
             raise ConfigError(f"--rule {name}: choose from {', '.join(RULES)}")
 
 
-def _row(pair: Pair, name: str, costs: StepCosts, repeats: int) -> dict[str, Cell]:
+def _row(pair: Pair, name: str, around: list[StepCosts], repeats: int) -> dict[str, Cell]:
+    """Adds each turn's costs to `around`."""
     rule, decide = RULES[name][0](), RULES[name][1]
     mode, alone = pair.mode(rule), pair.mode(switching.student())
     auto = pair.worker("auto")
@@ -159,6 +172,17 @@ def _row(pair: Pair, name: str, costs: StepCosts, repeats: int) -> dict[str, Cel
 
         return seconds_per_token
 
+    def costs() -> StepCosts:
+        return measure_costs(pair.student, pair.teacher, pair.head, pair.tasks[0].prompt, pair.size.batch,
+                             pair.size.block, repeats=3)  # fmt: skip
+
+    write = engine("auto", auto, mode)
+
+    def between_costs() -> float:
+        before, seconds = costs(), write()
+        around.append(StepCosts.mean([before, costs()]))
+        return seconds
+
     def afternoon() -> float:
         torch.manual_seed(SEED)
         start = time.perf_counter()
@@ -170,7 +194,7 @@ def _row(pair: Pair, name: str, costs: StepCosts, repeats: int) -> dict[str, Cel
         pair.warm_up(worker, mode)
     result = paired(
         {
-            "auto": engine("auto", auto, mode),
+            "auto": between_costs,
             "lockstep": engine("lockstep", lockstep, mode),
             "afternoon": afternoon,
             "on-policy": engine("on-policy", pair.worker("auto"), alone),
@@ -182,9 +206,10 @@ def _row(pair: Pair, name: str, costs: StepCosts, repeats: int) -> dict[str, Cel
     reads = agreements(pair, rollouts, mode)
     num_tokens = sum(rollout.num_tokens for rollout in rollouts)
 
-    def share(least_s: float) -> Spread:
-        """Of our time."""
-        return result.spread["auto"].map(lambda seconds: least_s / num_tokens / seconds)
+    def share(least_s: Callable[..., float]) -> Spread:
+        """Of our time, turn by turn."""
+        turns = zip(around[-repeats:], result.values["auto"], strict=True)
+        return Spread.of([least_s(rollouts, reads, costs, rule) / num_tokens / seconds for costs, seconds in turns])
 
     return {
         "rule": name,
@@ -192,8 +217,8 @@ def _row(pair: Pair, name: str, costs: StepCosts, repeats: int) -> dict[str, Cel
         "x lockstep": result.ratios["lockstep"],
         "x afternoon": result.ratios["afternoon"],
         "time of on-policy": result.ratios["on-policy"].map(lambda ratio: 1 / ratio),
-        "share of bound": share(bound_s(rollouts, reads, costs, rule)),
-        "of steady": share(steady_s(rollouts, reads, costs, rule)),
+        "share of bound": share(bound_s),
+        "of steady": share(steady_s),
         "rows/round": sum(r.stats.num_rounds for r in rollouts) / sum(auto.pace.rounds.values()),
         "agreement": float(np.concatenate([read.agree for read in reads]).mean()),
         **_counted(rollouts),
