@@ -12,7 +12,7 @@ import pytest
 import yaml
 from runs import command
 
-from switchkd.bench import arithmetic, grid
+from switchkd.bench import arithmetic, grid, quality_plot
 from switchkd.bench.arithmetic import Problem
 from switchkd.bench.quality_table import Mean, Paired, QualityTable, holm
 from switchkd.bench.study import Cell, cells, merged, read_study
@@ -206,6 +206,7 @@ class Trains:
 
             def stopped(trainer: Any) -> None:
                 step(trainer)
+                trainer.started -= 1000  # seconds that a resumed run must know of
                 signal.raise_signal(signal.SIGTERM)
 
             with pytest.MonkeyPatch.context() as patch:
@@ -231,7 +232,8 @@ def test_a_grid_goes_on_cell_by_cell(tmp_path, monkeypatch, capsys):
     assert code == 0 and second.seen == ["supervised-kd-seed1", "supervised-kd-seed2"]
     assert all((tmp_path / "out" / "cells" / name).read_bytes() == data for name, data in made.items())
     cell = json.loads((tmp_path / "out" / "cells" / "supervised-kd-seed1.json").read_text())
-    assert cell["resumed"] and cell["rollouts"]["steps"] == 2 and cell["rollouts"]["teacher_frac"] == 0
+    assert cell["resumed"] and 1000 < cell["seconds"]["train"] < 1200
+    assert cell["rollouts"]["steps"] == 2 and cell["rollouts"]["teacher_frac"] == 0
     assert {"exact_match", "exact_match/digits=2", "exact_match/digits=3", "kl", "kl_greedy"} <= set(cell["scores"])
     assert json.loads((tmp_path / "out" / "cells" / "switch-seed1.json").read_text())["rollouts"]["tokens"] > 0
     assert "| supervised-kd | 2 |" in told and (tmp_path / "out" / "plot.png").read_bytes()[1:4] == b"PNG"
@@ -367,3 +369,24 @@ def test_the_table_ranks_and_compares_neighbours():
     assert "Not all of the 2 seeds are there for: middle." in text
     assert "| low | 2 | 11.5 ± 6.4 | 2.00 ± 0.00 | 25.0% | 100 | 2 |" in text
     assert "| low | 30.0 ± 0.0 |" in text and "| teacher | 100.0 |" in text and "| middle | - |" in text
+
+
+@pytest.mark.parametrize("with_starts", [True, False])
+def test_the_plot_shows_what_ranks(with_starts):
+    """Gains over each seed's start with the zero line in view where the starts are there, else the scores themselves;
+    the best on top, one stroke a seed."""
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    told = [cell("low", s, 40.0 + s) for s in (1, 2)] + [cell("high", s, 50.0 + 2 * s) for s in (1, 2)]
+    before = [cell("warm-up", 1, 38.0), cell("warm-up", 2, 39.0)] if with_starts else []
+    table, axes = QualityTable.of("t", "exact_match", 2, told, before), figure.subplots()
+    quality_plot._ranking(axes, table)
+    assert table.by_gain == with_starts
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["low (2)", "high (2)"]
+    low, high = ([3.0, 3.0], [14.0, 15.0]) if with_starts else ([41.0, 42.0], [52.0, 54.0])
+    marks = {mark: [list(line.get_xdata()) for line in axes.lines if line.get_marker() == mark] for mark in "o|"}
+    assert marks["o"] == [[sum(low) / 2, sum(high) / 2]]
+    strokes = [seeds for seeds in marks["|"] if seeds in (low, high)]  # the error bars' caps are such marks, too
+    assert strokes == [low, high]
+    left, right = axes.get_xlim()
+    assert (left < 0) == with_starts and right > max(high)
+    assert ("gain" in axes.get_xlabel()) == with_starts

@@ -201,7 +201,8 @@ class Grid:
             "overrides": overrides,
             "scores": scores,
             "rollouts": rollout_numbers(run_dir / "metrics.jsonl"),
-            "seconds": {"train": trained - started, "exam": ended - trained},
+            # A resumed run's own clock counts from its first start, this process's only from the last one.
+            "seconds": {"train": max(trained - started, summary.elapsed_s), "exam": ended - trained},
             "resumed": resume,
         }
 
