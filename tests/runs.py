@@ -102,6 +102,8 @@ def small_ray(num_cpus: int, **more: Any) -> Iterator[str]:
     os.environ.update(PROTECTED)
     import ray
 
+    from switchkd.actors.futures import shut_down
+
     folder = tempfile.mkdtemp(prefix="skd-", dir="/tmp")  # a socket's path must be short
     ray.init(
         address="local", num_cpus=num_cpus, include_dashboard=False, object_store_memory=100_000_000,
@@ -110,7 +112,7 @@ def small_ray(num_cpus: int, **more: Any) -> Iterator[str]:
     try:
         yield folder
     finally:
-        ray.shutdown()
+        shut_down()
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -364,6 +364,7 @@ cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_
                   "object_store_memory": 100_000_000})
 cluster.add_node(num_cpus=8, object_store_memory=100_000_000)
 ray.init(address=cluster.address, log_to_driver=False)
+from switchkd.actors.futures import shut_down
 from switchkd.config import load
 from switchkd.metrics import MetricsLog
 from switchkd.run import train
@@ -382,7 +383,7 @@ def step(self, number, row):
 MetricsLog.step = step
 summary = train(load("config.yaml"))
 print("finished:", summary.finished, flush=True)
-ray.shutdown()
+shut_down()
 cluster.shutdown()
 """
 

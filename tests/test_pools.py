@@ -37,6 +37,8 @@ def cluster() -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
+    from switchkd.actors.futures import shut_down
+
     folder = tempfile.mkdtemp(prefix="skd-", dir="/tmp")  # a socket's path must be short
     small = {"object_store_memory": 80_000_000}
     made = Cluster(
@@ -46,7 +48,7 @@ def cluster() -> Iterator[Any]:
         made.add_node(num_cpus=2, labels=labels, **small)
     ray.init(address=made.address, log_to_driver=False, logging_level="ERROR")
     yield made
-    ray.shutdown()
+    shut_down()
     made.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
 

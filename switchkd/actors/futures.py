@@ -6,13 +6,15 @@ process held (StateLost). Everything else is what the actor itself raised.
 
 from __future__ import annotations
 
+import atexit
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from threading import Lock, Thread, Timer
 from typing import Any
 
-from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
+import ray
+from ray.exceptions import ActorDiedError, RayActorError, RayError, RaySystemError, RayTaskError
 
 from switchkd.house import StateLost, Unreachable, WorkerLost
 from switchkd.said import first_line, last_line, typed
@@ -21,6 +23,43 @@ RESTART_S = 600.0
 """How long a dead worker or replay may take to come back before the run ends, and a teacher before it is replaced."""
 GRACE_S = 10.0
 """When a rank fails, so long is waited for the news that another one died: survivors notice before Ray does."""
+
+
+class _Gate:
+    """Nobody asks a Ray that goes down: from within C++ it would end this process at once, with exit code 1."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._closed = False
+
+    def ask(self, question: Callable[[], Any]) -> Future[Any]:
+        """Raises RaySystemError where there is no Ray, or soon none."""
+        with self._lock:
+            if self._closed or not ray.is_initialized():
+                raise RaySystemError("Ray was shut down")
+            answer: Future[Any] = question().future()
+            return answer
+
+    def close(self) -> None:
+        """Waits for whoever is asking now."""
+        with self._lock:
+            self._closed = True
+
+    def open(self) -> None:
+        self._closed = False
+
+
+_GATE = _Gate()
+atexit.register(_GATE.close)  # behind Ray's own registration, so before its shutdown
+
+
+def shut_down() -> None:
+    """`ray.shutdown()`, with nobody asking meanwhile."""
+    _GATE.close()
+    try:
+        ray.shutdown()
+    finally:
+        _GATE.open()
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -87,7 +126,7 @@ def patient(ask: Callable[[], Any], wait_s: float = RESTART_S) -> Future[Any]:
 
     def attempt(pause_s: float) -> None:
         try:
-            future = ask().future()
+            future = _GATE.ask(ask)
         except Exception as error:  # Ray itself was shut down meanwhile
             answer.set_exception(error)
         else:

@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 
 from switchkd import resources
 from switchkd.actors.environment import Secrets
-from switchkd.actors.futures import patient
+from switchkd.actors.futures import patient, shut_down
 from switchkd.actors.health import pulses
 from switchkd.actors.learner_actor import LearnerActor, LearnerGroup
 from switchkd.actors.place import Place, beside_driver, nodes, wait_for_places
@@ -115,7 +115,7 @@ def build_house(config: Config, run_dir: Path, stop_ids: frozenset[int], log: Me
     with ExitStack() as opened:
         if not ray.is_initialized():
             _start_private(config)
-            opened.callback(ray.shutdown)
+            opened.callback(shut_down)
         start = partial(_start, opened)
         places = _set_aside(config, opened)
         replay = start(ReplayActor, beside_driver(), plain, str(run_dir), *common)

@@ -14,6 +14,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import switchkd
+from switchkd.actors.futures import shut_down
 from switchkd.actors.launch import join
 from switchkd.said import last_line
 from switchkd.sections import Config
@@ -47,7 +48,7 @@ def look(config: Config, file: str, nonce: str) -> tuple[str, list[Look]]:
         return told, at_nodes(nodes, file, nonce)
     finally:
         if joined_here and ray.is_initialized():
-            ray.shutdown()
+            shut_down()
 
 
 def at_nodes(nodes: list[dict[str, Any]], file: str, nonce: str) -> list[Look]:

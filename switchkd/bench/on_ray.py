@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import ray
 
+from switchkd.actors.futures import shut_down
 from switchkd.bench.weights import Learner, Reader
 from switchkd.types import WeightBundle
 
@@ -39,7 +40,7 @@ def cluster(num_cpus: float, object_store_mb: int, furnish: Callable[[], None] |
         )
         yield
     finally:
-        ray.shutdown()
+        shut_down()
         shutil.rmtree(folder, ignore_errors=True)
 
 
