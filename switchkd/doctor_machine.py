@@ -253,7 +253,7 @@ def object_store(config: Config, shapes: dict[str, Shape]) -> Iterator[Finding]:
     shm = Path("/dev/shm")
     if not resources.is_private(config) or config.run.mode == "inprocess" or not shm.is_dir():
         return
-    wanted, free = object_store_bytes(config, shapes["student"]) / 1e9, shutil.disk_usage(shm).free / 1e9
+    wanted, free = object_store_bytes(config, shapes["student"].params) / 1e9, shutil.disk_usage(shm).free / 1e9
     key = "cluster.object_store_gb" + (" by default" if config.cluster.object_store_gb is None else "")
     told = f"{free:.3g} GB free in {shm}, {key}={wanted:.3g}"
     remedy = "Ray would use the disk: enlarge it (docker run --shm-size), or lower cluster.object_store_gb"

@@ -6,6 +6,7 @@ In: what the user wrote as a model. Out: nothing, or a ConfigError that names th
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 
 from switchkd.config import ConfigError
@@ -34,6 +35,17 @@ def check_model_folder(name: str, key: str) -> None:
     _check_weights(folder, key)
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise ConfigError(f"{key}={name}: the folder has no tokenizer; save it there with tokenizer.save_pretrained")
+
+
+def num_params(folder: Path) -> int:
+    """What its safetensors files hold, by their headers alone."""
+    from safetensors import safe_open
+
+    found = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            found += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (no mapping)
+    return found
 
 
 def _check_weights(folder: Path, key: str) -> None:

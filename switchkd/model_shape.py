@@ -102,12 +102,12 @@ def read_shape(
     )
 
 
-def object_store_bytes(config: Config, student: Shape | None) -> int:
+def object_store_bytes(config: Config, student_params: int) -> int:
     """What a private cluster keeps in shared memory: a version that is loaded while the next one is published, beside
     rollouts. From a store that is too small Ray goes to the disk, and refuses once 95% of that are used."""
     if config.cluster.object_store_gb is not None:
         return int(config.cluster.object_store_gb * 1e9)
-    return int(5e8) + (2 * BYTES[config.student.dtype] * student.params if student else 0)
+    return int(5e8) + 2 * BYTES[config.student.dtype] * student_params
 
 
 def _hollow(config: Any, section: Model, key: str) -> Any:

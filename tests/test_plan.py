@@ -15,6 +15,7 @@ from runs import SWITCH, WARM_UP, command, config, config_file, furnish
 from tiny import save_tiny, tiny_model
 
 from switchkd.config import ConfigError
+from switchkd.model_folder import num_params
 from switchkd.model_shape import Shape, read_shape, shapes
 from switchkd.plan import make_plan
 from switchkd.plan_costs import Costs, parse_costs
@@ -81,7 +82,7 @@ class TestShape:
         """Parameters (tied ones once) and the output layer's width are those of the loaded model."""
         save_tiny(tmp_path, family)
         model, shape = tiny_model(family), read_shape(Model(path=str(tmp_path)), "teacher.path")
-        assert shape.params == sum(p.numel() for p in model.parameters())
+        assert shape.params == num_params(tmp_path) == sum(p.numel() for p in model.parameters())
         assert shape.head_width == model.get_output_embeddings().weight.shape[1] and shape.vocab == 120
 
     def test_adapters(self, tmp_path):

@@ -34,7 +34,8 @@ from switchkd.actors.worker_pool import RayWorker, WorkerPool
 from switchkd.config import ConfigError
 from switchkd.house import House
 from switchkd.metrics import MetricsLog
-from switchkd.model_shape import Shape, object_store_bytes, read_shape
+from switchkd.model_folder import looks_local, num_params
+from switchkd.model_shape import object_store_bytes, read_shape
 from switchkd.recorded import heads_for
 from switchkd.said import one_line
 from switchkd.sections import Config, Span
@@ -82,17 +83,19 @@ def _start_private(config: Config) -> None:
         address="local",
         num_cpus=os.cpu_count() or 1,
         include_dashboard=False,
-        object_store_memory=object_store_bytes(config, _student_shape(config)),
+        object_store_memory=object_store_bytes(config, _student_params(config)),
         logging_level=logging.ERROR,
         log_to_driver=False,
     )
 
 
-def _student_shape(config: Config) -> Shape | None:
-    """None for a model that cannot be built without its weights, as another's code may want it."""
+def _student_params(config: Config) -> int:
+    """0 for a model that cannot be built without its weights, as another's code may want it."""
+    if looks_local(config.student.path):
+        return num_params(Path(config.student.path).expanduser())
     with suppress(ConfigError):
-        return read_shape(config.student, "student.path")
-    return None
+        return read_shape(config.student, "student.path").params
+    return 0
 
 
 class RayReplay:

@@ -43,7 +43,7 @@ def switching(
     student: Student = "12",
     rule: Annotated[list[str] | None, typer.Option(help="switch, adaswitch or skd; may be repeated.")] = None,
     prompts: Annotated[
-        int | None, typer.Option(min=1, max=64, help="Prompts to write for (24): with more, batches run empty less.")
+        int | None, typer.Option(min=1, help="Prompts to write for (24): with more, batches run empty less.")
     ] = None,
     json: Json = None,
 ) -> None:
@@ -53,10 +53,11 @@ def switching(
     os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
     import torch
 
-    from switchkd.bench.models import resolve
+    from switchkd.bench.models import check_prompts, resolve
     from switchkd.bench.switching import check_rules, run
 
     check_rules(rule or ())
+    check_prompts(prompts or 1)
     pair = resolve(teacher, student)
     torch.set_num_threads(threads or os.cpu_count() or 1)
     table = run(

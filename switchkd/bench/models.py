@@ -21,6 +21,7 @@ _WISHES = (
     "List five facts about {} and say which one surprises you most.",
     "Describe {} to somebody who has never seen it.",
 )
+MAX_PROMPTS = len(_TOPICS) * len(_WISHES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,9 +45,14 @@ def resolve(teacher: str, student: str) -> Pair:
     return Pair(teacher=teacher, student=student)
 
 
+def check_prompts(num: int) -> None:
+    """Raises ConfigError."""
+    if num > MAX_PROMPTS:
+        raise ConfigError(f"--prompts {num}: there are {MAX_PROMPTS}; ask for fewer")
+
+
 def prompts(num: int) -> list[str]:
-    """Plain instructions of about the same length; always the same ones."""
-    if num > len(_TOPICS) * len(_WISHES):
-        raise ConfigError(f"{num} prompts asked for; there are {len(_TOPICS) * len(_WISHES)}")
+    """Plain instructions of about the same length; always the same ones. Raises ConfigError."""
+    check_prompts(num)
     every = [wish.format(topic) for wish in _WISHES for topic in _TOPICS]
     return every[:num]

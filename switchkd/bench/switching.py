@@ -12,7 +12,7 @@ measured before and after every turn that is compared with them: a shared machin
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,12 @@ from switchkd.algo.sampling import Purpose, Sampling, draw
 from switchkd.bench.afternoon import AdaSwitch, Afternoon, Decide, skd, switch
 from switchkd.bench.bound import StepCosts, bound_s, measure_costs, steady_s
 from switchkd.bench.models import prompts
-from switchkd.bench.table import Cell, Spread, Table, paired, surroundings
+from switchkd.bench.table import Cell, Pairs, Spread, Table, paired, surroundings
 from switchkd.config import ConfigError
 from switchkd.engines.heads import LinearHead
 from switchkd.engines.hf_engine import HFStudent, HFTeacher
 from switchkd.engines.loading import load_model, load_tokenizer, pad_id, shared_vocab, stop_ids
+from switchkd.pace import Lead
 from switchkd.rollout import Job, RolloutWorker
 from switchkd.rows import Mode
 from switchkd.signal_rows import SignalReader
@@ -156,12 +157,20 @@ def check_rules(rules: Sequence[str]) -> None:
             raise ConfigError(f"--rule {name}: choose from {', '.join(RULES)}")
 
 
-def _row(pair: Pair, name: str, around: list[StepCosts], repeats: int) -> dict[str, Cell]:
-    """Adds each turn's costs to `around`."""
-    rule, decide = RULES[name][0](), RULES[name][1]
-    mode, alone = pair.mode(rule), pair.mode(switching.student())
-    auto = pair.worker("auto")
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """All sides' turns of one rule: the pace and the rollouts are those of our last one, the costs of each of ours."""
+
+    result: Pairs
+    costs: Sequence[StepCosts]
+    rounds: Mapping[Lead, int]
+    rollouts: Sequence[Rollout]
+
+
+def _measure(pair: Pair, mode: Mode, decide: Callable[[], Decide], repeats: int) -> _Measured:
+    alone, auto, lockstep = pair.mode(switching.student()), pair.worker("auto"), pair.worker("lockstep")
     last: dict[str, list[Rollout]] = {}
+    around: list[StepCosts] = []
 
     def engine(side: str, worker: RolloutWorker, a_mode: Mode) -> Callable[[], float]:
         def seconds_per_token() -> float:
@@ -189,7 +198,6 @@ def _row(pair: Pair, name: str, around: list[StepCosts], repeats: int) -> dict[s
         num = pair.write_in_the_afternoon(decide)
         return (time.perf_counter() - start) / num
 
-    lockstep = pair.worker("lockstep")
     for worker in (auto, lockstep):
         pair.warm_up(worker, mode)
     result = paired(
@@ -202,13 +210,22 @@ def _row(pair: Pair, name: str, around: list[StepCosts], repeats: int) -> dict[s
         repeats=repeats,
         warmup=0,
     )
-    rollouts = last["auto"]
+    return _Measured(result, around, auto.pace.rounds, last["auto"])
+
+
+def _row(pair: Pair, name: str, around: list[StepCosts], repeats: int) -> dict[str, Cell]:
+    """Adds each turn's costs to `around`."""
+    rule, decide = RULES[name][0](), RULES[name][1]
+    mode = pair.mode(rule)
+    found = _measure(pair, mode, decide, repeats)
+    around += found.costs
+    result, rollouts, rounds = found.result, found.rollouts, found.rounds
     reads = agreements(pair, rollouts, mode)
     num_tokens = sum(rollout.num_tokens for rollout in rollouts)
 
     def share(least_s: Callable[..., float]) -> Spread:
         """Of our time, turn by turn."""
-        turns = zip(around[-repeats:], result.values["auto"], strict=True)
+        turns = zip(found.costs, result.values["auto"], strict=True)
         return Spread.of([least_s(rollouts, reads, costs, rule) / num_tokens / seconds for costs, seconds in turns])
 
     return {
@@ -219,10 +236,10 @@ def _row(pair: Pair, name: str, around: list[StepCosts], repeats: int) -> dict[s
         "time of on-policy": result.ratios["on-policy"].map(lambda ratio: 1 / ratio),
         "share of bound": share(bound_s),
         "of steady": share(steady_s),
-        "rows/round": sum(r.stats.num_rounds for r in rollouts) / sum(auto.pace.rounds.values()),
+        "rows/round": sum(r.stats.num_rounds for r in rollouts) / sum(rounds.values()),
         "agreement": float(np.concatenate([read.agree for read in reads]).mean()),
         **_counted(rollouts),
-        "rounds": ", ".join(f"{who} {size}: {num}" for (who, size), num in sorted(auto.pace.rounds.items())),
+        "rounds": ", ".join(f"{who} {size}: {num}" for (who, size), num in sorted(rounds.items())),
     }
 
 
