@@ -14,8 +14,9 @@ from runs import command
 
 from switchkd.bench import arithmetic, grid, quality_plot
 from switchkd.bench.arithmetic import Problem
+from switchkd.bench.exam import over_exams
 from switchkd.bench.quality_table import Mean, Paired, QualityTable, holm
-from switchkd.bench.study import Cell, cells, merged, read_study
+from switchkd.bench.study import Cell, cells, configured, merged, read_study
 from switchkd.config import ConfigError
 from switchkd.evaluate import exact_match, final_number
 
@@ -121,11 +122,30 @@ def test_the_shipped_study_is_sound():
     assert {cell.seed for cell in cells(study)[: len(study.main)]} == {study.seeds[0]}
 
 
-def test_the_study_of_dolly_is_sound():
+@pytest.mark.parametrize("name", ["dolly", "dolly_small"])
+def test_the_study_of_dolly_is_sound(name):
     """Every method's config is accepted, and each test set is told by name."""
-    study = read_study(Path(__file__).parents[1] / "configs" / "study" / "dolly.yaml")
+    study = read_study(Path(__file__).parents[1] / "configs" / "study" / f"{name}.yaml")
     assert set(study.exams) == {"dolly", "self_inst", "s_ni", "vicuna"} and set(study.main) <= study.methods.keys()
     assert len(cells(study)) == 3 * len(study.methods)
+
+
+def test_a_student_that_was_warmed_up_is_not_cut_again(tmp_path):
+    """Where a study cuts its student out of the teacher, the warm-up begins with the cut; its cells, and every exam,
+    take the folder that they are given."""
+    student = {"cut": {"num_layers": 1}, "prepack": "off"}
+    study = read_study(study_file(tmp_path, base={**STUDY["base"], "student": student}))
+    assert configured(study, {}, tmp_path, tmp_path).student.cut is not None
+    given = configured(study, {}, tmp_path, tmp_path, student="warm-up/student").student
+    assert (given.path, given.cut, given.prepack) == ("warm-up/student", None, "off")
+
+
+def test_scores_over_several_exams():
+    """By name, and the mean of all; a part that one exam lacks is the mean of the others."""
+    scores = {"a/rouge_l": 10.0, "b/rouge_l": 20.0, "a/rouge_l/short": 4.0}
+    assert over_exams(scores, ["a", "b"]) == {**scores, "rouge_l": 15.0, "rouge_l/short": 4.0}
+    named = {"rouge_l": 1.0, "b/rouge_l": 3.0}
+    assert over_exams(named, ["", "b"]) == named
 
 
 def test_the_order_keeps_a_part_of_the_grid_balanced(tmp_path):
@@ -153,6 +173,7 @@ def test_groups_of_keys_are_merged():
             "methods.x: rollout.rule.type='swich'",
         ),
         ({"main": [], "methods": {"x": {"rollout": {"rule": {"type": "switch", "prob": 1}}}}}, [], "methods.x: rule"),
+        ({"rank_by": "rouge_l"}, [], "exams.: rank_by=rouge_l is not scored; eval.metrics has exact_match, kl"),
         ({"methods": {"warm-up": {}}}, [], "the name 'warm-up' is taken"),
         ({}, ["--methods", "swich"], "--methods: 'swich' is not known; did you mean 'switch'?"),
         ({}, ["--cells", "switch-seed9"], "--cells: 'switch-seed9' is not known"),

@@ -1,12 +1,14 @@
 """Scores of one student on a study's test set, whole and in parts.
 
-In: what it wrote, text by text. Out: a flat dict, `exact_match` for all and `exact_match/digits=3` for a part.
+In: what it wrote, text by text. Out: a flat dict, `exact_match` for all and `exact_match/digits=3` for a part; with
+several test sets `dolly/rouge_l` for one of them.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from switchkd.bench.study import Group
@@ -27,6 +29,19 @@ def scores_of(rows: Sequence[EvalRow], prompts: Sequence[Prompt], config: Config
         own = [row for row in rows if parts[row.index] == part]
         found |= {f"{name}/{part}": stat.mean for name, stat in stats(own, metrics, prompts).items()}
     return found
+
+
+def over_exams(scores: Mapping[str, float], exams: Sequence[str]) -> dict[str, float]:
+    """Also without an exam's name in front: the means over all exams that have the score. Where one has no name, its
+    scores stand there already."""
+    if "" in exams:
+        return dict(scores)
+    several: dict[str, list[float]] = {}
+    for exam in exams:
+        for name, score in scores.items():
+            if name.startswith(f"{exam}/"):
+                several.setdefault(name.removeprefix(f"{exam}/"), []).append(score)
+    return {name: fmean(values) for name, values in several.items()} | dict(scores)
 
 
 def parts_of(prompts: Sequence[Prompt], config: Config, group: Group) -> list[str]:

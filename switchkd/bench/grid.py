@@ -27,6 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from switchkd.bench.exam import over_exams
 from switchkd.bench.study import TEACHER, WARM_UP, Cell, Overrides, Study, cells, configured, flat
 from switchkd.config import ConfigError
 from switchkd.files import write_json_atomic
@@ -193,6 +194,7 @@ class Grid:
             scores: dict[str, float] = {}
             for exam, changes in self.study.exams.items():
                 scores |= self._exam(exam, changes, cell, {**paths, "student": summary.student})
+            scores = over_exams(scores, list(self.study.exams))
         ended = time.monotonic()
         shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
         return {

@@ -77,7 +77,8 @@ class Study(Section):
     main: tuple[str, ...] = ()
     """Methods whose cells come first, and whose curves stand in the plot."""
     exams: dict[str, Overrides] = Field(default={"": {}}, min_length=1)
-    """Test sets by name, each with what it changes in the shared config (`eval`, `data`)."""
+    """Test sets by name, each with what it changes in the shared config (`eval`, `data`). A score without a name in
+    front is that of the set without a name, else the mean over all (each counts once, whatever its size)."""
     rank_by: str = "exact_match"
     group: Group = Group()
 
@@ -131,10 +132,14 @@ def _check_configs(study: Study, path: Path) -> None:
     paths = {"data": "train.jsonl", "eval": "valid.jsonl"} if study.task else {}
     for name, overrides in runs.items():
         try:
-            for stage in configured(study, overrides, Path("unused"), path.parent, **paths).train.stages:
+            config = configured(study, overrides, Path("unused"), path.parent, **paths)
+            for stage in config.train.stages:
                 check_stage(stage)
         except ConfigError as error:
             raise ConfigError(f"{path}: {name}: {error}") from None
+        if name.startswith("exams.") and not any(study.rank_by.startswith(metric) for metric in config.eval.metrics):
+            known = ", ".join(config.eval.metrics)
+            raise ConfigError(f"{path}: {name}: rank_by={study.rank_by} is not scored; eval.metrics has {known}")
 
 
 def cells(study: Study, methods: Sequence[str] = (), wanted: Sequence[str] = ()) -> list[Cell]:
@@ -173,7 +178,8 @@ def configured(study: Study, overrides: Overrides, run_dir: Path, home: Path, **
     }
     for what, path in paths.items():
         section, key = keys[what]
-        raw = merged(raw, {section: {key: path}})
+        # a student that is there already is not cut once more: `cut` would win over its path
+        raw = merged(raw, {section: {key: path, **({"cut": None} if what == "student" else {})}})
     return parse(raw)
 
 
