@@ -74,3 +74,20 @@ def test_a_question_that_is_being_asked_is_waited_for(ray):
     shut_down()
     thread.join()
     assert order.index("asked") < order.index("down") and 7 in order
+
+
+def test_a_question_that_hangs_keeps_nobody(ray, monkeypatch):
+    """Ray goes down though somebody has been asking for too long."""
+    from threading import Event
+
+    from switchkd.actors import futures
+
+    monkeypatch.setattr(futures, "ASKING_S", 0.1)
+    asking, end = Event(), Event()
+    thread = Thread(target=lambda: futures.patient(lambda: (asking.set(), end.wait(30))), daemon=True)
+    thread.start()
+    assert asking.wait(5)
+    futures.shut_down()
+    assert not ray.up and not end.is_set()
+    end.set()
+    thread.join()

@@ -23,6 +23,8 @@ RESTART_S = 600.0
 """How long a dead worker or replay may take to come back before the run ends, and a teacher before it is replaced."""
 GRACE_S = 10.0
 """When a rank fails, so long is waited for the news that another one died: survivors notice before Ray does."""
+ASKING_S = 5.0
+"""Asking takes milliseconds."""
 
 
 class _Gate:
@@ -41,9 +43,11 @@ class _Gate:
             return answer
 
     def close(self) -> None:
-        """Waits for whoever is asking now."""
-        with self._lock:
-            self._closed = True
+        """Waits a moment for whoever is asking now; a question that hangs keeps no process from its end."""
+        held = self._lock.acquire(timeout=ASKING_S)
+        self._closed = True
+        if held:
+            self._lock.release()
 
     def open(self) -> None:
         self._closed = False
