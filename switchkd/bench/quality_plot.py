@@ -62,7 +62,7 @@ def _curves(axes: Any, table: QualityTable, main: tuple[str, ...]) -> None:
             yerr=[mean.half or 0 for _, mean in there], marker=MARKS[i % len(MARKS)], color=f"C{i % 10}",
             linestyle="-" if i < 10 else "--", capsize=2, linewidth=1, label=row.method,
         )  # fmt: skip
-    axes.set_xticks(range(len(parts)), parts)
+    axes.set_xticks(range(len(parts)), parts, rotation=20, ha="right")  # names may be long
     axes.grid(axis="y", alpha=0.3)
     if drawn:
         axes.legend(fontsize="small")
