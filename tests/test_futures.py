@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from threading import Thread
+from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,8 +55,6 @@ def test_nobody_asks_a_ray_that_goes_down(ray):
 
 def test_a_question_that_is_being_asked_is_waited_for(ray):
     """Ray goes down only when the question that a thread is just asking is out."""
-    from threading import Event
-
     from switchkd.actors.futures import patient, shut_down
 
     asking, order = Event(), []
@@ -78,8 +76,6 @@ def test_a_question_that_is_being_asked_is_waited_for(ray):
 
 def test_a_question_that_hangs_keeps_nobody(ray, monkeypatch):
     """Ray goes down though somebody has been asking for too long."""
-    from threading import Event
-
     from switchkd.actors import futures
 
     monkeypatch.setattr(futures, "ASKING_S", 0.1)

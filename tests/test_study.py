@@ -264,6 +264,18 @@ def test_a_grid_goes_on_cell_by_cell(tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, capsys, *args)[0] == 0 and not third.seen
 
 
+def test_a_study_with_several_test_sets_has_a_table(tmp_path, monkeypatch, capsys):
+    """Scores by the name of the set, their mean to rank by, and a column for each set."""
+    file = study_file(tmp_path, exams={"a": {}, "b": {"eval": {"num_prompts": 4}}})
+    out = tmp_path / "out"
+    options = ("--study", file, "--out", out, "--cells", "supervised-kd-seed1")
+    code, told, err = command(monkeypatch, capsys, "bench", "quality", *options)
+    assert code == 0, err
+    scores = json.loads((out / "cells" / "supervised-kd-seed1.json").read_text())["scores"]
+    assert scores["kl"] == (scores["a/kl"] + scores["b/kl"]) / 2 and scores["a/kl"] != scores["b/kl"]
+    assert "| method | digits=2 | digits=3 | a | b |" in told
+
+
 def test_a_cell_that_fails_does_not_keep_the_others(tmp_path, monkeypatch, capsys):
     """Exit code 1 at the end, with its name and its log, where the whole error stands; the same command tries it again,
     and SIGTERM behind a cell's last step ends the grid, too."""
