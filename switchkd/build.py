@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from switchkd.algo import losses, switching, tail_losses
+from switchkd.algo import losses, switching, topk_losses
 from switchkd.algo.sampling import Purpose, Sampling
 from switchkd.algo.switching import Rule
 from switchkd.batching import LossSpec
@@ -159,7 +159,7 @@ def build_loss(stage: Stage) -> LossSpec:
         hard_frac=hard_frac,
         lm_coef=stage.loss.lm_coef,
         needs_teacher=kind != "cross_entropy",
-        tail=tail_losses.atkd_tokens if kind == "atkd" else partial(tail_losses.coarse, per_token),
+        tail=topk_losses.atkd_tokens if kind == "atkd" else partial(topk_losses.coarse, per_token),
     )
 
 
@@ -174,7 +174,7 @@ def check_topk(stage: Stage, teacher: Teacher) -> None:
             f"teacher.signal=topk cannot decide rule {stage.rule.type}{what} with certainty: it has no interval; take "
             "teacher.signal=hidden, or teacher.decide=coarse for approximate rollouts"
         )
-    if not loss.approximate and not tail_losses.is_bounded(loss.type, loss.direction):
+    if not loss.approximate and not topk_losses.is_bounded(loss.type, loss.direction):
         what = f" (direction {loss.direction})" if loss.direction else ""
         raise ConfigError(
             f"teacher.signal=topk with loss {loss.type}{what}: what the tail leaves out has no small bound; take "

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from switchkd.algo.compressed import first_ids
+from switchkd.algo.topk import first_ids
 from switchkd.types import Candidates
 
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from switchkd.algo.compressed import TopK, coarse_grain, place_of
 from switchkd.algo.switching import Rule
+from switchkd.algo.topk import TopK, coarse_grain, place_of
 from switchkd.questions import Briefs
 from switchkd.rows import Past, Row, Unsure
 

@@ -140,7 +140,7 @@ def learner_memory(config: Config, shapes: dict[str, Shape]) -> Parts:
 
 def _chunk_space(config: Config, shape: Shape) -> float:
     """The teacher's rows in float32, the student's in their own type, and what the loss of a few rows needs."""
-    from switchkd.algo.chunked import CPU_ELEMENTS
+    from switchkd.algo.chunked_loss import CPU_ELEMENTS
     from switchkd.algo.divergence import DEVICE_ELEMENTS
     from switchkd.assembly import device_of
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from switchkd.algo import compressed, losses
-from switchkd.algo.compressed import TopK, draws_inside, smeared, unpack
+from switchkd.algo import losses, topk
 from switchkd.algo.sampling import Sampling
+from switchkd.algo.topk import TopK, draws_inside, smeared, unpack
 from switchkd.engines.heads import hidden_from_signal
 from switchkd.signal_rows import SignalReader
 from switchkd.types import Positions, Signal, Task
@@ -129,7 +129,7 @@ class Briefs:
         """ATKD's UnC = 1 - p(token), [n]: exact also for tokens of the tail, which are asked for."""
         device = self.top.ids.device
         ids = torch.from_numpy(token_ids.astype(np.int64)).to(device)
-        unc = compressed.uncertainty(self.briefs(rows, positions), ids)
+        unc = topk.uncertainty(self.briefs(rows, positions), ids)
         outside = unc.isnan().cpu().numpy()
         if outside.any():
             logits = self.exact(rows[outside], positions[outside], "other").to(device)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from switchkd.algo.compressed import unpack
 from switchkd.algo.losses import uncertainty
+from switchkd.algo.topk import unpack
 from switchkd.candidates import Top
 from switchkd.engines.base import OutputHead
 from switchkd.engines.heads import hidden_from_signal

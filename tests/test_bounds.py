@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from switchkd.algo import bounds, compressed, divergence
-from switchkd.algo.compressed import TopK, compress, pack, unpack
+from switchkd.algo import bounds, divergence, topk
+from switchkd.algo.topk import TopK, compress, pack, unpack
 
 NUM, VOCAB = 400, 300
 torch.set_num_threads(1)
@@ -147,7 +147,7 @@ def test_packing_keeps_every_bit() -> None:
     """Words are integers: ids and float32 bits come back as they were, through NumPy too."""
     row = compress(cases()[0], 16)
     words = pack(row)
-    assert words.dtype == torch.int32 and words.shape == (NUM, compressed.num_words(16))
+    assert words.dtype == torch.int32 and words.shape == (NUM, topk.num_words(16))
     back = unpack(torch.from_numpy(words.numpy().copy()))
     for name in ("ids", "logprobs", "tail_mass", "tail_entropy"):
         assert torch.equal(getattr(back, name), getattr(row, name))

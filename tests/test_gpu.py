@@ -21,8 +21,8 @@ from test_rollout import MAX_NEW, RULES, SAMPLINGS
 from test_slot_cache import clean, extend, live_through
 from tiny import EOS, NUM_TOKENS, tiny_model
 
-from switchkd.algo.copies import to_host
 from switchkd.algo.sampling import Purpose, Sampling, draw
+from switchkd.algo.transfer import to_host
 from switchkd.batching import plan_batch
 from switchkd.engines import graphs, slot_model
 from switchkd.engines.graphs import CudaCapture, StepGraphs, capture_for

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from switchkd.algo import losses
-from switchkd.algo.chunked import chunked_loss
+from switchkd.algo.chunked_loss import chunked_loss
 
 torch.set_num_threads(1)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_bounds import cases
 
-from switchkd.algo import losses, tail_losses
-from switchkd.algo.compressed import TopK, compress, pack, unpack
+from switchkd.algo import losses, topk_losses
+from switchkd.algo.topk import TopK, compress, pack, unpack
 
 torch.set_num_threads(1)
 NUM = 160
@@ -46,7 +46,7 @@ def test_gradient_is_off_by_at_most_the_stated_share_of_the_tail(name: str, k: i
     p, q, row, labels = rows(k)
     mask = torch.ones(NUM, dtype=torch.bool)
     full, exact = value_and_gradient(lambda q: function(p, q, labels, mask, **numbers), q)
-    some, got = value_and_gradient(lambda q: tail_losses.coarse(function, row, q, labels, mask, **numbers), q)
+    some, got = value_and_gradient(lambda q: topk_losses.coarse(function, row, q, labels, mask, **numbers), q)
     assert got.isfinite().all()
     assert (some <= full + 1e-5).all()
     off = (got - exact).abs().sum(1) - factor * row.tail_mass
@@ -63,7 +63,7 @@ def test_forward_kl_of_coarse_laws(k: int) -> None:
     p, q, row, labels = rows(k)
     mask = torch.ones(NUM, dtype=torch.bool)
     full, exact = value_and_gradient(lambda q: losses.forward_kl(p, q, labels, mask), q)
-    some, got = value_and_gradient(lambda q: tail_losses.coarse(losses.forward_kl, row, q, labels, mask), q)
+    some, got = value_and_gradient(lambda q: topk_losses.coarse(losses.forward_kl, row, q, labels, mask), q)
     inside = torch.zeros_like(p, dtype=torch.bool).scatter(1, row.ids, True)
     torch.testing.assert_close(got[inside], exact[inside], atol=1e-6, rtol=1e-5)
     p_tail, q_tail = (x.masked_fill(inside, -torch.inf).log_softmax(1) for x in (p, q))
@@ -85,7 +85,7 @@ def test_atkd_forward(k: int) -> None:
     for hard in (torch.ones_like(mask), torch.zeros_like(mask)):
         full, exact = value_and_gradient(lambda q, h=hard: losses.atkd_tokens(p, q, labels, mask, hard=h, lam=0.5), q)
         some, got = value_and_gradient(
-            lambda q, h=hard: tail_losses.atkd_tokens(row, q, labels, mask, unc=unc, hard=h, lam=0.5), q
+            lambda q, h=hard: topk_losses.atkd_tokens(row, q, labels, mask, unc=unc, hard=h, lam=0.5), q
         )
         assert got.isfinite().all()
         bound = 0.5 * 2 * rest / unc + 1e-4
@@ -102,8 +102,8 @@ def test_masked_rows_are_silent() -> None:
     q[~mask] = torch.nan
     labels[~mask] = -100
     for loss in (
-        lambda q: tail_losses.coarse(losses.forward_kl, row, q, labels, mask),
-        lambda q: tail_losses.atkd_tokens(row, q, labels, mask, unc=torch.full((NUM,), 0.9), hard=mask),
+        lambda q: topk_losses.coarse(losses.forward_kl, row, q, labels, mask),
+        lambda q: topk_losses.atkd_tokens(row, q, labels, mask, unc=torch.full((NUM,), 0.9), hard=mask),
     ):
         values, gradient = value_and_gradient(loss, q)
         assert (values[~mask] == 0).all() and (gradient[~mask] == 0).all()

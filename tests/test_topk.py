@@ -12,9 +12,9 @@ from tiny import EOS, NUM_TOKENS
 from toy import STOP, ToyStudent, ToyTeacher, pair, rows_of, task
 
 from switchkd.algo import switching
-from switchkd.algo.compressed import compress, pack, unpack
 from switchkd.algo.losses import uncertainty
 from switchkd.algo.switching import Rule
+from switchkd.algo.topk import compress, pack, unpack
 from switchkd.engines.base import UnknownSession
 from switchkd.engines.hf_engine import HFStudent, HFTeacher
 from switchkd.rollout import Job, RolloutWorker

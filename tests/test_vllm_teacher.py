@@ -27,9 +27,9 @@ from teacher_contract import Bench, ask, blocks, close_to, sessions
 from test_rollout import MAX_NEW, RULES, SAMPLINGS
 from tiny import EOS, NUM_TOKENS, tiny_tokenizer
 
-from switchkd.algo.compressed import compress, unpack
 from switchkd.algo.sampling import Purpose, Sampling, draw
 from switchkd.algo.switching import jsd_threshold
+from switchkd.algo.topk import compress, unpack
 from switchkd.config import ConfigError
 from switchkd.engines.base import TeacherBusy, UnknownSession
 from switchkd.engines.heads import LinearHead, head_of, hidden_from_signal

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from switchkd.algo.compressed import TopK, place_of, tail_of
+from switchkd.algo.topk import TopK, place_of, tail_of
 
 _TINY = 1e-300
 _SLACK = 1e-5

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from switchkd.algo.copies import to_device, to_host
+from switchkd.algo.transfer import to_device, to_host
 
 _WORD = 2**64 - 1
 _UNIT = 2.0**-53

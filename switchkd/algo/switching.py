@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from switchkd.algo import bounds, divergence
-from switchkd.algo.compressed import TopK
 from switchkd.algo.sampling import Purpose
+from switchkd.algo.topk import TopK
 
 _DIVERGENCES = {"kl": divergence.forward_kl, "reverse_kl": divergence.reverse_kl, "jsd": divergence.jsd}
 _SCHEDULES = ("exponential", "linear", "constant", "exponential_growth")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from switchkd.algo.copies import to_host
+from switchkd.algo.transfer import to_host
 from switchkd.config import ConfigError
 from switchkd.engines.prepacked import Prepacked, can_pack
 

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from switchkd.algo.compressed import compress, pack
 from switchkd.algo.sampling import Sampling, draw
+from switchkd.algo.topk import compress, pack
 from switchkd.engines import prepacked
 from switchkd.engines.graphs import Capture
 from switchkd.engines.heads import HeadArrays, LinearHead, head_of, signal_from_hidden

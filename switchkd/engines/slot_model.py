@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from switchkd.algo.copies import to_device
+from switchkd.algo.transfer import to_device
 from switchkd.config import ConfigError
 from switchkd.engines.graphs import MAX_WIDTH, Capture, StepGraphs, few_lengths, few_rows, few_widths
 from switchkd.engines.heads import final_hidden, own_logits

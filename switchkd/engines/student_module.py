@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchkd.algo.chunked import chunked_loss
-from switchkd.algo.compressed import TopK, concatenated, unpack
+from switchkd.algo.chunked_loss import chunked_loss
 from switchkd.algo.losses import atkd_weights, cross_entropy, forward_kl, token_weights
-from switchkd.algo.tail_losses import coarse
+from switchkd.algo.topk import TopK, concatenated, unpack
+from switchkd.algo.topk_losses import coarse
 from switchkd.batching import Batch, LossSpec
 from switchkd.engines.heads import LinearHead, final_hidden, finished
 from switchkd.types import BatchPlan, Source

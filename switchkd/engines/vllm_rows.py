@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import torch
 
-from switchkd.algo.compressed import TopK, pack
+from switchkd.algo.topk import TopK, pack
 from switchkd.config import ConfigError
 from switchkd.engines.head_file import output_layer
 from switchkd.engines.heads import HeadArrays, LinearHead, fitted_head, hidden_from_signal, signal_from_hidden

@@ -18,8 +18,8 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_updates
 
-from switchkd.algo.compressed import compress, pack
 from switchkd.algo.sampling import Sampling, draw
+from switchkd.algo.topk import compress, pack
 from switchkd.engines.heads import HeadArrays, LinearHead, hidden_from_signal, signal_from_hidden
 
 try:

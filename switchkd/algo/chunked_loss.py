@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchkd.algo.compressed import TopK
 from switchkd.algo.divergence import few_rows
+from switchkd.algo.topk import TopK
 
 CPU_ELEMENTS = 2**18
 """Of the rows that a loss gets at a time. Its gradient takes more passes than a rule's numbers: fewer, longer calls."""

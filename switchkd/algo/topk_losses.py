@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from switchkd.algo import losses
-from switchkd.algo.compressed import TopK, coarse_grain, coarse_grain_around, place_of
+from switchkd.algo.topk import TopK, coarse_grain, coarse_grain_around, place_of
 
 BOUNDED = ("forward_kl", "skew_kl", "jsd", "tvd", "cross_entropy")
 """`atkd` too, in its forward direction."""
