@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from switchkd.sections import Phi
+from switchkd.config.schema import Phi
 
 GENERATED, BUFFERED, FIXED, MIXED = "g", "b", "f", "-"
 """Where a step's batch comes from; MIXED: its stage has a mix of its own, without rollouts."""

@@ -12,14 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from switchkd import resources
 from switchkd.batching import LossSpec
 from switchkd.build import build_loss, build_modes
+from switchkd.config import resources
+from switchkd.config.schema import Config, Model
 from switchkd.engines.base import Teacher
 from switchkd.engines.heads import HeadArrays, LinearHead
 from switchkd.engines.loading import load_model, load_tokenizer, pad_id, shared_vocab
 from switchkd.rollout import RolloutWorker
-from switchkd.sections import Config, Model
 from switchkd.types import BatchPlan, Rollout, StepResult, WeightBundle
 from switchkd.worker import Worker, set_threads
 

@@ -20,11 +20,11 @@ from switchkd.algo import losses, switching, topk_losses
 from switchkd.algo.sampling import Purpose, Sampling
 from switchkd.algo.switching import Rule
 from switchkd.batching import LossSpec
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
+from switchkd.config.schema import Config, Loss, Stage, Teacher
+from switchkd.config.schema import Rule as RuleSection
+from switchkd.config.schema import Sampling as SamplingSection
 from switchkd.rows import Mode
-from switchkd.sections import Config, Loss, Stage, Teacher
-from switchkd.sections import Rule as RuleSection
-from switchkd.sections import Sampling as SamplingSection
 from switchkd.types import Origin
 
 

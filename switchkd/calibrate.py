@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from switchkd import resources
 from switchkd.algo.sampling import Purpose
 from switchkd.assembly import Gang, LearnerRank, make_teacher, make_worker, max_len
 from switchkd.batching import plan_batch
 from switchkd.bench.bound import StepCosts, measure_costs
-from switchkd.config import ConfigError
+from switchkd.config import resources
+from switchkd.config.loader import ConfigError
+from switchkd.config.schema import Config, Mix, Stage
 from switchkd.plan_costs import USUAL_BREAK_RATE, Costs
 from switchkd.preflight import Ready, prepare
 from switchkd.run import written
-from switchkd.sections import Config, Mix, Stage
 from switchkd.types import Origin, Prompt, Rollout
 from switchkd.worker import Worker, set_threads
 

@@ -27,11 +27,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from switchkd.config import ConfigError, dump_yaml
+from switchkd.config.loader import ConfigError, dump_yaml
+from switchkd.config.schema import Config
 from switchkd.files import fsync_dir, redact, seal, unseal, write_text_atomic
 from switchkd.resume import CONFIG, HISTORY, check_same, cut_back
 from switchkd.run_lock import RunLock
-from switchkd.sections import Config
 
 STATE, LATEST = "state.json", "LATEST"
 

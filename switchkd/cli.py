@@ -21,10 +21,10 @@ import typer
 
 from switchkd import __version__
 from switchkd.bench.cli import app as bench
-from switchkd.said import typed
+from switchkd.config.errors import typed
 
 if TYPE_CHECKING:
-    from switchkd.sections import Config
+    from switchkd.config.schema import Config
 
 app = typer.Typer(
     name="switchkd", add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
@@ -44,7 +44,7 @@ class Failed(Exception):
 def main() -> None:
     """Entry point of the `switchkd` command."""
     from switchkd.actors.environment import share_the_cores
-    from switchkd.config import ConfigError
+    from switchkd.config.loader import ConfigError
 
     if sys.argv[1:2] != ["bench"]:  # its sides have the cores for themselves, one after the other
         share_the_cores()
@@ -72,7 +72,7 @@ def _leave(text: str, code: int) -> None:
 @contextmanager
 def _traceback_into(run_dir: str) -> Iterator[None]:
     """What is not the user's doing leaves its traceback in the run's folder, if there is one by then."""
-    from switchkd.config import ConfigError
+    from switchkd.config.loader import ConfigError
     from switchkd.files import redact
 
     try:
@@ -104,7 +104,7 @@ def _root(
 
 
 def _load(path: Path, overrides: list[str] | None) -> Config:
-    from switchkd.config import load
+    from switchkd.config.loader import load
 
     return load(path, overrides or [])
 
@@ -135,7 +135,7 @@ def train(
 
 def _dry_run(config: Config) -> None:
     """The config with all defaults on stdout; what was found in models and data on stderr."""
-    from switchkd.config import dump_yaml
+    from switchkd.config.loader import dump_yaml
     from switchkd.preflight import prepare
 
     ready = prepare(config)
@@ -198,7 +198,7 @@ def rollout(
     out: Annotated[Path | None, typer.Option(help="Write JSON lines here instead of the terminal.")] = None,
 ) -> None:
     """Write rollouts without training, and show who wrote what."""
-    from switchkd.config import ConfigError
+    from switchkd.config.loader import ConfigError
 
     wanted = _load(config, overrides)
     index = _stage_index(wanted, stage)
@@ -218,7 +218,7 @@ def rollout(
 
 def _stage_index(config: Config, name: str | None) -> int:
     """The stage of that name; without one the last that writes rollouts."""
-    from switchkd.config import ConfigError
+    from switchkd.config.loader import ConfigError
 
     names = [stage.name for stage in config.train.stages]
     if name is None:

@@ -18,12 +18,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from threading import Timer
 from typing import Any
 
-from switchkd.config import ConfigError
+from switchkd.config.errors import typed
+from switchkd.config.loader import ConfigError
+from switchkd.config.schema import Config
 from switchkd.house import MAX_DEATHS, House, TeacherLost, Unreachable, Weights, WorkerLost
 from switchkd.metrics import MetricsLog
-from switchkd.said import typed
 from switchkd.schedule import RunPlan
-from switchkd.sections import Config
 from switchkd.set_aside import Deaths, SetAside, Trials
 from switchkd.types import Origin, Task, WorkReport
 from switchkd.watchdog import Watchdog

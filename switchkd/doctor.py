@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
 
 from switchkd import doctor_machine as machine
-from switchkd import resources
+from switchkd.config import resources
+from switchkd.config.schema import Config
 from switchkd.demo import NAME, cache_dir
 from switchkd.finding import Finding, fail, looked, ok, warn
 from switchkd.preflight import check, prepare
 from switchkd.resolve import reads_teacher
-from switchkd.sections import Config
 
 Tell = Callable[[Finding], None]
 

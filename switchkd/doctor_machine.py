@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
-from switchkd import local, resources
+from switchkd import local
+from switchkd.config import resources
+from switchkd.config.schema import Config
 from switchkd.finding import Finding, fail, ok, warn
 from switchkd.model_folder import looks_local
 from switchkd.model_shape import Shape, object_store_bytes
@@ -25,7 +27,6 @@ from switchkd.plan_memory import GIB, checkpoint_bytes, memory, total
 from switchkd.resume import CONFIG
 from switchkd.run import _this_machine
 from switchkd.run_lock import LOCK, _read
-from switchkd.sections import Config
 
 PROBE = ".switchkd-doctor-"
 DASHBOARD_PORT = 8265

@@ -15,6 +15,7 @@ import torch
 
 from switchkd.assembly import Gang, LearnerRank, make_teacher, make_worker, max_len
 from switchkd.batching import plan_batch
+from switchkd.config.schema import Config, Model
 from switchkd.engines.base import Teacher
 from switchkd.engines.heads import LinearHead
 from switchkd.engines.loading import load_tokenizer
@@ -22,7 +23,6 @@ from switchkd.finding import Finding, fail, ok, warn
 from switchkd.preflight import Ready
 from switchkd.prompts import PromptSet
 from switchkd.run import written
-from switchkd.sections import Config, Model
 from switchkd.signal_rows import SignalReader
 from switchkd.types import Blocks, Positions, Rollout, Sessions, Source
 

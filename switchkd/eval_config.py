@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from switchkd.config import ConfigError, apply_override, load, parse, resolved
+from switchkd.config.loader import ConfigError, apply_override, load, parse, resolved
+from switchkd.config.schema import Config
 from switchkd.examination import WITH_TEACHER
 from switchkd.export import find_student
-from switchkd.sections import Config
 
 _NO_TEACHER = {"name": "evaluation", "steps": 0, "mix": {"dataset": 1.0}, "loss": {"type": "cross_entropy"}}
 _WITH_TEACHER = {"name": "evaluation", "steps": 0, "mix": {"rollout": 1.0}, "loss": {"type": "forward_kl"}}

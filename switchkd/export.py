@@ -13,11 +13,11 @@ from pathlib import Path
 
 import yaml
 
-from switchkd.config import ConfigError, parse
+from switchkd.config.errors import first_line
+from switchkd.config.loader import ConfigError, parse
 from switchkd.metrics import METRICS
 from switchkd.model_card import CARD, write_card
 from switchkd.resume import CONFIG
-from switchkd.said import first_line
 
 _STEP = "step-"
 

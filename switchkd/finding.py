@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from switchkd.config import ConfigError
-from switchkd.said import one_line, typed
+from switchkd.config.errors import one_line, typed
+from switchkd.config.loader import ConfigError
 
 Status = Literal["ok", "warn", "fail"]
 

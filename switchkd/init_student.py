@@ -15,9 +15,9 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from switchkd.config import ConfigError
+from switchkd.config.errors import first_line
+from switchkd.config.loader import ConfigError
 from switchkd.model_folder import check_model_folder
-from switchkd.said import first_line
 
 
 def spread(num_layers: int, of: int) -> tuple[int, ...]:

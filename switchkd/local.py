@@ -10,13 +10,13 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from switchkd import resources
 from switchkd.assembly import Gang, LearnerRank, Teachers, make_teacher, make_worker
-from switchkd.config import ConfigError
+from switchkd.config import resources
+from switchkd.config.loader import ConfigError
+from switchkd.config.schema import Config
 from switchkd.house import House, Pulse, Weights
 from switchkd.recorded import RecordedRollouts, heads_for
 from switchkd.replay_service import ReplayService, make_replay
-from switchkd.sections import Config
 from switchkd.types import Exam, Task
 from switchkd.worker import Worker
 

@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from switchkd.checkpoint import TrainState
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
+from switchkd.config.schema import Metrics
 from switchkd.files import json_safe, write_text_atomic
 from switchkd.live import LiveView
 from switchkd.resume import CONFIG
-from switchkd.sections import Metrics
 
 StageScores = Sequence[tuple[str, Mapping[str, float]]]
 """The evaluation at each stage's end; "start" is the one before the first step."""

@@ -13,11 +13,11 @@ from typing import Any
 
 import yaml
 
-from switchkd.config import dump_yaml
+from switchkd.config.loader import dump_yaml
+from switchkd.config.schema import Config, Stage
 from switchkd.files import redact, write_text_atomic
 from switchkd.metrics import COLUMNS, METRICS, StageScores, figure, is_number, summary_rows
 from switchkd.model_folder import looks_local
-from switchkd.sections import Config, Stage
 
 CARD = "README.md"
 PACKAGES = ("switchkd", "torch", "transformers", "deepspeed", "ray")

@@ -9,7 +9,7 @@ import json
 from math import prod
 from pathlib import Path
 
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf")

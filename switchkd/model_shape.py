@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from switchkd.config import ConfigError
+from switchkd.config.errors import first_line
+from switchkd.config.loader import ConfigError
+from switchkd.config.schema import Config, Lora, Model
 from switchkd.engines.loading import shared_vocab
 from switchkd.init_student import _checked, _cut_config
 from switchkd.preflight import _read_config, _tokenizer
-from switchkd.said import first_line
-from switchkd.sections import Config, Lora, Model
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Of one number."""

@@ -15,13 +15,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from switchkd import resources
-from switchkd.config import ConfigError
+from switchkd.config import resources
+from switchkd.config.loader import ConfigError
+from switchkd.config.schema import Config, Stage
 from switchkd.model_shape import BYTES, Shape, shapes
 from switchkd.plan_costs import Costs
 from switchkd.plan_memory import GIB, Parts, memory, total
 from switchkd.plan_speed import Speed, bottleneck, kept, one_more, ratio, speed
-from switchkd.sections import Config, Stage
 
 RECORD_BYTES = 21
 """Of a rollout's token beside its row: id, source, version, statistic, threshold, uncertainty."""

@@ -13,9 +13,9 @@ from typing import Any
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
-from switchkd.config import ConfigError, explain
-from switchkd.said import one_line
-from switchkd.sections import Config, Frac, Section
+from switchkd.config.errors import one_line
+from switchkd.config.loader import ConfigError, explain
+from switchkd.config.schema import Config, Frac, Section
 
 USUAL_BREAK_RATE = 0.3
 """What `pace.py` takes for granted before it has seen any."""

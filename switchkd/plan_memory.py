@@ -19,8 +19,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from switchkd.config.schema import Config
 from switchkd.model_shape import BYTES, Shape
-from switchkd.sections import Config
 
 GIB = 2**30
 FEW_COPIES = 9

@@ -25,9 +25,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from switchkd import resources
+from switchkd.config import resources
+from switchkd.config.schema import Config, Stage
 from switchkd.plan_costs import Costs
-from switchkd.sections import Config, Stage
 
 WORTH = 0.01
 """A gain below this share is none."""

@@ -18,7 +18,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
+from switchkd.config.schema import Config
 from switchkd.engines.heads import HeadArrays
 from switchkd.files import write_atomic
 from switchkd.replay import Entry, entry_of
@@ -31,7 +32,6 @@ from switchkd.rollout_io import (
     save_replay_state,
     save_rollouts,
 )
-from switchkd.sections import Config
 from switchkd.types import Rollout
 
 HEADS = "heads.safetensors"

@@ -15,9 +15,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from switchkd.config import ConfigError
-from switchkd.said import first_line
-from switchkd.sections import Data
+from switchkd.config.errors import first_line
+from switchkd.config.loader import ConfigError
+from switchkd.config.schema import Data
 
 _JSON = (".jsonl", ".json")
 _HUB_FILE = re.compile(r"hf://datasets/([^/]+/[^/]+)/(.+)")

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from switchkd.checkpoint import RunFolder, TrainState
+from switchkd.config.errors import typed
 from switchkd.dispatch import Dispatch
 from switchkd.house import House, StateLost
-from switchkd.said import typed
 from switchkd.watchdog import Stalled, Watchdog
 
 RETRY_S = (1.0, 4.0, 16.0)

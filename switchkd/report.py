@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
 from switchkd.files import write_text_atomic
 from switchkd.reporting.read import read_run
 from switchkd.reporting.render import render

@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from switchkd.config.schema import Config, Cut, Model
 from switchkd.demo import cache_dir, fetch_demo
 from switchkd.init_student import init_student
 from switchkd.model_folder import looks_local
-from switchkd.sections import Config, Cut, Model
 
 
 def reads_teacher(config: Config) -> bool:

@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
-from switchkd.config import ConfigError, dump_yaml, parse, resolved
+from switchkd.config.loader import ConfigError, dump_yaml, parse, resolved
+from switchkd.config.schema import Config
 from switchkd.files import fsync_dir, redact, write_atomic
-from switchkd.sections import Config
 
 CONFIG = "config.yaml"
 SIGNAL = "signal"

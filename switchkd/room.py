@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from switchkd import resources
-from switchkd.config import ConfigError
-from switchkd.sections import Config, Resources
+from switchkd.config import resources
+from switchkd.config.loader import ConfigError
+from switchkd.config.schema import Config, Resources
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,11 +11,13 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from switchkd import local, resources
+from switchkd import local
 from switchkd.adaptive import Adaptive
 from switchkd.assembly import make_worker
 from switchkd.checkpoint import RunFolder, TrainState, open_run
-from switchkd.config import ConfigError
+from switchkd.config import resources
+from switchkd.config.loader import ConfigError
+from switchkd.config.schema import Config, Stage
 from switchkd.evaluate import EvalRow, aggregate
 from switchkd.examination import Examiner
 from switchkd.files import write_json_atomic
@@ -25,7 +27,6 @@ from switchkd.model_card import write_card
 from switchkd.preflight import Ready, prepare, prepare_teacher
 from switchkd.prompts import PromptStream
 from switchkd.schedule import RunPlan
-from switchkd.sections import Config, Stage
 from switchkd.train import Trainer
 from switchkd.types import Prompt, Rollout
 from switchkd.watchdog import Watchdog

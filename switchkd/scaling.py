@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from switchkd.sections import Span
+from switchkd.config.schema import Span
 
 ADD_QUEUE, ADD_WAIT, ADD_LOOKS = 0.5, 0.25, 3
 DRAIN_QUEUE, DRAIN_WAIT, DRAIN_BUSY, DRAIN_LOOKS = 0.1, 0.1, 0.6, 10

@@ -14,8 +14,8 @@ from itertools import accumulate
 from typing import Protocol
 
 from switchkd.adaptive import BUFFERED, GENERATED, MIXED, Adaptive
+from switchkd.config.schema import Mix, Stage
 from switchkd.prompts import ORIGIN_OF_BATCH, ORIGIN_OF_ROLLOUT, random_words
-from switchkd.sections import Mix, Stage
 from switchkd.types import Origin, Prompt, Task
 
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from switchkd.config.errors import typed
 from switchkd.files import append_whole, redact
 from switchkd.house import MAX_DEATHS, TeacherLost, WorkerLost
 from switchkd.resume import SET_ASIDE
-from switchkd.said import typed
 from switchkd.types import Task
 
 SPLIT_AFTER = 2

@@ -22,6 +22,7 @@ from typing import Any
 
 from switchkd.batching import plan_batch
 from switchkd.checkpoint import Checkpoint, RunFolder, TrainState
+from switchkd.config.schema import Config
 from switchkd.dispatch import MAX_TRIES, Dispatch, numbers
 from switchkd.examination import Examiner
 from switchkd.files import replace_dir
@@ -30,7 +31,6 @@ from switchkd.metrics import MetricsLog
 from switchkd.recovery import Restarts, go_back, lasting, save
 from switchkd.replay import Entry
 from switchkd.schedule import RunPlan
-from switchkd.sections import Config
 from switchkd.set_aside import SetAside
 from switchkd.step_row import step_row
 from switchkd.types import Origin, StepResult

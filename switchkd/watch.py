@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from switchkd.config.schema import Rule
 from switchkd.replay import Entry
-from switchkd.sections import Rule
 
 STUCK_STEPS = 10
 """So many steps with rollouts in a row make a teacher share a habit."""

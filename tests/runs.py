@@ -20,8 +20,8 @@ from tiny import save_tiny
 
 from switchkd import cli
 from switchkd.actors import environment
-from switchkd.config import load
-from switchkd.sections import Config
+from switchkd.config.loader import load
+from switchkd.config.schema import Config
 
 # before anything imports Ray, which reads these once and keeps the token: a test that takes them out of its environment
 # and starts a Ray would take the token from all Rays after it

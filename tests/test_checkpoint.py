@@ -13,11 +13,11 @@ import pytest
 import yaml
 
 from switchkd.checkpoint import Checkpoint, Draft, TrainState, begin, finish, latest, open_run
-from switchkd.config import ConfigError, parse, resolved
+from switchkd.config.loader import ConfigError, parse, resolved
+from switchkd.config.schema import Config
 from switchkd.files import write_json_atomic
 from switchkd.resume import MAY_CHANGE, cut_back, leaves
 from switchkd.run_lock import LOCK, RunLock
-from switchkd.sections import Config
 
 ROLES = ("teacher", "rollout", "learner")
 TOKEN = "hf_" + "aB3" * 8

@@ -26,8 +26,8 @@ from kuberay_types import KUBERNETES, kubernetes_problems, problems
 from typer.main import get_command
 
 from switchkd import cli
-from switchkd.config import ConfigError, load
-from switchkd.sections import Config
+from switchkd.config.loader import ConfigError, load
+from switchkd.config.schema import Config
 
 ROOT = Path(__file__).parents[1]
 KUBERAY = ROOT / "cluster" / "kuberay"

@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 import pytest
 import yaml
 
-from switchkd.config import ConfigError, dump_yaml, load, parse, resolved
+from switchkd.config.loader import ConfigError, dump_yaml, load, parse, resolved
+from switchkd.config.schema import Stage
 from switchkd.preflight import check
-from switchkd.sections import Stage
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 CONFIGS = [path for path in CONFIGS if path.parent.name != "study"]  # those are read by test_study.py

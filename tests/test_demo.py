@@ -11,7 +11,7 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 from switchkd import demo
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
 
 GGUF_NAMES = {hf: gguf for gguf, hf in demo._NAMES.items()}
 

@@ -19,9 +19,9 @@ from runs import SWITCH, WARM_UP, command, config, config_file, furnish, linked,
 from tiny import save_tiny, tiny_tokenizer
 
 from switchkd import doctor, doctor_machine, doctor_models
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
+from switchkd.config.schema import Config
 from switchkd.finding import Finding, looked, refused
-from switchkd.sections import Config
 
 Usage = namedtuple("Usage", "total used free")
 ON_CLUSTER = {"run": {"dir": "run", "mode": "ray"}, "cluster": {"address": "127.0.0.1:1"}}

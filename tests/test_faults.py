@@ -365,7 +365,7 @@ cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_
 cluster.add_node(num_cpus=8, object_store_memory=100_000_000)
 ray.init(address=cluster.address, log_to_driver=False)
 from switchkd.actors.futures import shut_down
-from switchkd.config import load
+from switchkd.config.loader import load
 from switchkd.metrics import MetricsLog
 from switchkd.run import train
 

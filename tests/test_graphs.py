@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from switchkd.algo.sampling import draw_on_device
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
 from switchkd.engines import graphs, slot_model
 from switchkd.engines.graphs import StepGraphs, capture_for, few_lengths, few_rows, few_widths
 from switchkd.engines.heads import LinearHead, final_hidden

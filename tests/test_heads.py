@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import NUM_TOKENS, tiny_model
 
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
 from switchkd.engines.heads import (
     LinearHead,
     final_hidden,

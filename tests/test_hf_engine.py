@@ -171,7 +171,7 @@ def test_signal_is_the_teachers_dtype():
 
 def test_full_works_where_the_head_cannot_be_taken_apart():
     """Logits of another form: `hidden` refuses at the start, `full` sends the model's own."""
-    from switchkd.config import ConfigError
+    from switchkd.config.loader import ConfigError
 
     def odd():
         model = tiny_model("llama")

@@ -5,9 +5,9 @@ import io
 from rich.console import Console
 
 from switchkd.checkpoint import TrainState
+from switchkd.config.schema import Metrics
 from switchkd.live import ROLES, LiveView
 from switchkd.metrics import MetricsLog
-from switchkd.sections import Metrics
 
 ROW = {
     "stage": "warm", "loss/total": 0.5, "teacher/calls": 12, "rollout/tokens_per_s": 345.6, "time/learn_s": 1.25,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import EOS, NUM_TOKENS, PAD, save_tiny, tiny_model, tiny_tokenizer
 
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
 from switchkd.engines.loading import (
     load_model,
     load_tokenizer,

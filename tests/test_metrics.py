@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from switchkd.checkpoint import TrainState
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
+from switchkd.config.schema import Metrics
 from switchkd.metrics import MetricsLog, summary_rows
-from switchkd.sections import Metrics
 
 
 def quiet(terminal: bool = False) -> Console:

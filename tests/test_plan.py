@@ -14,14 +14,14 @@ from learning import FORWARD_KL, make_rollouts, settings_of, student_folder, tea
 from runs import SWITCH, WARM_UP, command, config, config_file, furnish
 from tiny import save_tiny, tiny_model
 
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
+from switchkd.config.schema import Config, Lora, Model
 from switchkd.model_folder import num_params
 from switchkd.model_shape import Shape, read_shape, shapes
 from switchkd.plan import make_plan
 from switchkd.plan_costs import Costs, parse_costs
 from switchkd.plan_memory import layer_activations, memory, states
 from switchkd.plan_speed import bottleneck, kept, one_more, ratio, speed
-from switchkd.sections import Config, Lora, Model
 
 COSTS = Costs(student_ms=10, teacher_ms={4: 20}, learner_ms=1000, break_rate=0.0, tokens=32)
 LLAMA_7B = {

@@ -20,9 +20,9 @@ import pytest
 from runs import STAGES, SWITCH, command, config, config_file, descendants, rollouts, steps
 from test_ray_run import hear_at_once
 
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
+from switchkd.config.schema import Config
 from switchkd.run import train
-from switchkd.sections import Config
 from switchkd.types import Blocks, Sessions
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]

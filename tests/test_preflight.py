@@ -9,7 +9,7 @@ import pytest
 from tiny import NUM_TOKENS, save_tiny, tiny_tokenizer
 
 from switchkd import demo, resolve
-from switchkd.config import ConfigError, parse
+from switchkd.config.loader import ConfigError, parse
 from switchkd.preflight import check, check_models, prepare
 from switchkd.resolve import resolve_models
 

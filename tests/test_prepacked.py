@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import NUM_TOKENS, tiny_model
 
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
 from switchkd.engines import prepacked
 from switchkd.engines.heads import LinearHead, final_hidden
 from switchkd.engines.hf_engine import HFStudent

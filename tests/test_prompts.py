@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from tiny import EOS, tiny_tokenizer
 
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
+from switchkd.config.schema import Data
 from switchkd.prompts import PromptStream, answer_end, load_prompts
-from switchkd.sections import Data
 
 
 @pytest.fixture(scope="module")

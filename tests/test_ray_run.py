@@ -35,7 +35,7 @@ from runs import (
     steps,
 )
 
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
 from switchkd.metrics import MetricsLog
 from switchkd.run import Summary, train
 

@@ -14,13 +14,13 @@ import pytest
 from tiny import save_tiny
 
 from switchkd.build import build_loss, build_modes
-from switchkd.config import load
+from switchkd.config.loader import load
+from switchkd.config.schema import Config
 from switchkd.eval_config import eval_config
 from switchkd.preflight import prepare
 from switchkd.prompts import PromptStream
 from switchkd.run import train
 from switchkd.schedule import RunPlan
-from switchkd.sections import Config
 from switchkd.types import Origin, Prompt
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ from runs import ADASWITCH, NUM_ROLLOUTS, STAGES, WARM_UP, command, config, conf
 from tiny import tiny_tokenizer
 
 from switchkd.candidates import Top, candidates
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
 from switchkd.resume import SIGNAL, cut_back
 from switchkd.rollout_io import load_rollouts, save_rollouts
 from switchkd.run import train

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from runs import STAGES, command, config, furnish
 
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
 from switchkd.report import write_report
 from switchkd.reporting.read import read_run
 from switchkd.reporting.tally import MAX_POINTS, Tally

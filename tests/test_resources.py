@@ -4,10 +4,10 @@ import os
 
 import pytest
 
-from switchkd import resources
-from switchkd.config import ConfigError, parse
-from switchkd.resources import check, counts, is_private, of_role, total
-from switchkd.sections import Config
+from switchkd.config import resources
+from switchkd.config.loader import ConfigError, parse
+from switchkd.config.resources import check, counts, is_private, of_role, total
+from switchkd.config.schema import Config
 
 ROLES = ("teacher", "rollout", "learner")
 CLUSTER = {"cluster": {"address": "1.2.3.4:6379"}}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from switchkd import resources, room
-from switchkd.config import ConfigError, parse
+from switchkd import room
+from switchkd.config import resources
+from switchkd.config.loader import ConfigError, parse
+from switchkd.config.schema import Config
 from switchkd.room import Node
 from switchkd.run import _check_private
-from switchkd.sections import Config
 
 ROLES = ("teacher", "rollout", "learner")
 

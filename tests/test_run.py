@@ -31,10 +31,10 @@ from runs import (
     weights,
 )
 
-from switchkd import resources
 from switchkd.actors import environment
 from switchkd.actors.placement import settled
-from switchkd.config import ConfigError, load
+from switchkd.config import resources
+from switchkd.config.loader import ConfigError, load
 from switchkd.metrics import MetricsLog
 from switchkd.run import Summary, train
 

@@ -10,7 +10,7 @@ import torch
 from tiny import WINDOW, tiny_model
 from torch.nn import functional as F
 
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
 from switchkd.engines import slot_model
 from switchkd.engines.heads import final_hidden
 from switchkd.engines.slot_cache import build_masks, grouped_sdpa, layer_windows

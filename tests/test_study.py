@@ -17,7 +17,7 @@ from switchkd.bench.arithmetic import Problem
 from switchkd.bench.exam import over_exams
 from switchkd.bench.quality_table import Mean, Paired, QualityTable, holm
 from switchkd.bench.study import Cell, cells, configured, merged, read_study
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
 from switchkd.evaluate import exact_match, final_number
 
 SIZE = {"layers": 1, "hidden": 16, "heads": 2}

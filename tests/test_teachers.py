@@ -9,7 +9,7 @@ import pytest
 from runs import config, furnish, lines, rollouts, steps
 from tiny import save_tiny, tiny_tokenizer
 
-from switchkd.config import ConfigError, load, parse
+from switchkd.config.loader import ConfigError, load, parse
 from switchkd.eval_config import eval_config
 from switchkd.preflight import prepare
 from switchkd.run import sample, train

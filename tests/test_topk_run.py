@@ -13,7 +13,7 @@ from runs import config, furnish, rollouts, steps
 from tiny import NUM_TOKENS, tiny_model
 
 from switchkd import preflight
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
 from switchkd.engines.hf_engine import HFTeacher
 from switchkd.rollout_io import load_rollouts, save_rollouts
 from switchkd.run import train

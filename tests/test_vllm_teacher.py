@@ -30,7 +30,7 @@ from tiny import EOS, NUM_TOKENS, tiny_tokenizer
 from switchkd.algo.sampling import Purpose, Sampling, draw
 from switchkd.algo.switching import jsd_threshold
 from switchkd.algo.topk import compress, unpack
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
 from switchkd.engines.base import TeacherBusy, UnknownSession
 from switchkd.engines.heads import LinearHead, head_of, hidden_from_signal
 from switchkd.rows import Mode

@@ -10,14 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[1] / "switchkd"
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 
-LIGHT_FILES = ["sections", "config", "said", "bench.cli"]
+LIGHT_FILES = ["config.schema", "config.loader", "config.errors", "bench.cli"]
 LIGHT = {"yaml", "pydantic", "typer", "numpy"}
 """What the light rooms may import at load: reading a config takes a blink."""
 
 LAYERS = [
-    ["sections", "types", "files", "said"],
-    ["config"],
-    ["resources", "scaling", "membership", "algo", "backend", "live"],
+    ["config.schema", "types", "files", "config.errors"],
+    ["config.loader"],
+    ["config.resources", "scaling", "membership", "algo", "config.teacher_backend", "live"],
     ["model_folder", "demo", "finding", "records", "room", "run_lock", "engines.base", "engines.prepacked"],
     [
         "candidates",

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
+from switchkd.config.schema import Rule
 from switchkd.replay import Entry
-from switchkd.sections import Rule
 from switchkd.types import Origin, Rollout
 from switchkd.watch import Watch, rollout_metrics
 

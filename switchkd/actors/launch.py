@@ -18,7 +18,6 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import RayError
 
-from switchkd import resources
 from switchkd.actors.environment import Secrets
 from switchkd.actors.futures import patient, shut_down
 from switchkd.actors.health import pulses
@@ -31,14 +30,15 @@ from switchkd.actors.rollout_actor import RolloutActor
 from switchkd.actors.serve import PoolHandle, attach
 from switchkd.actors.teacher_pool import TeacherPoolActor
 from switchkd.actors.worker_pool import RayWorker, WorkerPool
-from switchkd.config import ConfigError
+from switchkd.config import resources
+from switchkd.config.errors import one_line
+from switchkd.config.loader import ConfigError
+from switchkd.config.schema import Config, Span
 from switchkd.house import House
 from switchkd.metrics import MetricsLog
 from switchkd.model_folder import looks_local, num_params
 from switchkd.model_shape import object_store_bytes, read_shape
 from switchkd.recorded import heads_for
-from switchkd.said import one_line
-from switchkd.sections import Config, Span
 from switchkd.watchdog import START_S, all_of
 
 CONNECT_S = 10.0

@@ -22,9 +22,9 @@ from switchkd.actors.environment import Secrets, prepare
 from switchkd.actors.futures import in_thread, of_gang, patient
 from switchkd.actors.health import GROUP, Health
 from switchkd.assembly import Gang, LearnerRank
+from switchkd.config.schema import Config
 from switchkd.engines.heads import HeadArrays
 from switchkd.house import StateLost
-from switchkd.sections import Config
 from switchkd.types import BatchPlan, Rollout, StepResult
 
 MEETINGS = 3

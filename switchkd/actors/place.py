@@ -15,10 +15,11 @@ import ray
 from ray.util import get_placement_group, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from switchkd import resources, room
+from switchkd import room
 from switchkd.actors import placement
+from switchkd.config import resources
+from switchkd.config.schema import Config, Resources
 from switchkd.room import Node
-from switchkd.sections import Config, Resources
 
 
 class Place:

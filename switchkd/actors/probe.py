@@ -16,8 +16,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 import switchkd
 from switchkd.actors.futures import shut_down
 from switchkd.actors.launch import join
-from switchkd.said import last_line
-from switchkd.sections import Config
+from switchkd.config.errors import last_line
+from switchkd.config.schema import Config
 
 ANSWER_S = 90.0
 

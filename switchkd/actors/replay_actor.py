@@ -12,11 +12,11 @@ import ray
 
 from switchkd.actors.environment import Secrets, prepare
 from switchkd.actors.health import GROUP, Health
+from switchkd.config.schema import Config
 from switchkd.house import StateLost
 from switchkd.recorded import RecordedRollouts
 from switchkd.replay import Entry
 from switchkd.replay_service import ReplayService, make_replay
-from switchkd.sections import Config
 from switchkd.types import Rollout
 
 

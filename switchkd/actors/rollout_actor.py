@@ -15,10 +15,10 @@ from switchkd.actors.futures import patient
 from switchkd.actors.health import GROUP, Health
 from switchkd.actors.teacher_router import TeacherRouter
 from switchkd.assembly import make_worker
+from switchkd.config.schema import Config
 from switchkd.evaluate import EvalRow
 from switchkd.house import Weights
 from switchkd.replay import ReplayFull
-from switchkd.sections import Config
 from switchkd.types import Exam, Rollout, Task, WeightBundle, WorkReport
 
 

@@ -15,7 +15,6 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import GetTimeoutError, RayError
 
-from switchkd import resources
 from switchkd.actors.directory import PoolDirectory
 from switchkd.actors.environment import Secrets
 from switchkd.actors.futures import cause_of, patient
@@ -24,12 +23,13 @@ from switchkd.actors.placement import settled, wait_for_room
 from switchkd.actors.teacher_pool import NAMESPACE, NOTHING_TOLD, TeacherPoolActor, Told, named, replica_name
 from switchkd.actors.teacher_router import TeacherRouter
 from switchkd.assembly import max_len
-from switchkd.backend import engine_facts
-from switchkd.config import ConfigError
+from switchkd.config import resources
+from switchkd.config.errors import first_line
+from switchkd.config.loader import ConfigError
+from switchkd.config.schema import Config, Span
+from switchkd.config.teacher_backend import engine_facts
 from switchkd.engines.heads import HeadArrays
 from switchkd.membership import Members
-from switchkd.said import first_line
-from switchkd.sections import Config, Span
 from switchkd.watchdog import START_S
 
 LEAVE_S = 10.0

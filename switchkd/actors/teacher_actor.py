@@ -16,7 +16,7 @@ import ray
 
 from switchkd.actors.environment import Secrets, prepare
 from switchkd.actors.health import GROUP, Health
-from switchkd.sections import Config
+from switchkd.config.schema import Config
 from switchkd.types import Blocks, Positions, Sessions, Signal, WriteRequest, Written
 
 if TYPE_CHECKING:

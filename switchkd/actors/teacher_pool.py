@@ -27,10 +27,10 @@ from switchkd.actors.place import Place, free_all
 from switchkd.actors.teacher_actor import TeacherActor, Worked
 from switchkd.actors.teacher_load import Probe, Watch, load_of
 from switchkd.actors.teacher_router import SESSION_BITS
+from switchkd.config.errors import first_line
+from switchkd.config.resources import of_role
+from switchkd.config.schema import Config, Span
 from switchkd.membership import Roster, State
-from switchkd.resources import of_role
-from switchkd.said import first_line
-from switchkd.sections import Config, Span
 
 TICK_S = 0.5
 """How often the pool looks after its replicas."""

@@ -18,9 +18,9 @@ import ray
 from switchkd import scaling
 from switchkd.actors.futures import of_worker, patient
 from switchkd.actors.place import Place
+from switchkd.config.errors import last_line
+from switchkd.config.schema import Span
 from switchkd.house import Weights, WorkerHandle
-from switchkd.said import last_line
-from switchkd.sections import Span
 from switchkd.types import Exam, Task
 
 ROOM_S = 60.0

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
 from switchkd.files import replace_dir
 
 PAD, EOS = "<pad>", "<eos>"

@@ -215,7 +215,7 @@ def quality(
 def _check(device: str, dtype: str, json: Path | None) -> None:
     """What can be refused before minutes are spent."""
     from switchkd.bench.table import check_device
-    from switchkd.config import ConfigError
+    from switchkd.config.loader import ConfigError
 
     if dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"--dtype {dtype}: choose float32 or bfloat16")

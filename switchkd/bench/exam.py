@@ -12,11 +12,11 @@ from statistics import fmean
 from typing import Any
 
 from switchkd.bench.study import Group
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
+from switchkd.config.schema import Config
 from switchkd.evaluate import EvalRow, stats
 from switchkd.prompts import eval_data
 from switchkd.records import read_records
-from switchkd.sections import Config
 from switchkd.types import Prompt
 
 

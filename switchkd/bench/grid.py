@@ -29,11 +29,11 @@ from typing import Any
 
 from switchkd.bench.exam import over_exams
 from switchkd.bench.study import TEACHER, WARM_UP, Cell, Overrides, Study, cells, configured, flat
-from switchkd.config import ConfigError
+from switchkd.config.errors import typed
+from switchkd.config.loader import ConfigError
+from switchkd.config.schema import Config
 from switchkd.files import write_json_atomic
 from switchkd.run_lock import RunLock
-from switchkd.said import typed
-from switchkd.sections import Config
 
 Say = Callable[[str], None]
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchkd.bench.side import Side, Sides, Turns
 from switchkd.bench.table import Pairs, Table, paired, surroundings
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
 
 if TYPE_CHECKING:
     import torch

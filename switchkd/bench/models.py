@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
+from switchkd.config.schema import Cut, Teacher
 from switchkd.model_folder import check_model_folder
-from switchkd.sections import Cut, Teacher
 
 _TOPICS = (
     "a river", "the moon", "an old clock", "bread", "a library", "winter", "a bridge", "the ocean", "a small garden",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from switchkd.sections import Config
+from switchkd.config.schema import Config
 
 if TYPE_CHECKING:
     from switchkd.house import House
@@ -46,7 +46,7 @@ class StepLog:
 
 def config_of(sections: Mapping[str, Mapping[str, Any]]) -> Config:
     """A config of one endless stage that writes nothing but its folder. Raises ConfigError."""
-    from switchkd.config import parse
+    from switchkd.config.loader import parse
 
     base: dict[str, dict[str, Any]] = {
         "run": {"dir": "unused"},

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from switchkd.bench.quality_table import QualityTable
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
 from switchkd.files import write_atomic
 
 MARKS = "osv^D<>Ph*Xpd"

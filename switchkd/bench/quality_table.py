@@ -15,7 +15,7 @@ from typing import Any
 
 from switchkd.bench.study import WARM_UP, flat
 from switchkd.bench.table import surroundings
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
 
 LEVEL = 0.95
 MEASURES = {

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from switchkd.bench.processes import cpu_seconds
 from switchkd.bench.program import StepLog, config_of
 from switchkd.bench.table import Spread, Table, paired, surroundings
-from switchkd.sections import Config
+from switchkd.config.schema import Config
 
 if TYPE_CHECKING:
     from switchkd.house import House, WorkerHandle

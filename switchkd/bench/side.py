@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from switchkd.bench.processes import Gauge
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
 
 
 class Turns:

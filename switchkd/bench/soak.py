@@ -224,7 +224,7 @@ def _of_role(role: str, faults: Sequence[Fault]) -> str:
 
 def config_of(folder: Path, steps: int, seed: int) -> Any:
     """Models, data and config of a run in `folder`."""
-    from switchkd.config import parse
+    from switchkd.config.loader import parse
 
     words = [f"w{i}" for i in range(90)]
     for name, layers, number in (("teacher", 2, 1), ("student", 1, 2)):

@@ -18,11 +18,11 @@ import torch
 
 from switchkd.assembly import Gang, Teachers
 from switchkd.build import build_modes
+from switchkd.config.schema import Config
 from switchkd.engines.heads import HeadArrays, LinearHead
 from switchkd.replay import Replay
 from switchkd.replay_service import ReplayService
 from switchkd.rollout import RolloutWorker
-from switchkd.sections import Config
 from switchkd.types import BatchPlan, Blocks, Rollout, Sessions, Signal, StepResult, WeightBundle, WriteRequest, Written
 from switchkd.weights import pack
 from switchkd.worker import Worker

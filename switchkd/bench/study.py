@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, ValidationError, field_validator
 
-from switchkd.config import ConfigError, explain, parse, read_yaml
-from switchkd.sections import Config, Section
+from switchkd.config.loader import ConfigError, explain, parse, read_yaml
+from switchkd.config.schema import Config, Section
 
 TEACHER, WARM_UP = "teacher", "warm-up"
 """Runs that come before the cells, and their rows in the table."""

@@ -26,7 +26,7 @@ from switchkd.bench.afternoon import AdaSwitch, Afternoon, Decide, skd, switch
 from switchkd.bench.bound import StepCosts, bound_s, measure_costs, steady_s
 from switchkd.bench.models import prompts
 from switchkd.bench.table import Cell, Pairs, Spread, Table, paired, surroundings
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
 from switchkd.engines.heads import LinearHead
 from switchkd.engines.hf_engine import HFStudent, HFTeacher
 from switchkd.engines.loading import load_model, load_tokenizer, pad_id, shared_vocab, stop_ids

@@ -21,8 +21,8 @@ from switchkd.bench import program
 from switchkd.bench.models import Pair, prompts
 from switchkd.bench.side import Side, Sides, Turns
 from switchkd.bench.table import Table, paired, surroundings
-from switchkd.config import ConfigError
-from switchkd.sections import Config
+from switchkd.config.loader import ConfigError
+from switchkd.config.schema import Config
 
 if TYPE_CHECKING:
     from switchkd.types import Prompt

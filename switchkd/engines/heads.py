@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from switchkd.algo.transfer import to_host
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
 from switchkd.engines.prepacked import Prepacked, can_pack
 
 # How far a rebuilt logit may lie from the model's own, as a share of the largest: rounding of the model's dtype.

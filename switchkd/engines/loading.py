@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from switchkd.config import ConfigError
-from switchkd.said import first_line
+from switchkd.config.errors import first_line
+from switchkd.config.loader import ConfigError
 
 # Where tokenizers differ although their vocabularies are equal: merges, normalizers, splitting, special tokens.
 PROBES = (

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from switchkd.algo.topk import TopK, pack
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
 from switchkd.engines.head_file import output_layer
 from switchkd.engines.heads import HeadArrays, LinearHead, fitted_head, hidden_from_signal, signal_from_hidden
 from switchkd.engines.teacher_sessions import Session

@@ -23,8 +23,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from switchkd.backend import SPLITS
-from switchkd.config import ConfigError
+from switchkd.config.loader import ConfigError
+from switchkd.config.teacher_backend import SPLITS
 from switchkd.engines.heads import HeadArrays
 from switchkd.engines.teacher_sessions import Session, SessionTable, split
 from switchkd.engines.vllm_rows import Answer, HiddenRows, Job, PublicRows, Rows

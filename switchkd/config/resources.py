@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from switchkd.config import ConfigError
-from switchkd.sections import Config, Resources, Span
+from switchkd.config.loader import ConfigError
+from switchkd.config.schema import Config, Resources, Span
 
 ROLES = ("teacher", "rollout", "learner")
 

@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from switchkd.said import one_line
-from switchkd.sections import Config, Model, Phi, Sampling, Section, Stage
+from switchkd.config.errors import one_line
+from switchkd.config.schema import Config, Model, Phi, Sampling, Section, Stage
 
 ALIASES = {"switch": "jsd_threshold", "adaswitch": "kl_spike", "skd": "outside_top_k"}
 """The papers' names, accepted wherever a rule's type is."""

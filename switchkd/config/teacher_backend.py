@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from math import prod
 from typing import Any
 
-from switchkd.config import ConfigError
-from switchkd.sections import Config, Model, Teacher
+from switchkd.config.loader import ConfigError
+from switchkd.config.schema import Config, Model, Teacher
 
 _OURS = {
     "model": "teacher.path",
