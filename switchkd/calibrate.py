@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from switchkd.algo.sampling import Purpose
-from switchkd.assembly import Gang, LearnerRank, make_teacher, make_worker, max_len
 from switchkd.batching import plan_batch
 from switchkd.bench.bound import StepCosts, measure_costs
 from switchkd.config import resources
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config, Mix, Stage
+from switchkd.engines.build import Gang, LearnerRank, make_teacher, make_worker, max_len
 from switchkd.plan_costs import USUAL_BREAK_RATE, Costs
 from switchkd.preflight import Ready, prepare
 from switchkd.run import written
@@ -28,7 +28,7 @@ from switchkd.types import Origin, Prompt, Rollout
 from switchkd.worker import Worker, set_threads
 
 if TYPE_CHECKING:
-    from switchkd.engines.hf_engine import HFTeacher
+    from switchkd.engines.hf.teacher import HFTeacher
 
 _ROOM = 24
 """Positions that `measure_costs` adds to a prompt, to stand in the middle of a completion."""

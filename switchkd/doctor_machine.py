@@ -20,9 +20,9 @@ from pathlib import Path
 from switchkd import local
 from switchkd.config import resources
 from switchkd.config.schema import Config
+from switchkd.engines.models.shape import Shape, object_store_bytes
+from switchkd.engines.models.sources import looks_local
 from switchkd.finding import Finding, fail, ok, warn
-from switchkd.model_folder import looks_local
-from switchkd.model_shape import Shape, object_store_bytes
 from switchkd.plan_memory import GIB, checkpoint_bytes, memory, total
 from switchkd.resume import CONFIG
 from switchkd.run import _this_machine

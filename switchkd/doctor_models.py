@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from switchkd.assembly import Gang, LearnerRank, make_teacher, make_worker, max_len
 from switchkd.batching import plan_batch
 from switchkd.config.schema import Config, Model
 from switchkd.engines.base import Teacher
-from switchkd.engines.heads import LinearHead
-from switchkd.engines.loading import load_tokenizer
+from switchkd.engines.build import Gang, LearnerRank, make_teacher, make_worker, max_len
+from switchkd.engines.models.lm_head import LinearHead
+from switchkd.engines.models.loading import load_tokenizer
 from switchkd.finding import Finding, fail, ok, warn
 from switchkd.preflight import Ready
 from switchkd.prompts import PromptSet

@@ -10,10 +10,10 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from switchkd.assembly import Gang, LearnerRank, Teachers, make_teacher, make_worker
 from switchkd.config import resources
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config
+from switchkd.engines.build import Gang, LearnerRank, Teachers, make_teacher, make_worker
 from switchkd.house import House, Pulse, Weights
 from switchkd.recorded import RecordedRollouts, heads_for
 from switchkd.replay_service import ReplayService, make_replay

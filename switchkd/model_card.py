@@ -15,9 +15,9 @@ import yaml
 
 from switchkd.config.loader import dump_yaml
 from switchkd.config.schema import Config, Stage
+from switchkd.engines.models.sources import looks_local
 from switchkd.files import redact, write_text_atomic
 from switchkd.metrics import COLUMNS, METRICS, StageScores, figure, is_number, summary_rows
-from switchkd.model_folder import looks_local
 
 CARD = "README.md"
 PACKAGES = ("switchkd", "torch", "transformers", "deepspeed", "ray")

@@ -18,7 +18,7 @@ from typing import Any
 from switchkd.config import resources
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config, Stage
-from switchkd.model_shape import BYTES, Shape, shapes
+from switchkd.engines.models.shape import BYTES, Shape, shapes
 from switchkd.plan_costs import Costs
 from switchkd.plan_memory import GIB, Parts, memory, total
 from switchkd.plan_speed import Speed, bottleneck, kept, one_more, ratio, speed
@@ -89,7 +89,7 @@ def make_plan(config: Config, stage: Stage, costs: Costs | None = None) -> Plan:
 
 
 def overlaps(config: Config) -> bool:
-    from switchkd.assembly import _overlaps
+    from switchkd.engines.build import _overlaps
 
     return _overlaps(config)
 

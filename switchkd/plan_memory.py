@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import Any
 
 from switchkd.config.schema import Config
-from switchkd.model_shape import BYTES, Shape
+from switchkd.engines.models.shape import BYTES, Shape
 
 GIB = 2**30
 FEW_COPIES = 9
@@ -39,8 +39,8 @@ def memory(config: Config, shapes: dict[str, Shape]) -> dict[str, Parts]:
 
 def columns(config: Config) -> int:
     """Positions that a slot of a cache has room for (engines/slot_cache.py)."""
-    from switchkd.assembly import max_len
-    from switchkd.engines.slot_cache import round_up
+    from switchkd.engines.build import max_len
+    from switchkd.engines.hf.kv_cache import round_up
 
     return round_up(max_len(config) + 1)
 
@@ -65,7 +65,7 @@ def teacher_memory(config: Config, shape: Shape) -> Parts:
         parts["output matrix, float32"] = 4.0 * shape.head_params
     parts |= _packed(config, "teacher", shape, 4.0 * shape.head_params)
     if section.signal == "topk":
-        from switchkd.engines.teacher_sessions import KEPT_ROWS
+        from switchkd.engines.sessions import KEPT_ROWS
 
         parts["kept rows"] = float(each * section.max_sessions * KEPT_ROWS * shape.head_width)
     return parts
@@ -91,8 +91,8 @@ def worker_memory(config: Config, shapes: dict[str, Shape]) -> Parts:
 
 def _packed(config: Config, role: str, shape: Shape, heads: float) -> Parts:
     """Second copies that a CPU reads faster (engines/prepacked.py): of the products, and of output matrices."""
-    from switchkd.assembly import device_of
-    from switchkd.engines.prepacked import MAX_BYTES, _works
+    from switchkd.engines.build import device_of
+    from switchkd.engines.models.cpu_prepack import MAX_BYTES, _works
 
     section = config.teacher if role == "teacher" else config.student
     resources = config.resources.teacher if role == "teacher" else config.resources.rollout
@@ -117,7 +117,7 @@ def _row_space(config: Config, shape: Shape) -> float:
 
 def forward_pass(shape: Shape, num_columns: int, each: int, most: int | None = None) -> float:
     """Of the largest padded pass without gradients: a layer's widest tensors, and its mask."""
-    from switchkd.engines.slot_model import MAX_FORWARD_TOKENS
+    from switchkd.engines.hf.model_runner import MAX_FORWARD_TOKENS
 
     tokens = min(MAX_FORWARD_TOKENS, most or MAX_FORWARD_TOKENS)
     widest = 3 * shape.width + max(2 * shape.attention + 2 * shape.kv, (3 if shape.gated else 2) * shape.ffn)
@@ -142,7 +142,7 @@ def _chunk_space(config: Config, shape: Shape) -> float:
     """The teacher's rows in float32, the student's in their own type, and what the loss of a few rows needs."""
     from switchkd.algo.chunked_loss import CPU_ELEMENTS
     from switchkd.algo.divergence import DEVICE_ELEMENTS
-    from switchkd.assembly import device_of
+    from switchkd.engines.build import device_of
 
     chunk = float(config.learner.chunk_tokens * shape.vocab)
     on_cpu = not config.resources.learner.num_gpus and device_of("auto") == "cpu"
@@ -180,7 +180,7 @@ def states(config: Config, shape: Shape) -> Parts:
 def activations(config: Config, shape: Shape) -> float:
     """What a micro-batch keeps for its backward pass: every layer's, or with gradient checkpointing every layer's input
     and one layer's whole. A single sequence may be longer than `micro_batch_tokens`."""
-    from switchkd.assembly import max_len
+    from switchkd.engines.build import max_len
 
     longest = max_len(config)
     tokens = max(config.learner.micro_batch_tokens, longest)

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config
-from switchkd.engines.heads import HeadArrays
+from switchkd.engines.models.lm_head import HeadArrays
 from switchkd.files import write_atomic
 from switchkd.replay import Entry, entry_of
 from switchkd.resume import SIGNAL

@@ -13,7 +13,7 @@ from typing import Any
 
 from switchkd import recorded
 from switchkd.config.schema import Config
-from switchkd.engines.loading import load_tokenizer
+from switchkd.engines.models.loading import load_tokenizer
 from switchkd.recorded import RecordedRollouts
 from switchkd.replay import Entry, Replay, entry_of
 from switchkd.replay_buffer import Buffer

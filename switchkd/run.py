@@ -13,11 +13,11 @@ from pathlib import Path
 
 from switchkd import local
 from switchkd.adaptive import Adaptive
-from switchkd.assembly import make_worker
 from switchkd.checkpoint import RunFolder, TrainState, open_run
 from switchkd.config import resources
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config, Stage
+from switchkd.engines.build import make_worker
 from switchkd.evaluate import EvalRow, aggregate
 from switchkd.examination import Examiner
 from switchkd.files import write_json_atomic

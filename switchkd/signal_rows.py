@@ -16,7 +16,7 @@ from switchkd.algo.losses import uncertainty
 from switchkd.algo.topk import unpack
 from switchkd.candidates import Top
 from switchkd.engines.base import OutputHead
-from switchkd.engines.heads import hidden_from_signal
+from switchkd.engines.models.lm_head import hidden_from_signal
 from switchkd.types import Signal
 
 

@@ -15,7 +15,7 @@ from tiny import NUM_TOKENS, PAD, save_tiny, tiny_model
 
 from switchkd.algo import losses
 from switchkd.batching import LossSpec
-from switchkd.engines.heads import HeadArrays, final_hidden, head_of, signal_from_hidden
+from switchkd.engines.models.lm_head import HeadArrays, final_hidden, head_of, signal_from_hidden
 from switchkd.types import Origin, Rollout, Signal, Source
 
 TEACHER_VOCAB = 136  # wider than the student's table of 128; both are wider than the 120 tokens they share

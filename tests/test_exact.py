@@ -10,8 +10,8 @@ from tiny import EOS, NUM_TOKENS, tiny_model
 
 from switchkd.algo import switching
 from switchkd.algo.sampling import Sampling
-from switchkd.engines.heads import LinearHead
-from switchkd.engines.hf_engine import HFStudent, HFTeacher
+from switchkd.engines.hf.teacher import HFStudent, HFTeacher
+from switchkd.engines.models.lm_head import LinearHead
 from switchkd.rollout import Job, RolloutWorker
 from switchkd.rows import Mode
 from switchkd.types import Origin, Prompt, Rollout, Task

@@ -236,7 +236,7 @@ def test_the_disk_stays_full(alone, place, monkeypatch, capsys):
 def test_no_room_to_publish(alone, place, monkeypatch, notes, times):
     """A version that does not fit into the object store is published again; when there is no room in the end, the run
     ends with what it has learnt, and --resume completes it. (No cluster: `publish` itself fails, as a rank's does.)"""
-    from switchkd.assembly import LearnerRank
+    from switchkd.engines.build import LearnerRank
 
     monkeypatch.setattr(recovery, "RETRY_S", (0.01, 0.01, 0.01))
     publish, left = LearnerRank.publish, [True] * times

@@ -24,14 +24,14 @@ from tiny import EOS, NUM_TOKENS, tiny_model
 from switchkd.algo.sampling import Purpose, Sampling, draw
 from switchkd.algo.transfer import to_host
 from switchkd.batching import plan_batch
-from switchkd.engines import graphs, slot_model
-from switchkd.engines.graphs import CudaCapture, StepGraphs, capture_for
-from switchkd.engines.heads import LinearHead, final_hidden, head_of, hidden_from_signal, signal_from_hidden
-from switchkd.engines.hf_engine import HFStudent, HFTeacher
-from switchkd.engines.slot_model import SlotModel
+from switchkd.engines.hf import cuda_graphs, model_runner
+from switchkd.engines.hf.cuda_graphs import CudaCapture, StepGraphs, capture_for
+from switchkd.engines.hf.model_runner import SlotModel
+from switchkd.engines.hf.teacher import HFStudent, HFTeacher
+from switchkd.engines.models.lm_head import LinearHead, final_hidden, head_of, hidden_from_signal, signal_from_hidden
+from switchkd.engines.weights import pack, unpack
 from switchkd.rollout import Job, RolloutWorker
 from switchkd.rows import Mode
-from switchkd.weights import pack, unpack
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,7 +47,7 @@ FAMILIES = ["llama", "qwen2", "gpt2", "gemma2", "mistral"]
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
     """Shapes are recorded when they come first. Full fp32 products."""
-    monkeypatch.setattr(slot_model, "StepGraphs", lambda *args, **kwargs: StepGraphs(*args, **kwargs, capture_at=1))
+    monkeypatch.setattr(model_runner, "StepGraphs", lambda *args, **kwargs: StepGraphs(*args, **kwargs, capture_at=1))
     torch.set_float32_matmul_precision("highest")
 
 
@@ -152,7 +152,7 @@ def test_a_step_that_cannot_be_recorded(caplog):
     """A model that waits for the device runs without graphs after one line, and CUDA works on as before."""
     model = on_gpu("llama")
     model.model.norm.register_forward_hook(lambda _, __, out: out * float(out.abs().max() > 0))
-    with caplog.at_level(logging.WARNING, logger=graphs.__name__):
+    with caplog.at_level(logging.WARNING, logger=cuda_graphs.__name__):
         engine = SlotModel(model, num_slots=2, max_len=64, capture=capture(True))
         ids = np.random.default_rng(0).integers(0, 128, 40)
         got = torch.cat([extend(engine, [0], [i], [ids[i : i + 1]])[0] for i in range(40)])

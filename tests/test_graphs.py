@@ -22,14 +22,14 @@ from torch.utils._pytree import tree_leaves
 
 from switchkd.algo.sampling import draw_on_device
 from switchkd.config.loader import ConfigError
-from switchkd.engines import graphs, slot_model
-from switchkd.engines.graphs import StepGraphs, capture_for, few_lengths, few_rows, few_widths
-from switchkd.engines.heads import LinearHead, final_hidden
-from switchkd.engines.hf_engine import HFStudent, HFTeacher
-from switchkd.engines.slot_model import SlotModel
+from switchkd.engines.hf import cuda_graphs, model_runner
+from switchkd.engines.hf.cuda_graphs import StepGraphs, capture_for, few_lengths, few_rows, few_widths
+from switchkd.engines.hf.model_runner import SlotModel
+from switchkd.engines.hf.teacher import HFStudent, HFTeacher
+from switchkd.engines.models.lm_head import LinearHead, final_hidden
+from switchkd.engines.weights import pack
 from switchkd.rollout import Job, RolloutWorker
 from switchkd.rows import Mode
-from switchkd.weights import pack
 
 torch.set_num_threads(1)
 
@@ -37,7 +37,7 @@ torch.set_num_threads(1)
 @pytest.fixture
 def at_once(monkeypatch):
     """Shapes are recorded when they come first."""
-    monkeypatch.setattr(slot_model, "StepGraphs", lambda *args, **kwargs: StepGraphs(*args, **kwargs, capture_at=1))
+    monkeypatch.setattr(model_runner, "StepGraphs", lambda *args, **kwargs: StepGraphs(*args, **kwargs, capture_at=1))
 
 
 def refusing(step):
@@ -141,7 +141,7 @@ def test_rollouts_are_the_same(name, at_once):
 def test_what_cannot_be_recorded_runs_as_it_is(caplog):
     """A recording that fails says so once, in one line, and the hidden states are right all the same."""
     plain = tiny_model("llama")
-    with caplog.at_level(logging.WARNING, logger=graphs.__name__):
+    with caplog.at_level(logging.WARNING, logger=cuda_graphs.__name__):
         engine = SlotModel(tiny_model("llama"), num_slots=2, max_len=128, capture=Tape(refuse="embedding"))
         ids = np.random.default_rng(0).integers(0, 128, 100)
         got = torch.cat([extend(engine, [0], [i], [ids[i : i + 1]])[0] for i in range(100)])
@@ -200,7 +200,7 @@ def test_a_step_stays_on_its_device(family, attn, monkeypatch):
     engine = SlotModel(tiny_model(family, attn=attn, dtype=torch.bfloat16).to("meta"), num_slots=4, max_len=90)
     inputs = torch.zeros(200, dtype=torch.int64, device="meta")
     for first in (0, -1):
-        shape = slot_model._Shape(rows=4, width=5, length=64, first=first)
+        shape = model_runner._Shape(rows=4, width=5, length=64, first=first)
         with torch.inference_mode(), _NothingOfTheHosts():
             hidden = final_hidden(engine.model, **engine._begin(shape, inputs))
         assert hidden.shape[:2] == (4, 5) and hidden.is_meta

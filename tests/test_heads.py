@@ -8,7 +8,7 @@ import torch
 from tiny import NUM_TOKENS, tiny_model
 
 from switchkd.config.loader import ConfigError
-from switchkd.engines.heads import (
+from switchkd.engines.models.lm_head import (
     LinearHead,
     final_hidden,
     head_of,

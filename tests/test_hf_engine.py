@@ -10,8 +10,8 @@ from teacher_contract import Bench, ask, blocks, sessions
 from tiny import NUM_TOKENS, tiny_model
 
 from switchkd.engines.base import TeacherBusy, UnknownSession
-from switchkd.engines.heads import final_hidden, head_of, hidden_from_signal
-from switchkd.engines.hf_engine import HFStudent, HFTeacher
+from switchkd.engines.hf.teacher import HFStudent, HFTeacher
+from switchkd.engines.models.lm_head import final_hidden, head_of, hidden_from_signal
 from switchkd.types import Signal
 
 torch.set_num_threads(1)
@@ -192,7 +192,7 @@ def test_full_works_where_the_head_cannot_be_taken_apart():
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
 def test_student_takes_new_weights(family, dtype):
     """After load_weights the student and the head it handed out are the new model; its slots are empty."""
-    from switchkd.weights import pack
+    from switchkd.engines.weights import pack
 
     student = HFStudent(tiny_model(family, dtype=dtype), num_slots=2, max_len=32, vocab_size=NUM_TOKENS)
     head = student.head

@@ -31,8 +31,8 @@ from tiny import tiny_model
 
 from switchkd.algo import losses
 from switchkd.batching import LossSpec, collate, plan_batch
+from switchkd.engines.weights import unpack
 from switchkd.types import Rollout, Source, StepResult
-from switchkd.weights import unpack
 
 torch.set_num_threads(1)
 

@@ -41,8 +41,8 @@ from learning import (
 from tiny import tiny_model
 
 from switchkd.batching import LossSpec, plan_batch
+from switchkd.engines.weights import unpack, unpack_into
 from switchkd.types import StepResult
-from switchkd.weights import unpack, unpack_into
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # whichever test comes first waits for the gang
 torch.set_num_threads(1)
@@ -330,7 +330,7 @@ def test_the_export_of_partitioned_weights_is_whole(gang: dict[str, Any]) -> Non
 
 def test_a_worker_takes_what_two_ranks_publish(gang: dict[str, Any]) -> None:
     """A student engine's model loads the bundle by name."""
-    from switchkd.weights import pack
+    from switchkd.engines.weights import pack
 
     for name in ("zero3", "lora3", "tied3"):
         model = tiny_model(CASES[name].family, seed=9)

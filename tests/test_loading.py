@@ -9,7 +9,7 @@ import torch
 from tiny import EOS, NUM_TOKENS, PAD, save_tiny, tiny_model, tiny_tokenizer
 
 from switchkd.config.loader import ConfigError
-from switchkd.engines.loading import (
+from switchkd.engines.models.loading import (
     load_model,
     load_tokenizer,
     pad_id,

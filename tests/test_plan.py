@@ -16,8 +16,8 @@ from tiny import save_tiny, tiny_model
 
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config, Lora, Model
-from switchkd.model_folder import num_params
-from switchkd.model_shape import Shape, read_shape, shapes
+from switchkd.engines.models.shape import Shape, read_shape, shapes
+from switchkd.engines.models.sources import num_params
 from switchkd.plan import make_plan
 from switchkd.plan_costs import Costs, parse_costs
 from switchkd.plan_memory import layer_activations, memory, states
@@ -173,7 +173,7 @@ class TestMemory:
 
     def test_engines_hold_what_is_planned(self, here):
         """Weights and caches of the run's own teacher and worker, byte for byte."""
-        from switchkd.assembly import make_teacher, make_worker
+        from switchkd.engines.build import make_teacher, make_worker
 
         wanted = planned(here, teacher={"max_sessions": 5})
         parts = memory(wanted, shapes(wanted))
@@ -230,7 +230,7 @@ def _distinct(tensors: Any) -> int:
 
 def _saved(family: str, layers: int, dtype: str) -> int:
     """Bytes that a forward pass of two sequences of 64, one with padding, keeps for the backward pass."""
-    from switchkd.engines.heads import final_hidden
+    from switchkd.engines.models.lm_head import final_hidden
 
     model = tiny_model(family, dtype=getattr(torch, dtype), num_hidden_layers=layers).requires_grad_(True).train()
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from tiny import NUM_TOKENS, save_tiny, tiny_tokenizer
 
-from switchkd import demo, resolve
 from switchkd.config.loader import ConfigError, parse
+from switchkd.engines.models import demo, resolve
+from switchkd.engines.models.resolve import resolve_models
 from switchkd.preflight import check, check_models, prepare
-from switchkd.resolve import resolve_models
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ import torch
 from tiny import NUM_TOKENS, tiny_model
 
 from switchkd.config.loader import ConfigError
-from switchkd.engines import prepacked
-from switchkd.engines.heads import LinearHead, final_hidden
-from switchkd.engines.hf_engine import HFStudent
-from switchkd.engines.prepacked import Prepacked, Together, can_pack, prepack
-from switchkd.weights import pack
+from switchkd.engines.hf.teacher import HFStudent
+from switchkd.engines.models import cpu_prepack
+from switchkd.engines.models.cpu_prepack import Prepacked, Together, can_pack, prepack
+from switchkd.engines.models.lm_head import LinearHead, final_hidden
+from switchkd.engines.weights import pack
 
 torch.set_num_threads(1)
 
@@ -116,7 +116,7 @@ def test_off_leaves_the_model_alone():
 
 
 def test_large_models_are_not_doubled_unasked(monkeypatch):
-    monkeypatch.setattr(prepacked, "MAX_BYTES", 100)
+    monkeypatch.setattr(cpu_prepack, "MAX_BYTES", 100)
     model = tiny_model("llama")
     prepack(model)
     assert not any("forward" in vars(layer) for layer in model.modules())

@@ -28,9 +28,9 @@ from test_ray_run import answers, free_ports, wait_until
 from switchkd import build
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config, Model, Student, Teacher
-from switchkd.engines.loading import load_model
-from switchkd.init_student import init_student
-from switchkd.model_folder import check_model_folder
+from switchkd.engines.models.depth_prune import init_student
+from switchkd.engines.models.loading import load_model
+from switchkd.engines.models.sources import check_model_folder
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "switchkd").rglob("*.py"))

@@ -11,10 +11,10 @@ from tiny import WINDOW, tiny_model
 from torch.nn import functional as F
 
 from switchkd.config.loader import ConfigError
-from switchkd.engines import slot_model
-from switchkd.engines.heads import final_hidden
-from switchkd.engines.slot_cache import build_masks, grouped_sdpa, layer_windows
-from switchkd.engines.slot_model import SlotModel, group_rows
+from switchkd.engines.hf import model_runner
+from switchkd.engines.hf.kv_cache import build_masks, grouped_sdpa, layer_windows
+from switchkd.engines.hf.model_runner import SlotModel, group_rows
+from switchkd.engines.models.lm_head import final_hidden
 
 torch.set_num_threads(1)
 
@@ -160,7 +160,7 @@ def test_more_positions_than_the_model_has():
 def test_a_model_that_would_be_silently_wrong_is_refused(family, monkeypatch):
     """With masks that miss the window, the check at construction finds out."""
     kinds = layer_windows(tiny_model(family).config)
-    monkeypatch.setattr(slot_model, "layer_windows", lambda config: dict.fromkeys(kinds, 0))
+    monkeypatch.setattr(model_runner, "layer_windows", lambda config: dict.fromkeys(kinds, 0))
     with pytest.raises(ConfigError, match="length per row"):
         SlotModel(tiny_model(family), num_slots=2, max_len=64)
 
@@ -223,5 +223,5 @@ def test_grouping_is_the_cheapest():
 def test_padding_is_bounded():
     """Many long prompts are read in several passes of limited size."""
     groups = group_rows(np.full(64, 512), 64)
-    assert max(len(g) for g in groups) * 512 <= slot_model.MAX_FORWARD_TOKENS
+    assert max(len(g) for g in groups) * 512 <= model_runner.MAX_FORWARD_TOKENS
     assert sum(len(g) for g in groups) == 64

@@ -16,7 +16,7 @@ from switchkd.algo.losses import uncertainty
 from switchkd.algo.switching import Rule
 from switchkd.algo.topk import compress, pack, unpack
 from switchkd.engines.base import UnknownSession
-from switchkd.engines.hf_engine import HFStudent, HFTeacher
+from switchkd.engines.hf.teacher import HFStudent, HFTeacher
 from switchkd.rollout import Job, RolloutWorker
 from switchkd.rows import Mode
 from switchkd.types import Blocks, Origin, Positions, Rollout, Sessions, Signal, Written

@@ -14,7 +14,7 @@ from tiny import NUM_TOKENS, tiny_model
 
 from switchkd import preflight
 from switchkd.config.loader import ConfigError
-from switchkd.engines.hf_engine import HFTeacher
+from switchkd.engines.hf.teacher import HFTeacher
 from switchkd.rollout_io import load_rollouts, save_rollouts
 from switchkd.run import train
 from switchkd.types import Blocks, Positions, Sessions
@@ -66,7 +66,7 @@ def test_resume(place: Path, monkeypatch) -> None:  # type: ignore[no-untyped-de
     train(a_config(place, monkeypatch, [SWITCH], run={"dir": "whole"}))
     short = a_config(place, monkeypatch, [SWITCH], run={"dir": "broken"})
     calls = {"n": 0}
-    from switchkd.assembly import LearnerRank
+    from switchkd.engines.build import LearnerRank
 
     step = LearnerRank.step
 

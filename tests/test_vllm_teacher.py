@@ -32,7 +32,7 @@ from switchkd.algo.switching import jsd_threshold
 from switchkd.algo.topk import compress, unpack
 from switchkd.config.loader import ConfigError
 from switchkd.engines.base import TeacherBusy, UnknownSession
-from switchkd.engines.heads import LinearHead, head_of, hidden_from_signal
+from switchkd.engines.models.lm_head import LinearHead, head_of, hidden_from_signal
 from switchkd.rows import Mode
 from switchkd.types import Positions, Rollout, Signal
 
@@ -57,7 +57,7 @@ class Served:
     student: Any  # near it
 
     def teacher(self, max_sessions: int = 4, max_len: int = MAX_LEN, **settings: Any) -> Any:
-        from switchkd.engines.vllm_teacher import VLLMTeacher
+        from switchkd.engines.vllm.teacher import VLLMTeacher
 
         return VLLMTeacher(self.engine, vocab_size=NUM_TOKENS, max_sessions=max_sessions, max_len=max_len, **settings)
 
@@ -88,7 +88,7 @@ SPLIT = {"tensor_parallel_size": 2}
 @pytest.fixture(scope="module")
 def served(request, tmp_path_factory) -> Iterator[Served]:
     """One engine at a time: vLLM keeps some of its state for the whole process."""
-    from switchkd.engines.vllm_teacher import Engine
+    from switchkd.engines.vllm.teacher import Engine
 
     torch.set_num_threads(1)
     name, config = request.param, dict(MODELS[request.param])
@@ -146,7 +146,7 @@ def test_logprobs_equal_a_clean_forward(served):
 def test_a_teacher_split_between_workers(served, monkeypatch):
     """Its rows and draws are those of a clean forward pass, and its rows those of the same teacher on one worker; they
     come from one of the two, and neither keeps anything of a request that was answered."""
-    from switchkd.engines.vllm_teacher import Engine
+    from switchkd.engines.vllm.teacher import Engine
 
     bench, ids, said = served.bench(), served.bench().ids(70, seed=9), []
     call = served.engine.call
@@ -161,7 +161,7 @@ def test_a_teacher_split_between_workers(served, monkeypatch):
     contract.cuts_and_continuations(bench)
     contract.writing_is_keyed_drawing(bench)
     assert said and all(answered == [True, False] for method, answered in said if method == "switchkd_take")
-    kept = "__import__('switchkd.engines.vllm_worker').engines.vllm_worker"
+    kept = "__import__('switchkd.engines.vllm.worker').engines.vllm_worker"
     left = served.engine._llm.collective_rpc(lambda worker: eval(f"[*{kept}._margins, *{kept}._watch.rows]"))
     assert left == [[], []]
 
@@ -448,9 +448,9 @@ def test_the_newer_model_runners_shapes(monkeypatch):
     hooks of their own: the same rows and draws come out. Only its interface is here; it needs a GPU to run."""
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcessor
 
-    from switchkd.engines import vllm_worker
+    from switchkd.engines.vllm import worker
 
-    monkeypatch.setattr(vllm_worker, "_watch", None)  # of another test's engine
+    monkeypatch.setattr(worker, "_watch", None)  # of another test's engine
     hidden = torch.arange(12.0).view(6, 2)
     batch = SimpleNamespace(req_ids=["b", "a"], idx_mapping_np=np.array([5, 2]))
     runner = SimpleNamespace(execute_model_state=None, execute_model=lambda scheduled: None)
@@ -460,7 +460,7 @@ def test_the_newer_model_runners_shapes(monkeypatch):
         return "sampled"
 
     runner.sample_tokens = sample_tokens
-    watch = vllm_worker._Watch(runner, keeps=True)
+    watch = worker._Watch(runner, keeps=True)
     ours = {"key": "k", "first": 9, "draw": None}
     news = [
         SimpleNamespace(
@@ -479,7 +479,7 @@ def test_the_newer_model_runners_shapes(monkeypatch):
     assert first == 9 and torch.equal(rows, hidden[3:])
     assert torch.equal(watch.last[5], hidden[1]) and torch.equal(watch.last[2], hidden[5])
 
-    draws = vllm_worker.KeyedDraws(None, None)
+    draws = worker.KeyedDraws(None, None)
     assert isinstance(draws, LogitsProcessor)
     law = {"run_seed": 3, "purpose": 0, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
     of = {"rollout_id": 7, "position": 40, "num_prompt": 10, "vocab_size": 50}
@@ -504,10 +504,10 @@ def test_a_model_runner_of_an_unknown_form(tmp_path, monkeypatch, missing):
     vLLM is a fake around our extension: no release has such a runner."""
     import vllm
 
-    from switchkd.engines import vllm_teacher, vllm_worker
+    from switchkd.engines.vllm import teacher, worker
 
     known = {"execute_model": print, "sample_tokens": print, "execute_model_state": None}
-    worker = vllm_worker.RowReader()
+    worker = worker.RowReader()
     worker.model_runner = SimpleNamespace(**{name: value for name, value in known.items() if name != missing})
     before = vars(worker.model_runner).copy()
     ended: list[str] = []
@@ -521,18 +521,18 @@ def test_a_model_runner_of_an_unknown_form(tmp_path, monkeypatch, missing):
             return [getattr(worker, method)(*args)]
 
     monkeypatch.setattr(vllm, "LLM", Fake)
-    monkeypatch.setattr(vllm_worker, "get_tensor_model_parallel_rank", lambda: 0)
-    monkeypatch.setattr(vllm_worker, "_watch", None)
+    monkeypatch.setattr(worker, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(worker, "_watch", None)
     told = rf"^vLLM's model runner SimpleNamespace has no {missing}: .* take teacher.interface: public .*backend: hf$"
     with pytest.raises(RuntimeError, match=told):
-        vllm_teacher.Engine(str(tmp_path), dtype="float32", max_len=8, max_sessions=1)
+        teacher.Engine(str(tmp_path), dtype="float32", max_len=8, max_sessions=1)
     assert vars(worker.model_runner) == before and ended == ["engine"]
 
 
 @llama
 def test_unknown_engine_arguments(served):
     """A name that this vLLM does not know is an error in the config's words, before the engine starts."""
-    from switchkd.engines.vllm_teacher import Engine
+    from switchkd.engines.vllm.teacher import Engine
 
     with pytest.raises(ConfigError, match=r"^teacher.engine.max_num_sequences .* did you mean 'max_num_seqs'\?"):
         Engine(served.engine.path, dtype="float32", max_len=8, max_sessions=1, arguments={"max_num_sequences": 2})
@@ -543,8 +543,8 @@ def test_unknown_engine_arguments(served):
 COMMAND = "import sys; from switchkd.cli import main; sys.argv[0] = 'switchkd'; main()"
 GREEDY = """
 import sys, json
-from switchkd.engines.vllm_rows import Job
-from switchkd.engines.vllm_teacher import Engine
+from switchkd.engines.vllm.outputs import Job
+from switchkd.engines.vllm.teacher import Engine
 import numpy as np
 folder, prompts = sys.argv[1], json.loads(sys.argv[2])
 engine = Engine(folder, dtype="float32", max_len=96, max_sessions=8, interface="public")

@@ -18,15 +18,24 @@ LAYERS = [
     ["config.schema", "types", "files", "config.errors"],
     ["config.loader"],
     ["config.resources", "scaling", "membership", "algo", "config.teacher_backend", "live"],
-    ["model_folder", "demo", "finding", "records", "room", "run_lock", "engines.base", "engines.prepacked"],
+    [
+        "engines.models.sources",
+        "engines.models.demo",
+        "finding",
+        "records",
+        "room",
+        "run_lock",
+        "engines.base",
+        "engines.models.cpu_prepack",
+    ],
     [
         "candidates",
         "rollout_features",
         "prompts",
         "adaptive",
         "schedule",
-        "init_student",
-        "weights",
+        "engines.models.depth_prune",
+        "engines.weights",
         "rollout_io",
         "engines",
         "learner",
@@ -50,10 +59,10 @@ LAYERS = [
     ],
     ["recorded"],
     ["worker", "replay_service", "house", "set_aside"],
-    ["assembly", "examination", "watchdog"],
+    ["engines.build", "examination", "watchdog"],
     ["dispatch"],
     ["recovery"],
-    ["resolve", "preflight", "eval_config", "model_shape", "actors", "local", "train"],
+    ["engines.models.resolve", "preflight", "eval_config", "engines.models.shape", "actors", "local", "train"],
     ["run", "report"],
     ["plan_costs", "plan_memory", "plan_speed", "calibrate", "doctor_machine", "doctor_models"],
     ["plan", "doctor"],
@@ -98,7 +107,7 @@ def test_ray_lives_under_actors(file):
 def test_deepspeed_and_vllm_live_in_one_file():
     """DeepSpeed in the learner; vLLM in its teacher and in what vLLM itself loads by name; never in one process."""
     assert {file for file in FILES if "deepspeed" in tops(file)} <= {"engines/deepspeed_learner.py"}
-    assert {file for file in FILES if "vllm" in tops(file)} <= {"engines/vllm_teacher.py", "engines/vllm_worker.py"}
+    assert {file for file in FILES if "vllm" in tops(file)} <= {"engines/vllm/teacher.py", "engines/vllm/worker.py"}
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file.startswith("algo/")])

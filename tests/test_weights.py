@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from switchkd.engines.weights import pack, unpack, unpack_into
 from switchkd.types import WeightBundle
-from switchkd.weights import pack, unpack, unpack_into
 
 torch.set_num_threads(1)
 

@@ -34,10 +34,10 @@ from switchkd.config import resources
 from switchkd.config.errors import one_line
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config, Span
+from switchkd.engines.models.shape import object_store_bytes, read_shape
+from switchkd.engines.models.sources import looks_local, num_params
 from switchkd.house import House
 from switchkd.metrics import MetricsLog
-from switchkd.model_folder import looks_local, num_params
-from switchkd.model_shape import object_store_bytes, read_shape
 from switchkd.recorded import heads_for
 from switchkd.watchdog import START_S, all_of
 

@@ -21,9 +21,9 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 from switchkd.actors.environment import Secrets, prepare
 from switchkd.actors.futures import in_thread, of_gang, patient
 from switchkd.actors.health import GROUP, Health
-from switchkd.assembly import Gang, LearnerRank
 from switchkd.config.schema import Config
-from switchkd.engines.heads import HeadArrays
+from switchkd.engines.build import Gang, LearnerRank
+from switchkd.engines.models.lm_head import HeadArrays
 from switchkd.house import StateLost
 from switchkd.types import BatchPlan, Rollout, StepResult
 

@@ -14,8 +14,8 @@ from switchkd.actors.environment import Secrets, prepare
 from switchkd.actors.futures import patient
 from switchkd.actors.health import GROUP, Health
 from switchkd.actors.teacher_router import TeacherRouter
-from switchkd.assembly import make_worker
 from switchkd.config.schema import Config
+from switchkd.engines.build import make_worker
 from switchkd.evaluate import EvalRow
 from switchkd.house import Weights
 from switchkd.replay import ReplayFull

@@ -22,13 +22,13 @@ from switchkd.actors.place import Place, free_all, nodes, wait_for_places
 from switchkd.actors.placement import settled, wait_for_room
 from switchkd.actors.teacher_pool import NAMESPACE, NOTHING_TOLD, TeacherPoolActor, Told, named, replica_name
 from switchkd.actors.teacher_router import TeacherRouter
-from switchkd.assembly import max_len
 from switchkd.config import resources
 from switchkd.config.errors import first_line
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config, Span
 from switchkd.config.teacher_backend import engine_facts
-from switchkd.engines.heads import HeadArrays
+from switchkd.engines.build import max_len
+from switchkd.engines.models.lm_head import HeadArrays
 from switchkd.membership import Members
 from switchkd.watchdog import START_S
 
@@ -136,7 +136,7 @@ def _answer(asked: Any, key: str, name: str) -> Any:
 
 
 def _check_same(config: Config, key: str, there: dict[str, Any]) -> None:
-    from switchkd.engines.loading import load_tokenizer, shared_vocab
+    from switchkd.engines.models.loading import load_tokenizer, shared_vocab
 
     teacher = config.teacher
     vocab = shared_vocab(load_tokenizer(teacher.path, trust_remote_code=teacher.trust_remote_code))

@@ -20,7 +20,7 @@ from switchkd.config.schema import Config
 from switchkd.types import Blocks, Positions, Sessions, Signal, WriteRequest, Written
 
 if TYPE_CHECKING:
-    from switchkd.engines.heads import HeadArrays
+    from switchkd.engines.models.lm_head import HeadArrays
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +36,7 @@ class TeacherActor(Health):
     def __init__(self, config: dict[str, Any], secrets: Secrets, working_dir: str) -> None:
         prepare(secrets, working_dir)
         # here, not above: the pool, which imports this class to start it, has no need of torch
-        from switchkd.assembly import make_teacher
+        from switchkd.engines.build import make_teacher
 
         self.teacher = make_teacher(Config.model_validate(config))
         self.held: set[int] = set()  # sessions that were opened and not closed

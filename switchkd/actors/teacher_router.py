@@ -24,7 +24,7 @@ from switchkd.membership import Members
 from switchkd.types import Blocks, Positions, Sessions, Signal, WriteRequest, Written, ragged
 
 if TYPE_CHECKING:
-    from switchkd.engines.heads import HeadArrays
+    from switchkd.engines.models.lm_head import HeadArrays
 
 Ask = Callable[[Any, list[int]], Any]
 """(replica, which blocks) -> a reference to its answer."""

@@ -176,7 +176,7 @@ def ours(job: Job, model: Any, teacher: torch.Tensor, head: torch.Tensor) -> Ste
     """As the learner does it: rollouts are collated, the student's module computes the loss (`StudentModule`)."""
     from switchkd.algo.losses import forward_kl
     from switchkd.batching import LossSpec, collate, plan_batch
-    from switchkd.engines.heads import LinearHead
+    from switchkd.engines.models.lm_head import LinearHead
     from switchkd.engines.student_module import Objective, StudentModule
 
     rollouts = _rollouts(job, teacher)
@@ -191,7 +191,7 @@ def ours(job: Job, model: Any, teacher: torch.Tensor, head: torch.Tensor) -> Ste
 def _rollouts(job: Job, teacher: torch.Tensor) -> list[Rollout]:
     import numpy as np
 
-    from switchkd.engines.heads import signal_from_hidden
+    from switchkd.engines.models.lm_head import signal_from_hidden
     from switchkd.types import Origin, Rollout, Signal
 
     values, dtype = signal_from_hidden(teacher.cpu())

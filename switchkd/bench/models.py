@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Cut, Teacher
-from switchkd.model_folder import check_model_folder
+from switchkd.engines.models.sources import check_model_folder
 
 _TOPICS = (
     "a river", "the moon", "an old clock", "bread", "a library", "winter", "a bridge", "the ocean", "a small garden",
@@ -33,12 +33,12 @@ class Pair:
 def resolve(teacher: str, student: str) -> Pair:
     """Folders, fetched and cut where need be. Raises ConfigError for a model that is not there."""
     if teacher == "demo":
-        from switchkd.demo import fetch_demo
+        from switchkd.engines.models.demo import fetch_demo
 
         teacher = str(fetch_demo())
     check_model_folder(teacher, "--teacher")
     if student.isdigit():
-        from switchkd.resolve import cut_student
+        from switchkd.engines.models.resolve import cut_student
 
         student = str(cut_student(Teacher(path=teacher), Cut(num_layers=int(student))))
     check_model_folder(student, "--student")

@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from switchkd.assembly import Gang, Teachers
 from switchkd.build import build_modes
 from switchkd.config.schema import Config
-from switchkd.engines.heads import HeadArrays, LinearHead
+from switchkd.engines.build import Gang, Teachers
+from switchkd.engines.models.lm_head import HeadArrays, LinearHead
+from switchkd.engines.weights import pack
 from switchkd.replay import Replay
 from switchkd.replay_service import ReplayService
 from switchkd.rollout import RolloutWorker
 from switchkd.types import BatchPlan, Blocks, Rollout, Sessions, Signal, StepResult, WeightBundle, WriteRequest, Written
-from switchkd.weights import pack
 from switchkd.worker import Worker
 
 WIDTH, VOCAB = 16, 64
@@ -54,7 +54,8 @@ def furnishing(sleeps: Sleeps) -> Callable[[], None]:
 
 def _replacements(sleeps: Sleeps) -> list[tuple[Any, str, Any]]:
     """Modules, names in them, and what stands there instead: the actors import them from there, later."""
-    from switchkd import assembly, replay_service
+    from switchkd import replay_service
+    from switchkd.engines import build
 
     def worker(config: Config, index: int, teachers: Teachers, stop_ids: frozenset[int], new_weights: Any) -> Worker:
         return make_worker(sleeps, config, index, teachers, stop_ids)
@@ -63,10 +64,10 @@ def _replacements(sleeps: Sleeps) -> list[tuple[Any, str, Any]]:
         return SleepingRank(sleeps, gang, fetch)
 
     found: list[tuple[Any, str, Any]] = [
-        (assembly, "make_teacher", lambda config: SleepingTeacher(sleeps.teacher)),
-        (assembly, "make_worker", worker),
+        (build, "make_teacher", lambda config: SleepingTeacher(sleeps.teacher)),
+        (build, "make_worker", worker),
         (replay_service, "make_replay", make_replay),
-        (assembly, "LearnerRank", rank),
+        (build, "LearnerRank", rank),
     ]
     for module, name, _ in found:
         assert hasattr(module, name), f"{module.__name__} has no {name} any more"
@@ -91,7 +92,7 @@ class SleepingStudent:
         return torch.ones(len(token_ids), WIDTH)
 
     def load_weights(self, bundle: WeightBundle) -> None:
-        from switchkd.weights import unpack
+        from switchkd.engines.weights import unpack
 
         for _ in unpack(bundle):  # the checksum is read
             pass

@@ -27,9 +27,9 @@ from switchkd.bench.bound import StepCosts, bound_s, measure_costs, steady_s
 from switchkd.bench.models import prompts
 from switchkd.bench.table import Cell, Pairs, Spread, Table, paired, surroundings
 from switchkd.config.loader import ConfigError
-from switchkd.engines.heads import LinearHead
-from switchkd.engines.hf_engine import HFStudent, HFTeacher
-from switchkd.engines.loading import load_model, load_tokenizer, pad_id, shared_vocab, stop_ids
+from switchkd.engines.hf.teacher import HFStudent, HFTeacher
+from switchkd.engines.models.lm_head import LinearHead
+from switchkd.engines.models.loading import load_model, load_tokenizer, pad_id, shared_vocab, stop_ids
 from switchkd.pace import Lead
 from switchkd.rollout import Job, RolloutWorker
 from switchkd.rows import Mode

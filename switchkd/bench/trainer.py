@@ -106,7 +106,7 @@ def _remarks() -> tuple[str, ...]:
 
 def ours(turns: Turns, job: Job, mode: str) -> None:
     """The real training loop: a turn ends when a step has."""
-    from switchkd.engines.loading import load_tokenizer
+    from switchkd.engines.models.loading import load_tokenizer
 
     build_house = _on_ray() if mode == "ray" else _in_process()
     turns.count_memory_from_here()

@@ -84,7 +84,7 @@ class Learner:
     def __init__(self, folder: str, dtype: str, device: str, threads: int) -> None:
         import torch
 
-        from switchkd.engines.loading import load_model
+        from switchkd.engines.models.loading import load_model
 
         torch.set_num_threads(threads)
         self.dtype = dtype
@@ -93,7 +93,7 @@ class Learner:
     def publish(self, version: int) -> tuple[WeightBundle, float]:
         """The bundle and the seconds that packing took."""
         from switchkd.engines.student_module import full_tensors
-        from switchkd.weights import pack
+        from switchkd.engines.weights import pack
 
         start = time.perf_counter()
         bundle = pack(full_tensors(self.model, lambda _: nullcontext()), version, dtype=self.dtype)
@@ -106,8 +106,8 @@ class Reader:
     def __init__(self, folder: str, dtype: str, device: str, threads: int) -> None:
         import torch
 
-        from switchkd.engines.hf_engine import HFStudent
-        from switchkd.engines.loading import load_model, load_tokenizer, shared_vocab
+        from switchkd.engines.hf.teacher import HFStudent
+        from switchkd.engines.models.loading import load_model, load_tokenizer, shared_vocab
 
         torch.set_num_threads(threads)
         self.device = device

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from switchkd.batching import Batch, LossSpec, collate, split_micro
-from switchkd.engines.heads import HeadArrays, LinearHead
 from switchkd.engines.learner_settings import LearnerSettings, deepspeed_config, param_groups
+from switchkd.engines.models.lm_head import HeadArrays, LinearHead
 from switchkd.engines.student_build import build_student, export_student
 from switchkd.engines.student_module import Objective, full_tensors
 from switchkd.engines.tally import Tally
+from switchkd.engines.weights import pack
 from switchkd.types import BatchPlan, Rollout, StepResult, WeightBundle
-from switchkd.weights import pack
 
 
 class DeepSpeedLearner:

@@ -21,7 +21,7 @@ from switchkd.algo.losses import atkd_weights, cross_entropy, forward_kl, token_
 from switchkd.algo.topk import TopK, concatenated, unpack
 from switchkd.algo.topk_losses import coarse
 from switchkd.batching import Batch, LossSpec
-from switchkd.engines.heads import LinearHead, final_hidden, finished
+from switchkd.engines.models.lm_head import LinearHead, final_hidden, finished
 from switchkd.types import BatchPlan, Source
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager]

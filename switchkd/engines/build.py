@@ -17,8 +17,8 @@ from switchkd.build import build_loss, build_modes
 from switchkd.config import resources
 from switchkd.config.schema import Config, Model
 from switchkd.engines.base import Teacher
-from switchkd.engines.heads import HeadArrays, LinearHead
-from switchkd.engines.loading import load_model, load_tokenizer, pad_id, shared_vocab
+from switchkd.engines.models.lm_head import HeadArrays, LinearHead
+from switchkd.engines.models.loading import load_model, load_tokenizer, pad_id, shared_vocab
 from switchkd.rollout import RolloutWorker
 from switchkd.types import BatchPlan, Rollout, StepResult, WeightBundle
 from switchkd.worker import Worker, set_threads
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     import torch
 
     from switchkd.engines.deepspeed_learner import DeepSpeedLearner, LearnerSettings
-    from switchkd.engines.hf_engine import HFTeacher
-    from switchkd.engines.vllm_teacher import VLLMTeacher
+    from switchkd.engines.hf.teacher import HFTeacher
+    from switchkd.engines.vllm.teacher import VLLMTeacher
 
 
 def max_len(config: Config) -> int:
@@ -68,8 +68,8 @@ def make_teacher(config: Config) -> HFTeacher | VLLMTeacher:
 
 
 def _hf_teacher(config: Config) -> HFTeacher:
-    from switchkd.engines.graphs import capture_for
-    from switchkd.engines.hf_engine import HFTeacher
+    from switchkd.engines.hf.cuda_graphs import capture_for
+    from switchkd.engines.hf.teacher import HFTeacher
 
     section = config.teacher
     model = _load(section, device_of(section), section.device_map)
@@ -88,7 +88,7 @@ def _hf_teacher(config: Config) -> HFTeacher:
 
 
 def _vllm_teacher(config: Config) -> VLLMTeacher:
-    from switchkd.engines.vllm_teacher import Engine, VLLMTeacher
+    from switchkd.engines.vllm.teacher import Engine, VLLMTeacher
 
     section = config.teacher
     tokenizer = load_tokenizer(section.path, trust_remote_code=section.trust_remote_code)
@@ -125,8 +125,8 @@ def make_worker(
     new_weights: Callable[[], WeightBundle | None] | None = None,
 ) -> Worker:
     """One rollout worker with the student's folder as weight version 0. `stop_ids` are those of all models."""
-    from switchkd.engines.graphs import capture_for
-    from switchkd.engines.hf_engine import HFStudent
+    from switchkd.engines.hf.cuda_graphs import capture_for
+    from switchkd.engines.hf.teacher import HFStudent
 
     set_threads(resources.of_role(config, "rollout").threads)
     section = config.student

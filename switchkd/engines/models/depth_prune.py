@@ -17,7 +17,7 @@ from typing import Any
 
 from switchkd.config.errors import first_line
 from switchkd.config.loader import ConfigError
-from switchkd.model_folder import check_model_folder
+from switchkd.engines.models.sources import check_model_folder
 
 
 def spread(num_layers: int, of: int) -> tuple[int, ...]:

@@ -25,9 +25,9 @@ import torch
 
 from switchkd.config.loader import ConfigError
 from switchkd.config.teacher_backend import SPLITS
-from switchkd.engines.heads import HeadArrays
-from switchkd.engines.teacher_sessions import Session, SessionTable, split
-from switchkd.engines.vllm_rows import Answer, HiddenRows, Job, PublicRows, Rows
+from switchkd.engines.models.lm_head import HeadArrays
+from switchkd.engines.sessions import Session, SessionTable, split
+from switchkd.engines.vllm.outputs import Answer, HiddenRows, Job, PublicRows, Rows
 from switchkd.types import Blocks, Positions, Sessions, Signal, WriteRequest, Written
 
 _SETTINGS = {
@@ -63,10 +63,10 @@ class Engine:
             "enable_prefix_caching": True, "load_format": "safetensors", **_of_platform(given), **_of_workers(given),
             **given,
             "async_scheduling": False,  # a draw counts the tokens that were written before it
-            "logits_processors": ["switchkd.engines.vllm_worker:KeyedDraws"],
+            "logits_processors": ["switchkd.engines.vllm.worker:KeyedDraws"],
         }  # fmt: skip
         if self.extended:
-            settings["worker_extension_cls"] = "switchkd.engines.vllm_worker.RowReader"
+            settings["worker_extension_cls"] = "switchkd.engines.vllm.worker.RowReader"
         self._keys = (f"switchkd-{i}" for i in itertools.count())
         self._params = SamplingParams
         self._can_skip_cache = hasattr(SamplingParams(), "skip_reading_prefix_cache")

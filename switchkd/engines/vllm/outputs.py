@@ -18,13 +18,13 @@ import torch
 
 from switchkd.algo.topk import TopK, pack
 from switchkd.config.loader import ConfigError
-from switchkd.engines.head_file import output_layer
-from switchkd.engines.heads import HeadArrays, LinearHead, fitted_head, hidden_from_signal, signal_from_hidden
-from switchkd.engines.teacher_sessions import Session
+from switchkd.engines.models.lm_head import HeadArrays, LinearHead, fitted_head, hidden_from_signal, signal_from_hidden
+from switchkd.engines.sessions import Session
+from switchkd.engines.vllm.lm_head import output_layer
 from switchkd.types import Signal
 
 if TYPE_CHECKING:
-    from switchkd.engines.vllm_teacher import Engine
+    from switchkd.engines.vllm.teacher import Engine
 
 _PROBE = 8  # tokens
 _OTHER_WAYS = "take teacher.backend: hf, or teacher.interface: public with teacher.signal: topk"

@@ -15,11 +15,11 @@ import torch
 
 from switchkd.algo.sampling import Sampling, draw
 from switchkd.algo.topk import compress, pack
-from switchkd.engines import prepacked
-from switchkd.engines.graphs import Capture
-from switchkd.engines.heads import HeadArrays, LinearHead, head_of, signal_from_hidden
-from switchkd.engines.slot_model import SlotModel
-from switchkd.engines.teacher_sessions import Session, SessionTable, split
+from switchkd.engines.hf.cuda_graphs import Capture
+from switchkd.engines.hf.model_runner import SlotModel
+from switchkd.engines.models import cpu_prepack
+from switchkd.engines.models.lm_head import HeadArrays, LinearHead, head_of, signal_from_hidden
+from switchkd.engines.sessions import Session, SessionTable, split
 from switchkd.types import Blocks, Positions, Sessions, Signal, WeightBundle, WriteRequest, Written
 
 _ROWS_AT_ONCE = 64
@@ -37,7 +37,7 @@ class HFStudent:
         self.model, self.num_slots, self.max_len = model, num_slots, max_len
         self.head = head_of(model, vocab_size)
         prepack = "off" if capture else prepack  # a recording keeps addresses, packed copies move
-        self._refresh = prepacked.prepack(model, prepack, key="student.prepack")
+        self._refresh = cpu_prepack.prepack(model, prepack, key="student.prepack")
         if prepack != "off":
             self.head.prepack()
 
@@ -47,7 +47,7 @@ class HFStudent:
 
     def load_weights(self, bundle: WeightBundle) -> None:
         """See StudentEngine. Every slot is empty afterwards; `head` stays the same object."""
-        from switchkd.weights import unpack_into
+        from switchkd.engines.weights import unpack_into
 
         unpack_into(self.model, bundle)
         self._refresh()
@@ -75,7 +75,7 @@ class HFTeacher:
             model, num_slots=max_sessions, max_len=max_len, prefill_chunk=prefill_chunk,
             output="logits" if signal == "full" else "hidden", capture=capture,
         )  # fmt: skip
-        prepacked.prepack(model, prepack, key="teacher.prepack")
+        cpu_prepack.prepack(model, prepack, key="teacher.prepack")
         self._head: LinearHead | None = None
         self._sessions = SessionTable(max_sessions=max_sessions, max_len=max_len, lease_s=lease_s, clock=clock)
 

@@ -18,7 +18,7 @@ import torch
 
 from switchkd.algo.transfer import to_host
 from switchkd.config.loader import ConfigError
-from switchkd.engines.prepacked import Prepacked, can_pack
+from switchkd.engines.models.cpu_prepack import Prepacked, can_pack
 
 # How far a rebuilt logit may lie from the model's own, as a share of the largest: rounding of the model's dtype.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}

@@ -13,8 +13,8 @@ from typing import Any
 from switchkd.config.errors import first_line
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config, Lora, Model
-from switchkd.engines.loading import shared_vocab
-from switchkd.init_student import _checked, _cut_config
+from switchkd.engines.models.depth_prune import _checked, _cut_config
+from switchkd.engines.models.loading import shared_vocab
 from switchkd.preflight import _read_config, _tokenizer
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -49,7 +49,7 @@ class Shape:
 def shapes(config: Config) -> dict[str, Shape]:
     """Of `student`, and of `teacher` where a stage needs one. `demo` is fetched; a student that is still to be cut is
     cut in its config only. Raises ConfigError."""
-    from switchkd.demo import fetch_demo
+    from switchkd.engines.models.demo import fetch_demo
 
     teacher, student = config.teacher, config.student
     if teacher.path == "demo" and (config.needs_teacher or student.cut is not None):
@@ -137,7 +137,7 @@ def _products(model: Any) -> int:
     """As `engines/prepacked.py` takes them."""
     from torch.nn import Linear
 
-    from switchkd.engines.prepacked import _MIN_SIZE
+    from switchkd.engines.models.cpu_prepack import _MIN_SIZE
 
     head = model.get_output_embeddings()
     weights = [layer.weight for layer in model.modules() if type(layer) is Linear and layer is not head]

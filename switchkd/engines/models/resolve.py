@@ -9,9 +9,9 @@ import hashlib
 from pathlib import Path
 
 from switchkd.config.schema import Config, Cut, Model
-from switchkd.demo import cache_dir, fetch_demo
-from switchkd.init_student import init_student
-from switchkd.model_folder import looks_local
+from switchkd.engines.models.demo import cache_dir, fetch_demo
+from switchkd.engines.models.depth_prune import init_student
+from switchkd.engines.models.sources import looks_local
 
 
 def reads_teacher(config: Config) -> bool:
