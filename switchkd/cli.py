@@ -73,7 +73,7 @@ def _leave(text: str, code: int) -> None:
 def _traceback_into(run_dir: str) -> Iterator[None]:
     """What is not the user's doing leaves its traceback in the run's folder, if there is one by then."""
     from switchkd.config.loader import ConfigError
-    from switchkd.files import redact
+    from switchkd.data.atomic_files import redact
 
     try:
         yield
@@ -292,7 +292,7 @@ def report(
 def _print_json(obj: dict[str, Any]) -> None:
     import json
 
-    from switchkd.files import json_safe
+    from switchkd.data.atomic_files import json_safe
 
     print(json.dumps(json_safe(obj), allow_nan=False))
 

@@ -15,13 +15,13 @@ import torch
 
 from switchkd.batching import plan_batch
 from switchkd.config.schema import Config, Model
+from switchkd.data.prompts import PromptSet
 from switchkd.engines.base import Teacher
 from switchkd.engines.build import Gang, LearnerRank, make_teacher, make_worker, max_len
 from switchkd.engines.models.lm_head import LinearHead
 from switchkd.engines.models.loading import load_tokenizer
 from switchkd.finding import Finding, fail, ok, warn
 from switchkd.preflight import Ready
-from switchkd.prompts import PromptSet
 from switchkd.run import written
 from switchkd.signal_rows import SignalReader
 from switchkd.types import Blocks, Positions, Rollout, Sessions, Source

@@ -48,7 +48,7 @@ def refused(check: str, error: ConfigError) -> Finding:
 
 def looked(check: str, look: Callable[[], Iterable[Finding]]) -> list[Finding]:
     """What a check found. Whatever it raises is a finding too: one check that breaks must not hide the others."""
-    from switchkd.files import redact
+    from switchkd.data.atomic_files import redact
 
     found: list[Finding] = []
     try:

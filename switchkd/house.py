@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from switchkd.data.replay import Entry
 from switchkd.evaluate import EvalRow
-from switchkd.replay import Entry
 from switchkd.types import BatchPlan, Exam, StepResult, Task, WorkReport
 
 

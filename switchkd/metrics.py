@@ -19,7 +19,7 @@ from rich.table import Table
 from switchkd.checkpoint import TrainState
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Metrics
-from switchkd.files import json_safe, write_text_atomic
+from switchkd.data.atomic_files import json_safe, write_text_atomic
 from switchkd.live import LiveView
 from switchkd.resume import CONFIG
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from switchkd.config.loader import ConfigError
-from switchkd.files import write_text_atomic
+from switchkd.data.atomic_files import write_text_atomic
 from switchkd.reporting.read import read_run
 from switchkd.reporting.render import render
 

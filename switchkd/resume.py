@@ -18,7 +18,7 @@ import yaml
 
 from switchkd.config.loader import ConfigError, dump_yaml, parse, resolved
 from switchkd.config.schema import Config
-from switchkd.files import fsync_dir, redact, write_atomic
+from switchkd.data.atomic_files import fsync_dir, redact, write_atomic
 
 CONFIG = "config.yaml"
 SIGNAL = "signal"

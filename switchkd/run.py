@@ -17,15 +17,15 @@ from switchkd.checkpoint import RunFolder, TrainState, open_run
 from switchkd.config import resources
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config, Stage
+from switchkd.data.atomic_files import write_json_atomic
+from switchkd.data.prompts import PromptStream
 from switchkd.engines.build import make_worker
 from switchkd.evaluate import EvalRow, aggregate
 from switchkd.examination import Examiner
-from switchkd.files import write_json_atomic
 from switchkd.house import House
 from switchkd.metrics import MetricsLog
 from switchkd.model_card import write_card
 from switchkd.preflight import Ready, prepare, prepare_teacher
-from switchkd.prompts import PromptStream
 from switchkd.schedule import RunPlan
 from switchkd.train import Trainer
 from switchkd.types import Prompt, Rollout

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from switchkd.adaptive import BUFFERED, GENERATED, MIXED, Adaptive
 from switchkd.config.schema import Mix, Stage
-from switchkd.prompts import ORIGIN_OF_BATCH, ORIGIN_OF_ROLLOUT, random_words
+from switchkd.data.prompts import ORIGIN_OF_BATCH, ORIGIN_OF_ROLLOUT, random_words
 from switchkd.types import Origin, Prompt, Task
 
 

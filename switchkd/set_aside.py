@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from switchkd.config.errors import typed
-from switchkd.files import append_whole, redact
+from switchkd.data.atomic_files import append_whole, redact
 from switchkd.house import MAX_DEATHS, TeacherLost, WorkerLost
 from switchkd.resume import SET_ASIDE
 from switchkd.types import Task

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from switchkd.replay import Entry
+from switchkd.data.replay import Entry
 from switchkd.types import StepResult, WorkReport
 from switchkd.watch import rollout_metrics
 

@@ -23,13 +23,13 @@ from typing import Any
 from switchkd.batching import plan_batch
 from switchkd.checkpoint import Checkpoint, RunFolder, TrainState
 from switchkd.config.schema import Config
+from switchkd.data.atomic_files import replace_dir
+from switchkd.data.replay import Entry
 from switchkd.dispatch import MAX_TRIES, Dispatch, numbers
 from switchkd.examination import Examiner
-from switchkd.files import replace_dir
 from switchkd.house import House, StateLost, Unreachable, Weights, WorkerLost
 from switchkd.metrics import MetricsLog
 from switchkd.recovery import Restarts, go_back, lasting, save
-from switchkd.replay import Entry
 from switchkd.schedule import RunPlan
 from switchkd.set_aside import SetAside
 from switchkd.step_row import step_row
@@ -371,7 +371,7 @@ class Trainer:
         self.dog.result(kept, "the replay to save a batch")
         raise RuntimeError(
             f"step {step}: {what} is not finite, as in the {MAX_SKIPPED - 1} steps before; its rollouts are in {path} "
-            "(read them with switchkd.rollout_io.load_rollouts); mend the data or the loss and go on with --resume, "
+            "(read them with switchkd.data.rollout_io.load_rollouts); mend the data or the loss and go on with --resume, "
             "or start anew with a smaller learner.lr"
         )
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from switchkd.config.schema import Rule
-from switchkd.replay import Entry
+from switchkd.data.replay import Entry
 
 STUCK_STEPS = 10
 """So many steps with rollouts in a row make a teacher share a habit."""

@@ -18,7 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
 
-from switchkd.files import redact
+from switchkd.data.atomic_files import redact
 from switchkd.house import Pulse
 
 START_S = 300.0

@@ -20,9 +20,9 @@ from test_replay import rollout
 from switchkd.adaptive import BUFFERED, FIXED, GENERATED, Adaptive
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Mix, Phi, Stage
+from switchkd.data.prompts import PromptStream
+from switchkd.data.reuse_buffer import Buffer
 from switchkd.metrics import MetricsLog
-from switchkd.prompts import PromptStream
-from switchkd.replay_buffer import Buffer
 from switchkd.run import train
 from switchkd.schedule import RunPlan
 from switchkd.types import Origin, Prompt

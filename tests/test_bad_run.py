@@ -9,7 +9,7 @@ import pytest
 from runs import config, config_file, distance, furnish, lines, steps
 from test_run import command
 
-from switchkd.rollout_io import load_rollouts
+from switchkd.data.rollout_io import load_rollouts
 from switchkd.run import train
 
 SPOILED = """

@@ -15,7 +15,7 @@ import yaml
 from switchkd.checkpoint import Checkpoint, Draft, TrainState, begin, finish, latest, open_run
 from switchkd.config.loader import ConfigError, parse, resolved
 from switchkd.config.schema import Config
-from switchkd.files import write_json_atomic
+from switchkd.data.atomic_files import write_json_atomic
 from switchkd.resume import MAY_CHANGE, cut_back, leaves
 from switchkd.run_lock import LOCK, RunLock
 

@@ -9,7 +9,7 @@ from tiny import EOS, tiny_tokenizer
 
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Data
-from switchkd.prompts import PromptStream, answer_end, load_prompts
+from switchkd.data.prompts import PromptStream, answer_end, load_prompts
 
 
 @pytest.fixture(scope="module")

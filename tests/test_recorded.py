@@ -14,8 +14,8 @@ from tiny import tiny_tokenizer
 
 from switchkd.candidates import Top, candidates
 from switchkd.config.loader import ConfigError
+from switchkd.data.rollout_io import load_rollouts, save_rollouts
 from switchkd.resume import SIGNAL, cut_back
-from switchkd.rollout_io import load_rollouts, save_rollouts
 from switchkd.run import train
 from switchkd.types import Source
 
@@ -49,7 +49,7 @@ def test_pieces_are_the_completion(online):
 
 def test_pieces_of_half_characters():
     """A character of several tokens stands whole under its last one."""
-    from switchkd.rollout_io import texts_between
+    from switchkd.data.rollout_io import texts_between
 
     def decode(ids):
         return bytes(ids).decode("utf-8", errors="replace")
@@ -159,7 +159,7 @@ def test_datasets_reads_rollouts_after_a_long_warm_up(online, tmp_path, candidat
     """Where the first lines that are looked at hold only nulls, `rollout_features` says what the columns are."""
     from datasets import load_dataset
 
-    from switchkd.rollout_features import rollout_features
+    from switchkd.data.rollout_features import rollout_features
 
     rows = lines(online / "rollouts.jsonl")
     if not candidates:

@@ -8,7 +8,7 @@ from itertools import accumulate
 import numpy as np
 import pytest
 
-from switchkd.replay import Entry, Replay, ReplayFull, allowed_until
+from switchkd.data.replay import Entry, Replay, ReplayFull, allowed_until
 from switchkd.types import Origin, Rollout
 
 BATCH = 4

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from switchkd.replay import Replay
-from switchkd.rollout_io import (
+from switchkd.data.replay import Replay
+from switchkd.data.rollout_io import (
     load_replay_state,
     load_rollouts,
     rollout_to_row,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from switchkd.config.schema import Mix, Stage
-from switchkd.prompts import PromptStream
+from switchkd.data.prompts import PromptStream
 from switchkd.schedule import RunPlan
 from switchkd.types import Origin, Prompt
 

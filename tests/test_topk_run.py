@@ -14,8 +14,8 @@ from tiny import NUM_TOKENS, tiny_model
 
 from switchkd import preflight
 from switchkd.config.loader import ConfigError
+from switchkd.data.rollout_io import load_rollouts, save_rollouts
 from switchkd.engines.hf.teacher import HFTeacher
-from switchkd.rollout_io import load_rollouts, save_rollouts
 from switchkd.run import train
 from switchkd.types import Blocks, Positions, Sessions
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from switchkd.config.schema import Rule
-from switchkd.replay import Entry
+from switchkd.data.replay import Entry
 from switchkd.types import Origin, Rollout
 from switchkd.watch import Watch, rollout_metrics
 

@@ -34,11 +34,11 @@ from switchkd.config import resources
 from switchkd.config.errors import one_line
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config, Span
+from switchkd.data.recorded import heads_for
 from switchkd.engines.models.shape import object_store_bytes, read_shape
 from switchkd.engines.models.sources import looks_local, num_params
 from switchkd.house import House
 from switchkd.metrics import MetricsLog
-from switchkd.recorded import heads_for
 from switchkd.watchdog import START_S, all_of
 
 CONNECT_S = 10.0

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from switchkd.config.loader import ConfigError
-from switchkd.files import replace_dir
+from switchkd.data.atomic_files import replace_dir
 
 PAD, EOS = "<pad>", "<eos>"
 TOKENS = (PAD, EOS, *"0123456789", "+", "=", ",", "####")

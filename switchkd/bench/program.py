@@ -65,8 +65,8 @@ def run(
 ) -> None:
     """Build a house in a folder that is removed again, and train until `on_step` raises Enough."""
     from switchkd.checkpoint import open_run
+    from switchkd.data.prompts import PromptStream
     from switchkd.examination import Examiner
-    from switchkd.prompts import PromptStream
     from switchkd.schedule import RunPlan
     from switchkd.train import Trainer
     from switchkd.watchdog import Watchdog

@@ -14,7 +14,7 @@ from switchkd.bench.quality_plot import check_matplotlib, draw
 from switchkd.bench.quality_table import Mean, QualityTable
 from switchkd.bench.study import TEACHER, WARM_UP, Cell, cells, read_study
 from switchkd.config.loader import ConfigError
-from switchkd.files import write_json_atomic, write_text_atomic
+from switchkd.data.atomic_files import write_json_atomic, write_text_atomic
 
 
 def run(

@@ -10,7 +10,7 @@ from typing import Any
 
 from switchkd.bench.quality_table import QualityTable
 from switchkd.config.loader import ConfigError
-from switchkd.files import write_atomic
+from switchkd.data.atomic_files import write_atomic
 
 MARKS = "osv^D<>Ph*Xpd"
 

@@ -18,11 +18,11 @@ import torch
 
 from switchkd.build import build_modes
 from switchkd.config.schema import Config
+from switchkd.data.replay import Replay
+from switchkd.data.replay_service import ReplayService
 from switchkd.engines.build import Gang, Teachers
 from switchkd.engines.models.lm_head import HeadArrays, LinearHead
 from switchkd.engines.weights import pack
-from switchkd.replay import Replay
-from switchkd.replay_service import ReplayService
 from switchkd.rollout import RolloutWorker
 from switchkd.types import BatchPlan, Blocks, Rollout, Sessions, Signal, StepResult, WeightBundle, WriteRequest, Written
 from switchkd.worker import Worker
@@ -54,7 +54,7 @@ def furnishing(sleeps: Sleeps) -> Callable[[], None]:
 
 def _replacements(sleeps: Sleeps) -> list[tuple[Any, str, Any]]:
     """Modules, names in them, and what stands there instead: the actors import them from there, later."""
-    from switchkd import replay_service
+    from switchkd.data import replay_service
     from switchkd.engines import build
 
     def worker(config: Config, index: int, teachers: Teachers, stop_ids: frozenset[int], new_weights: Any) -> Worker:

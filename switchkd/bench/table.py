@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from switchkd.config.loader import ConfigError
-from switchkd.files import write_json_atomic
+from switchkd.data.atomic_files import write_json_atomic
 
 VERSIONS = ("switchkd", "torch", "transformers", "ray", "deepspeed", "trl")
 

@@ -17,7 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from switchkd import __version__
-from switchkd.files import json_safe
+from switchkd.data.atomic_files import json_safe
 from switchkd.metrics import COLUMNS, figure, is_number, stage_rows
 from switchkd.reporting.payload import payload
 from switchkd.reporting.read import RunData

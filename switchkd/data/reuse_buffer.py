@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from switchkd.prompts import DRAW_OF_BUFFER, random_words
+from switchkd.data.prompts import DRAW_OF_BUFFER, random_words
 from switchkd.types import Origin, Rollout
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from switchkd.config.errors import one_line
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config, Data
-from switchkd.records import Record, read_records
+from switchkd.data.dataset import Record, read_records
 from switchkd.types import Prompt
 
 TOO_LONG, EMPTY, NO_REFERENCE = "over max_prompt_tokens", "empty prompt", "no reference"

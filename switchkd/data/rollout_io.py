@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from switchkd.files import append_whole, json_safe, write_atomic
+from switchkd.data.atomic_files import append_whole, json_safe, write_atomic
 from switchkd.types import Candidates, Origin, Rollout, RolloutStats, Signal, Source
 
 FORMAT = {"format": "switchkd-rollouts", "version": "1"}

@@ -20,11 +20,9 @@ from safetensors.numpy import save_file
 
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config
-from switchkd.engines.models.lm_head import HeadArrays
-from switchkd.files import write_atomic
-from switchkd.replay import Entry, entry_of
-from switchkd.resume import SIGNAL
-from switchkd.rollout_io import (
+from switchkd.data.atomic_files import write_atomic
+from switchkd.data.replay import Entry, entry_of
+from switchkd.data.rollout_io import (
     append_rows,
     load_rollouts,
     read_column,
@@ -32,6 +30,8 @@ from switchkd.rollout_io import (
     save_replay_state,
     save_rollouts,
 )
+from switchkd.engines.models.lm_head import HeadArrays
+from switchkd.resume import SIGNAL
 from switchkd.types import Rollout
 
 HEADS = "heads.safetensors"

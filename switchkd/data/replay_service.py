@@ -11,14 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from switchkd import recorded
 from switchkd.config.schema import Config
+from switchkd.data import recorded
+from switchkd.data.recorded import RecordedRollouts
+from switchkd.data.replay import Entry, Replay, entry_of
+from switchkd.data.reuse_buffer import Buffer
+from switchkd.data.rollout_io import append_rows, load_replay_state, save_replay_state, save_rollouts
 from switchkd.engines.models.loading import load_tokenizer
-from switchkd.recorded import RecordedRollouts
-from switchkd.replay import Entry, Replay, entry_of
-from switchkd.replay_buffer import Buffer
 from switchkd.resume import SIGNAL
-from switchkd.rollout_io import append_rows, load_replay_state, save_replay_state, save_rollouts
 from switchkd.types import Rollout
 
 EMPTY: dict[str, Any] = {
