@@ -19,11 +19,11 @@ from typing import Any
 from switchkd.algo import losses, switching, topk_losses
 from switchkd.algo.sampling import Purpose, Sampling
 from switchkd.algo.switching import Rule
-from switchkd.batching import LossSpec
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config, Loss, Stage, Teacher
 from switchkd.config.schema import Rule as RuleSection
 from switchkd.config.schema import Sampling as SamplingSection
+from switchkd.learner.batching import LossSpec
 from switchkd.rows import Mode
 from switchkd.types import Origin
 

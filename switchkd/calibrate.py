@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from switchkd.algo.sampling import Purpose
-from switchkd.batching import plan_batch
 from switchkd.bench.bound import StepCosts, measure_costs
 from switchkd.config import resources
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config, Mix, Stage
 from switchkd.engines.build import Gang, LearnerRank, make_teacher, make_worker, max_len
+from switchkd.learner.batching import plan_batch
 from switchkd.plan_costs import USUAL_BREAK_RATE, Costs
 from switchkd.preflight import Ready, prepare
 from switchkd.run import written

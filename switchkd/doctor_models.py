@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from switchkd.batching import plan_batch
 from switchkd.config.schema import Config, Model
 from switchkd.data.prompts import PromptSet
 from switchkd.engines.base import Teacher
@@ -21,6 +20,7 @@ from switchkd.engines.build import Gang, LearnerRank, make_teacher, make_worker,
 from switchkd.engines.models.lm_head import LinearHead
 from switchkd.engines.models.loading import load_tokenizer
 from switchkd.finding import Finding, fail, ok, warn
+from switchkd.learner.batching import plan_batch
 from switchkd.preflight import Ready
 from switchkd.run import written
 from switchkd.signal_rows import SignalReader

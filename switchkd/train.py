@@ -20,7 +20,6 @@ from dataclasses import replace
 from types import FrameType
 from typing import Any
 
-from switchkd.batching import plan_batch
 from switchkd.checkpoint import Checkpoint, RunFolder, TrainState
 from switchkd.config.schema import Config
 from switchkd.data.atomic_files import replace_dir
@@ -28,6 +27,7 @@ from switchkd.data.replay import Entry
 from switchkd.dispatch import MAX_TRIES, Dispatch, numbers
 from switchkd.examination import Examiner
 from switchkd.house import House, StateLost, Unreachable, Weights, WorkerLost
+from switchkd.learner.batching import plan_batch
 from switchkd.metrics import MetricsLog
 from switchkd.recovery import Restarts, go_back, lasting, save
 from switchkd.schedule import RunPlan

@@ -14,8 +14,8 @@ import torch
 from tiny import NUM_TOKENS, PAD, save_tiny, tiny_model
 
 from switchkd.algo import losses
-from switchkd.batching import LossSpec
 from switchkd.engines.models.lm_head import HeadArrays, final_hidden, head_of, signal_from_hidden
+from switchkd.learner.batching import LossSpec
 from switchkd.types import Origin, Rollout, Signal, Source
 
 TEACHER_VOCAB = 136  # wider than the student's table of 128; both are wider than the 120 tokens they share
@@ -142,7 +142,7 @@ class NaiveLearner:
 
 
 def settings_of(folder: Path, **changes: Any) -> Any:
-    from switchkd.engines.deepspeed_learner import LearnerSettings
+    from switchkd.learner.deepspeed import LearnerSettings
 
     # ZeRO-3 keeps small parameters whole, and all of ours are small: then nothing would be tested
     whole = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}

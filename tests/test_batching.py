@@ -11,7 +11,7 @@ from learning import make_rollouts
 from tiny import PAD, tiny_model
 
 from switchkd.algo.losses import atkd_threshold
-from switchkd.batching import collate, plan_batch, split_micro
+from switchkd.learner.batching import collate, plan_batch, split_micro
 
 torch.set_num_threads(1)
 

@@ -23,13 +23,13 @@ from tiny import EOS, NUM_TOKENS, tiny_model
 
 from switchkd.algo.sampling import Purpose, Sampling, draw
 from switchkd.algo.transfer import to_host
-from switchkd.batching import plan_batch
 from switchkd.engines.hf import cuda_graphs, model_runner
 from switchkd.engines.hf.cuda_graphs import CudaCapture, StepGraphs, capture_for
 from switchkd.engines.hf.model_runner import SlotModel
 from switchkd.engines.hf.teacher import HFStudent, HFTeacher
 from switchkd.engines.models.lm_head import LinearHead, final_hidden, head_of, hidden_from_signal, signal_from_hidden
 from switchkd.engines.weights import pack, unpack
+from switchkd.learner.batching import plan_batch
 from switchkd.rollout import Job, RolloutWorker
 from switchkd.rows import Mode
 
@@ -267,7 +267,7 @@ def test_bfloat16_draws_follow_the_law(setting, with_graphs):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_learner_steps(dtype, tmp_path):
     """Three steps on CUDA are near those that a reader of torch would take on the CPU in fp32."""
-    from switchkd.engines.deepspeed_learner import DeepSpeedLearner
+    from switchkd.learner.deepspeed import DeepSpeedLearner
 
     folder = student_folder(tmp_path)
     settings = replace(settings_of(folder, dtype=dtype, zero_stage=1), device=DEVICE)

@@ -30,8 +30,8 @@ from learning import (
 from tiny import tiny_model
 
 from switchkd.algo import losses
-from switchkd.batching import LossSpec, collate, plan_batch
 from switchkd.engines.weights import unpack
+from switchkd.learner.batching import LossSpec, collate, plan_batch
 from switchkd.types import Rollout, Source, StepResult
 
 torch.set_num_threads(1)
@@ -42,7 +42,7 @@ Build = Callable[..., Any]
 @pytest.fixture
 def build() -> Iterator[Build]:
     """Makes learners on one rank in this process, and closes them."""
-    from switchkd.engines.deepspeed_learner import DeepSpeedLearner
+    from switchkd.learner.deepspeed import DeepSpeedLearner
 
     made = []
 

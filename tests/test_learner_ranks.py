@@ -40,8 +40,8 @@ from learning import (
 )
 from tiny import tiny_model
 
-from switchkd.batching import LossSpec, plan_batch
 from switchkd.engines.weights import unpack, unpack_into
+from switchkd.learner.batching import LossSpec, plan_batch
 from switchkd.types import StepResult
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # whichever test comes first waits for the gang
@@ -101,7 +101,7 @@ CASES |= {f"bad_{name}": replace(CASES[name], bad=True, resume=False, export=Fal
 
 
 def build(case: Case, folder: Path, rank: int, port: int) -> Any:
-    from switchkd.engines.deepspeed_learner import DeepSpeedLearner
+    from switchkd.learner.deepspeed import DeepSpeedLearner
 
     return DeepSpeedLearner(
         settings_of(folder, **{"micro_batch_tokens": 30, **case.settings}),

@@ -188,8 +188,8 @@ class TestMemory:
     @pytest.mark.parametrize(("dtype", "stage"), [("float32", 0), ("float32", 1), ("bfloat16", 1), ("bfloat16", 2)])
     def test_a_learner_holds_what_is_planned(self, here, tmp_path, dtype, stage):
         """Weights, gradients, masters and moments of a real rank, before its second step."""
-        from switchkd.batching import plan_batch
-        from switchkd.engines.deepspeed_learner import DeepSpeedLearner
+        from switchkd.learner.batching import plan_batch
+        from switchkd.learner.deepspeed import DeepSpeedLearner
 
         folder = student_folder(tmp_path / "s", hidden_size=128, intermediate_size=256, num_hidden_layers=2)
         gang = {"rank": 0, "local_rank": 0, "world_size": 1, "master_addr": "127.0.0.1", "master_port": 0}

@@ -40,12 +40,12 @@ LAYERS = [
         "engines",
         "learner",
     ],
-    ["batching", "rows", "walk", "signal_rows", "questions", "certify", "pace", "propose", "teacher_calls"],
+    ["learner.batching", "rows", "walk", "signal_rows", "questions", "certify", "pace", "propose", "teacher_calls"],
     ["references"],
-    ["build", "data.replay", "data.reuse_buffer", "evaluate", "engines.student_module", "engines.tally"],
+    ["build", "data.replay", "data.reuse_buffer", "evaluate", "learner.loss_module", "learner.metrics"],
     [
-        "engines.deepspeed_learner",
-        "engines.student_build",
+        "learner.deepspeed",
+        "learner.student",
         "rollout",
         "checkpoint",
         "resume",
@@ -106,7 +106,7 @@ def test_ray_lives_under_actors(file):
 
 def test_deepspeed_and_vllm_live_in_one_file():
     """DeepSpeed in the learner; vLLM in its teacher and in what vLLM itself loads by name; never in one process."""
-    assert {file for file in FILES if "deepspeed" in tops(file)} <= {"engines/deepspeed_learner.py"}
+    assert {file for file in FILES if "deepspeed" in tops(file)} <= {"learner/deepspeed.py"}
     assert {file for file in FILES if "vllm" in tops(file)} <= {"engines/vllm/teacher.py", "engines/vllm/worker.py"}
 
 

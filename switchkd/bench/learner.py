@@ -175,9 +175,9 @@ def _ids(job: Job) -> torch.Tensor:
 def ours(job: Job, model: Any, teacher: torch.Tensor, head: torch.Tensor) -> Step:
     """As the learner does it: rollouts are collated, the student's module computes the loss (`StudentModule`)."""
     from switchkd.algo.losses import forward_kl
-    from switchkd.batching import LossSpec, collate, plan_batch
     from switchkd.engines.models.lm_head import LinearHead
-    from switchkd.engines.student_module import Objective, StudentModule
+    from switchkd.learner.batching import LossSpec, collate, plan_batch
+    from switchkd.learner.loss_module import Objective, StudentModule
 
     rollouts = _rollouts(job, teacher)
     batch = collate(rollouts, pad_id=0).to(job.device)

@@ -92,8 +92,8 @@ class Learner:
 
     def publish(self, version: int) -> tuple[WeightBundle, float]:
         """The bundle and the seconds that packing took."""
-        from switchkd.engines.student_module import full_tensors
         from switchkd.engines.weights import pack
+        from switchkd.learner.loss_module import full_tensors
 
         start = time.perf_counter()
         bundle = pack(full_tensors(self.model, lambda _: nullcontext()), version, dtype=self.dtype)

@@ -12,13 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from switchkd.batching import LossSpec
 from switchkd.build import build_loss, build_modes
 from switchkd.config import resources
 from switchkd.config.schema import Config, Model
 from switchkd.engines.base import Teacher
 from switchkd.engines.models.lm_head import HeadArrays, LinearHead
 from switchkd.engines.models.loading import load_model, load_tokenizer, pad_id, shared_vocab
+from switchkd.learner.batching import LossSpec
 from switchkd.rollout import RolloutWorker
 from switchkd.types import BatchPlan, Rollout, StepResult, WeightBundle
 from switchkd.worker import Worker, set_threads
@@ -26,9 +26,9 @@ from switchkd.worker import Worker, set_threads
 if TYPE_CHECKING:
     import torch
 
-    from switchkd.engines.deepspeed_learner import DeepSpeedLearner, LearnerSettings
     from switchkd.engines.hf.teacher import HFTeacher
     from switchkd.engines.vllm.teacher import VLLMTeacher
+    from switchkd.learner.deepspeed import DeepSpeedLearner, LearnerSettings
 
 
 def max_len(config: Config) -> int:
@@ -187,7 +187,7 @@ class Gang:
 
 
 def learner_settings(config: Config) -> LearnerSettings:
-    from switchkd.engines.deepspeed_learner import LearnerSettings
+    from switchkd.learner.deepspeed import LearnerSettings
 
     tokenizer = load_tokenizer(config.student.path, trust_remote_code=config.student.trust_remote_code)
     learner, student = config.learner, config.student
@@ -222,7 +222,7 @@ class LearnerRank:
     """One rank of the learner: fetches its rollouts itself, so that the driver never touches them."""
 
     def __init__(self, config: Config, gang: Gang, heads: dict[str, HeadArrays], fetch: Fetch) -> None:
-        from switchkd.engines.deepspeed_learner import DeepSpeedLearner
+        from switchkd.learner.deepspeed import DeepSpeedLearner
 
         self.config, self.gang, self.fetch = config, gang, fetch
         self.losses: list[LossSpec] = [build_loss(stage) for stage in config.train.stages]

@@ -20,8 +20,8 @@ from switchkd.algo.chunked_loss import chunked_loss
 from switchkd.algo.losses import atkd_weights, cross_entropy, forward_kl, token_weights
 from switchkd.algo.topk import TopK, concatenated, unpack
 from switchkd.algo.topk_losses import coarse
-from switchkd.batching import Batch, LossSpec
 from switchkd.engines.models.lm_head import LinearHead, final_hidden, finished
+from switchkd.learner.batching import Batch, LossSpec
 from switchkd.types import BatchPlan, Source
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager]

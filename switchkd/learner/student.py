@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from switchkd.engines.learner_settings import LearnerSettings
 from switchkd.engines.models.lm_head import _scales, head_of
 from switchkd.engines.models.loading import load_model
-from switchkd.engines.student_module import Gather, StudentModule, causal_model, full_tensors
+from switchkd.learner.loss_module import Gather, StudentModule, causal_model, full_tensors
+from switchkd.learner.settings import LearnerSettings
 
 
 def build_student(

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from switchkd.batching import Batch, LossSpec, collate, split_micro
-from switchkd.engines.learner_settings import LearnerSettings, deepspeed_config, param_groups
 from switchkd.engines.models.lm_head import HeadArrays, LinearHead
-from switchkd.engines.student_build import build_student, export_student
-from switchkd.engines.student_module import Objective, full_tensors
-from switchkd.engines.tally import Tally
 from switchkd.engines.weights import pack
+from switchkd.learner.batching import Batch, LossSpec, collate, split_micro
+from switchkd.learner.loss_module import Objective, full_tensors
+from switchkd.learner.metrics import Tally
+from switchkd.learner.settings import LearnerSettings, deepspeed_config, param_groups
+from switchkd.learner.student import build_student, export_student
 from switchkd.types import BatchPlan, Rollout, StepResult, WeightBundle
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from switchkd.batching import Batch
-from switchkd.engines.student_module import Objective
+from switchkd.learner.batching import Batch
+from switchkd.learner.loss_module import Objective
 from switchkd.types import Source
 
 _SOURCES = {Source.STUDENT: "loss/student", Source.TEACHER: "loss/teacher", Source.DATA: "loss/data"}
