@@ -23,9 +23,9 @@ from switchkd.engines.build import Gang, LearnerRank, make_teacher, make_worker,
 from switchkd.learner.batching import plan_batch
 from switchkd.plan_costs import USUAL_BREAK_RATE, Costs
 from switchkd.preflight import Ready, prepare
+from switchkd.rollout.worker import Worker, set_threads
 from switchkd.run import written
 from switchkd.types import Origin, Prompt, Rollout
-from switchkd.worker import Worker, set_threads
 
 if TYPE_CHECKING:
     from switchkd.engines.hf.teacher import HFTeacher

@@ -22,8 +22,8 @@ from switchkd.engines.models.loading import load_tokenizer
 from switchkd.finding import Finding, fail, ok, warn
 from switchkd.learner.batching import plan_batch
 from switchkd.preflight import Ready
+from switchkd.rollout.teacher_logits import SignalReader
 from switchkd.run import written
-from switchkd.signal_rows import SignalReader
 from switchkd.types import Blocks, Positions, Rollout, Sessions, Source
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}

@@ -17,8 +17,8 @@ from switchkd.data.recorded import RecordedRollouts, heads_for
 from switchkd.data.replay_service import ReplayService, make_replay
 from switchkd.engines.build import Gang, LearnerRank, Teachers, make_teacher, make_worker
 from switchkd.house import House, Pulse, Weights
+from switchkd.rollout.worker import Worker
 from switchkd.types import Exam, Task
-from switchkd.worker import Worker
 
 
 def done(function: Callable[..., Any], *args: Any) -> Future[Any]:

@@ -109,7 +109,7 @@ def _packed(config: Config, role: str, shape: Shape, heads: float) -> Parts:
 
 def _row_space(config: Config, shape: Shape) -> float:
     """Drafted rows that are kept, both models' rows of one span, and what a draw needs."""
-    from switchkd.walk import SPAN
+    from switchkd.rollout.verify import SPAN
 
     block = config.rollout.block_size
     return 4.0 * shape.vocab * config.rollout.batch_size * (block + 2 * min(SPAN, block) + 3)

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from switchkd.build import build_loss, build_rule, check_topk
 from switchkd.config.errors import first_line, one_line
 from switchkd.config.loader import ConfigError
 from switchkd.config.resources import role_of
@@ -26,6 +25,7 @@ from switchkd.engines.models.loading import load_tokenizer, refuse_own_code, sam
 from switchkd.engines.models.resolve import reads_teacher, resolve_models
 from switchkd.engines.models.sources import check_model_folder, looks_local
 from switchkd.examination import WITH_TEACHER
+from switchkd.rollout.build import build_loss, build_rule, check_topk
 
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "*.py"]
 _JOB_VARIABLES = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_ID")

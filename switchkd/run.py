@@ -26,11 +26,11 @@ from switchkd.house import House
 from switchkd.metrics import MetricsLog
 from switchkd.model_card import write_card
 from switchkd.preflight import Ready, prepare, prepare_teacher
+from switchkd.rollout.worker import Worker
 from switchkd.schedule import RunPlan
 from switchkd.train import Trainer
 from switchkd.types import Prompt, Rollout
 from switchkd.watchdog import Watchdog
-from switchkd.worker import Worker
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

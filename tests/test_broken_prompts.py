@@ -18,7 +18,7 @@ from switchkd import dispatch
 from switchkd.house import MAX_DEATHS, TeacherLost, Unreachable, WorkerLost
 from switchkd.local import DirectWorker
 from switchkd.metrics import MetricsLog
-from switchkd.rollout import RolloutWorker
+from switchkd.rollout.generator import RolloutWorker
 from switchkd.run import train
 from switchkd.set_aside import Deaths
 

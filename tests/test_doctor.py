@@ -365,12 +365,12 @@ class TestWithWeights:
 
     def test_the_dry_pass_breaks(self, here, monkeypatch):
         """Whatever an engine raises is a finding, and what was seen before it stays."""
-        import switchkd.worker
+        import switchkd.rollout.worker
 
         def fail(self: Any, tasks: Any, put: Any) -> None:
             raise RuntimeError("out of everything")
 
-        monkeypatch.setattr(switchkd.worker.Worker, "generate", fail)
+        monkeypatch.setattr(switchkd.rollout.worker.Worker, "generate", fail)
         found = doctor.examine(wanted(here))
         assert one(found, "determinism", "ok")
         finding = one(found, "dry pass", "fail")

@@ -12,8 +12,8 @@ from switchkd.algo import switching
 from switchkd.algo.sampling import Sampling
 from switchkd.engines.hf.teacher import HFStudent, HFTeacher
 from switchkd.engines.models.lm_head import LinearHead
-from switchkd.rollout import Job, RolloutWorker
-from switchkd.rows import Mode
+from switchkd.rollout.generator import Job, RolloutWorker
+from switchkd.rollout.state import Mode
 from switchkd.types import Origin, Prompt, Rollout, Task
 
 NEAR = 1e-4

@@ -152,7 +152,7 @@ def rule():
 
 def arm():
     from switchkd.actors.teacher_router import SESSION_BITS, TeacherRouter
-    from switchkd.rollout import RolloutWorker
+    from switchkd.rollout.generator import RolloutWorker
 
     start, place = RolloutWorker._start, TeacherRouter._place
 

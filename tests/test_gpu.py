@@ -30,8 +30,8 @@ from switchkd.engines.hf.teacher import HFStudent, HFTeacher
 from switchkd.engines.models.lm_head import LinearHead, final_hidden, head_of, hidden_from_signal, signal_from_hidden
 from switchkd.engines.weights import pack, unpack
 from switchkd.learner.batching import plan_batch
-from switchkd.rollout import Job, RolloutWorker
-from switchkd.rows import Mode
+from switchkd.rollout.generator import Job, RolloutWorker
+from switchkd.rollout.state import Mode
 
 pytestmark = [
     pytest.mark.gpu,

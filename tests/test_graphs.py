@@ -28,8 +28,8 @@ from switchkd.engines.hf.model_runner import SlotModel
 from switchkd.engines.hf.teacher import HFStudent, HFTeacher
 from switchkd.engines.models.lm_head import LinearHead, final_hidden
 from switchkd.engines.weights import pack
-from switchkd.rollout import Job, RolloutWorker
-from switchkd.rows import Mode
+from switchkd.rollout.generator import Job, RolloutWorker
+from switchkd.rollout.state import Mode
 
 torch.set_num_threads(1)
 

@@ -8,8 +8,8 @@ from toy import task
 
 from switchkd.algo import switching
 from switchkd.algo.sampling import Sampling
-from switchkd.pace import LOCKSTEP, Costs, Lead, Pace, _Rates
-from switchkd.rows import Mode, Row
+from switchkd.rollout.speculation import LOCKSTEP, Costs, Lead, Pace, _Rates
+from switchkd.rollout.state import Mode, Row
 
 RULE = switching.jsd_threshold()
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from tiny import save_tiny
 
-from switchkd.build import build_loss, build_modes
 from switchkd.config.loader import load
 from switchkd.config.schema import Config
 from switchkd.data.prompts import PromptStream
 from switchkd.eval_config import eval_config
 from switchkd.preflight import prepare
+from switchkd.rollout.build import build_loss, build_modes
 from switchkd.run import train
 from switchkd.schedule import RunPlan
 from switchkd.types import Origin, Prompt

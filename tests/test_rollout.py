@@ -14,8 +14,8 @@ from toy import STOP, VOCAB, ToyStudent, ToyTeacher, pair, rows_of, task
 
 from switchkd.algo import divergence, switching
 from switchkd.algo.sampling import Purpose, Sampling, coin, gumbel, noise_bits
-from switchkd.rollout import Job, RolloutWorker
-from switchkd.rows import Mode
+from switchkd.rollout.generator import Job, RolloutWorker
+from switchkd.rollout.state import Mode
 from switchkd.types import Origin, Rollout, Source
 
 MAX_NEW = 20

@@ -25,12 +25,12 @@ from runs import command, config_file, descendants, linked, processes
 from safetensors.torch import load_file, save_file
 from test_ray_run import answers, free_ports, wait_until
 
-from switchkd import build
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config, Model, Student, Teacher
 from switchkd.engines.models.depth_prune import init_student
 from switchkd.engines.models.loading import load_model
 from switchkd.engines.models.sources import check_model_folder
+from switchkd.rollout import build
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "switchkd").rglob("*.py"))

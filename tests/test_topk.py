@@ -17,8 +17,8 @@ from switchkd.algo.switching import Rule
 from switchkd.algo.topk import compress, pack, unpack
 from switchkd.engines.base import UnknownSession
 from switchkd.engines.hf.teacher import HFStudent, HFTeacher
-from switchkd.rollout import Job, RolloutWorker
-from switchkd.rows import Mode
+from switchkd.rollout.generator import Job, RolloutWorker
+from switchkd.rollout.state import Mode
 from switchkd.types import Blocks, Origin, Positions, Rollout, Sessions, Signal, Written
 
 torch.set_num_threads(1)

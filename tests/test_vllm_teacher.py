@@ -33,7 +33,7 @@ from switchkd.algo.topk import compress, unpack
 from switchkd.config.loader import ConfigError
 from switchkd.engines.base import TeacherBusy, UnknownSession
 from switchkd.engines.models.lm_head import LinearHead, head_of, hidden_from_signal
-from switchkd.rows import Mode
+from switchkd.rollout.state import Mode
 from switchkd.types import Positions, Rollout, Signal
 
 pytestmark = [

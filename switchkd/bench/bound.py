@@ -20,7 +20,7 @@ from switchkd.algo import divergence
 from switchkd.algo.sampling import Purpose, Sampling, draw
 from switchkd.algo.switching import Rule
 from switchkd.engines.hf.teacher import HFStudent, HFTeacher
-from switchkd.pace import SIZES
+from switchkd.rollout.speculation import SIZES
 from switchkd.types import Blocks, Prompt, Rollout, Sessions, Source, WriteRequest
 
 

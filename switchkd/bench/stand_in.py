@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from switchkd.build import build_modes
 from switchkd.config.schema import Config
 from switchkd.data.replay import Replay
 from switchkd.data.replay_service import ReplayService
 from switchkd.engines.build import Gang, Teachers
 from switchkd.engines.models.lm_head import HeadArrays, LinearHead
 from switchkd.engines.weights import pack
-from switchkd.rollout import RolloutWorker
+from switchkd.rollout.build import build_modes
+from switchkd.rollout.generator import RolloutWorker
+from switchkd.rollout.worker import Worker
 from switchkd.types import BatchPlan, Blocks, Rollout, Sessions, Signal, StepResult, WeightBundle, WriteRequest, Written
-from switchkd.worker import Worker
 
 WIDTH, VOCAB = 16, 64
 

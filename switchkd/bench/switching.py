@@ -30,10 +30,10 @@ from switchkd.config.loader import ConfigError
 from switchkd.engines.hf.teacher import HFStudent, HFTeacher
 from switchkd.engines.models.lm_head import LinearHead
 from switchkd.engines.models.loading import load_model, load_tokenizer, pad_id, shared_vocab, stop_ids
-from switchkd.pace import Lead
-from switchkd.rollout import Job, RolloutWorker
-from switchkd.rows import Mode
-from switchkd.signal_rows import SignalReader
+from switchkd.rollout.generator import Job, RolloutWorker
+from switchkd.rollout.speculation import Lead
+from switchkd.rollout.state import Mode
+from switchkd.rollout.teacher_logits import SignalReader
 from switchkd.types import Origin, Prompt, Rollout, Source, Task
 
 HALF_LIFE = 16.0

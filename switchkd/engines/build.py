@@ -12,16 +12,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from switchkd.build import build_loss, build_modes
 from switchkd.config import resources
 from switchkd.config.schema import Config, Model
 from switchkd.engines.base import Teacher
 from switchkd.engines.models.lm_head import HeadArrays, LinearHead
 from switchkd.engines.models.loading import load_model, load_tokenizer, pad_id, shared_vocab
 from switchkd.learner.batching import LossSpec
-from switchkd.rollout import RolloutWorker
+from switchkd.rollout.build import build_loss, build_modes
+from switchkd.rollout.generator import RolloutWorker
+from switchkd.rollout.worker import Worker, set_threads
 from switchkd.types import BatchPlan, Rollout, StepResult, WeightBundle
-from switchkd.worker import Worker, set_threads
 
 if TYPE_CHECKING:
     import torch

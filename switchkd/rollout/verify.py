@@ -22,10 +22,10 @@ from torch import Tensor
 
 from switchkd.algo.losses import uncertainty
 from switchkd.algo.sampling import Purpose, Sampling, coin, draw
-from switchkd.candidates import Top
-from switchkd.certify import Verdict, certified, coarse_statistic
-from switchkd.questions import Briefs
-from switchkd.rows import Row
+from switchkd.rollout.certify import Verdict, certified, coarse_statistic
+from switchkd.rollout.questions import Briefs
+from switchkd.rollout.state import Row
+from switchkd.rollout.top_logprobs import Top
 from switchkd.types import Source
 
 NEAR_TIE = 1e-4

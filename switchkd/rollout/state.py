@@ -16,7 +16,7 @@ import torch
 
 from switchkd.algo.sampling import Purpose, Sampling
 from switchkd.algo.switching import Rule, init_memory
-from switchkd.candidates import Top, candidates
+from switchkd.rollout.top_logprobs import Top, candidates
 from switchkd.types import Rollout, RolloutStats, Signal, Source, Task
 
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from switchkd.candidates import candidates
-from switchkd.questions import Reference
-from switchkd.rows import mean_tail_mass
-from switchkd.teacher_calls import TeacherCalls, split
+from switchkd.rollout.questions import Reference
+from switchkd.rollout.state import mean_tail_mass
+from switchkd.rollout.teacher_client import TeacherCalls, split
+from switchkd.rollout.top_logprobs import candidates
 from switchkd.types import Blocks, Positions, Rollout, RolloutStats, Signal, Source, Task
 
 Emit = Callable[[list[Rollout]], None]

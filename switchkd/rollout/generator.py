@@ -26,16 +26,16 @@ from typing import Any
 
 import numpy as np
 
-from switchkd.candidates import Top
 from switchkd.engines.base import OutputHead, StudentEngine, Teacher, TeacherBusy
-from switchkd.pace import LOCKSTEP, Lead, Pace
-from switchkd.propose import Proposer, grouped, write_request
-from switchkd.questions import Briefs
-from switchkd.references import References
-from switchkd.rows import Mode, Row
-from switchkd.teacher_calls import BUSY_S, TeacherCalls, blocks_of, split
+from switchkd.rollout.draft import Proposer, grouped, write_request
+from switchkd.rollout.questions import Briefs
+from switchkd.rollout.score_references import References
+from switchkd.rollout.speculation import LOCKSTEP, Lead, Pace
+from switchkd.rollout.state import Mode, Row
+from switchkd.rollout.teacher_client import BUSY_S, TeacherCalls, blocks_of, split
+from switchkd.rollout.top_logprobs import Top
+from switchkd.rollout.verify import NEAR_TIE, Block, walk
 from switchkd.types import Rollout, Signal, Task, WeightBundle, Written, ragged
-from switchkd.walk import NEAR_TIE, Block, walk
 
 Emit = Callable[[list[Rollout]], None]
 WRITE_SPAN = 8

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from switchkd.engines.base import OutputHead, Teacher, TeacherBusy
-from switchkd.questions import Asker, Briefs
-from switchkd.rows import Row
-from switchkd.signal_rows import SignalReader
+from switchkd.rollout.questions import Asker, Briefs
+from switchkd.rollout.state import Row
+from switchkd.rollout.teacher_logits import SignalReader
 from switchkd.types import Blocks, Positions, Sessions, Signal, Task, Written, ragged
 
 BUSY_S = 0.05

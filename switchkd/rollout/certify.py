@@ -19,8 +19,8 @@ from torch import Tensor
 
 from switchkd.algo.switching import Rule
 from switchkd.algo.topk import TopK, coarse_grain, place_of
-from switchkd.questions import Briefs
-from switchkd.rows import Past, Row, Unsure
+from switchkd.rollout.questions import Briefs
+from switchkd.rollout.state import Past, Row, Unsure
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

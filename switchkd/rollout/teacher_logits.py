@@ -14,9 +14,9 @@ from torch import Tensor
 
 from switchkd.algo.losses import uncertainty
 from switchkd.algo.topk import unpack
-from switchkd.candidates import Top
 from switchkd.engines.base import OutputHead
 from switchkd.engines.models.lm_head import hidden_from_signal
+from switchkd.rollout.top_logprobs import Top
 from switchkd.types import Signal
 
 

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from switchkd.candidates import Top
 from switchkd.engines.base import StudentEngine
-from switchkd.pace import Costs
-from switchkd.rows import Row
-from switchkd.signal_rows import SignalReader, pieces_as_rows
+from switchkd.rollout.speculation import Costs
+from switchkd.rollout.state import Row
+from switchkd.rollout.teacher_logits import SignalReader, pieces_as_rows
+from switchkd.rollout.top_logprobs import Top
+from switchkd.rollout.verify import Block, draws
 from switchkd.types import Blocks, Source, WriteRequest, Written
-from switchkd.walk import Block, draws
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from switchkd.algo.sampling import Purpose
-from switchkd.rows import Row
+from switchkd.rollout.state import Row
 
 Who = Literal["student", "teacher", "lockstep"]
 

@@ -20,7 +20,7 @@ from switchkd.algo import losses, topk
 from switchkd.algo.sampling import Sampling
 from switchkd.algo.topk import TopK, draws_inside, smeared, unpack
 from switchkd.engines.models.lm_head import hidden_from_signal
-from switchkd.signal_rows import SignalReader
+from switchkd.rollout.teacher_logits import SignalReader
 from switchkd.types import Positions, Signal, Task
 
 Ask = Callable[[Positions], Signal]

@@ -24,7 +24,7 @@ from switchkd.config.schema import Config, Loss, Stage, Teacher
 from switchkd.config.schema import Rule as RuleSection
 from switchkd.config.schema import Sampling as SamplingSection
 from switchkd.learner.batching import LossSpec
-from switchkd.rows import Mode
+from switchkd.rollout.state import Mode
 from switchkd.types import Origin
 
 
