@@ -19,10 +19,10 @@ from switchkd.bench.bound import StepCosts, measure_costs
 from switchkd.config import resources
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config, Mix, Stage
+from switchkd.controller.preflight import Ready, prepare
 from switchkd.engines.build import Gang, LearnerRank, make_teacher, make_worker, max_len
 from switchkd.learner.batching import plan_batch
 from switchkd.plan_costs import USUAL_BREAK_RATE, Costs
-from switchkd.preflight import Ready, prepare
 from switchkd.rollout.worker import Worker, set_threads
 from switchkd.run import written
 from switchkd.types import Origin, Prompt, Rollout

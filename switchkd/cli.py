@@ -136,7 +136,7 @@ def train(
 def _dry_run(config: Config) -> None:
     """The config with all defaults on stdout; what was found in models and data on stderr."""
     from switchkd.config.loader import dump_yaml
-    from switchkd.preflight import prepare
+    from switchkd.controller.preflight import prepare
 
     ready = prepare(config)
     print(dump_yaml(config), end="")

@@ -14,10 +14,10 @@ from contextlib import redirect_stdout
 from switchkd import doctor_machine as machine
 from switchkd.config import resources
 from switchkd.config.schema import Config
+from switchkd.controller.preflight import check, prepare
 from switchkd.engines.models.demo import NAME, cache_dir
 from switchkd.engines.models.resolve import reads_teacher
 from switchkd.finding import Finding, fail, looked, ok, warn
-from switchkd.preflight import check, prepare
 
 Tell = Callable[[Finding], None]
 

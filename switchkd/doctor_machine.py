@@ -17,16 +17,16 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
-from switchkd import local
 from switchkd.config import resources
 from switchkd.config.schema import Config
+from switchkd.controller import local
+from switchkd.controller.resume import CONFIG
+from switchkd.controller.run_lock import LOCK, _read
 from switchkd.engines.models.shape import Shape, object_store_bytes
 from switchkd.engines.models.sources import looks_local
 from switchkd.finding import Finding, fail, ok, warn
 from switchkd.plan_memory import GIB, checkpoint_bytes, memory, total
-from switchkd.resume import CONFIG
 from switchkd.run import _this_machine
-from switchkd.run_lock import LOCK, _read
 
 PROBE = ".switchkd-doctor-"
 DASHBOARD_PORT = 8265

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from switchkd.config.schema import Config, Model
+from switchkd.controller.preflight import Ready
 from switchkd.data.prompts import PromptSet
 from switchkd.engines.base import Teacher
 from switchkd.engines.build import Gang, LearnerRank, make_teacher, make_worker, max_len
@@ -21,7 +22,6 @@ from switchkd.engines.models.lm_head import LinearHead
 from switchkd.engines.models.loading import load_tokenizer
 from switchkd.finding import Finding, fail, ok, warn
 from switchkd.learner.batching import plan_batch
-from switchkd.preflight import Ready
 from switchkd.rollout.teacher_logits import SignalReader
 from switchkd.run import written
 from switchkd.types import Blocks, Positions, Rollout, Sessions, Source

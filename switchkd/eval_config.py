@@ -12,7 +12,7 @@ from typing import Any
 
 from switchkd.config.loader import ConfigError, apply_override, load, parse, resolved
 from switchkd.config.schema import Config
-from switchkd.examination import WITH_TEACHER
+from switchkd.controller.evaluation import WITH_TEACHER
 from switchkd.export import find_student
 
 _NO_TEACHER = {"name": "evaluation", "steps": 0, "mix": {"dataset": 1.0}, "loss": {"type": "cross_entropy"}}

@@ -15,9 +15,9 @@ import yaml
 
 from switchkd.config.errors import first_line
 from switchkd.config.loader import ConfigError, parse
-from switchkd.metrics import METRICS
-from switchkd.model_card import CARD, write_card
-from switchkd.resume import CONFIG
+from switchkd.controller.metrics import METRICS
+from switchkd.controller.model_card import CARD, write_card
+from switchkd.controller.resume import CONFIG
 
 _STEP = "step-"
 

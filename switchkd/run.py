@@ -11,26 +11,26 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from switchkd import local
-from switchkd.adaptive import Adaptive
-from switchkd.checkpoint import RunFolder, TrainState, open_run
 from switchkd.config import resources
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config, Stage
+from switchkd.controller import local
+from switchkd.controller.adaptive import Adaptive
+from switchkd.controller.checkpoint import RunFolder, TrainState, open_run
+from switchkd.controller.evaluation import Examiner
+from switchkd.controller.handles import House
+from switchkd.controller.metrics import MetricsLog
+from switchkd.controller.model_card import write_card
+from switchkd.controller.preflight import Ready, prepare, prepare_teacher
+from switchkd.controller.schedule import RunPlan
+from switchkd.controller.text_metrics import EvalRow, aggregate
+from switchkd.controller.watchdog import Watchdog
 from switchkd.data.atomic_files import write_json_atomic
 from switchkd.data.prompts import PromptStream
 from switchkd.engines.build import make_worker
-from switchkd.evaluate import EvalRow, aggregate
-from switchkd.examination import Examiner
-from switchkd.house import House
-from switchkd.metrics import MetricsLog
-from switchkd.model_card import write_card
-from switchkd.preflight import Ready, prepare, prepare_teacher
 from switchkd.rollout.worker import Worker
-from switchkd.schedule import RunPlan
 from switchkd.train import Trainer
 from switchkd.types import Prompt, Rollout
-from switchkd.watchdog import Watchdog
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

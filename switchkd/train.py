@@ -20,22 +20,22 @@ from dataclasses import replace
 from types import FrameType
 from typing import Any
 
-from switchkd.checkpoint import Checkpoint, RunFolder, TrainState
 from switchkd.config.schema import Config
+from switchkd.controller.alerts import Watch
+from switchkd.controller.checkpoint import Checkpoint, RunFolder, TrainState
+from switchkd.controller.dispatcher import MAX_TRIES, Dispatch, numbers
+from switchkd.controller.evaluation import Examiner
+from switchkd.controller.handles import House, StateLost, Unreachable, Weights, WorkerLost
+from switchkd.controller.metrics import MetricsLog
+from switchkd.controller.quarantine import SetAside
+from switchkd.controller.recovery import Restarts, go_back, lasting, save
+from switchkd.controller.schedule import RunPlan
+from switchkd.controller.step_metrics import step_row
+from switchkd.controller.watchdog import LOOK_S, Stalled, Watchdog
 from switchkd.data.atomic_files import replace_dir
 from switchkd.data.replay import Entry
-from switchkd.dispatch import MAX_TRIES, Dispatch, numbers
-from switchkd.examination import Examiner
-from switchkd.house import House, StateLost, Unreachable, Weights, WorkerLost
 from switchkd.learner.batching import plan_batch
-from switchkd.metrics import MetricsLog
-from switchkd.recovery import Restarts, go_back, lasting, save
-from switchkd.schedule import RunPlan
-from switchkd.set_aside import SetAside
-from switchkd.step_row import step_row
 from switchkd.types import Origin, StepResult
-from switchkd.watch import Watch
-from switchkd.watchdog import LOOK_S, Stalled, Watchdog
 
 MAX_SKIPPED = 3
 """Steps in a row without a finite loss that end a run."""

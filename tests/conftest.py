@@ -12,7 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the core
 import pytest
 from runs import STAGES, config, furnish, linked
 
-from switchkd.metrics import MetricsLog
+from switchkd.controller.metrics import MetricsLog
 
 
 @pytest.fixture(scope="module")

@@ -119,7 +119,7 @@ def small_ray(num_cpus: int, **more: Any) -> Iterator[str]:
 DIE_AFTER = """
 import os, signal, sys
 from switchkd import cli
-from switchkd.metrics import MetricsLog
+from switchkd.controller.metrics import MetricsLog
 
 log_step = MetricsLog.step
 

@@ -17,14 +17,14 @@ import torch
 from runs import DIE_AFTER, WARM_UP, command, config, config_file, descendants, distance, lines, small_ray, steps
 from test_replay import rollout
 
-from switchkd.adaptive import BUFFERED, FIXED, GENERATED, Adaptive
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Mix, Phi, Stage
+from switchkd.controller.adaptive import BUFFERED, FIXED, GENERATED, Adaptive
+from switchkd.controller.metrics import MetricsLog
+from switchkd.controller.schedule import RunPlan
 from switchkd.data.prompts import PromptStream
 from switchkd.data.reuse_buffer import Buffer
-from switchkd.metrics import MetricsLog
 from switchkd.run import train
-from switchkd.schedule import RunPlan
 from switchkd.types import Origin, Prompt
 
 # --- the schedule ----------------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def test_evaluation_loss_is_the_plain_models(whole, monkeypatch):
     """eval/loss is the cross-entropy a token of the student on the references, the end of each included."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from switchkd.preflight import prepare
+    from switchkd.controller.preflight import prepare
 
     monkeypatch.chdir(whole.parent)
     ready = prepare(config(whole.parent, STAGES, name="again.yaml", **SECTIONS))

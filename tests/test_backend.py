@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from switchkd import local
 from switchkd.config import teacher_backend
 from switchkd.config.loader import ConfigError, parse
-from switchkd.preflight import _check_model, check
+from switchkd.controller import local
+from switchkd.controller.preflight import _check_model, check
 
 VLLM = {"backend": "vllm"}
 THIN = {"interface": "public", "signal": "topk", "decide": "coarse"}

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from runs import NUM_ROLLOUTS, STAGES, command, config, config_file, distance, lines, rollouts, steps
 
-from switchkd import dispatch
-from switchkd.house import MAX_DEATHS, TeacherLost, Unreachable, WorkerLost
-from switchkd.local import DirectWorker
-from switchkd.metrics import MetricsLog
+from switchkd.controller import dispatcher
+from switchkd.controller.handles import MAX_DEATHS, TeacherLost, Unreachable, WorkerLost
+from switchkd.controller.local import DirectWorker
+from switchkd.controller.metrics import MetricsLog
+from switchkd.controller.quarantine import Deaths
 from switchkd.rollout.generator import RolloutWorker
 from switchkd.run import train
-from switchkd.set_aside import Deaths
 
 
 def break_rollouts(patch: pytest.MonkeyPatch, broken: set[int]) -> None:
@@ -158,7 +158,7 @@ def rests(patch: pytest.MonkeyPatch) -> list[float]:
         over.set_result(None)
         return over
 
-    patch.setattr(dispatch, "_rest", rest)
+    patch.setattr(dispatcher, "_rest", rest)
     return found
 
 
@@ -295,5 +295,5 @@ def test_somebody_does_not_answer(alone, place, monkeypatch, notes):
     calls = calls_of(monkeypatch, lambda ids, num: away if 9 in ids else None)
     with pytest.raises(RuntimeError, match=r"rollouts 8 to 11 were given out 5 times in vain; .* \(RayError: no route"):
         train(config(place, STAGES, run={"dir": "second"}))
-    assert calls[2:] == [[8, 9, 10, 11]] * dispatch.MAX_TRIES and rested == [1.0, 2.0, 4.0, 8.0]
+    assert calls[2:] == [[8, 9, 10, 11]] * dispatcher.MAX_TRIES and rested == [1.0, 2.0, 4.0, 8.0]
     assert not (place / "second" / "set_aside.jsonl").exists()

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
-from switchkd.checkpoint import Checkpoint, Draft, TrainState, begin, finish, latest, open_run
 from switchkd.config.loader import ConfigError, parse, resolved
 from switchkd.config.schema import Config
+from switchkd.controller.checkpoint import Checkpoint, Draft, TrainState, begin, finish, latest, open_run
+from switchkd.controller.resume import MAY_CHANGE, cut_back, leaves
+from switchkd.controller.run_lock import LOCK, RunLock
 from switchkd.data.atomic_files import write_json_atomic
-from switchkd.resume import MAY_CHANGE, cut_back, leaves
-from switchkd.run_lock import LOCK, RunLock
 
 ROLES = ("teacher", "rollout", "learner")
 TOKEN = "hf_" + "aB3" * 8

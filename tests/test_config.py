@@ -8,7 +8,7 @@ import yaml
 
 from switchkd.config.loader import ConfigError, dump_yaml, load, parse, resolved
 from switchkd.config.schema import Stage
-from switchkd.preflight import check
+from switchkd.controller.preflight import check
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 CONFIGS = [path for path in CONFIGS if path.parent.name != "study"]  # those are read by test_study.py

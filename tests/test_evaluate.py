@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from switchkd.evaluate import GREEDY, EvalRow, aggregate, exact_match, final_number, rouge_l, stats
+from switchkd.controller.text_metrics import GREEDY, EvalRow, aggregate, exact_match, final_number, rouge_l, stats
 from switchkd.types import Prompt
 
 

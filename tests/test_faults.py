@@ -42,10 +42,10 @@ from runs import (
 from test_broken_prompts import break_rollouts
 from test_ray_run import ON_RAY, TWO_OF_ALL, Murder, actors, same_numbers, same_rollouts, wait_until
 
-from switchkd import recovery
-from switchkd.metrics import MetricsLog
+from switchkd.controller import recovery
+from switchkd.controller.metrics import MetricsLog
+from switchkd.controller.watchdog import Stalled
 from switchkd.run import train
-from switchkd.watchdog import Stalled
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -200,8 +200,9 @@ def test_prompts_that_break_and_kill(cluster, place, monkeypatch, notes):
 
 FILL = """
 import os, resource, sys
-from switchkd import cli, recovery
-from switchkd.metrics import MetricsLog
+from switchkd import cli
+from switchkd.controller import recovery
+from switchkd.controller.metrics import MetricsLog
 
 recovery.RETRY_S = (0.1, 0.1)
 log_step = MetricsLog.step
@@ -366,7 +367,7 @@ cluster.add_node(num_cpus=8, object_store_memory=100_000_000)
 ray.init(address=cluster.address, log_to_driver=False)
 from switchkd.actors.futures import shut_down
 from switchkd.config.loader import load
-from switchkd.metrics import MetricsLog
+from switchkd.controller.metrics import MetricsLog
 from switchkd.run import train
 
 log_step = MetricsLog.step

@@ -4,10 +4,10 @@ import io
 
 from rich.console import Console
 
-from switchkd.checkpoint import TrainState
 from switchkd.config.schema import Metrics
-from switchkd.live import ROLES, LiveView
-from switchkd.metrics import MetricsLog
+from switchkd.controller.checkpoint import TrainState
+from switchkd.controller.console import ROLES, LiveView
+from switchkd.controller.metrics import MetricsLog
 
 ROW = {
     "stage": "warm", "loss/total": 0.5, "teacher/calls": 12, "rollout/tokens_per_s": 345.6, "time/learn_s": 1.25,
@@ -40,7 +40,7 @@ def test_one_line_per_role():
 def test_a_role_says_how_long(monkeypatch):
     """What takes seconds is told with its time; the same text said again does not begin anew."""
     now = [100.0]
-    monkeypatch.setattr("switchkd.live.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("switchkd.controller.console.time.monotonic", lambda: now[0])
     view = LiveView(Console(file=io.StringIO()), 8, 0)
     view.now(learner="trains")
     now[0] += 5

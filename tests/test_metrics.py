@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from switchkd.checkpoint import TrainState
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Metrics
-from switchkd.metrics import MetricsLog, summary_rows
+from switchkd.controller.checkpoint import TrainState
+from switchkd.controller.metrics import MetricsLog, summary_rows
 
 
 def quiet(terminal: bool = False) -> Console:
@@ -183,7 +183,9 @@ def test_nothing_heavy_is_imported():
     """Torch and W&B are imported only when asked for."""
     import subprocess
 
-    code = "import sys, switchkd.metrics; print({'torch', 'wandb', 'tensorboard'} & sys.modules.keys() or [])"
+    code = (
+        "import sys, switchkd.controller.metrics; print({'torch', 'wandb', 'tensorboard'} & sys.modules.keys() or [])"
+    )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 

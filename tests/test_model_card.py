@@ -9,7 +9,7 @@ import pytest
 import yaml
 from runs import STAGES, command, config, furnish
 
-from switchkd.model_card import CARD, model_card
+from switchkd.controller.model_card import CARD, model_card
 from switchkd.run import train
 
 

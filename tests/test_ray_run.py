@@ -36,7 +36,7 @@ from runs import (
 )
 
 from switchkd.config.loader import ConfigError
-from switchkd.metrics import MetricsLog
+from switchkd.controller.metrics import MetricsLog
 from switchkd.run import Summary, train
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -309,7 +309,7 @@ def test_the_driver_dies_on_a_joined_cluster(cluster, alone, place, done_at):
 DIE_AFTER = """
 import os, signal, sys
 from switchkd import cli
-from switchkd.metrics import MetricsLog
+from switchkd.controller.metrics import MetricsLog
 
 log_step = MetricsLog.step
 

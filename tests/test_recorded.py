@@ -13,8 +13,8 @@ from runs import ADASWITCH, NUM_ROLLOUTS, STAGES, WARM_UP, command, config, conf
 from tiny import tiny_tokenizer
 
 from switchkd.config.loader import ConfigError
+from switchkd.controller.resume import SIGNAL, cut_back
 from switchkd.data.rollout_io import load_rollouts, save_rollouts
-from switchkd.resume import SIGNAL, cut_back
 from switchkd.rollout.top_logprobs import Top, candidates
 from switchkd.run import train
 from switchkd.types import Source

@@ -13,8 +13,8 @@ import pytest
 from pools import Still, Thunks, fetch
 from toy import ToyTeacher, pair
 
+from switchkd.controller.handles import TeacherLost
 from switchkd.engines.base import TeacherBusy, UnknownSession
-from switchkd.house import TeacherLost
 from switchkd.membership import DRAIN_S, FORGET_S, Members, Roster, State
 from switchkd.types import Blocks, Sessions
 

@@ -35,7 +35,7 @@ from switchkd.actors import environment
 from switchkd.actors.placement import settled
 from switchkd.config import resources
 from switchkd.config.loader import ConfigError, load
-from switchkd.metrics import MetricsLog
+from switchkd.controller.metrics import MetricsLog
 from switchkd.run import Summary, train
 
 EVAL = {"data": "./data.jsonl", "num_prompts": 6, "max_new_tokens": 12}
@@ -307,12 +307,12 @@ def test_own_rule_and_loss(place, monkeypatch):
 
 def test_fine_tuning_needs_no_teacher(place, monkeypatch):
     """Cross-entropy on references loads no teacher, and looks for none."""
-    import switchkd.local
+    import switchkd.controller.local
 
     def fail(config):
         raise AssertionError("a teacher was loaded")
 
-    monkeypatch.setattr(switchkd.local, "make_teacher", fail)
+    monkeypatch.setattr(switchkd.controller.local, "make_teacher", fail)
     stage = {"name": "tune", "steps": 2, "mix": {"dataset": 1}, "loss": {"type": "cross_entropy"}}
     summary = train(config(place, [stage], teacher={"path": "/nowhere"}, eval={**EVAL, "metrics": ["rouge_l"]}))
     first, second = (row["loss/total"] for row in steps(place / "run"))

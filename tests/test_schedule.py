@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from switchkd.config.schema import Mix, Stage
+from switchkd.controller.schedule import RunPlan
 from switchkd.data.prompts import PromptStream
-from switchkd.schedule import RunPlan
 from switchkd.types import Origin, Prompt
 
 PROMPTS = [Prompt(prompt_id=str(i), text="", token_ids=np.ones(1, np.int32)) for i in range(7)]

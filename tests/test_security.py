@@ -347,7 +347,7 @@ LOOK = """
 import json, os, sys
 from pathlib import Path
 from switchkd import cli
-from switchkd.metrics import MetricsLog
+from switchkd.controller.metrics import MetricsLog
 
 sys.path.insert(0, {tests!r})
 log_step = MetricsLog.step

@@ -18,7 +18,7 @@ from switchkd.bench.exam import over_exams
 from switchkd.bench.quality_table import Mean, Paired, QualityTable, holm
 from switchkd.bench.study import Cell, cells, configured, merged, read_study
 from switchkd.config.loader import ConfigError
-from switchkd.evaluate import exact_match, final_number
+from switchkd.controller.text_metrics import exact_match, final_number
 
 SIZE = {"layers": 1, "hidden": 16, "heads": 2}
 STUDY: dict[str, Any] = {

@@ -10,8 +10,8 @@ from runs import config, furnish, lines, rollouts, steps
 from tiny import save_tiny, tiny_tokenizer
 
 from switchkd.config.loader import ConfigError, load, parse
+from switchkd.controller.preflight import prepare
 from switchkd.eval_config import eval_config
-from switchkd.preflight import prepare
 from switchkd.run import sample, train
 
 SWITCH = {

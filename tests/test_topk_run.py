@@ -12,8 +12,8 @@ from pools import Still, Thunks, fetch
 from runs import config, furnish, rollouts, steps
 from tiny import NUM_TOKENS, tiny_model
 
-from switchkd import preflight
 from switchkd.config.loader import ConfigError
+from switchkd.controller import preflight
 from switchkd.data.rollout_io import load_rollouts, save_rollouts
 from switchkd.engines.hf.teacher import HFTeacher
 from switchkd.run import train

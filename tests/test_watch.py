@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from switchkd.config.schema import Rule
+from switchkd.controller.alerts import Watch, rollout_metrics
 from switchkd.data.replay import Entry
 from switchkd.types import Origin, Rollout
-from switchkd.watch import Watch, rollout_metrics
 
 SWITCH = Rule(type="jsd_threshold")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from switchkd.house import Pulse, StateLost
-from switchkd.recovery import Restarts, lasting
-from switchkd.watchdog import Stalled, Watchdog, all_of
+from switchkd.controller.handles import Pulse, StateLost
+from switchkd.controller.recovery import Restarts, lasting
+from switchkd.controller.watchdog import Stalled, Watchdog, all_of
 
 
 class Clock:

@@ -17,7 +17,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from switchkd.house import Pulse
+from switchkd.controller.handles import Pulse
 
 ANSWER_S = 5.0
 GROUP = {"health": 1}

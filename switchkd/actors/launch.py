@@ -34,12 +34,12 @@ from switchkd.config import resources
 from switchkd.config.errors import one_line
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config, Span
+from switchkd.controller.handles import House
+from switchkd.controller.metrics import MetricsLog
+from switchkd.controller.watchdog import START_S, all_of
 from switchkd.data.recorded import heads_for
 from switchkd.engines.models.shape import object_store_bytes, read_shape
 from switchkd.engines.models.sources import looks_local, num_params
-from switchkd.house import House
-from switchkd.metrics import MetricsLog
-from switchkd.watchdog import START_S, all_of
 
 CONNECT_S = 10.0
 

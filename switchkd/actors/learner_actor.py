@@ -22,9 +22,9 @@ from switchkd.actors.environment import Secrets, prepare
 from switchkd.actors.futures import in_thread, of_gang, patient
 from switchkd.actors.health import GROUP, Health
 from switchkd.config.schema import Config
+from switchkd.controller.handles import StateLost
 from switchkd.engines.build import Gang, LearnerRank
 from switchkd.engines.models.lm_head import HeadArrays
-from switchkd.house import StateLost
 from switchkd.types import BatchPlan, Rollout, StepResult
 
 MEETINGS = 3

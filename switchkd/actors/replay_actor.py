@@ -13,10 +13,10 @@ import ray
 from switchkd.actors.environment import Secrets, prepare
 from switchkd.actors.health import GROUP, Health
 from switchkd.config.schema import Config
+from switchkd.controller.handles import StateLost
 from switchkd.data.recorded import RecordedRollouts
 from switchkd.data.replay import Entry
 from switchkd.data.replay_service import ReplayService, make_replay
-from switchkd.house import StateLost
 from switchkd.types import Rollout
 
 

@@ -15,10 +15,10 @@ from switchkd.actors.futures import patient
 from switchkd.actors.health import GROUP, Health
 from switchkd.actors.teacher_router import TeacherRouter
 from switchkd.config.schema import Config
+from switchkd.controller.handles import Weights
+from switchkd.controller.text_metrics import EvalRow
 from switchkd.data.replay import ReplayFull
 from switchkd.engines.build import make_worker
-from switchkd.evaluate import EvalRow
-from switchkd.house import Weights
 from switchkd.types import Exam, Rollout, Task, WeightBundle, WorkReport
 
 

@@ -27,10 +27,10 @@ from switchkd.config.errors import first_line
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config, Span
 from switchkd.config.teacher_backend import engine_facts
+from switchkd.controller.watchdog import START_S
 from switchkd.engines.build import max_len
 from switchkd.engines.models.lm_head import HeadArrays
 from switchkd.membership import Members
-from switchkd.watchdog import START_S
 
 LEAVE_S = 10.0
 """How long a pool may take to let a run go."""

@@ -18,8 +18,8 @@ import numpy as np
 import ray
 from ray.exceptions import ActorDiedError, RayActorError
 
+from switchkd.controller.handles import MAX_DEATHS, TeacherLost
 from switchkd.engines.base import TeacherBusy, UnknownSession
-from switchkd.house import MAX_DEATHS, TeacherLost
 from switchkd.membership import Members
 from switchkd.types import Blocks, Positions, Sessions, Signal, WriteRequest, Written, ragged
 

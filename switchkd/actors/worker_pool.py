@@ -20,7 +20,7 @@ from switchkd.actors.futures import of_worker, patient
 from switchkd.actors.place import Place
 from switchkd.config.errors import last_line
 from switchkd.config.schema import Span
-from switchkd.house import Weights, WorkerHandle
+from switchkd.controller.handles import Weights, WorkerHandle
 from switchkd.types import Exam, Task
 
 ROOM_S = 60.0

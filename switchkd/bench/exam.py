@@ -14,9 +14,9 @@ from typing import Any
 from switchkd.bench.study import Group
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config
+from switchkd.controller.text_metrics import EvalRow, stats
 from switchkd.data.dataset import read_records
 from switchkd.data.prompts import eval_data
-from switchkd.evaluate import EvalRow, stats
 from switchkd.types import Prompt
 
 

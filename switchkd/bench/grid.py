@@ -32,8 +32,8 @@ from switchkd.bench.study import TEACHER, WARM_UP, Cell, Overrides, Study, cells
 from switchkd.config.errors import typed
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config
+from switchkd.controller.run_lock import RunLock
 from switchkd.data.atomic_files import write_json_atomic
-from switchkd.run_lock import RunLock
 
 Say = Callable[[str], None]
 

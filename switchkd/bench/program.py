@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from switchkd.config.schema import Config
 
 if TYPE_CHECKING:
-    from switchkd.house import House
+    from switchkd.controller.handles import House
     from switchkd.types import Prompt
 
 NUM_STEPS = 10_000
@@ -64,12 +64,12 @@ def run(
     on_step: Callable[[Mapping[str, Any]], None],
 ) -> None:
     """Build a house in a folder that is removed again, and train until `on_step` raises Enough."""
-    from switchkd.checkpoint import open_run
+    from switchkd.controller.checkpoint import open_run
+    from switchkd.controller.evaluation import Examiner
+    from switchkd.controller.schedule import RunPlan
+    from switchkd.controller.watchdog import Watchdog
     from switchkd.data.prompts import PromptStream
-    from switchkd.examination import Examiner
-    from switchkd.schedule import RunPlan
     from switchkd.train import Trainer
-    from switchkd.watchdog import Watchdog
 
     log = cast(Any, StepLog(on_step))
     plan = RunPlan(config.train.stages, PromptStream(prompts, seed=0, shuffle=False), seed=config.seed)

@@ -22,7 +22,7 @@ from switchkd.bench.table import Spread, Table, paired, surroundings
 from switchkd.config.schema import Config
 
 if TYPE_CHECKING:
-    from switchkd.house import House, WorkerHandle
+    from switchkd.controller.handles import House, WorkerHandle
     from switchkd.types import Task, WorkReport
 
 BLOCK, ROWS, NEW_TOKENS = 4, 8, 32

@@ -124,7 +124,7 @@ def read_study(path: Path) -> Study:
 
 def _check_configs(study: Study, path: Path) -> None:
     """Every run's config is parsed, its rule and loss are tried: a typo in the last method costs no night."""
-    from switchkd.preflight import check_stage
+    from switchkd.controller.preflight import check_stage
 
     runs = {f"methods.{name}": overrides for name, overrides in study.methods.items()}
     runs |= {f"exams.{name}": overrides for name, overrides in study.exams.items()}

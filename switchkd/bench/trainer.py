@@ -137,7 +137,7 @@ def _on_ray() -> BuildHouse:
 
 
 def _in_process() -> BuildHouse:
-    from switchkd.local import build_house
+    from switchkd.controller.local import build_house
 
     importlib.import_module("deepspeed")  # a library, not memory of the run
     return lambda config, run_dir, stop_ids, log: build_house(config, run_dir, stop_ids)

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config
+from switchkd.controller.resume import SIGNAL
 from switchkd.data.atomic_files import write_atomic
 from switchkd.data.replay import Entry, entry_of
 from switchkd.data.rollout_io import (
@@ -31,7 +32,6 @@ from switchkd.data.rollout_io import (
     save_rollouts,
 )
 from switchkd.engines.models.lm_head import HeadArrays
-from switchkd.resume import SIGNAL
 from switchkd.types import Rollout
 
 HEADS = "heads.safetensors"

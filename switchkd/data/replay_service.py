@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from switchkd.config.schema import Config
+from switchkd.controller.resume import SIGNAL
 from switchkd.data import recorded
 from switchkd.data.recorded import RecordedRollouts
 from switchkd.data.replay import Entry, Replay, entry_of
 from switchkd.data.reuse_buffer import Buffer
 from switchkd.data.rollout_io import append_rows, load_replay_state, save_replay_state, save_rollouts
 from switchkd.engines.models.loading import load_tokenizer
-from switchkd.resume import SIGNAL
 from switchkd.types import Rollout
 
 EMPTY: dict[str, Any] = {

@@ -9,7 +9,7 @@ import math
 from itertools import groupby
 from typing import Any
 
-from switchkd.metrics import is_number
+from switchkd.controller.metrics import is_number
 from switchkd.reporting.read import RunData
 
 MAX_POINTS = 800

@@ -17,11 +17,11 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from switchkd import __version__
+from switchkd.controller.metrics import COLUMNS, figure, is_number, stage_rows
+from switchkd.controller.resume import leaves
 from switchkd.data.atomic_files import json_safe
-from switchkd.metrics import COLUMNS, figure, is_number, stage_rows
 from switchkd.reporting.payload import payload
 from switchkd.reporting.read import RunData
-from switchkd.resume import leaves
 
 SCRIPTS = ("chart.js", "charts.js", "viewer.js", "main.js")
 SHOWN = {

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from switchkd.algo.divergence import agreement, forward_kl, per_row
-from switchkd.evaluate import GREEDY, EvalRow
+from switchkd.controller.text_metrics import GREEDY, EvalRow
 from switchkd.rollout.build import StageModes, eval_mode
 from switchkd.rollout.generator import Job, RolloutWorker
 from switchkd.types import Exam, Origin, Prompt, Rollout, Source, Task, WeightBundle, WorkReport

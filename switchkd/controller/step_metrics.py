@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from switchkd.controller.alerts import rollout_metrics
 from switchkd.data.replay import Entry
 from switchkd.types import StepResult, WorkReport
-from switchkd.watch import rollout_metrics
 
 
 def step_row(

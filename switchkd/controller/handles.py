@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from switchkd.controller.text_metrics import EvalRow
 from switchkd.data.replay import Entry
-from switchkd.evaluate import EvalRow
 from switchkd.types import BatchPlan, Exam, StepResult, Task, WorkReport
 
 

@@ -13,10 +13,10 @@ from typing import Any
 from switchkd.config import resources
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config
+from switchkd.controller.handles import House, Pulse, Weights
 from switchkd.data.recorded import RecordedRollouts, heads_for
 from switchkd.data.replay_service import ReplayService, make_replay
 from switchkd.engines.build import Gang, LearnerRank, Teachers, make_teacher, make_worker
-from switchkd.house import House, Pulse, Weights
 from switchkd.rollout.worker import Worker
 from switchkd.types import Exam, Task
 

@@ -18,8 +18,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
 
+from switchkd.controller.handles import Pulse
 from switchkd.data.atomic_files import redact
-from switchkd.house import Pulse
 
 START_S = 300.0
 """An actor may take so long to become ready after the one before, though `run.watchdog_s` be shorter."""

@@ -21,12 +21,12 @@ from typing import Any
 from switchkd.config.errors import typed
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config
-from switchkd.house import MAX_DEATHS, House, TeacherLost, Unreachable, Weights, WorkerLost
-from switchkd.metrics import MetricsLog
-from switchkd.schedule import RunPlan
-from switchkd.set_aside import Deaths, SetAside, Trials
+from switchkd.controller.handles import MAX_DEATHS, House, TeacherLost, Unreachable, Weights, WorkerLost
+from switchkd.controller.metrics import MetricsLog
+from switchkd.controller.quarantine import Deaths, SetAside, Trials
+from switchkd.controller.schedule import RunPlan
+from switchkd.controller.watchdog import Watchdog
 from switchkd.types import Origin, Task, WorkReport
-from switchkd.watchdog import Watchdog
 
 PREFETCH = 2
 """Steps that completions which do not need the student (data set, teacher) may run ahead."""

@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from switchkd.checkpoint import RunFolder, TrainState
 from switchkd.config.errors import typed
-from switchkd.dispatch import Dispatch
-from switchkd.house import House, StateLost
-from switchkd.watchdog import Stalled, Watchdog
+from switchkd.controller.checkpoint import RunFolder, TrainState
+from switchkd.controller.dispatcher import Dispatch
+from switchkd.controller.handles import House, StateLost
+from switchkd.controller.watchdog import Stalled, Watchdog
 
 RETRY_S = (1.0, 4.0, 16.0)
 """Pauses before each new try to write; after the last one the run ends."""

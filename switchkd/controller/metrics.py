@@ -16,12 +16,12 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from switchkd.checkpoint import TrainState
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Metrics
+from switchkd.controller.checkpoint import TrainState
+from switchkd.controller.console import LiveView
+from switchkd.controller.resume import CONFIG
 from switchkd.data.atomic_files import json_safe, write_text_atomic
-from switchkd.live import LiveView
-from switchkd.resume import CONFIG
 
 StageScores = Sequence[tuple[str, Mapping[str, float]]]
 """The evaluation at each stage's end; "start" is the one before the first step."""

@@ -13,8 +13,8 @@ from bisect import bisect_right
 from itertools import accumulate
 from typing import Protocol
 
-from switchkd.adaptive import BUFFERED, GENERATED, MIXED, Adaptive
 from switchkd.config.schema import Mix, Stage
+from switchkd.controller.adaptive import BUFFERED, GENERATED, MIXED, Adaptive
 from switchkd.data.prompts import ORIGIN_OF_BATCH, ORIGIN_OF_ROLLOUT, random_words
 from switchkd.types import Origin, Prompt, Task
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from switchkd.config.schema import Eval
-from switchkd.evaluate import EvalRow, aggregate
-from switchkd.house import Weights, WorkerHandle
+from switchkd.controller.handles import Weights, WorkerHandle
+from switchkd.controller.text_metrics import EvalRow, aggregate
 from switchkd.types import Exam, Prompt
 
 WITH_TEACHER = ("agreement", "kl")

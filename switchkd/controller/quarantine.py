@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from switchkd.config.errors import typed
+from switchkd.controller.handles import MAX_DEATHS, TeacherLost, WorkerLost
+from switchkd.controller.resume import SET_ASIDE
 from switchkd.data.atomic_files import append_whole, redact
-from switchkd.house import MAX_DEATHS, TeacherLost, WorkerLost
-from switchkd.resume import SET_ASIDE
 from switchkd.types import Task
 
 SPLIT_AFTER = 2

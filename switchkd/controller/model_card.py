@@ -15,9 +15,9 @@ import yaml
 
 from switchkd.config.loader import dump_yaml
 from switchkd.config.schema import Config, Stage
+from switchkd.controller.metrics import COLUMNS, METRICS, StageScores, figure, is_number, summary_rows
 from switchkd.data.atomic_files import redact, write_text_atomic
 from switchkd.engines.models.sources import looks_local
-from switchkd.metrics import COLUMNS, METRICS, StageScores, figure, is_number, summary_rows
 
 CARD = "README.md"
 PACKAGES = ("switchkd", "torch", "transformers", "deepspeed", "ray")

@@ -29,9 +29,9 @@ from typing import Any
 
 from switchkd.config.loader import ConfigError, dump_yaml
 from switchkd.config.schema import Config
+from switchkd.controller.resume import CONFIG, HISTORY, check_same, cut_back
+from switchkd.controller.run_lock import RunLock
 from switchkd.data.atomic_files import fsync_dir, redact, seal, unseal, write_text_atomic
-from switchkd.resume import CONFIG, HISTORY, check_same, cut_back
-from switchkd.run_lock import RunLock
 
 STATE, LATEST = "state.json", "LATEST"
 

@@ -17,6 +17,7 @@ from switchkd.config.loader import ConfigError
 from switchkd.config.resources import role_of
 from switchkd.config.schema import Config, Model, Stage, Teacher
 from switchkd.config.teacher_backend import check_backend, positions_beyond
+from switchkd.controller.evaluation import WITH_TEACHER
 from switchkd.data.prompts import PromptSet, answer_end, eval_data, load_prompts
 from switchkd.data.recorded import adapted, check_vocab
 from switchkd.engines.build import max_len
@@ -24,7 +25,6 @@ from switchkd.engines.models.demo import HUB_TIMEOUT_S
 from switchkd.engines.models.loading import load_tokenizer, refuse_own_code, same_tokenizer, shared_vocab, stop_ids
 from switchkd.engines.models.resolve import reads_teacher, resolve_models
 from switchkd.engines.models.sources import check_model_folder, looks_local
-from switchkd.examination import WITH_TEACHER
 from switchkd.rollout.build import build_loss, build_rule, check_topk
 
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "*.py"]
