@@ -43,7 +43,7 @@ class Failed(Exception):
 
 def main() -> None:
     """Entry point of the `switchkd` command."""
-    from switchkd.actors.environment import share_the_cores
+    from switchkd.actors.process_setup import share_the_cores
     from switchkd.config.loader import ConfigError
 
     if sys.argv[1:2] != ["bench"]:  # its sides have the cores for themselves, one after the other

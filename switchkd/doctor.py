@@ -130,18 +130,17 @@ def _uncut(config: Config) -> Config:
 
 def _cluster(config: Config) -> Iterator[Finding]:
     """Joined, large enough, the same software everywhere, and every node sees the run's folder."""
-    from switchkd.actors import probe
+    from switchkd.actors import node_check
 
     with machine.probe(config) as (file, nonce):
-        told, looks = probe.look(config, str(file), nonce)
+        told, looks = node_check.look(config, str(file), nonce)
     yield ok("cluster", told)
     for each in looks:
         if each.error:
             yield fail("cluster", f"node {each.name}: {each.error}", "install the same switchkd there as here")
-        elif each.versions != probe.versions():
-            yield warn(
-                "cluster", f"node {each.name} has {each.versions}, here is {probe.versions()}", "install the same there"
-            )
+        elif each.versions != node_check.versions():
+            text = f"node {each.name} has {each.versions}, here is {node_check.versions()}"
+            yield warn("cluster", text, "install the same there")
     blind = [each.name for each in looks if not each.error and not each.sees]
     if blind:
         yield fail(

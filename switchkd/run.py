@@ -95,13 +95,13 @@ def _student_steps(summary: Summary) -> int:
 
 def _check_room(config: Config, log: MetricsLog) -> None:
     """ConfigError when the machine, or the cluster that is joined here, is too small. Starts nothing."""
-    from switchkd.actors import environment
+    from switchkd.actors import process_setup
 
     if config.run.mode == "inprocess":
         local.check_single(config)
     elif resources.is_private(config):
         _check_private(config)
-        environment.for_private_cluster()
+        process_setup.for_private_cluster()
     else:
         from switchkd.actors import launch
 
@@ -231,19 +231,19 @@ def serve_teacher(config: Config, name: str) -> int:
         raise ConfigError(
             "serve-teacher needs a cluster that outlives it: set cluster.address (auto, host:port) or start it as a job"
         )
-    from switchkd.actors import launch, serve
+    from switchkd.actors import launch, shared_teacher
 
     log = MetricsLog(wanted.metrics)
     try:
         launch.connect(wanted.cluster.address)
-        return serve.serve(wanted, name, vocab_size, log.note)
+        return shared_teacher.serve(wanted, name, vocab_size, log.note)
     finally:
         log.close()
 
 
 def stop_teacher(name: str, address: str) -> None:
     """End a teacher that `serve_teacher` started on the cluster at this address. Raises ConfigError."""
-    from switchkd.actors import launch, serve
+    from switchkd.actors import launch, shared_teacher
 
     launch.connect(address)
-    serve.stop(name)
+    shared_teacher.stop(name)

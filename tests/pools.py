@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from switchkd.membership import Members
+from switchkd.actors.replicas import Members
 
 
 class Still:

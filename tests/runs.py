@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 from tiny import save_tiny
 
 from switchkd import cli
-from switchkd.actors import environment
+from switchkd.actors import process_setup
 from switchkd.config.loader import load
 from switchkd.config.schema import Config
 
 # before anything imports Ray, which reads these once and keeps the token: a test that takes them out of its environment
 # and starts a Ray would take the token from all Rays after it
-environment.for_private_cluster()
+process_setup.for_private_cluster()
 PROTECTED = {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH_")}
 
 BASE: dict[str, Any] = {
@@ -102,7 +102,7 @@ def small_ray(num_cpus: int, **more: Any) -> Iterator[str]:
     os.environ.update(PROTECTED)
     import ray
 
-    from switchkd.actors.futures import shut_down
+    from switchkd.actors.ray_futures import shut_down
 
     folder = tempfile.mkdtemp(prefix="skd-", dir="/tmp")  # a socket's path must be short
     ray.init(

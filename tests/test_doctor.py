@@ -402,23 +402,26 @@ def test_every_node_sees_the_folder(here, monkeypatch):
     with small_ray(4):
         import ray
 
-        from switchkd.actors import probe
+        from switchkd.actors import node_check
 
         sections = {**ON_CLUSTER, "run": {"dir": str(here / "run"), "mode": "ray"}}
         monkeypatch.setenv("RAY_JOB_ID", "1")
         settings = wanted(here, **sections)
         with doctor_machine.probe(settings) as (file, nonce):
-            told, looks = probe.look(settings, str(file), nonce)
+            told, looks = node_check.look(settings, str(file), nonce)
             assert told.startswith("1 nodes, 4 CPUs") and [each.sees for each in looks] == [True]
-            assert looks[0].versions == probe.versions() and not looks[0].error
-            _, other = probe.look(settings, str(file), "another word")
+            assert looks[0].versions == node_check.versions() and not looks[0].error
+            _, other = node_check.look(settings, str(file), "another word")
             assert [each.sees for each in other] == [False]
         assert ray.is_initialized(), "a cluster that was joined before is not left"
         assert not list(here.glob(f"{doctor_machine.PROBE}*"))
         found = list(doctor._cluster(settings))
         assert [each.status for each in found] == ["ok", "ok"] and "all 1 nodes see" in found[1].text
-        monkeypatch.setattr(probe, "look", lambda *args: ("", [probe.Look(name="a", versions=probe.versions()),
-                                                               probe.Look(name="b", error="no module")]))  # fmt: skip
+        looks = [
+            node_check.Look(name="a", versions=node_check.versions()),
+            node_check.Look(name="b", error="no module"),
+        ]
+        monkeypatch.setattr(node_check, "look", lambda *args: ("", looks))
         statuses = {each.check: each for each in doctor._cluster(settings) if each.status == "fail"}
         assert "no module" in statuses["cluster"].text and "mount the same storage" in statuses["shared run.dir"].remedy
         small = wanted(here, **sections, resources={"learner": {"num_gpus": 7}})

@@ -272,7 +272,7 @@ def test_a_rank_says_that_there_is_no_room(monkeypatch):
     from ray.exceptions import OutOfDiskError
 
     from switchkd.actors import learner_actor
-    from switchkd.actors.futures import _spoils
+    from switchkd.actors.ray_futures import _spoils
 
     rank = object.__new__(learner_actor.LearnerActor.__ray_metadata__.modified_class)
     bundle = SimpleNamespace(buckets=(np.zeros(3_000_000, np.uint8), np.zeros(2_000_000, np.uint8)))
@@ -354,7 +354,7 @@ def test_calls_are_lost_late_and_repeated(alone, place):
 
 A_NODE_GOES = """
 import os
-from switchkd.actors import environment
+from switchkd.actors import process_setup
 environment.for_private_cluster()
 # Ray takes a node for dead after 15 s by default
 os.environ.update(RAY_health_check_period_ms="1000", RAY_health_check_failure_threshold="3")
@@ -365,7 +365,7 @@ cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_
                   "object_store_memory": 100_000_000})
 cluster.add_node(num_cpus=8, object_store_memory=100_000_000)
 ray.init(address=cluster.address, log_to_driver=False)
-from switchkd.actors.futures import shut_down
+from switchkd.actors.ray_futures import shut_down
 from switchkd.config.loader import load
 from switchkd.controller.metrics import MetricsLog
 from switchkd.run import train

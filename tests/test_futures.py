@@ -13,7 +13,7 @@ import pytest
 @pytest.fixture
 def ray(monkeypatch) -> Any:
     """A double that is up until it is shut down. While it goes down, a question would end this process."""
-    from switchkd.actors import futures
+    from switchkd.actors import ray_futures
 
     double = SimpleNamespace(up=True, going=False, meanwhile=lambda: None)
 
@@ -25,7 +25,7 @@ def ray(monkeypatch) -> Any:
         double.up = double.going = False
 
     double.shutdown, double.is_initialized = shutdown, lambda: double.up
-    monkeypatch.setattr(futures, "ray", double)
+    monkeypatch.setattr(ray_futures, "ray", double)
     return double
 
 
@@ -41,7 +41,7 @@ def test_nobody_asks_a_ray_that_goes_down(ray):
     Ray that is started again can be asked again."""
     from ray.exceptions import RaySystemError
 
-    from switchkd.actors.futures import patient, shut_down
+    from switchkd.actors.ray_futures import patient, shut_down
 
     late: list[Future[Any]] = []
     ray.meanwhile = lambda: late.append(patient(lambda: question(ray)))
@@ -55,7 +55,7 @@ def test_nobody_asks_a_ray_that_goes_down(ray):
 
 def test_a_question_that_is_being_asked_is_waited_for(ray):
     """Ray goes down only when the question that a thread is just asking is out."""
-    from switchkd.actors.futures import patient, shut_down
+    from switchkd.actors.ray_futures import patient, shut_down
 
     asking, order = Event(), []
 
@@ -76,14 +76,14 @@ def test_a_question_that_is_being_asked_is_waited_for(ray):
 
 def test_a_question_that_hangs_keeps_nobody(ray, monkeypatch):
     """Ray goes down though somebody has been asking for too long."""
-    from switchkd.actors import futures
+    from switchkd.actors import ray_futures
 
-    monkeypatch.setattr(futures, "ASKING_S", 0.1)
+    monkeypatch.setattr(ray_futures, "ASKING_S", 0.1)
     asking, end = Event(), Event()
-    thread = Thread(target=lambda: futures.patient(lambda: (asking.set(), end.wait(30))), daemon=True)
+    thread = Thread(target=lambda: ray_futures.patient(lambda: (asking.set(), end.wait(30))), daemon=True)
     thread.start()
     assert asking.wait(5)
-    futures.shut_down()
+    ray_futures.shut_down()
     assert not ray.up and not end.is_set()
     end.set()
     thread.join()

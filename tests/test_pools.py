@@ -37,7 +37,7 @@ def cluster() -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    from switchkd.actors.futures import shut_down
+    from switchkd.actors.ray_futures import shut_down
 
     folder = tempfile.mkdtemp(prefix="skd-", dir="/tmp")  # a socket's path must be short
     small = {"object_store_memory": 80_000_000}
@@ -143,7 +143,7 @@ def test_workers_come_and_go(cluster, alone, place, notes, monkeypatch):
     (tests/test_scaling.py says when that happens; here it is told to)."""
     import ray
 
-    from switchkd import scaling
+    from switchkd.actors import autoscaling
     from switchkd.actors.worker_pool import WorkerPool
 
     sizes: list[int] = []
@@ -160,7 +160,7 @@ def test_workers_come_and_go(cluster, alone, place, notes, monkeypatch):
             ray.wait([pool._coming.ready], timeout=120)  # tiny steps are over before a process has started
         return found
 
-    monkeypatch.setattr(scaling, "decide", told)
+    monkeypatch.setattr(autoscaling, "decide", told)
     monkeypatch.setattr(WorkerPool, "tend", tended)
     writers = {"num_workers": {"min": 1, "max": 3}, "batch_size": 4, "max_new_tokens": 12, "lead": "student"}
     train(config(place, STAGES, **JOINED, rollout={**writers, "block_size": 4}))
@@ -309,10 +309,10 @@ def test_serve_attach_stop(cluster, alone, place, notes, pools, monkeypatch, cap
     replica keeps its sessions), leaves nothing behind, and a second run finds it as it was."""
     import ray
 
-    from switchkd.actors import serve
+    from switchkd.actors import shared_teacher
 
     file = config_file(place, STAGES, **JOINED, teacher={"path": "teacher", "max_sessions": 12})
-    request.addfinalizer(lambda: serve.find("big") and serve.stop("big"))
+    request.addfinalizer(lambda: shared_teacher.find("big") and shared_teacher.stop("big"))
     code, out, _ = command(monkeypatch, capsys, "serve-teacher", file, "--name", "big")
     assert (code, out) == (0, "big is served by 1 replica: teacher.attach=big\n")
     replica = actors("TeacherActor")
@@ -345,7 +345,7 @@ def test_serve_attach_stop(cluster, alone, place, notes, pools, monkeypatch, cap
     assert not (place / "no").exists()
 
     code, out, _ = command(monkeypatch, capsys, "serve-teacher", "--stop", "big")
-    assert (code, out) == (0, "big is no longer served\n") and serve.served() == []
+    assert (code, out) == (0, "big is no longer served\n") and shared_teacher.served() == []
     nobody_left()
     code, _, said = command(monkeypatch, capsys, "serve-teacher", "--stop", "big")
     assert code == 2 and "--stop big: no teacher of this name is served on the cluster (there: none)" in said
@@ -366,18 +366,18 @@ QUANTIZED = {"quantization": "fp8", "max_num_seqs": 8}
 )
 def test_engine_arguments_of_a_served_teacher(place, served, wanted, told):
     """What changes a vLLM teacher's rows must be the same in the run, whichever of them has it; sizes may differ."""
-    from switchkd.actors import serve
+    from switchkd.actors import shared_teacher
 
     def vllm(engine: dict[str, Any]) -> Config:
         teacher = {"path": "teacher", "backend": "vllm", "engine": engine, "attach": "big"}
         return config(place, STAGES, **JOINED, teacher=teacher)
 
-    there = {**serve.facts(vllm(served), 120), "max_len": 96}
+    there = {**shared_teacher.facts(vllm(served), 120), "max_len": 96}
     if told is None:
-        serve._check_same(vllm(wanted), "teacher", there)
+        shared_teacher._check_same(vllm(wanted), "teacher", there)
         return
     with pytest.raises(ConfigError, match=f"^teacher.attach=big: {told}"):
-        serve._check_same(vllm(wanted), "teacher", there)
+        shared_teacher._check_same(vllm(wanted), "teacher", there)
 
 
 def test_a_served_pool_that_does_not_answer(cluster, place, monkeypatch, capsys):
@@ -385,7 +385,7 @@ def test_a_served_pool_that_does_not_answer(cluster, place, monkeypatch, capsys)
     that it does not end itself."""
     import ray
 
-    from switchkd.actors import serve
+    from switchkd.actors import shared_teacher
     from switchkd.actors.teacher_pool import NAMESPACE, replica_name
 
     @ray.remote(num_cpus=0)
@@ -396,9 +396,9 @@ def test_a_served_pool_that_does_not_answer(cluster, place, monkeypatch, capsys)
         def stop(self) -> None:
             Event().wait()
 
-    monkeypatch.setattr(serve, "ANSWER_S", 1.0)
-    monkeypatch.setattr(serve, "LEAVE_S", 1.0)
-    names = [serve._pool_name("still"), replica_name("still", 0)]
+    monkeypatch.setattr(shared_teacher, "ANSWER_S", 1.0)
+    monkeypatch.setattr(shared_teacher, "LEAVE_S", 1.0)
+    names = [shared_teacher._pool_name("still"), replica_name("still", 0)]
     kept = [Frozen.options(name=name, namespace=NAMESPACE, lifetime="detached").remote() for name in names]
     file = config_file(place, STAGES, **JOINED, teacher={"path": "teacher", "attach": "still"})
     code, _, said = command(monkeypatch, capsys, "train", file)
@@ -437,9 +437,9 @@ def test_a_cluster_is_needed(place, monkeypatch, capsys):
 def start_pool(wanted: Config) -> Any:
     from ray import cloudpickle
 
-    from switchkd.actors.environment import Secrets
     from switchkd.actors.placement import settled
-    from switchkd.actors.serve import PoolHandle
+    from switchkd.actors.process_setup import Secrets
+    from switchkd.actors.shared_teacher import PoolHandle
     from switchkd.actors.teacher_pool import TeacherPoolActor
 
     plain = settled(wanted).model_dump()
@@ -451,7 +451,7 @@ def test_grows_with_its_queue_and_shrinks_without(cluster, place):
     them, down to one."""
     import ray
 
-    from switchkd.actors.directory import PoolDirectory
+    from switchkd.actors.pool_client import PoolDirectory
     from switchkd.actors.teacher_router import TeacherRouter
 
     pool = start_pool(config(place, STAGES, **JOINED, teacher={"path": "teacher", "replicas": {"min": 1, "max": 2}}))

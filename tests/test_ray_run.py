@@ -136,7 +136,7 @@ def stopped_within_a_block(worker: Any) -> str:
 
 def hear_at_once(patch: pytest.MonkeyPatch) -> None:
     """What the teachers' pool tells is waited for after every step; else the last steps may be over before."""
-    from switchkd.actors.serve import PoolHandle
+    from switchkd.actors.shared_teacher import PoolHandle
 
     news = PoolHandle.news
 
@@ -433,7 +433,7 @@ def wait_until(true: Callable[[], bool], otherwise: str, seconds: float = 30) ->
 
 
 NOBODY = """
-from switchkd.actors.futures import patient
+from switchkd.actors.ray_futures import patient
 import ray
 
 @ray.remote

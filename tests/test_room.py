@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from switchkd import room
+from switchkd.actors import room
+from switchkd.actors.room import Node
 from switchkd.config import resources
 from switchkd.config.loader import ConfigError, parse
 from switchkd.config.schema import Config
-from switchkd.room import Node
 from switchkd.run import _check_private
 
 ROLES = ("teacher", "rollout", "learner")

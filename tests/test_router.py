@@ -13,9 +13,9 @@ import pytest
 from pools import Still, Thunks, fetch
 from toy import ToyTeacher, pair
 
+from switchkd.actors.replicas import DRAIN_S, FORGET_S, Members, Roster, State
 from switchkd.controller.handles import TeacherLost
 from switchkd.engines.base import TeacherBusy, UnknownSession
-from switchkd.membership import DRAIN_S, FORGET_S, Members, Roster, State
 from switchkd.types import Blocks, Sessions
 
 CHAIN = pair()[0]
@@ -91,13 +91,13 @@ class TestRouter:
     def test_new_sessions_go_to_the_least_loaded_of_all(self, rooms):
         """The load is that of all workers: what the others have is told, one's own is counted."""
         pool = replicas(3)
-        directory = Still(pool)
-        directory.members = Members(ready=pool, draining={}, sessions={0: 2, 1: 5, 2: 3})
-        router = rooms.TeacherRouter(directory)
+        pool_client = Still(pool)
+        pool_client.members = Members(ready=pool, draining={}, sessions={0: 2, 1: 5, 2: 3})
+        router = rooms.TeacherRouter(pool_client)
         for i in range(5):
             router.open(opened(i))
         assert held(pool) == {0: [0, 1, 3], 1: [], 2: [2, 4]}
-        assert directory.heard[-1] == {0: 3, 2: 1}, "its own sessions are reported"
+        assert pool_client.heard[-1] == {0: 3, 2: 1}, "its own sessions are reported"
 
     def test_workers_start_at_different_replicas(self, rooms):
         pool = replicas(3)
@@ -108,14 +108,14 @@ class TestRouter:
     def test_a_drained_replica_keeps_its_sessions_and_gets_no_new_one(self, rooms):
         """Then it leaves: what it still had is read again elsewhere, with the rows of a teacher that stayed."""
         pool = replicas(2)
-        directory = Still(pool)
-        router = rooms.TeacherRouter(directory)
+        pool_client = Still(pool)
+        router = rooms.TeacherRouter(pool_client)
         router.open(opened(0))
-        directory.members = Members(ready={1: pool[1]}, draining={0: pool[0]}, sessions={})
+        pool_client.members = Members(ready={1: pool[1]}, draining={0: pool[0]}, sessions={})
         router.open(opened(1))
         router.score(block(0, 1))
         assert held(pool) == {0: [0], 1: [1]}
-        directory.members = Members(ready={1: pool[1]}, draining={}, sessions={})
+        pool_client.members = Members(ready={1: pool[1]}, draining={}, sessions={})
         rows = router.score(block(0, 1, base=4, tokens=(7,))).values
         assert held(pool)[1] == [0, 1]
         np.testing.assert_allclose(rows, alone((0, 1), (block(0, 1), block(0, 1, base=4, tokens=(7,)))))
@@ -124,15 +124,15 @@ class TestRouter:
     def test_a_lost_replica_costs_a_new_reading(self, rooms, fault):
         """Its sessions go on at another one with the same rows; only a dead one is reported to the pool."""
         pool = replicas(2)
-        directory = Still(pool)
-        router = rooms.TeacherRouter(directory)
+        pool_client = Still(pool)
+        router = rooms.TeacherRouter(pool_client)
         router.open(opened(0))
         router.open(opened(1))
         router.score(block(0, 1))
         pool[0].faults = [fault()]
         rows = router.score(block(0, 1, base=4, tokens=(7,))).values
         np.testing.assert_allclose(rows, alone((0, 1), (block(0, 1), block(0, 1, base=4, tokens=(7,)))))
-        assert held(pool)[1] == [0, 1] and directory.num_lost == (fault is lost)
+        assert held(pool)[1] == [0, 1] and pool_client.num_lost == (fault is lost)
         router.open(opened(2))
         assert held(pool)[1] == [0, 1, 2], "a replica that failed gets no new session for a while"
 
@@ -153,8 +153,8 @@ class TestRouter:
     def test_losses_with_answers_between(self, rooms, naps):
         """Only losses in a row count, and those of a replica that had been there: one that is away for long is one."""
         pool = {0: Mortal(deadly=-1)}
-        directory = Looks(pool, noticed=20)
-        router = rooms.TeacherRouter(directory)
+        pool_client = Looks(pool, noticed=20)
+        router = rooms.TeacherRouter(pool_client)
         router.open(opened(0))
         for _ in range(4):
             pool[0].die()
@@ -180,8 +180,8 @@ class TestRouter:
     def test_all_gone_and_one_comes(self, rooms, monkeypatch):
         """Without any replica the router waits for the pool to have one again, and not for ever."""
         pool = replicas(2)
-        directory = Still(pool)
-        router = rooms.TeacherRouter(directory)
+        pool_client = Still(pool)
+        router = rooms.TeacherRouter(pool_client)
         router.open(opened(0))
         begun = time.monotonic()
 
@@ -190,23 +190,23 @@ class TestRouter:
             there = time.monotonic() - begun > 0.5
             return Members(ready={9: pool[1]} if there else {}, draining={}, sessions={}, num_starting=int(not there))
 
-        monkeypatch.setattr(directory, "ask", ask)
-        monkeypatch.setattr(directory, "poll", lambda sessions: None)
+        monkeypatch.setattr(pool_client, "ask", ask)
+        monkeypatch.setattr(pool_client, "poll", lambda sessions: None)
         monkeypatch.setattr(rooms, "RETRY_FOR_S", 0.05)
-        directory.members = Members(ready={}, draining={}, sessions={}, num_starting=1)
-        router._members = directory.members
+        pool_client.members = Members(ready={}, draining={}, sessions={}, num_starting=1)
+        router._members = pool_client.members
         np.testing.assert_allclose(router.score(block(0)).values, alone((0,), (block(0),)))
-        monkeypatch.setattr(directory, "ask", lambda sessions: Members(ready={}, draining={}, sessions={}))
+        monkeypatch.setattr(pool_client, "ask", lambda sessions: Members(ready={}, draining={}, sessions={}))
         router._members = Members(ready={}, draining={}, sessions={})
         with pytest.raises(RuntimeError, match=r"no teacher replica answered for 0\.05 s"):
             router.score(block(0))
 
     def test_broken_pool(self, rooms):
         """A pool that cannot start replicas any more ends the wait with its reason."""
-        directory = Still({})
-        directory.members = Members(ready={}, draining={}, sessions={}, broken="no weights")
+        pool_client = Still({})
+        pool_client.members = Members(ready={}, draining={}, sessions={}, broken="no weights")
         with pytest.raises(RuntimeError, match="there is no teacher any more: no weights"):
-            rooms.TeacherRouter(directory).open(opened(0))
+            rooms.TeacherRouter(pool_client).open(opened(0))
 
     def test_busy(self, rooms):
         """A full replica is passed over; when all are full the worker hears of it."""
@@ -283,7 +283,7 @@ def test_what_a_router_gave_up_on(rooms):
     """Reaches the driver as what it is, through the worker's own process."""
     from ray.exceptions import RayTaskError
 
-    from switchkd.actors.futures import of_worker
+    from switchkd.actors.ray_futures import of_worker
 
     failed: Future[Any] = Future()
     raised = RayTaskError("generate", "", pickle.loads(pickle.dumps(TeacherLost("3 times"))))
@@ -369,7 +369,7 @@ class TestDirectory:
         from ray import cloudpickle
         from ray.exceptions import ActorUnavailableError
 
-        from switchkd.actors import directory
+        from switchkd.actors import pool_client
 
         members = Members(ready={0: "x"}, draining={}, sessions={})
         asked: list[dict[int, int]] = []
@@ -382,16 +382,16 @@ class TestDirectory:
             return cloudpickle.dumps(members)
 
         pool = SimpleNamespace(members=SimpleNamespace(remote=lambda router, sessions: asked.append(sessions) or "ref"))
-        monkeypatch.setattr(directory.ray, "get", get)
-        monkeypatch.setattr(directory.ray, "wait", lambda refs, timeout: (refs, []) if done[0] else ([], refs))
+        monkeypatch.setattr(pool_client.ray, "get", get)
+        monkeypatch.setattr(pool_client.ray, "wait", lambda refs, timeout: (refs, []) if done[0] else ([], refs))
         clock = [100.0]
-        monkeypatch.setattr(directory.time, "monotonic", lambda: clock[0])
-        here = directory.PoolDirectory(pool, "0/0")
+        monkeypatch.setattr(pool_client.time, "monotonic", lambda: clock[0])
+        here = pool_client.PoolDirectory(pool, "0/0")
         assert here.poll({0: 1}) is None and here.poll({0: 2}) is None and asked == [{0: 1}]
         done[0] = True
         assert here.poll({0: 3}) == members
         assert here.poll({0: 4}) is None and len(asked) == 1, "not so soon"
-        clock[0] += 2 * directory.POLL_S
+        clock[0] += 2 * pool_client.POLL_S
         fails.append(ActorUnavailableError("", None))
         assert here.poll({0: 5}) is None and here.poll({}) is None and asked[-1] == {0: 5}
         fails.append(ActorUnavailableError("", None))

@@ -31,7 +31,7 @@ from runs import (
     weights,
 )
 
-from switchkd.actors import environment
+from switchkd.actors import process_setup
 from switchkd.actors.placement import settled
 from switchkd.config import resources
 from switchkd.config.loader import ConfigError, load
@@ -334,16 +334,16 @@ def test_a_ray_of_the_caller(monkeypatch):
     for name in [name for name in os.environ if name.startswith("RAY_")]:
         monkeypatch.delenv(name)
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
-    environment.for_private_cluster()
+    process_setup.for_private_cluster()
     assert "RAY_AUTH_TOKEN" not in os.environ
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False))
     with pytest.raises(ConfigError, match="import it later"):
-        environment.for_private_cluster()
+        process_setup.for_private_cluster()
 
 
 def test_whoever_waits_on_a_private_ray_sleeps(monkeypatch):
     """Its processes share the cores: OpenMP's threads spin for a moment only, unless the user said otherwise."""
-    code = "import os; from switchkd.actors.environment import for_private_cluster as protect; protect(); "
+    code = "import os; from switchkd.actors.process_setup import for_private_cluster as protect; protect(); "
     code += "print(os.environ['OMP_WAIT_POLICY'], os.environ.get('GOMP_SPINCOUNT'))"
     for said, told in (("", "PASSIVE 3000"), ("ACTIVE", "ACTIVE None")):
         env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "OMP_WAIT", "GOMP"))}

@@ -7,9 +7,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from switchkd.actors.autoscaling import ADD_LOOKS, DRAIN_LOOKS, Load, decide, of_calls, of_tasks
 from switchkd.config.loader import ConfigError, parse
 from switchkd.config.schema import Span
-from switchkd.scaling import ADD_LOOKS, DRAIN_LOOKS, Load, decide, of_calls, of_tasks
 
 SPAN = Span(min=1, max=4)
 

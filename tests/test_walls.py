@@ -17,13 +17,20 @@ LIGHT = {"yaml", "pydantic", "typer", "numpy"}
 LAYERS = [
     ["config.schema", "types", "data.atomic_files", "config.errors"],
     ["config.loader"],
-    ["config.resources", "scaling", "membership", "algo", "config.teacher_backend", "controller.console"],
+    [
+        "config.resources",
+        "actors.autoscaling",
+        "actors.replicas",
+        "algo",
+        "config.teacher_backend",
+        "controller.console",
+    ],
     [
         "engines.models.sources",
         "engines.models.demo",
         "finding",
         "data.dataset",
-        "room",
+        "actors.room",
         "controller.run_lock",
         "engines.base",
         "engines.models.cpu_prepack",

@@ -18,16 +18,16 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import RayError
 
-from switchkd.actors.environment import Secrets
-from switchkd.actors.futures import patient, shut_down
-from switchkd.actors.health import pulses
+from switchkd.actors.heartbeat import pulses
 from switchkd.actors.learner_actor import LearnerActor, LearnerGroup
-from switchkd.actors.place import Place, beside_driver, nodes, wait_for_places
 from switchkd.actors.placement import settled, wait_for_room
+from switchkd.actors.placement_group import Place, beside_driver, nodes, wait_for_places
+from switchkd.actors.process_setup import Secrets
 from switchkd.actors.prometheus import Exporter
+from switchkd.actors.ray_futures import patient, shut_down
 from switchkd.actors.replay_actor import ReplayActor
 from switchkd.actors.rollout_actor import RolloutActor
-from switchkd.actors.serve import PoolHandle, attach
+from switchkd.actors.shared_teacher import PoolHandle, attach
 from switchkd.actors.teacher_pool import TeacherPoolActor
 from switchkd.actors.worker_pool import RayWorker, WorkerPool
 from switchkd.config import resources

@@ -18,9 +18,9 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 
-from switchkd.actors.environment import Secrets, prepare
-from switchkd.actors.futures import in_thread, of_gang, patient
-from switchkd.actors.health import GROUP, Health
+from switchkd.actors.heartbeat import GROUP, Health
+from switchkd.actors.process_setup import Secrets, prepare
+from switchkd.actors.ray_futures import in_thread, of_gang, patient
 from switchkd.config.schema import Config
 from switchkd.controller.handles import StateLost
 from switchkd.engines.build import Gang, LearnerRank

@@ -9,11 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from switchkd import room
+from switchkd.actors import room
+from switchkd.actors.room import Node
 from switchkd.config import resources
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config, ResourcesOfRoles
-from switchkd.room import Node
 
 SETTLE_S = 15.0
 """How long what a run that has just ended had may take to come back."""

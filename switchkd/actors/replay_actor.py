@@ -10,8 +10,8 @@ from typing import Any
 
 import ray
 
-from switchkd.actors.environment import Secrets, prepare
-from switchkd.actors.health import GROUP, Health
+from switchkd.actors.heartbeat import GROUP, Health
+from switchkd.actors.process_setup import Secrets, prepare
 from switchkd.config.schema import Config
 from switchkd.controller.handles import StateLost
 from switchkd.data.recorded import RecordedRollouts

@@ -9,10 +9,10 @@ from typing import Any
 import ray
 from ray import cloudpickle
 
-from switchkd.actors.directory import PoolDirectory
-from switchkd.actors.environment import Secrets, prepare
-from switchkd.actors.futures import patient
-from switchkd.actors.health import GROUP, Health
+from switchkd.actors.heartbeat import GROUP, Health
+from switchkd.actors.pool_client import PoolDirectory
+from switchkd.actors.process_setup import Secrets, prepare
+from switchkd.actors.ray_futures import patient
 from switchkd.actors.teacher_router import TeacherRouter
 from switchkd.config.schema import Config
 from switchkd.controller.handles import Weights

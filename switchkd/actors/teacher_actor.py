@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from switchkd.actors.environment import Secrets, prepare
-from switchkd.actors.health import GROUP, Health
+from switchkd.actors.heartbeat import GROUP, Health
+from switchkd.actors.process_setup import Secrets, prepare
 from switchkd.config.schema import Config
 from switchkd.types import Blocks, Positions, Sessions, Signal, WriteRequest, Written
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from switchkd import scaling
-from switchkd.actors.place import Place
+from switchkd.actors import autoscaling
+from switchkd.actors.placement_group import Place
 from switchkd.actors.teacher_actor import Worked
 
 
@@ -54,9 +54,9 @@ class Watch:
         return did, sum(waits) / len(waits)
 
 
-def load_of(looks: Sequence[tuple[Worked, float]], elapsed_s: float) -> scaling.Load:
+def load_of(looks: Sequence[tuple[Worked, float]], elapsed_s: float) -> autoscaling.Load:
     """Of replicas that did so much in `elapsed_s`, each with the mean time that calls stood in line."""
-    return scaling.of_calls(
+    return autoscaling.of_calls(
         num=len(looks),
         elapsed_s=elapsed_s,
         busy_s=sum(did.busy_s for did, _ in looks),

@@ -20,17 +20,17 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import ActorUnavailableError, RayError
 
-from switchkd import scaling
-from switchkd.actors.environment import Secrets, prepare
-from switchkd.actors.futures import RESTART_S, cause_of
-from switchkd.actors.place import Place, free_all
+from switchkd.actors import autoscaling
+from switchkd.actors.placement_group import Place, free_all
+from switchkd.actors.process_setup import Secrets, prepare
+from switchkd.actors.ray_futures import RESTART_S, cause_of
+from switchkd.actors.replicas import Roster, State
 from switchkd.actors.teacher_actor import TeacherActor, Worked
 from switchkd.actors.teacher_load import Probe, Watch, load_of
 from switchkd.actors.teacher_router import SESSION_BITS
 from switchkd.config.errors import first_line
 from switchkd.config.resources import of_role
 from switchkd.config.schema import Config, Span
-from switchkd.membership import Roster, State
 
 TICK_S = 0.5
 """How often the pool looks after its replicas."""
@@ -87,7 +87,7 @@ class TeacherPoolActor:
                 free_all(self._name(""))
         self.ever_ready, self.num_failed, self.hold_until = False, 0, 0.0
         self.runs: set[int] = set()
-        self.loads: list[scaling.Load] = []
+        self.loads: list[autoscaling.Load] = []
         self.looked = time.monotonic()
         self._adopt()
         Thread(target=self._live, daemon=True).start()
@@ -288,8 +288,8 @@ class TeacherPoolActor:
         if not ready or self.roster.within(State.STARTING) or None in looks:
             return
         load = load_of([look for look in looks if look], elapsed)
-        self.loads = [*self.loads, load][-scaling.DRAIN_LOOKS :]
-        step = scaling.decide(self.loads, self.span)
+        self.loads = [*self.loads, load][-autoscaling.DRAIN_LOOKS :]
+        step = autoscaling.decide(self.loads, self.span)
         if step > 0 and now >= self.hold_until:
             self.loads = []
             self._say(f"{load.queue:.1f} calls wait for each of {load.num} teacher replicas: one is added")

@@ -18,9 +18,9 @@ import numpy as np
 import ray
 from ray.exceptions import ActorDiedError, RayActorError
 
+from switchkd.actors.replicas import Members
 from switchkd.controller.handles import MAX_DEATHS, TeacherLost
 from switchkd.engines.base import TeacherBusy, UnknownSession
-from switchkd.membership import Members
 from switchkd.types import Blocks, Positions, Sessions, Signal, WriteRequest, Written, ragged
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from typing import Any, overload
 
 import ray
 
-from switchkd import scaling
-from switchkd.actors.futures import of_worker, patient
-from switchkd.actors.place import Place
+from switchkd.actors import autoscaling
+from switchkd.actors.placement_group import Place
+from switchkd.actors.ray_futures import of_worker, patient
 from switchkd.config.errors import last_line
 from switchkd.config.schema import Span
 from switchkd.controller.handles import Weights, WorkerHandle
@@ -104,7 +104,7 @@ class WorkerPool(Sequence[WorkerHandle]):
         self._workers, self._span, self._start, self._rows = list(workers), span, start, rows
         self._patience = max(ROOM_S, wait_s)
         self._coming: Coming | None = None
-        self._loads: list[scaling.Load] = []
+        self._loads: list[autoscaling.Load] = []
         self._hold_until = 0.0
 
     def __len__(self) -> int:
@@ -132,8 +132,8 @@ class WorkerPool(Sequence[WorkerHandle]):
         load = self._load(waited_s, elapsed_s)
         if self._coming is not None:
             return told
-        self._loads = [*self._loads, load][-scaling.DRAIN_LOOKS :]
-        step = scaling.decide(self._loads, self._span)
+        self._loads = [*self._loads, load][-autoscaling.DRAIN_LOOKS :]
+        step = autoscaling.decide(self._loads, self._span)
         if step:
             self._loads = []
             told += self._grow(load) if step > 0 else self._shrink(load)
@@ -145,9 +145,9 @@ class WorkerPool(Sequence[WorkerHandle]):
         if self._coming is not None:
             self._coming.worker.end()
 
-    def _load(self, waited_s: float, elapsed_s: float) -> scaling.Load:
+    def _load(self, waited_s: float, elapsed_s: float) -> autoscaling.Load:
         looks = [worker.look() for worker in self._workers]
-        return scaling.of_tasks(
+        return autoscaling.of_tasks(
             num=len(self),
             elapsed_s=max(elapsed_s, 1e-6),
             busy_s=sum(busy for busy, _ in looks),
@@ -156,7 +156,7 @@ class WorkerPool(Sequence[WorkerHandle]):
             rows=self._rows,
         )
 
-    def _grow(self, load: scaling.Load) -> list[str]:
+    def _grow(self, load: autoscaling.Load) -> list[str]:
         why = f"the learner waits {load.wait_frac:.0%} of the time for {load.num} rollout workers"
         if len(self) < len(self._workers):
             stays = self._workers[len(self)]
@@ -168,7 +168,7 @@ class WorkerPool(Sequence[WorkerHandle]):
         self._coming = Coming(worker, worker.actor.ready.remote(), time.monotonic())
         return [f"{why}: one is added"]
 
-    def _shrink(self, load: scaling.Load) -> list[str]:
+    def _shrink(self, load: autoscaling.Load) -> list[str]:
         self._workers[len(self) - 1].leaving = True
         return [f"{load.num} rollout workers are busy {load.busy_frac:.0%}: one is let go"]
 

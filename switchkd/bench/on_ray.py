@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import ray
 
-from switchkd.actors.futures import shut_down
+from switchkd.actors.ray_futures import shut_down
 from switchkd.bench.weights import Learner, Reader
 from switchkd.types import WeightBundle
 

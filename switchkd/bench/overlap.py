@@ -46,9 +46,9 @@ class Watch:
 
 
 def run(*, smoke: bool, repeats: int, student_s: float, teacher_s: float, learner_s: float) -> Table:
-    from switchkd.actors import environment
+    from switchkd.actors import process_setup
 
-    environment.for_private_cluster()
+    process_setup.for_private_cluster()
     from switchkd.bench.on_ray import cluster
     from switchkd.bench.stand_in import Sleeps, furnishing
 

@@ -103,9 +103,9 @@ class Havoc:
 
 def run(*, steps: int, seed: int, every: int, keep: Path | None = None) -> Table:
     """`every`: steps between faults, on average. `keep`: a folder for the run, else it is removed again."""
-    from switchkd.actors import environment
+    from switchkd.actors import process_setup
 
-    environment.for_private_cluster()
+    process_setup.for_private_cluster()
     from switchkd.run import train
 
     with tempfile.TemporaryDirectory(prefix="switchkd-soak-") as place:

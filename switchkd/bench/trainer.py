@@ -128,9 +128,9 @@ def ours(turns: Turns, job: Job, mode: str) -> None:
 
 
 def _on_ray() -> BuildHouse:
-    from switchkd.actors import environment
+    from switchkd.actors import process_setup
 
-    environment.for_private_cluster()
+    process_setup.for_private_cluster()
     from switchkd.actors.launch import build_house
 
     return build_house

@@ -25,9 +25,9 @@ WARMUP = 2
 
 
 def run(*, student: str, smoke: bool, repeats: int, device: str, dtype: str, threads: int | None) -> Table:
-    from switchkd.actors import environment
+    from switchkd.actors import process_setup
 
-    environment.for_private_cluster()
+    process_setup.for_private_cluster()
     from switchkd.bench.on_ray import TwoProcesses, cluster
 
     threads = threads or os.cpu_count() or 1

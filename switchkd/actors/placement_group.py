@@ -15,11 +15,10 @@ import ray
 from ray.util import get_placement_group, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from switchkd import room
-from switchkd.actors import placement
+from switchkd.actors import placement, room
+from switchkd.actors.room import Node
 from switchkd.config import resources
 from switchkd.config.schema import Config, Resources
-from switchkd.room import Node
 
 
 class Place:

@@ -13,7 +13,7 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import ActorDiedError, RayError
 
-from switchkd.membership import Members
+from switchkd.actors.replicas import Members
 
 POLL_S = 1.0
 """How often a router looks who is there and how busy they are."""

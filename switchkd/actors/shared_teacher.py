@@ -15,11 +15,12 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import GetTimeoutError, RayError
 
-from switchkd.actors.directory import PoolDirectory
-from switchkd.actors.environment import Secrets
-from switchkd.actors.futures import cause_of, patient
-from switchkd.actors.place import Place, free_all, nodes, wait_for_places
 from switchkd.actors.placement import settled, wait_for_room
+from switchkd.actors.placement_group import Place, free_all, nodes, wait_for_places
+from switchkd.actors.pool_client import PoolDirectory
+from switchkd.actors.process_setup import Secrets
+from switchkd.actors.ray_futures import cause_of, patient
+from switchkd.actors.replicas import Members
 from switchkd.actors.teacher_pool import NAMESPACE, NOTHING_TOLD, TeacherPoolActor, Told, named, replica_name
 from switchkd.actors.teacher_router import TeacherRouter
 from switchkd.config import resources
@@ -30,7 +31,6 @@ from switchkd.config.teacher_backend import engine_facts
 from switchkd.controller.watchdog import START_S
 from switchkd.engines.build import max_len
 from switchkd.engines.models.lm_head import HeadArrays
-from switchkd.membership import Members
 
 LEAVE_S = 10.0
 """How long a pool may take to let a run go."""

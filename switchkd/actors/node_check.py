@@ -14,8 +14,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import switchkd
-from switchkd.actors.futures import shut_down
 from switchkd.actors.launch import join
+from switchkd.actors.ray_futures import shut_down
 from switchkd.config.errors import last_line
 from switchkd.config.schema import Config
 
