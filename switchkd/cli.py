@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from switchkd import __version__
-from switchkd.bench.cli import app as bench
 from switchkd.config.errors import typed
+from switchkd.tools.bench.cli import app as bench
 
 if TYPE_CHECKING:
     from switchkd.config.schema import Config
@@ -159,7 +159,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Score a model, or a run's student, alone."""
-    from switchkd.eval_config import eval_config
+    from switchkd.tools.eval_config import eval_config
 
     names, overrides = _split(args)
     if len(names) + (model is not None) != 1:
@@ -204,8 +204,8 @@ def rollout(
     index = _stage_index(wanted, stage)
     if out is not None and not out.resolve().parent.is_dir():
         raise ConfigError(f"--out {out}: the folder {out.resolve().parent} does not exist; make it first")
-    from switchkd.rollout_view import record, show, write_lines
     from switchkd.run import sample
+    from switchkd.tools.show_rollouts import record, show, write_lines
 
     rollouts, worker = sample(wanted, num, index)
     records = [record(prompt, rollout, worker.decode) for prompt, rollout in rollouts]
@@ -245,8 +245,8 @@ def plan(
     """Memory, bytes on the wire, tokens per second, and what one more GPU should be."""
     wanted = _load(config, overrides)
     index = _stage_index(wanted, stage)
-    from switchkd.plan import make_plan, show
-    from switchkd.plan_costs import gather
+    from switchkd.tools.plan.costs import gather
+    from switchkd.tools.plan.plan import make_plan, show
 
     given = {"student_ms": student_ms, "teacher_ms": teacher_ms, "learner_ms": learner_ms, "break_rate": break_rate,
              "tokens": tokens}  # fmt: skip
@@ -267,7 +267,7 @@ def doctor(
 ) -> None:
     """Look at everything that CONFIG needs, and say what to mend. Exit code 2 where something fails."""
     wanted = _load(config, overrides)
-    from switchkd.doctor import examine, show
+    from switchkd.tools.doctor.doctor import examine, show
 
     findings = examine(wanted, quick=quick, tell=None if as_json else show)
     failed = any(finding.status == "fail" for finding in findings)
@@ -284,7 +284,7 @@ def report(
     rollouts: Annotated[int, typer.Option(min=0, help="So many rollouts of each run can be looked at.")] = 200,
 ) -> None:
     """Write one HTML page about runs: curves, and rollouts coloured by who wrote what."""
-    from switchkd.report import write_report
+    from switchkd.tools.report.report import write_report
 
     print(write_report(runs, out, rollouts))
 
@@ -305,7 +305,7 @@ def export(
     push: Annotated[str | None, typer.Option(metavar="REPO", help="Upload to this hub repository ($HF_TOKEN).")] = None,
 ) -> None:
     """Take a run's student out as a transformers folder."""
-    from switchkd.export import export_run
+    from switchkd.tools.export import export_run
 
     print(export_run(run, step=step, out=out, push=push))
 

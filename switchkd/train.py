@@ -371,8 +371,8 @@ class Trainer:
         self.dog.result(kept, "the replay to save a batch")
         raise RuntimeError(
             f"step {step}: {what} is not finite, as in the {MAX_SKIPPED - 1} steps before; its rollouts are in {path} "
-            "(read them with switchkd.data.rollout_io.load_rollouts); mend the data or the loss and go on with --resume, "
-            "or start anew with a smaller learner.lr"
+            "(read them with switchkd.data.rollout_io.load_rollouts); mend the data or the loss and go on with "
+            "--resume, or start anew with a smaller learner.lr"
         )
 
     def _examine(self, stage_end: str) -> None:

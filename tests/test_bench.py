@@ -16,12 +16,12 @@ import pytest
 from runs import command
 from tiny import save_tiny
 
-from switchkd.bench import scale
-from switchkd.bench.models import prompts
-from switchkd.bench.processes import Gauge, cpu_seconds, descendants
-from switchkd.bench.side import Side, Sides, Turns
-from switchkd.bench.table import Spread, Table, check_device, paired, surroundings
 from switchkd.config.loader import ConfigError
+from switchkd.tools.bench import scaling
+from switchkd.tools.bench.models import prompts
+from switchkd.tools.bench.process_stats import Gauge, cpu_seconds, descendants
+from switchkd.tools.bench.subprocess_side import Side, Sides, Turns
+from switchkd.tools.bench.table import Spread, Table, check_device, paired, surroundings
 
 MIB = 2**20
 # a spawned process that has to import what the parent merely put on its path
@@ -98,9 +98,9 @@ def test_the_notes_say_on_what_it_ran():
 
 def test_who_bends_the_curve():
     """The lower limit where it was nearly reached, else what the table does not vary."""
-    assert scale.bound(95.0, {"workers": 100.0, "teachers": 400.0}) == "workers"
-    assert scale.bound(95.0, {"workers": 800.0, "teachers": 100.0}) == "teachers"
-    assert scale.bound(50.0, {"workers": 100.0, "teachers": 400.0}) == "cores, queues"
+    assert scaling.bound(95.0, {"workers": 100.0, "teachers": 400.0}) == "workers"
+    assert scaling.bound(95.0, {"workers": 800.0, "teachers": 100.0}) == "teachers"
+    assert scaling.bound(50.0, {"workers": 100.0, "teachers": 400.0}) == "cores, queues"
 
 
 def test_prompts_are_the_same_for_all():
@@ -319,7 +319,7 @@ def test_scale(models, tmp_path):
     rows = smoke(models, tmp_path, "scale")["rows"]
     for row in rows:
         tokens_per_call = row["tokens/s"]["median"] / row["teacher calls/s"]
-        assert tokens_per_call == pytest.approx(scale.ROWS * scale.BLOCK, rel=0.2)
+        assert tokens_per_call == pytest.approx(scaling.ROWS * scaling.BLOCK, rel=0.2)
         assert row["teacher calls/s"] < 1 / 0.02 and row["tokens/s"]["median"] < 1.05 * row["limit of teachers"]
 
 

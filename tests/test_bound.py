@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from switchkd.algo import switching
-from switchkd.bench.bound import StepCosts, row_bound_s, row_steady_s
+from switchkd.tools.bench.lower_bound import StepCosts, row_bound_s, row_steady_s
 from switchkd.types import Origin, Rollout
 
 COSTS = StepCosts(

@@ -18,10 +18,11 @@ import pytest
 from runs import SWITCH, WARM_UP, command, config, config_file, furnish, linked, small_ray, tree
 from tiny import save_tiny, tiny_tokenizer
 
-from switchkd import doctor, doctor_machine, doctor_models
 from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config
-from switchkd.finding import Finding, looked, refused
+from switchkd.tools.doctor import doctor, machine
+from switchkd.tools.doctor import models as model_checks
+from switchkd.tools.doctor.check import Finding, looked, refused
 
 Usage = namedtuple("Usage", "total used free")
 ON_CLUSTER = {"run": {"dir": "run", "mode": "ray"}, "cluster": {"address": "127.0.0.1:1"}}
@@ -123,12 +124,12 @@ class TestMachine:
 
     def test_versions(self, monkeypatch):
         """A package outside its range, one that is not there, another Python."""
-        (fine,) = doctor_machine.versions()
+        (fine,) = machine.versions()
         assert fine.status == "ok" and "torch" in fine.text
         told = ["torch>=99,<100", "no-such-package>=1", "numpy>=1", "trl>=99; extra == 'bench'"]
-        monkeypatch.setattr(doctor_machine.metadata, "requires", lambda name: told)
-        monkeypatch.setattr(doctor_machine.platform, "python_version", lambda: "3.10.1")
-        python, torch, missing = doctor_machine.versions()
+        monkeypatch.setattr(machine.metadata, "requires", lambda name: told)
+        monkeypatch.setattr(machine.platform, "python_version", lambda: "3.10.1")
+        python, torch, missing = machine.versions()
         assert {each.status for each in (python, torch, missing)} == {"fail"}
         assert "Python 3.10.1 is outside" in python.text
         assert "is outside <100,>=99" in torch.text and torch.remedy == "pip install 'torch<100,>=99'"
@@ -136,13 +137,13 @@ class TestMachine:
 
     def test_processors(self, here, monkeypatch):
         """GPUs that are asked for and not there; a device without a GPU; GPUs that nobody asks for."""
-        monkeypatch.setattr(doctor_machine, "_this_machine", lambda: {"CPU": 2.0, "GPU": 0.0})
+        monkeypatch.setattr(machine, "_this_machine", lambda: {"CPU": 2.0, "GPU": 0.0})
         found = quick(here, run={"mode": "ray"}, resources={"learner": {"num_gpus": 3}})
         assert "3 for learner.num_ranks=1" in one(found, "processors", "fail").text
-        found = of(doctor_machine.processors, wanted(here, teacher={"device": "cuda"}))
+        found = of(machine.processors, wanted(here, teacher={"device": "cuda"}))
         assert one(found, "processors", "fail").text == "teacher.device=cuda, torch sees no CUDA device"
-        monkeypatch.setattr(doctor_machine, "_this_machine", lambda: {"CPU": 2.0, "GPU": 2.0})
-        found = of(doctor_machine.processors, wanted(here, run={"mode": "ray"}))
+        monkeypatch.setattr(machine, "_this_machine", lambda: {"CPU": 2.0, "GPU": 2.0})
+        found = of(machine.processors, wanted(here, run={"mode": "ray"}))
         assert one(found, "processors", "warn").remedy == "set resources.*.num_gpus"
 
     def test_ports(self, here):
@@ -151,12 +152,12 @@ class TestMachine:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
             away = {**ON_CLUSTER, "cluster": {"address": f"127.0.0.1:{port}"}}
-            found = of(doctor_machine.ports, wanted(here, **away))
+            found = of(machine.ports, wanted(here, **away))
             assert one(found, "ports", "fail").remedy == "start it with `ray start --head`"
             listener.listen()
-            found = of(doctor_machine.ports, wanted(here, **away))
+            found = of(machine.ports, wanted(here, **away))
             assert one(found, "ports", "ok").text == f"127.0.0.1:{port} answers"
-        assert one(of(doctor_machine.ports, wanted(here)), "ports", "ok")
+        assert one(of(machine.ports, wanted(here)), "ports", "ok")
 
     def test_a_cluster_out_of_reach_is_not_joined(self, here):
         """Nobody there: that is said, and what needs the cluster is left out."""
@@ -170,37 +171,37 @@ class TestMachine:
         path.parent.mkdir()
         path.write_text("a secret word")
         path.chmod(mode)
-        found = of(doctor_machine.tokens, wanted(here, **ON_CLUSTER))
+        found = of(machine.tokens, wanted(here, **ON_CLUSTER))
         (finding,) = [each for each in found if str(path) in each.text]
         assert finding.status == status and "secret word" not in finding.line
         assert status == "ok" or finding.remedy == f"chmod 600 {path}"
         assert stat.S_IMODE(path.stat().st_mode) == mode
-        mild = [each.status for each in of(doctor_machine.tokens, wanted(here)) if str(path) in each.text]
+        mild = [each.status for each in of(machine.tokens, wanted(here)) if str(path) in each.text]
         assert mild == ["ok" if status == "ok" else "warn"]
 
     def test_no_token(self, here, monkeypatch):
         """On a cluster a token is expected, from a file or the environment."""
-        found = of(doctor_machine.tokens, wanted(here, **ON_CLUSTER))
+        found = of(machine.tokens, wanted(here, **ON_CLUSTER))
         assert [each.status for each in found] == ["warn", "warn"] and "RAY_AUTH_MODE=token" in found[0].remedy
         monkeypatch.setenv("RAY_AUTH_MODE", "token")
         monkeypatch.setenv("RAY_AUTH_TOKEN", "word")
-        assert not of(doctor_machine.tokens, wanted(here, **ON_CLUSTER))
+        assert not of(machine.tokens, wanted(here, **ON_CLUSTER))
 
     def test_secrets(self, here, monkeypatch):
         """HF_TOKEN for names of the hub, a key for W&B; their values are never told."""
-        assert one(of(doctor_machine.secrets, wanted(here)), "secrets", "ok").text == "none is needed"
+        assert one(of(machine.secrets, wanted(here)), "secrets", "ok").text == "none is needed"
         hub = wanted(here, student={"path": "owner/name"})
-        found = one(of(doctor_machine.secrets, hub), "secrets", "warn")
+        found = one(of(machine.secrets, hub), "secrets", "warn")
         assert "student.path=owner/name" in found.text and "gated" in found.remedy
         monkeypatch.setenv("HF_TOKEN", "hush")
-        assert "hush" not in one(of(doctor_machine.secrets, hub), "secrets", "ok").line
+        assert "hush" not in one(of(machine.secrets, hub), "secrets", "ok").line
         logged = wanted(here, metrics={"wandb": "mine"})
-        monkeypatch.setattr(doctor_machine.importlib.util, "find_spec", lambda name: None)
-        assert one(of(doctor_machine.secrets, logged), "secrets", "fail").remedy == "pip install 'switchkd[wandb]'"
-        monkeypatch.setattr(doctor_machine.importlib.util, "find_spec", lambda name: object())
-        assert "WANDB_API_KEY" in one(of(doctor_machine.secrets, logged), "secrets", "fail").text
+        monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
+        assert one(of(machine.secrets, logged), "secrets", "fail").remedy == "pip install 'switchkd[wandb]'"
+        monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: object())
+        assert "WANDB_API_KEY" in one(of(machine.secrets, logged), "secrets", "fail").text
         monkeypatch.setenv("WANDB_API_KEY", "hush")
-        assert "hush" not in one(of(doctor_machine.secrets, logged), "secrets", "ok").line
+        assert "hush" not in one(of(machine.secrets, logged), "secrets", "ok").line
 
     def test_disk(self, here, monkeypatch):
         """Too little for the checkpoints, scarcely enough, enough."""
@@ -211,7 +212,7 @@ class TestMachine:
         needed = 3 * params * (4 + 4 + 8 + 4) + 2 * 4 * params  # two kept and one being written; two students
         for free, status in ((0.9, "fail"), (1.5, "warn"), (2.5, "ok")):
             monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: Usage(0, 0, int(free * needed)))
-            finding = one(of(doctor_machine.disk, wanted(here), found), "disk", status)
+            finding = one(of(machine.disk, wanted(here), found), "disk", status)
             assert (status == "fail") == ("keep_last" in finding.remedy)
 
     def test_memory(self, here, monkeypatch):
@@ -219,8 +220,8 @@ class TestMachine:
         from switchkd.engines.models.shape import shapes
 
         for free, status in ((1e9, "warn"), (1e12, "ok")):
-            monkeypatch.setattr(doctor_machine, "_available", lambda free=free: free)
-            one(of(doctor_machine.room, wanted(here), shapes(wanted(here))), "memory", status)
+            monkeypatch.setattr(machine, "_available", lambda free=free: free)
+            one(of(machine.room, wanted(here), shapes(wanted(here))), "memory", status)
 
     def test_object_store(self, here, monkeypatch):
         """A private cluster's must fit into shared memory: the size that was given, or two versions of the student."""
@@ -235,25 +236,25 @@ class TestMachine:
             (by_default, large, 4.4e9, "warn"), (by_default, large, 4.6e9, "ok"),
         ):  # fmt: skip
             monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: Usage(0, 0, free))
-            one(of(doctor_machine.object_store, asked, shape), "object store", status)
+            one(of(machine.object_store, asked, shape), "object store", status)
 
     def test_run_dir(self, here, monkeypatch):
         """Writable, free, absolute on a cluster; the probe is gone afterwards."""
-        assert one(of(doctor_machine.run_dir, wanted(here)), "run.dir", "ok")
+        assert one(of(machine.run_dir, wanted(here)), "run.dir", "ok")
         (here / "run").mkdir()
         (here / "run" / "config.yaml").write_text("{}")
         (here / "run" / "run.lock").write_text('{"pid": 7, "host": "elsewhere"}')
-        held, used, fine = of(doctor_machine.run_dir, wanted(here))
+        held, used, fine = of(machine.run_dir, wanted(here))
         assert "process 7 on elsewhere" in held.text and "--resume" in used.remedy and fine.status == "ok"
         assert sorted(path.name for path in (here / "run").iterdir()) == ["config.yaml", "run.lock"]
-        found = of(doctor_machine.run_dir, wanted(here, **ON_CLUSTER))
+        found = of(machine.run_dir, wanted(here, **ON_CLUSTER))
         assert "shared storage" in one(found, "run.dir", "fail").remedy
 
         def refuse(self: Path, text: str) -> None:
             raise PermissionError(13, "Permission denied")
 
         monkeypatch.setattr(Path, "write_text", refuse)
-        finding = doctor_machine.run_dir(Config.model_validate({"run": {"dir": "new"}, "train": {}}))
+        finding = machine.run_dir(Config.model_validate({"run": {"dir": "new"}, "train": {}}))
         assert one(list(finding), "run.dir", "fail").text.endswith("cannot be written to (Permission denied)")
 
 
@@ -294,10 +295,10 @@ class TestModels:
             (folder / "chat_template.jinja").unlink()
             tokenizer.save_pretrained(folder)
         paths = {role: {"path": f"./own-{role}"} for role in ("student", "teacher")}
-        finding = one(of(doctor_models.chat_templates, wanted(here, **paths)), "chat templates", status)
+        finding = one(of(model_checks.chat_templates, wanted(here, **paths)), "chat templates", status)
         assert said in finding.text and (status == "ok" or "data.template" in finding.remedy)
         own = wanted(here, **paths, data={"template": "Q: {prompt}"})
-        assert one(of(doctor_models.chat_templates, own), "chat templates", "ok").text.startswith("data.template")
+        assert one(of(model_checks.chat_templates, own), "chat templates", "ok").text.startswith("data.template")
 
     def test_data(self, here):
         """A broken line, too many prompts over the limit, a few of them."""
@@ -359,7 +360,7 @@ class TestWithWeights:
         teacher = make_teacher(settings)
         arrays = teacher.head_arrays()
         head = None if arrays is None else LinearHead.from_arrays(arrays)
-        finding = doctor_models.determinism(settings, Unsteady(teacher, by) if by else teacher, head, np.arange(5, 25))
+        finding = model_checks.determinism(settings, Unsteady(teacher, by) if by else teacher, head, np.arange(5, 25))
         assert finding.status == status and said in finding.line
         assert teacher.num_sessions == 0
 
@@ -407,14 +408,14 @@ def test_every_node_sees_the_folder(here, monkeypatch):
         sections = {**ON_CLUSTER, "run": {"dir": str(here / "run"), "mode": "ray"}}
         monkeypatch.setenv("RAY_JOB_ID", "1")
         settings = wanted(here, **sections)
-        with doctor_machine.probe(settings) as (file, nonce):
+        with machine.probe(settings) as (file, nonce):
             told, looks = node_check.look(settings, str(file), nonce)
             assert told.startswith("1 nodes, 4 CPUs") and [each.sees for each in looks] == [True]
             assert looks[0].versions == node_check.versions() and not looks[0].error
             _, other = node_check.look(settings, str(file), "another word")
             assert [each.sees for each in other] == [False]
         assert ray.is_initialized(), "a cluster that was joined before is not left"
-        assert not list(here.glob(f"{doctor_machine.PROBE}*"))
+        assert not list(here.glob(f"{machine.PROBE}*"))
         found = list(doctor._cluster(settings))
         assert [each.status for each in found] == ["ok", "ok"] and "all 1 nodes see" in found[1].text
         looks = [

@@ -18,10 +18,10 @@ from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config, Lora, Model
 from switchkd.engines.models.shape import Shape, read_shape, shapes
 from switchkd.engines.models.sources import num_params
-from switchkd.plan import make_plan
-from switchkd.plan_costs import Costs, parse_costs
-from switchkd.plan_memory import layer_activations, memory, states
-from switchkd.plan_speed import bottleneck, kept, one_more, ratio, speed
+from switchkd.tools.plan.costs import Costs, parse_costs
+from switchkd.tools.plan.memory import layer_activations, memory, states
+from switchkd.tools.plan.plan import make_plan
+from switchkd.tools.plan.speed import bottleneck, kept, one_more, ratio, speed
 
 COSTS = Costs(student_ms=10, teacher_ms={4: 20}, learner_ms=1000, break_rate=0.0, tokens=32)
 LLAMA_7B = {

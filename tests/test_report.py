@@ -12,10 +12,10 @@ import pytest
 from runs import STAGES, command, config, furnish
 
 from switchkd.config.loader import ConfigError
-from switchkd.report import write_report
-from switchkd.reporting.read import read_run
-from switchkd.reporting.tally import MAX_POINTS, Tally
 from switchkd.run import train
+from switchkd.tools.report.read import read_run
+from switchkd.tools.report.report import write_report
+from switchkd.tools.report.tally import MAX_POINTS, Tally
 
 EVIL = "</script><script>document.title = 'owned'</script><img src=x onerror=alert(1)>"
 

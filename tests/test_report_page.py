@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from test_report import EVIL, copy, hostile, lines, run  # noqa: F401  (fixtures)
 
-from switchkd.report import write_report
+from switchkd.tools.report.report import write_report
 
 pytestmark = pytest.mark.slow
 

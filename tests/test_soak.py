@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from runs import command
 
-from switchkd.bench import soak
+from switchkd.tools.bench import soak
 
 
 def test_the_schedule_is_the_seeds():

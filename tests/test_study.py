@@ -12,13 +12,13 @@ import pytest
 import yaml
 from runs import command
 
-from switchkd.bench import arithmetic, grid, quality_plot
-from switchkd.bench.arithmetic import Problem
-from switchkd.bench.exam import over_exams
-from switchkd.bench.quality_table import Mean, Paired, QualityTable, holm
-from switchkd.bench.study import Cell, cells, configured, merged, read_study
 from switchkd.config.loader import ConfigError
 from switchkd.controller.text_metrics import exact_match, final_number
+from switchkd.tools.bench.study import arithmetic_task, grid, plot
+from switchkd.tools.bench.study.arithmetic_task import Problem
+from switchkd.tools.bench.study.scores import over_exams
+from switchkd.tools.bench.study.spec import Cell, cells, configured, merged, read_study
+from switchkd.tools.bench.study.table import Mean, Paired, QualityTable, holm
 
 SIZE = {"layers": 1, "hidden": 16, "heads": 2}
 STUDY: dict[str, Any] = {
@@ -65,7 +65,7 @@ def test_a_solution_written_out():
 def test_every_solution_is_right():
     """Each column's sum is that of its three digits, its carry is the one before, and the results are the answer's
     digits."""
-    for problem in arithmetic.draw([2, 3, 4, 8], 200, seed=3):
+    for problem in arithmetic_task.draw([2, 3, 4, 8], 200, seed=3):
         steps, answer = problem.solution.split("####")
         carry, result = 0, ""
         for step in steps.split(","):
@@ -85,28 +85,32 @@ def test_the_answer_is_what_follows_the_mark():
 
 def test_train_and_test_share_no_problem():
     """Swapped summands are the same problem; each part is as asked, and the same whenever it is drawn."""
-    test = arithmetic.draw([2, 3], 400, seed=0)
-    train = arithmetic.draw([2, 3], 2000, seed=1, apart_from=test)
+    test = arithmetic_task.draw([2, 3], 400, seed=0)
+    train = arithmetic_task.draw([2, 3], 2000, seed=1, apart_from=test)
     pairs = [frozenset((p.first, p.second)) for p in (*test, *train)]
     assert len(set(pairs)) == len(pairs) == 2400
     assert [sum(p.digits == n for p in train) for n in (2, 3)] == [1000, 1000]
-    assert train == arithmetic.draw([2, 3], 2000, seed=1, apart_from=test) != arithmetic.draw([2, 3], 2000, seed=2)
+    assert (
+        train
+        == arithmetic_task.draw([2, 3], 2000, seed=1, apart_from=test)
+        != arithmetic_task.draw([2, 3], 2000, seed=2)
+    )
 
 
 def test_too_many_problems():
     with pytest.raises(ConfigError, match="30 problems of 1 digits"):
-        arithmetic.draw([1], 30, seed=0)
+        arithmetic_task.draw([1], 30, seed=0)
 
 
 def test_the_tokenizer_gives_texts_back():
     """`####` is one token, all else is one a letter; nothing falls to the padding token."""
-    tokenizer = arithmetic.tokenizer()
+    tokenizer = arithmetic_task.tokenizer()
     text = Problem(385, 947).prompt + Problem(385, 947).solution
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text and len(ids) == len(text) - 3
     assert not {tokenizer.pad_token_id, tokenizer.eos_token_id} & set(ids)
-    longest = max(len(tokenizer(p.solution)["input_ids"]) for p in arithmetic.draw([8], 300, seed=0))
-    assert longest + 1 <= arithmetic.solution_tokens(8)
+    longest = max(len(tokenizer(p.solution)["input_ids"]) for p in arithmetic_task.draw([8], 300, seed=0))
+    assert longest + 1 <= arithmetic_task.solution_tokens(8)
 
 
 # --- the study file --------------------------------------------------------------------------------------------------
@@ -116,7 +120,7 @@ def test_the_shipped_study_is_sound():
     """It is read, every method's config is accepted, the rollouts have room for every solution."""
     study = read_study(Path(__file__).parents[1] / "configs" / "study" / "arithmetic.yaml")
     assert study.task is not None
-    assert study.base["rollout"]["max_new_tokens"] >= arithmetic.solution_tokens(max(study.task.digits))
+    assert study.base["rollout"]["max_new_tokens"] >= arithmetic_task.solution_tokens(max(study.task.digits))
     names = [cell.name for cell in cells(study)]
     assert len(set(names)) == len(study.methods) * len(study.seeds)
     assert {cell.seed for cell in cells(study)[: len(study.main)]} == {study.seeds[0]}
@@ -412,7 +416,7 @@ def test_the_plot_shows_what_ranks(with_starts):
     told = [cell("low", s, 40.0 + s) for s in (1, 2)] + [cell("high", s, 50.0 + 2 * s) for s in (1, 2)]
     before = [cell("warm-up", 1, 38.0), cell("warm-up", 2, 39.0)] if with_starts else []
     table, axes = QualityTable.of("t", "exact_match", 2, told, before), figure.subplots()
-    quality_plot._ranking(axes, table)
+    plot._ranking(axes, table)
     assert table.by_gain == with_starts
     assert [label.get_text() for label in axes.get_yticklabels()] == ["low (2)", "high (2)"]
     low, high = ([3.0, 3.0], [14.0, 15.0]) if with_starts else ([41.0, 42.0], [52.0, 54.0])

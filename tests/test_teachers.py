@@ -11,8 +11,8 @@ from tiny import save_tiny, tiny_tokenizer
 
 from switchkd.config.loader import ConfigError, load, parse
 from switchkd.controller.preflight import prepare
-from switchkd.eval_config import eval_config
 from switchkd.run import sample, train
+from switchkd.tools.eval_config import eval_config
 
 SWITCH = {
     "name": "switch", "steps": 3, "mix": {"rollout": 0.5, "dataset": 0.5},

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "switchkd"
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 
-LIGHT_FILES = ["config.schema", "config.loader", "config.errors", "bench.cli"]
+LIGHT_FILES = ["config.schema", "config.loader", "config.errors", "tools.bench.cli"]
 LIGHT = {"yaml", "pydantic", "typer", "numpy"}
 """What the light rooms may import at load: reading a config takes a blink."""
 
@@ -28,7 +28,7 @@ LAYERS = [
     [
         "engines.models.sources",
         "engines.models.demo",
-        "finding",
+        "tools.doctor.check",
         "data.dataset",
         "actors.room",
         "controller.run_lock",
@@ -77,9 +77,9 @@ LAYERS = [
         "controller.alerts",
         "controller.step_metrics",
         "controller.model_card",
-        "reporting",
-        "export",
-        "rollout_view",
+        "tools.report",
+        "tools.export",
+        "tools.show_rollouts",
     ],
     ["data.recorded"],
     ["rollout.worker", "data.replay_service", "controller.handles", "controller.quarantine"],
@@ -89,15 +89,22 @@ LAYERS = [
     [
         "engines.models.resolve",
         "controller.preflight",
-        "eval_config",
+        "tools.eval_config",
         "engines.models.shape",
         "actors",
         "controller.local",
         "train",
     ],
-    ["run", "report"],
-    ["plan_costs", "plan_memory", "plan_speed", "calibrate", "doctor_machine", "doctor_models"],
-    ["plan", "doctor"],
+    ["run", "tools.report.report"],
+    [
+        "tools.plan.costs",
+        "tools.plan.memory",
+        "tools.plan.speed",
+        "tools.plan.calibrate",
+        "tools.doctor.machine",
+        "tools.doctor.models",
+    ],
+    ["tools.plan.plan", "tools.doctor.doctor"],
     ["cli"],
 ]
 """Bottom first. A room imports rooms of its own row and below, never above."""
@@ -133,7 +140,7 @@ def tops(file: str, *, at_load: bool = False) -> set[str]:
 @pytest.mark.parametrize("file", FILES)
 def test_ray_lives_under_actors(file):
     """Only actors/ knows Ray, and the bench that measures it."""
-    assert file.startswith("actors/") or file == "bench/on_ray.py" or "ray" not in tops(file)
+    assert file.startswith("actors/") or file == "tools/bench/ray_cluster.py" or "ray" not in tops(file)
 
 
 def test_deepspeed_and_vllm_live_in_one_file():

@@ -1,1 +1,0 @@
-"""The measurements that the README quotes, runnable by anyone."""

@@ -1,1 +1,0 @@
-"""One HTML page about run folders: read what is there, count, draw."""

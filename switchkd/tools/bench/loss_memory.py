@@ -1,0 +1,257 @@
+"""The loss of a step in three forms: ours in chunks, naive with whole rows of logits, and TRL's in tiles.
+
+In: a random student, a random teacher's last hidden states and output matrix, sizes. Out: seconds of forward and
+backward pass, the most memory they take on top of weights and gradients, and how far the gradients lie apart. All forms
+compute the mean forward KL over the same tokens of the same model.
+
+Shapes: B sequences, T completion tokens of each, N = B x T, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from switchkd.config.loader import ConfigError
+from switchkd.tools.bench.subprocess_side import Side, Sides, Turns
+from switchkd.tools.bench.table import Pairs, Table, paired, surroundings
+
+if TYPE_CHECKING:
+    import torch
+
+    from switchkd.types import Rollout
+
+    Step = Callable[[], torch.Tensor]
+
+OURS, NAIVE, TRL = "switchkd (chunks)", "naive (whole rows)", "TRL (tiles)"
+ALONE = "model alone"
+PROMPT_TOKENS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One size, and where the sides leave their gradients to be compared."""
+
+    tokens: int  # T
+    vocab: int
+    folder: str
+    device: str
+    dtype: str
+    batch: int = 4
+    width: int = 576  # SmolLM2-135M's
+    layers: int = 2
+    chunk: int = 256  # learner.chunk_tokens by default
+
+    @property
+    def num(self) -> int:
+        return self.batch * self.tokens
+
+
+SIZES = ((128, 16_384), (256, 16_384), (512, 16_384), (256, 8_192), (256, 49_152))
+SMOKE_SIZES = ((16, 256),)
+
+
+def run(*, smoke: bool, repeats: int, device: str, dtype: str, threads: int | None) -> Table:
+    """Raises ConfigError without the peer."""
+    if importlib.util.find_spec("trl") is None:
+        raise ConfigError("the peer of this bench, TRL, is not installed: pip install 'switchkd[bench]'")
+    threads = threads or os.cpu_count() or 1
+    rows: list[dict[str, Any]] = []
+    small = {"batch": 2, "width": 32, "chunk": 4} if smoke else {}
+    for tokens, vocab in SMOKE_SIZES if smoke else SIZES:
+        with tempfile.TemporaryDirectory(prefix="switchkd-bench-") as folder:
+            job = Job(tokens=tokens, vocab=vocab, folder=folder, device=device, dtype=dtype, **small)
+            rows += _measure(job, repeats, threads)
+    notes = surroundings(device, dtype, threads=threads, batch=job.batch, width=job.width, layers=job.layers,
+                         chunk_tokens=job.chunk, repeats=repeats)  # fmt: skip
+    return Table(
+        title="Loss and gradient of one step", columns=tuple(rows[0]), rows=tuple(rows), notes=notes, remarks=_REMARKS
+    )
+
+
+_REMARKS = (
+    "Memory: the most that a step takes beyond weights and their gradients, which are there before. Beside it, what "
+    "one copy of the logits of both models would take. `model alone` has no output layer and no loss: the activations.",
+    "Gradient: the largest relative distance of any parameter's gradient from the naive one, in the Euclidean norm.",
+)
+
+
+def _measure(job: Job, repeats: int, threads: int) -> list[dict[str, Any]]:
+    forms: dict[str, Callable[..., Step]] = {OURS: ours, NAIVE: naive, TRL: trl, ALONE: alone}
+    makers = {
+        name: partial(Side, name, work, job, name, form, device=job.device, threads=threads)
+        for name, form in forms.items()
+    }
+    with Sides() as open_sides:
+        sides = open_sides.start(makers)
+        pairs: Pairs = paired(sides, repeats)
+        told = {name: side.finish() for name, side in sides.items()}
+    return [
+        {
+            "T": job.tokens,
+            "V": job.vocab,
+            "form": name,
+            "s/step": pairs.spread[name],
+            "time / ours": pairs.ratios[name],
+            "peak memory, MiB": told[name]["peak_mb"],
+            "logits of both, MiB": 2 * 4 * job.num * job.vocab / 2**20,
+            "gradient": None if name == ALONE else distance(job, name, NAIVE),
+            "loss": None if name == ALONE else told[name]["loss"],
+        }
+        for name in sides
+    ]
+
+
+def distance(job: Job, name: str, other: str) -> float:
+    """Of the gradients that two sides left behind."""
+    import torch
+
+    ours, theirs = (torch.load(_file(job, side), weights_only=True, mmap=True) for side in (name, other))
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[key].float() - theirs[key]).norm() / theirs[key].float().norm()) for key in ours)
+
+
+def _file(job: Job, name: str) -> Path:
+    return Path(job.folder) / f"{name.split()[0]}.pt"
+
+
+def work(turns: Turns, job: Job, name: str, form: Callable[..., Step]) -> None:
+    """A side's process: the first turn, which nobody measures, also leaves the gradients behind."""
+    import torch
+
+    model, teacher, head = _models(job)
+    step = form(job, model, teacher, head)
+    parameters = dict(model.named_parameters())
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    turns.count_memory_from_here()
+    for _ in turns:
+        model.zero_grad(set_to_none=False)
+        loss = step()
+        loss.backward()
+        if "loss" not in turns.told:
+            grads = {key: p.grad.detach().cpu() for key, p in parameters.items() if p.grad is not None}
+            torch.save(grads, _file(job, name))
+            turns.tell(loss=float(loss))
+            del grads
+        del loss
+
+
+def _models(job: Job) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """The student, the teacher's hidden states [N, D], its output matrix [V, D]: the same for all sides."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    heads = max(1, job.width // 64)
+    config = LlamaConfig(
+        vocab_size=job.vocab, hidden_size=job.width, intermediate_size=8 * job.width // 3, tie_word_embeddings=True,
+        num_hidden_layers=job.layers, num_attention_heads=heads, num_key_value_heads=heads, bos_token_id=None,
+        eos_token_id=None, max_position_embeddings=PROMPT_TOKENS + job.tokens,
+    )  # fmt: skip
+    model: Any = LlamaForCausalLM(config)
+    model = model.to(device=job.device, dtype=getattr(torch, job.dtype)).train()
+    teacher = torch.randn(job.num, job.width).to(model.dtype)
+    head = (torch.randn(job.vocab, job.width) / job.width**0.5).to(model.dtype)
+    return model, teacher.to(job.device), head.to(job.device)
+
+
+def _ids(job: Job) -> torch.Tensor:
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(job.vocab, (job.batch, PROMPT_TOKENS + job.tokens), generator=generator)
+
+
+# --- the forms: each answers with a step that gives the mean loss ----------------------------------------------------
+
+
+def ours(job: Job, model: Any, teacher: torch.Tensor, head: torch.Tensor) -> Step:
+    """As the learner does it: rollouts are collated, the student's module computes the loss (`StudentModule`)."""
+    from switchkd.algo.losses import forward_kl
+    from switchkd.engines.models.lm_head import LinearHead
+    from switchkd.learner.batching import LossSpec, collate, plan_batch
+    from switchkd.learner.loss_module import Objective, StudentModule
+
+    rollouts = _rollouts(job, teacher)
+    batch = collate(rollouts, pad_id=0).to(job.device)
+    plan = plan_batch(0, 0, rollouts, num_ranks=1)
+    module = StudentModule(model, vocab_size=job.vocab, scale=1.0, softcap=0.0, chunk=job.chunk)
+    heads = {"": LinearHead(head)}
+    spec = LossSpec(name="forward_kl", per_token=forward_kl)
+    return lambda: module(batch, Objective(spec, plan, batch), heads)
+
+
+def _rollouts(job: Job, teacher: torch.Tensor) -> list[Rollout]:
+    import numpy as np
+
+    from switchkd.engines.models.lm_head import signal_from_hidden
+    from switchkd.types import Origin, Rollout, Signal
+
+    values, dtype = signal_from_hidden(teacher.cpu())
+    ids, num = _ids(job).numpy().astype(np.int32), job.tokens
+    nothing = np.zeros(num, np.float32)
+    return [
+        Rollout(
+            rollout_id=i, batch=0, stage=0, prompt_id="", origin=Origin.ROLLOUT, prompt_ids=row[:PROMPT_TOKENS],
+            token_ids=row[PROMPT_TOKENS:], sources=np.zeros(num, np.uint8), weight_versions=np.zeros(num, np.int32),
+            statistic=nothing, threshold=nothing, uncertainty=nothing, finish_reason="length",
+            signal=Signal(
+                kind="hidden", dtype=dtype, values=values[i * num : (i + 1) * num], lengths=np.array([num], np.int32)
+            ),
+        )
+        for i, row in enumerate(ids)
+    ]  # fmt: skip
+
+
+def naive(job: Job, model: Any, teacher: torch.Tensor, head: torch.Tensor) -> Step:
+    """As a reader of torch would write it; rows of logits are made for the completion only."""
+    from torch.nn.functional import kl_div, linear, log_softmax
+
+    ids = _ids(job).to(job.device)
+
+    def step() -> torch.Tensor:
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, PROMPT_TOKENS - 1 : -1]
+        q = log_softmax(model.lm_head(hidden).float().flatten(0, 1), -1)
+        p = log_softmax(linear(teacher, head).float(), -1)
+        return kl_div(q, p, log_target=True, reduction="sum") / job.num
+
+    return step
+
+
+def alone(job: Job, model: Any, teacher: torch.Tensor, head: torch.Tensor) -> Step:
+    """The model below its output layer, with next to no loss: what every form needs at least."""
+    ids = _ids(job).to(job.device)
+
+    def step() -> torch.Tensor:
+        hidden: torch.Tensor = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden.float().square().mean()
+
+    return step
+
+
+def trl(job: Job, model: Any, teacher: torch.Tensor, head: torch.Tensor) -> Step:
+    """The loss of `trl.DistillationTrainer` from hidden states on, at beta 0 (forward KL)."""
+    import torch
+
+    try:  # private to TRL
+        from trl.trainer.distillation_trainer import _chunked_divergence_loss as divergence
+    except ImportError as error:
+        raise ConfigError(f"this TRL has no chunked divergence ({error}); install trl 1.16") from None
+    ids = _ids(job).to(job.device)
+    mask = torch.ones(job.batch, job.tokens, dtype=torch.long, device=job.device)
+    states = teacher.view(job.batch, job.tokens, job.width)
+
+    def step() -> torch.Tensor:
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, PROMPT_TOKENS - 1 : -1]
+        loss, _, _ = divergence(hidden, states, model.lm_head.weight, head, mask, beta=0.0)
+        found: torch.Tensor = loss
+        return found
+
+    return step

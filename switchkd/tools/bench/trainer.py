@@ -1,0 +1,242 @@
+"""A whole on-policy step, ours and TRL's: the student writes, the teacher scores, loss, backward, optimizer step, and
+the weights go back to where the student writes.
+
+In: a teacher and a student. Out: samples/s and peak memory of switchkd in one process, of switchkd on Ray, and of
+`trl.DistillationTrainer`, which is always on-policy. All sides have the same prompts, batch, number of new tokens (no
+completion may end early), loss, optimizer, dtype and threads, and each its key-value cache.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from switchkd.config.loader import ConfigError
+from switchkd.config.schema import Config
+from switchkd.tools.bench import trainer_harness
+from switchkd.tools.bench.models import Pair, prompts
+from switchkd.tools.bench.subprocess_side import Side, Sides, Turns
+from switchkd.tools.bench.table import Table, paired, surroundings
+
+if TYPE_CHECKING:
+    from switchkd.types import Prompt
+
+BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
+"""TRL's names for the losses: its beta interpolates between the two KLs."""
+LR = 1e-5
+BuildHouse = Callable[[Config, Path, frozenset[int], Any], Any]
+OURS, ON_RAY, TRL = "switchkd, one process", "switchkd, Ray", "TRL"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What every side is told."""
+
+    pair: Pair
+    batch: int
+    new_tokens: int
+    loss: str
+    device: str
+    dtype: str
+    threads: int
+
+    @property
+    def prompts(self) -> list[str]:
+        """Four batches, walked through in order by everybody."""
+        some = prompts(min(4 * self.batch, 64))
+        return [some[i % len(some)] for i in range(4 * self.batch)]
+
+
+def run(
+    *, pair: Pair, smoke: bool, repeats: int, device: str, dtype: str, threads: int | None, batch: int, new_tokens: int,
+    loss: str, on_ray: bool,
+) -> Table:  # fmt: skip
+    """Raises ConfigError without the peer, and for a loss that it does not have."""
+    if importlib.util.find_spec("trl") is None:
+        raise ConfigError("the peer of this bench, TRL, is not installed: pip install 'switchkd[bench]'")
+    if loss not in BETA:
+        raise ConfigError(f"--loss {loss}: both sides have {', '.join(BETA)}")
+    if smoke:
+        batch, new_tokens = min(batch, 2), min(new_tokens, 8)
+    threads = threads or os.cpu_count() or 1
+    job = Job(pair=pair, batch=batch, new_tokens=new_tokens, loss=loss, device=device, dtype=dtype, threads=threads)
+    makers = {OURS: partial(Side, OURS, ours, job, "inprocess", device=device, threads=threads)}
+    if on_ray and device == "cpu":  # its actors would need a GPU each
+        makers[ON_RAY] = partial(Side, ON_RAY, ours, job, "ray", threads=threads)
+    makers[TRL] = partial(Side, TRL, trl, job, device=device, threads=threads)
+    with Sides() as open_sides:
+        sides = open_sides.start(makers)
+        pairs = paired(sides, repeats, warmup=1 if smoke else 2)
+        told = {name: side.finish() for name, side in sides.items()}
+    rows = [
+        {
+            "side": name,
+            "s/step": pairs.spread[name],
+            "samples/s": pairs.spread[name].map(lambda s: batch / s),
+            "tokens/s": pairs.spread[name].map(lambda s: batch * new_tokens / s),
+            "time / ours": pairs.ratios[name],
+            "peak memory, MiB": told[name]["peak_mb"],
+            "first loss": told[name]["first_loss"],
+        }
+        for name in sides
+    ]
+    notes = surroundings(device, dtype, threads=threads, batch=batch, new_tokens=new_tokens, loss=loss, lr=LR,
+                         repeats=repeats, teacher=Path(pair.teacher).name, student=Path(pair.student).name)  # fmt: skip
+    return Table(title="One on-policy step", columns=tuple(rows[0]), rows=tuple(rows), notes=notes, remarks=_remarks())
+
+
+def _remarks() -> tuple[str, ...]:
+    return (
+        "Memory: the most that was resident beyond the imported libraries, models included; on Ray of all processes, "
+        "its own services and all their libraries with them, shared pages counted once each.",
+        "In bfloat16 switchkd trains bfloat16 weights with float32 masters, TRL float32 weights under autocast (its "
+        "default); both teachers are bfloat16. TRL runs without gradient checkpointing (its default is with).",
+        "The first losses are of the same prompts and weights, but of other random completions.",
+    )
+
+
+# --- switchkd --------------------------------------------------------------------------------------------------------
+
+
+def ours(turns: Turns, job: Job, mode: str) -> None:
+    """The real training loop: a turn ends when a step has."""
+    from switchkd.engines.models.loading import load_tokenizer
+
+    build_house = _on_ray() if mode == "ray" else _in_process()
+    turns.count_memory_from_here()
+    tokenized = _tokenized(job, load_tokenizer(job.pair.student))
+    waiting = iter(turns)
+
+    def build(config: Config, run_dir: Path, log: Any) -> Any:
+        house = build_house(config, run_dir, frozenset(), log)  # without stop ids nothing ends early
+        next(waiting)
+        return house
+
+    def on_step(row: Mapping[str, Any]) -> None:
+        if "first_loss" not in turns.told:
+            turns.tell(first_loss=row["loss/total"])
+        if next(waiting, "over") == "over":
+            raise trainer_harness.Enough
+
+    trainer_harness.run(
+        _config(job, mode, max(len(prompt.token_ids) for prompt in tokenized)), tokenized, build, on_step
+    )
+
+
+def _on_ray() -> BuildHouse:
+    from switchkd.actors import process_setup
+
+    process_setup.for_private_cluster()
+    from switchkd.actors.launch import build_house
+
+    return build_house
+
+
+def _in_process() -> BuildHouse:
+    from switchkd.controller.local import build_house
+
+    importlib.import_module("deepspeed")  # a library, not memory of the run
+    return lambda config, run_dir, stop_ids, log: build_house(config, run_dir, stop_ids)
+
+
+def _tokenized(job: Job, tokenizer: Any) -> list[Prompt]:
+    import numpy as np
+
+    from switchkd.types import Prompt
+
+    return [
+        Prompt(prompt_id=str(i), text=text, token_ids=np.array(tokenizer(text=text)["input_ids"], np.int32))
+        for i, text in enumerate(job.prompts)
+    ]
+
+
+def _config(job: Job, mode: str, longest: int) -> Config:
+    threads = {"threads": job.threads}
+    models = {"dtype": job.dtype, "device": job.device}
+    return trainer_harness.config_of(
+        {
+            "run": {"dir": "unused", "mode": mode},
+            "teacher": {"path": job.pair.teacher, "max_sessions": job.batch, **models},
+            "student": {"path": job.pair.student, **models},
+            "data": {"max_prompt_tokens": longest, "max_reference_tokens": 1},
+            "rollout": {
+                "rule": {"type": "student"},
+                "batch_size": job.batch,
+                "max_new_tokens": job.new_tokens,
+                "save": False,
+            },
+            "learner": {"lr": LR, "scheduler": "constant", "dtype": job.dtype, "loss": {"type": job.loss}},
+            "train": {"num_steps": trainer_harness.NUM_STEPS, "batch_size": job.batch, "checkpoint_every": 0},
+            "cluster": {"object_store_gb": 1.5},
+            "resources": {"teacher": threads, "rollout": threads, "learner": threads},
+        }
+    )
+
+
+# --- TRL -------------------------------------------------------------------------------------------------------------
+
+
+def trl(turns: Turns, job: Job) -> None:
+    """TRL's own loop, `DistillationTrainer.train`: a turn ends when its callback hears of a step's end."""
+    import tempfile
+
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DistillationConfig, DistillationTrainer
+
+    turns.count_memory_from_here()
+    waiting = iter(turns)
+
+    class OneTurnPerStep(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            next(waiting)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+            if logs and "loss" in logs and "first_loss" not in turns.told:
+                turns.tell(first_loss=float(logs["loss"]))
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            if next(waiting, "over") == "over":
+                control.should_training_stop = True
+
+    dtype = getattr(torch, job.dtype)
+    teacher = AutoModelForCausalLM.from_pretrained(job.pair.teacher, dtype=dtype, use_safetensors=True)
+    student = AutoModelForCausalLM.from_pretrained(job.pair.student, dtype=torch.float32, use_safetensors=True)
+    tokenizer = AutoTokenizer.from_pretrained(job.pair.student, padding_side="left")
+    with tempfile.TemporaryDirectory(prefix="switchkd-bench-") as place:
+        args = DistillationConfig(
+            output_dir=place,
+            max_steps=trainer_harness.NUM_STEPS,
+            per_device_train_batch_size=job.batch,
+            max_completion_length=job.new_tokens,
+            generation_kwargs={"min_new_tokens": job.new_tokens},
+            beta=BETA[job.loss],
+            shuffle_dataset=False,
+            learning_rate=LR,
+            lr_scheduler_type="constant",
+            weight_decay=0.0,
+            adam_beta2=0.95,  # as ours
+            max_grad_norm=1.0,
+            gradient_checkpointing=False,
+            bf16=job.dtype == "bfloat16",
+            use_cpu=job.device == "cpu",
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        DistillationTrainer(
+            model=student,
+            teacher_model=teacher,
+            args=args,
+            train_dataset=Dataset.from_dict({"prompt": job.prompts}),
+            processing_class=tokenizer,
+            callbacks=[OneTurnPerStep()],
+        ).train()

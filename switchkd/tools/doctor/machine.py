@@ -1,0 +1,261 @@
+"""What of a run's needs can be seen without a model: packages, processors, ports, tokens, disk, the run's folder.
+
+In: a config. Out: findings. Writes nothing but a probe beside or in `run.dir`, which is removed again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import socket
+import stat
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+from switchkd.config import resources
+from switchkd.config.schema import Config
+from switchkd.controller import local
+from switchkd.controller.resume import CONFIG
+from switchkd.controller.run_lock import LOCK, _read
+from switchkd.engines.models.shape import Shape, object_store_bytes
+from switchkd.engines.models.sources import looks_local
+from switchkd.run import _this_machine
+from switchkd.tools.doctor.check import Finding, fail, ok, warn
+from switchkd.tools.plan.memory import GIB, checkpoint_bytes, memory, total
+
+PROBE = ".switchkd-doctor-"
+DASHBOARD_PORT = 8265
+CONNECT_S = 3.0
+LIBRARIES = 0.6 * GIB
+"""What torch, transformers and Ray take in every process."""
+
+
+def versions() -> Iterator[Finding]:
+    """Installed packages against the ranges that switchkd was published with."""
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    try:
+        told, python = metadata.requires("switchkd") or [], metadata.metadata("switchkd")["Requires-Python"]
+    except metadata.PackageNotFoundError:
+        yield warn("versions", "switchkd is not installed, its ranges are not known", "pip install it")
+        return
+    if python and platform.python_version() not in SpecifierSet(python, prereleases=True):
+        yield fail("versions", f"Python {platform.python_version()} is outside {python}", "take another Python")
+    needed = [Requirement(line) for line in told]
+    needed = [each for each in needed if each.marker is None or each.marker.evaluate({"extra": ""})]
+    wrong = [finding for each in needed if (finding := _version(each.name, str(each.specifier)))]
+    yield from wrong
+    if not wrong:
+        main = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "ray", "deepspeed"))
+        yield ok("versions", f"{len(needed)} packages within their ranges ({main})")
+
+
+def _version(name: str, wanted: str) -> Finding | None:
+    from packaging.specifiers import SpecifierSet
+
+    remedy = f"pip install '{name}{wanted}'"
+    try:
+        found = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return fail("versions", f"{name} is not installed", remedy)
+    if SpecifierSet(wanted, prereleases=True).contains(found):
+        return None
+    return fail("versions", f"{name} {found} is outside {wanted}", remedy)
+
+
+def processors(config: Config) -> Iterator[Finding]:
+    """CPUs and GPUs that the roles ask for; on a cluster that is asked of Ray (actors/probe.py)."""
+    here = _this_machine()
+    if config.run.mode == "inprocess":
+        local.check_single(config)
+    if resources.is_private(config):
+        resources.check(config, here)
+        asked = resources.total(config)
+        told = ", ".join(f"{role} {each['CPU']:g} CPUs {each['GPU']:g} GPUs" for role, each in asked.items())
+        yield ok("processors", f"{told}, of {here['CPU']:g} and {here['GPU']:g}")
+        if here["GPU"] and not any(each["GPU"] for each in asked.values()) and config.run.mode == "ray":
+            yield warn("processors", f"{here['GPU']:g} GPUs here and no role asks for one", "set resources.*.num_gpus")
+    for role, section in (("teacher", config.teacher), ("student", config.student)):
+        if section.device.startswith("cuda") and not here["GPU"] and resources.is_private(config):
+            yield fail("processors", f"{role}.device={section.device}, torch sees no CUDA device", "take device: auto")
+
+
+def ports(config: Config) -> Iterator[Finding]:
+    """The named cluster's, else loopback."""
+    address = os.environ.get("RAY_ADDRESS") or config.cluster.address
+    if resources.is_private(config):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+        yield ok("ports", "a private cluster finds free ones on loopback")
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit() or not host:
+        yield ok("ports", f"cluster.address={address}: Ray finds them")
+        return
+    host = host.strip("[]")
+    if not _reached(host, int(port)):
+        yield fail("ports", f"nobody answers at cluster.address={address}", "start it with `ray start --head`")
+        return
+    yield ok("ports", f"{host}:{port} answers")
+    if not _reached(host, DASHBOARD_PORT):
+        yield warn(
+            "ports",
+            f"the dashboard at {host}:{DASHBOARD_PORT} does not answer",
+            "`ray job submit` needs it: start the head with --dashboard-port",
+        )
+
+
+def _reached(host: str, port: int) -> bool:
+    try:  # the network
+        socket.create_connection((host, port), timeout=CONNECT_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def tokens(config: Config) -> Iterator[Finding]:
+    """Ray's token: there, and readable by its owner only. Its file is looked at, never read."""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token").expanduser()
+    private, mode = resources.is_private(config), None
+    if path.is_file():
+        mode = stat.S_IMODE(path.stat().st_mode)
+    if mode is not None and mode & 0o077:
+        say = warn if private else fail
+        yield say("tokens", f"{path} has mode {mode:04o}: others can read Ray's token", f"chmod 600 {path}")
+    elif mode is not None:
+        yield ok("tokens", f"{path} is its owner's alone ({mode:04o})")
+    if private:
+        yield ok("tokens", "a private cluster has a token of its own, in memory")
+        return
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        yield warn("tokens", "RAY_AUTH_MODE is not token", "export RAY_AUTH_MODE=token, here and on the cluster")
+    if mode is None and not os.environ.get("RAY_AUTH_TOKEN"):
+        yield warn("tokens", f"neither RAY_AUTH_TOKEN nor {path}", "give this process the cluster's token")
+
+
+def secrets(config: Config) -> Iterator[Finding]:
+    """Set where a name of the hub or W&B is used. Their values are not looked at."""
+    names = {"teacher.path": config.teacher.path if config.needs_teacher else "", "student.path": config.student.path}
+    names |= {"data.path": config.data.path, "eval.data": config.eval.data}
+    if config.student.cut is not None:
+        names["student.path"] = ""
+    hub = [f"{key}={name}" for key, name in names.items() if name and name != "demo" and not _here(name)]
+    if hub and not os.environ.get("HF_TOKEN"):
+        yield warn("secrets", f"HF_TOKEN is not set, {', '.join(hub)} is the hub's", "set it for gated or private ones")
+    if config.metrics.wandb:
+        yield from _wandb(config.metrics.wandb)
+    if not hub and not config.metrics.wandb:
+        yield ok("secrets", "none is needed")
+    elif hub and os.environ.get("HF_TOKEN"):
+        yield ok("secrets", f"HF_TOKEN is set, for {', '.join(hub)}")
+
+
+def _here(name: str) -> bool:
+    return looks_local(name) or Path(name).exists()
+
+
+def _wandb(project: str) -> Iterator[Finding]:
+    key = f"metrics.wandb={project}"
+    if importlib.util.find_spec("wandb") is None:
+        yield fail("secrets", f"{key}, wandb is not installed", "pip install 'switchkd[wandb]'")
+    elif os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        yield ok("secrets", f"{key}, WANDB_MODE={os.environ['WANDB_MODE']}: no key is needed")
+    elif not os.environ.get("WANDB_API_KEY") and not (Path.home() / ".netrc").is_file():
+        yield fail("secrets", f"{key}, WANDB_API_KEY is not set", "set it, or WANDB_MODE=offline")
+    else:
+        yield ok("secrets", f"{key}, W&B's key is there")
+
+
+# --- the run's folder ------------------------------------------------------------------------------------------------
+
+
+def run_dir(config: Config) -> Iterator[Finding]:
+    """Absolute where other machines must find it; writable; free."""
+    path = Path(config.run.dir).expanduser()
+    if not resources.is_private(config) and not path.is_absolute():
+        yield fail("run.dir", f"run.dir={config.run.dir} is relative", "give an absolute path on shared storage")
+    if (path / LOCK).exists():
+        owner = _read(path / LOCK)
+        yield warn(
+            "run.dir",
+            f"{path} is held by process {owner.get('pid', '?')} on {owner.get('host', '?')}",
+            "wait for it, or give another run.dir (a dead holder's lock is taken over)",
+        )
+    if (path / CONFIG).exists():
+        yield warn("run.dir", f"{path} holds a run", "go on with --resume, or give run.overwrite=true or another one")
+    try:  # the disk
+        with probe(config) as (file, _):
+            yield ok("run.dir", f"{file.parent} can be written to")
+    except OSError as error:
+        yield fail("run.dir", f"{_nearest(path)} cannot be written to ({error.strerror})", "give another run.dir")
+
+
+@contextmanager
+def probe(config: Config) -> Iterator[tuple[Path, str]]:
+    """A file in `run.dir` (or, while that is not there, in the nearest folder above it) and what stands in it. Removed
+    at the end."""
+    nonce = uuid.uuid4().hex
+    file = _nearest(Path(config.run.dir).expanduser().resolve()) / f"{PROBE}{nonce}"
+    try:
+        file.write_text(nonce)
+        yield file, nonce
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def _nearest(path: Path) -> Path:
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+
+
+def disk(config: Config, shapes: dict[str, Shape]) -> Iterator[Finding]:
+    """Room for the checkpoints that are kept, one that is being written, and two students."""
+    each = checkpoint_bytes(config, shapes["student"])
+    student = shapes["student"].params * 4.0
+    needed = each * (config.checkpoint.keep_last + 1) + 2 * student
+    folder = _nearest(Path(config.run.dir).expanduser())
+    free = shutil.disk_usage(folder).free
+    told = f"{free / GIB:.3g} GiB free at {folder}, checkpoints need {needed / GIB:.3g} ({each / GIB:.3g} each)"
+    if free < needed:
+        yield fail("disk", told, "free some, lower checkpoint.keep_last, or give another run.dir")
+    elif free < 2 * needed:
+        yield warn("disk", told, "rollouts and metrics come on top: free some")
+    else:
+        yield ok("disk", told)
+
+
+def room(config: Config, shapes: dict[str, Shape]) -> Iterator[Finding]:
+    """All processes of a private cluster in this machine's memory, by the formulas of `plan`."""
+    parts, numbers = memory(config, shapes), resources.counts(config)
+    if not resources.is_private(config):
+        return
+    on_gpus = {role for role in parts if getattr(config.resources, role).num_gpus}
+    needed = sum((total(parts[role]) + LIBRARIES) * numbers.get(role, 0) for role in parts if role not in on_gpus)
+    there = _available()
+    told = f"about {needed / GIB:.3g} GiB of {there / GIB:.3g} free"
+    remedy = "lower learner.micro_batch_tokens, teacher.max_sessions or rollout.batch_size (see `switchkd plan`)"
+    yield ok("memory", told) if needed <= there else warn("memory", told, remedy)
+
+
+def _available() -> float:
+    path = Path("/proc/meminfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return float(found[0]) * 1024 if found else float("inf")
+
+
+def object_store(config: Config, shapes: dict[str, Shape]) -> Iterator[Finding]:
+    """A private cluster's, in shared memory."""
+    shm = Path("/dev/shm")
+    if not resources.is_private(config) or config.run.mode == "inprocess" or not shm.is_dir():
+        return
+    wanted, free = object_store_bytes(config, shapes["student"].params) / 1e9, shutil.disk_usage(shm).free / 1e9
+    key = "cluster.object_store_gb" + (" by default" if config.cluster.object_store_gb is None else "")
+    told = f"{free:.3g} GB free in {shm}, {key}={wanted:.3g}"
+    remedy = "Ray would use the disk: enlarge it (docker run --shm-size), or lower cluster.object_store_gb"
+    yield ok("object store", told) if free >= wanted else warn("object store", told, remedy)

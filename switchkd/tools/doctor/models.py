@@ -1,0 +1,184 @@
+"""What of a run's needs can be seen with its models: tokenizers, templates, data, the teacher's numbers, a dry pass.
+
+In: a config. Out: findings. What loads weights runs in this process, one model after the other.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from switchkd.config.schema import Config, Model
+from switchkd.controller.preflight import Ready
+from switchkd.data.prompts import PromptSet
+from switchkd.engines.base import Teacher
+from switchkd.engines.build import Gang, LearnerRank, make_teacher, make_worker, max_len
+from switchkd.engines.models.lm_head import LinearHead
+from switchkd.engines.models.loading import load_tokenizer
+from switchkd.learner.batching import plan_batch
+from switchkd.rollout.teacher_logits import SignalReader
+from switchkd.run import written
+from switchkd.tools.doctor.check import Finding, fail, ok, warn
+from switchkd.types import Blocks, Positions, Rollout, Sessions, Source
+
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
+"""Of a log-probability between batch shapes: rounding of the dtype."""
+_SESSION = 1 << 50
+_MOST_TOKENS = 64
+
+
+def tokenizers(config: Config, num_ids: int) -> Iterator[Finding]:
+    """`preflight.check_models` has compared them."""
+    who = "teacher and student have one tokenizer" if config.needs_teacher else "the student has a tokenizer"
+    yield ok("tokenizers", f"{who}, {num_ids:,} ids, and room for {max_len(config)} tokens")
+
+
+def chat_templates(config: Config) -> Iterator[Finding]:
+    """Prompts take the student's. The teacher reads them as they are."""
+    student = _template(config.student)
+    if config.data.template is not None:
+        yield ok("chat templates", "data.template is used instead")
+        return
+    if not config.needs_teacher:
+        yield ok("chat templates", "the student's is used" if student else "none: prompts are bare text")
+        return
+    teacher = _template(config.teacher)
+    if student == teacher:
+        yield ok("chat templates", "the same in teacher and student" if student else "none: prompts are bare text")
+    elif not student:
+        yield warn(
+            "chat templates",
+            "the teacher has one, the student has none: prompts are bare text",
+            "save the teacher's tokenizer into the student's folder, or set data.template",
+        )
+    elif not teacher:
+        yield warn(
+            "chat templates",
+            "the student has one, the teacher has none: it reads what it was not trained on",
+            "choose an instruct model as the teacher, or set data.template",
+        )
+    else:
+        yield warn(
+            "chat templates",
+            f"the student writes {_short(student)}, the teacher {_short(teacher)}; the student's is used",
+            "save the teacher's tokenizer into the student's folder, or set data.template",
+        )
+
+
+def _template(section: Model) -> str:
+    """A short talk as the model's template writes it; empty without one."""
+    tokenizer = load_tokenizer(section.path, trust_remote_code=section.trust_remote_code, revision=section.revision)
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    talk = [{"role": "user", "content": "question"}]
+    try:  # templates are programs of their own
+        told: str = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    except Exception as error:
+        return f"an error ({' '.join(str(error).split())[:80]})"
+    return told
+
+
+def _short(text: str) -> str:
+    return repr(text) if len(text) <= 60 else f"{text[:57]!r}..."
+
+
+def data(ready: Ready) -> Iterator[Finding]:
+    """`preflight.prepare` has read it."""
+    for key, prompts in (("data.path", ready.prompts), ("eval.data", ready.eval_prompts)):
+        if prompts is not None:
+            yield _data(ready.config, key, prompts)
+
+
+def _data(config: Config, key: str, prompts: PromptSet) -> Finding:
+    limit = config.data.max_prompt_tokens
+    told = f"{key}: {prompts.report()}; longest prompt {prompts.longest_prompt} of {limit} tokens"
+    if prompts.num_skipped or prompts.num_cut:
+        return warn("data", told, "raise data.max_prompt_tokens or data.max_reference_tokens, or mend those rows")
+    return ok("data", told)
+
+
+# --- with weights ----------------------------------------------------------------------------------------------------
+
+
+def with_weights(ready: Ready, index: int) -> Iterator[Finding]:
+    """The teacher's numbers; then one prompt through teacher, student and learner, as stage `index` has it."""
+    run = ready.config.run.model_copy(update={"mode": "inprocess"})
+    learner = ready.config.learner.model_copy(update={"num_ranks": 1})
+    config = ready.config.model_copy(update={"run": run, "learner": learner})
+    teachers: dict[str, Any] = {}
+    for name in config.teacher_names:
+        own = config.of_teacher(name)
+        teacher = make_teacher(own)
+        head = teacher.head_arrays()
+        tokens = ready.prompts.prompts[0].token_ids[:_MOST_TOKENS]
+        yield determinism(own, teacher, None if head is None else LinearHead.from_arrays(head), tokens)
+        teachers[name] = (teacher, head)
+    heads = {name: head for name, (_, head) in teachers.items() if head is not None}
+    worker = make_worker(config, 0, teachers, ready.stop_ids)
+    started = time.perf_counter()
+    ((_, rollout),) = written(ready, worker, 1, index)
+    yield _written(rollout, time.perf_counter() - started)
+    if config.teacher.backend == "vllm" and config.needs_teacher:  # it and DeepSpeed do not bear each other
+        yield ok("dry pass", "the learner is left out: it has a process of its own beside vLLM's")
+        return
+    yield _trained(config, index, heads, rollout)
+
+
+def determinism(config: Config, teacher: Teacher, head: LinearHead | None, tokens: np.ndarray) -> Finding:
+    """The same tokens twice, and once more beside other sessions: the largest distance of a log-probability."""
+    reader = SignalReader(head)
+    limit = TOLERANCE[config.teacher.dtype]
+    first, again = (_logprobs(teacher, reader, [tokens], i) for i in (0, 1))
+    others = [tokens, tokens[: max(1, len(tokens) // 2)], tokens][: config.teacher.max_sessions]
+    beside = _logprobs(teacher, reader, others, 2)
+    if not bool(torch.isfinite(first).all()):
+        return fail("determinism", "the teacher's rows are not finite", "load it in another teacher.dtype")
+    twice, shape = (float((first - other).abs().max()) for other in (again, beside))
+    told = f"the same rows twice differ by {twice:.2g}, in another batch by {shape:.2g} (log-probability)"
+    if not max(twice, shape) <= limit:
+        return fail("determinism", f"{told}, above {limit:g}", "set teacher.graphs: off and teacher.attn: eager")
+    if twice > 0:
+        return warn("determinism", told, "rollouts may not repeat bit for bit; set teacher.graphs: off to compare")
+    return ok("determinism", told)
+
+
+def _logprobs(teacher: Teacher, reader: SignalReader, sequences: list[np.ndarray], turn: int) -> torch.Tensor:
+    """Log-probabilities [T, V] of the first sequence, read in one call with the others, in sessions of their own."""
+    ids = np.array([_SESSION + 8 * turn + i for i in range(len(sequences))], np.int64)
+    lengths = np.array([len(tokens) for tokens in sequences], np.int32)
+    teacher.open(Sessions(session_ids=ids, token_ids=np.concatenate(sequences).astype(np.int32), lengths=lengths))
+    nothing = np.zeros(len(ids), np.int32)
+    signal = teacher.score(
+        Blocks(session_ids=ids, base_lens=lengths, first_rows=nothing, token_ids=nothing[:0], lengths=nothing)
+    )
+    if signal.kind == "topk":
+        every = np.arange(lengths[0], dtype=np.int32)
+        signal = teacher.exact(Positions(session_ids=ids[:1], positions=every, lengths=lengths[:1]))
+    teacher.close(ids)
+    return reader.logits_of(signal)[: lengths[0]].double().log_softmax(-1).clamp(min=-30)
+
+
+def _written(rollout: Rollout, took_s: float) -> Finding:
+    num, by_teacher = rollout.num_tokens, int((rollout.sources == Source.TEACHER).sum())
+    if not num:
+        return fail("dry pass", "a rollout came out empty", "look at it with `switchkd rollout CONFIG --num 1`")
+    told = f"one rollout of {num} tokens ({by_teacher} by the teacher) in {took_s:.3g} s, {rollout.finish_reason}"
+    return ok("dry pass", told)
+
+
+def _trained(config: Config, index: int, heads: dict[str, Any], rollout: Rollout) -> Finding:
+    rank = LearnerRank(config, Gang(), heads, lambda ids: [rollout])
+    try:
+        plan = plan_batch(0, index, [rollout], 1, rank.losses[index].hard_frac)
+        result = rank.step(plan, config.train.stages[index].lr)
+    finally:
+        rank.close()
+    if not math.isfinite(result.loss) or result.skipped:
+        remedy = "look at the loss and at the rollout with `switchkd rollout CONFIG --num 1`"
+        return fail("dry pass", f"the learner's loss on it is {result.loss:g}, gradient {result.grad_norm:g}", remedy)
+    return ok("dry pass", f"the learner took it: loss {result.loss:.4g}, gradient {result.grad_norm:.3g}")

@@ -1,0 +1,70 @@
+"""What `switchkd eval` was asked becomes a Config.
+
+In: a model folder, hub name or run folder, and options. Out: a checked Config whose student is that model. A run folder
+brings its own config; options and overrides win over it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from switchkd.config.loader import ConfigError, apply_override, load, parse, resolved
+from switchkd.config.schema import Config
+from switchkd.controller.evaluation import WITH_TEACHER
+from switchkd.tools.export import find_student
+
+_NO_TEACHER = {"name": "evaluation", "steps": 0, "mix": {"dataset": 1.0}, "loss": {"type": "cross_entropy"}}
+_WITH_TEACHER = {"name": "evaluation", "steps": 0, "mix": {"rollout": 1.0}, "loss": {"type": "forward_kl"}}
+
+
+def eval_config(
+    *,
+    model: str,
+    data: str | None = None,
+    teacher: str | None = None,
+    metrics: Sequence[str] | None = None,
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> Config:
+    """The config to evaluate `model` with. Raises ConfigError.
+
+    Without a teacher (neither option nor config) only the metrics that need none are taken.
+    """
+    folder = Path(model).expanduser()
+    is_run = (folder / "config.yaml").is_file() and not (folder / "config.json").is_file()
+    file = config or (folder / "config.yaml" if is_run else None)
+    base = load(file, list(overrides)) if file else _minimal(model, overrides)
+    compared = bool(teacher) or (file is not None and any(stage.needs_teacher for stage in base.train.stages))
+    raw = resolved(base)
+    raw["student"] |= {"path": str(find_student(folder) if is_run else model), "cut": None}
+    raw |= {"learner": {}, "replay": {}}
+    raw["rollout"] |= {"rule": {"type": "student"}, "recorded": ""}
+    raw["train"] = {"stages": [_WITH_TEACHER if compared else _NO_TEACHER]}
+    if teacher:
+        raw["teacher"] |= {"path": teacher, "attach": ""}
+        raw["teachers"], raw["resources"]["teachers"] = {}, {}
+    if data:
+        raw["eval"]["data"] = str(Path(data).expanduser().resolve()) if Path(data).expanduser().exists() else data
+    if not raw["eval"]["data"]:
+        raise ConfigError("eval needs data; give --data FILE, or eval.data=FILE")
+    raw["data"] |= {"path": raw["eval"]["data"], "split": raw["eval"]["split"]}  # nothing else is read
+    raw["eval"]["metrics"] = _metrics(metrics, raw["eval"]["metrics"], compared)
+    return parse(raw)
+
+
+def _metrics(wanted: Sequence[str] | None, default: Sequence[str], compared: bool) -> list[str]:
+    if wanted is None:
+        return [name for name in default if compared or name not in WITH_TEACHER]
+    alone = [name for name in wanted if name in WITH_TEACHER]
+    if alone and not compared:
+        raise ConfigError(f"--metric {alone[0]} compares with a teacher; give --teacher MODEL")
+    return list(wanted)
+
+
+def _minimal(model: str, overrides: Sequence[str]) -> Config:
+    raw: dict[str, Any] = {"run": {"dir": "."}, "student": {"path": model}, "train": {"stages": [_WITH_TEACHER]}}
+    for override in overrides:
+        apply_override(raw, override)
+    return parse(raw)

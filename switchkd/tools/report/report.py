@@ -1,0 +1,51 @@
+"""`switchkd report`: run folders become one self-contained HTML page with charts and coloured rollouts.
+
+In: run folders, in any state. Out: the path of the page.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from switchkd.config.loader import ConfigError
+from switchkd.data.atomic_files import write_text_atomic
+from switchkd.tools.report.read import read_run
+from switchkd.tools.report.render import render
+
+PAGE = "report.html"
+
+
+def write_report(folders: Sequence[Path], out: Path | None = None, max_rollouts: int = 200) -> Path:
+    """One page about all `folders`. `out`: by default `report.html`, in the run's folder where there is one run, else
+    here. Raises ConfigError for a folder that does not exist and a page that cannot be written."""
+    paths = [folder.expanduser() for folder in folders]
+    for path in paths:
+        if not path.is_dir():
+            what = "is a file" if path.exists() else "does not exist"
+            raise ConfigError(f"run folder {path} {what}; give the run.dir of a run")
+    if out is None:
+        out = paths[0] / PAGE if len(paths) == 1 else Path(PAGE)
+    out = out.expanduser()
+    if out.is_dir() or not out.resolve().parent.is_dir():
+        raise ConfigError(f"--out {out} is a folder, or its folder does not exist; give a file such as report.html")
+    page = render([read_run(path, name, max_rollouts) for path, name in zip(paths, _names(paths), strict=True)])
+    try:
+        write_text_atomic(out, page)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written ({error.strerror}); name another file with --out") from None
+    return out
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Folder names, as long as they have to be to tell the runs apart."""
+    for depth in range(1, 4):
+        names = ["/".join(path.resolve().parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    seen: Counter[str] = Counter()
+    for i, name in enumerate(names):
+        seen[name] += 1
+        names[i] = f"{name} ({seen[name]})"
+    return names
