@@ -44,7 +44,7 @@ class Failed(Exception):
 def main() -> None:
     """Entry point of the `switchkd` command."""
     from switchkd.actors.process_setup import share_the_cores
-    from switchkd.config.loader import ConfigError
+    from switchkd.config.errors import ConfigError
 
     if sys.argv[1:2] != ["bench"]:  # its sides have the cores for themselves, one after the other
         share_the_cores()
@@ -72,7 +72,7 @@ def _leave(text: str, code: int) -> None:
 @contextmanager
 def _traceback_into(run_dir: str) -> Iterator[None]:
     """What is not the user's doing leaves its traceback in the run's folder, if there is one by then."""
-    from switchkd.config.loader import ConfigError
+    from switchkd.config.errors import ConfigError
     from switchkd.data.atomic_files import redact
 
     try:
@@ -126,7 +126,7 @@ def train(
         _dry_run(wanted)
         return
     with _traceback_into(wanted.run.dir):
-        from switchkd.run import train as run
+        from switchkd.train import train as run
 
         summary = run(wanted, resume=resume)
     if not summary.finished:
@@ -167,7 +167,7 @@ def evaluate(
     wanted = eval_config(
         model=model or names[0], data=data, teacher=teacher, metrics=metric, config=config, overrides=overrides
     )
-    from switchkd.run import evaluate as run
+    from switchkd.tools.offline import evaluate as run
 
     _print_scores(run(wanted), as_json)
 
@@ -198,13 +198,13 @@ def rollout(
     out: Annotated[Path | None, typer.Option(help="Write JSON lines here instead of the terminal.")] = None,
 ) -> None:
     """Write rollouts without training, and show who wrote what."""
-    from switchkd.config.loader import ConfigError
+    from switchkd.config.errors import ConfigError
 
     wanted = _load(config, overrides)
     index = _stage_index(wanted, stage)
     if out is not None and not out.resolve().parent.is_dir():
         raise ConfigError(f"--out {out}: the folder {out.resolve().parent} does not exist; make it first")
-    from switchkd.run import sample
+    from switchkd.tools.offline import sample
     from switchkd.tools.show_rollouts import record, show, write_lines
 
     rollouts, worker = sample(wanted, num, index)
@@ -218,7 +218,7 @@ def rollout(
 
 def _stage_index(config: Config, name: str | None) -> int:
     """The stage of that name; without one the last that writes rollouts."""
-    from switchkd.config.loader import ConfigError
+    from switchkd.config.errors import ConfigError
 
     names = [stage.name for stage in config.train.stages]
     if name is None:
@@ -245,7 +245,7 @@ def plan(
     """Memory, bytes on the wire, tokens per second, and what one more GPU should be."""
     wanted = _load(config, overrides)
     index = _stage_index(wanted, stage)
-    from switchkd.tools.plan.costs import gather
+    from switchkd.tools.plan.calibrate import gather
     from switchkd.tools.plan.plan import make_plan, show
 
     given = {"student_ms": student_ms, "teacher_ms": teacher_ms, "learner_ms": learner_ms, "break_rate": break_rate,
@@ -322,7 +322,7 @@ def serve_teacher(
         raise typer.BadParameter("give --name to serve a teacher, or --stop to end one")
     wanted = None if config is None else _load(config, overrides)
     if stop is not None:
-        from switchkd.run import stop_teacher
+        from switchkd.actors.shared_teacher import stop_teacher
 
         stop_teacher(stop, (wanted.cluster.address if wanted else "") or "auto")
         print(f"{stop} is no longer served")
@@ -330,7 +330,7 @@ def serve_teacher(
     if wanted is None:
         raise typer.BadParameter("give the CONFIG whose teacher is to be served")
     assert name is not None
-    from switchkd.run import serve_teacher as serve
+    from switchkd.actors.shared_teacher import serve_teacher as serve
 
     num = serve(wanted, name)
     print(f"{name} is served by {num} replica{'s' * (num > 1)}: teacher.attach={name}")

@@ -12,30 +12,39 @@ stands in `dispatch.py`, what becomes of a run that loses a part in `recovery.py
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import signal
 import time
 from concurrent.futures import Future, wait
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from switchkd.config import resources
+from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config
+from switchkd.controller import local
 from switchkd.controller.alerts import Watch
-from switchkd.controller.checkpoint import Checkpoint, RunFolder, TrainState
+from switchkd.controller.build import _examiner, _plan
+from switchkd.controller.checkpoint import Checkpoint, RunFolder, TrainState, open_run
 from switchkd.controller.dispatcher import MAX_TRIES, Dispatch, numbers
 from switchkd.controller.evaluation import Examiner
-from switchkd.controller.handles import House, StateLost, Unreachable, Weights, WorkerLost
+from switchkd.controller.handles import House
 from switchkd.controller.metrics import MetricsLog
+from switchkd.controller.model_card import write_card
+from switchkd.controller.preflight import Ready, prepare
 from switchkd.controller.quarantine import SetAside
 from switchkd.controller.recovery import Restarts, go_back, lasting, save
 from switchkd.controller.schedule import RunPlan
 from switchkd.controller.step_metrics import step_row
+from switchkd.controller.summary import Summary, _student_steps, _summary
 from switchkd.controller.watchdog import LOOK_S, Stalled, Watchdog
-from switchkd.data.atomic_files import replace_dir
-from switchkd.data.replay import Entry
+from switchkd.data.atomic_files import replace_dir, write_json_atomic
 from switchkd.learner.batching import plan_batch
-from switchkd.types import Origin, StepResult
+from switchkd.types import Entry, Origin, StateLost, StepResult, Unreachable, Weights, WorkerLost
 
 MAX_SKIPPED = 3
 """Steps in a row without a finite loss that end a run."""
@@ -441,3 +450,89 @@ class Trainer:
         shutil.rmtree(beside, ignore_errors=True)
         self.dog.result(self.house.learner.export(beside), "the learner to write the student")
         replace_dir(beside, self.folder.path / name)
+
+
+def train(config: Config, *, resume: bool = False) -> Summary:
+    """Run a config to its end, or to SIGTERM. Raises ConfigError before anything is started or overwritten."""
+    ready = prepare(config)
+    log = MetricsLog(ready.config.metrics)
+    try:
+        return _train(ready, log, resume)
+    finally:
+        log.close()
+
+
+def _train(ready: Ready, log: MetricsLog, resume: bool) -> Summary:
+    config = ready.config
+    log.note(f"data: {config.rollout.recorded or ready.prompts.report()}")
+    _check_room(config, log)
+    with open_run(config, resume) as folder:
+        plan = _plan(ready)
+        checkpoint = folder.checkpoint
+        log.open(folder.path, plan.num_steps, checkpoint.state if checkpoint else TrainState())
+        with ExitStack() as opened:
+            dog = Watchdog(config.run.watchdog_s, folder.path, log.note)
+            opened.callback(dog.stop)
+            dog.start()
+            house = _build_house(ready, folder, log)
+            opened.callback(house.close)
+            opened.callback(dog.progress, "the actors to end")
+            dog.pulses = house.pulses
+            dog.progress("the first step")
+            trainer = Trainer(config, plan, house, folder, log, _examiner(ready), dog)
+            if checkpoint is not None:
+                trainer.resume(checkpoint)
+            state = trainer.run()
+        summary = _summary(folder, state, plan, told_to_stop=bool(trainer.stop_signal))
+        if summary.student:
+            write_card(Path(summary.student), folder.path, config, summary.stage_scores, _student_steps(summary))
+        write_json_atomic(folder.path / "summary.json", asdict(summary))
+    log.summary(summary.stage_scores, summary.student, summary.finished)
+    return summary
+
+
+def _check_room(config: Config, log: MetricsLog) -> None:
+    """ConfigError when the machine, or the cluster that is joined here, is too small. Starts nothing."""
+    from switchkd.actors import process_setup
+
+    if config.run.mode == "inprocess":
+        local.check_single(config)
+    elif resources.is_private(config):
+        _check_private(config)
+        process_setup.for_private_cluster()
+    else:
+        from switchkd.actors import launch
+
+        launch.join(config, log)
+        return
+    resources.check(config, _this_machine())
+
+
+def _check_private(config: Config) -> None:
+    """ConfigError for what only a joined cluster has."""
+    for role in resources.counts(config):
+        if labels := resources.of_role(config, role).labels:
+            raise ConfigError(
+                f"resources.{role}.labels={labels}: nodes of a joined cluster have labels, a private cluster has none; "
+                "set cluster.address or remove them"
+            )
+    for name in config.teacher_names:
+        if wanted := config.of_teacher(name).teacher.attach:
+            raise ConfigError(
+                f"{resources.role_of(name)}.attach={wanted} needs the cluster on which that teacher is served: set "
+                "cluster.address (auto, host:port) or start the run there as a job"
+            )
+
+
+def _this_machine() -> dict[str, float]:
+    import torch
+
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+
+
+def _build_house(ready: Ready, folder: RunFolder, log: MetricsLog) -> House:
+    if ready.config.run.mode == "inprocess":
+        return local.build_house(ready.config, folder.path, ready.stop_ids)
+    from switchkd.actors import launch
+
+    return launch.build_house(ready.config, folder.path, ready.stop_ids, log)

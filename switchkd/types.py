@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 
@@ -303,3 +304,96 @@ class Exam:
     max_new_tokens: int
     with_teacher: bool  # agreement and KL on references and on the student's own greedy text
     with_loss: bool = False  # cross-entropy of the references
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """What must be known of a taken rollout to plan a batch and to report on it; the rollout itself is fetched by
+    whoever trains on it."""
+
+    rollout_id: int
+    batch: int
+    stage: int
+    num_tokens: int
+    oldest_version: int
+    teacher_frac: float
+    repeat_frac: float
+    divergence_mean: float
+    finish_reason: str
+    uncertainty: np.ndarray  # float32 [T]
+
+
+class ReplayFull(Exception):
+    """Some rollouts had no room: put `refused` again later. Those in `accepted` are in."""
+
+    def __init__(self, accepted: list[int], refused: list[int], capacity: int) -> None:
+        super().__init__(accepted, refused, capacity)  # these args let it cross a process
+        self.accepted, self.refused, self.capacity = accepted, refused, capacity
+
+    def __str__(self) -> str:
+        return (
+            f"replay is full: {len(self.refused)} rollouts from id {min(self.refused)} on are not among the first "
+            f"{self.capacity} untrained ones (replay.capacity); wait for the learner and put them again"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """A published version. Each call that needs weights brings them: a restarted worker cannot use old ones unseen."""
+
+    version: int
+    packed: Any  # what `LearnerHandle.publish` answered
+    incarnation: int = 0  # of the learner: after it went back, a number that was used already stands for other weights
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Later weights have the greater one, also where the learner went back."""
+        return self.incarnation, self.version
+
+
+class WorkerLost(Exception):
+    """A rollout worker died; its tasks are to be given out again."""
+
+
+class Unreachable(Exception):
+    """Somebody whom a worker asked did not answer: the tasks are sound and are to be given out again."""
+
+
+class TeacherLost(Unreachable):
+    """Teachers died MAX_DEATHS times in a row while a worker asked them about the same rollout."""
+
+
+MAX_DEATHS = 3
+"""So often a worker, or teachers, may die of a rollout that is written alone before it is to blame."""
+
+
+class StateLost(Exception):
+    """A learner rank or the replay died, and with it what no file holds: the run goes back to its checkpoint."""
+
+
+GREEDY = -1
+"""The `seed` of a row that was written at temperature 0, to be read beside the teacher, or whose reference was read;
+its text is not scored."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalRow:
+    """One text that the student wrote, and sums over tokens of how it compares with the teacher.
+
+    `agree` counts equal arg maxes, `kl` sums KL(p || q) in nats: of the reference, and of the student's greedy text;
+    `reference_loss` sums -log q of the reference's own tokens, over `loss_tokens` of them.
+    """
+
+    index: int  # in the evaluation set
+    prompt_id: str
+    seed: int
+    text: str
+    num_tokens: int
+    reference_tokens: int = 0
+    reference_agree: int = 0
+    reference_kl: float = 0.0
+    greedy_tokens: int = 0
+    greedy_agree: int = 0
+    greedy_kl: float = 0.0
+    loss_tokens: int = 0
+    reference_loss: float = 0.0

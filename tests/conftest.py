@@ -30,7 +30,7 @@ def place(models, tmp_path, monkeypatch) -> Path:
 @pytest.fixture(scope="module")
 def alone(models) -> Path:
     """STAGES without Ray and without accidents: what others are held against."""
-    from switchkd.run import train
+    from switchkd.train import train
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(models)

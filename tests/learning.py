@@ -14,7 +14,8 @@ import torch
 from tiny import NUM_TOKENS, PAD, save_tiny, tiny_model
 
 from switchkd.algo import losses
-from switchkd.engines.models.lm_head import HeadArrays, final_hidden, head_of, signal_from_hidden
+from switchkd.engines.models.lm_head import HeadArrays, final_hidden, head_of
+from switchkd.engines.wire import signal_from_hidden
 from switchkd.learner.batching import LossSpec
 from switchkd.types import Origin, Rollout, Signal, Source
 

@@ -17,14 +17,14 @@ import torch
 from runs import DIE_AFTER, WARM_UP, command, config, config_file, descendants, distance, lines, small_ray, steps
 from test_replay import rollout
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Mix, Phi, Stage
 from switchkd.controller.adaptive import BUFFERED, FIXED, GENERATED, Adaptive
 from switchkd.controller.metrics import MetricsLog
 from switchkd.controller.schedule import RunPlan
 from switchkd.data.prompts import PromptStream
 from switchkd.data.reuse_buffer import Buffer
-from switchkd.run import train
+from switchkd.train import train
 from switchkd.types import Origin, Prompt
 
 # --- the schedule ----------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from switchkd.config import teacher_backend
-from switchkd.config.loader import ConfigError, parse
+from switchkd.config.errors import ConfigError
+from switchkd.config.loader import parse
 from switchkd.controller import local
 from switchkd.controller.preflight import _check_model, check
 

@@ -10,7 +10,7 @@ from runs import config, config_file, distance, furnish, lines, steps
 from test_run import command
 
 from switchkd.data.rollout_io import load_rollouts
-from switchkd.run import train
+from switchkd.train import train
 
 SPOILED = """
 import os

@@ -16,7 +16,7 @@ import pytest
 from runs import command
 from tiny import save_tiny
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.tools.bench import scaling
 from switchkd.tools.bench.models import prompts
 from switchkd.tools.bench.process_stats import Gauge, cpu_seconds, descendants

@@ -15,12 +15,12 @@ import pytest
 from runs import NUM_ROLLOUTS, STAGES, command, config, config_file, distance, lines, rollouts, steps
 
 from switchkd.controller import dispatcher
-from switchkd.controller.handles import MAX_DEATHS, TeacherLost, Unreachable, WorkerLost
 from switchkd.controller.local import DirectWorker
 from switchkd.controller.metrics import MetricsLog
 from switchkd.controller.quarantine import Deaths
 from switchkd.rollout.generator import RolloutWorker
-from switchkd.run import train
+from switchkd.train import train
+from switchkd.types import MAX_DEATHS, TeacherLost, Unreachable, WorkerLost
 
 
 def break_rollouts(patch: pytest.MonkeyPatch, broken: set[int]) -> None:

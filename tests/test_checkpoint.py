@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from switchkd.config.loader import ConfigError, parse, resolved
+from switchkd.config.errors import ConfigError
+from switchkd.config.loader import parse, resolved
 from switchkd.config.schema import Config
 from switchkd.controller.checkpoint import Checkpoint, Draft, TrainState, begin, finish, latest, open_run
 from switchkd.controller.resume import MAY_CHANGE, cut_back, leaves

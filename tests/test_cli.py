@@ -154,12 +154,12 @@ def test_usage(args, run):
 
 def test_other_failures(place, run, monkeypatch):
     """What is not the user's doing: exit code 1, one line, the traceback in the run's logs without secrets."""
-    import switchkd.run
+    import switchkd.train
 
     def fail(config, resume):
         raise RuntimeError("disk on fire, token hf_abcdefghijklmnopqrstuvwxyz\nmore")
 
-    monkeypatch.setattr(switchkd.run, "train", fail)
+    monkeypatch.setattr(switchkd.train, "train", fail)
     code, _, err = run("train", "config.yaml")
     assert (code, len(err.splitlines())) == (1, 1) and "RuntimeError: disk on fire" in err and "--debug" in err
     (place / "run").mkdir()

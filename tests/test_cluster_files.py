@@ -26,7 +26,8 @@ from kuberay_types import KUBERNETES, kubernetes_problems, problems
 from typer.main import get_command
 
 from switchkd import cli
-from switchkd.config.loader import ConfigError, load
+from switchkd.config.errors import ConfigError
+from switchkd.config.loader import load
 from switchkd.config.schema import Config
 
 ROOT = Path(__file__).parents[1]

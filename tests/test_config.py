@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 import pytest
 import yaml
 
-from switchkd.config.loader import ConfigError, dump_yaml, load, parse, resolved
+from switchkd.config.errors import ConfigError
+from switchkd.config.loader import dump_yaml, load, parse, resolved
 from switchkd.config.schema import Stage
 from switchkd.controller.preflight import check
 

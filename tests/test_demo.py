@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.engines.models import demo
 
 GGUF_NAMES = {hf: gguf for gguf, hf in demo._NAMES.items()}

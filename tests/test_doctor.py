@@ -18,7 +18,7 @@ import pytest
 from runs import SWITCH, WARM_UP, command, config, config_file, furnish, linked, small_ray, tree
 from tiny import save_tiny, tiny_tokenizer
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config
 from switchkd.tools.doctor import doctor, machine
 from switchkd.tools.doctor import models as model_checks

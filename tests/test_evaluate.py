@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from switchkd.controller.text_metrics import GREEDY, EvalRow, aggregate, exact_match, final_number, rouge_l, stats
-from switchkd.types import Prompt
+from switchkd.controller.evaluation import aggregate, stats
+from switchkd.controller.text_metrics import exact_match, final_number, rouge_l
+from switchkd.types import GREEDY, EvalRow, Prompt
 
 
 def prompt(i: int, **more) -> Prompt:

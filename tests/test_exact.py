@@ -10,7 +10,8 @@ from tiny import EOS, NUM_TOKENS, tiny_model
 
 from switchkd.algo import switching
 from switchkd.algo.sampling import Sampling
-from switchkd.engines.hf.teacher import HFStudent, HFTeacher
+from switchkd.engines.hf.student import HFStudent
+from switchkd.engines.hf.teacher import HFTeacher
 from switchkd.engines.models.lm_head import LinearHead
 from switchkd.rollout.generator import Job, RolloutWorker
 from switchkd.rollout.state import Mode

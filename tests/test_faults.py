@@ -45,7 +45,7 @@ from test_ray_run import ON_RAY, TWO_OF_ALL, Murder, actors, same_numbers, same_
 from switchkd.controller import recovery
 from switchkd.controller.metrics import MetricsLog
 from switchkd.controller.watchdog import Stalled
-from switchkd.run import train
+from switchkd.train import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -237,7 +237,7 @@ def test_the_disk_stays_full(alone, place, monkeypatch, capsys):
 def test_no_room_to_publish(alone, place, monkeypatch, notes, times):
     """A version that does not fit into the object store is published again; when there is no room in the end, the run
     ends with what it has learnt, and --resume completes it. (No cluster: `publish` itself fails, as a rank's does.)"""
-    from switchkd.engines.build import LearnerRank
+    from switchkd.learner.rank import LearnerRank
 
     monkeypatch.setattr(recovery, "RETRY_S", (0.01, 0.01, 0.01))
     publish, left = LearnerRank.publish, [True] * times
@@ -368,7 +368,7 @@ ray.init(address=cluster.address, log_to_driver=False)
 from switchkd.actors.ray_futures import shut_down
 from switchkd.config.loader import load
 from switchkd.controller.metrics import MetricsLog
-from switchkd.run import train
+from switchkd.train import train
 
 log_step = MetricsLog.step
 frail = list(cluster.worker_nodes)

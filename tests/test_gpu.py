@@ -26,9 +26,11 @@ from switchkd.algo.transfer import to_host
 from switchkd.engines.hf import cuda_graphs, model_runner
 from switchkd.engines.hf.cuda_graphs import CudaCapture, StepGraphs, capture_for
 from switchkd.engines.hf.model_runner import SlotModel
-from switchkd.engines.hf.teacher import HFStudent, HFTeacher
-from switchkd.engines.models.lm_head import LinearHead, final_hidden, head_of, hidden_from_signal, signal_from_hidden
+from switchkd.engines.hf.student import HFStudent
+from switchkd.engines.hf.teacher import HFTeacher
+from switchkd.engines.models.lm_head import LinearHead, final_hidden, head_of
 from switchkd.engines.weights import pack, unpack
+from switchkd.engines.wire import hidden_from_signal, signal_from_hidden
 from switchkd.learner.batching import plan_batch
 from switchkd.rollout.generator import Job, RolloutWorker
 from switchkd.rollout.state import Mode

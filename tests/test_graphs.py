@@ -21,11 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from switchkd.algo.sampling import draw_on_device
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.engines.hf import cuda_graphs, model_runner
 from switchkd.engines.hf.cuda_graphs import StepGraphs, capture_for, few_lengths, few_rows, few_widths
 from switchkd.engines.hf.model_runner import SlotModel
-from switchkd.engines.hf.teacher import HFStudent, HFTeacher
+from switchkd.engines.hf.student import HFStudent
+from switchkd.engines.hf.teacher import HFTeacher
 from switchkd.engines.models.lm_head import LinearHead, final_hidden
 from switchkd.engines.weights import pack
 from switchkd.rollout.generator import Job, RolloutWorker

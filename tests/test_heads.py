@@ -7,15 +7,9 @@ import pytest
 import torch
 from tiny import NUM_TOKENS, tiny_model
 
-from switchkd.config.loader import ConfigError
-from switchkd.engines.models.lm_head import (
-    LinearHead,
-    final_hidden,
-    head_of,
-    hidden_from_signal,
-    own_logits,
-    signal_from_hidden,
-)
+from switchkd.config.errors import ConfigError
+from switchkd.engines.models.lm_head import LinearHead, final_hidden, head_of, own_logits
+from switchkd.engines.wire import hidden_from_signal, signal_from_hidden
 
 torch.set_num_threads(1)
 

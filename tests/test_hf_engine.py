@@ -10,8 +10,10 @@ from teacher_contract import Bench, ask, blocks, sessions
 from tiny import NUM_TOKENS, tiny_model
 
 from switchkd.engines.base import TeacherBusy, UnknownSession
-from switchkd.engines.hf.teacher import HFStudent, HFTeacher
-from switchkd.engines.models.lm_head import final_hidden, head_of, hidden_from_signal
+from switchkd.engines.hf.student import HFStudent
+from switchkd.engines.hf.teacher import HFTeacher
+from switchkd.engines.models.lm_head import final_hidden, head_of
+from switchkd.engines.wire import hidden_from_signal
 from switchkd.types import Signal
 
 torch.set_num_threads(1)
@@ -171,7 +173,7 @@ def test_signal_is_the_teachers_dtype():
 
 def test_full_works_where_the_head_cannot_be_taken_apart():
     """Logits of another form: `hidden` refuses at the start, `full` sends the model's own."""
-    from switchkd.config.loader import ConfigError
+    from switchkd.config.errors import ConfigError
 
     def odd():
         model = tiny_model("llama")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import save_tiny, tiny_model
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.engines.models.depth_prune import cut, init_student, layer_list, spread
 
 KEPT = [0, 1, 3, 4]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import EOS, NUM_TOKENS, PAD, save_tiny, tiny_model, tiny_tokenizer
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.engines.models.loading import (
     load_model,
     load_tokenizer,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Metrics
 from switchkd.controller.checkpoint import TrainState
 from switchkd.controller.metrics import MetricsLog, summary_rows

@@ -10,7 +10,7 @@ import yaml
 from runs import STAGES, command, config, furnish
 
 from switchkd.controller.model_card import CARD, model_card
-from switchkd.run import train
+from switchkd.train import train
 
 
 @pytest.fixture(scope="module")

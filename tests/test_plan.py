@@ -14,7 +14,7 @@ from learning import FORWARD_KL, make_rollouts, settings_of, student_folder, tea
 from runs import SWITCH, WARM_UP, command, config, config_file, furnish
 from tiny import save_tiny, tiny_model
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config, Lora, Model
 from switchkd.engines.models.shape import Shape, read_shape, shapes
 from switchkd.engines.models.sources import num_params
@@ -173,7 +173,8 @@ class TestMemory:
 
     def test_engines_hold_what_is_planned(self, here):
         """Weights and caches of the run's own teacher and worker, byte for byte."""
-        from switchkd.engines.build import make_teacher, make_worker
+        from switchkd.engines.build import make_teacher
+        from switchkd.rollout.build import make_worker
 
         wanted = planned(here, teacher={"max_sessions": 5})
         parts = memory(wanted, shapes(wanted))

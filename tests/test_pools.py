@@ -20,9 +20,9 @@ import pytest
 from runs import STAGES, SWITCH, command, config, config_file, descendants, rollouts, steps
 from test_ray_run import hear_at_once
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config
-from switchkd.run import train
+from switchkd.train import train
 from switchkd.types import Blocks, Sessions
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -437,7 +437,7 @@ def test_a_cluster_is_needed(place, monkeypatch, capsys):
 def start_pool(wanted: Config) -> Any:
     from ray import cloudpickle
 
-    from switchkd.actors.placement import settled
+    from switchkd.actors.placement_group import settled
     from switchkd.actors.process_setup import Secrets
     from switchkd.actors.shared_teacher import PoolHandle
     from switchkd.actors.teacher_pool import TeacherPoolActor

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from tiny import NUM_TOKENS, save_tiny, tiny_tokenizer
 
-from switchkd.config.loader import ConfigError, parse
+from switchkd.config.errors import ConfigError
+from switchkd.config.loader import parse
 from switchkd.controller.preflight import check, check_models, prepare
 from switchkd.engines.models import demo, resolve
 from switchkd.engines.models.resolve import resolve_models

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny import NUM_TOKENS, tiny_model
 
-from switchkd.config.loader import ConfigError
-from switchkd.engines.hf.teacher import HFStudent
+from switchkd.config.errors import ConfigError
+from switchkd.engines.hf.student import HFStudent
 from switchkd.engines.models import cpu_prepack
 from switchkd.engines.models.cpu_prepack import Prepacked, Together, can_pack, prepack
 from switchkd.engines.models.lm_head import LinearHead, final_hidden

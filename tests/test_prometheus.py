@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from runs import SWITCH, WARM_UP, config, furnish, lines, small_ray
 
-from switchkd.run import train
+from switchkd.train import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny import EOS, tiny_tokenizer
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Data
 from switchkd.data.prompts import PromptStream, answer_end, load_prompts
 

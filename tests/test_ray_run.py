@@ -35,9 +35,10 @@ from runs import (
     steps,
 )
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.controller.metrics import MetricsLog
-from switchkd.run import Summary, train
+from switchkd.controller.summary import Summary
+from switchkd.train import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 

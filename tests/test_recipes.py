@@ -18,9 +18,10 @@ from switchkd.config.schema import Config
 from switchkd.controller.preflight import prepare
 from switchkd.controller.schedule import RunPlan
 from switchkd.data.prompts import PromptStream
-from switchkd.rollout.build import build_loss, build_modes
-from switchkd.run import train
+from switchkd.learner.build import build_loss
+from switchkd.rollout.build import build_modes
 from switchkd.tools.eval_config import eval_config
+from switchkd.train import train
 from switchkd.types import Origin, Prompt
 
 ROOT = Path(__file__).parents[1]

@@ -12,11 +12,12 @@ import torch
 from runs import ADASWITCH, NUM_ROLLOUTS, STAGES, WARM_UP, command, config, config_file, distance, lines, steps
 from tiny import tiny_tokenizer
 
-from switchkd.config.loader import ConfigError
-from switchkd.controller.resume import SIGNAL, cut_back
+from switchkd.config.errors import ConfigError
+from switchkd.controller.resume import cut_back
+from switchkd.data.atomic_files import SIGNAL
 from switchkd.data.rollout_io import load_rollouts, save_rollouts
 from switchkd.rollout.top_logprobs import Top, candidates
-from switchkd.run import train
+from switchkd.train import train
 from switchkd.types import Source
 
 RECORDS = {"save_signal": True, "save_candidates": 3}
@@ -159,7 +160,7 @@ def test_datasets_reads_rollouts_after_a_long_warm_up(online, tmp_path, candidat
     """Where the first lines that are looked at hold only nulls, `rollout_features` says what the columns are."""
     from datasets import load_dataset
 
-    from switchkd.data.rollout_features import rollout_features
+    from switchkd.data.rollout_io import rollout_features
 
     rows = lines(online / "rollouts.jsonl")
     if not candidates:

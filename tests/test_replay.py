@@ -8,8 +8,8 @@ from itertools import accumulate
 import numpy as np
 import pytest
 
-from switchkd.data.replay import Entry, Replay, ReplayFull, allowed_until
-from switchkd.types import Origin, Rollout
+from switchkd.data.replay import Replay, allowed_until
+from switchkd.types import Entry, Origin, ReplayFull, Rollout
 
 BATCH = 4
 

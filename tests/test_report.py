@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from runs import STAGES, command, config, furnish
 
-from switchkd.config.loader import ConfigError
-from switchkd.run import train
+from switchkd.config.errors import ConfigError
 from switchkd.tools.report.read import read_run
 from switchkd.tools.report.report import write_report
 from switchkd.tools.report.tally import MAX_POINTS, Tally
+from switchkd.train import train
 
 EVIL = "</script><script>document.title = 'owned'</script><img src=x onerror=alert(1)>"
 

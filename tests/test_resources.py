@@ -5,7 +5,8 @@ import os
 import pytest
 
 from switchkd.config import resources
-from switchkd.config.loader import ConfigError, parse
+from switchkd.config.errors import ConfigError
+from switchkd.config.loader import parse
 from switchkd.config.resources import check, counts, is_private, of_role, total
 from switchkd.config.schema import Config
 

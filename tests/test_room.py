@@ -7,9 +7,10 @@ import pytest
 from switchkd.actors import room
 from switchkd.actors.room import Node
 from switchkd.config import resources
-from switchkd.config.loader import ConfigError, parse
+from switchkd.config.errors import ConfigError
+from switchkd.config.loader import parse
 from switchkd.config.schema import Config
-from switchkd.run import _check_private
+from switchkd.train import _check_private
 
 ROLES = ("teacher", "rollout", "learner")
 

@@ -14,9 +14,8 @@ from pools import Still, Thunks, fetch
 from toy import ToyTeacher, pair
 
 from switchkd.actors.replicas import DRAIN_S, FORGET_S, Members, Roster, State
-from switchkd.controller.handles import TeacherLost
 from switchkd.engines.base import TeacherBusy, UnknownSession
-from switchkd.types import Blocks, Sessions
+from switchkd.types import Blocks, Sessions, TeacherLost
 
 CHAIN = pair()[0]
 

@@ -32,11 +32,13 @@ from runs import (
 )
 
 from switchkd.actors import process_setup
-from switchkd.actors.placement import settled
+from switchkd.actors.placement_group import settled
 from switchkd.config import resources
-from switchkd.config.loader import ConfigError, load
+from switchkd.config.errors import ConfigError
+from switchkd.config.loader import load
 from switchkd.controller.metrics import MetricsLog
-from switchkd.run import Summary, train
+from switchkd.controller.summary import Summary
+from switchkd.train import train
 
 EVAL = {"data": "./data.jsonl", "num_prompts": 6, "max_new_tokens": 12}
 ONE_STEP = [{"name": "only", "steps": 1}]

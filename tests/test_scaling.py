@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from switchkd.actors.autoscaling import ADD_LOOKS, DRAIN_LOOKS, Load, decide, of_calls, of_tasks
-from switchkd.config.loader import ConfigError, parse
+from switchkd.config.errors import ConfigError
+from switchkd.config.loader import parse
 from switchkd.config.schema import Span
 
 SPAN = Span(min=1, max=4)

@@ -25,7 +25,7 @@ from runs import command, config_file, descendants, linked, processes
 from safetensors.torch import load_file, save_file
 from test_ray_run import answers, free_ports, wait_until
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config, Model, Student, Teacher
 from switchkd.engines.models.depth_prune import init_student
 from switchkd.engines.models.loading import load_model
@@ -171,7 +171,7 @@ def test_nothing_of_ours_unpickles_a_file():
         return found
 
     found = offences(opens)
-    passed = ("switchkd/actors/", ": cloudpickle"), ("switchkd/engines/vllm_", ": pickle")
+    passed = ("switchkd/actors/", ": cloudpickle"), ("switchkd/engines/vllm/", ": pickle")
     assert all(any(line.startswith(a) and line.endswith(b) for a, b in passed) for line in found), found
     assert opens(ast.parse("import pickle\ntorch.load(path)")) == ["torch.load", "pickle"]
 

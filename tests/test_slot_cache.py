@@ -10,7 +10,7 @@ import torch
 from tiny import WINDOW, tiny_model
 from torch.nn import functional as F
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.engines.hf import model_runner
 from switchkd.engines.hf.kv_cache import build_masks, grouped_sdpa, layer_windows
 from switchkd.engines.hf.model_runner import SlotModel, group_rows

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from runs import command
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.controller.text_metrics import exact_match, final_number
 from switchkd.tools.bench.study import arithmetic_task, grid, plot
 from switchkd.tools.bench.study.arithmetic_task import Problem
@@ -214,13 +214,13 @@ def test_the_folder_of_another_study(tmp_path, monkeypatch, capsys):
 
 
 class Trains:
-    """`run.train`, counted; the given call ends as after SIGTERM."""
+    """`train.train`, counted; the given call ends as after SIGTERM."""
 
     def __init__(self, monkeypatch: Any, stop_at: int = 0) -> None:
-        from switchkd import run
+        from switchkd import train
 
-        self.real, self.seen, self.stop_at = run.train, [], stop_at
-        monkeypatch.setattr(run, "train", self)
+        self.real, self.seen, self.stop_at = train.train, [], stop_at
+        monkeypatch.setattr(train, "train", self)
 
     def __call__(self, config: Any, *, resume: bool = False) -> Any:
         self.seen.append(Path(config.run.dir).name)

@@ -9,10 +9,12 @@ import pytest
 from runs import config, furnish, lines, rollouts, steps
 from tiny import save_tiny, tiny_tokenizer
 
-from switchkd.config.loader import ConfigError, load, parse
+from switchkd.config.errors import ConfigError
+from switchkd.config.loader import load, parse
 from switchkd.controller.preflight import prepare
-from switchkd.run import sample, train
 from switchkd.tools.eval_config import eval_config
+from switchkd.tools.offline import sample
+from switchkd.train import train
 
 SWITCH = {
     "name": "switch", "steps": 3, "mix": {"rollout": 0.5, "dataset": 0.5},

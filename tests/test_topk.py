@@ -16,7 +16,8 @@ from switchkd.algo.losses import uncertainty
 from switchkd.algo.switching import Rule
 from switchkd.algo.topk import compress, pack, unpack
 from switchkd.engines.base import UnknownSession
-from switchkd.engines.hf.teacher import HFStudent, HFTeacher
+from switchkd.engines.hf.student import HFStudent
+from switchkd.engines.hf.teacher import HFTeacher
 from switchkd.rollout.generator import Job, RolloutWorker
 from switchkd.rollout.state import Mode
 from switchkd.types import Blocks, Origin, Positions, Rollout, Sessions, Signal, Written

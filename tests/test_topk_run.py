@@ -12,11 +12,11 @@ from pools import Still, Thunks, fetch
 from runs import config, furnish, rollouts, steps
 from tiny import NUM_TOKENS, tiny_model
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.controller import preflight
 from switchkd.data.rollout_io import load_rollouts, save_rollouts
 from switchkd.engines.hf.teacher import HFTeacher
-from switchkd.run import train
+from switchkd.train import train
 from switchkd.types import Blocks, Positions, Sessions
 
 torch.set_num_threads(1)
@@ -66,7 +66,7 @@ def test_resume(place: Path, monkeypatch) -> None:  # type: ignore[no-untyped-de
     train(a_config(place, monkeypatch, [SWITCH], run={"dir": "whole"}))
     short = a_config(place, monkeypatch, [SWITCH], run={"dir": "broken"})
     calls = {"n": 0}
-    from switchkd.engines.build import LearnerRank
+    from switchkd.learner.rank import LearnerRank
 
     step = LearnerRank.step
 

@@ -30,9 +30,10 @@ from tiny import EOS, NUM_TOKENS, tiny_tokenizer
 from switchkd.algo.sampling import Purpose, Sampling, draw
 from switchkd.algo.switching import jsd_threshold
 from switchkd.algo.topk import compress, unpack
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.engines.base import TeacherBusy, UnknownSession
-from switchkd.engines.models.lm_head import LinearHead, head_of, hidden_from_signal
+from switchkd.engines.models.lm_head import LinearHead, head_of
+from switchkd.engines.wire import hidden_from_signal
 from switchkd.rollout.state import Mode
 from switchkd.types import Positions, Rollout, Signal
 
@@ -88,7 +89,7 @@ SPLIT = {"tensor_parallel_size": 2}
 @pytest.fixture(scope="module")
 def served(request, tmp_path_factory) -> Iterator[Served]:
     """One engine at a time: vLLM keeps some of its state for the whole process."""
-    from switchkd.engines.vllm.teacher import Engine
+    from switchkd.engines.vllm.engine import Engine
 
     torch.set_num_threads(1)
     name, config = request.param, dict(MODELS[request.param])
@@ -146,7 +147,7 @@ def test_logprobs_equal_a_clean_forward(served):
 def test_a_teacher_split_between_workers(served, monkeypatch):
     """Its rows and draws are those of a clean forward pass, and its rows those of the same teacher on one worker; they
     come from one of the two, and neither keeps anything of a request that was answered."""
-    from switchkd.engines.vllm.teacher import Engine
+    from switchkd.engines.vllm.engine import Engine
 
     bench, ids, said = served.bench(), served.bench().ids(70, seed=9), []
     call = served.engine.call
@@ -532,7 +533,7 @@ def test_a_model_runner_of_an_unknown_form(tmp_path, monkeypatch, missing):
 @llama
 def test_unknown_engine_arguments(served):
     """A name that this vLLM does not know is an error in the config's words, before the engine starts."""
-    from switchkd.engines.vllm.teacher import Engine
+    from switchkd.engines.vllm.engine import Engine
 
     with pytest.raises(ConfigError, match=r"^teacher.engine.max_num_sequences .* did you mean 'max_num_seqs'\?"):
         Engine(served.engine.path, dtype="float32", max_len=8, max_sessions=1, arguments={"max_num_sequences": 2})

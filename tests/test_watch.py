@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from switchkd.config.schema import Rule
-from switchkd.controller.alerts import Watch, rollout_metrics
-from switchkd.data.replay import Entry
-from switchkd.types import Origin, Rollout
+from switchkd.controller.alerts import Watch
+from switchkd.controller.step_metrics import rollout_metrics
+from switchkd.types import Entry, Origin, Rollout
 
 SWITCH = Rule(type="jsd_threshold")
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from switchkd.controller.handles import Pulse, StateLost
+from switchkd.controller.handles import Pulse
 from switchkd.controller.recovery import Restarts, lasting
 from switchkd.controller.watchdog import Stalled, Watchdog, all_of
+from switchkd.types import StateLost
 
 
 class Clock:

@@ -5,10 +5,8 @@ In: a resolved config. Out: a House for `train.py`. What does not fit is said be
 
 from __future__ import annotations
 
-import logging
 import os
-import socket
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -16,12 +14,11 @@ from typing import Any, cast
 
 import ray
 from ray import cloudpickle
-from ray.exceptions import RayError
 
+from switchkd.actors.cluster import _start_private, connect
 from switchkd.actors.heartbeat import pulses
 from switchkd.actors.learner_actor import LearnerActor, LearnerGroup
-from switchkd.actors.placement import settled, wait_for_room
-from switchkd.actors.placement_group import Place, beside_driver, nodes, wait_for_places
+from switchkd.actors.placement_group import Place, beside_driver, nodes, settled, wait_for_places, wait_for_room
 from switchkd.actors.process_setup import Secrets
 from switchkd.actors.prometheus import Exporter
 from switchkd.actors.ray_futures import patient, shut_down
@@ -31,17 +28,11 @@ from switchkd.actors.shared_teacher import PoolHandle, attach
 from switchkd.actors.teacher_pool import TeacherPoolActor
 from switchkd.actors.worker_pool import RayWorker, WorkerPool
 from switchkd.config import resources
-from switchkd.config.errors import one_line
-from switchkd.config.loader import ConfigError
 from switchkd.config.schema import Config, Span
 from switchkd.controller.handles import House
 from switchkd.controller.metrics import MetricsLog
 from switchkd.controller.watchdog import START_S, all_of
 from switchkd.data.recorded import heads_for
-from switchkd.engines.models.shape import object_store_bytes, read_shape
-from switchkd.engines.models.sources import looks_local, num_params
-
-CONNECT_S = 10.0
 
 
 def join(config: Config, log: MetricsLog) -> None:
@@ -54,48 +45,6 @@ def join(config: Config, log: MetricsLog) -> None:
         for name in config.teacher_names:
             if (own := config.of_teacher(name)).teacher.attach:
                 rehearsal.callback(attach(own, resources.role_of(name)).close)
-
-
-def connect(address: str) -> None:
-    """To the job's cluster, or to this one. Raises ConfigError."""
-    if ray.is_initialized():
-        return
-    address = os.environ.get("RAY_ADDRESS") or address
-    # Ray by itself would try for a quarter of an hour
-    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
-    try:  # the network
-        host, _, port = address.rpartition(":")
-        if port.isdigit() and "/" not in host:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
-        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
-    except (OSError, RuntimeError, RayError) as error:
-        told = one_line(error)[:300]
-        raise ConfigError(
-            f"the Ray cluster at cluster.address={address} cannot be joined ({told}); start one with `ray start "
-            "--head`, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as it has them, or leave cluster.address empty for a "
-            "private one"
-        ) from None
-
-
-def _start_private(config: Config) -> None:
-    """A cluster of this process alone (`environment.for_private_cluster` went before), without a dashboard."""
-    ray.init(
-        address="local",
-        num_cpus=os.cpu_count() or 1,
-        include_dashboard=False,
-        object_store_memory=object_store_bytes(config, _student_params(config)),
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-    )
-
-
-def _student_params(config: Config) -> int:
-    """0 for a model that cannot be built without its weights, as another's code may want it."""
-    if looks_local(config.student.path):
-        return num_params(Path(config.student.path).expanduser())
-    with suppress(ConfigError):
-        return read_shape(config.student, "student.path").params
-    return 0
 
 
 class RayReplay:

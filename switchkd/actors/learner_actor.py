@@ -22,10 +22,9 @@ from switchkd.actors.heartbeat import GROUP, Health
 from switchkd.actors.process_setup import Secrets, prepare
 from switchkd.actors.ray_futures import in_thread, of_gang, patient
 from switchkd.config.schema import Config
-from switchkd.controller.handles import StateLost
-from switchkd.engines.build import Gang, LearnerRank
 from switchkd.engines.models.lm_head import HeadArrays
-from switchkd.types import BatchPlan, Rollout, StepResult
+from switchkd.learner.rank import Gang, LearnerRank
+from switchkd.types import BatchPlan, Rollout, StateLost, StepResult
 
 MEETINGS = 3
 """So many gangs are brought together until one stays whole."""

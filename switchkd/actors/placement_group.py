@@ -7,7 +7,7 @@ one node that has the labels of its role, and a process that is restarted finds 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -15,10 +15,11 @@ import ray
 from ray.util import get_placement_group, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from switchkd.actors import placement, room
+from switchkd.actors import room
 from switchkd.actors.room import Node
 from switchkd.config import resources
-from switchkd.config.schema import Config, Resources
+from switchkd.config.errors import ConfigError
+from switchkd.config.schema import Config, Resources, ResourcesOfRoles
 
 
 class Place:
@@ -105,8 +106,46 @@ def nodes() -> list[Node]:
 def wait_for_places(config: Config, places: Sequence[tuple[str, Place]]) -> None:
     """All of them, or a ConfigError that names those who found no room: processes that fit one by one need not fit
     together, and another run may have been faster."""
-    deadline = time.monotonic() + max(config.cluster.wait_s, placement.SETTLE_S)
+    deadline = time.monotonic() + max(config.cluster.wait_s, SETTLE_S)
     without = [role for role, place in places if not place.wait(deadline - time.monotonic())]
     if without:
         who = ", ".join(f"{without.count(role)} of {resources.key_of(role)}" for role in dict.fromkeys(without))
         raise room.full(config, f"no node of the cluster has room for {who} beside the rest of the run")
+
+
+SETTLE_S = 15.0
+"""How long what a run that has just ended had may take to come back."""
+
+
+def settled(config: Config) -> Config:
+    """The config with nothing left open in `resources`: an actor sees another machine and another environment than the
+    driver, and would work out something else."""
+    roles = {role: resources.of_role(config, role) for role in resources.ROLES}
+    each = {name: resources.of_role(config, resources.role_of(name)) for name in config.teachers}
+    return config.model_copy(update={"resources": ResourcesOfRoles(**roles, teachers=each)})
+
+
+def wait_for_room(
+    config: Config, look: Callable[[], Sequence[Node]], say: Callable[[str], None], poll_s: float = 1.0
+) -> None:
+    """Wait up to `cluster.wait_s` for the cluster to grow, or for others to leave it (a moment in any case), saying who
+    lacks what. Raises ConfigError."""
+    started, told = time.monotonic(), ""
+    while True:
+        found = look()
+        waited = time.monotonic() - started
+        try:
+            room.check(config, found)
+            waiting = room.waits_for(config, found)
+            if not waiting:
+                return
+            if waited >= max(config.cluster.wait_s, SETTLE_S):
+                raise room.full(config, waiting)
+        except ConfigError as missing:
+            if waited >= config.cluster.wait_s:
+                raise
+            waiting = str(missing)
+        if waiting != told and waited < config.cluster.wait_s:
+            told = waiting
+            say(f"waiting up to {config.cluster.wait_s:g} s: {told}")
+        time.sleep(poll_s)

@@ -7,7 +7,7 @@ import secrets as random_tokens
 import sys
 from collections.abc import Mapping
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
 """Travel as an argument from process to process: never in a runtime environment, which Ray logs."""

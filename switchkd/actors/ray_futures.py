@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RaySystemError, RayTaskError
 
 from switchkd.config.errors import first_line, last_line, typed
-from switchkd.controller.handles import StateLost, Unreachable, WorkerLost
+from switchkd.types import StateLost, Unreachable, WorkerLost
 
 RESTART_S = 600.0
 """How long a dead worker or replay may take to come back before the run ends, and a teacher before it is replaced."""

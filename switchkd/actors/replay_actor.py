@@ -13,11 +13,10 @@ import ray
 from switchkd.actors.heartbeat import GROUP, Health
 from switchkd.actors.process_setup import Secrets, prepare
 from switchkd.config.schema import Config
-from switchkd.controller.handles import StateLost
+from switchkd.data.build import make_replay
 from switchkd.data.recorded import RecordedRollouts
-from switchkd.data.replay import Entry
-from switchkd.data.replay_service import ReplayService, make_replay
-from switchkd.types import Rollout
+from switchkd.data.replay import ReplayService
+from switchkd.types import Entry, Rollout, StateLost
 
 
 @ray.remote(max_restarts=-1, max_task_retries=0, num_cpus=0, concurrency_groups=GROUP)

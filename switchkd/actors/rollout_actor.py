@@ -15,11 +15,8 @@ from switchkd.actors.process_setup import Secrets, prepare
 from switchkd.actors.ray_futures import patient
 from switchkd.actors.teacher_router import TeacherRouter
 from switchkd.config.schema import Config
-from switchkd.controller.handles import Weights
-from switchkd.controller.text_metrics import EvalRow
-from switchkd.data.replay import ReplayFull
-from switchkd.engines.build import make_worker
-from switchkd.types import Exam, Rollout, Task, WeightBundle, WorkReport
+from switchkd.rollout.build import make_worker
+from switchkd.types import EvalRow, Exam, ReplayFull, Rollout, Task, WeightBundle, Weights, WorkReport
 
 
 @ray.remote(max_restarts=-1, max_task_retries=0, concurrency_groups={"weights": 1, **GROUP})

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from switchkd.config import resources
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config, Resources
 
 

@@ -15,8 +15,8 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import GetTimeoutError, RayError
 
-from switchkd.actors.placement import settled, wait_for_room
-from switchkd.actors.placement_group import Place, free_all, nodes, wait_for_places
+from switchkd.actors.cluster import connect
+from switchkd.actors.placement_group import Place, free_all, nodes, settled, wait_for_places, wait_for_room
 from switchkd.actors.pool_client import PoolDirectory
 from switchkd.actors.process_setup import Secrets
 from switchkd.actors.ray_futures import cause_of, patient
@@ -24,10 +24,11 @@ from switchkd.actors.replicas import Members
 from switchkd.actors.teacher_pool import NAMESPACE, NOTHING_TOLD, TeacherPoolActor, Told, named, replica_name
 from switchkd.actors.teacher_router import TeacherRouter
 from switchkd.config import resources
-from switchkd.config.errors import first_line
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError, first_line
 from switchkd.config.schema import Config, Span
 from switchkd.config.teacher_backend import engine_facts
+from switchkd.controller.metrics import MetricsLog
+from switchkd.controller.preflight import prepare_teacher
 from switchkd.controller.watchdog import START_S
 from switchkd.engines.build import max_len
 from switchkd.engines.models.lm_head import HeadArrays
@@ -233,3 +234,26 @@ def _end(pool: Any, name: str) -> None:
         with suppress(ValueError):  # it is just ending
             ray.kill(ray.get_actor(f"{prefix}{number}", namespace=NAMESPACE))
     free_all(prefix)
+
+
+def serve_teacher(config: Config, name: str) -> int:
+    """Start a named teacher on the cluster that the config joins; the number of its replicas. Raises ConfigError."""
+    if "/" in name or not name:  # what belongs to it is found by its name and a slash
+        raise ConfigError(f"--name {name!r}: choose a name without a slash")
+    wanted, vocab_size = prepare_teacher(config)
+    if resources.is_private(wanted):
+        raise ConfigError(
+            "serve-teacher needs a cluster that outlives it: set cluster.address (auto, host:port) or start it as a job"
+        )
+    log = MetricsLog(wanted.metrics)
+    try:
+        connect(wanted.cluster.address)
+        return serve(wanted, name, vocab_size, log.note)
+    finally:
+        log.close()
+
+
+def stop_teacher(name: str, address: str) -> None:
+    """End a teacher that `serve_teacher` started on the cluster at this address. Raises ConfigError."""
+    connect(address)
+    stop(name)

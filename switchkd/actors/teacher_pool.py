@@ -21,12 +21,12 @@ from ray import cloudpickle
 from ray.exceptions import ActorUnavailableError, RayError
 
 from switchkd.actors import autoscaling
+from switchkd.actors.autoscaling import Probe, Watch, load_of
 from switchkd.actors.placement_group import Place, free_all
 from switchkd.actors.process_setup import Secrets, prepare
 from switchkd.actors.ray_futures import RESTART_S, cause_of
 from switchkd.actors.replicas import Roster, State
 from switchkd.actors.teacher_actor import TeacherActor, Worked
-from switchkd.actors.teacher_load import Probe, Watch, load_of
 from switchkd.actors.teacher_router import SESSION_BITS
 from switchkd.config.errors import first_line
 from switchkd.config.resources import of_role

@@ -19,9 +19,8 @@ import ray
 from ray.exceptions import ActorDiedError, RayActorError
 
 from switchkd.actors.replicas import Members
-from switchkd.controller.handles import MAX_DEATHS, TeacherLost
 from switchkd.engines.base import TeacherBusy, UnknownSession
-from switchkd.types import Blocks, Positions, Sessions, Signal, WriteRequest, Written, ragged
+from switchkd.types import MAX_DEATHS, Blocks, Positions, Sessions, Signal, TeacherLost, WriteRequest, Written, ragged
 
 if TYPE_CHECKING:
     from switchkd.engines.models.lm_head import HeadArrays

@@ -20,8 +20,8 @@ from switchkd.actors.placement_group import Place
 from switchkd.actors.ray_futures import of_worker, patient
 from switchkd.config.errors import last_line
 from switchkd.config.schema import Span
-from switchkd.controller.handles import Weights, WorkerHandle
-from switchkd.types import Exam, Task
+from switchkd.controller.handles import WorkerHandle
+from switchkd.types import Exam, Task, Weights
 
 ROOM_S = 60.0
 """How long an additional worker may wait for its place before the pool gives up on it."""

@@ -28,3 +28,7 @@ def typed(error: BaseException) -> str:
 
 def _lines(error: BaseException) -> list[str]:
     return str(error).strip().splitlines() or [type(error).__name__]
+
+
+class ConfigError(Exception):
+    """What is wrong with the user's input and what to do about it, in one line."""

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from switchkd.config.errors import one_line
+from switchkd.config.errors import ConfigError, one_line
 from switchkd.config.schema import Config, Model, Phi, Sampling, Section, Stage
 
 ALIASES = {"switch": "jsd_threshold", "adaswitch": "kl_spike", "skd": "outside_top_k"}
@@ -27,10 +27,6 @@ SAMPLING_OF_RULE = {"kl_spike": _ADASWITCH_SAMPLING, "outside_top_k": _ADASWITCH
 
 RULES = ("student", "teacher", "random", "mixture", "jsd_threshold", "kl_spike", "outside_top_k")
 LOSSES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "cross_entropy", "atkd")
-
-
-class ConfigError(Exception):
-    """What is wrong with the user's input and what to do about it, in one line."""
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from math import prod
 from typing import Any
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config, Model, Teacher
 
 _OURS = {

@@ -1,1 +1,1 @@
-"""controller."""
+"""Who does what when: schedule, dispatch, recovery, checkpoints, evaluation, metrics."""

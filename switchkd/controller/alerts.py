@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from switchkd.config.schema import Rule
-from switchkd.data.replay import Entry
+from switchkd.controller.step_metrics import rollout_metrics
+from switchkd.types import Entry
 
 STUCK_STEPS = 10
 """So many steps with rollouts in a row make a teacher share a habit."""
@@ -32,17 +33,6 @@ LEVERS = {
     "mixture": ("prob", "larger", "smaller"),
 }
 """By rule: the key that moves the teacher's share, and which way lets the teacher write, or the student."""
-
-
-def rollout_metrics(entries: Sequence[Entry]) -> dict[str, float]:
-    """Means over completions, each counting once; NaN where none has the number."""
-    return {
-        "rollout/teacher_frac": _mean([entry.teacher_frac for entry in entries]),
-        "rollout/len_mean": _mean([entry.num_tokens for entry in entries]),
-        "rollout/eos_frac": _mean([entry.finish_reason == "eos" for entry in entries]),
-        "rollout/repeat_frac": _mean([entry.repeat_frac for entry in entries]),
-        "rollout/divergence_mean": _mean([e.divergence_mean for e in entries if not math.isnan(e.divergence_mean)]),
-    }
 
 
 class Watch:
@@ -138,7 +128,3 @@ class Watch:
 def _may_switch(rule: Rule) -> bool:
     """Can both models write under it at all?"""
     return rule.type not in ("student", "teacher") and rule.prob not in (0, 1) and rule.teacher_budget != 0
-
-
-def _mean(values: Sequence[float]) -> float:
-    return statistics.fmean(values) if values else math.nan

@@ -27,11 +27,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from switchkd.config.loader import ConfigError, dump_yaml
+from switchkd.config.errors import ConfigError
+from switchkd.config.loader import dump_yaml
 from switchkd.config.schema import Config
-from switchkd.controller.resume import CONFIG, HISTORY, check_same, cut_back
+from switchkd.controller.resume import check_same, cut_back
 from switchkd.controller.run_lock import RunLock
-from switchkd.data.atomic_files import fsync_dir, redact, seal, unseal, write_text_atomic
+from switchkd.data.atomic_files import CONFIG, HISTORY, fsync_dir, redact, seal, unseal, write_text_atomic
 
 STATE, LATEST = "state.json", "LATEST"
 

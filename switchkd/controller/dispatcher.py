@@ -18,15 +18,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from threading import Timer
 from typing import Any
 
-from switchkd.config.errors import typed
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError, typed
 from switchkd.config.schema import Config
-from switchkd.controller.handles import MAX_DEATHS, House, TeacherLost, Unreachable, Weights, WorkerLost
+from switchkd.controller.handles import House
 from switchkd.controller.metrics import MetricsLog
 from switchkd.controller.quarantine import Deaths, SetAside, Trials
 from switchkd.controller.schedule import RunPlan
 from switchkd.controller.watchdog import Watchdog
-from switchkd.types import Origin, Task, WorkReport
+from switchkd.types import MAX_DEATHS, Origin, Task, TeacherLost, Unreachable, Weights, WorkerLost, WorkReport
 
 PREFETCH = 2
 """Steps that completions which do not need the student (data set, teacher) may run ahead."""

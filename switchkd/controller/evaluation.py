@@ -5,13 +5,15 @@ In: the evaluation prompts and the workers' handles. Out: one flat dict of `eval
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 from switchkd.config.schema import Eval
-from switchkd.controller.handles import Weights, WorkerHandle
-from switchkd.controller.text_metrics import EvalRow, aggregate
-from switchkd.types import Exam, Prompt
+from switchkd.controller.handles import WorkerHandle
+from switchkd.controller.text_metrics import exact_match, rouge_l
+from switchkd.types import GREEDY, EvalRow, Exam, Prompt, Weights
 
 WITH_TEACHER = ("agreement", "kl")
 """Metrics that need the teacher beside the student."""
@@ -59,3 +61,68 @@ class Examiner:
         futures = [worker.examine(exam, weights) for worker, exam in zip(workers, shares, strict=False)]
         rows: list[EvalRow] = [row for future in futures for row in answer(future)]
         return sorted(rows, key=lambda row: (row.seed, row.index))
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """Mean and standard deviation over seeds; 0 for a single one."""
+
+    mean: float
+    std: float
+    num_seeds: int
+
+
+def aggregate(rows: Sequence[EvalRow], metrics: Iterable[str], prompts: Sequence[Prompt]) -> dict[str, float]:
+    """The `stats` as `eval/rouge_l`, `eval/rouge_l_std`, ..."""
+    flat = {}
+    for name, stat in stats(rows, metrics, prompts).items():
+        flat[f"eval/{name}"] = stat.mean
+        flat[f"eval/{name}_std"] = stat.std
+    return flat
+
+
+def stats(rows: Sequence[EvalRow], metrics: Iterable[str], prompts: Sequence[Prompt]) -> dict[str, Stat]:
+    """Scores by name; one that no row has the numbers for is left out.
+
+    `rouge_l` and `exact_match` are means over prompts, 0 to 100; `agreement` (0 to 1) and `kl` (nats) are means over
+    the tokens of the references, `agreement_greedy` and `kl_greedy` over those of the student's own greedy texts;
+    `loss` (nats) is the student's cross-entropy on the references.
+    """
+    written = [row for row in rows if row.seed != GREEDY]
+    found = {"length": _over_seeds(written, lambda row: row.num_tokens, lambda row: 1)}
+    for metric in metrics:
+        if metric == "rouge_l":
+            found[metric] = _over_seeds(written, lambda row: _rouge_of(row, prompts), lambda row: 1)
+        elif metric == "exact_match":
+            found[metric] = _over_seeds(written, lambda row: _match_of(row, prompts), lambda row: 1)
+        elif metric == "agreement":
+            found[metric] = _over_seeds(rows, lambda row: row.reference_agree, lambda row: row.reference_tokens)
+            found[f"{metric}_greedy"] = _over_seeds(rows, lambda row: row.greedy_agree, lambda row: row.greedy_tokens)
+        elif metric == "kl":
+            found[metric] = _over_seeds(rows, lambda row: row.reference_kl, lambda row: row.reference_tokens)
+            found[f"{metric}_greedy"] = _over_seeds(rows, lambda row: row.greedy_kl, lambda row: row.greedy_tokens)
+        elif metric == "loss":
+            found[metric] = _over_seeds(rows, lambda row: row.reference_loss, lambda row: row.loss_tokens)
+    return {name: stat for name, stat in found.items() if stat.num_seeds}
+
+
+def _rouge_of(row: EvalRow, prompts: Sequence[Prompt]) -> float:
+    prompt = prompts[row.index]
+    return rouge_l(row.text, prompt.references or (prompt.reference,))
+
+
+def _match_of(row: EvalRow, prompts: Sequence[Prompt]) -> float:
+    prompt = prompts[row.index]
+    return 100.0 * exact_match(row.text, prompt.answer or prompt.reference)
+
+
+def _over_seeds(rows: Sequence[EvalRow], total: Callable[[EvalRow], float], weight: Callable[[EvalRow], float]) -> Stat:
+    """The weighted mean of each seed; then mean and sample deviation over those seeds that have any weight."""
+    by_seed: dict[int, list[EvalRow]] = {}
+    for row in rows:
+        by_seed.setdefault(row.seed, []).append(row)
+    sums = [(sum(map(total, own)), sum(map(weight, own))) for own in by_seed.values()]
+    means = [amount / num for amount, num in sums if num]
+    if not means:
+        return Stat(0.0, 0.0, 0)
+    return Stat(statistics.fmean(means), statistics.stdev(means) if len(means) > 1 else 0.0, len(means))

@@ -11,43 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from switchkd.controller.text_metrics import EvalRow
-from switchkd.data.replay import Entry
-from switchkd.types import BatchPlan, Exam, StepResult, Task, WorkReport
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Weights:
-    """A published version. Each call that needs weights brings them: a restarted worker cannot use old ones unseen."""
-
-    version: int
-    packed: Any  # what `LearnerHandle.publish` answered
-    incarnation: int = 0  # of the learner: after it went back, a number that was used already stands for other weights
-
-    @property
-    def key(self) -> tuple[int, int]:
-        """Later weights have the greater one, also where the learner went back."""
-        return self.incarnation, self.version
-
-
-class WorkerLost(Exception):
-    """A rollout worker died; its tasks are to be given out again."""
-
-
-class Unreachable(Exception):
-    """Somebody whom a worker asked did not answer: the tasks are sound and are to be given out again."""
-
-
-class TeacherLost(Unreachable):
-    """Teachers died MAX_DEATHS times in a row while a worker asked them about the same rollout."""
-
-
-MAX_DEATHS = 3
-"""So often a worker, or teachers, may die of a rollout that is written alone before it is to blame."""
-
-
-class StateLost(Exception):
-    """A learner rank or the replay died, and with it what no file holds: the run goes back to its checkpoint."""
+from switchkd.types import BatchPlan, Entry, EvalRow, Exam, StepResult, Task, Weights, WorkReport
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

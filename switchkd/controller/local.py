@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from switchkd.config import resources
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config
-from switchkd.controller.handles import House, Pulse, Weights
+from switchkd.controller.handles import House, Pulse
+from switchkd.data.build import make_replay
 from switchkd.data.recorded import RecordedRollouts, heads_for
-from switchkd.data.replay_service import ReplayService, make_replay
-from switchkd.engines.build import Gang, LearnerRank, Teachers, make_teacher, make_worker
+from switchkd.data.replay import ReplayService
+from switchkd.engines.build import make_teacher
+from switchkd.learner.rank import Gang, LearnerRank
+from switchkd.rollout.build import Teachers, make_worker
 from switchkd.rollout.worker import Worker
-from switchkd.types import Exam, Task
+from switchkd.types import Exam, Task, Weights
 
 
 def done(function: Callable[..., Any], *args: Any) -> Future[Any]:

@@ -16,12 +16,11 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Metrics
 from switchkd.controller.checkpoint import TrainState
 from switchkd.controller.console import LiveView
-from switchkd.controller.resume import CONFIG
-from switchkd.data.atomic_files import json_safe, write_text_atomic
+from switchkd.data.atomic_files import CONFIG, json_safe, write_text_atomic
 
 StageScores = Sequence[tuple[str, Mapping[str, float]]]
 """The evaluation at each stage's end; "start" is the one before the first step."""

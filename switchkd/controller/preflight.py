@@ -9,25 +9,34 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from switchkd.config.errors import first_line, one_line
-from switchkd.config.loader import ConfigError
+from safetensors import SafetensorError
+
+from switchkd.algo import topk_losses
+from switchkd.config.errors import ConfigError, one_line
 from switchkd.config.resources import role_of
 from switchkd.config.schema import Config, Model, Stage, Teacher
 from switchkd.config.teacher_backend import check_backend, positions_beyond
 from switchkd.controller.evaluation import WITH_TEACHER
+from switchkd.data.atomic_files import SIGNAL
 from switchkd.data.prompts import PromptSet, answer_end, eval_data, load_prompts
-from switchkd.data.recorded import adapted, check_vocab
+from switchkd.data.recorded import HEADS, load_heads
+from switchkd.data.rollout_io import (
+    find_shards,
+    read_column,
+    read_records,
+)
 from switchkd.engines.build import max_len
-from switchkd.engines.models.demo import HUB_TIMEOUT_S
-from switchkd.engines.models.loading import load_tokenizer, refuse_own_code, same_tokenizer, shared_vocab, stop_ids
+from switchkd.engines.models.loading import same_tokenizer, shared_vocab, stop_ids
 from switchkd.engines.models.resolve import reads_teacher, resolve_models
-from switchkd.engines.models.sources import check_model_folder, looks_local
-from switchkd.rollout.build import build_loss, build_rule, check_topk
+from switchkd.engines.models.sources import _read_config, _tokenizer, check_model_folder
+from switchkd.learner.build import build_loss
+from switchkd.rollout.build import build_rule
 
-_SMALL_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "*.py"]
+if TYPE_CHECKING:
+    pass
+
 _JOB_VARIABLES = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_ID")
 
 
@@ -209,50 +218,6 @@ def check_models(config: Config) -> tuple[Any, frozenset[int]]:
     return student, ends
 
 
-def _tokenizer(section: Model, key: str) -> Any:
-    _reach_hub(section, key)
-    return load_tokenizer(section.path, trust_remote_code=section.trust_remote_code, revision=section.revision)
-
-
-def _reach_hub(section: Model, key: str) -> None:
-    """A hub name's small files, fetched or found in the cache. transformers by itself would try each for half a minute
-    where there is no network."""
-    from huggingface_hub import snapshot_download
-
-    if looks_local(section.path):
-        return
-    try:  # the network
-        snapshot_download(
-            section.path,
-            revision=section.revision,
-            allow_patterns=_SMALL_FILES,
-            etag_timeout=HUB_TIMEOUT_S,
-            token=os.environ.get("HF_TOKEN") or False,
-        )
-    except Exception as error:
-        raise ConfigError(
-            f"{key}={section.path} is no folder here, and the hub does not give it: {first_line(error)}; check the "
-            "name, set HF_TOKEN for a gated model, or give a folder"
-        ) from None
-
-
-def _read_config(section: Model, key: str) -> Any:
-    """The model's config and generation config, as `stop_ids` reads them off a model."""
-    from transformers import AutoConfig, GenerationConfig
-
-    given: dict[str, Any] = {"revision": section.revision, "token": os.environ.get("HF_TOKEN") or False}
-    try:  # other people's files, or the hub
-        config = AutoConfig.from_pretrained(section.path, trust_remote_code=section.trust_remote_code, **given)
-    except (OSError, ValueError) as error:
-        refuse_own_code(error, f"{key}={section.path}")
-        raise ConfigError(f"{key}={section.path}: its config cannot be read: {first_line(error)}") from None
-    try:
-        generation = GenerationConfig.from_pretrained(section.path, **given)
-    except OSError:  # many models have none
-        generation = None
-    return SimpleNamespace(config=config, generation_config=generation)
-
-
 def _check_model(config: Config, model: Any, section: Model, role: str) -> None:
     text = model.config.get_text_config(decoder=True)
     limit, wanted, prompt = (
@@ -269,3 +234,66 @@ def _check_model(config: Config, model: Any, section: Model, role: str) -> None:
     own_attention = isinstance(section, Teacher) and section.backend == "vllm"
     if not own_attention and section.attn == "sdpa" and getattr(text, "attn_logit_softcapping", None):
         raise ConfigError(f"{role}.attn=sdpa leaves out the soft-cap of {section.path}'s attention; set it to eager")
+
+
+def check_topk(stage: Stage, teacher: Teacher) -> None:
+    """Raises ConfigError for what compressed rows (`signal: topk`) can neither decide nor train."""
+    if teacher.signal != "topk" or not stage.needs_teacher:
+        return
+    rule, loss = build_rule(stage), stage.loss
+    if teacher.decide == "interval" and stage.mix.rollout > 0 and rule.needs_rows and rule.interval is None:
+        what = f" (divergence {stage.rule.divergence})" if stage.rule.divergence else ""
+        raise ConfigError(
+            f"teacher.signal=topk cannot decide rule {stage.rule.type}{what} with certainty: it has no interval; take "
+            "teacher.signal=hidden, or teacher.decide=coarse for approximate rollouts"
+        )
+    if not loss.approximate and not topk_losses.is_bounded(loss.type, loss.direction):
+        what = f" (direction {loss.direction})" if loss.direction else ""
+        raise ConfigError(
+            f"teacher.signal=topk with loss {loss.type}{what}: what the tail leaves out has no small bound; take "
+            "teacher.signal=hidden, another loss (forward_kl, skew_kl, jsd, tvd, atkd), or set loss.approximate=true"
+        )
+
+
+def adapted(config: Config) -> Config:
+    """The config as recorded rollouts need it: the kind of their signal, and their age. Raises ConfigError."""
+    if config.train.select_by:
+        raise ConfigError(
+            f"train.select_by={config.train.select_by} evaluates during training, but --from-rollouts starts no worker "
+            "to do it; remove it, and run `switchkd eval` afterwards"
+        )
+    if config.replay.policy == "adaptive":
+        raise ConfigError(
+            "replay.policy=adaptive follows evaluations, but --from-rollouts starts no worker to do them; take fifo"
+        )
+    kinds: set[str] = set()
+    age = 0
+    for step, path in find_shards(Path(config.rollout.recorded)):
+        try:  # somebody else's files
+            kinds |= {record["signal"]["kind"] for record in read_records(path) if record["signal"]}
+            age = max(age, step - int(read_column(path, "weight_versions").min(initial=step)))
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise ConfigError(f"--from-rollouts: {path} cannot be read ({error}); record it again") from None
+    if not kinds and any(stage.needs_teacher for stage in config.train.stages):
+        raise ConfigError(
+            f"--from-rollouts {config.rollout.recorded}: its rollouts carry no teacher signal, but the loss needs one; "
+            "record them with a loss that has a teacher, or take learner.loss.type=cross_entropy"
+        )
+    signal = {"signal": sorted(kinds)[0], "decide": "coarse"} if kinds else {}  # nothing is decided any more
+    staleness = max(config.replay.max_staleness, age)
+    return config.model_copy(
+        update={
+            "teacher": config.teacher.model_copy(update=signal),
+            "replay": config.replay.model_copy(update={"max_staleness": staleness}),
+        }
+    )
+
+
+def check_vocab(config: Config, vocab_size: int) -> None:
+    """ConfigError where the recorded token ids are not those of the student's tokenizer."""
+    for head in load_heads(Path(config.rollout.recorded) / SIGNAL / HEADS).values():
+        if len(head.weight) != vocab_size:
+            raise ConfigError(
+                f"--from-rollouts {config.rollout.recorded}: its teacher has {len(head.weight)} token ids, the "
+                f"tokenizer of student.path={config.student.path} has {vocab_size}; take a student of its family"
+            )

@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from switchkd.config.errors import typed
-from switchkd.controller.handles import MAX_DEATHS, TeacherLost, WorkerLost
-from switchkd.controller.resume import SET_ASIDE
-from switchkd.data.atomic_files import append_whole, redact
-from switchkd.types import Task
+from switchkd.data.atomic_files import SET_ASIDE, append_whole, redact
+from switchkd.types import MAX_DEATHS, Task, TeacherLost, WorkerLost
 
 SPLIT_AFTER = 2
 """Deaths under the same call after which its tasks are tried one by one."""

@@ -13,8 +13,9 @@ from typing import TypeVar
 from switchkd.config.errors import typed
 from switchkd.controller.checkpoint import RunFolder, TrainState
 from switchkd.controller.dispatcher import Dispatch
-from switchkd.controller.handles import House, StateLost
+from switchkd.controller.handles import House
 from switchkd.controller.watchdog import Stalled, Watchdog
+from switchkd.types import StateLost
 
 RETRY_S = (1.0, 4.0, 16.0)
 """Pauses before each new try to write; after the last one the run ends."""

@@ -16,15 +16,10 @@ from typing import Any
 
 import yaml
 
-from switchkd.config.loader import ConfigError, dump_yaml, parse, resolved
+from switchkd.config.errors import ConfigError
+from switchkd.config.loader import dump_yaml, parse, resolved
 from switchkd.config.schema import Config
-from switchkd.data.atomic_files import fsync_dir, redact, write_atomic
-
-CONFIG = "config.yaml"
-SIGNAL = "signal"
-"""Of `rollout.save_signal`: a file per step, `step-00000012.safetensors`, and the teachers' output heads."""
-HISTORY = ("metrics.jsonl", "rollouts.jsonl")
-SET_ASIDE = "set_aside.jsonl"
+from switchkd.data.atomic_files import CONFIG, HISTORY, SET_ASIDE, SIGNAL, fsync_dir, redact, write_atomic
 
 MAY_CHANGE = (
     "run.*",

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 
 LOCK = "run.lock"
 

@@ -5,11 +5,11 @@ In: the learner's result, the batch's entries, the workers' reports. Out: one fl
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 
-from switchkd.controller.alerts import rollout_metrics
-from switchkd.data.replay import Entry
-from switchkd.types import StepResult, WorkReport
+from switchkd.types import Entry, StepResult, WorkReport
 
 
 def step_row(
@@ -63,3 +63,18 @@ def _signal(reports: Sequence[WorkReport]) -> dict[str, float]:
         found["teacher/asked_frac"] = sum(report.num_asked for report in reports) / num
         found["teacher/tail_mass"] = sum(report.tail_mass for report in reports) / num
     return found
+
+
+def rollout_metrics(entries: Sequence[Entry]) -> dict[str, float]:
+    """Means over completions, each counting once; NaN where none has the number."""
+    return {
+        "rollout/teacher_frac": _mean([entry.teacher_frac for entry in entries]),
+        "rollout/len_mean": _mean([entry.num_tokens for entry in entries]),
+        "rollout/eos_frac": _mean([entry.finish_reason == "eos" for entry in entries]),
+        "rollout/repeat_frac": _mean([entry.repeat_frac for entry in entries]),
+        "rollout/divergence_mean": _mean([e.divergence_mean for e in entries if not math.isnan(e.divergence_mean)]),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else math.nan

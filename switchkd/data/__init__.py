@@ -1,1 +1,1 @@
-"""data."""
+"""Prompts in, rollouts waiting: data sets, the replay, rollout files."""

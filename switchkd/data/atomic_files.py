@@ -141,3 +141,16 @@ def _sha256(path: Path) -> str:
 
 def _checksum(told: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+CONFIG = "config.yaml"
+
+
+SIGNAL = "signal"
+"""Of `rollout.save_signal`: a file per step, `step-00000012.safetensors`, and the teachers' output heads."""
+
+
+HISTORY = ("metrics.jsonl", "rollouts.jsonl")
+
+
+SET_ASIDE = "set_aside.jsonl"

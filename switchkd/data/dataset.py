@@ -15,8 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from switchkd.config.errors import first_line
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError, first_line
 from switchkd.config.schema import Data
 
 _JSON = (".jsonl", ".json")

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from switchkd.config.errors import one_line
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError, one_line
 from switchkd.config.schema import Config, Data
 from switchkd.data.dataset import Record, read_records
 from switchkd.types import Prompt

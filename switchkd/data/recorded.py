@@ -8,98 +8,31 @@ come in the order in which they were trained on, and again from the first on whe
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config
-from switchkd.controller.resume import SIGNAL
-from switchkd.data.atomic_files import write_atomic
-from switchkd.data.replay import Entry, entry_of
+from switchkd.data.atomic_files import SIGNAL, write_atomic
+from switchkd.data.replay import entry_of
 from switchkd.data.rollout_io import (
     append_rows,
+    find_shards,
     load_rollouts,
-    read_column,
     read_records,
     save_replay_state,
     save_rollouts,
 )
 from switchkd.engines.models.lm_head import HeadArrays
-from switchkd.types import Rollout
+from switchkd.types import Entry, Rollout
 
 HEADS = "heads.safetensors"
-_SHARD = re.compile(r"step-(\d{8})\.safetensors")
-
-
-def shard(signal_dir: Path, step: int) -> Path:
-    """Where the rollouts that a step trained on are kept; its folder is made."""
-    signal_dir.mkdir(parents=True, exist_ok=True)
-    return signal_dir / f"step-{step:08d}.safetensors"
-
-
-def find_shards(run_dir: Path) -> list[tuple[int, Path]]:
-    """Step and file of all shards of a run, in order. Raises ConfigError where there are none."""
-    if not run_dir.is_dir():
-        raise ConfigError(f"--from-rollouts {run_dir}: there is no such folder; give the folder of a run")
-    named = [(_SHARD.fullmatch(path.name), path) for path in (run_dir / SIGNAL).glob("step-*.safetensors")]
-    found = sorted((int(name[1]), path) for name, path in named if name)
-    if not found:
-        raise ConfigError(
-            f"--from-rollouts {run_dir}: it has no {SIGNAL}/ with the teacher's signal; run it with "
-            "rollout.save_signal=true"
-        )
-    return found
-
-
-def adapted(config: Config) -> Config:
-    """The config as recorded rollouts need it: the kind of their signal, and their age. Raises ConfigError."""
-    if config.train.select_by:
-        raise ConfigError(
-            f"train.select_by={config.train.select_by} evaluates during training, but --from-rollouts starts no worker "
-            "to do it; remove it, and run `switchkd eval` afterwards"
-        )
-    if config.replay.policy == "adaptive":
-        raise ConfigError(
-            "replay.policy=adaptive follows evaluations, but --from-rollouts starts no worker to do them; take fifo"
-        )
-    kinds: set[str] = set()
-    age = 0
-    for step, path in find_shards(Path(config.rollout.recorded)):
-        try:  # somebody else's files
-            kinds |= {record["signal"]["kind"] for record in read_records(path) if record["signal"]}
-            age = max(age, step - int(read_column(path, "weight_versions").min(initial=step)))
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise ConfigError(f"--from-rollouts: {path} cannot be read ({error}); record it again") from None
-    if not kinds and any(stage.needs_teacher for stage in config.train.stages):
-        raise ConfigError(
-            f"--from-rollouts {config.rollout.recorded}: its rollouts carry no teacher signal, but the loss needs one; "
-            "record them with a loss that has a teacher, or take learner.loss.type=cross_entropy"
-        )
-    signal = {"signal": sorted(kinds)[0], "decide": "coarse"} if kinds else {}  # nothing is decided any more
-    staleness = max(config.replay.max_staleness, age)
-    return config.model_copy(
-        update={
-            "teacher": config.teacher.model_copy(update=signal),
-            "replay": config.replay.model_copy(update={"max_staleness": staleness}),
-        }
-    )
-
-
-def check_vocab(config: Config, vocab_size: int) -> None:
-    """ConfigError where the recorded token ids are not those of the student's tokenizer."""
-    for head in load_heads(Path(config.rollout.recorded) / SIGNAL / HEADS).values():
-        if len(head.weight) != vocab_size:
-            raise ConfigError(
-                f"--from-rollouts {config.rollout.recorded}: its teacher has {len(head.weight)} token ids, the "
-                f"tokenizer of student.path={config.student.path} has {vocab_size}; take a student of its family"
-            )
 
 
 def heads_for(config: Config, run_dir: Path, heads: dict[str, HeadArrays]) -> dict[str, HeadArrays]:

@@ -14,42 +14,14 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from switchkd.types import Rollout
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
-    """What must be known of a taken rollout to plan a batch and to report on it; the rollout itself is fetched by
-    whoever trains on it."""
-
-    rollout_id: int
-    batch: int
-    stage: int
-    num_tokens: int
-    oldest_version: int
-    teacher_frac: float
-    repeat_frac: float
-    divergence_mean: float
-    finish_reason: str
-    uncertainty: np.ndarray  # float32 [T]
-
-
-class ReplayFull(Exception):
-    """Some rollouts had no room: put `refused` again later. Those in `accepted` are in."""
-
-    def __init__(self, accepted: list[int], refused: list[int], capacity: int) -> None:
-        super().__init__(accepted, refused, capacity)  # these args let it cross a process
-        self.accepted, self.refused, self.capacity = accepted, refused, capacity
-
-    def __str__(self) -> str:
-        return (
-            f"replay is full: {len(self.refused)} rollouts from id {min(self.refused)} on are not among the first "
-            f"{self.capacity} untrained ones (replay.capacity); wait for the learner and put them again"
-        )
+from switchkd.data.reuse_buffer import Buffer
+from switchkd.data.rollout_io import append_rows, load_replay_state, save_replay_state, save_rollouts, shard
+from switchkd.types import Entry, ReplayFull, Rollout
 
 
 class _Retired:
@@ -355,3 +327,103 @@ def _num_bytes(rollout: Rollout) -> int:
     arrays = (getattr(rollout, field.name) for field in fields(rollout))
     own = sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
     return own + (rollout.signal.nbytes if rollout.signal is not None else 0)
+
+
+EMPTY: dict[str, Any] = {
+    "rollouts": [], "buffer": [], "committed": [], "again": [], "drawable": [], "retired_below": 0, "retired": [],
+    "durable_step": 0,
+}  # fmt: skip
+"""The state of a store that has seen nothing."""
+
+
+class ReplayService:
+    """`rollouts_file` and `signal_dir`: what was trained on goes there, as lines and with the teacher's signal. With a
+    `buffer` it can be drawn again."""
+
+    def __init__(
+        self,
+        replay: Replay,
+        rollouts_file: Path | None,
+        decode: Callable[[Sequence[int]], str],
+        signal_dir: Path | None = None,
+        buffer: Buffer | None = None,
+    ) -> None:
+        self.replay = replay
+        self.rollouts_file = rollouts_file
+        self.decode = decode
+        self.signal_dir = signal_dir
+        self.buffer = buffer
+
+    def put(self, rollouts: Sequence[Rollout]) -> list[int]:
+        return self.replay.put(rollouts)
+
+    def fetch(self, rollout_ids: Sequence[int]) -> list[Rollout]:
+        if self.buffer is not None and self.buffer.holds(rollout_ids):
+            return self.buffer.fetch(rollout_ids)
+        return self.replay.fetch(rollout_ids)
+
+    def take(self, step: int, num: int, version: int, stage: int) -> list[Entry] | None:
+        return self.replay.take(step, num, version, stage)
+
+    def draw(self, step: int, num: int, version: int) -> list[Entry]:
+        """Of what earlier steps were trained on, for another time."""
+        assert self.buffer is not None, "only replay.policy=adaptive draws"
+        return [entry_of(rollout) for rollout in self.buffer.draw(step, num)]
+
+    def commit(self, step: int, rollout_ids: Sequence[int]) -> None:
+        """The step is trained: one line per rollout, then the store lets them rest until a checkpoint is durable.
+        Raises OSError, and can be repeated, where the lines could not be written."""
+        if self.replay.trained(step):
+            return
+        drawn = self.buffer is not None and self.buffer.holds(rollout_ids)
+        rollouts = self.fetch(rollout_ids)
+        if self.rollouts_file is not None:
+            append_rows(self.rollouts_file, rollouts, self.decode, step)
+        if self.signal_dir is not None:
+            save_rollouts(shard(self.signal_dir, step), rollouts)
+        self.replay.commit(step, [] if drawn else rollout_ids)
+        if self.buffer is not None:
+            self.buffer.add(step, rollouts)
+
+    def durable(self, step: int) -> None:
+        self.replay.durable(step)
+        if self.buffer is not None:
+            self.buffer.durable(step)
+
+    def save(self, path: Path, step: int) -> None:
+        """What a run resumed at `step` needs."""
+        state = self.replay.state(step)
+        if self.buffer is not None:
+            kept = self.buffer.state(step)
+            state |= {"rollouts": [*state["rollouts"], *kept["rollouts"]], "buffer": kept["buffer"]}
+        save_replay_state(path, state)
+
+    def save_batch(self, path: Path, rollout_ids: Sequence[int]) -> None:
+        save_rollouts(path, self.fetch(rollout_ids))
+
+    def restore(self, path: Path | None, num_started: int) -> list[int]:
+        """Take over a checkpoint's state (None: of the start); of the rollouts 0 to num_started - 1, those to be made
+        again."""
+        state = load_replay_state(path) if path else EMPTY
+        waiting = state["rollouts"] if self.buffer is None else self.buffer.restore(state)
+        self.replay.restore({**state, "rollouts": waiting})
+        self.replay.make_room(num_started)
+        return self.replay.missing(num_started)
+
+    def rewind(self, step: int, num_started: int) -> bool:
+        if step < self.replay.durable_step:
+            return False
+        self.replay.rewind(step)
+        if self.buffer is not None:
+            self.buffer.rewind(step)
+        self.replay.make_room(num_started)
+        return True
+
+    def missing(self, num_started: int) -> list[int]:
+        return self.replay.missing(num_started)
+
+    def set_aside(self, rollout_ids: Sequence[int]) -> None:
+        self.replay.set_aside(rollout_ids)
+
+    def stats(self) -> dict[str, float]:
+        return {**self.replay.stats(), **({} if self.buffer is None else {"num_buffered": len(self.buffer)})}

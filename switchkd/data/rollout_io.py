@@ -8,8 +8,9 @@ is not). Every array comes back bit for bit, NaN included.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from switchkd.data.atomic_files import append_whole, json_safe, write_atomic
+from switchkd.config.errors import ConfigError
+from switchkd.data.atomic_files import SIGNAL, append_whole, json_safe, write_atomic
 from switchkd.types import Candidates, Origin, Rollout, RolloutStats, Signal, Source
 
 FORMAT = {"format": "switchkd-rollouts", "version": "1"}
@@ -270,3 +272,49 @@ def _runs(values: np.ndarray) -> list[tuple[int, int]]:
 def _rounded(values: np.ndarray, digits: int = 6) -> list[float]:
     """Six digits: what float32 holds, without the tail that float64 shows."""
     return [float(f"{value:.{digits}g}") for value in values.tolist()]
+
+
+_NUMBERS = {"int": "int64", "float": "float64"}
+
+
+def rollout_features() -> Any:
+    """`datasets.Features` of the lines that `rollout_io.rollout_to_row` makes."""
+    from datasets import Features, List, Value  # seconds to import
+
+    integer, number, text, flag = (Value(kind) for kind in ("int64", "float64", "string", "bool"))
+    side = {"ids": List(List(integer)), "texts": List(List(text)), "logprobs": List(List(number))}
+    stats = {one.name: Value(_NUMBERS[kind]) if (kind := str(one.type)) in _NUMBERS else List(integer)
+             for one in fields(RolloutStats)}  # fmt: skip
+    return Features(
+        {
+            "step": integer, "rollout_id": integer, "batch": integer, "stage": integer, "prompt_id": text,
+            "finish_reason": text, "approximate": flag, "teacher": text, "origin": text, "prompt": text,
+            "completion": text, "segments": List({"source": text, "num_tokens": integer, "text": text}),
+            "num_tokens": integer, "teacher_frac": number, "token_ids": List(integer), "pieces": List(text),
+            "statistic": List(number), "threshold": List(number), "uncertainty": List(number),
+            "versions": List(List(integer)), "candidates": {"teacher": side, "student": side}, "stats": stats,
+        }
+    )  # fmt: skip
+
+
+_SHARD = re.compile(r"step-(\d{8})\.safetensors")
+
+
+def shard(signal_dir: Path, step: int) -> Path:
+    """Where the rollouts that a step trained on are kept; its folder is made."""
+    signal_dir.mkdir(parents=True, exist_ok=True)
+    return signal_dir / f"step-{step:08d}.safetensors"
+
+
+def find_shards(run_dir: Path) -> list[tuple[int, Path]]:
+    """Step and file of all shards of a run, in order. Raises ConfigError where there are none."""
+    if not run_dir.is_dir():
+        raise ConfigError(f"--from-rollouts {run_dir}: there is no such folder; give the folder of a run")
+    named = [(_SHARD.fullmatch(path.name), path) for path in (run_dir / SIGNAL).glob("step-*.safetensors")]
+    found = sorted((int(name[1]), path) for name, path in named if name)
+    if not found:
+        raise ConfigError(
+            f"--from-rollouts {run_dir}: it has no {SIGNAL}/ with the teacher's signal; run it with "
+            "rollout.save_signal=true"
+        )
+    return found

@@ -1,1 +1,1 @@
-"""Models behind two Protocols (base.py): what reads and what trains."""
+"""Models behind the protocols of base.py: sessions, weights, backends."""

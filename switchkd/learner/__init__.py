@@ -1,1 +1,1 @@
-"""learner."""
+"""Rollouts become a gradient: batches, the loss module, DeepSpeed."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from switchkd.algo.losses import atkd_threshold
-from switchkd.engines.models.lm_head import hidden_from_signal
+from switchkd.engines.wire import hidden_from_signal
 from switchkd.types import BatchPlan, Rollout, Signal
 
 

@@ -1,1 +1,1 @@
-"""rollout."""
+"""Prompts become rollouts: draft, verify, accept."""

@@ -6,73 +6,31 @@ imported from the working directory: it is the user's code and runs with the use
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
-import sysconfig
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from switchkd.algo import losses, switching, topk_losses
-from switchkd.algo.sampling import Purpose, Sampling
+from switchkd.algo import switching
+from switchkd.algo.sampling import Sampling
 from switchkd.algo.switching import Rule
-from switchkd.config.loader import ConfigError
-from switchkd.config.schema import Config, Loss, Stage, Teacher
-from switchkd.config.schema import Rule as RuleSection
+from switchkd.config import resources
+from switchkd.config.errors import ConfigError
+from switchkd.config.schema import Config, Stage
 from switchkd.config.schema import Sampling as SamplingSection
-from switchkd.learner.batching import LossSpec
-from switchkd.rollout.state import Mode
-from switchkd.types import Origin
+from switchkd.config.user_code import _called, _given, named
+from switchkd.engines.base import Teacher
+from switchkd.engines.build import _load, device_of, max_len, set_threads
+from switchkd.engines.models.lm_head import HeadArrays, LinearHead
+from switchkd.engines.models.loading import load_tokenizer, shared_vocab
+from switchkd.rollout.generator import RolloutWorker
+from switchkd.rollout.state import Mode, StageModes
+from switchkd.rollout.worker import Worker
+from switchkd.types import (
+    WeightBundle,
+)
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StageModes:
-    """How a stage's completions are written, by origin, and whether the teacher scores them."""
-
-    rollout: Mode
-    teacher: Mode
-    scored: bool
-
-    def of(self, origin: Origin) -> Mode | None:
-        """None: the data set wrote it."""
-        return {Origin.ROLLOUT: self.rollout, Origin.TEACHER: self.teacher, Origin.DATASET: None}[origin]
-
-
-def named(name: str, what: str) -> Callable[..., Any]:
-    """`my_file:my_name` from the working directory (or PYTHONPATH). Raises ConfigError, also for a function of Python's
-    or of an installed package: a config alone must not name `os:system`."""
-    module, _, attribute = name.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    if _installed(module):
-        raise ConfigError(f"{what} {name!r} is installed, not yours; name a file in {here}, such as my_file:my_{what}")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"{what} {name!r}: no module {error.name!r} in {here}; start where {module}.py lies"
-        ) from None
-    except AttributeError:
-        raise ConfigError(f"{what} {name!r}: {module}.py has no {attribute!r}") from None
-    if not callable(found):
-        raise ConfigError(f"{what} {name!r} is a {type(found).__name__}, not a function")
-    return found
-
-
-def _installed(module: str) -> bool:
-    """Does Python or a package bring its top-level module? Decided without running any of it."""
-    spec = importlib.util.find_spec(module.partition(".")[0]) if module else None
-    if spec is None:
-        return False
-    files = [file for file in (spec.origin, *(spec.submodule_search_locations or ())) if file]
-    places = {Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
-    return not any(Path(file).exists() for file in files) or any(
-        place in Path(file).resolve().parents for file in files for place in places
-    )
+if TYPE_CHECKING:
+    pass
 
 
 def build_rule(stage: Stage) -> Rule:
@@ -115,24 +73,6 @@ _RULE_KEYS = {
     "mixture": {"prob": "alpha"},
 }  # fmt: skip
 """Keys of `rule` that each rule takes, and what its constructor calls them."""
-_LOSS_KEYS = {
-    "jsd": ("beta",),
-    "skew_kl": ("alpha",),
-    "skew_reverse_kl": ("alpha",),
-    "atkd": ("hard_frac", "lam", "direction"),
-}
-
-
-def _given(section: RuleSection | Loss, kind: str, known: Iterable[str], every: Iterable[str]) -> dict[str, Any]:
-    """The keys that the user set. Raises ConfigError for one that this rule or loss does not know."""
-    what = "rule" if isinstance(section, RuleSection) else "loss"
-    takes = set(known)
-    found = {key: value for key in every if (value := getattr(section, key)) is not None}
-    for key, value in found.items():
-        if key not in takes:
-            choices = ", ".join(sorted(takes)) or ("its own, under params" if ":" in kind else "none")
-            raise ConfigError(f"{what} {kind}: unknown parameter {key!r} (value {value!r}); it takes {choices}")
-    return found
 
 
 def _rule_params(stage: Stage) -> dict[str, Any]:
@@ -142,88 +82,6 @@ def _rule_params(stage: Stage) -> dict[str, Any]:
     if rule.type == "jsd_threshold":
         params.setdefault("max_new_tokens", stage.max_new_tokens)
     return params
-
-
-def build_loss(stage: Stage) -> LossSpec:
-    """The stage's loss. Raises ConfigError naming the parameter that it refuses."""
-    kind = stage.loss.type
-    every = sorted({key for keys in _LOSS_KEYS.values() for key in keys})
-    params = _given(stage.loss, kind, _LOSS_KEYS.get(kind, ()), every) | stage.loss.params
-    hard_frac = params.pop("hard_frac", 0.5) if kind == "atkd" else None
-    per_token = _loss_function(kind)
-    _check_params(per_token, f"loss {kind}", params)
-    return LossSpec(
-        name=kind,
-        per_token=per_token,
-        numbers=params,
-        hard_frac=hard_frac,
-        lm_coef=stage.loss.lm_coef,
-        needs_teacher=kind != "cross_entropy",
-        tail=topk_losses.atkd_tokens if kind == "atkd" else partial(topk_losses.coarse, per_token),
-    )
-
-
-def check_topk(stage: Stage, teacher: Teacher) -> None:
-    """Raises ConfigError for what compressed rows (`signal: topk`) can neither decide nor train."""
-    if teacher.signal != "topk" or not stage.needs_teacher:
-        return
-    rule, loss = build_rule(stage), stage.loss
-    if teacher.decide == "interval" and stage.mix.rollout > 0 and rule.needs_rows and rule.interval is None:
-        what = f" (divergence {stage.rule.divergence})" if stage.rule.divergence else ""
-        raise ConfigError(
-            f"teacher.signal=topk cannot decide rule {stage.rule.type}{what} with certainty: it has no interval; take "
-            "teacher.signal=hidden, or teacher.decide=coarse for approximate rollouts"
-        )
-    if not loss.approximate and not topk_losses.is_bounded(loss.type, loss.direction):
-        what = f" (direction {loss.direction})" if loss.direction else ""
-        raise ConfigError(
-            f"teacher.signal=topk with loss {loss.type}{what}: what the tail leaves out has no small bound; take "
-            "teacher.signal=hidden, another loss (forward_kl, skew_kl, jsd, tvd, atkd), or set loss.approximate=true"
-        )
-
-
-def _loss_function(kind: str) -> Callable[..., Any]:
-    match kind:
-        case "forward_kl":
-            return losses.forward_kl
-        case "reverse_kl":
-            return losses.reverse_kl
-        case "jsd":
-            return losses.jsd
-        case "skew_kl":
-            return losses.skew_kl
-        case "skew_reverse_kl":
-            return losses.skew_reverse_kl
-        case "tvd":
-            return losses.tvd
-        case "cross_entropy":
-            return losses.cross_entropy
-        case "atkd":
-            return losses.atkd_tokens
-        case _:
-            return named(kind, "loss")
-
-
-def _called(function: Callable[..., Any], what: str, params: dict[str, Any]) -> Any:
-    _check_params(function, what, params)
-    try:
-        return function(**params)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{what}: {error}") from None
-
-
-def _check_params(function: Callable[..., Any], what: str, params: dict[str, Any]) -> None:
-    import inspect
-
-    known = inspect.signature(function).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
-        return
-    given = {"p_logits", "q_logits", "labels", "mask", "hard"}  # what the learner itself passes to a loss
-    free = [name for name in known if name not in given]
-    for name in params:
-        if name not in free:
-            choices = ", ".join(free) or "none"
-            raise ConfigError(f"{what}: unknown parameter {name!r} (value {params[name]!r}); it takes {choices}")
 
 
 def sampling(section: SamplingSection) -> Sampling:
@@ -270,14 +128,63 @@ def _budget(stage: Stage) -> int | None:
     return round(budget * stage.max_new_tokens) if isinstance(budget, float) else budget
 
 
-def eval_mode(*, temperature: float, max_new_tokens: int, seed: int) -> Mode:
-    """The student alone, unscored, with draws of evaluation's own purpose."""
-    return Mode(
-        rule=switching.student(),
-        student=Sampling(temperature=temperature),
-        teacher=Sampling(),
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        purpose=Purpose.EVAL,
-        scored=False,
+Teachers = Mapping[str, tuple[Teacher, HeadArrays | None]]
+"""By name, each with its output head (None where whole rows travel); empty where no stage needs one."""
+
+
+def make_worker(
+    config: Config,
+    index: int,
+    teachers: Teachers,
+    stop_ids: frozenset[int],
+    new_weights: Callable[[], WeightBundle | None] | None = None,
+) -> Worker:
+    """One rollout worker with the student's folder as weight version 0. `stop_ids` are those of all models."""
+    from switchkd.engines.hf.cuda_graphs import capture_for
+    from switchkd.engines.hf.student import HFStudent
+
+    set_threads(resources.of_role(config, "rollout").threads)
+    section = config.student
+    device = device_of(section)
+    tokenizer = load_tokenizer(section.path, trust_remote_code=section.trust_remote_code)
+    model = _load(section, device)
+    student = HFStudent(
+        model,
+        num_slots=config.rollout.batch_size,
+        max_len=max_len(config),
+        vocab_size=shared_vocab(tokenizer),
+        capture=capture_for(model, section.graphs, key="student.graphs"),
+        prepack=section.prepack,
     )
+
+    def writer(name: str, teacher: Teacher | None, head: HeadArrays | None) -> RolloutWorker:
+        own = config.of_teacher(name)
+        return RolloutWorker(
+            student=student,
+            teacher=teacher,
+            head=None if head is None else _reading_head(head, device, section.prepack),
+            stop_ids=stop_ids,
+            block_size=config.rollout.block_size,
+            lead=config.rollout.lead,
+            overlap=_overlaps(own),
+            device=device,
+            coarse=own.teacher.decide == "coarse",
+            candidates=config.rollout.save_candidates,
+            new_weights=new_weights if config.rollout.on_new_weights == "reprefill" else None,
+        )
+
+    writers = {name: writer(name, *pair) for name, pair in teachers.items()} or {"": writer("", None, None)}
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    return Worker(writers, build_modes(config), decode, index=index)
+
+
+def _reading_head(arrays: HeadArrays, device: str, prepack: str) -> LinearHead:
+    head = LinearHead.from_arrays(arrays, device=device)
+    return head if prepack == "off" else head.prepack()
+
+
+def _overlaps(config: Config) -> bool:
+    """Two half-batches pay where a worker and its teacher compute at the same time."""
+    if config.rollout.overlap is not None or config.run.mode == "inprocess":
+        return bool(config.rollout.overlap)
+    return config.resources.teacher.num_gpus > 0

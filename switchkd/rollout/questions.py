@@ -19,7 +19,7 @@ from torch import Tensor
 from switchkd.algo import losses, topk
 from switchkd.algo.sampling import Sampling
 from switchkd.algo.topk import TopK, draws_inside, smeared, unpack
-from switchkd.engines.models.lm_head import hidden_from_signal
+from switchkd.engines.wire import hidden_from_signal
 from switchkd.rollout.teacher_logits import SignalReader
 from switchkd.types import Positions, Signal, Task
 

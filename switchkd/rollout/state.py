@@ -17,7 +17,7 @@ import torch
 from switchkd.algo.sampling import Purpose, Sampling
 from switchkd.algo.switching import Rule, init_memory
 from switchkd.rollout.top_logprobs import Top, candidates
-from switchkd.types import Rollout, RolloutStats, Signal, Source, Task
+from switchkd.types import Origin, Rollout, RolloutStats, Signal, Source, Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,3 +225,16 @@ def mean_tail_mass(values: np.ndarray) -> float:
 
 def _floats(values: list[float], num: int) -> np.ndarray:
     return np.array(values, np.float32) if len(values) == num else np.full(num, np.nan, np.float32)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageModes:
+    """How a stage's completions are written, by origin, and whether the teacher scores them."""
+
+    rollout: Mode
+    teacher: Mode
+    scored: bool
+
+    def of(self, origin: Origin) -> Mode | None:
+        """None: the data set wrote it."""
+        return {Origin.ROLLOUT: self.rollout, Origin.TEACHER: self.teacher, Origin.DATASET: None}[origin]

@@ -15,7 +15,7 @@ from torch import Tensor
 from switchkd.algo.losses import uncertainty
 from switchkd.algo.topk import unpack
 from switchkd.engines.base import OutputHead
-from switchkd.engines.models.lm_head import hidden_from_signal
+from switchkd.engines.wire import hidden_from_signal
 from switchkd.rollout.top_logprobs import Top
 from switchkd.types import Signal
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from switchkd.algo.divergence import agreement, forward_kl, per_row
-from switchkd.controller.text_metrics import GREEDY, EvalRow
-from switchkd.rollout.build import StageModes, eval_mode
+from switchkd.rollout.evaluate import eval_mode
 from switchkd.rollout.generator import Job, RolloutWorker
-from switchkd.types import Exam, Origin, Prompt, Rollout, Source, Task, WeightBundle, WorkReport
+from switchkd.rollout.state import StageModes
+from switchkd.types import GREEDY, EvalRow, Exam, Origin, Prompt, Rollout, Source, Task, WeightBundle, WorkReport
 
 Put = Callable[[list[Rollout]], None]
 _REFERENCES, _GREEDY = 1 << 40, 1 << 41
@@ -241,8 +241,3 @@ class Worker:
 
 def _task(rollout_id: int, prompt: Prompt) -> Task:
     return Task(rollout_id=rollout_id, batch=0, stage=0, origin=Origin.ROLLOUT, prompt=prompt)
-
-
-def set_threads(num: int | None) -> None:
-    """CPU threads of this process. Ray pins every actor to one, so each role says what it wants."""
-    torch.set_num_threads(num or 1)

@@ -1,1 +1,1 @@
-"""tools."""
+"""Around a run: plan, doctor, report, bench, export, evaluation without a run."""

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from switchkd.config.loader import ConfigError, apply_override, load, parse, resolved
+from switchkd.config.errors import ConfigError
+from switchkd.config.loader import apply_override, load, parse, resolved
 from switchkd.config.schema import Config
 from switchkd.controller.evaluation import WITH_TEACHER
 from switchkd.tools.export import find_student

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import yaml
 
-from switchkd.config.errors import first_line
-from switchkd.config.loader import ConfigError, parse
+from switchkd.config.errors import ConfigError, first_line
+from switchkd.config.loader import parse
 from switchkd.controller.metrics import METRICS
 from switchkd.controller.model_card import CARD, write_card
-from switchkd.controller.resume import CONFIG
+from switchkd.data.atomic_files import CONFIG
 
 _STEP = "step-"
 

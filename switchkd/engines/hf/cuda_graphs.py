@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 
 Step = Callable[[], torch.Tensor]
 Capture = Callable[[Step], Step]

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 
 ROUND = 32  # columns read back are a multiple of this, so that shapes repeat
 GROUPED_SDPA = "switchkd_grouped_sdpa"

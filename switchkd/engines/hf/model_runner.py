@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from switchkd.algo.transfer import to_device
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.engines.hf.cuda_graphs import MAX_WIDTH, Capture, StepGraphs, few_lengths, few_rows, few_widths
 from switchkd.engines.hf.kv_cache import Call, SlotCache, build_masks, layer_windows, round_up, use_grouped_sdpa
 from switchkd.engines.models.lm_head import final_hidden, own_logits

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 
 MAX_BYTES = 4 * 2**30
 """`auto` packs no model with more than this: the copy is as large as the weights."""

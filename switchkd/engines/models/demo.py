@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 
 if TYPE_CHECKING:
     import numpy as np

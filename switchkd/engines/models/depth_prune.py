@@ -15,8 +15,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from switchkd.config.errors import first_line
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError, first_line
 from switchkd.engines.models.sources import check_model_folder
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from switchkd.algo.transfer import to_host
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.engines.models.cpu_prepack import Prepacked, can_pack
+from switchkd.engines.wire import hidden_from_signal, signal_from_hidden
 
 # How far a rebuilt logit may lie from the model's own, as a share of the largest: rounding of the model's dtype.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -171,24 +171,6 @@ def own_logits(model: Any, rows: torch.Tensor, **inputs: Any) -> torch.Tensor:
         logits = model(**inputs).logits
     flat = logits.flatten(0, 1)
     return (flat if seen else flat[rows.to(flat.device)]).float()
-
-
-def signal_from_hidden(hidden: torch.Tensor) -> tuple[np.ndarray, str]:
-    """A tensor as it travels, and the name of its dtype: bfloat16 as uint16, which NumPy has no better name for."""
-    hidden = to_host(hidden.detach())
-    if hidden.dtype == torch.bfloat16:
-        return hidden.view(torch.int16).numpy().view(np.uint16), "bfloat16"
-    return hidden.numpy(), str(hidden.dtype).removeprefix("torch.")
-
-
-def hidden_from_signal(values: np.ndarray, dtype: str, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The tensor that travelled, in its dtype. Shares the array's memory on a CPU, unless the array is read-only (an
-    object store's), where a write through the tensor would be fatal."""
-    if not values.flags.writeable:
-        values = values.copy()
-    if dtype == "bfloat16":
-        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16).to(device)
-    return torch.from_numpy(values).to(device)
 
 
 @contextmanager

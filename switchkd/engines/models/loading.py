@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from switchkd.config.errors import first_line
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError, first_line
 
 # Where tokenizers differ although their vocabularies are equal: merges, normalizers, splitting, special tokens.
 PROBES = (

@@ -1,7 +1,6 @@
 """`demo` and `cut` in a config become model folders, made once in the user's cache.
 
-In: a config. Out: the same with folders in their place, so that no process after this one fetches or cuts anything.
-"""
+In: a config. Out: the same with folders in their place, so that no process after this one fetches or cuts anything."""
 
 from __future__ import annotations
 

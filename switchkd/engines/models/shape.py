@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from switchkd.config.errors import first_line
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError, first_line
 from switchkd.config.schema import Config, Lora, Model
-from switchkd.controller.preflight import _read_config, _tokenizer
 from switchkd.engines.models.depth_prune import _checked, _cut_config
 from switchkd.engines.models.loading import shared_vocab
+from switchkd.engines.models.sources import _read_config, _tokenizer
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Of one number."""

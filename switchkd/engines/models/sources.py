@@ -6,10 +6,16 @@ In: what the user wrote as a model. Out: nothing, or a ConfigError that names th
 from __future__ import annotations
 
 import json
+import os
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError, first_line
+from switchkd.config.schema import Model
+from switchkd.engines.models.demo import HUB_TIMEOUT_S
+from switchkd.engines.models.loading import load_tokenizer, refuse_own_code
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf")
@@ -69,3 +75,50 @@ def _check_weights(folder: Path, key: str) -> None:
         raise ConfigError(
             f"{key}={folder}: {len(missing)} of {len(shards)} weight files are missing, first {missing[0]}"
         )
+
+
+_SMALL_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "*.py"]
+
+
+def _tokenizer(section: Model, key: str) -> Any:
+    _reach_hub(section, key)
+    return load_tokenizer(section.path, trust_remote_code=section.trust_remote_code, revision=section.revision)
+
+
+def _reach_hub(section: Model, key: str) -> None:
+    """A hub name's small files, fetched or found in the cache. transformers by itself would try each for half a minute
+    where there is no network."""
+    from huggingface_hub import snapshot_download
+
+    if looks_local(section.path):
+        return
+    try:  # the network
+        snapshot_download(
+            section.path,
+            revision=section.revision,
+            allow_patterns=_SMALL_FILES,
+            etag_timeout=HUB_TIMEOUT_S,
+            token=os.environ.get("HF_TOKEN") or False,
+        )
+    except Exception as error:
+        raise ConfigError(
+            f"{key}={section.path} is no folder here, and the hub does not give it: {first_line(error)}; check the "
+            "name, set HF_TOKEN for a gated model, or give a folder"
+        ) from None
+
+
+def _read_config(section: Model, key: str) -> Any:
+    """The model's config and generation config, as `stop_ids` reads them off a model."""
+    from transformers import AutoConfig, GenerationConfig
+
+    given: dict[str, Any] = {"revision": section.revision, "token": os.environ.get("HF_TOKEN") or False}
+    try:  # other people's files, or the hub
+        config = AutoConfig.from_pretrained(section.path, trust_remote_code=section.trust_remote_code, **given)
+    except (OSError, ValueError) as error:
+        refuse_own_code(error, f"{key}={section.path}")
+        raise ConfigError(f"{key}={section.path}: its config cannot be read: {first_line(error)}") from None
+    try:
+        generation = GenerationConfig.from_pretrained(section.path, **given)
+    except OSError:  # many models have none
+        generation = None
+    return SimpleNamespace(config=config, generation_config=generation)

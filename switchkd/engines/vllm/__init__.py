@@ -1,1 +1,1 @@
-"""vllm."""
+"""The teacher as a vLLM engine that returns hidden states."""

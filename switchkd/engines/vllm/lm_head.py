@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _OLD_NAMES = ("embed_out.weight",)  # of GPT-NeoX files; transformers renames it in memory

@@ -17,28 +17,19 @@ import numpy as np
 import torch
 
 from switchkd.algo.topk import TopK, pack
-from switchkd.config.loader import ConfigError
-from switchkd.engines.models.lm_head import HeadArrays, LinearHead, fitted_head, hidden_from_signal, signal_from_hidden
+from switchkd.config.errors import ConfigError
+from switchkd.engines.models.lm_head import HeadArrays, LinearHead, fitted_head
 from switchkd.engines.sessions import Session
+from switchkd.engines.vllm.engine import Job
 from switchkd.engines.vllm.lm_head import output_layer
+from switchkd.engines.wire import hidden_from_signal, signal_from_hidden
 from switchkd.types import Signal
 
 if TYPE_CHECKING:
-    from switchkd.engines.vllm.teacher import Engine
+    from switchkd.engines.vllm.engine import Engine
 
 _PROBE = 8  # tokens
 _OTHER_WAYS = "take teacher.backend: hf, or teacher.interface: public with teacher.signal: topk"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """One request to vLLM: read tokens, then go on alone."""
-
-    tokens: np.ndarray  # int64 [P]
-    first: int  # the first position whose row is wanted; the rows go on to the last token read
-    count: int = 1  # tokens to write; 1 without a draw is the least that vLLM does, and is not looked at
-    draw: dict[str, Any] | None = None
-    stop_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,7 +20,8 @@ from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_update
 
 from switchkd.algo.sampling import Sampling, draw
 from switchkd.algo.topk import compress, pack
-from switchkd.engines.models.lm_head import HeadArrays, LinearHead, hidden_from_signal, signal_from_hidden
+from switchkd.engines.models.lm_head import HeadArrays, LinearHead
+from switchkd.engines.wire import hidden_from_signal, signal_from_hidden
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as NewerLogitsProcessor

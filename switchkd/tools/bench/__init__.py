@@ -1,1 +1,1 @@
-"""bench."""
+"""Measurements, each a command that prints a table."""

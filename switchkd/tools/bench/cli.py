@@ -214,7 +214,7 @@ def quality(
 
 def _check(device: str, dtype: str, json: Path | None) -> None:
     """What can be refused before minutes are spent."""
-    from switchkd.config.loader import ConfigError
+    from switchkd.config.errors import ConfigError
     from switchkd.tools.bench.table import check_device
 
     if dtype not in ("float32", "bfloat16"):

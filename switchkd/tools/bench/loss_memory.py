@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.tools.bench.subprocess_side import Side, Sides, Turns
 from switchkd.tools.bench.table import Pairs, Table, paired, surroundings
 
@@ -191,7 +191,7 @@ def ours(job: Job, model: Any, teacher: torch.Tensor, head: torch.Tensor) -> Ste
 def _rollouts(job: Job, teacher: torch.Tensor) -> list[Rollout]:
     import numpy as np
 
-    from switchkd.engines.models.lm_head import signal_from_hidden
+    from switchkd.engines.wire import signal_from_hidden
     from switchkd.types import Origin, Rollout, Signal
 
     values, dtype = signal_from_hidden(teacher.cpu())

@@ -19,7 +19,8 @@ import torch
 from switchkd.algo import divergence
 from switchkd.algo.sampling import Purpose, Sampling, draw
 from switchkd.algo.switching import Rule
-from switchkd.engines.hf.teacher import HFStudent, HFTeacher
+from switchkd.engines.hf.student import HFStudent
+from switchkd.engines.hf.teacher import HFTeacher
 from switchkd.rollout.speculation import SIZES
 from switchkd.types import Blocks, Prompt, Rollout, Sessions, Source, WriteRequest
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Cut, Teacher
 from switchkd.engines.models.sources import check_model_folder
 

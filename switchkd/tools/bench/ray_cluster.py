@@ -10,14 +10,16 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, cast
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 
 from switchkd.actors.ray_futures import shut_down
-from switchkd.tools.bench.weight_sync import Learner, Reader
 from switchkd.types import WeightBundle
+
+if TYPE_CHECKING:
+    from switchkd.types import WeightBundle
 
 
 @contextmanager
@@ -99,3 +101,52 @@ class TwoProcesses:
         packed, pack_s, put_s = ray.get(self.learner.publish.remote(self.version))
         pull_s, load_s = ray.get(self.reader.take.remote(packed))
         return {"pack": pack_s, "put": put_s, "pull": pull_s, "load": load_s}
+
+
+class Learner:
+    """A model that is published as `DeepSpeedLearner.publish` does without partitions."""
+
+    def __init__(self, folder: str, dtype: str, device: str, threads: int) -> None:
+        import torch
+
+        from switchkd.engines.models.loading import load_model
+
+        torch.set_num_threads(threads)
+        self.dtype = dtype
+        self.model = load_model(folder, dtype=dtype, device=device)
+
+    def publish(self, version: int) -> tuple[WeightBundle, float]:
+        """The bundle and the seconds that packing took."""
+        from switchkd.engines.weights import pack
+        from switchkd.learner.loss_module import full_tensors
+
+        start = time.perf_counter()
+        bundle = pack(full_tensors(self.model, lambda _: nullcontext()), version, dtype=self.dtype)
+        return bundle, time.perf_counter() - start
+
+
+class Reader:
+    """A rollout worker's student engine."""
+
+    def __init__(self, folder: str, dtype: str, device: str, threads: int) -> None:
+        import torch
+
+        from switchkd.engines.hf.student import HFStudent
+        from switchkd.engines.models.loading import load_model, load_tokenizer, shared_vocab
+
+        torch.set_num_threads(threads)
+        self.device = device
+        vocab_size = shared_vocab(load_tokenizer(folder))
+        self.engine = HFStudent(
+            load_model(folder, dtype=dtype, device=device), num_slots=1, max_len=16, vocab_size=vocab_size
+        )
+
+    def load(self, bundle: WeightBundle) -> float:
+        """Seconds until the engine can write with them."""
+        import torch
+
+        start = time.perf_counter()
+        self.engine.load_weights(bundle)
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start

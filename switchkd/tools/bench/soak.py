@@ -106,7 +106,7 @@ def run(*, steps: int, seed: int, every: int, keep: Path | None = None) -> Table
     from switchkd.actors import process_setup
 
     process_setup.for_private_cluster()
-    from switchkd.run import train
+    from switchkd.train import train
 
     with tempfile.TemporaryDirectory(prefix="switchkd-soak-") as place:
         folder = keep or Path(place)

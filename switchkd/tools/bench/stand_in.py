@@ -17,12 +17,11 @@ import numpy as np
 import torch
 
 from switchkd.config.schema import Config
-from switchkd.data.replay import Replay
-from switchkd.data.replay_service import ReplayService
-from switchkd.engines.build import Gang, Teachers
+from switchkd.data.replay import Replay, ReplayService
 from switchkd.engines.models.lm_head import HeadArrays, LinearHead
 from switchkd.engines.weights import pack
-from switchkd.rollout.build import build_modes
+from switchkd.learner.rank import Gang
+from switchkd.rollout.build import Teachers, build_modes
 from switchkd.rollout.generator import RolloutWorker
 from switchkd.rollout.worker import Worker
 from switchkd.types import BatchPlan, Blocks, Rollout, Sessions, Signal, StepResult, WeightBundle, WriteRequest, Written
@@ -54,8 +53,10 @@ def furnishing(sleeps: Sleeps) -> Callable[[], None]:
 
 def _replacements(sleeps: Sleeps) -> list[tuple[Any, str, Any]]:
     """Modules, names in them, and what stands there instead: the actors import them from there, later."""
-    from switchkd.data import replay_service
-    from switchkd.engines import build
+    from switchkd.data import build as data_build
+    from switchkd.engines import build as engines_build
+    from switchkd.learner import rank as learner_rank
+    from switchkd.rollout import build as rollout_build
 
     def worker(config: Config, index: int, teachers: Teachers, stop_ids: frozenset[int], new_weights: Any) -> Worker:
         return make_worker(sleeps, config, index, teachers, stop_ids)
@@ -64,10 +65,10 @@ def _replacements(sleeps: Sleeps) -> list[tuple[Any, str, Any]]:
         return SleepingRank(sleeps, gang, fetch)
 
     found: list[tuple[Any, str, Any]] = [
-        (build, "make_teacher", lambda config: SleepingTeacher(sleeps.teacher)),
-        (build, "make_worker", worker),
-        (replay_service, "make_replay", make_replay),
-        (build, "LearnerRank", rank),
+        (engines_build, "make_teacher", lambda config: SleepingTeacher(sleeps.teacher)),
+        (rollout_build, "make_worker", worker),
+        (data_build, "make_replay", make_replay),
+        (learner_rank, "LearnerRank", rank),
     ]
     for module, name, _ in found:
         assert hasattr(module, name), f"{module.__name__} has no {name} any more"

@@ -22,8 +22,9 @@ import torch
 
 from switchkd.algo import divergence, switching
 from switchkd.algo.sampling import Purpose, Sampling, draw
-from switchkd.config.loader import ConfigError
-from switchkd.engines.hf.teacher import HFStudent, HFTeacher
+from switchkd.config.errors import ConfigError
+from switchkd.engines.hf.student import HFStudent
+from switchkd.engines.hf.teacher import HFTeacher
 from switchkd.engines.models.lm_head import LinearHead
 from switchkd.engines.models.loading import load_model, load_tokenizer, pad_id, shared_vocab, stop_ids
 from switchkd.rollout.generator import Job, RolloutWorker

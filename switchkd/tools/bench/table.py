@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.data.atomic_files import write_json_atomic
 
 VERSIONS = ("switchkd", "torch", "transformers", "ray", "deepspeed", "trl")

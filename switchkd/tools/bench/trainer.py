@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config
 from switchkd.tools.bench import trainer_harness
 from switchkd.tools.bench.models import Pair, prompts

@@ -9,14 +9,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from switchkd.tools.bench.table import Spread, Table, paired, surroundings
-
-if TYPE_CHECKING:
-    from switchkd.types import WeightBundle
 
 ALONE, ON_RAY = "one process", "Ray object store"
 TOTAL = "total"
@@ -28,7 +24,7 @@ def run(*, student: str, smoke: bool, repeats: int, device: str, dtype: str, thr
     from switchkd.actors import process_setup
 
     process_setup.for_private_cluster()
-    from switchkd.tools.bench.ray_cluster import TwoProcesses, cluster
+    from switchkd.tools.bench.ray_cluster import Learner, Reader, TwoProcesses, cluster
 
     threads = threads or os.cpu_count() or 1
     learner, reader = Learner(student, dtype, device, threads), Reader(student, dtype, device, threads)
@@ -76,52 +72,3 @@ def _row(name: str, found: list[dict[str, float]], num_bytes: int) -> dict[str, 
         "GB/s": total.map(lambda s: num_bytes / 1e9 / s),
         "rollouts stood still, s": Spread.of([sum(each[part] for part in still) for each in found]),
     }
-
-
-class Learner:
-    """A model that is published as `DeepSpeedLearner.publish` does without partitions."""
-
-    def __init__(self, folder: str, dtype: str, device: str, threads: int) -> None:
-        import torch
-
-        from switchkd.engines.models.loading import load_model
-
-        torch.set_num_threads(threads)
-        self.dtype = dtype
-        self.model = load_model(folder, dtype=dtype, device=device)
-
-    def publish(self, version: int) -> tuple[WeightBundle, float]:
-        """The bundle and the seconds that packing took."""
-        from switchkd.engines.weights import pack
-        from switchkd.learner.loss_module import full_tensors
-
-        start = time.perf_counter()
-        bundle = pack(full_tensors(self.model, lambda _: nullcontext()), version, dtype=self.dtype)
-        return bundle, time.perf_counter() - start
-
-
-class Reader:
-    """A rollout worker's student engine."""
-
-    def __init__(self, folder: str, dtype: str, device: str, threads: int) -> None:
-        import torch
-
-        from switchkd.engines.hf.teacher import HFStudent
-        from switchkd.engines.models.loading import load_model, load_tokenizer, shared_vocab
-
-        torch.set_num_threads(threads)
-        self.device = device
-        vocab_size = shared_vocab(load_tokenizer(folder))
-        self.engine = HFStudent(
-            load_model(folder, dtype=dtype, device=device), num_slots=1, max_len=16, vocab_size=vocab_size
-        )
-
-    def load(self, bundle: WeightBundle) -> float:
-        """Seconds until the engine can write with them."""
-        import torch
-
-        start = time.perf_counter()
-        self.engine.load_weights(bundle)
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start

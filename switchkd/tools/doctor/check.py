@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from switchkd.config.errors import one_line, typed
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError, one_line, typed
 
 Status = Literal["ok", "warn", "fail"]
 

@@ -67,7 +67,7 @@ def _look_at_models(
         config = _uncut(config)
     holder = []
 
-    def models() -> Iterator[Finding]:
+    def tokenizers_and_data() -> Iterator[Finding]:
         from switchkd.tools.doctor import models
 
         ready = prepare(config)
@@ -75,7 +75,7 @@ def _look_at_models(
         yield from models.tokenizers(ready.config, len(ready.tokenizer))
         yield from models.data(ready)
 
-    if not look("models", models):
+    if not look("models", tokenizers_and_data):
         return
     from switchkd.tools.doctor import models
 

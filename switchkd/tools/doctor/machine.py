@@ -20,13 +20,13 @@ from pathlib import Path
 from switchkd.config import resources
 from switchkd.config.schema import Config
 from switchkd.controller import local
-from switchkd.controller.resume import CONFIG
 from switchkd.controller.run_lock import LOCK, _read
+from switchkd.data.atomic_files import CONFIG
 from switchkd.engines.models.shape import Shape, object_store_bytes
 from switchkd.engines.models.sources import looks_local
-from switchkd.run import _this_machine
 from switchkd.tools.doctor.check import Finding, fail, ok, warn
 from switchkd.tools.plan.memory import GIB, checkpoint_bytes, memory, total
+from switchkd.train import _this_machine
 
 PROBE = ".switchkd-doctor-"
 DASHBOARD_PORT = 8265

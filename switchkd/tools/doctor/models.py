@@ -17,13 +17,15 @@ from switchkd.config.schema import Config, Model
 from switchkd.controller.preflight import Ready
 from switchkd.data.prompts import PromptSet
 from switchkd.engines.base import Teacher
-from switchkd.engines.build import Gang, LearnerRank, make_teacher, make_worker, max_len
+from switchkd.engines.build import make_teacher, max_len
 from switchkd.engines.models.lm_head import LinearHead
 from switchkd.engines.models.loading import load_tokenizer
 from switchkd.learner.batching import plan_batch
+from switchkd.learner.rank import Gang, LearnerRank
+from switchkd.rollout.build import make_worker
 from switchkd.rollout.teacher_logits import SignalReader
-from switchkd.run import written
 from switchkd.tools.doctor.check import Finding, fail, ok, warn
+from switchkd.tools.offline import written
 from switchkd.types import Blocks, Positions, Rollout, Sessions, Source
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}

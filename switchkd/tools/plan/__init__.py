@@ -1,1 +1,1 @@
-"""plan."""
+"""Memory and bytes of a run before it starts."""

@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from switchkd.algo.sampling import Purpose
 from switchkd.config import resources
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config, Mix, Stage
 from switchkd.controller.preflight import Ready, prepare
-from switchkd.engines.build import Gang, LearnerRank, make_teacher, make_worker, max_len
+from switchkd.engines.build import make_teacher, max_len, set_threads
 from switchkd.learner.batching import plan_batch
-from switchkd.rollout.worker import Worker, set_threads
-from switchkd.run import written
+from switchkd.learner.rank import Gang, LearnerRank
+from switchkd.rollout.build import make_worker
+from switchkd.rollout.worker import Worker
 from switchkd.tools.bench.lower_bound import StepCosts, measure_costs
-from switchkd.tools.plan.costs import USUAL_BREAK_RATE, Costs
+from switchkd.tools.offline import written
+from switchkd.tools.plan.costs import USUAL_BREAK_RATE, Costs, parse_costs, read_costs
 from switchkd.types import Origin, Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -184,3 +188,27 @@ def _learner(
         return 1e3 * took * stage.batch_size / len(rollouts), 1e3 * (time.perf_counter() - start)
     finally:
         rank.close()
+
+
+def gather(
+    config: Config, index: int, *, calibrate: bool, file: Path | None, given: Mapping[str, float | None]
+) -> Costs | None:
+    """From a measurement or a file, with single numbers laid over it; None where nothing was said. Raises
+    ConfigError."""
+    if calibrate and file is not None:
+        raise ConfigError("--calibrate and --costs: take one of them")
+    block = config.rollout.block_size
+    numbers = {key: value for key, value in given.items() if value is not None}
+    told: dict[str, Any] = {}
+    if calibrate:
+
+        told = globals()["calibrate"](config, index, learner="learner_ms" not in numbers).model_dump()
+    elif file is not None:
+        told = read_costs(file, block).model_dump()
+    elif not numbers:
+        return None
+    else:
+        missing = [f"--{key.replace('_', '-')}" for key in ("student_ms", "teacher_ms") if key not in numbers]
+        if missing:
+            raise ConfigError(f"costs need {' and '.join(missing)} too; give both, --costs FILE, or --calibrate")
+    return parse_costs(told | numbers, block, "costs")

@@ -7,15 +7,14 @@ of one process with its own share of the machine, all batches are full ones (`ro
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
-from switchkd.config.errors import one_line
-from switchkd.config.loader import ConfigError, explain
-from switchkd.config.schema import Config, Frac, Section
+from switchkd.config.errors import ConfigError, one_line
+from switchkd.config.loader import explain
+from switchkd.config.schema import Frac, Section
 
 USUAL_BREAK_RATE = 0.3
 """What `pace.py` takes for granted before it has seen any."""
@@ -50,31 +49,6 @@ class Costs(Section):
     """Rows that the teacher sent for each token kept. Null: by the formula."""
     measured_tokens_per_s: float | None = None
     """What one worker with a teacher of its own was seen to do. Shown beside the estimate, not used by it."""
-
-
-def gather(
-    config: Config, index: int, *, calibrate: bool, file: Path | None, given: Mapping[str, float | None]
-) -> Costs | None:
-    """From a measurement or a file, with single numbers laid over it; None where nothing was said. Raises
-    ConfigError."""
-    if calibrate and file is not None:
-        raise ConfigError("--calibrate and --costs: take one of them")
-    block = config.rollout.block_size
-    numbers = {key: value for key, value in given.items() if value is not None}
-    told: dict[str, Any] = {}
-    if calibrate:
-        from switchkd.tools.plan.calibrate import calibrate as measure
-
-        told = measure(config, index, learner="learner_ms" not in numbers).model_dump()
-    elif file is not None:
-        told = read_costs(file, block).model_dump()
-    elif not numbers:
-        return None
-    else:
-        missing = [f"--{key.replace('_', '-')}" for key in ("student_ms", "teacher_ms") if key not in numbers]
-        if missing:
-            raise ConfigError(f"costs need {' and '.join(missing)} too; give both, --costs FILE, or --calibrate")
-    return parse_costs(told | numbers, block, "costs")
 
 
 def read_costs(path: Path, block_size: int) -> Costs:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from switchkd.config import resources
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config, Stage
 from switchkd.engines.models.shape import BYTES, Shape, shapes
 from switchkd.tools.plan.costs import Costs
@@ -89,7 +89,7 @@ def make_plan(config: Config, stage: Stage, costs: Costs | None = None) -> Plan:
 
 
 def overlaps(config: Config) -> bool:
-    from switchkd.engines.build import _overlaps
+    from switchkd.rollout.build import _overlaps
 
     return _overlaps(config)
 

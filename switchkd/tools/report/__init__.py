@@ -1,1 +1,1 @@
-"""report."""
+"""One HTML page of one or several runs."""

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.data.atomic_files import write_text_atomic
 from switchkd.tools.report.read import read_run
 from switchkd.tools.report.render import render

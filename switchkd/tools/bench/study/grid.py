@@ -27,8 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from switchkd.config.errors import typed
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError, typed
 from switchkd.config.schema import Config
 from switchkd.controller.run_lock import RunLock
 from switchkd.data.atomic_files import write_json_atomic
@@ -175,7 +174,7 @@ class Grid:
 
     def _trained(self, cell: Cell, overrides: Overrides, run_dir: Path, paths: dict[str, str]) -> dict[str, Any]:
         """The run, and what its student is worth."""
-        from switchkd.run import train
+        from switchkd.train import train
 
         config = self._training({**overrides, "seed": cell.seed}, run_dir, paths)
         resume = (run_dir / "checkpoints" / "LATEST").exists()
@@ -217,8 +216,8 @@ class Grid:
 
     def _exam(self, name: str, changes: Overrides, cell: Cell, paths: dict[str, str]) -> dict[str, float]:
         """Beside the teacher, but for the teacher itself. Every student of the study takes the same."""
-        from switchkd.run import examined
         from switchkd.tools.bench.study.scores import scores_of
+        from switchkd.tools.offline import examined
 
         if cell.method == TEACHER:
             changes = {

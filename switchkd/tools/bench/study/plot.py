@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.data.atomic_files import write_atomic
 from switchkd.tools.bench.study.table import QualityTable
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.data.atomic_files import write_json_atomic, write_text_atomic
 from switchkd.tools.bench.study.grid import Failed, Grid, Say, claim
 from switchkd.tools.bench.study.plot import check_matplotlib, draw

@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config
-from switchkd.controller.text_metrics import EvalRow, stats
+from switchkd.controller.evaluation import stats
 from switchkd.data.dataset import read_records
 from switchkd.data.prompts import eval_data
 from switchkd.tools.bench.study.spec import Group
-from switchkd.types import Prompt
+from switchkd.types import EvalRow, Prompt
 
 
 def scores_of(rows: Sequence[EvalRow], prompts: Sequence[Prompt], config: Config, group: Group) -> dict[str, float]:

@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, ValidationError, field_validator
 
-from switchkd.config.loader import ConfigError, explain, parse, read_yaml
+from switchkd.config.errors import ConfigError
+from switchkd.config.loader import explain, parse, read_yaml
 from switchkd.config.schema import Config, Section
 
 TEACHER, WARM_UP = "teacher", "warm-up"

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from switchkd.config.loader import ConfigError
+from switchkd.config.errors import ConfigError
 from switchkd.tools.bench.study.spec import WARM_UP, flat
 from switchkd.tools.bench.table import surroundings
 

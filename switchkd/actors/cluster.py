@@ -1,0 +1,61 @@
+"""The Ray cluster of a run: join one, or start a private one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+import ray
+from ray.exceptions import RayError
+
+from switchkd.config.errors import ConfigError, one_line
+from switchkd.config.schema import Config
+from switchkd.engines.models.shape import object_store_bytes, read_shape
+from switchkd.engines.models.sources import looks_local, num_params
+
+CONNECT_S = 10.0
+
+
+def connect(address: str) -> None:
+    """To the job's cluster, or to this one. Raises ConfigError."""
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS") or address
+    # Ray by itself would try for a quarter of an hour
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
+    try:  # the network
+        host, _, port = address.rpartition(":")
+        if port.isdigit() and "/" not in host:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+    except (OSError, RuntimeError, RayError) as error:
+        told = one_line(error)[:300]
+        raise ConfigError(
+            f"the Ray cluster at cluster.address={address} cannot be joined ({told}); start one with `ray start "
+            "--head`, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as it has them, or leave cluster.address empty for a "
+            "private one"
+        ) from None
+
+
+def _start_private(config: Config) -> None:
+    """A cluster of this process alone (`environment.for_private_cluster` went before), without a dashboard."""
+    ray.init(
+        address="local",
+        num_cpus=os.cpu_count() or 1,
+        include_dashboard=False,
+        object_store_memory=object_store_bytes(config, _student_params(config)),
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+
+
+def _student_params(config: Config) -> int:
+    """0 for a model that cannot be built without its weights, as another's code may want it."""
+    if looks_local(config.student.path):
+        return num_params(Path(config.student.path).expanduser())
+    with suppress(ConfigError):
+        return read_shape(config.student, "student.path").params
+    return 0

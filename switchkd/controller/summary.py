@@ -1,0 +1,46 @@
+"""How a run ended: summary.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from switchkd.controller.checkpoint import RunFolder, TrainState
+from switchkd.controller.schedule import RunPlan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """How a run ended. Written to summary.json."""
+
+    run_dir: str
+    student: str
+    steps: int
+    finished: bool
+    stopped_early: bool
+    best: float | None
+    best_step: int | None
+    elapsed_s: float
+    stage_scores: tuple[tuple[str, dict[str, float]], ...]
+    told_to_stop: bool = False  # SIGTERM came, be it behind the last step
+
+
+def _student_steps(summary: Summary) -> int:
+    """After which step `student/` was saved: with `train.select_by` that is the best one."""
+    return summary.steps if summary.best_step is None else summary.best_step
+
+
+def _summary(folder: RunFolder, state: TrainState, plan: RunPlan, *, told_to_stop: bool) -> Summary:
+    finished = state.step >= plan.num_steps or state.stopped_early
+    student = folder.path / "student"
+    return Summary(
+        run_dir=str(folder.path.resolve()),
+        student=str(student.resolve()) if student.exists() else "",
+        steps=state.step,
+        finished=finished,
+        stopped_early=state.stopped_early,
+        best=state.best,
+        best_step=state.best_step,
+        elapsed_s=state.elapsed_s,
+        stage_scores=state.stage_scores,
+        told_to_stop=told_to_stop,
+    )

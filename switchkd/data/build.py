@@ -1,0 +1,30 @@
+"""The replay of one run, by its config."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from switchkd.config.schema import Config
+from switchkd.data.atomic_files import SIGNAL
+from switchkd.data.recorded import RecordedRollouts
+from switchkd.data.replay import Replay, ReplayService
+from switchkd.data.reuse_buffer import Buffer
+from switchkd.engines.models.loading import load_tokenizer
+
+
+def make_replay(config: Config, run_dir: Path) -> ReplayService | RecordedRollouts:
+    """The replay of one run, or what another run recorded in its place."""
+    section = config.replay
+    adaptive = section.policy == "adaptive"
+    policy = "fifo" if adaptive else section.policy
+    replay = Replay(capacity=section.capacity, policy=policy, lease_s=section.lease_s, seed=config.seed)
+    buffer = Buffer(section.capacity, config.seed) if adaptive else None
+    tokenizer = load_tokenizer(config.student.path, trust_remote_code=config.student.trust_remote_code)
+    decode = partial(tokenizer.decode, skip_special_tokens=False)
+    rollouts_file = run_dir / "rollouts.jsonl" if config.rollout.save else None
+    if config.rollout.recorded:
+        sizes = [stage.batch_size for stage in config.train.stages for _ in range(stage.steps)]
+        return RecordedRollouts(Path(config.rollout.recorded), sizes, rollouts_file, decode)
+    signal_dir = run_dir / SIGNAL if config.rollout.save_signal else None
+    return ReplayService(replay, rollouts_file, decode, signal_dir, buffer)

@@ -1,0 +1,116 @@
+"""One rank of the learner: fetches its rollouts itself and trains on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from switchkd.config import resources
+from switchkd.config.schema import Config
+from switchkd.engines.build import device_of
+from switchkd.engines.models.lm_head import HeadArrays
+from switchkd.engines.models.loading import load_tokenizer, pad_id, shared_vocab
+from switchkd.learner.batching import LossSpec
+from switchkd.learner.build import build_loss
+from switchkd.types import (
+    BatchPlan,
+    Rollout,
+    StepResult,
+    WeightBundle,
+)
+
+if TYPE_CHECKING:
+    from switchkd.learner.deepspeed import DeepSpeedLearner, LearnerSettings
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gang:
+    """Where a learner rank stands among its peers."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    master_addr: str = "127.0.0.1"
+    master_port: int = 0
+
+
+def learner_settings(config: Config) -> LearnerSettings:
+    from switchkd.learner.deepspeed import LearnerSettings
+
+    tokenizer = load_tokenizer(config.student.path, trust_remote_code=config.student.trust_remote_code)
+    learner, student = config.learner, config.student
+    return LearnerSettings(
+        model=student.path,
+        dtype=learner.dtype,
+        zero_stage=learner.zero_stage,
+        micro_batch_tokens=learner.micro_batch_tokens,
+        gradient_checkpointing=learner.gradient_checkpointing,
+        gradient_clipping=learner.grad_clip,
+        weight_decay=learner.weight_decay,
+        betas=learner.betas,
+        chunk_tokens=learner.chunk_tokens,
+        timeout_s=learner.timeout_s,
+        deepspeed=learner.deepspeed,
+        lora=None if learner.lora is None else learner.lora.model_dump(),
+        vocab_size=shared_vocab(tokenizer),
+        pad_id=pad_id(tokenizer),
+        attn=student.attn,
+        revision=student.revision,
+        trust_remote_code=student.trust_remote_code,
+        threads=resources.of_role(config, "learner").threads or 0,
+        seed=config.seed,
+        device=device_of(student),
+    )
+
+
+Fetch = Callable[[list[int]], list[Rollout]]
+
+
+class LearnerRank:
+    """One rank of the learner: fetches its rollouts itself, so that the driver never touches them."""
+
+    def __init__(self, config: Config, gang: Gang, heads: dict[str, HeadArrays], fetch: Fetch) -> None:
+        from switchkd.learner.deepspeed import DeepSpeedLearner
+
+        self.config, self.gang, self.fetch = config, gang, fetch
+        self.losses: list[LossSpec] = [build_loss(stage) for stage in config.train.stages]
+        self.learner: DeepSpeedLearner = DeepSpeedLearner(
+            learner_settings(config),
+            rank=gang.rank,
+            local_rank=gang.local_rank,
+            world_size=gang.world_size,
+            master_addr=gang.master_addr,
+            master_port=gang.master_port,
+            teacher_heads=heads,
+        )
+
+    def step(self, plan: BatchPlan, lr: float) -> StepResult:
+        rollouts = self.fetch(list(plan.rollout_ids[self.gang.rank]))
+        return self.learner.step(plan, rollouts, loss=self.losses[plan.stage], lr=lr, version_after=plan.step + 1)
+
+    def publish(self, version: int) -> WeightBundle | None:
+        """Rank 0 answers with the packed weights, in the dtype that the rollout workers run."""
+        return self.learner.publish(version, self.config.student.dtype)
+
+    def save(self, folder: Path, tag: str) -> None:
+        try:
+            self.learner.save(folder, tag)
+        except RuntimeError as error:  # torch's word for a disk that takes no more
+            raise OSError(f"{folder} could not be written: {error}") from error
+
+    def load(self, folder: Path, tag: str) -> None:
+        self.learner.load(folder, tag)
+
+    def export(self, folder: Path) -> None:
+        """A transformers folder; rank 0 adds the tokenizer."""
+        self.learner.export(folder)
+        if self.gang.rank == 0:
+            tokenizer = load_tokenizer(
+                self.config.student.path, trust_remote_code=self.config.student.trust_remote_code
+            )
+            tokenizer.save_pretrained(folder)
+
+    def close(self) -> None:
+        self.learner.close()
