@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from switchkd import __version__
-from switchkd.config.errors import typed
+from switchkd.config.errors import with_type
 from switchkd.tools.bench.cli import app as bench
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv:
             raise
-        _leave(f"{typed(error)} (--debug shows where)", 1)
+        _leave(f"{with_type(error)} (--debug shows where)", 1)
 
 
 def _leave(text: str, code: int) -> None:
@@ -86,7 +86,7 @@ def _traceback_into(run_dir: str) -> Iterator[None]:
         path = folder / "logs" / f"error-{time.strftime('%Y%m%d-%H%M%S')}.txt"
         path.parent.mkdir(exist_ok=True)
         path.write_text(redact(traceback.format_exc()), encoding="utf-8")
-        raise Failed(f"{redact(typed(error))} (traceback in {path})") from None
+        raise Failed(f"{redact(with_type(error))} (traceback in {path})") from None
 
 
 def _version(wanted: bool) -> None:
@@ -116,7 +116,8 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the full config, stop.")] = False,
     from_rollouts: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Train on what this run recorded with rollout.save_signal.")
+        Path | None,
+        typer.Option(metavar="RUN", help="Train on what this run recorded with rollout.save_teacher_output."),
     ] = None,
 ) -> None:
     """Train a student as CONFIG says."""
@@ -204,10 +205,10 @@ def rollout(
     index = _stage_index(wanted, stage)
     if out is not None and not out.resolve().parent.is_dir():
         raise ConfigError(f"--out {out}: the folder {out.resolve().parent} does not exist; make it first")
-    from switchkd.tools.offline import sample
+    from switchkd.tools.offline import sample_rollouts
     from switchkd.tools.show_rollouts import record, show, write_lines
 
-    rollouts, worker = sample(wanted, num, index)
+    rollouts, worker = sample_rollouts(wanted, num, index)
     records = [record(prompt, rollout, worker.decode) for prompt, rollout in rollouts]
     if out is None:
         show(records, worker.decode)
@@ -238,7 +239,7 @@ def plan(
     student_ms: Annotated[float | None, typer.Option(help="One token for every row of a worker.")] = None,
     teacher_ms: Annotated[float | None, typer.Option(help="The teacher reading one block of every row.")] = None,
     learner_ms: Annotated[float | None, typer.Option(help="One optimizer step on one rank.")] = None,
-    break_rate: Annotated[float | None, typer.Option(help="Share of tokens at which a block breaks.")] = None,
+    rejection_rate: Annotated[float | None, typer.Option(help="Share of tokens at which a block breaks.")] = None,
     tokens: Annotated[float | None, typer.Option(help="Mean length of a completion.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -248,8 +249,13 @@ def plan(
     from switchkd.tools.plan.calibrate import gather
     from switchkd.tools.plan.plan import make_plan, show
 
-    given = {"student_ms": student_ms, "teacher_ms": teacher_ms, "learner_ms": learner_ms, "break_rate": break_rate,
-             "tokens": tokens}  # fmt: skip
+    given = {
+        "student_ms": student_ms,
+        "teacher_ms": teacher_ms,
+        "learner_ms": learner_ms,
+        "rejection_rate": rejection_rate,
+        "tokens": tokens,
+    }
     measured = gather(wanted, index, calibrate=calibrate, file=costs, given=given)
     made = make_plan(wanted, wanted.train.stages[index], measured)
     if as_json:
@@ -267,9 +273,9 @@ def doctor(
 ) -> None:
     """Look at everything that CONFIG needs, and say what to mend. Exit code 2 where something fails."""
     wanted = _load(config, overrides)
-    from switchkd.tools.doctor.doctor import examine, show
+    from switchkd.tools.doctor.doctor import run_checks, show
 
-    findings = examine(wanted, quick=quick, tell=None if as_json else show)
+    findings = run_checks(wanted, quick=quick, tell=None if as_json else show)
     failed = any(finding.status == "fail" for finding in findings)
     if as_json:
         _print_json({"ok": not failed, "findings": [finding.to_json() for finding in findings]})
@@ -337,7 +343,7 @@ def serve_teacher(
 
 
 @app.command("init-student")
-def init_student(
+def prune_depth(
     names: Annotated[list[str] | None, typer.Argument(metavar="[TEACHER] [OUT]")] = None,
     teacher: Annotated[str | None, typer.Option(help="Model folder, hub name, or `demo`.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
@@ -352,10 +358,10 @@ def init_student(
         raise typer.BadParameter("give one teacher and one folder to write")
     which, num = _layers(layers)
     from switchkd.engines.models.demo import fetch_demo
-    from switchkd.engines.models.depth_prune import init_student as cut
+    from switchkd.engines.models.depth_prune import prune_depth
 
     folder = fetch_demo() if source == "demo" else source
-    print(cut(folder, target, layers=which, num_layers=num if num_layers is None else num_layers))
+    print(prune_depth(folder, target, layers=which, num_layers=num if num_layers is None else num_layers))
 
 
 def _layers(text: str | None) -> tuple[list[int] | None, int | None]:

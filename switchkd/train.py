@@ -27,24 +27,24 @@ from switchkd.config import resources
 from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config
 from switchkd.controller import local
-from switchkd.controller.alerts import Watch
-from switchkd.controller.build import _examiner, _plan
+from switchkd.controller.alerts import MetricAlerts
+from switchkd.controller.build import build_evaluator, build_schedule
 from switchkd.controller.checkpoint import Checkpoint, RunFolder, TrainState, open_run
-from switchkd.controller.dispatcher import MAX_TRIES, Dispatch, numbers
-from switchkd.controller.evaluation import Examiner
-from switchkd.controller.handles import House
+from switchkd.controller.dispatcher import MAX_TRIES, TaskDispatcher, id_range
+from switchkd.controller.evaluation import Evaluator
+from switchkd.controller.handles import ActorHandles
 from switchkd.controller.metrics import MetricsLog
 from switchkd.controller.model_card import write_card
-from switchkd.controller.preflight import Ready, prepare
-from switchkd.controller.quarantine import SetAside
-from switchkd.controller.recovery import Restarts, go_back, lasting, save
-from switchkd.controller.schedule import RunPlan
+from switchkd.controller.preflight import PreparedRun, prepare
+from switchkd.controller.quarantine import Quarantine
+from switchkd.controller.recovery import RestartPolicy, restore_last_checkpoint, retry, save_checkpoint
+from switchkd.controller.schedule import Schedule
 from switchkd.controller.step_metrics import step_row
-from switchkd.controller.summary import Summary, _student_steps, _summary
+from switchkd.controller.summary import Summary, student_step, summarize
 from switchkd.controller.watchdog import LOOK_S, Stalled, Watchdog
 from switchkd.data.atomic_files import replace_dir, write_json_atomic
-from switchkd.learner.batching import plan_batch
-from switchkd.types import Entry, Origin, StateLost, StepResult, Unreachable, Weights, WorkerLost
+from switchkd.learner.batching import assign_batch
+from switchkd.types import CompletionSource, Entry, StateLost, StepResult, Unreachable, WeightRef, WorkerLost
 
 MAX_SKIPPED = 3
 """Steps in a row without a finite loss that end a run."""
@@ -56,20 +56,20 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        plan: RunPlan,
-        house: House,
+        schedule: Schedule,
+        handles: ActorHandles,
         folder: RunFolder,
         log: MetricsLog,
-        examiner: Examiner,
-        dog: Watchdog,
+        evaluator: Evaluator,
+        watchdog: Watchdog,
     ) -> None:
-        self.config, self.plan, self.house, self.folder = config, plan, house, folder
-        self.log, self.examiner, self.dog = log, examiner, dog
+        self.config, self.schedule, self.handles, self.folder = config, schedule, handles, folder
+        self.log, self.evaluator, self.watchdog = log, evaluator, watchdog
         self.state = TrainState()
-        self.aside = SetAside(folder.path, config.data.max_broken_frac, plan.num_tasks)
-        self.dispatch = Dispatch(config, plan, house, log, dog, self.aside)
-        self.restarts = Restarts(config.run.max_restarts, log.note)
-        self.weights: Weights | None = None  # of state.version, once somebody needed them
+        self.quarantine = Quarantine(folder.path, config.data.max_quarantined_frac, schedule.num_tasks)
+        self.dispatch = TaskDispatcher(config, schedule, handles, log, watchdog, self.quarantine)
+        self.restarts = RestartPolicy(config.run.max_restarts, log.note)
+        self.weights: WeightRef | None = None  # of state.version, once somebody needed them
         self.whole = True  # learner and replay stand where `state` says
         self.watch = self._new_watch()
         self.num_skipped = 0  # steps in a row
@@ -83,31 +83,31 @@ class Trainer:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Take up a checkpoint: weights and optimizer, waiting rollouts, counters."""
         state = checkpoint.state
-        load = self.house.learner.load(checkpoint.learner_folder, checkpoint.tag)
-        self.dog.result(load, "the learner to load its state")
-        self.aside.take_up(state.extra)
+        load = self.handles.learner.load(checkpoint.learner_folder, checkpoint.tag)
+        self.watchdog.wait_for(load, "the learner to load its state")
+        self.quarantine.load_state_dict(state.extra)
         started = self.dispatch.next_id = state.extra["num_started"]
-        missing = self.house.replay.restore(checkpoint.replay_file, started)
-        self.dispatch.missing.extend(self.dog.result(missing, "the replay to load its state"))
-        self._take_up(state, state.incarnation + 1)
+        missing = self.handles.replay.restore(checkpoint.replay_file, started)
+        self.dispatch.missing.extend(self.watchdog.wait_for(missing, "the replay to load its state"))
+        self._load_state(state, state.incarnation + 1)
         self.started -= state.elapsed_s
 
-    def _take_up(self, state: TrainState, incarnation: int) -> None:
+    def _load_state(self, state: TrainState, incarnation: int) -> None:
         enough = self.config.train.early_stop  # may have changed
         stopped = enough is not None and state.evals_since_best >= enough
         self.state = replace(state, incarnation=incarnation, stopped_early=stopped)
         self.saved_step = state.step if "num_started" in state.extra else -1
         self.weights, self.whole, self.num_skipped = None, True, 0
         self.watch = self._new_watch()
-        if self.plan.adaptive:
-            self.plan.adaptive.take_up(state.extra.get("adaptive"))
+        if self.schedule.adaptive:
+            self.schedule.adaptive.load_state_dict(state.extra.get("adaptive"))
         for _, scores in state.stage_scores:
             self.watch.evaluation(scores)
 
-    def _new_watch(self) -> Watch:
+    def _new_watch(self) -> MetricAlerts:
         """Text from the replay buffer is old by intention."""
         replay = self.config.replay
-        return Watch(math.inf if replay.policy == "adaptive" else replay.max_staleness)
+        return MetricAlerts(math.inf if replay.policy == "adaptive" else replay.max_staleness)
 
     def run(self) -> TrainState:
         """Train to the last step (or to early stop, or to SIGTERM: then the state is saved first). A lost part sends
@@ -133,7 +133,7 @@ class Trainer:
 
     def _to_the_end(self) -> None:
         if self.state.step == 0 and not self.state.stage_scores:
-            self._examine("start")
+            self._evaluate("start")
         while not self.finished and not self.stop_signal:
             self._one_step()
         self._checkpoint()
@@ -147,9 +147,9 @@ class Trainer:
         began, step = time.monotonic(), self.state.step
         self.whole = False
         self.log.close()
-        state = go_back(self.house, self.folder, self.dispatch, self.dog)
-        self.log.open(self.folder.path, self.plan.num_steps, state)
-        self._take_up(state, self.state.incarnation + 1)
+        state = restore_last_checkpoint(self.handles, self.folder, self.dispatch, self.watchdog)
+        self.log.open(self.folder.path, self.schedule.num_steps, state)
+        self._load_state(state, self.state.incarnation + 1)
         again = step - state.step
         self.log.note(
             f"back at step {state.step} after {time.monotonic() - began:.1f} s; "
@@ -158,10 +158,10 @@ class Trainer:
 
     def _save_what_stands(self) -> None:
         """The run has stalled. Whoever it waits for cannot be asked; the others may still answer."""
-        if not self.whole or "the learner" in self.dog.waits_for:
+        if not self.whole or "the learner" in self.watchdog.waits_for:
             self.log.note("the state of the step at hand cannot be saved; the last checkpoint stands")
             return
-        self.dog.forgive()
+        self.watchdog.reset()
         try:
             self._checkpoint()
         except Exception as error:
@@ -171,7 +171,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        return self.state.step >= self.plan.num_steps or self.state.stopped_early
+        return self.state.step >= self.schedule.num_steps or self.state.stopped_early
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stop_signal = number
@@ -189,40 +189,40 @@ class Trainer:
         result = self._learn(entries)
         step = self.state.step
         self._commit(step, [entry.rollout_id for entry in entries])
-        if self.plan.reuses(step):  # nobody waits for rollouts of its own
-            self._asked(self.house.replay.set_aside(list(self.plan.rollout_ids(step))))
+        if self.schedule.reuses(step):  # nobody waits for rollouts of its own
+            self._asked(self.handles.replay.quarantine(list(self.schedule.rollout_ids(step))))
         else:
-            self.aside.num_short += self.plan.batch_size(step) - len(entries)
+            self.quarantine.num_passed += self.schedule.batch_size(step) - len(entries)
         self.state = replace(
             self.state, step=step + 1, version=result.version, elapsed_s=time.monotonic() - self.started
         )
         self.weights, self.whole = None, True
         if self.config.rollout.on_new_weights == "reprefill":
-            self.dispatch.offer(self._current_weights)
+            self.dispatch.push_weights(self._current_weights)
         self._log_step(step, entries, staleness, result, waited)
         self._count_skipped(step, entries, result)
-        last_of_stage = self.state.step in self.plan.stage_ends
+        last_of_stage = self.state.step in self.schedule.stage_ends
         every = self.config.eval.every
         if last_of_stage or (every and self.state.step % every == 0):
-            self._examine(self.plan.stage(step).name if last_of_stage else "")
+            self._evaluate(self.schedule.stage(step).name if last_of_stage else "")
         if not self.config.train.checkpoint_every:
             # no checkpoint is to come before the end: to go back is to begin anew, without these rollouts
-            self.dog.result(self.house.replay.durable(self.state.step), "the replay")
+            self.watchdog.wait_for(self.handles.replay.durable(self.state.step), "the replay")
         elif self.state.step % self.config.train.checkpoint_every == 0:
             self._checkpoint()
 
     def _gather(self) -> list[Entry] | None:
         """Keep the workers busy until this step's rollouts are all in the replay; None when told to stop."""
         step = self.state.step
-        stage = self.plan.stage_index(step)
+        stage = self.schedule.stage_index(step)
         self.log.now(learner=f"waits for the rollouts of step {step + 1}", replay=f"gathers step {step + 1}")
         while not self.stop_signal:
             self._feed()
-            num, version = self.plan.batch_size(step), self.state.version
-            if self.plan.reuses(step):
-                return self._asked(self.house.replay.draw(step, num, version))
-            num -= self.aside.short(self.plan.step_of, step)
-            entries = self._asked(self.house.replay.take(step, num, version, stage))
+            num, version = self.schedule.batch_size(step), self.state.version
+            if self.schedule.reuses(step):
+                return self._asked(self.handles.replay.draw(step, num, version))
+            num -= self.quarantine.num_missing(self.schedule.step_of, step)
+            entries = self._asked(self.handles.replay.take(step, num, version, stage))
             if entries is not None:
                 self._check_staleness(entries)
                 return entries
@@ -235,28 +235,28 @@ class Trainer:
     def _asked(self, answer: Future[Any]) -> Any:
         """Of the replay, whom the loop asks all the time: its answers alone do not mean that the run gets on."""
         waits_for = f"step {self.state.step}: {self.dispatch.told() or 'the replay'}"
-        self.dog.waiting(waits_for)
+        self.watchdog.waiting(waits_for)
         while not answer.done():
-            self.dog.check()
+            self.watchdog.check()
             wait([answer], timeout=LOOK_S)
         return answer.result()
 
     def _look_for_missing(self, step: int) -> None:
         """All that was started was written, but some of it went down with a replay that died."""
-        missing = self.dispatch.lost(self._asked(self.house.replay.missing(self.dispatch.next_id)))
+        missing = self.dispatch.lost(self._asked(self.handles.replay.missing(self.dispatch.next_id)))
         if not missing:
             raise RuntimeError(f"step {step} lacks rollouts, but no worker has a task; this is a bug, please report")
-        self.log.note(f"rollouts {numbers(missing)} never arrived; they are written again")
+        self.log.note(f"rollouts {id_range(missing)} never arrived; they are written again")
         self.dispatch.missing.extend(i for i in missing if i not in self.dispatch.missing)
 
     def _feed(self) -> None:
         self.dispatch.feed(self.state.step, self._current_weights, bool(self.stop_signal))
 
     def _commit(self, step: int, rollout_ids: list[int]) -> None:
-        commit = self.house.replay.commit
-        lasting(
+        commit = self.handles.replay.commit
+        retry(
             f"writing the rollouts of step {step}",
-            lambda: self.dog.result(commit(step, rollout_ids), "the replay to note the step"),
+            lambda: self.watchdog.wait_for(commit(step, rollout_ids), "the replay to note the step"),
             self.log.note,
         )
 
@@ -265,28 +265,35 @@ class Trainer:
         step = self.state.step
         if not entries:  # all set aside
             return StepResult(
-                step=step, version=step + 1, loss=math.nan, grad_norm=0.0, lr=self.plan.lr_at(step), num_loss_tokens=0,
+                step=step,
+                version=step + 1,
+                loss=math.nan,
+                grad_norm=0.0,
+                lr=self.schedule.lr_at(step),
+                num_loss_tokens=0,
                 time_s=0.0,
-            )  # fmt: skip
-        loss = self.plan.stage(step).loss
+            )
+        loss = self.schedule.stage(step).loss
         hard_frac = (0.5 if loss.hard_frac is None else loss.hard_frac) if loss.type == "atkd" else None
-        batch = plan_batch(step, self.plan.stage_index(step), entries, self.config.learner.num_ranks, hard_frac)
+        batch = assign_batch(step, self.schedule.stage_index(step), entries, self.config.learner.num_ranks, hard_frac)
         self.whole = False
         self.log.now(learner=f"trains on step {step + 1}")
-        learning = self.house.learner.step(batch, self.plan.lr_at(step))
+        learning = self.handles.learner.step(batch, self.schedule.lr_at(step))
         waits_for = f"the learner at step {step}"
-        self.dog.progress(waits_for)
+        self.watchdog.progress(waits_for)
         while not learning.done():
             self._feed()
             self.dispatch.wait([learning], waits_for)
-        return self.dog.result(learning, waits_for)
+        return self.watchdog.wait_for(learning, waits_for)
 
     def _staleness(self, entries: list[Entry]) -> list[int]:
         """Ages, in versions, of the rollouts that the student wrote at: data-set and teacher text does not age."""
         return [self.state.version - entry.oldest_version for entry in self._written(entries)]
 
     def _written(self, entries: list[Entry]) -> list[Entry]:
-        return [entry for entry in entries if self.plan.origin(entry.rollout_id) == Origin.ROLLOUT]
+        return [
+            entry for entry in entries if self.schedule.completion_source(entry.rollout_id) == CompletionSource.ROLLOUT
+        ]
 
     def _check_staleness(self, entries: list[Entry]) -> None:
         """Admission bounds it; a violation is our error, and a wrong number in a paper would be worse than a stop."""
@@ -294,19 +301,19 @@ class Trainer:
         if self.config.replay.policy == "fifo" and worst > limit:
             raise RuntimeError(f"staleness {worst} above replay.max_staleness={limit}; please report this")
 
-    def _current_weights(self) -> Weights | None:
+    def _current_weights(self) -> WeightRef | None:
         """The learner's, packed once per version; None while the student's folder is all there is."""
         version, incarnation = self.state.version, self.state.incarnation
         if self.weights is None and (version > 0 or incarnation > 0):
-            self.weights = Weights(version=version, packed=self._published(version), incarnation=incarnation)
+            self.weights = WeightRef(version=version, ref=self._published(version), incarnation=incarnation)
         return self.weights
 
     def _published(self, version: int) -> Any:
         """Without room for it the run ends, but not without what it has learnt."""
-        publish, what = self.house.learner.publish, f"the learner to publish version {version}"
+        publish, what = self.handles.learner.publish, f"the learner to publish version {version}"
         try:
-            return lasting(
-                f"publishing version {version}", lambda: self.dog.result(publish(version), what), self.log.note
+            return retry(
+                f"publishing version {version}", lambda: self.watchdog.wait_for(publish(version), what), self.log.note
             )
         except OSError:
             self._checkpoint()
@@ -323,37 +330,37 @@ class Trainer:
         step_s = now - self.last_step_end
         reports, self.dispatch.reports = self.dispatch.reports, []
         row = {
-            "stage": self.plan.stage(step).name,
+            "stage": self.schedule.stage(step).name,
             **step_row(result, entries, reports, staleness),
             **self._queue(),
             **self._phi(step),
             "time/step_s": step_s,
             "time/wait_rollouts_s": waited,
-            **({"rollout/num_set_aside": len(self.aside.ids)} if self.aside.ids else {}),
+            **({"rollout/num_quarantined": len(self.quarantine.ids)} if self.quarantine.ids else {}),
         }
         self.last_step_end = now
         self.log.step(step, row)
-        self._warn(self.watch.step(row, self._written(entries), self.plan.stage(step).rule))
-        for told in self.house.tend(waited, step_s):
+        self._warn(self.watch.step(row, self._written(entries), self.schedule.stage(step).rule))
+        for told in self.handles.autoscale(waited, step_s):
             self.log.note(told)
 
     def _phi(self, step: int) -> dict[str, float]:
         """What DistiLLM's replay decided on, and whether this step was one of the buffer's."""
-        if self.plan.adaptive is None:
+        if self.schedule.adaptive is None:
             return {}
-        return {"replay/phi": self.plan.adaptive.phi, "replay/reused": float(self.plan.reuses(step))}
+        return {"replay/phi": self.schedule.adaptive.phi, "replay/reused": float(self.schedule.reuses(step))}
 
     def _hear(self, loss: float) -> None:
-        adaptive, step = self.plan.adaptive, self.state.step
+        adaptive, step = self.schedule.adaptive, self.state.step
         if adaptive is None:
             return
-        before, counts = adaptive.reference, step > 0 and self.plan.stage(step - 1).mix.rollout > 0
+        before, counts = adaptive.reference, step > 0 and self.schedule.stage(step - 1).mix.rollout > 0
         if adaptive.hear(loss, counts=counts):
             self.log.note(f"validation loss {loss:.4g}, {before:.4g} before: phi rises to {adaptive.phi:g}")
 
     def _queue(self) -> dict[str, float]:
         """What waits for the learner, and what is being written."""
-        stats = self._asked(self.house.replay.stats())
+        stats = self._asked(self.handles.replay.stats())
         in_flight = sum(len(tasks) for _, tasks in self.dispatch.working.values())
         return {
             "replay/waiting": stats["num_waiting"],
@@ -376,20 +383,20 @@ class Trainer:
         if self.num_skipped < MAX_SKIPPED:
             return
         path = self.folder.path / f"bad-batch-{step}.safetensors"
-        kept = self.house.replay.save_batch(path, [entry.rollout_id for entry in entries])
-        self.dog.result(kept, "the replay to save a batch")
+        kept = self.handles.replay.save_batch(path, [entry.rollout_id for entry in entries])
+        self.watchdog.wait_for(kept, "the replay to save a batch")
         raise RuntimeError(
             f"step {step}: {what} is not finite, as in the {MAX_SKIPPED - 1} steps before; its rollouts are in {path} "
             "(read them with switchkd.data.rollout_io.load_rollouts); mend the data or the loss and go on with "
             "--resume, or start anew with a smaller learner.lr"
         )
 
-    def _examine(self, stage_end: str) -> None:
+    def _evaluate(self, stage_end: str) -> None:
         """Evaluate the published weights. A barrier: what runs is finished first, so that numbers repeat."""
-        if not self.examiner.prompts:
+        if not self.evaluator.prompts:
             return
         self.dispatch.drain()
-        self.log.now(rollout=f"examination on {len(self.examiner.prompts)} prompts", learner="waits for it")
+        self.log.now(rollout=f"examination on {len(self.evaluator.prompts)} prompts", learner="waits for it")
         scores = self._scores()
         self.log.now(rollout="", learner="")
         self.log.evaluation(self.state.step, stage_end, scores)
@@ -403,16 +410,16 @@ class Trainer:
     def _scores(self) -> dict[str, float]:
         for _ in range(MAX_TRIES):
             try:
-                return self.examiner.examine(
-                    self.house.workers,
+                return self.evaluator.evaluate(
+                    self.handles.workers,
                     self._current_weights(),
-                    lambda future: self.dog.result(future, "an evaluation by the rollout workers"),
+                    lambda future: self.watchdog.wait_for(future, "an evaluation by the rollout workers"),
                 )
             except (WorkerLost, Unreachable) as error:
                 what = "died" if isinstance(error, WorkerLost) else f"could not go on ({error})"
                 self.log.note(f"a rollout worker {what}; the evaluation begins again")
-                for worker in self.house.workers:
-                    self.dog.result(worker.back(), "a rollout worker to come back")
+                for worker in self.handles.workers:
+                    self.watchdog.wait_for(worker.back(), "a rollout worker to come back")
                 if isinstance(error, Unreachable):
                     self.weights = None  # they may be what could not be reached
         raise RuntimeError(f"{MAX_TRIES} evaluations lost a rollout worker; see its log")
@@ -436,11 +443,11 @@ class Trainer:
         if self.saved_step == self.state.step:
             return
         self.log.now(learner=f"saves checkpoint {self.state.step}")
-        extra = {"num_started": self.dispatch.next_id, **self.aside.extra}
-        if self.plan.adaptive:
-            extra["adaptive"] = self.plan.adaptive.state
+        extra = {"num_started": self.dispatch.next_id, **self.quarantine.state_dict}
+        if self.schedule.adaptive:
+            extra["adaptive"] = self.schedule.adaptive.state
         self.state = replace(self.state, elapsed_s=time.monotonic() - self.started, extra=extra)
-        save(self.house, self.folder, self.state, self.dog, self.log.note)
+        save_checkpoint(self.handles, self.folder, self.state, self.watchdog, self.log.note)
         self.saved_step = self.state.step
         self.restarts.saved()
 
@@ -448,7 +455,7 @@ class Trainer:
         """Beside, then renamed: who reads the folder meets a whole student."""
         beside = self.folder.path / f"{name}.partial"
         shutil.rmtree(beside, ignore_errors=True)
-        self.dog.result(self.house.learner.export(beside), "the learner to write the student")
+        self.watchdog.wait_for(self.handles.learner.export(beside), "the learner to write the student")
         replace_dir(beside, self.folder.path / name)
 
 
@@ -462,36 +469,36 @@ def train(config: Config, *, resume: bool = False) -> Summary:
         log.close()
 
 
-def _train(ready: Ready, log: MetricsLog, resume: bool) -> Summary:
+def _train(ready: PreparedRun, log: MetricsLog, resume: bool) -> Summary:
     config = ready.config
     log.note(f"data: {config.rollout.recorded or ready.prompts.report()}")
-    _check_room(config, log)
+    _check_capacity(config, log)
     with open_run(config, resume) as folder:
-        plan = _plan(ready)
+        schedule = build_schedule(ready)
         checkpoint = folder.checkpoint
-        log.open(folder.path, plan.num_steps, checkpoint.state if checkpoint else TrainState())
+        log.open(folder.path, schedule.num_steps, checkpoint.state if checkpoint else TrainState())
         with ExitStack() as opened:
-            dog = Watchdog(config.run.watchdog_s, folder.path, log.note)
-            opened.callback(dog.stop)
-            dog.start()
-            house = _build_house(ready, folder, log)
-            opened.callback(house.close)
-            opened.callback(dog.progress, "the actors to end")
-            dog.pulses = house.pulses
-            dog.progress("the first step")
-            trainer = Trainer(config, plan, house, folder, log, _examiner(ready), dog)
+            watchdog = Watchdog(config.run.watchdog_s, folder.path, log.note)
+            opened.callback(watchdog.stop)
+            watchdog.start()
+            handles = _start_actors(ready, folder, log)
+            opened.callback(handles.close)
+            opened.callback(watchdog.progress, "the actors to end")
+            watchdog.heartbeats = handles.heartbeats
+            watchdog.progress("the first step")
+            trainer = Trainer(config, schedule, handles, folder, log, build_evaluator(ready), watchdog)
             if checkpoint is not None:
                 trainer.resume(checkpoint)
             state = trainer.run()
-        summary = _summary(folder, state, plan, told_to_stop=bool(trainer.stop_signal))
+        summary = summarize(folder, state, schedule, told_to_stop=bool(trainer.stop_signal))
         if summary.student:
-            write_card(Path(summary.student), folder.path, config, summary.stage_scores, _student_steps(summary))
+            write_card(Path(summary.student), folder.path, config, summary.stage_scores, student_step(summary))
         write_json_atomic(folder.path / "summary.json", asdict(summary))
     log.summary(summary.stage_scores, summary.student, summary.finished)
     return summary
 
 
-def _check_room(config: Config, log: MetricsLog) -> None:
+def _check_capacity(config: Config, log: MetricsLog) -> None:
     """ConfigError when the machine, or the cluster that is joined here, is too small. Starts nothing."""
     from switchkd.actors import process_setup
 
@@ -530,9 +537,9 @@ def _this_machine() -> dict[str, float]:
     return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
 
 
-def _build_house(ready: Ready, folder: RunFolder, log: MetricsLog) -> House:
+def _start_actors(ready: PreparedRun, folder: RunFolder, log: MetricsLog) -> ActorHandles:
     if ready.config.run.mode == "inprocess":
-        return local.build_house(ready.config, folder.path, ready.stop_ids)
+        return local.start_actors(ready.config, folder.path, ready.stop_ids)
     from switchkd.actors import launch
 
-    return launch.build_house(ready.config, folder.path, ready.stop_ids, log)
+    return launch.start_actors(ready.config, folder.path, ready.stop_ids, log)

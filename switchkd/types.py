@@ -1,7 +1,7 @@
 """What travels between the rooms: prompts in, rollouts out, and the teacher's signal beside every token.
 
 Everything here is plain NumPy and integers, so that one record is one object on the wire. Ragged values are
-flat arrays with lengths. bfloat16 travels as uint16 (`Signal.dtype` says so).
+flat arrays with lengths. bfloat16 travels as uint16 (`TeacherOutput.dtype` says so).
 
 Shapes: B sequences, N flat positions, T completion tokens of one rollout, D hidden width, V shared vocabulary.
 """
@@ -21,7 +21,7 @@ def ragged(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
     return np.split(flat, np.cumsum(lengths)[:-1])
 
 
-class Source(IntEnum):
+class TokenSource(IntEnum):
     """Who wrote a token."""
 
     STUDENT = 0
@@ -29,7 +29,7 @@ class Source(IntEnum):
     DATA = 2
 
 
-class Origin(IntEnum):
+class CompletionSource(IntEnum):
     """Where a whole completion comes from: drawn per rollout from its id (or once per batch)."""
 
     ROLLOUT = 0
@@ -52,13 +52,13 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Task:
+class RolloutTask:
     """One rollout to be made. A pure function of the run's seed and `rollout_id`."""
 
     rollout_id: int  # position in the run's start order; unique for ever
     batch: int  # the optimizer step (0-based, over the whole run) that will train on it under `fifo`
     stage: int
-    origin: Origin
+    completion_source: CompletionSource
     prompt: Prompt
 
 
@@ -96,12 +96,12 @@ class Positions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Signal:
+class TeacherOutput:
     """What the teacher says about some positions: its final hidden states, whole rows of logits, or their top k.
 
-    `kind` "hidden": values [N, D] in the teacher's dtype, to be multiplied with the teacher's output head.
-    `kind` "full": values [N, V] float32 logits.
-    `kind` "topk": values int32 [N, 2 k + 2], ids and float32 bits (`algo/compressed.py`): 8 k + 8 bytes a row.
+    `kind` "hidden_states": values [N, D] in the teacher's dtype, to be multiplied with the teacher's output head.
+    `kind` "logits": values [N, V] float32 logits.
+    `kind` "top_logprobs": values int32 [N, 2 k + 2], ids and float32 bits (`algo/compressed.py`): 8 k + 8 bytes a row.
     """
 
     kind: str
@@ -142,7 +142,7 @@ class Written:
     token_ids: np.ndarray  # int32 [N], flat
     lengths: np.ndarray  # int32 [B]
     margins: np.ndarray  # float32 [N], each draw's lead over its second best score
-    signal: Signal
+    teacher_output: TeacherOutput
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,22 +151,24 @@ class RolloutStats:
 
     num_rounds: int = 0  # teacher calls that it took part in
     num_drafted: int = 0  # student tokens drafted, kept or not
-    num_breaks: int = 0  # blocks cut short by a token that differs from the proposed one
+    num_rejections: int = 0  # blocks cut short by a token that differs from the proposed one
     num_near_ties: int = 0  # tokens whose two best scores lie within the stated tolerance
     teacher_positions: int = 0  # positions the teacher read, prompt excluded
-    signal_bytes: int = 0  # bytes the teacher sent for it, rejected positions and answers to questions included
+    output_bytes: int = 0  # bytes the teacher sent for it, rejected positions and answers to questions included
     num_scored_rows: int = 0  # rows the teacher sent for it unasked, rejected positions included
-    num_undecided: int = 0  # `signal: topk`: exact rows asked for because an interval did not decide, ...
+    num_undecided: int = (
+        0  # `teacher.output: top_logprobs`: exact rows asked for because an interval did not decide, ...
+    )
     num_asked: int = 0  # ... and those asked for to draw the teacher's token, or for a token's own probability
-    tail_mass: float = 0.0  # `signal: topk`: the mean over its tokens of what the top k leave out
+    tail_mass: float = 0.0  # `teacher.output: top_logprobs`: the mean over its tokens of what the top k leave out
     block_lengths: tuple[int, ...] = ()  # tokens that each block settled
     time_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Candidates:
+class TopLogprobs:
     """What each model would rather have written: its K most likely ids for every token, at temperature 1 (K as in
-    `rollout.save_candidates`). Ids are -1 and log-probs NaN where a model's row was never made."""
+    `rollout.save_top_logprobs`). Ids are -1 and log-probs NaN where a model's row was never made."""
 
     teacher_ids: np.ndarray  # int32 [T, K]
     teacher_logprobs: np.ndarray  # float32 [T, K]
@@ -182,7 +184,7 @@ class Rollout:
     batch: int
     stage: int
     prompt_id: str
-    origin: Origin
+    completion_source: CompletionSource
     prompt_ids: np.ndarray  # int32 [P]
     token_ids: np.ndarray  # int32 [T], stop id included
     sources: np.ndarray  # uint8 [T], of Source
@@ -190,12 +192,12 @@ class Rollout:
     statistic: np.ndarray  # float32 [T], what the rule looked at; NaN where it did not look
     threshold: np.ndarray  # float32 [T]
     uncertainty: np.ndarray  # float32 [T], 1 - p(token) of the teacher: ATKD's UnC; NaN without a teacher
-    signal: Signal | None  # T rows; None when the stage needs no teacher
+    teacher_output: TeacherOutput | None  # T rows; None when the stage needs no teacher
     finish_reason: str  # "eos" (a stop id was written) or "length"
     approximate: bool = False
     teacher: str = ""  # which teacher, when there are several
     stats: RolloutStats = RolloutStats()
-    candidates: Candidates | None = None  # to be looked at; nothing is computed from them
+    top_logprobs: TopLogprobs | None = None  # to be looked at; nothing is computed from them
 
     @property
     def num_tokens(self) -> int:
@@ -208,7 +210,7 @@ class Rollout:
 
     @property
     def teacher_frac(self) -> float:
-        return float((self.sources == Source.TEACHER).mean()) if len(self.sources) else 0.0
+        return float((self.sources == TokenSource.TEACHER).mean()) if len(self.sources) else 0.0
 
     @property
     def repeat_frac(self) -> float:
@@ -232,7 +234,7 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BatchPlan:
+class BatchAssignment:
     """Which rollouts one optimizer step trains on, and the numbers that all ranks must agree on."""
 
     step: int  # 0-based over the whole run
@@ -259,7 +261,7 @@ class StepResult:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class WeightBundle:
+class PackedWeights:
     """One student weight version, packed: flat buckets and a manifest (see weights.py)."""
 
     version: int
@@ -279,7 +281,7 @@ class WorkReport:
     num_teacher_tokens: int
     num_teacher_calls: int
     num_near_ties: int
-    signal_bytes: int
+    output_bytes: int
     time_s: float
     num_student_tokens: int = 0  # what neither wrote is the data set's
     num_scored_rows: int = 0
@@ -295,7 +297,7 @@ class WorkReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Exam:
+class EvalShard:
     """A share of an evaluation: the student alone, on these prompts, once per seed and once greedily."""
 
     prompts: tuple[tuple[int, Prompt], ...]  # index in the evaluation set, prompt
@@ -338,11 +340,11 @@ class ReplayFull(Exception):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Weights:
+class WeightRef:
     """A published version. Each call that needs weights brings them: a restarted worker cannot use old ones unseen."""
 
     version: int
-    packed: Any  # what `LearnerHandle.publish` answered
+    ref: Any  # what `LearnerHandle.publish` answered
     incarnation: int = 0  # of the learner: after it went back, a number that was used already stands for other weights
 
     @property

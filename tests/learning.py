@@ -14,10 +14,10 @@ import torch
 from tiny import NUM_TOKENS, PAD, save_tiny, tiny_model
 
 from switchkd.algo import losses
-from switchkd.engines.models.lm_head import HeadArrays, final_hidden, head_of
-from switchkd.engines.wire import signal_from_hidden
+from switchkd.engines.models.lm_head import LMHeadState, final_hidden, lm_head_of
+from switchkd.engines.wire import to_numpy
 from switchkd.learner.batching import LossSpec
-from switchkd.types import Origin, Rollout, Signal, Source
+from switchkd.types import CompletionSource, Rollout, TeacherOutput, TokenSource
 
 TEACHER_VOCAB = 136  # wider than the student's table of 128; both are wider than the 120 tokens they share
 NUMBERS = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.0}
@@ -58,12 +58,12 @@ def teacher_model() -> Any:
                       num_key_value_heads=1)  # fmt: skip
 
 
-def teacher_heads() -> dict[str, HeadArrays]:
-    return {"": head_of(teacher_model(), NUM_TOKENS).to_arrays()}
+def teacher_lm_heads() -> dict[str, LMHeadState]:
+    return {"": lm_head_of(teacher_model(), NUM_TOKENS).to_arrays()}
 
 
 @torch.no_grad()
-def make_rollouts(num: int, *, seed: int = 0, kind: str = "hidden", longest: int = 14) -> list[Rollout]:
+def make_rollouts(num: int, *, seed: int = 0, kind: str = "hidden_states", longest: int = 14) -> list[Rollout]:
     """Random texts of very different lengths, written by all three sources, scored by the teacher."""
     rng = np.random.default_rng(seed)
     teacher = teacher_model()
@@ -72,9 +72,11 @@ def make_rollouts(num: int, *, seed: int = 0, kind: str = "hidden", longest: int
 
 def spoiled(rollouts: list[Rollout], index: int = 1) -> list[Rollout]:
     """The same with NaN in one rollout's teacher signal."""
-    signal = rollouts[index].signal
-    assert signal is not None
-    bad = replace(rollouts[index], signal=replace(signal, values=np.full_like(signal.values, math.nan)))
+    teacher_output = rollouts[index].teacher_output
+    assert teacher_output is not None
+    bad = replace(
+        rollouts[index], teacher_output=replace(teacher_output, values=np.full_like(teacher_output.values, math.nan))
+    )
     return [*rollouts[:index], bad, *rollouts[index + 1 :]]
 
 
@@ -83,18 +85,26 @@ def _rollout(index: int, teacher: Any, rng: np.random.Generator, kind: str, long
     ids = torch.from_numpy(np.concatenate([prompt, tokens])).long()[None]
     rows = slice(len(prompt) - 1, len(prompt) - 1 + len(tokens))
     logits = teacher(ids).logits[0, rows, :NUM_TOKENS]
-    if kind == "hidden":
-        values, dtype = signal_from_hidden(final_hidden(teacher, input_ids=ids)[0, rows])
+    if kind == "hidden_states":
+        values, dtype = to_numpy(final_hidden(teacher, input_ids=ids)[0, rows])
     else:
         values, dtype = logits.numpy(), "float32"
     return Rollout(
-        rollout_id=index, batch=0, stage=0, prompt_id="", origin=Origin.ROLLOUT, prompt_ids=prompt, token_ids=tokens,
-        sources=rng.integers(0, 3, len(tokens)).astype(np.uint8), weight_versions=np.zeros(len(tokens), np.int32),
-        statistic=np.zeros(len(tokens), np.float32), threshold=np.zeros(len(tokens), np.float32),
+        rollout_id=index,
+        batch=0,
+        stage=0,
+        prompt_id="",
+        completion_source=CompletionSource.ROLLOUT,
+        prompt_ids=prompt,
+        token_ids=tokens,
+        sources=rng.integers(0, 3, len(tokens)).astype(np.uint8),
+        weight_versions=np.zeros(len(tokens), np.int32),
+        statistic=np.zeros(len(tokens), np.float32),
+        threshold=np.zeros(len(tokens), np.float32),
         uncertainty=losses.uncertainty(logits, torch.from_numpy(tokens).long()).numpy(),
-        signal=Signal(kind=kind, dtype=dtype, values=values, lengths=np.array([len(tokens)], np.int32)),
+        teacher_output=TeacherOutput(kind=kind, dtype=dtype, values=values, lengths=np.array([len(tokens)], np.int32)),
         finish_reason="length",
-    )  # fmt: skip
+    )
 
 
 class NaiveLearner:
@@ -138,7 +148,7 @@ class NaiveLearner:
         else:
             total = spec.per_token(p, q, labels, mask, **spec.numbers).mean()
         lm = torch.nn.functional.cross_entropy(q, labels, reduction="none")
-        from_data = torch.tensor([s == Source.DATA for s in sources])
+        from_data = torch.tensor([s == TokenSource.DATA for s in sources])
         return total + spec.lm_coef * (lm * from_data).sum() / len(labels)
 
 

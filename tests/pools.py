@@ -5,22 +5,22 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from switchkd.actors.replicas import Members
+from switchkd.actors.replicas import ReplicaView
 
 
 class Still:
     """A router's directory: it says what `members` says, at every look."""
 
     def __init__(self, ready: dict[int, Any]) -> None:
-        self.members = Members(ready=ready, draining={}, sessions={})
+        self.members = ReplicaView(ready=ready, draining={}, sessions={})
         self.heard: list[dict[int, int]] = []  # what the router reported
         self.num_lost = 0
 
-    def ask(self, sessions: Any) -> Members:
+    def ask(self, sessions: Any) -> ReplicaView:
         self.heard.append(dict(sessions))
         return self.members
 
-    def poll(self, sessions: Any) -> Members:
+    def poll(self, sessions: Any) -> ReplicaView:
         return self.ask(sessions)
 
     def lost(self) -> None:

@@ -34,7 +34,7 @@ BASE: dict[str, Any] = {
     "student": {"path": "student"},
     "data": {"path": "./data.jsonl", "max_prompt_tokens": 64, "max_reference_tokens": 32},
     # `auto` chooses by the clock: the same tokens, but the last bits of hidden states depend on the shape of a block
-    "rollout": {"batch_size": 4, "max_new_tokens": 12, "lead": "student", "block_size": 4},
+    "rollout": {"batch_size": 4, "max_new_tokens": 12, "drafter": "student", "max_draft_tokens": 4},
     "learner": {"lr": 1e-3},
     "resources": {role: {"threads": 1} for role in ("teacher", "rollout", "learner")},
     "train": {"batch_size": 4, "checkpoint_every": 3},

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from switchkd.algo.sampling import Purpose, Sampling, draw
+from switchkd.algo.sampling import Purpose, SamplingParams, draw
 from switchkd.engines.base import Teacher, TeacherBusy, UnknownSession
-from switchkd.types import Blocks, Sessions, Signal, WriteRequest
+from switchkd.types import Blocks, Sessions, TeacherOutput, WriteRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Bench:
 
     make: Callable[[int, int], Teacher]
     model: Any
-    logits: Callable[[Signal], torch.Tensor]
+    logits: Callable[[TeacherOutput], torch.Tensor]
     vocab_size: int
     atol: float = 2e-5
 
@@ -64,11 +64,13 @@ def blocks(*rows: tuple[int, int, int, np.ndarray]) -> Blocks:
 def ask(bench: Bench, teacher: Teacher, *rows: tuple[int, int, int, np.ndarray]) -> list[torch.Tensor]:
     """One score call: logits per session, with the signal's own lengths checked."""
     request = blocks(*rows)
-    signal = teacher.score(request)
-    assert signal.lengths.tolist() == (request.base_lens + request.lengths - request.first_rows).tolist()
-    assert signal.values.shape[0] == signal.lengths.sum()
-    assert signal.values.dtype == (np.uint16 if signal.dtype == "bfloat16" else np.dtype(signal.dtype))
-    return list(bench.logits(signal).split(signal.lengths.tolist()))
+    teacher_output = teacher.score(request)
+    assert teacher_output.lengths.tolist() == (request.base_lens + request.lengths - request.first_rows).tolist()
+    assert teacher_output.values.shape[0] == teacher_output.lengths.sum()
+    assert teacher_output.values.dtype == (
+        np.uint16 if teacher_output.dtype == "bfloat16" else np.dtype(teacher_output.dtype)
+    )
+    return list(bench.logits(teacher_output).split(teacher_output.lengths.tolist()))
 
 
 def close_to(bench: Bench, got: torch.Tensor, want: torch.Tensor) -> None:
@@ -80,10 +82,10 @@ def rows_equal_a_clean_forward(bench: Bench) -> None:
     teacher = bench.make(4, 96)
     ids = {i: bench.ids(n, seed=i) for i, n in enumerate((70, 1, 13, 2))}
     teacher.open(sessions(ids))
-    news = {i: bench.ids(n, seed=10 + i) for i, n in enumerate((5, 3, 0, 9))}
-    got = ask(bench, teacher, *((i, len(ids[i]), len(ids[i]) - 1, news[i]) for i in ids))
+    events = {i: bench.ids(n, seed=10 + i) for i, n in enumerate((5, 3, 0, 9))}
+    got = ask(bench, teacher, *((i, len(ids[i]), len(ids[i]) - 1, events[i]) for i in ids))
     for i, rows in enumerate(got):
-        close_to(bench, rows, bench.clean(np.concatenate([ids[i], news[i]]), len(ids[i]) - 1))
+        close_to(bench, rows, bench.clean(np.concatenate([ids[i], events[i]]), len(ids[i]) - 1))
 
 
 def cuts_and_continuations(bench: Bench, rounds: int = 12) -> None:
@@ -218,7 +220,7 @@ def too_long_is_refused(bench: Bench) -> None:
 def writing_is_keyed_drawing(bench: Bench) -> None:
     """`write` gives what a loop of clean forward passes and keyed draws gives, rows included, whatever the company."""
     prompts = {i: bench.ids(4 + 3 * i, seed=i) for i in range(3)}
-    for sampling in (Sampling(), Sampling(temperature=0.0), Sampling(temperature=0.7, top_p=0.8)):
+    for sampling in (SamplingParams(), SamplingParams(temperature=0.0), SamplingParams(temperature=0.7, top_p=0.8)):
         wanted = {i: literally_written(bench, i, ids, 5, sampling) for i, ids in prompts.items()}
         for company in ([0, 1, 2], [2, 0], [1]):
             teacher = bench.make(4, 64)
@@ -226,7 +228,7 @@ def writing_is_keyed_drawing(bench: Bench) -> None:
             rows = [(i, len(prompts[i]), len(prompts[i]) - 1, np.zeros(0, np.int32)) for i in company]
             written = teacher.write(request(blocks(*rows), [5] * len(company), sampling))
             tokens = np.split(written.token_ids, np.cumsum(written.lengths)[:-1])
-            pieces = bench.logits(written.signal).split(written.signal.lengths.tolist())
+            pieces = bench.logits(written.teacher_output).split(written.teacher_output.lengths.tolist())
             for i, mine, piece in zip(company, tokens, pieces, strict=True):
                 assert mine.tolist() == wanted[i]
                 whole = np.concatenate([prompts[i], mine])
@@ -239,37 +241,37 @@ def writing_and_reading_alternate(bench: Bench) -> None:
     teacher = bench.make(2, 64)
     teacher.open(sessions({7: prompt}))
     start = blocks((7, 6, 5, np.zeros(0, np.int32)))
-    first = teacher.write(request(start, [6], Sampling())).token_ids
-    assert teacher.write(request(start, [6], Sampling())).token_ids.tolist() == first.tolist(), "repeated"
+    first = teacher.write(request(start, [6], SamplingParams())).token_ids
+    assert teacher.write(request(start, [6], SamplingParams())).token_ids.tolist() == first.tolist(), "repeated"
     other = bench.ids(2, seed=9)
     kept = np.concatenate([prompt, first[:3], other])
     (rows,) = ask(bench, teacher, (7, 9, 8, other))
     close_to(bench, rows, bench.clean(kept, 8))
-    again = teacher.write(request(blocks((7, 10, 10, other[1:])), [3], Sampling(), at=5))
-    assert again.token_ids.tolist() == literally_written(bench, 0, kept, 3, Sampling(), at=5)
+    again = teacher.write(request(blocks((7, 10, 10, other[1:])), [3], SamplingParams(), at=5))
+    assert again.token_ids.tolist() == literally_written(bench, 0, kept, 3, SamplingParams(), at=5)
 
 
 def writing_ends_at_a_stop(bench: Bench) -> None:
     """A stop id is the last token of its row; the others go on."""
     prompts = {i: bench.ids(5, seed=i) for i in range(3)}
     teacher = bench.make(4, 64)
-    wanted = {i: literally_written(bench, i, ids, 6, Sampling()) for i, ids in prompts.items()}
+    wanted = {i: literally_written(bench, i, ids, 6, SamplingParams()) for i, ids in prompts.items()}
     stop = wanted[1][2]
     teacher.open(sessions(prompts))
     rows = [(i, 5, 4, np.zeros(0, np.int32)) for i in prompts]
-    written = teacher.write(request(blocks(*rows), [6, 6, 2], Sampling(), stops=[stop]))
+    written = teacher.write(request(blocks(*rows), [6, 6, 2], SamplingParams(), stops=[stop]))
     for i, mine in enumerate(np.split(written.token_ids, np.cumsum(written.lengths)[:-1])):
         text = wanted[i][: 2 if i == 2 else 6]
         text = text[: text.index(stop) + 1] if stop in text else text
         assert mine.tolist() == text
     with pytest.raises(ValueError, match="takes 64"):
-        teacher.write(request(blocks((0, 5, 4, np.zeros(0, np.int32))), [70], Sampling()))
+        teacher.write(request(blocks((0, 5, 4, np.zeros(0, np.int32))), [70], SamplingParams()))
     with pytest.raises(UnknownSession):
-        teacher.write(request(blocks((9, 5, 4, np.zeros(0, np.int32))), [1], Sampling()))
+        teacher.write(request(blocks((9, 5, 4, np.zeros(0, np.int32))), [1], SamplingParams()))
 
 
 def request(
-    rows: Blocks, counts: list[int], sampling: Sampling, *, at: int = 0, stops: Sequence[int] = ()
+    rows: Blocks, counts: list[int], sampling: SamplingParams, *, at: int = 0, stops: Sequence[int] = ()
 ) -> WriteRequest:
     """Session 7 has rollout id 0, the others their own; the first written token is the completion's `at`-th."""
     return WriteRequest(
@@ -282,7 +284,7 @@ def request(
 
 
 def literally_written(
-    bench: Bench, rollout_id: int, ids: np.ndarray, num: int, sampling: Sampling, at: int = 0
+    bench: Bench, rollout_id: int, ids: np.ndarray, num: int, sampling: SamplingParams, at: int = 0
 ) -> list[int]:
     whole = ids.tolist()
     for i in range(num):

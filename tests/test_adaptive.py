@@ -18,14 +18,14 @@ from runs import DIE_AFTER, WARM_UP, command, config, config_file, descendants, 
 from test_replay import rollout
 
 from switchkd.config.errors import ConfigError
-from switchkd.config.schema import Mix, Phi, Stage
-from switchkd.controller.adaptive import BUFFERED, FIXED, GENERATED, Adaptive
+from switchkd.config.schema import AdaptiveScheduleConfig, MixConfig, StageConfig
+from switchkd.controller.adaptive import BUFFERED, FIXED, GENERATED, AdaptiveSchedule
 from switchkd.controller.metrics import MetricsLog
-from switchkd.controller.schedule import RunPlan
+from switchkd.controller.schedule import Schedule
 from switchkd.data.prompts import PromptStream
 from switchkd.data.reuse_buffer import Buffer
 from switchkd.train import train
-from switchkd.types import Origin, Prompt
+from switchkd.types import CompletionSource, Prompt
 
 # --- the schedule ----------------------------------------------------------------------------------------------------
 
@@ -54,7 +54,7 @@ def test_schedule_is_algorithm_1(seed):
     coins = [rng.random() for _ in range(T)]
     losses = {t: 2.0 + 1.5 * t / T + rng.uniform(-0.1, 0.1) for t in range(0, T, every)}
     told = list(algorithm_1(T, B, coins, losses, eps=0.1, N_phi=10, capacity=capacity))
-    ours = Adaptive(numbers=Phi(), capacity=capacity, every=every)
+    ours = AdaptiveSchedule(numbers=AdaptiveScheduleConfig(), capacity=capacity, every=every)
     names = {GENERATED: "generate", BUFFERED: "replay", FIXED: "fixed"}
     for t in range(T):
         if t in losses:
@@ -66,7 +66,7 @@ def test_schedule_is_algorithm_1(seed):
 
 def test_phi_without_a_better_loss():
     """`no_better`: phi rises wherever the loss is not `margin` below the best one, up to 1."""
-    phi = Adaptive(numbers=Phi(rises="no_better", step=0.4), capacity=1, every=1)
+    phi = AdaptiveSchedule(numbers=AdaptiveScheduleConfig(rises="no_better", step=0.4), capacity=1, every=1)
     found = [(phi.hear(loss, counts=True), phi.phi) for loss in (3.0, 2.9, 2.85, 2.7, 2.0, 2.1, 2.1)]
     assert found == [
         (False, 0.0), (False, 0.0), (True, 0.4), (False, 0.4), (False, 0.4), (True, 0.8), (True, 1.0),
@@ -74,18 +74,21 @@ def test_phi_without_a_better_loss():
     assert not phi.hear(5.0, counts=True) and phi.phi == 1.0
 
 
-def plan(adaptive: Adaptive | None, *stages: Stage) -> RunPlan:
+def plan(adaptive: AdaptiveSchedule | None, *stages: StageConfig) -> Schedule:
     prompts = [Prompt(prompt_id=str(i), text="", token_ids=np.ones(1, np.int32)) for i in range(7)]
-    return RunPlan(stages, PromptStream(prompts, seed=0), seed=0, adaptive=adaptive)
+    return Schedule(stages, PromptStream(prompts, seed=0), seed=0, adaptive=adaptive)
 
 
-BOTH = Mix(rollout=1, dataset=1)
+BOTH = MixConfig(rollout=1, dataset=1)
 
 
 def test_shares_over_a_long_run():
     """At a constant phi, phi of all steps are the student's, with new ones falling linearly to none."""
-    run = plan(Adaptive(numbers=Phi(start=0.6), capacity=8, every=4), Stage(steps=4000, batch_size=2, mix=BOTH))
-    kinds = ["b" if run.reuses(step) else run.origin(2 * step).name for step in range(4000)]
+    run = plan(
+        AdaptiveSchedule(numbers=AdaptiveScheduleConfig(start=0.6), capacity=8, every=4),
+        StageConfig(steps=4000, batch_size=2, mix=BOTH),
+    )
+    kinds = ["b" if run.reuses(step) else run.completion_source(2 * step).name for step in range(4000)]
     assert kinds.count("DATASET") / 4000 == pytest.approx(0.4, abs=0.03)
     for quarter in range(4):
         part = kinds[1000 * quarter : 1000 * (quarter + 1)]
@@ -95,8 +98,8 @@ def test_shares_over_a_long_run():
 def test_plan_waits_for_evaluations():
     """A step is open once no evaluation before it is missing; a stage without rollouts has its own mix; what was
     decided stays when a checkpoint is taken up again, in this process or with more steps in another."""
-    stages = Stage(steps=3, batch_size=2, mix=Mix(dataset=1)), Stage(steps=9, batch_size=2, mix=BOTH)
-    run = plan(Adaptive(numbers=Phi(start=0.9), capacity=2, every=4), *stages)
+    stages = StageConfig(steps=3, batch_size=2, mix=MixConfig(dataset=1)), StageConfig(steps=9, batch_size=2, mix=BOTH)
+    run = plan(AdaptiveSchedule(numbers=AdaptiveScheduleConfig(start=0.9), capacity=2, every=4), *stages)
     assert [run.open_until(step) for step in range(12)] == [3, 3, 3, 4, 8, 8, 8, 8, 12, 12, 12, 12]
     assert not run.reuses(2) and run.adaptive.sources == "---"
     run.reuses(7)
@@ -104,12 +107,14 @@ def test_plan_waits_for_evaluations():
     run.adaptive.hear(1.0, counts=True)
     run.reuses(11)
     decided = run.adaptive.sources
-    run.adaptive.take_up(state)
+    run.adaptive.load_state_dict(state)
     assert run.adaptive.sources == decided and run.adaptive.reference is None
     longer = plan(
-        Adaptive(numbers=Phi(start=0.9), capacity=2, every=4), stages[0], Stage(**{**dict(stages[1]), "steps": 99})
+        AdaptiveSchedule(numbers=AdaptiveScheduleConfig(start=0.9), capacity=2, every=4),
+        stages[0],
+        StageConfig(**{**dict(stages[1]), "steps": 99}),
     )
-    longer.adaptive.take_up(state)
+    longer.adaptive.load_state_dict(state)
     longer.reuses(11)
     assert longer.adaptive.sources.startswith(state["sources"]) and set(decided[3:]) <= set("gbf")
 
@@ -140,7 +145,13 @@ def test_buffer_takes_what_the_student_wrote():
     from dataclasses import replace
 
     buffer = Buffer(6, seed=0)
-    buffer.add(0, [replace(rollout(i), origin=origin) for i, origin in enumerate(Origin)])
+    buffer.add(
+        0,
+        [
+            replace(rollout(i), completion_source=completion_source)
+            for i, completion_source in enumerate(CompletionSource)
+        ],
+    )
     assert ids(buffer.draw(1, 9)) == [0] and buffer.holds([0]) and not buffer.holds([0, 1])
 
 
@@ -168,7 +179,7 @@ def test_buffer_goes_back():
 
 EVAL = {"data": "./data.jsonl", "num_prompts": 4, "max_new_tokens": 4, "every": 2, "metrics": ["loss"]}
 PHI = {"start": 0.4, "step": 0.2, "rises": "no_better", "margin": 9.0}
-REPLAY = {"policy": "adaptive", "capacity": 8, "phi": PHI}
+REPLAY = {"policy": "adaptive", "capacity": 8, "adaptive": PHI}
 STAGES = [
     {**WARM_UP, "steps": 2},
     {"name": "adapt", "steps": 12, "mix": {"rollout": 1, "dataset": 1}, "rule": {"type": "student"},
@@ -273,10 +284,10 @@ def test_resume_with_another_rhythm_is_refused(whole, place):
         ("train.stages.1.mix={rollout: 1}", "mix (rollout 1, dataset 0, teacher 0): replay.policy=adaptive draws"),
         ("train.stages.1.mix={rollout: 1, dataset: 1, teacher: 1}", "draws between rollouts and the data set"),
         ("train.stages.1.mix={dataset: 1}", "no stage has rollouts"),
-        ("replay.policy=fifo", "replay.phi belongs to replay.policy=adaptive, this is fifo"),
+        ("replay.policy=fifo", "replay.adaptive belongs to replay.policy=adaptive, this is fifo"),
         ("replay.policy=adaptiv", "replay.policy='adaptiv'"),
-        ("replay.phi.start=1.5", "replay.phi.start=1.5"),
-        ("replay.phi.when=always", "replay.phi.when: unknown key"),
+        ("replay.adaptive.start=1.5", "replay.adaptive.start=1.5"),
+        ("replay.adaptive.when=always", "replay.adaptive.when: unknown key"),
         ("replay.capacity=3", "is above replay.capacity=3"),
     ],
 )

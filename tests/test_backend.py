@@ -13,7 +13,7 @@ from switchkd.controller import local
 from switchkd.controller.preflight import _check_model, check
 
 VLLM = {"backend": "vllm"}
-THIN = {"interface": "public", "signal": "topk", "decide": "coarse"}
+THIN = {"interface": "public", "output": "top_logprobs", "decide": "coarse"}
 
 
 def config(teacher, **sections):
@@ -31,16 +31,22 @@ def installed(monkeypatch):
     [
         ({"engine": {"seed": 1}}, r"^teacher.engine is for vLLM; set teacher.backend: vllm, or remove it$"),
         ({"interface": "public"}, r"^teacher.interface is for vLLM; "),
-        (VLLM | {"signal": "full"}, r"^teacher.signal=full is not for teacher.backend=vllm; take hidden .* or topk"),
+        (
+            VLLM | {"output": "logits"},
+            r"^teacher.output=logits is not for teacher.backend=vllm; take hidden .* or topk",
+        ),
         (VLLM | {"device_map": "auto"}, r"^teacher.device_map=auto .*teacher.engine.tensor_parallel_size"),
         (VLLM | {"device": "cuda:1"}, r"^teacher.device=cuda:1 .* resources.teacher.num_gpus"),
         (VLLM | {"attn": "eager"}, r"^teacher.attn=eager is not for teacher.backend=vllm; remove it"),
         (VLLM | {"graphs": "on"}, r"^teacher.graphs=on .* teacher.engine.enforce_eager"),
         (VLLM | {"prepack": "on"}, r"^teacher.prepack=on is not for teacher.backend=vllm; remove it"),
-        (VLLM | {"interface": "public"}, r"teacher.signal=hidden, teacher.decide=interval take interface=extension"),
+        (
+            VLLM | {"interface": "public"},
+            r"teacher.output=hidden_states, teacher.decide=interval take interface=extension",
+        ),
         (
             VLLM | THIN | {"decide": "interval"},
-            r"teacher.signal=topk, teacher.decide=interval take interface=extension",
+            r"teacher.output=top_logprobs, teacher.decide=interval take interface=extension",
         ),
         (
             VLLM | {"engine": {"dtype": "half"}},

@@ -67,7 +67,7 @@ def test_three_end_the_run(place, monkeypatch, capsys):
     assert last.startswith("switchkd: error: RuntimeError: step 4: loss is not finite, as in the 2 steps before")
     assert "bad-batch-4.safetensors" in last and "--resume" in last and "learner.lr" in last
     kept = load_rollouts(place / "run" / "bad-batch-4.safetensors")
-    assert [one.rollout_id for one in kept] == [16, 17, 18, 19] and all(one.signal is not None for one in kept)
+    assert [one.rollout_id for one in kept] == [16, 17, 18, 19] and all(one.teacher_output is not None for one in kept)
     checkpoints = sorted(path.name for path in (place / "run" / "checkpoints").glob("step-*"))
     assert checkpoints == ["step-00000002", "step-00000004"]
     students = [place / "run" / "checkpoints" / name / "student" for name in checkpoints]

@@ -11,7 +11,7 @@ from learning import make_rollouts
 from tiny import PAD, tiny_model
 
 from switchkd.algo.losses import atkd_threshold
-from switchkd.learner.batching import collate, plan_batch, split_micro
+from switchkd.learner.batching import assign_batch, collate, split_micro
 
 torch.set_num_threads(1)
 
@@ -57,21 +57,25 @@ def test_padding_changes_no_state(family: str) -> None:
 def test_the_signal_stays_with_its_tokens() -> None:
     """Signals of several teachers and kinds cover the loss tokens in order, neighbours of one teacher in one piece."""
     rollouts = [replace(r, teacher=t) for r, t in zip(make_rollouts(5), "aabba", strict=True)]
-    rollouts[4] = replace(make_rollouts(5, kind="full")[4], teacher="a")
+    rollouts[4] = replace(make_rollouts(5, kind="logits")[4], teacher="a")
     batch = collate(rollouts, PAD)
-    assert [(s.teacher, s.kind) for s in batch.teacher] == [("a", "hidden"), ("b", "hidden"), ("a", "full")]
+    assert [(s.teacher, s.kind) for s in batch.teacher] == [
+        ("a", "hidden_states"),
+        ("b", "hidden_states"),
+        ("a", "logits"),
+    ]
     assert [s.start for s in batch.teacher] == [0, *(s.stop for s in batch.teacher[:-1])]
     assert batch.teacher[-1].stop == len(batch.labels)
-    assert np.array_equal(batch.teacher[2].values.numpy(), rollouts[4].signal.values)
+    assert np.array_equal(batch.teacher[2].values.numpy(), rollouts[4].teacher_output.values)
 
 
 def test_bfloat16_travels_as_uint16() -> None:
     """A bfloat16 signal comes out as the numbers that went in, from read-only memory too."""
     rollout = make_rollouts(1)[0]
-    wanted = torch.from_numpy(rollout.signal.values).bfloat16()
+    wanted = torch.from_numpy(rollout.teacher_output.values).bfloat16()
     values = wanted.view(torch.int16).numpy().view(np.uint16).copy()
     values.flags.writeable = False
-    travelled = replace(rollout, signal=replace(rollout.signal, dtype="bfloat16", values=values))
+    travelled = replace(rollout, teacher_output=replace(rollout.teacher_output, dtype="bfloat16", values=values))
     assert torch.equal(collate([travelled], PAD).teacher[0].values, wanted)
 
 
@@ -79,11 +83,11 @@ def test_missing_signals_are_errors() -> None:
     """A loss with a teacher refuses a rollout without its rows, naming it; a loss without one does not look."""
     rollout = make_rollouts(1)[0]
     with pytest.raises(ValueError, match="rollout 0 carries no teacher signal"):
-        collate([replace(rollout, signal=None)], PAD)
-    short = replace(rollout.signal, values=rollout.signal.values[:-1])
+        collate([replace(rollout, teacher_output=None)], PAD)
+    short = replace(rollout.teacher_output, values=rollout.teacher_output.values[:-1])
     with pytest.raises(ValueError, match="rows"):
-        collate([replace(rollout, signal=short)], PAD)
-    assert collate([replace(rollout, signal=None)], PAD, needs_teacher=False).teacher == ()
+        collate([replace(rollout, teacher_output=short)], PAD)
+    assert collate([replace(rollout, teacher_output=None)], PAD, needs_teacher=False).teacher == ()
 
 
 def test_an_empty_batch_has_a_sequence_and_no_tokens() -> None:
@@ -114,17 +118,17 @@ def test_micro_batches_are_sorted_by_length() -> None:
 def test_a_plan_is_fair_and_independent_of_order(num_ranks: int) -> None:
     """Each rollout once, counts within one, tokens of ranks with equal counts within one longest rollout."""
     rollouts = make_rollouts(22, longest=40)
-    plan = plan_batch(5, 1, rollouts, num_ranks)
-    assert plan == plan_batch(5, 1, rollouts[::-1], num_ranks)
-    assert sorted(i for ids in plan.rollout_ids for i in ids) == list(range(22))
-    counts = [len(ids) for ids in plan.rollout_ids]
+    assignment = assign_batch(5, 1, rollouts, num_ranks)
+    assert assignment == assign_batch(5, 1, rollouts[::-1], num_ranks)
+    assert sorted(i for ids in assignment.rollout_ids for i in ids) == list(range(22))
+    counts = [len(ids) for ids in assignment.rollout_ids]
     assert max(counts) - min(counts) <= 1
-    tokens = [sum(rollouts[i].num_tokens for i in ids) for ids in plan.rollout_ids]
+    tokens = [sum(rollouts[i].num_tokens for i in ids) for ids in assignment.rollout_ids]
     longest = max(r.num_tokens for r in rollouts)
     for count in set(counts):
         same = [t for t, c in zip(tokens, counts, strict=True) if c == count]
         assert max(same) - min(same) <= longest
-    assert plan.num_loss_tokens == sum(r.num_tokens for r in rollouts)
+    assert assignment.num_loss_tokens == sum(r.num_tokens for r in rollouts)
 
 
 def test_atkd_is_split_over_the_whole_step() -> None:
@@ -132,10 +136,10 @@ def test_atkd_is_split_over_the_whole_step() -> None:
     rollouts = make_rollouts(9)
     unc = torch.from_numpy(np.concatenate([r.uncertainty for r in rollouts]))
     for num_ranks in (1, 3):
-        plan = plan_batch(0, 0, rollouts, num_ranks, hard_frac=0.3)
-        assert plan.hard_threshold == atkd_threshold(unc, hard_frac=0.3)
-        assert plan.num_hard == int((unc >= plan.hard_threshold).sum())
-    assert plan_batch(0, 0, rollouts, 1).num_hard == 0
+        assignment = assign_batch(0, 0, rollouts, num_ranks, hard_frac=0.3)
+        assert assignment.hard_threshold == atkd_threshold(unc, hard_frac=0.3)
+        assert assignment.num_hard == int((unc >= assignment.hard_threshold).sum())
+    assert assign_batch(0, 0, rollouts, 1).num_hard == 0
 
 
 def test_atkd_needs_the_teachers_uncertainty() -> None:
@@ -143,4 +147,4 @@ def test_atkd_needs_the_teachers_uncertainty() -> None:
     rollouts = make_rollouts(3)
     rollouts[1] = replace(rollouts[1], uncertainty=np.full_like(rollouts[1].uncertainty, np.nan))
     with pytest.raises(ValueError, match="rollout 1 has tokens without"):
-        plan_batch(0, 0, rollouts, 1, hard_frac=0.5)
+        assign_batch(0, 0, rollouts, 1, hard_frac=0.5)

@@ -20,7 +20,7 @@ from switchkd.config.errors import ConfigError
 from switchkd.tools.bench import scaling
 from switchkd.tools.bench.models import prompts
 from switchkd.tools.bench.process_stats import Gauge, cpu_seconds, descendants
-from switchkd.tools.bench.subprocess_side import Side, Sides, Turns
+from switchkd.tools.bench.subprocess_side import BenchProcess, BenchProcesses, Turns
 from switchkd.tools.bench.table import Spread, Table, check_device, paired, surroundings
 
 MIB = 2**20
@@ -142,8 +142,8 @@ def _die(turns: Turns) -> None:
 
 
 def test_a_side_works_in_a_process_of_its_own_when_told():
-    with Sides() as sides:
-        made = sides.start({"a": lambda: Side("a", _sleep, 0.05), "b": lambda: Side("b", _sleep, 0.0)})
+    with BenchProcesses() as sides:
+        made = sides.start({"a": lambda: BenchProcess("a", _sleep, 0.05), "b": lambda: BenchProcess("b", _sleep, 0.0)})
         pairs = paired(made, repeats=2)
         told = {name: side.finish() for name, side in made.items()}
     assert min(pairs.values["a"]) >= 0.05
@@ -153,8 +153,8 @@ def test_a_side_works_in_a_process_of_its_own_when_told():
 def test_peak_memory_counts_what_came_on_top():
     """Freed again, it still counts; what the process, or its parent, held before does not."""
     ballast = bytearray(b"x") * (300 * MIB)
-    with Sides() as sides:
-        side = sides.start({"s": lambda: Side("s", _swell, 100)})["s"]
+    with BenchProcesses() as sides:
+        side = sides.start({"s": lambda: BenchProcess("s", _swell, 100)})["s"]
         side()
         assert 95 < side.finish()["peak_mb"] < 140
     del ballast
@@ -176,8 +176,8 @@ def test_memory_of_children_counts_too():
 )
 def test_a_side_that_fails_says_why(work, error, says):
     """What the user can mend stays a ConfigError; all else is an error, never a number."""
-    with Sides() as sides, pytest.raises(error, match=says):
-        sides.start({"s": lambda: Side("s", work)})["s"]()
+    with BenchProcesses() as sides, pytest.raises(error, match=says):
+        sides.start({"s": lambda: BenchProcess("s", work)})["s"]()
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 
 from switchkd.algo import switching
 from switchkd.tools.bench.lower_bound import StepCosts, row_bound_s, row_steady_s
-from switchkd.types import Origin, Rollout
+from switchkd.types import CompletionSource, Rollout
 
 COSTS = StepCosts(
     student=1.0, write=1.5, read={1: 1.5, 2: 1.7, 4: 2.1}, check={1: 1.0, 2: 1.2, 4: 1.6}, settle=0.1, prompt=0.5
@@ -20,11 +20,21 @@ COSTS = StepCosts(
 def rollout(owned: list[int], threshold: float = 0.5) -> Rollout:
     num = len(owned)
     return Rollout(
-        rollout_id=0, batch=0, stage=0, prompt_id="", origin=Origin.ROLLOUT, prompt_ids=np.zeros(1, np.int32),
-        token_ids=np.zeros(num, np.int32), sources=np.array(owned, np.uint8), weight_versions=np.zeros(num, np.int32),
-        statistic=np.zeros(num, np.float32), threshold=np.full(num, threshold, np.float32),
-        uncertainty=np.zeros(num, np.float32), signal=None, finish_reason="length",
-    )  # fmt: skip
+        rollout_id=0,
+        batch=0,
+        stage=0,
+        prompt_id="",
+        completion_source=CompletionSource.ROLLOUT,
+        prompt_ids=np.zeros(1, np.int32),
+        token_ids=np.zeros(num, np.int32),
+        sources=np.array(owned, np.uint8),
+        weight_versions=np.zeros(num, np.int32),
+        statistic=np.zeros(num, np.float32),
+        threshold=np.full(num, threshold, np.float32),
+        uncertainty=np.zeros(num, np.float32),
+        teacher_output=None,
+        finish_reason="length",
+    )
 
 
 def literally(owned: list[int], differ: list[bool], t: int = 0) -> float:

@@ -15,8 +15,8 @@ import yaml
 from switchkd.config.errors import ConfigError
 from switchkd.config.loader import parse, resolved
 from switchkd.config.schema import Config
-from switchkd.controller.checkpoint import Checkpoint, Draft, TrainState, begin, finish, latest, open_run
-from switchkd.controller.resume import MAY_CHANGE, cut_back, leaves
+from switchkd.controller.checkpoint import Checkpoint, PartialCheckpoint, TrainState, begin, finish, latest, open_run
+from switchkd.controller.resume import MAY_CHANGE, flatten_keys, truncate_history
 from switchkd.controller.run_lock import LOCK, RunLock
 from switchkd.data.atomic_files import write_json_atomic
 
@@ -36,7 +36,7 @@ def config_of(run_dir: Path, **sections: Any) -> Config:
     return parse(raw)
 
 
-def fill(draft: Draft, text: str = "weights") -> None:
+def fill(draft: PartialCheckpoint, text: str = "weights") -> None:
     shard = draft.learner_folder / draft.tag / "shard.pt"
     shard.parent.mkdir()
     shard.write_text(text * 1000)
@@ -201,19 +201,19 @@ def test_state_of_a_newer_version_is_refused():
 def test_cut_back_moves_later_rows_to_lost(tmp_path):
     """Rows from `step` on, and a half-written last line, leave the history and stand in lost/, in order."""
     lines = write_history(tmp_path, 5, tail='{"step": 1, "x"')
-    assert cut_back(tmp_path, 3) == {"metrics.jsonl": 3, "rollouts.jsonl": 3}
+    assert truncate_history(tmp_path, 3) == {"metrics.jsonl": 3, "rollouts.jsonl": 3}
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         assert (tmp_path / name).read_text() == "".join(lines[:3])
         assert (tmp_path / "lost" / name).read_text() == "".join(lines[3:]) + '{"step": 1, "x"\n'
-    assert cut_back(tmp_path, 3) == {"metrics.jsonl": 0, "rollouts.jsonl": 0}
-    assert cut_back(tmp_path, None) == {"metrics.jsonl": 3, "rollouts.jsonl": 3}
+    assert truncate_history(tmp_path, 3) == {"metrics.jsonl": 0, "rollouts.jsonl": 0}
+    assert truncate_history(tmp_path, None) == {"metrics.jsonl": 3, "rollouts.jsonl": 3}
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 def test_a_whole_row_without_its_end_is_cut(tmp_path):
     """A last line that parses but has no newline would swallow the next row: it goes."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}')
-    cut_back(tmp_path, 5)
+    truncate_history(tmp_path, 5)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n'
 
 
@@ -227,7 +227,7 @@ def test_cut_back_killed_anywhere_loses_no_line(tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             die_at(patch, num)
             try:
-                cut_back(run_dir, 3)
+                truncate_history(run_dir, 3)
                 done = True
             except Killed:
                 done = False
@@ -235,7 +235,7 @@ def test_cut_back_killed_anywhere_loses_no_line(tmp_path):
             lost = run_dir / "lost" / name
             kept = (run_dir / name).read_text() + (lost.read_text() if lost.exists() else "")
             assert all(line in kept for line in lines)
-        cut_back(run_dir, 3)
+        truncate_history(run_dir, 3)
         assert (run_dir / "rollouts.jsonl").read_text() == "".join(lines[:3])
         if done:
             break
@@ -370,7 +370,7 @@ def test_resume_refuses_what_changes_the_run(tmp_path, sections, key, old, new):
     "sections",
     [
         {"run": {"mode": "inprocess"}},
-        {"rollout": {"num_workers": 3, "batch_size": 2, "block_size": 8, "lead": "lockstep"}},
+        {"rollout": {"num_workers": 3, "batch_size": 2, "max_draft_tokens": 8, "drafter": "none"}},
         {"teacher": {"replicas": 2, "max_sessions": 9, "device": "cpu"}, "student": {"device": "cpu"}},
         {"resources": {role: {"num_cpus": 0.5, "num_gpus": 1.0, "threads": 3, "labels": {"a": "b"}} for role in ROLES}},
         {"cluster": {"address": "1.2.3.4", "wait_s": 9.0}, "metrics": {"log_every": 7}, "checkpoint": {"keep_last": 1}},
@@ -398,7 +398,7 @@ def test_more_steps_extend_the_last_stage(tmp_path):
 
 def test_every_key_that_may_change_exists():
     """MAY_CHANGE has no stale names: each pattern meets a key of the config."""
-    keys = [key for key, _ in leaves(resolved(config_of(Path("x"))))]
+    keys = [key for key, _ in flatten_keys(resolved(config_of(Path("x"))))]
     engine = ("tensor_parallel_size", "gpu_memory_utilization", "kv_cache_memory_bytes", "max_num_seqs")
     keys += [f"teacher.engine.{name}" for name in engine]  # vLLM's own, free in the config
     assert all(any(fnmatchcase(key, pattern) for key in keys) for pattern in MAY_CHANGE)

@@ -275,9 +275,9 @@ class TestRealCommands:
     def test_rollout(self, place, run):
         """Overrides reach the rule; what the teacher writes greedily is the same in another batch and process."""
         given = ["rollout", "config.yaml", "--num", 5, "rollout.rule.type=teacher", "teacher.temperature=0", "seed=7"]
-        done = self.switchkd(*given, "--out", "one.jsonl", "rollout.batch_size=1", "rollout.block_size=1")
+        done = self.switchkd(*given, "--out", "one.jsonl", "rollout.batch_size=1", "rollout.max_draft_tokens=1")
         assert done.stdout == "one.jsonl\n"
-        assert run(*given, "--out", "many.jsonl", "rollout.batch_size=8", "rollout.block_size=5")[0] == 0
+        assert run(*given, "--out", "many.jsonl", "rollout.batch_size=8", "rollout.max_draft_tokens=5")[0] == 0
         text = Path("one.jsonl").read_text()
         assert text == Path("many.jsonl").read_text()
         rows = [json.loads(line) for line in text.splitlines()]

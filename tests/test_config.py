@@ -8,7 +8,7 @@ import yaml
 
 from switchkd.config.errors import ConfigError
 from switchkd.config.loader import dump_yaml, load, parse, resolved
-from switchkd.config.schema import Stage
+from switchkd.config.schema import StageConfig
 from switchkd.controller.preflight import check
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
@@ -30,7 +30,10 @@ def written(folder: Path, raw: object) -> Path:
     ("raw", "message"),
     [
         (tree(teachr={}), r"teachr: unknown key .* did you mean 'teacher'\?"),
-        (tree(rollout={"block_sise": 4}), r"rollout.block_sise: unknown key \(value 4\); did you mean 'block_size'\?"),
+        (
+            tree(rollout={"block_sise": 4}),
+            r"rollout.block_sise: unknown key \(value 4\); did you mean 'max_draft_tokens'\?",
+        ),
         (tree(rollout={"zzz": 4}), r"rollout.zzz: .* known here: rule, num_workers, "),
         ({"train": {"stages": [{"steps": 1}]}}, r"run: this key is required"),
         ({"run": {"dir": "x"}}, r"train: this key is required"),
@@ -63,7 +66,7 @@ def written(folder: Path, raw: object) -> Path:
         (tree(train={"stages": [{"steps": 1, "mix": {"rollout": 0}}]}), r"at least one of rollout, dataset, teacher"),
         (tree(train={"stages": [{"steps": 1, "name": "a"}] * 2}), r"name 'a' stands twice"),
         (tree(train={"stages": [{"steps": 1}], "select_by": "rouge_l"}), r"need eval.data"),
-        (tree(student={"cut": {}}), r"exactly one of layers and num_layers"),
+        (tree(student={"prune": {}}), r"exactly one of layers and num_layers"),
         (tree(learner={"zero_stage": 0, "dtype": "bfloat16"}), r"take stage 1"),
     ],
 )
@@ -151,7 +154,7 @@ class TestStages:
         "train": {"batch_size": 4, "mix": {"rollout": 1, "dataset": 1}},
     }  # fmt: skip
 
-    def stages(self, *stages: dict, **train) -> tuple[Stage, ...]:
+    def stages(self, *stages: dict, **train) -> tuple[StageConfig, ...]:
         shared = self.SHARED
         wanted = shared["train"] | train | ({"stages": list(stages)} if stages else {})
         return parse(tree(rollout=shared["rollout"], learner=shared["learner"], train=wanted)).train.stages
@@ -210,11 +213,11 @@ SURFACE = """
     student.path=a student.dtype=bfloat16 student.temperature=0 student.top_p=0.9
     teacher.path=b teacher.dtype=bfloat16 teacher.temperature=0.2 teacher.top_p=0.5
     teacher.backend=hf teacher.backend=vllm teacher.engine={tensor_parallel_size:2,gpu_memory_utilization:0.9}
-    teacher.interface=extension teacher.signal=hidden teacher.signal=full
+    teacher.interface=extension teacher.output=hidden_states teacher.output=logits
     rollout.rule.type=switch rollout.rule.tau0=0.5 rollout.rule.decay=0.1 rollout.rule.half_life=8
     rollout.rule.schedule=linear rollout.rule.log_base=2 rollout.rule.window=10 rollout.rule.factor=3
     rollout.rule.divergence=jsd rollout.rule.warm_up=available rollout.rule.top_k=25 rollout.rule.prob=0.5
-    rollout.block_size=4 rollout.batch_size=8 rollout.num_workers=2 rollout.max_new_tokens=32
+    rollout.max_draft_tokens=4 rollout.batch_size=8 rollout.num_workers=2 rollout.max_new_tokens=32
     rollout.samples_per_prompt=2
     replay.max_staleness=1
     learner.num_ranks=2 learner.zero_stage=2 learner.lr=1e-4 learner.scheduler=linear learner.warmup_steps=3

@@ -22,7 +22,7 @@ from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config
 from switchkd.tools.doctor import doctor, machine
 from switchkd.tools.doctor import models as model_checks
-from switchkd.tools.doctor.check import Finding, looked, refused
+from switchkd.tools.doctor.check import CheckResult, from_config_error, run_check
 
 Usage = namedtuple("Usage", "total used free")
 ON_CLUSTER = {"run": {"dir": "run", "mode": "ray"}, "cluster": {"address": "127.0.0.1:1"}}
@@ -56,18 +56,18 @@ def wanted(here: Path, **sections: Any) -> Config:
     return config(here, [WARM_UP, SWITCH], **sections)
 
 
-def quick(here: Path, **sections: Any) -> list[Finding]:
-    return doctor.examine(wanted(here, **sections), quick=True)
+def quick(here: Path, **sections: Any) -> list[CheckResult]:
+    return doctor.run_checks(wanted(here, **sections), quick=True)
 
 
-def one(found: list[Finding], check: str, status: str) -> Finding:
+def one(found: list[CheckResult], check: str, status: str) -> CheckResult:
     """The one finding of that check and status."""
     (finding,) = [each for each in found if (each.check, each.status) == (check, status)]
     return finding
 
 
-def of(act: Callable[..., Any], *args: Any) -> list[Finding]:
-    return looked("x", lambda: act(*args))
+def of(act: Callable[..., Any], *args: Any) -> list[CheckResult]:
+    return run_check("x", lambda: act(*args))
 
 
 class TestWhole:
@@ -110,12 +110,12 @@ class TestWhole:
         """A check that breaks does not hide the others; a ConfigError's second half is the remedy."""
 
         def breaks():
-            yield Finding(check="a", status="ok", text="")
+            yield CheckResult(check="a", status="ok", text="")
             raise RuntimeError("no\nmore")
 
-        first, second = looked("b", breaks)
+        first, second = run_check("b", breaks)
         assert first.check == "a" and (second.status, second.text) == ("fail", "RuntimeError: no") and second.remedy
-        told = refused("c", ConfigError("this is wrong; do that; or that"))
+        told = from_config_error("c", ConfigError("this is wrong; do that; or that"))
         assert (told.text, told.remedy) == ("this is wrong", "do that; or that")
 
 
@@ -318,7 +318,7 @@ class TestModels:
 
     def test_a_cut_is_not_made(self, here):
         """--quick looks at the teacher's tokenizer in place of a student that is still to be cut."""
-        found = quick(here, student={"path": "student", "cut": {"num_layers": 2}})
+        found = quick(here, student={"path": "student", "prune": {"num_layers": 2}})
         assert one(found, "tokenizers", "ok") and not Path(here.parent / "cache").exists()
 
 
@@ -335,15 +335,15 @@ class Unsteady:
         from dataclasses import replace
 
         self.calls += 1
-        signal = self.teacher.score(blocks)
-        noise = np.random.default_rng(self.calls).normal(0, self.by, signal.values.shape)
-        return replace(signal, values=(signal.values + noise).astype(np.float32))
+        output = self.teacher.score(blocks)
+        noise = np.random.default_rng(self.calls).normal(0, self.by, output.values.shape)
+        return replace(output, values=(output.values + noise).astype(np.float32))
 
 
 class TestWithWeights:
     """What is seen with the models in memory."""
 
-    @pytest.mark.parametrize("kind", ["hidden", "full", "topk"])
+    @pytest.mark.parametrize("kind", ["hidden_states", "logits", "top_logprobs"])
     @pytest.mark.parametrize(
         ("by", "status", "said"),
         [(0.0, "ok", "twice differ by 0,"), (1e-6, "warn", "bit for bit"), (1.0, "fail", "teacher.graphs: off"),
@@ -352,14 +352,14 @@ class TestWithWeights:
     def test_determinism(self, here, kind, by, status, said):
         """Rows that repeat, rows that nearly do, rows that do not, rows that are no numbers."""
         from switchkd.engines.build import make_teacher
-        from switchkd.engines.models.lm_head import LinearHead
+        from switchkd.engines.models.lm_head import LMHead
 
-        if kind == "topk" and by:
+        if kind == "top_logprobs" and by:
             pytest.skip("its packed ids cannot be shaken")
-        settings = wanted(here, teacher={"signal": kind, "signal_top_k": 8, "decide": "coarse"})
+        settings = wanted(here, teacher={"output": kind, "num_top_logprobs": 8, "decide": "coarse"})
         teacher = make_teacher(settings)
-        arrays = teacher.head_arrays()
-        head = None if arrays is None else LinearHead.from_arrays(arrays)
+        arrays = teacher.lm_head_state()
+        head = None if arrays is None else LMHead.from_arrays(arrays)
         finding = model_checks.determinism(settings, Unsteady(teacher, by) if by else teacher, head, np.arange(5, 25))
         assert finding.status == status and said in finding.line
         assert teacher.num_sessions == 0
@@ -371,8 +371,8 @@ class TestWithWeights:
         def fail(self: Any, tasks: Any, put: Any) -> None:
             raise RuntimeError("out of everything")
 
-        monkeypatch.setattr(switchkd.rollout.worker.Worker, "generate", fail)
-        found = doctor.examine(wanted(here))
+        monkeypatch.setattr(switchkd.rollout.worker.RolloutWorker, "generate", fail)
+        found = doctor.run_checks(wanted(here))
         assert one(found, "determinism", "ok")
         finding = one(found, "dry pass", "fail")
         assert finding.text == "RuntimeError: out of everything" and "rollout CONFIG" in finding.remedy
@@ -383,14 +383,14 @@ class TestWithWeights:
             "def broken(p_logits, q_logits, labels, mask): return (q_logits.sum(-1) - q_logits.sum(-1)) / 0\n"
         )
         stage = {**SWITCH, "loss": {"type": "my_losses:broken"}}
-        found = doctor.examine(config(here, [stage]))
+        found = doctor.run_checks(config(here, [stage]))
         finding = one(found, "dry pass", "fail")
         assert "loss on it is nan" in finding.text and "rollout CONFIG" in finding.remedy
 
     def test_without_a_teacher(self, here):
         """Fine-tuning: no teacher is looked at."""
         alone = {"name": "alone", "steps": 1, "mix": {"dataset": 1}, "loss": {"type": "cross_entropy"}}
-        found = doctor.examine(config(here, [alone], teacher={"path": "/none"}))
+        found = doctor.run_checks(config(here, [alone], teacher={"path": "/none"}))
         assert all(each.status == "ok" for each in found), [each.line for each in found]
         assert not [each for each in found if each.check == "determinism"]
 

@@ -9,29 +9,29 @@ from test_rollout import MAX_NEW, RULES, SAMPLINGS
 from tiny import EOS, NUM_TOKENS, tiny_model
 
 from switchkd.algo import switching
-from switchkd.algo.sampling import Sampling
+from switchkd.algo.sampling import SamplingParams
 from switchkd.engines.hf.student import HFStudent
 from switchkd.engines.hf.teacher import HFTeacher
-from switchkd.engines.models.lm_head import LinearHead
-from switchkd.rollout.generator import Job, RolloutWorker
-from switchkd.rollout.state import Mode
-from switchkd.types import Origin, Prompt, Rollout, Task
+from switchkd.engines.models.lm_head import LMHead
+from switchkd.rollout.generator import GenerationRequest, SwitchingGenerator
+from switchkd.rollout.state import RolloutParams
+from switchkd.types import CompletionSource, Prompt, Rollout, RolloutTask
 
 NEAR = 1e-4
 """Stated tolerance: where a rollout met two scores or a statistic and its threshold closer than this, it may differ."""
 
 
-def tasks(num: int = 5) -> list[Task]:
+def tasks(num: int = 5) -> list[RolloutTask]:
     """Prompts of 1 to 60 tokens in one batch."""
     rng = np.random.default_rng(0)
     lengths = [1, 60, 7, 23, 2][:num]
     prompts = [rng.integers(5, NUM_TOKENS, size).astype(np.int32) for size in lengths]
     return [
-        Task(
+        RolloutTask(
             rollout_id=i,
             batch=0,
             stage=0,
-            origin=Origin.ROLLOUT,
+            completion_source=CompletionSource.ROLLOUT,
             prompt=Prompt(prompt_id=str(i), text="", token_ids=ids),
         )
         for i, ids in enumerate(prompts)
@@ -51,24 +51,31 @@ def pair(family: str, teacher_vocab: int = 136, **config):  # type: ignore[no-un
 
 
 def write(  # type: ignore[no-untyped-def]
-    models, mode: Mode, *, block_size: int, slots: int, lead: str = "student", signal: str = "hidden", served=None,
+    models,
+    params: RolloutParams,
+    *,
+    max_draft_tokens: int,
+    slots: int,
+    drafter: str = "student",
+    output: str = "hidden_states",
+    served=None,
     **more,
-):  # fmt: skip
+):
     teacher, student = models
     if served is None:
-        served = HFTeacher(teacher, vocab_size=NUM_TOKENS, max_sessions=8, max_len=100, signal=signal)  # type: ignore[arg-type]
-    head = served.head_arrays()
-    worker = RolloutWorker(
+        served = HFTeacher(teacher, vocab_size=NUM_TOKENS, max_sessions=8, max_len=100, output=output)  # type: ignore[arg-type]
+    head = served.lm_head_state()
+    worker = SwitchingGenerator(
         student=HFStudent(student, num_slots=slots, max_len=100, vocab_size=NUM_TOKENS),
         teacher=served,
-        head=None if head is None else LinearHead.from_arrays(head, device="cpu"),
+        head=None if head is None else LMHead.from_arrays(head, device="cpu"),
         stop_ids=frozenset({EOS}),
-        block_size=block_size,
-        lead=lead,
+        max_draft_tokens=max_draft_tokens,
+        drafter=drafter,
         **more,
     )
     found: list[Rollout] = []
-    worker.run([Job(task=task, mode=mode) for task in tasks()], found.extend)
+    worker.run([GenerationRequest(task=task, params=params) for task in tasks()], found.extend)
     assert served.num_sessions == 0, "every session is closed"
     return {rollout.rollout_id: rollout for rollout in found}
 
@@ -96,57 +103,65 @@ def assert_same(wanted: dict[int, Rollout], found: dict[int, Rollout]) -> int:
 def test_same_for_every_block_and_batch(models, name: str, sampling: str) -> None:  # type: ignore[no-untyped-def]
     """fp32 rollouts are equal for block sizes 1, 2, 5, 8, batch sizes 1, 2, 5, whoever leads, and token by token."""
     student, teacher = SAMPLINGS[sampling]
-    mode = Mode(rule=RULES[name], student=student, teacher=teacher, max_new_tokens=MAX_NEW, seed=11)
-    wanted = write(models["llama"], mode, block_size=1, slots=1, lead="lockstep")
+    params = RolloutParams(rule=RULES[name], student=student, teacher=teacher, max_new_tokens=MAX_NEW, seed=11)
+    wanted = write(models["llama"], params, max_draft_tokens=1, slots=1, drafter="none")
     excused = 0
     ways = [(1, 2, "student"), (2, 1, "student"), (5, 2, "student"), (8, 5, "student"), (5, 2, "teacher"),
             (8, 5, "teacher"), (8, 3, "auto")]  # fmt: skip
-    for block_size, slots, lead in ways:
-        excused += assert_same(wanted, write(models["llama"], mode, block_size=block_size, slots=slots, lead=lead))
+    for max_draft_tokens, slots, drafter in ways:
+        excused += assert_same(
+            wanted, write(models["llama"], params, max_draft_tokens=max_draft_tokens, slots=slots, drafter=drafter)
+        )
     assert excused <= 1, "near ties are rare: more than one in 35 rollouts hides an error"
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "mistral"])
 def test_same_for_other_families(models, family: str) -> None:  # type: ignore[no-untyped-def]
     """The same for tied and untied heads, learned positions and sliding windows, with unequal output widths."""
-    alone = Mode(
-        rule=switching.jsd_threshold(schedule="constant", tau_0=1.0), student=Sampling(), teacher=Sampling(),
-        max_new_tokens=MAX_NEW, seed=5,
-    )  # fmt: skip
-    seen = np.concatenate([r.statistic for r in write(models[family], alone, block_size=4, slots=5).values()])
+    alone = RolloutParams(
+        rule=switching.jsd_threshold(schedule="constant", tau_0=1.0),
+        student=SamplingParams(),
+        teacher=SamplingParams(),
+        max_new_tokens=MAX_NEW,
+        seed=5,
+    )
+    seen = np.concatenate([r.statistic for r in write(models[family], alone, max_draft_tokens=4, slots=5).values()])
     rule = switching.jsd_threshold(schedule="constant", tau_0=float(np.median(seen)))
-    mode = Mode(rule=rule, student=Sampling(), teacher=Sampling(), max_new_tokens=MAX_NEW, seed=5)
-    wanted = write(models[family], mode, block_size=1, slots=1, lead="lockstep")
+    params = RolloutParams(
+        rule=rule, student=SamplingParams(), teacher=SamplingParams(), max_new_tokens=MAX_NEW, seed=5
+    )
+    wanted = write(models[family], params, max_draft_tokens=1, slots=1, drafter="none")
     assert {int(s) for r in wanted.values() for s in r.sources} == {0, 1}, "both models should write"
-    for lead in ("student", "teacher"):
-        assert assert_same(wanted, write(models[family], mode, block_size=5, slots=3, lead=lead)) == 0
+    for drafter in ("student", "teacher"):
+        assert assert_same(wanted, write(models[family], params, max_draft_tokens=5, slots=3, drafter=drafter)) == 0
 
 
 def test_whole_rows_and_hidden_states_agree(models) -> None:  # type: ignore[no-untyped-def]
-    """`signal: hidden` rebuilds the rows that `signal: full` sends: same tokens, same distributions."""
-    mode = Mode(
+    """`teacher.output: hidden_states` rebuilds the rows that `teacher.output: logits` sends: same tokens, same
+    distributions."""
+    params = RolloutParams(
         rule=RULES["switch-constant"], student=SAMPLINGS["sampled"][0], teacher=SAMPLINGS["sampled"][1],
         max_new_tokens=MAX_NEW, seed=5,
     )  # fmt: skip
-    hidden = write(models["llama"], mode, block_size=4, slots=4)
-    full = write(models["llama"], mode, block_size=4, slots=4, signal="full")
+    hidden = write(models["llama"], params, max_draft_tokens=4, slots=4)
+    full = write(models["llama"], params, max_draft_tokens=4, slots=4, output="logits")
     assert assert_same(hidden, full) == 0
     head = HFTeacher(models["llama"][0], vocab_size=NUM_TOKENS, max_sessions=1, max_len=10).head()
     for i, rollout in hidden.items():
-        assert rollout.signal is not None and full[i].signal is not None
-        rows = head.logits(torch.from_numpy(rollout.signal.values))
-        assert torch.allclose(rows, torch.from_numpy(full[i].signal.values), atol=1e-4)
+        assert rollout.teacher_output is not None and full[i].teacher_output is not None
+        rows = head.logits(torch.from_numpy(rollout.teacher_output.values))
+        assert torch.allclose(rows, torch.from_numpy(full[i].teacher_output.values), atol=1e-4)
 
 
 def test_rows_equal_one_clean_forward(models) -> None:  # type: ignore[no-untyped-def]
     """The signal of a finished rollout equals one full forward of the teacher over prompt and completion."""
-    mode = Mode(
+    params = RolloutParams(
         rule=RULES["adaswitch"], student=SAMPLINGS["sampled"][0], teacher=SAMPLINGS["sampled"][1],
         max_new_tokens=MAX_NEW, seed=2,
     )  # fmt: skip
     teacher = models["mistral"][0]
-    for rollout in write(models["mistral"], mode, block_size=5, slots=3, signal="full").values():
+    for rollout in write(models["mistral"], params, max_draft_tokens=5, slots=3, output="logits").values():
         whole = torch.tensor([[*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]])
         clean = teacher(whole).logits[0, len(rollout.prompt_ids) - 1 : -1, :NUM_TOKENS]
-        assert rollout.signal is not None
-        assert torch.allclose(torch.from_numpy(rollout.signal.values), clean, atol=1e-4)
+        assert rollout.teacher_output is not None
+        assert torch.allclose(torch.from_numpy(rollout.teacher_output.values), clean, atol=1e-4)

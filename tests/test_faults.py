@@ -178,7 +178,7 @@ def test_prompts_that_break_and_kill(cluster, place, monkeypatch, notes):
     """A prompt that ends its worker's process, one its rule and one its teacher raise at are set aside with
     their reasons; the others are written and trained on as in a run without Ray where those could not be written."""
     stage = {**SWITCH, "steps": 4, "mix": {"rollout": 1}}
-    broken = {"path": "./data.jsonl", "max_prompt_tokens": 64, "max_reference_tokens": 32, "max_broken_frac": 0.2}
+    broken = {"path": "./data.jsonl", "max_prompt_tokens": 64, "max_reference_tokens": 32, "max_quarantined_frac": 0.2}
     with monkeypatch.context() as patch:
         break_rollouts(patch, {6, 9, 13})
         train(config(place, [stage], run={"dir": "sound"}, data=broken))
@@ -186,7 +186,7 @@ def test_prompts_that_break_and_kill(cluster, place, monkeypatch, notes):
     monkeypatch.setattr(sys, "path", sys.path[:])
     summary = train(config(place, [{**stage, "rule": {"type": "deadly:rule"}}], run=ON_RAY, data=broken))
     assert summary.finished
-    told = {row["rollout_id"]: row["reason"] for row in lines(place / "run" / "set_aside.jsonl")}
+    told = {row["rollout_id"]: row["reason"] for row in lines(place / "run" / "quarantined.jsonl")}
     assert told[6] == "WorkerLost: its worker died 3 times while it was written alone"
     assert told[9] == "ValueError: no rule for this prompt"
     assert "ValueError: session 13 has 0 tokens" in told[13] and len(told) == 3

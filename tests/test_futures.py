@@ -41,21 +41,21 @@ def test_nobody_asks_a_ray_that_goes_down(ray):
     Ray that is started again can be asked again."""
     from ray.exceptions import RaySystemError
 
-    from switchkd.actors.ray_futures import patient, shut_down
+    from switchkd.actors.ray_futures import retry_until_alive, shut_down
 
     late: list[Future[Any]] = []
-    ray.meanwhile = lambda: late.append(patient(lambda: question(ray)))
-    assert patient(lambda: question(ray)).result(1) == 7
+    ray.meanwhile = lambda: late.append(retry_until_alive(lambda: question(ray)))
+    assert retry_until_alive(lambda: question(ray)).result(1) == 7
     shut_down()
-    late.append(patient(lambda: question(ray)))
+    late.append(retry_until_alive(lambda: question(ray)))
     assert [type(one.exception(1)) for one in late] == [RaySystemError] * 2
     ray.up = True
-    assert patient(lambda: question(ray)).result(1) == 7
+    assert retry_until_alive(lambda: question(ray)).result(1) == 7
 
 
 def test_a_question_that_is_being_asked_is_waited_for(ray):
     """Ray goes down only when the question that a thread is just asking is out."""
-    from switchkd.actors.ray_futures import patient, shut_down
+    from switchkd.actors.ray_futures import retry_until_alive, shut_down
 
     asking, order = Event(), []
 
@@ -66,7 +66,7 @@ def test_a_question_that_is_being_asked_is_waited_for(ray):
         return question(ray)
 
     ray.meanwhile = lambda: order.append("down")
-    thread = Thread(target=lambda: order.append(patient(slowly).result(1)))
+    thread = Thread(target=lambda: order.append(retry_until_alive(slowly).result(1)))
     thread.start()
     assert asking.wait(5)
     shut_down()
@@ -80,7 +80,7 @@ def test_a_question_that_hangs_keeps_nobody(ray, monkeypatch):
 
     monkeypatch.setattr(ray_futures, "ASKING_S", 0.1)
     asking, end = Event(), Event()
-    thread = Thread(target=lambda: ray_futures.patient(lambda: (asking.set(), end.wait(30))), daemon=True)
+    thread = Thread(target=lambda: ray_futures.retry_until_alive(lambda: (asking.set(), end.wait(30))), daemon=True)
     thread.start()
     assert asking.wait(5)
     ray_futures.shut_down()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import teacher_contract as contract
 import torch
-from learning import FORWARD_KL, NaiveLearner, distance, make_rollouts, settings_of, student_folder, teacher_heads
+from learning import FORWARD_KL, NaiveLearner, distance, make_rollouts, settings_of, student_folder, teacher_lm_heads
 from scipy import stats
 from teacher_contract import Bench, ask, sessions
 from test_exact import assert_same, pair, tasks
@@ -21,19 +21,19 @@ from test_rollout import MAX_NEW, RULES, SAMPLINGS
 from test_slot_cache import clean, extend, live_through
 from tiny import EOS, NUM_TOKENS, tiny_model
 
-from switchkd.algo.sampling import Purpose, Sampling, draw
+from switchkd.algo.sampling import Purpose, SamplingParams, draw
 from switchkd.algo.transfer import to_host
 from switchkd.engines.hf import cuda_graphs, model_runner
 from switchkd.engines.hf.cuda_graphs import CudaCapture, StepGraphs, capture_for
-from switchkd.engines.hf.model_runner import SlotModel
+from switchkd.engines.hf.model_runner import ModelRunner
 from switchkd.engines.hf.student import HFStudent
 from switchkd.engines.hf.teacher import HFTeacher
-from switchkd.engines.models.lm_head import LinearHead, final_hidden, head_of
+from switchkd.engines.models.lm_head import LMHead, final_hidden, lm_head_of
 from switchkd.engines.weights import pack, unpack
-from switchkd.engines.wire import hidden_from_signal, signal_from_hidden
-from switchkd.learner.batching import plan_batch
-from switchkd.rollout.generator import Job, RolloutWorker
-from switchkd.rollout.state import Mode
+from switchkd.engines.wire import from_numpy, to_numpy
+from switchkd.learner.batching import assign_batch
+from switchkd.rollout.generator import GenerationRequest, SwitchingGenerator
+from switchkd.rollout.state import RolloutParams
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,7 +64,7 @@ def on_gpu(family: str, **settings):
 def bench(family: str, with_graphs: bool) -> Bench:
     """A float32 teacher on the GPU, held against the model on the CPU."""
     plain = tiny_model(family)
-    head = head_of(plain, NUM_TOKENS)
+    head = lm_head_of(plain, NUM_TOKENS)
 
     def make(max_sessions: int, max_len: int) -> HFTeacher:
         return HFTeacher(
@@ -74,7 +74,7 @@ def bench(family: str, with_graphs: bool) -> Bench:
 
     return Bench(
         make=make, model=plain, vocab_size=NUM_TOKENS, atol=ATOL,
-        logits=lambda signal: head.logits(hidden_from_signal(signal.values, signal.dtype)),
+        logits=lambda output: head.logits(from_numpy(output.values, output.dtype)),
     )  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def test_rows_of_other_families(family, with_graphs):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_student_histories(family, with_graphs):
     """Random extends and cuts of a student's slots equal clean forward passes, and shapes do repeat."""
-    engine = SlotModel(on_gpu(family), num_slots=6, max_len=96, capture=capture(with_graphs))
+    engine = ModelRunner(on_gpu(family), num_slots=6, max_len=96, capture=capture(with_graphs))
     live_through(engine, tiny_model(family), turns=60, atol=ATOL)
     assert engine._graphs is None or engine._graphs.num_graphs > 5, "steps were recorded"
 
@@ -114,7 +114,7 @@ def test_bfloat16_rows(family, with_graphs):
     text = np.random.default_rng(0).integers(5, NUM_TOKENS, 40)
     read = Bench(
         make=lambda *_: teacher, model=plain, vocab_size=NUM_TOKENS,
-        logits=lambda signal: hidden_from_signal(signal.values, signal.dtype).float(),
+        logits=lambda output: from_numpy(output.values, output.dtype).float(),
     )  # fmt: skip
     teacher.open(sessions({0: text[:10]}))
     got = [ask(read, teacher, (0, end, end - 1, text[end : end + 1]))[0][1:] for end in range(10, 40)]
@@ -128,7 +128,7 @@ def test_graphs_give_what_the_model_gives():
     found = []
     for with_graphs in (False, True):
         model = on_gpu("llama", dtype=torch.bfloat16)
-        engine = SlotModel(model, num_slots=4, max_len=64, capture=capture(with_graphs))
+        engine = ModelRunner(model, num_slots=4, max_len=64, capture=capture(with_graphs))
         found.append(torch.cat([extend(engine, [2], [i], [ids[i : i + 1]])[0] for i in range(60)]).float())
     assert float((found[0] - found[1]).norm() / found[0].norm()) < 0.03
 
@@ -155,7 +155,7 @@ def test_a_step_that_cannot_be_recorded(caplog):
     model = on_gpu("llama")
     model.model.norm.register_forward_hook(lambda _, __, out: out * float(out.abs().max() > 0))
     with caplog.at_level(logging.WARNING, logger=cuda_graphs.__name__):
-        engine = SlotModel(model, num_slots=2, max_len=64, capture=capture(True))
+        engine = ModelRunner(model, num_slots=2, max_len=64, capture=capture(True))
         ids = np.random.default_rng(0).integers(0, 128, 40)
         got = torch.cat([extend(engine, [0], [i], [ids[i : i + 1]])[0] for i in range(40)])
     torch.testing.assert_close(got.cpu(), clean(tiny_model("llama"), ids), atol=ATOL, rtol=0)
@@ -179,8 +179,8 @@ def test_copies(dtype):
     product = start
     for _ in range(20):
         product = (start @ product).tanh()
-    values, name = signal_from_hidden(product)
-    torch.testing.assert_close(hidden_from_signal(values, name), product.cpu(), atol=0, rtol=0)
+    values, name = to_numpy(product)
+    torch.testing.assert_close(from_numpy(values, name), product.cpu(), atol=0, rtol=0)
     assert to_host(product).is_pinned()
 
 
@@ -197,23 +197,23 @@ def test_draws_equal_those_of_a_cpu(sampling):
         np.testing.assert_allclose(leads[finite], margins[finite], atol=1e-6)
 
 
-def write(models, mode: Mode, *, device: str, with_graphs: bool, block_size: int, lead: str):
+def write(models, params: RolloutParams, *, device: str, with_graphs: bool, max_draft_tokens: int, drafter: str):
     teacher, student = (copy.deepcopy(model).to(device) for model in models)
     served = HFTeacher(
         teacher, vocab_size=NUM_TOKENS, max_sessions=8, max_len=100, capture=capture(with_graphs)
     )  # fmt: skip
-    worker = RolloutWorker(
+    worker = SwitchingGenerator(
         student=HFStudent(
             student, num_slots=3, max_len=100, vocab_size=NUM_TOKENS, capture=capture(with_graphs)
         ),
         teacher=served,
-        head=LinearHead.from_arrays(served.head().to_arrays(), device=device),
+        head=LMHead.from_arrays(served.head().to_arrays(), device=device),
         stop_ids=frozenset({EOS}),
-        block_size=block_size,
-        lead=lead,
+        max_draft_tokens=max_draft_tokens,
+        drafter=drafter,
     )  # fmt: skip
     found: list = []
-    worker.run([Job(task=task, mode=mode) for task in tasks()], found.extend)
+    worker.run([GenerationRequest(task=task, params=params) for task in tasks()], found.extend)
     return {rollout.rollout_id: rollout for rollout in found}
 
 
@@ -222,22 +222,31 @@ def write(models, mode: Mode, *, device: str, with_graphs: bool, block_size: int
 def test_rollouts(name, sampling):
     """fp32 rollouts are equal across block sizes, with and without graphs, and equal to the CPU's, save near ties."""
     student, teacher = SAMPLINGS[sampling]
-    mode = Mode(
+    params = RolloutParams(
         rule=RULES[name], student=student, teacher=teacher, max_new_tokens=MAX_NEW, seed=11, wants_uncertainty=True
     )
     models = pair("llama")
-    wanted = write(models, mode, device=DEVICE, with_graphs=False, block_size=1, lead="lockstep")
+    wanted = write(models, params, device=DEVICE, with_graphs=False, max_draft_tokens=1, drafter="none")
     excused = 0
-    for block_size, lead in ((1, "student"), (4, "student"), (8, "teacher"), (8, "auto")):
+    for max_draft_tokens, drafter in ((1, "student"), (4, "student"), (8, "teacher"), (8, "auto")):
         for with_graphs in (False, True):
-            ours = write(models, mode, device=DEVICE, with_graphs=with_graphs, block_size=block_size, lead=lead)
+            ours = write(
+                models,
+                params,
+                device=DEVICE,
+                with_graphs=with_graphs,
+                max_draft_tokens=max_draft_tokens,
+                drafter=drafter,
+            )
             excused += assert_same(wanted, ours)
-    excused += assert_same(wanted, write(models, mode, device="cpu", with_graphs=False, block_size=4, lead="student"))
+    excused += assert_same(
+        wanted, write(models, params, device="cpu", with_graphs=False, max_draft_tokens=4, drafter="student")
+    )
     assert excused <= 2, "near ties are rare: more than two in 45 rollouts hide an error"
 
 
 @GRAPHS
-@pytest.mark.parametrize("setting", [Sampling(), Sampling(temperature=0.7, top_p=0.8)], ids=str)
+@pytest.mark.parametrize("setting", [SamplingParams(), SamplingParams(temperature=0.7, top_p=0.8)], ids=str)
 def test_bfloat16_draws_follow_the_law(setting, with_graphs):
     """Over rollouts, what a bfloat16 student draws after one prompt follows its own distribution (chi-square)."""
     num = 8000
@@ -275,14 +284,14 @@ def test_learner_steps(dtype, tmp_path):
     settings = replace(settings_of(folder, dtype=dtype, zero_stage=1), device=DEVICE)
     learner = DeepSpeedLearner(
         settings, rank=0, local_rank=0, world_size=1, master_addr="127.0.0.1", master_port=0,
-        teacher_heads=teacher_heads(),
+        teacher_lm_heads=teacher_lm_heads(),
     )  # fmt: skip
     naive = NaiveLearner(tiny_model("llama", seed=1))
     close, close_norm, near = (1e-3, 1e-3, 1e-2) if dtype == "float32" else (0.1, 0.3, 0.2)
     try:
         for step in range(3):
             rollouts = make_rollouts(5, seed=step)
-            plan = plan_batch(step, 0, rollouts, 1, FORWARD_KL.hard_frac)
+            plan = assign_batch(step, 0, rollouts, 1, FORWARD_KL.hard_frac)
             result = learner.step(plan, rollouts, loss=FORWARD_KL, lr=1e-2, version_after=step + 1)
             loss, norm = naive.step(rollouts, FORWARD_KL)
             assert result.loss == pytest.approx(loss, rel=close)

@@ -24,13 +24,13 @@ from switchkd.algo.sampling import draw_on_device
 from switchkd.config.errors import ConfigError
 from switchkd.engines.hf import cuda_graphs, model_runner
 from switchkd.engines.hf.cuda_graphs import StepGraphs, capture_for, few_lengths, few_rows, few_widths
-from switchkd.engines.hf.model_runner import SlotModel
+from switchkd.engines.hf.model_runner import ModelRunner
 from switchkd.engines.hf.student import HFStudent
 from switchkd.engines.hf.teacher import HFTeacher
-from switchkd.engines.models.lm_head import LinearHead, final_hidden
+from switchkd.engines.models.lm_head import LMHead, final_hidden
 from switchkd.engines.weights import pack
-from switchkd.rollout.generator import Job, RolloutWorker
-from switchkd.rollout.state import Mode
+from switchkd.rollout.generator import GenerationRequest, SwitchingGenerator
+from switchkd.rollout.state import RolloutParams
 
 torch.set_num_threads(1)
 
@@ -51,7 +51,7 @@ def test_random_histories(family, attn, at_once):
     """Random extends and cuts over random slots equal clean forward passes: lengths, slots and cuts change between the
     replays of one shape, and rows that are padding do no harm to the slots they stand on."""
     tape = Tape()
-    engine = SlotModel(tiny_model(family, attn=attn), num_slots=6, max_len=96, capture=tape)
+    engine = ModelRunner(tiny_model(family, attn=attn), num_slots=6, max_len=96, capture=tape)
     live_through(engine, tiny_model(family, attn=attn), turns=50, atol=2e-5)
     assert tape.num_replays > tape.num_records > 10, "shapes repeat"
 
@@ -60,8 +60,8 @@ def test_random_histories(family, attn, at_once):
 def test_fixed_shapes_alone(family):
     """Padded to fixed shapes but not recorded, the hidden states are those of the ragged path."""
     rng = np.random.default_rng(1)
-    ragged = SlotModel(tiny_model(family), num_slots=5, max_len=120)
-    padded = SlotModel(tiny_model(family), num_slots=5, max_len=120, capture=refusing)
+    ragged = ModelRunner(tiny_model(family), num_slots=5, max_len=120)
+    padded = ModelRunner(tiny_model(family), num_slots=5, max_len=120, capture=refusing)
     ends = np.zeros(5, np.int64)
     for _ in range(12):
         slots = rng.permutation(5)[: rng.integers(1, 6)]
@@ -115,27 +115,27 @@ def test_new_weights_between_replays(at_once):
 def test_rollouts_are_the_same(name, at_once):
     """Rollouts with recorded steps on both sides equal those without, save near ties."""
     student, teacher = SAMPLINGS["sampled"]
-    mode = Mode(rule=RULES[name], student=student, teacher=teacher, max_new_tokens=MAX_NEW, seed=11)
+    params = RolloutParams(rule=RULES[name], student=student, teacher=teacher, max_new_tokens=MAX_NEW, seed=11)
     models = pair("llama")
 
-    def write(capture, block_size, lead):
+    def write(capture, max_draft_tokens, drafter):
         served = HFTeacher(models[0], vocab_size=NUM_TOKENS, max_sessions=8, max_len=100, capture=capture)
-        worker = RolloutWorker(
+        worker = SwitchingGenerator(
             student=HFStudent(models[1], num_slots=3, max_len=100, vocab_size=NUM_TOKENS, capture=capture),
             teacher=served,
-            head=LinearHead.from_arrays(served.head().to_arrays(), device="cpu"),
+            head=LMHead.from_arrays(served.head().to_arrays(), device="cpu"),
             stop_ids=frozenset({EOS}),
-            block_size=block_size,
-            lead=lead,
+            max_draft_tokens=max_draft_tokens,
+            drafter=drafter,
         )
         found = []
-        worker.run([Job(task=task, mode=mode) for task in tasks()], found.extend)
+        worker.run([GenerationRequest(task=task, params=params) for task in tasks()], found.extend)
         return {rollout.rollout_id: rollout for rollout in found}
 
-    wanted = write(None, 1, "lockstep")
-    for block_size, lead in ((4, "student"), (8, "teacher")):
+    wanted = write(None, 1, "none")
+    for max_draft_tokens, drafter in ((4, "student"), (8, "teacher")):
         tape = Tape()
-        assert assert_same(wanted, write(tape, block_size, lead)) == 0
+        assert assert_same(wanted, write(tape, max_draft_tokens, drafter)) == 0
         assert tape.num_replays > tape.num_records
 
 
@@ -143,7 +143,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(caplog):
     """A recording that fails says so once, in one line, and the hidden states are right all the same."""
     plain = tiny_model("llama")
     with caplog.at_level(logging.WARNING, logger=cuda_graphs.__name__):
-        engine = SlotModel(tiny_model("llama"), num_slots=2, max_len=128, capture=Tape(refuse="embedding"))
+        engine = ModelRunner(tiny_model("llama"), num_slots=2, max_len=128, capture=Tape(refuse="embedding"))
         ids = np.random.default_rng(0).integers(0, 128, 100)
         got = torch.cat([extend(engine, [0], [i], [ids[i : i + 1]])[0] for i in range(100)])
     torch.testing.assert_close(got, clean(plain, ids), atol=2e-5, rtol=0)
@@ -197,8 +197,8 @@ class _NothingOfTheHosts(TorchDispatchMode):
 @pytest.mark.parametrize("family", [*FAMILIES, "qwen3", "gpt_neox", "cohere", "granite"])
 def test_a_step_stays_on_its_device(family, attn, monkeypatch):
     """On a device without numbers (`meta`) a step runs, so it asks for none, and no tensor of the host takes part."""
-    monkeypatch.setattr(SlotModel, "_check_model", lambda self: None)
-    engine = SlotModel(tiny_model(family, attn=attn, dtype=torch.bfloat16).to("meta"), num_slots=4, max_len=90)
+    monkeypatch.setattr(ModelRunner, "_check_model", lambda self: None)
+    engine = ModelRunner(tiny_model(family, attn=attn, dtype=torch.bfloat16).to("meta"), num_slots=4, max_len=90)
     inputs = torch.zeros(200, dtype=torch.int64, device="meta")
     for first in (0, -1):
         shape = model_runner._Shape(rows=4, width=5, length=64, first=first)
@@ -213,5 +213,5 @@ def test_a_draw_stays_on_its_device(sampling):
     keys = torch.zeros(2, 3, dtype=torch.int64, device="meta")
     with _NothingOfTheHosts():
         logits = torch.zeros(3, 50, device="meta")
-        tokens, lead = draw_on_device(logits, 1, keys[0], keys[1], purpose=0, sampling=SAMPLINGS[sampling][0])
-    assert tokens.shape == lead.shape == (3,)
+        tokens, drafter = draw_on_device(logits, 1, keys[0], keys[1], purpose=0, sampling=SAMPLINGS[sampling][0])
+    assert tokens.shape == drafter.shape == (3,)

@@ -8,8 +8,8 @@ import torch
 from tiny import NUM_TOKENS, tiny_model
 
 from switchkd.config.errors import ConfigError
-from switchkd.engines.models.lm_head import LinearHead, final_hidden, head_of, own_logits
-from switchkd.engines.wire import hidden_from_signal, signal_from_hidden
+from switchkd.engines.models.lm_head import LMHead, final_hidden, lm_head_of, own_logits
+from switchkd.engines.wire import from_numpy, to_numpy
 
 torch.set_num_threads(1)
 
@@ -25,7 +25,7 @@ def own(model):
 def test_the_models_own_logits(family):
     """Head times final hidden states equals the model's logits, cut to the shared vocabulary, tied or not."""
     model = tiny_model(family)
-    head = head_of(model, NUM_TOKENS)
+    head = lm_head_of(model, NUM_TOKENS)
     logits = head.logits(final_hidden(model, input_ids=IDS, use_cache=False))
     assert logits.dtype == torch.float32 and logits.shape == (2, 9, NUM_TOKENS) and head.vocab_size == NUM_TOKENS
     torch.testing.assert_close(logits, own(model)[..., :NUM_TOKENS], atol=2e-5, rtol=0)
@@ -33,11 +33,11 @@ def test_the_models_own_logits(family):
 
 def test_scale_and_softcap_are_found():
     """Granite divides, Cohere multiplies, Gemma-2 soft-caps; the others do nothing."""
-    assert head_of(tiny_model("granite", logits_scaling=8.0), 120).scale == 1 / 8
-    assert head_of(tiny_model("cohere", logit_scale=0.5), 120).scale == 0.5
-    capped = head_of(tiny_model("gemma2"), 120)
+    assert lm_head_of(tiny_model("granite", logits_scaling=8.0), 120).scale == 1 / 8
+    assert lm_head_of(tiny_model("cohere", logit_scale=0.5), 120).scale == 0.5
+    capped = lm_head_of(tiny_model("gemma2"), 120)
     assert (capped.scale, capped.softcap) == (1.0, 5.0)
-    plain = head_of(tiny_model("llama"), 120)
+    plain = lm_head_of(tiny_model("llama"), 120)
     assert (plain.scale, plain.softcap) == (1.0, 0.0)
 
 
@@ -46,10 +46,10 @@ def test_bias():
     model = tiny_model("llama")
     torch.manual_seed(0)
     model.lm_head.bias = torch.nn.Parameter(torch.randn(128), requires_grad=False)
-    head = head_of(model, NUM_TOKENS)
+    head = lm_head_of(model, NUM_TOKENS)
     got = head.logits(final_hidden(model, input_ids=IDS))
     torch.testing.assert_close(got, own(model)[..., :NUM_TOKENS], atol=2e-5, rtol=0)
-    there = LinearHead.from_arrays(head.to_arrays())
+    there = LMHead.from_arrays(head.to_arrays())
     assert there.bias is not None and torch.equal(there.bias, head.bias)
 
 
@@ -57,7 +57,7 @@ def test_bias():
 def test_half_precision_passes_the_check(dtype):
     """Rounding of the model's own logits is not taken for another formula."""
     for family in ("llama", "gemma2", "granite", "cohere"):
-        head = head_of(tiny_model(family, dtype=dtype), NUM_TOKENS)
+        head = lm_head_of(tiny_model(family, dtype=dtype), NUM_TOKENS)
         assert head.weight.dtype == torch.float32
 
 
@@ -65,10 +65,10 @@ def test_another_formula_is_refused():
     """Logits that are not of the head's form are found out at the start, and the message names the way out."""
     model = tiny_model("llama")
     model.lm_head.register_forward_hook(lambda _, __, out: out + out.square() * 0.1)
-    with pytest.raises(ConfigError, match="signal: full"):
-        head_of(model, NUM_TOKENS)
-    with pytest.raises(ConfigError, match="signal: full"):
-        head_of(tiny_model("llama"), 129)  # the tokenizer knows more than the model
+    with pytest.raises(ConfigError, match="signal: logits"):
+        lm_head_of(model, NUM_TOKENS)
+    with pytest.raises(ConfigError, match="signal: logits"):
+        lm_head_of(tiny_model("llama"), 129)  # the tokenizer knows more than the model
 
 
 def test_final_hidden_computes_no_logits():
@@ -83,7 +83,7 @@ def test_final_hidden_computes_no_logits():
 def test_final_hidden_carries_gradients():
     """The learner's student goes through it: gradients reach the first layer."""
     model = tiny_model("llama").requires_grad_(True)
-    head = head_of(model, NUM_TOKENS)
+    head = lm_head_of(model, NUM_TOKENS)
     head.logits(final_hidden(model, input_ids=IDS)).sum().backward()
     assert model.model.embed_tokens.weight.grad.abs().max() > 0
 
@@ -101,10 +101,10 @@ def test_own_logits(family):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_head_travels(family, dtype):
     """To arrays and back nothing is lost; bfloat16 weights travel in two bytes, float32 ones in four."""
-    head = head_of(tiny_model(family, dtype=dtype), NUM_TOKENS)
+    head = lm_head_of(tiny_model(family, dtype=dtype), NUM_TOKENS)
     arrays = head.to_arrays()
     assert arrays.weight.itemsize == (2 if dtype == torch.bfloat16 else 4)
-    there = LinearHead.from_arrays(arrays)
+    there = LMHead.from_arrays(arrays)
     assert torch.equal(there.weight, head.weight) and there.weight.dtype == torch.float32
     hidden = torch.randn(5, head.weight.shape[1])
     assert torch.equal(there.logits(hidden), head.logits(hidden))
@@ -114,18 +114,18 @@ def test_a_head_travels(family, dtype):
 def test_signals_travel(dtype):
     """Hidden states survive the journey bit by bit, bfloat16 as uint16, without a copy on a CPU."""
     hidden = torch.randn(7, 5).to(dtype)
-    values, name = signal_from_hidden(hidden)
+    values, name = to_numpy(hidden)
     assert values.dtype == (np.uint16 if dtype == torch.bfloat16 else np.dtype(name))
-    back = hidden_from_signal(values, name)
+    back = from_numpy(values, name)
     assert back.dtype == dtype and torch.equal(back, hidden) and back.data_ptr() == hidden.data_ptr()
 
 
 def test_read_only_arrays_are_copied():
     """What comes out of an object store must not be written through."""
-    values, name = signal_from_hidden(torch.randn(3, 4).bfloat16())
+    values, name = to_numpy(torch.randn(3, 4).bfloat16())
     values = values.copy()
     values.flags.writeable = False
-    back = hidden_from_signal(values, name)
+    back = from_numpy(values, name)
     back.zero_()
     assert values.any()
 
@@ -134,6 +134,6 @@ def test_new_weights_reach_a_held_head():
     """copy_from changes the same object, tied and untied, in the model's dtype or another."""
     for family, dtype in (("llama", torch.float32), ("llama_tied", torch.bfloat16)):
         old, new = tiny_model(family, dtype=dtype), tiny_model(family, dtype=dtype, seed=1)
-        head, want = head_of(old, NUM_TOKENS), head_of(new, NUM_TOKENS)
+        head, want = lm_head_of(old, NUM_TOKENS), lm_head_of(new, NUM_TOKENS)
         head.copy_from(new)
         assert torch.equal(head.weight, want.weight)

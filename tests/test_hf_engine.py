@@ -12,35 +12,35 @@ from tiny import NUM_TOKENS, tiny_model
 from switchkd.engines.base import TeacherBusy, UnknownSession
 from switchkd.engines.hf.student import HFStudent
 from switchkd.engines.hf.teacher import HFTeacher
-from switchkd.engines.models.lm_head import final_hidden, head_of
-from switchkd.engines.wire import hidden_from_signal
-from switchkd.types import Signal
+from switchkd.engines.models.lm_head import final_hidden, lm_head_of
+from switchkd.engines.wire import from_numpy
+from switchkd.types import TeacherOutput
 
 torch.set_num_threads(1)
 
 
-def bench(family="llama", signal="hidden", attn="sdpa", **settings) -> Bench:
+def bench(family="llama", output="hidden_states", attn="sdpa", **settings) -> Bench:
     plain = tiny_model(family, attn=attn)
-    head = head_of(plain, NUM_TOKENS)
+    head = lm_head_of(plain, NUM_TOKENS)
 
     def make(max_sessions: int, max_len: int) -> HFTeacher:
         return HFTeacher(
             tiny_model(family, attn=attn), vocab_size=NUM_TOKENS, max_sessions=max_sessions, max_len=max_len,
-            signal=signal, prefill_chunk=32, **settings,
+            output=output, prefill_chunk=32, **settings,
         )  # fmt: skip
 
-    def logits(signal: Signal) -> torch.Tensor:
-        values = hidden_from_signal(signal.values, signal.dtype)
-        return values if signal.kind == "full" else head.logits(values)
+    def logits(output: TeacherOutput) -> torch.Tensor:
+        values = from_numpy(output.values, output.dtype)
+        return values if output.kind == "logits" else head.logits(values)
 
     return Bench(make=make, model=plain, logits=logits, vocab_size=NUM_TOKENS)
 
 
 @pytest.mark.parametrize("claim", contract.CLAIMS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("signal", ["hidden", "full"])
-def test_contract(claim, signal):
+@pytest.mark.parametrize("output", ["hidden_states", "logits"])
+def test_contract(claim, output):
     """Every claim of the contract, for hidden states and for whole rows."""
-    claim(bench(signal=signal))
+    claim(bench(output=output))
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
@@ -49,7 +49,7 @@ def test_contract_rows_of_other_families(family, attn):
     """Rows equal clean forward passes for other architectures, windows and soft-caps included."""
     contract.rows_equal_a_clean_forward(bench(family, attn=attn))
     contract.cuts_and_continuations(bench(family, attn=attn))
-    contract.rows_equal_a_clean_forward(bench(family, attn=attn, signal="full"))
+    contract.rows_equal_a_clean_forward(bench(family, attn=attn, output="logits"))
 
 
 class Clock:
@@ -159,15 +159,15 @@ def test_signal_is_the_teachers_dtype():
     teacher = HFTeacher(model, vocab_size=NUM_TOKENS, max_sessions=1, max_len=32)
     ids = np.arange(5, 17)
     teacher.open(sessions({0: ids}))
-    signal = teacher.score(blocks((0, 12, 4, ids[:0])))
-    assert (signal.kind, signal.dtype, signal.values.shape) == ("hidden", "bfloat16", (8, 32))
-    assert signal.values.dtype == np.uint16
+    output = teacher.score(blocks((0, 12, 4, ids[:0])))
+    assert (output.kind, output.dtype, output.values.shape) == ("hidden_states", "bfloat16", (8, 32))
+    assert output.values.dtype == np.uint16
     want = final_hidden(model, input_ids=torch.from_numpy(ids)[None])[0, 4:]
-    torch.testing.assert_close(hidden_from_signal(signal.values, "bfloat16").float(), want.float(), atol=0.1, rtol=0.05)
-    full = HFTeacher(model, vocab_size=NUM_TOKENS, max_sessions=1, max_len=32, signal="full")
+    torch.testing.assert_close(from_numpy(output.values, "bfloat16").float(), want.float(), atol=0.1, rtol=0.05)
+    full = HFTeacher(model, vocab_size=NUM_TOKENS, max_sessions=1, max_len=32, output="logits")
     full.open(sessions({0: ids}))
-    signal = full.score(blocks((0, 12, 4, ids[:0])))
-    assert (signal.kind, signal.dtype, signal.values.shape) == ("full", "float32", (8, NUM_TOKENS))
+    output = full.score(blocks((0, 12, 4, ids[:0])))
+    assert (output.kind, output.dtype, output.values.shape) == ("logits", "float32", (8, NUM_TOKENS))
     assert teacher.head().weight.dtype == torch.float32
 
 
@@ -180,9 +180,9 @@ def test_full_works_where_the_head_cannot_be_taken_apart():
         model.lm_head.register_forward_hook(lambda _, __, out: out + out.square() * 0.1)
         return model
 
-    with pytest.raises(ConfigError, match="full"):
+    with pytest.raises(ConfigError, match="logits"):
         HFTeacher(odd(), vocab_size=NUM_TOKENS, max_sessions=1, max_len=32)
-    teacher = HFTeacher(odd(), vocab_size=NUM_TOKENS, max_sessions=1, max_len=32, signal="full")
+    teacher = HFTeacher(odd(), vocab_size=NUM_TOKENS, max_sessions=1, max_len=32, output="logits")
     ids = np.arange(5, 15)
     teacher.open(sessions({0: ids}))
     got = torch.from_numpy(teacher.score(blocks((0, 10, 0, ids[:0]))).values)

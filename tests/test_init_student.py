@@ -8,7 +8,7 @@ import torch
 from tiny import save_tiny, tiny_model
 
 from switchkd.config.errors import ConfigError
-from switchkd.engines.models.depth_prune import cut, init_student, layer_list, spread
+from switchkd.engines.models.depth_prune import keep_layers, layer_list, prune_depth, spread
 
 KEPT = [0, 1, 3, 4]
 
@@ -45,7 +45,7 @@ def test_cut_equals_taking_the_layer_out(family, tmp_path):
     from transformers import AutoModelForCausalLM
 
     teacher = deep(family)
-    cut(teacher, KEPT).save_pretrained(tmp_path)
+    keep_layers(teacher, KEPT).save_pretrained(tmp_path)
     student = AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = torch.randint(5, 100, (2, 14), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -59,7 +59,7 @@ def test_cut_leaves_the_teacher_alone(tmp_path):
     """The teacher's config and weights are not changed by the cut, and training the student would not touch them."""
     teacher = tiny_model("llama", num_hidden_layers=4)
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    student = cut(teacher, [0, 3])
+    student = keep_layers(teacher, [0, 3])
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.zero_()
@@ -84,7 +84,7 @@ def test_folder_is_whole(tmp_path):
     teacher = save_tiny(tmp_path / "teacher", num_hidden_layers=4)
     generation = json.loads((teacher / "generation_config.json").read_text()) | {"temperature": 0.5, "do_sample": True}
     (teacher / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [1, 2]}))
-    out = init_student(teacher, tmp_path / "deep" / "student", num_layers=2)
+    out = prune_depth(teacher, tmp_path / "deep" / "student", num_layers=2)
     student = AutoModelForCausalLM.from_pretrained(out)
     assert (student.generation_config.eos_token_id, student.generation_config.temperature) == ([1, 2], 0.5)
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (teacher, out)]
@@ -109,7 +109,7 @@ def test_layers_that_are_not_there(tmp_path, which, message):
     """Wrong layers are one line, and nothing is written."""
     teacher = save_tiny(tmp_path / "teacher")
     with pytest.raises(ConfigError, match=message) as error:
-        init_student(teacher, tmp_path / "student", **which)
+        prune_depth(teacher, tmp_path / "student", **which)
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
 
@@ -118,7 +118,7 @@ def test_out_folder_in_use(tmp_path):
     """A folder that holds something is not written into."""
     teacher = save_tiny(tmp_path / "teacher")
     with pytest.raises(ConfigError, match="exists and is not empty"):
-        init_student(teacher, teacher, num_layers=2)
+        prune_depth(teacher, teacher, num_layers=2)
 
 
 def test_no_layers_to_be_found():
@@ -132,4 +132,4 @@ def test_no_layers_to_be_found():
 def test_not_a_model(tmp_path: Path):
     """A folder without a model is one line."""
     with pytest.raises(ConfigError, match=r"no config\.json"):
-        init_student(tmp_path, tmp_path / "out", num_layers=2)
+        prune_depth(tmp_path, tmp_path / "out", num_layers=2)

@@ -25,14 +25,14 @@ from learning import (
     settings_of,
     spoiled,
     student_folder,
-    teacher_heads,
+    teacher_lm_heads,
 )
 from tiny import tiny_model
 
 from switchkd.algo import losses
 from switchkd.engines.weights import unpack
-from switchkd.learner.batching import LossSpec, collate, plan_batch
-from switchkd.types import Rollout, Source, StepResult
+from switchkd.learner.batching import LossSpec, assign_batch, collate
+from switchkd.types import Rollout, StepResult, TokenSource
 
 torch.set_num_threads(1)
 
@@ -54,7 +54,7 @@ def build() -> Iterator[Build]:
             world_size=1,
             master_addr="127.0.0.1",
             master_port=0,
-            teacher_heads=teacher_heads(),
+            teacher_lm_heads=teacher_lm_heads(),
         )
         made.append(learner)
         return learner
@@ -67,8 +67,8 @@ def build() -> Iterator[Build]:
 def run_step(
     learner: Any, rollouts: list[Rollout], spec: LossSpec, step: int = 0, lr: float = NUMBERS["lr"]
 ) -> StepResult:
-    plan = plan_batch(step, 0, rollouts, 1, spec.hard_frac)
-    return learner.step(plan, rollouts, loss=spec, lr=lr, version_after=step + 1)
+    assignment = assign_batch(step, 0, rollouts, 1, spec.hard_frac)
+    return learner.step(assignment, rollouts, loss=spec, lr=lr, version_after=step + 1)
 
 
 def weights(learner: Any) -> dict[str, torch.Tensor]:
@@ -144,9 +144,11 @@ def test_every_family_of_output_layers(family: str, build: Build, tmp_path: Path
 
 
 def test_whole_rows_teach_the_same_as_hidden_states(build: Build, tmp_path: Path) -> None:
-    """`signal: full` and `signal: hidden` give the same loss."""
+    """`teacher.output: logits` and `teacher.output: hidden_states` give the same loss."""
     learner = build(student_folder(tmp_path))
-    hidden, full = (run_step(learner, make_rollouts(4, kind=k), FORWARD_KL, lr=0.0) for k in ("hidden", "full"))
+    hidden, full = (
+        run_step(learner, make_rollouts(4, kind=k), FORWARD_KL, lr=0.0) for k in ("hidden_states", "logits")
+    )
     assert hidden.loss == pytest.approx(full.loss, rel=1e-5)
 
 
@@ -169,7 +171,7 @@ def test_metrics_are_means_over_their_tokens(build: Build, tmp_path: Path) -> No
     learner, rollouts = build(student_folder(tmp_path)), make_rollouts(5)
     metrics = run_step(learner, rollouts, FORWARD_KL, lr=0.0).metrics
     sources = np.concatenate([r.sources for r in rollouts])
-    names = {Source.STUDENT: "loss/student", Source.TEACHER: "loss/teacher", Source.DATA: "loss/data"}
+    names = {TokenSource.STUDENT: "loss/student", TokenSource.TEACHER: "loss/teacher", TokenSource.DATA: "loss/data"}
     assert sum((sources == s).mean() * metrics[name] for s, name in names.items()) == pytest.approx(
         metrics["loss/total"]
     )
@@ -253,9 +255,9 @@ def test_wrong_arguments_are_named(build: Build, tmp_path: Path) -> None:
     folder, rollouts = student_folder(tmp_path), make_rollouts(3)
     learner = build(folder)
     with pytest.raises(ValueError, match=r"rank 0 got rollouts \[0, 1\], the plan says \[0, 1, 2\]"):
-        learner.step(plan_batch(0, 0, rollouts, 1), rollouts[:2], loss=FORWARD_KL, lr=0.1, version_after=1)
+        learner.step(assign_batch(0, 0, rollouts, 1), rollouts[:2], loss=FORWARD_KL, lr=0.1, version_after=1)
     with pytest.raises(ValueError, match="planned for 2 ranks"):
-        learner.step(plan_batch(0, 0, rollouts, 2), rollouts, loss=FORWARD_KL, lr=0.1, version_after=1)
+        learner.step(assign_batch(0, 0, rollouts, 2), rollouts, loss=FORWARD_KL, lr=0.1, version_after=1)
     with pytest.raises(ValueError, match="teacher 'other'"):
         run_step(learner, [replace(r, teacher="other") for r in rollouts], FORWARD_KL)
     with pytest.raises(ValueError, match="output layer"):

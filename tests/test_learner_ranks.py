@@ -36,12 +36,12 @@ from learning import (
     settings_of,
     spoiled,
     student_folder,
-    teacher_heads,
+    teacher_lm_heads,
 )
 from tiny import tiny_model
 
 from switchkd.engines.weights import unpack, unpack_into
-from switchkd.learner.batching import LossSpec, plan_batch
+from switchkd.learner.batching import LossSpec, assign_batch
 from switchkd.types import StepResult
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # whichever test comes first waits for the gang
@@ -110,28 +110,28 @@ def build(case: Case, folder: Path, rank: int, port: int) -> Any:
         world_size=2,
         master_addr="127.0.0.1",
         master_port=port,
-        teacher_heads=teacher_heads(),
+        teacher_lm_heads=teacher_lm_heads(),
     )
 
 
 def train_badly(learner: Any, case: Case, rank: int) -> list[StepResult]:
     """A loss that is not finite, in one rollout of one rank; then a gradient that is not."""
     rollouts = spoiled(make_rollouts(case.num_rollouts, seed=9))
-    plan = plan_batch(1, 0, rollouts, 2)
-    share = [rollouts[i] for i in plan.rollout_ids[rank]]
-    return [learner.step(plan, share, loss=loss, lr=1.0, version_after=2) for loss in (FORWARD_KL, STEEP)]
+    assignment = assign_batch(1, 0, rollouts, 2)
+    share = [rollouts[i] for i in assignment.rollout_ids[rank]]
+    return [learner.step(assignment, share, loss=loss, lr=1.0, version_after=2) for loss in (FORWARD_KL, STEEP)]
 
 
 def train(learner: Any, case: Case, rank: int, step: int) -> StepResult:
     rollouts = make_rollouts(case.num_rollouts, seed=step)
     loss: LossSpec = LOSSES[case.loss]
-    plan = plan_batch(step, 0, rollouts, 2, loss.hard_frac)
+    assignment = assign_batch(step, 0, rollouts, 2, loss.hard_frac)
     if case.fault and rank == 1 and step == 1:
         if case.fault == "stall":
             time.sleep(120)
-        plan = plan_batch(step, 0, rollouts[1:], 2, loss.hard_frac)  # "raise": not what this rank is given
-    share = [rollouts[i] for i in plan_batch(step, 0, rollouts, 2, loss.hard_frac).rollout_ids[rank]]
-    return learner.step(plan, share, loss=loss, lr=NUMBERS["lr"], version_after=step + 1)
+        assignment = assign_batch(step, 0, rollouts[1:], 2, loss.hard_frac)  # "raise": not what this rank is given
+    share = [rollouts[i] for i in assign_batch(step, 0, rollouts, 2, loss.hard_frac).rollout_ids[rank]]
+    return learner.step(assignment, share, loss=loss, lr=NUMBERS["lr"], version_after=step + 1)
 
 
 def published(learner: Any) -> dict[str, torch.Tensor]:

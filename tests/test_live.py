@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from switchkd.config.schema import Metrics
+from switchkd.config.schema import MetricsConfig
 from switchkd.controller.checkpoint import TrainState
 from switchkd.controller.console import ROLES, LiveView
 from switchkd.controller.metrics import MetricsLog
@@ -56,7 +56,7 @@ def test_only_a_terminal_shows_it(tmp_path):
     """On a terminal the log's view has the roles; without one nothing of it is printed."""
     for terminal in (True, False):
         console = Console(file=io.StringIO(), force_terminal=terminal, width=140)
-        log = MetricsLog(Metrics(), console)
+        log = MetricsLog(MetricsConfig(), console)
         log.open(tmp_path, 4, TrainState())
         log.now(learner="waits for the rollouts of step 1")
         log.step(0, ROW)

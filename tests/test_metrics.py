@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from switchkd.config.errors import ConfigError
-from switchkd.config.schema import Metrics
+from switchkd.config.schema import MetricsConfig
 from switchkd.controller.checkpoint import TrainState
 from switchkd.controller.metrics import MetricsLog, summary_rows
 
@@ -20,7 +20,7 @@ def quiet(terminal: bool = False) -> Console:
 
 
 def opened(run_dir, num_steps=4, step=0, console=None, **settings) -> MetricsLog:
-    log = MetricsLog(Metrics(**settings), console or quiet())
+    log = MetricsLog(MetricsConfig(**settings), console or quiet())
     log.open(run_dir, num_steps, TrainState(step=step))
     return log
 
@@ -92,7 +92,7 @@ def test_a_terminal_gets_a_bar(tmp_path):
 
 def test_notes_need_no_run_folder():
     """The console works before a run folder is open, and closing then is fine."""
-    log = MetricsLog(Metrics(), quiet())
+    log = MetricsLog(MetricsConfig(), quiet())
     log.note("waiting for a cluster")
     log.close()
     assert said(log) == "waiting for a cluster\n"

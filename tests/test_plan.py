@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from learning import FORWARD_KL, make_rollouts, settings_of, student_folder, teacher_heads
+from learning import FORWARD_KL, make_rollouts, settings_of, student_folder, teacher_lm_heads
 from runs import SWITCH, WARM_UP, command, config, config_file, furnish
 from tiny import save_tiny, tiny_model
 
 from switchkd.config.errors import ConfigError
-from switchkd.config.schema import Config, Lora, Model
+from switchkd.config.schema import Config, LoraConfig, ModelConfig
 from switchkd.engines.models.shape import Shape, read_shape, shapes
 from switchkd.engines.models.sources import num_params
 from switchkd.tools.plan.costs import Costs, parse_costs
@@ -23,7 +23,7 @@ from switchkd.tools.plan.memory import layer_activations, memory, states
 from switchkd.tools.plan.plan import make_plan
 from switchkd.tools.plan.speed import bottleneck, kept, one_more, ratio, speed
 
-COSTS = Costs(student_ms=10, teacher_ms={4: 20}, learner_ms=1000, break_rate=0.0, tokens=32)
+COSTS = Costs(student_ms=10, teacher_ms={4: 20}, learner_ms=1000, rejection_rate=0.0, tokens=32)
 LLAMA_7B = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": 4096,
     "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -71,7 +71,7 @@ class TestShape:
     def test_a_large_model_without_weights(self, tmp_path):
         """A folder with nothing but a config.json: the sizes of a 7B model, worked out by hand."""
         (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
-        shape = read_shape(Model(path=str(tmp_path)), "teacher.path")
+        shape = read_shape(ModelConfig(path=str(tmp_path)), "teacher.path")
         h, ffn, kv, layers, vocab = 4096, 11008, 8 * 128, 32, 32000
         params = 2 * vocab * h + h + layers * (2 * h * h + 2 * h * kv + 3 * h * ffn + 2 * h)
         assert shape.params == params
@@ -81,22 +81,22 @@ class TestShape:
     def test_as_the_model_itself(self, family, tmp_path):
         """Parameters (tied ones once) and the output layer's width are those of the loaded model."""
         save_tiny(tmp_path, family)
-        model, shape = tiny_model(family), read_shape(Model(path=str(tmp_path)), "teacher.path")
+        model, shape = tiny_model(family), read_shape(ModelConfig(path=str(tmp_path)), "teacher.path")
         assert shape.params == num_params(tmp_path) == sum(p.numel() for p in model.parameters())
         assert shape.head_width == model.get_output_embeddings().weight.shape[1] and shape.vocab == 120
 
     def test_adapters(self, tmp_path):
         """LoRA's parameters: r x (in + out) of every product but the output layer."""
         save_tiny(tmp_path)
-        lora = Lora(r=4)
+        lora = LoraConfig(r=4)
         model = tiny_model()
         products = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
         wanted = sum(4 * (m.in_features + m.out_features) for m in products)
-        assert read_shape(Model(path=str(tmp_path)), "student.path", lora=lora).trainable == wanted
+        assert read_shape(ModelConfig(path=str(tmp_path)), "student.path", lora=lora).trainable == wanted
 
     def test_a_student_that_is_still_to_be_cut(self, here):
         """It is cut in its config only: as large as the teacher with so many layers, and no folder is made."""
-        found = shapes(planned(here, student={"cut": {"num_layers": 2}}))
+        found = shapes(planned(here, student={"prune": {"num_layers": 2}}))
         assert found["student"].params == sum(p.numel() for p in tiny_model(num_hidden_layers=2).parameters())
         assert found["teacher"].layers == 3
 
@@ -104,7 +104,7 @@ class TestShape:
         """A model that is no causal language model: one line with the key."""
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
         with pytest.raises(ConfigError, match=r"teacher.path=.* no causal language model"):
-            read_shape(Model(path=str(tmp_path)), "teacher.path")
+            read_shape(ModelConfig(path=str(tmp_path)), "teacher.path")
 
 
 class TestMemory:
@@ -128,7 +128,7 @@ class TestMemory:
         off = planned(here, student={"prepack": "off"}, teacher={"max_sessions": 5, **short, "backend": "vllm"})
         assert "packed copies" not in memory(off, found)["rollout"]
         assert memory(off, found)["teacher"].keys() == {"weights", "kv cache"}
-        assert "teacher's output matrix" not in memory(planned(here, teacher={"signal": "full"}), found)["rollout"]
+        assert "teacher's output matrix" not in memory(planned(here, teacher={"output": "logits"}), found)["rollout"]
 
     @pytest.mark.parametrize(
         ("learner", "per_param"),
@@ -160,7 +160,7 @@ class TestMemory:
     def test_activations_of_a_layer(self, family, within, dtype, tmp_path):
         """What autograd really keeps of one more layer, in bytes a token."""
         save_tiny(tmp_path, family)
-        shape = read_shape(Model(path=str(tmp_path)), "student.path")
+        shape = read_shape(ModelConfig(path=str(tmp_path)), "student.path")
         one, two = (_saved(family, layers, dtype) for layers in (1, 2))
         measured = (two - one) / (2 * 64)
         assert layer_activations(shape, 64, {"float32": 4, "bfloat16": 2}[dtype]) == pytest.approx(measured, rel=within)
@@ -179,7 +179,7 @@ class TestMemory:
         wanted = planned(here, teacher={"max_sessions": 5})
         parts = memory(wanted, shapes(wanted))
         teacher = make_teacher(wanted)
-        student: Any = make_worker(wanted, 0, {"": (teacher, teacher.head_arrays())}, frozenset({1})).rollouts.student
+        student: Any = make_worker(wanted, 0, {"": (teacher, teacher.lm_head_state())}, frozenset({1})).rollouts.student
         for engine, slots, role in ((teacher, teacher._slots, "teacher"), (student, student._slots, "rollout")):
             layers = slots._cache._slot_layers
             held = sum(t.untyped_storage().nbytes() for layer in layers for t in (layer.keys, layer.values))
@@ -189,7 +189,7 @@ class TestMemory:
     @pytest.mark.parametrize(("dtype", "stage"), [("float32", 0), ("float32", 1), ("bfloat16", 1), ("bfloat16", 2)])
     def test_a_learner_holds_what_is_planned(self, here, tmp_path, dtype, stage):
         """Weights, gradients, masters and moments of a real rank, before its second step."""
-        from switchkd.learner.batching import plan_batch
+        from switchkd.learner.batching import assign_batch
         from switchkd.learner.deepspeed import DeepSpeedLearner
 
         folder = student_folder(tmp_path / "s", hidden_size=128, intermediate_size=256, num_hidden_layers=2)
@@ -197,7 +197,7 @@ class TestMemory:
         zero = {"zero_optimization": {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000}}
         before = {id(t): t for t in _tensors()}
         learner = DeepSpeedLearner(settings_of(folder, dtype=dtype, zero_stage=stage, deepspeed=zero),
-                                   teacher_heads=teacher_heads(), **gang)  # fmt: skip
+                                   teacher_lm_heads=teacher_lm_heads(), **gang)  # fmt: skip
         held = []
         step = learner.engine.step
 
@@ -210,7 +210,7 @@ class TestMemory:
         rollouts = make_rollouts(3)
         try:
             for i in range(2):
-                plan = plan_batch(i, 0, rollouts, 1, None)
+                plan = assign_batch(i, 0, rollouts, 1, None)
                 learner.step(plan, rollouts, loss=FORWARD_KL, lr=1e-3, version_after=i + 1)
         finally:
             learner.close()
@@ -256,8 +256,8 @@ class TestWire:
 
     @pytest.mark.parametrize(
         ("teacher", "row"),
-        [({}, 4 * 32), ({"dtype": "bfloat16"}, 2 * 32), ({"signal": "full"}, 4 * 120),
-         ({"signal": "topk", "signal_top_k": 8, "decide": "coarse"}, 8 * 8 + 8)],
+        [({}, 4 * 32), ({"dtype": "bfloat16"}, 2 * 32), ({"output": "logits"}, 4 * 120),
+         ({"output": "top_logprobs", "num_top_logprobs": 8, "decide": "coarse"}, 8 * 8 + 8)],
     )  # fmt: skip
     def test_rows(self, here, teacher, row):
         """Of each signal; a rollout's token brings its row and 21 bytes of records."""
@@ -268,8 +268,8 @@ class TestWire:
     def test_rows_for_each_token_kept(self, here):
         """Blocks of four that break at each token with 0.5: 1 + 1/2 + 1/4 + 1/8 tokens stand, and five rows are sent
         save where the block before stood whole. Data-set tokens need one."""
-        wanted = planned(here, rollout={"lead": "student"})
-        costs = Costs(student_ms=1, teacher_ms={4: 1}, break_rate=0.5)
+        wanted = planned(here, rollout={"drafter": "student"})
+        costs = Costs(student_ms=1, teacher_ms={4: 1}, rejection_rate=0.5)
         wire = make_plan(wanted, wanted.train.stages[0], costs).wire
         assert wire.rows_per_token == pytest.approx(0.75 * (5 - 0.5**4) / 1.875 + 0.25)
 
@@ -287,7 +287,7 @@ class TestSpeed:
     """Tokens per second, by hand: 4 rows, blocks of 4 that never break, 10 ms a student's token, 20 ms a block."""
 
     def of(self, here: Path, numbers: dict[str, int], costs: Costs = COSTS, how: dict | None = None, **sections: Any):
-        wanted = planned(here, [STAGE], rollout={"lead": "student"}, **sections)
+        wanted = planned(here, [STAGE], rollout={"drafter": "student"}, **sections)
         return speed(wanted, wanted.train.stages[0], costs, numbers, **(how or {}))
 
     @pytest.mark.parametrize(("block", "rate"), [(1, 0.3), (4, 0.3), (8, 0.0), (32, 0.9), (3, 1.0)])
@@ -328,15 +328,15 @@ class TestSpeed:
         """`auto` compares: a student that never breaks is worth long blocks, one that always breaks none, unless
         the teacher's stand."""
         stage = {**STAGE, "rule": {"type": "switch"}}
-        wanted = planned(here, [stage], rollout={"lead": "auto", "block_size": 8})
+        wanted = planned(here, [stage], rollout={"drafter": "auto", "max_draft_tokens": 8})
         costs = Costs(student_ms=1, teacher_ms={1: 10, 4: 11, 8: 12}, teacher_step_ms=10, student_block_ms={8: 2})
         numbers = {"teacher": 1, "rollout": 1, "learner": 1}
         taken = {}
         for student, teacher in ((0.0, 1.0), (1.0, 1.0), (1.0, 0.0)):
-            given = costs.model_copy(update={"break_rate": student, "teacher_break_rate": teacher})
+            given = costs.model_copy(update={"rejection_rate": student, "teacher_rejection_rate": teacher})
             way = speed(wanted, wanted.train.stages[0], given, numbers).way
-            taken[student, teacher] = (way.lead, way.block)
-        assert taken == {(0.0, 1.0): ("student", 8), (1.0, 1.0): ("lockstep", 1), (1.0, 0.0): ("teacher", 8)}
+            taken[student, teacher] = (way.drafter, way.block)
+        assert taken == {(0.0, 1.0): ("student", 8), (1.0, 1.0): ("none", 1), (1.0, 0.0): ("teacher", 8)}
 
     @pytest.mark.parametrize(
         ("numbers", "learner_ms", "worst"),
@@ -348,7 +348,7 @@ class TestSpeed:
     )
     def test_bottleneck(self, here, numbers, learner_ms, worst):
         """The role of which one more helps most."""
-        wanted = planned(here, [STAGE], rollout={"lead": "student"}, replay={"max_staleness": 1})
+        wanted = planned(here, [STAGE], rollout={"drafter": "student"}, replay={"max_staleness": 1})
         costs, stage = COSTS.model_copy(update={"learner_ms": learner_ms}), wanted.train.stages[0]
         gains = one_more(wanted, stage, costs, numbers)
         assert bottleneck(speed(wanted, stage, costs, numbers), gains, 0) == worst
@@ -356,7 +356,7 @@ class TestSpeed:
 
     def test_ratio(self, here):
         """A round takes three times the teacher's part: three workers keep one teacher busy."""
-        wanted = planned(here, [STAGE], rollout={"lead": "student"})
+        wanted = planned(here, [STAGE], rollout={"drafter": "student"})
         found = ratio(wanted, wanted.train.stages[0], COSTS, {"teacher": 1, "rollout": 9, "learner": 1})
         assert found["rollout"] / found["teacher"] == pytest.approx(3) and min(found.values()) == 1.0
 
@@ -378,7 +378,7 @@ class TestCommand:
     def test_with_costs(self, here, run, tmp_path):
         """As options, as a file, and as what an earlier plan printed: the same speed."""
         given = ["plan", config_file(here, [SWITCH]), "--json"]
-        code, out, err = run(*given, "--student-ms", 10, "--teacher-ms", 20, "--learner-ms", 500, "--break-rate", 0)
+        code, out, err = run(*given, "--student-ms", 10, "--teacher-ms", 20, "--learner-ms", 500, "--rejection-rate", 0)
         assert code == 0, err
         told = json.loads(out)
         assert told["speed"]["tokens_per_s"] > 0 and told["bottleneck"] == "learner"
@@ -393,7 +393,7 @@ class TestCommand:
 
     def test_calibrated(self, here, run):
         """The run's own models are measured: every cost is there, and nothing is left behind."""
-        path = config_file(here, [SWITCH], rollout={"lead": "auto"})
+        path = config_file(here, [SWITCH], rollout={"drafter": "auto"})
         before = sorted(file.name for file in here.iterdir())
         code, out, err = run("plan", path, "--calibrate", "--json")
         assert code == 0, err
@@ -401,7 +401,7 @@ class TestCommand:
         assert set(costs["teacher_ms"]) == set(costs["student_block_ms"]) == {"1", "2", "3", "4"}
         for key in ("student_ms", "teacher_step_ms", "settle_ms", "prompt_ms", "learner_ms", "publish_ms"):
             assert costs[key] > 0
-        assert 0 < costs["tokens"] <= 32 and costs["rows_per_token"] >= 1 and 0 < costs["break_rate"] < 1
+        assert 0 < costs["tokens"] <= 32 and costs["rows_per_token"] >= 1 and 0 < costs["rejection_rate"] < 1
         assert sorted(file.name for file in here.iterdir()) == before
 
     @pytest.mark.parametrize("name", BAD)

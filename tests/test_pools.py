@@ -57,10 +57,10 @@ class At:
     """Does something just after tasks of a batch were given out, each thing once."""
 
     def __init__(self, patch: pytest.MonkeyPatch, by_batch: dict[int, Callable[[], None]]) -> None:
-        from switchkd.actors.worker_pool import RayWorker
+        from switchkd.actors.worker_pool import RayWorkerHandle
 
         self.by_batch = dict(by_batch)
-        generate = RayWorker.generate
+        generate = RayWorkerHandle.generate
 
         def watched(worker: Any, tasks: Any, weights: Any) -> Any:
             future = generate(worker, tasks, weights)
@@ -69,7 +69,7 @@ class At:
                 action()
             return future
 
-        patch.setattr(RayWorker, "generate", watched)
+        patch.setattr(RayWorkerHandle, "generate", watched)
 
 
 @pytest.fixture
@@ -148,22 +148,22 @@ def test_workers_come_and_go(cluster, alone, place, notes, monkeypatch):
 
     sizes: list[int] = []
     plan = {1: 1, 3: 1, 6: -1}  # decision at the so manieth look
-    tend = WorkerPool.tend
+    autoscale = WorkerPool.autoscale
 
     def told(loads: Any, span: Any) -> int:
         return plan.pop(len(sizes), 0)
 
     def tended(pool: Any, waited_s: float, elapsed_s: float) -> list[str]:
-        found = tend(pool, waited_s, elapsed_s)
+        found = autoscale(pool, waited_s, elapsed_s)
         sizes.append(len(pool))
         if pool._coming:
             ray.wait([pool._coming.ready], timeout=120)  # tiny steps are over before a process has started
         return found
 
     monkeypatch.setattr(autoscaling, "decide", told)
-    monkeypatch.setattr(WorkerPool, "tend", tended)
-    writers = {"num_workers": {"min": 1, "max": 3}, "batch_size": 4, "max_new_tokens": 12, "lead": "student"}
-    train(config(place, STAGES, **JOINED, rollout={**writers, "block_size": 4}))
+    monkeypatch.setattr(WorkerPool, "autoscale", tended)
+    writers = {"num_workers": {"min": 1, "max": 3}, "batch_size": 4, "max_new_tokens": 12, "drafter": "student"}
+    train(config(place, STAGES, **JOINED, rollout={**writers, "max_draft_tokens": 4}))
     assert sizes == [1, 1, 2, 2, 3, 3, 2, 2, 2, 2] and not plan
     assert [note for note in notes if note.endswith("one is added")] and "2 rollout workers" in notes
     same_rollouts(place / "run", alone)
@@ -208,7 +208,7 @@ def test_labels_and_a_node_that_goes(cluster, alone, place, notes, pools, monkey
     the run goes on meanwhile with the other replica, and ends as if nothing had happened."""
     import ray
 
-    from switchkd.actors.teacher_pool import NOTHING_TOLD
+    from switchkd.actors.teacher_pool import NO_EVENTS
 
     frail = {"num_cpus": 1, "labels": {"pool": "frail"}, "object_store_memory": 80_000_000}
     nodes = [cluster.add_node(**frail) for _ in range(2)]
@@ -221,7 +221,7 @@ def test_labels_and_a_node_that_goes(cluster, alone, place, notes, pools, monkey
 
     def hear() -> None:  # the run would be over before its pool has heard of the death
         def told() -> list[str]:
-            return ray.get(pools[0].actor.news.remote(NOTHING_TOLD))[1]
+            return ray.get(pools[0].actor.events.remote(NO_EVENTS))[1]
 
         wait_until(lambda: any("died" in line or "lost" in line for line in told()), "the pool heard of no death")
 
@@ -264,9 +264,9 @@ def test_no_room(cluster, place, notes, monkeypatch):
     together: each is said in a line, before any actor starts and any folder is made."""
     import ray
 
-    from switchkd.actors import placement
+    from switchkd.actors import placement_group
 
-    monkeypatch.setattr(placement, "SETTLE_S", 1.0)
+    monkeypatch.setattr(placement_group, "RELEASE_S", 1.0)
 
     class Holder:  # an actor: a task that is cancelled just as it begins may go on
         def here(self) -> bool:
@@ -286,7 +286,7 @@ def test_no_room(cluster, place, notes, monkeypatch):
     wait_until(lambda: ray.available_resources().get("CPU", 0) >= 9, "the cluster did not empty")
     with pytest.raises(ConfigError, match=r"resources.learner.labels=pool=learn: no node of the cluster has these"):
         train(config(place, [SWITCH], **JOINED, resources={"learner": {"labels": {"pool": "learn"}}}))
-    monkeypatch.setattr(placement, "SETTLE_S", 8.0)
+    monkeypatch.setattr(placement_group, "RELEASE_S", 8.0)
     wide = {"teacher": {"num_cpus": 2, "labels": TEACH}, "rollout": {"num_cpus": 1.5, "labels": TEACH}}
     several = {"rollout": {"num_workers": 1}, "teacher": {"path": "teacher", "replicas": 2}}
     with pytest.raises(ConfigError, match=r"no node of the cluster has room for 1 of rollout.num_workers beside the"):
@@ -300,7 +300,7 @@ def test_no_room(cluster, place, notes, monkeypatch):
 REFUSED = (
     ({"attach": "small"}, r"teacher.attach=small: no teacher of this name is served on the cluster \(there: big\)"),
     ({"attach": "big", "path": "student"}, r"teacher.attach=big: its path is '.*teacher', this run's is '.*student'"),
-    ({"attach": "big", "signal": "full"}, r"its signal is 'hidden', this run's is 'full'; set teacher as the config"),
+    ({"attach": "big", "output": "logits"}, r"its signal is 'hidden', this run's is 'full'; set teacher as the config"),
 )
 
 
@@ -437,12 +437,12 @@ def test_a_cluster_is_needed(place, monkeypatch, capsys):
 def start_pool(wanted: Config) -> Any:
     from ray import cloudpickle
 
-    from switchkd.actors.placement_group import settled
+    from switchkd.actors.placement_group import resolve_resources
     from switchkd.actors.process_setup import Secrets
     from switchkd.actors.shared_teacher import PoolHandle
     from switchkd.actors.teacher_pool import TeacherPoolActor
 
-    plain = settled(wanted).model_dump()
+    plain = resolve_resources(wanted).model_dump()
     return PoolHandle(TeacherPoolActor.remote(plain, cloudpickle.dumps([]), Secrets({}), os.getcwd(), "", {}), "")
 
 
@@ -451,7 +451,7 @@ def test_grows_with_its_queue_and_shrinks_without(cluster, place):
     them, down to one."""
     import ray
 
-    from switchkd.actors.pool_client import PoolDirectory
+    from switchkd.actors.pool_client import PoolClient
     from switchkd.actors.teacher_router import TeacherRouter
 
     pool = start_pool(config(place, STAGES, **JOINED, teacher={"path": "teacher", "replicas": {"min": 1, "max": 2}}))
@@ -460,7 +460,7 @@ def test_grows_with_its_queue_and_shrinks_without(cluster, place):
         enough = Event()
 
         def call(index: int) -> None:
-            router = TeacherRouter(PoolDirectory(pool.actor, f"0/{index}"), first=index)
+            router = TeacherRouter(PoolClient(pool.actor, f"0/{index}"), first=index)
             turn = 0
             while not enough.is_set():
                 turn += 1
@@ -486,9 +486,9 @@ def test_grows_with_its_queue_and_shrinks_without(cluster, place):
         for thread in threads:
             thread.join(30)
         wait_until(lambda: not (seen := members(pool.actor)).draining and len(seen.ready) == 1, "it did not shrink", 90)
-        from switchkd.actors.teacher_pool import NOTHING_TOLD
+        from switchkd.actors.teacher_pool import NO_EVENTS
 
-        said = ray.get(pool.actor.news.remote(NOTHING_TOLD))[1]
+        said = ray.get(pool.actor.events.remote(NO_EVENTS))[1]
         assert "one is added" in said[0] and any("is drained" in line for line in said)
     finally:
         pool.close()

@@ -294,20 +294,20 @@ class TestResolve:
     def test_cut_is_made_once(self, config, teacher, tmp_path, monkeypatch):
         """The cut lies in the cache, is found again, and another cut is another folder."""
         monkeypatch.setenv("SWITCHKD_CACHE", str(tmp_path / "cache"))
-        wanted = config(student={"cut": {"num_layers": 2}})
+        wanted = config(student={"prune": {"num_layers": 2}})
         first, again = resolve_models(wanted), resolve_models(wanted)
-        assert first == again and first.student.cut is None
+        assert first == again and first.student.prune is None
         folder = Path(first.student.path)
         assert folder.is_relative_to(tmp_path / "cache") and (folder / "model.safetensors").exists()
         assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 2
-        other = resolve_models(config(student={"cut": {"layers": [0, 2, 3]}}))
+        other = resolve_models(config(student={"prune": {"layers": [0, 2, 3]}}))
         assert other.student.path != first.student.path
         assert resolve_models(first) == first
 
     def test_cut_that_cannot_be(self, config, tmp_path, monkeypatch):
         """Too many layers are refused and leave no folder behind."""
         monkeypatch.setenv("SWITCHKD_CACHE", str(tmp_path / "cache"))
-        refused("num_layers=9 of 4", resolve_models, config(student={"cut": {"num_layers": 9}}))
+        refused("num_layers=9 of 4", resolve_models, config(student={"prune": {"num_layers": 9}}))
         assert not [path for path in (tmp_path / "cache" / "cuts").iterdir() if path.is_dir()]
 
     def test_demo_is_fetched_where_it_is_used(self, config, student, monkeypatch):

@@ -13,8 +13,8 @@ from tiny import NUM_TOKENS, tiny_model
 from switchkd.config.errors import ConfigError
 from switchkd.engines.hf.student import HFStudent
 from switchkd.engines.models import cpu_prepack
-from switchkd.engines.models.cpu_prepack import Prepacked, Together, can_pack, prepack
-from switchkd.engines.models.lm_head import LinearHead, final_hidden
+from switchkd.engines.models.cpu_prepack import FusedLinear, Prepacked, can_pack, prepack
+from switchkd.engines.models.lm_head import LMHead, final_hidden
 from switchkd.engines.weights import pack
 
 torch.set_num_threads(1)
@@ -71,7 +71,7 @@ def test_a_model_reads_the_same(family):
 def test_layers_that_read_the_same(order):
     """Whatever the order of the calls, and with another input in between: each layer's own product."""
     layers = [torch.nn.Linear(64, n) for n in (96, 32, 48)]
-    together, inputs = Together(layers), [matrix(2, 5, 64), matrix(5, 64)]
+    together, inputs = FusedLinear(layers), [matrix(2, 5, 64), matrix(5, 64)]
     with torch.inference_mode():
         for x in (*inputs, inputs[0]):
             for index in order:
@@ -133,6 +133,6 @@ def test_on_says_where_it_cannot_be():
 @needs_onednn
 def test_a_head_follows_too():
     weight = matrix(NUM_TOKENS, 32)
-    head = LinearHead(weight.clone()).prepack()
+    head = LMHead(weight.clone()).prepack()
     x = matrix(5, 32)
     torch.testing.assert_close(head.logits(x), x @ weight.T, atol=1e-5, rtol=0)

@@ -8,7 +8,7 @@ import pytest
 from tiny import EOS, tiny_tokenizer
 
 from switchkd.config.errors import ConfigError
-from switchkd.config.schema import Data
+from switchkd.config.schema import DataConfig
 from switchkd.data.prompts import PromptStream, answer_end, load_prompts
 
 
@@ -24,7 +24,7 @@ def jsonl(folder: Path, *rows: object, name: str = "data.jsonl") -> str:
 
 
 def load(path: str, tokenizer, need_references: bool = False, **data):
-    return load_prompts(Data(path=path, **data), tokenizer, stop_id=EOS, need_references=need_references)
+    return load_prompts(DataConfig(path=path, **data), tokenizer, stop_id=EOS, need_references=need_references)
 
 
 def test_fields_template_and_stop_id(tmp_path, tokenizer):
@@ -81,11 +81,11 @@ def test_answer_end_is_what_the_template_writes(tokenizer):
     """With several stop ids the one after an assistant's words ends references, not the tokenizer's end of text."""
     several = tiny_tokenizer()
     several.eos_token = "<pad>"
-    assert answer_end(Data(), several, [EOS, several.eos_token_id]) == EOS
-    assert answer_end(Data(template="{prompt}"), several, [EOS]) == several.eos_token_id
+    assert answer_end(DataConfig(), several, [EOS, several.eos_token_id]) == EOS
+    assert answer_end(DataConfig(template="{prompt}"), several, [EOS]) == several.eos_token_id
     several.eos_token = None
     with pytest.raises(ConfigError, match="no end-of-sequence"):
-        answer_end(Data(template="{prompt}"), several, [EOS])
+        answer_end(DataConfig(template="{prompt}"), several, [EOS])
 
 
 def test_skipped_and_cut_are_counted(tmp_path, tokenizer):

@@ -87,22 +87,24 @@ class Murder:
     teacher dies while a worker waits for its answer about a block: `in_flight`."""
 
     def __init__(self, patch: pytest.MonkeyPatch, *, at_batch: dict[int, str], at_examination: int | None) -> None:
-        from switchkd.actors.launch import RayWorker
+        from switchkd.actors.launch import RayWorkerHandle
 
         self.at_batch, self.at_examination = dict(at_batch), at_examination
-        self.generate, self.examine = RayWorker.generate, RayWorker.examine
+        self.generate, self.evaluate = RayWorkerHandle.generate, RayWorkerHandle.evaluate
         self.victims: list[str] = []
         self.in_flight: list[str] = []  # where the asker stood
-        patch.setattr(RayWorker, "generate", lambda worker, tasks, weights: self._generate(worker, tasks, weights))
-        patch.setattr(RayWorker, "examine", lambda worker, exam, weights: self._examine(worker, exam, weights))
+        patch.setattr(
+            RayWorkerHandle, "generate", lambda worker, tasks, weights: self._generate(worker, tasks, weights)
+        )
+        patch.setattr(RayWorkerHandle, "evaluate", lambda worker, *args: self._evaluate(worker, *args))
 
     def _generate(self, worker: Any, tasks: Any, weights: Any) -> Any:
         future = self.generate(worker, tasks, weights)
         self._strike(self.at_batch.pop(tasks[0].batch, ""), worker)
         return future
 
-    def _examine(self, worker: Any, exam: Any, weights: Any) -> Any:
-        future = self.examine(worker, exam, weights)
+    def _evaluate(self, worker: Any, shard: Any, weights: Any) -> Any:
+        future = self.evaluate(worker, shard, weights)
         if self.at_examination == (weights.version if weights else 0):
             self.at_examination = None
             self._strike("RolloutActor", worker)
@@ -126,27 +128,27 @@ def stopped_within_a_block(worker: Any) -> str:
     (teacher,) = actors("TeacherActor")
     os.kill(teacher, signal.SIGSTOP)
     deadline = time.monotonic() + 60
-    while "_ask_once" not in (stands := ray.get(worker.actor.pulse.remote())[1]):
-        assert time.monotonic() < deadline, f"no block was asked about; the worker stands at {stands!r}"
-        if "teacher_router.py" in stands:  # it opens sessions, or the like: let that be done
+    while "_ask_once" not in (where := ray.get(worker.actor.heartbeat.remote())[1]):
+        assert time.monotonic() < deadline, f"no block was asked about; the worker stands at {where!r}"
+        if "teacher_router.py" in where:  # it opens sessions, or the like: let that be done
             os.kill(teacher, signal.SIGCONT)
             time.sleep(0.01)
             os.kill(teacher, signal.SIGSTOP)
-    return stands
+    return where
 
 
 def hear_at_once(patch: pytest.MonkeyPatch) -> None:
     """What the teachers' pool tells is waited for after every step; else the last steps may be over before."""
     from switchkd.actors.shared_teacher import PoolHandle
 
-    news = PoolHandle.news
+    events = PoolHandle.events
 
     def heard(pool: Any) -> list[str]:
         import ray
 
-        pool._asked = pool._asked or pool.actor.news.remote(pool._told)
+        pool._asked = pool._asked or pool.actor.events.remote(pool._told)
         ray.wait([pool._asked], timeout=60)
-        return news(pool)
+        return events(pool)
 
     patch.setattr(PoolHandle, "news", heard)
 
@@ -202,16 +204,16 @@ def test_shares_of_gpus(cluster, alone, place, monkeypatch):
     learner with one eighth. Afterwards both GPUs are whole again."""
     import ray
 
-    from switchkd.actors.worker_pool import RayWorker
+    from switchkd.actors.worker_pool import RayWorkerHandle
 
     free: list[float] = []
-    generate = RayWorker.generate
+    generate = RayWorkerHandle.generate
 
     def watched(worker: Any, tasks: Any, weights: Any) -> Any:
         free.append(ray.available_resources().get("GPU", 0.0))
         return generate(worker, tasks, weights)
 
-    monkeypatch.setattr(RayWorker, "generate", watched)
+    monkeypatch.setattr(RayWorkerHandle, "generate", watched)
     shares = {"teacher": {"num_gpus": 0.5}, "rollout": {"num_gpus": 0.25}, "learner": {"num_gpus": 0.125}}
     two = {key: TWO_OF_ALL[key] for key in ("rollout", "teacher")}
     taken = {role: {"threads": 1, **share} for role, share in shares.items()}

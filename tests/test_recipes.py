@@ -16,13 +16,13 @@ from tiny import save_tiny
 from switchkd.config.loader import load
 from switchkd.config.schema import Config
 from switchkd.controller.preflight import prepare
-from switchkd.controller.schedule import RunPlan
+from switchkd.controller.schedule import Schedule
 from switchkd.data.prompts import PromptStream
 from switchkd.learner.build import build_loss
-from switchkd.rollout.build import build_modes
+from switchkd.rollout.build import build_rollout_params
 from switchkd.tools.eval_config import eval_config
 from switchkd.train import train
-from switchkd.types import Origin, Prompt
+from switchkd.types import CompletionSource, Prompt
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs/paper").rglob("*.yaml"))
@@ -92,9 +92,9 @@ def offline(tiny, tmp_path, monkeypatch):
     return change
 
 
-def plan_of(config: Config) -> RunPlan:
+def plan_of(config: Config) -> Schedule:
     prompts = [Prompt(prompt_id=str(i), text="", token_ids=np.ones(1, np.int32)) for i in range(9)]
-    return RunPlan(config.train.stages, PromptStream(prompts, seed=0), seed=config.seed)
+    return Schedule(config.train.stages, PromptStream(prompts, seed=0), seed=config.seed)
 
 
 def test_every_recipe_is_known():
@@ -108,7 +108,7 @@ def test_recipe(name, offline):
     config = load(ROOT / f"configs/paper/{name}.yaml")
     ready = prepare(offline(config))
     assert len(ready.prompts.prompts) == 40 and ready.eval_prompts is not None
-    assert build_modes(config) and [build_loss(stage) for stage in config.train.stages]
+    assert build_rollout_params(config) and [build_loss(stage) for stage in config.train.stages]
     rows, epochs, lr, batch_size = EPOCHS[name]
     found = [stage.steps * stage.batch_size / rows for stage in config.train.stages]
     assert found == pytest.approx(epochs, rel=2e-3)
@@ -118,8 +118,8 @@ def test_recipe(name, offline):
     plan = plan_of(config)
     last = plan.num_steps - 1
     assert 0 < plan.lr_at(last) < 1e-3 * lr and max(plan.lr_at(step) for step in range(100)) == pytest.approx(lr)
-    origins = {plan.origin(i) for i in range(plan.first_id(last), plan.num_tasks)}
-    assert origins <= {Origin.ROLLOUT, Origin.DATASET} and config.run.dir.startswith("runs/paper/")
+    origins = {plan.completion_source(i) for i in range(plan.first_id(last), plan.num_tasks)}
+    assert origins <= {CompletionSource.ROLLOUT, CompletionSource.DATASET} and config.run.dir.startswith("runs/paper/")
 
 
 def test_references_and_templates(offline):

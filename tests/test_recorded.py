@@ -13,14 +13,14 @@ from runs import ADASWITCH, NUM_ROLLOUTS, STAGES, WARM_UP, command, config, conf
 from tiny import tiny_tokenizer
 
 from switchkd.config.errors import ConfigError
-from switchkd.controller.resume import cut_back
-from switchkd.data.atomic_files import SIGNAL
+from switchkd.controller.resume import truncate_history
+from switchkd.data.atomic_files import TEACHER_OUTPUT
 from switchkd.data.rollout_io import load_rollouts, save_rollouts
-from switchkd.rollout.top_logprobs import Top, candidates
+from switchkd.rollout.top_logprobs import TopTokens, top_logprobs
 from switchkd.train import train
-from switchkd.types import Source
+from switchkd.types import TokenSource
 
-RECORDS = {"save_signal": True, "save_candidates": 3}
+RECORDS = {"save_teacher_output": True, "save_top_logprobs": 3}
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +75,8 @@ def test_a_step_says_who_waited(online):
         assert row["replay/waiting"] == 0 and row["replay/bytes"] > 0 and row["rollout/in_flight"] == 0
         assert 0 <= row["time/wait_teacher_s"] <= row["time/rollout_s"]
         assert row["time/rollout_idle_s"] > 0 and row["time/wait_replay_s"] >= 0
-        assert (row["stage"] == "warm-up") == ("rollout/block_len_mean" not in row)
-        assert 1 <= row.get("rollout/block_len_mean", 1) <= 4
+        assert (row["stage"] == "warm-up") == ("rollout/emitted_per_round" not in row)
+        assert 1 <= row.get("rollout/emitted_per_round", 1) <= 4
 
 
 def test_candidates_are_the_models_own(online, models):
@@ -91,11 +91,13 @@ def test_candidates_are_the_models_own(online, models):
         with torch.no_grad():
             logits = teacher(ids[None]).logits[0, len(rollout.prompt_ids) - 1 : -1, :vocab]
         found = logits.log_softmax(-1).topk(3)
-        seen, row = rollout.candidates, rows[rollout.rollout_id]["candidates"]
+        seen, row = rollout.top_logprobs, rows[rollout.rollout_id]["candidates"]
         assert (seen.teacher_ids == found.indices.numpy()).all()
         np.testing.assert_allclose(seen.teacher_logprobs, found.values.numpy(), atol=1e-4)
         read = (seen.student_ids >= 0).all(axis=1)
-        assert not read[rollout.sources == Source.DATA].any() and read[rollout.sources == Source.STUDENT].all()
+        assert (
+            not read[rollout.sources == TokenSource.DATA].any() and read[rollout.sources == TokenSource.STUDENT].all()
+        )
         assert [len(ids) for ids in row["student"]["ids"]] == [3 if one else 0 for one in read]
         assert row["teacher"]["ids"] == seen.teacher_ids.tolist()
         assert row["teacher"]["texts"][0] == [tiny_tokenizer().decode([i]) for i in seen.teacher_ids[0].tolist()]
@@ -106,7 +108,7 @@ def test_candidates_change_no_token(online, here):
     train(config(here, STAGES, name="plain.yaml", run={"dir": "plain"}))
     plain, rich = (lines(run / "rollouts.jsonl") for run in (here / "plain", online))
     assert [row["token_ids"] for row in plain] == [row["token_ids"] for row in rich]
-    assert all(row["candidates"] is None for row in plain) and not (here / "plain" / SIGNAL).exists()
+    assert all(row["candidates"] is None for row in plain) and not (here / "plain" / TEACHER_OUTPUT).exists()
     assert distance(here / "plain" / "student", online / "student") == 0
 
 
@@ -116,16 +118,16 @@ def test_candidates_under_rules_that_read_no_rows(here, tmp_path, stage):
     only = [{"name": "only", "steps": 1, **stage}]
     train(config(here, only, name="rows.yaml", run={"dir": str(tmp_path / "run")}, rollout=RECORDS))
     for rollout in _recorded(tmp_path / "run"):
-        assert (rollout.candidates.student_ids >= 0).all() and (rollout.candidates.teacher_ids >= 0).all()
+        assert (rollout.top_logprobs.student_ids >= 0).all() and (rollout.top_logprobs.teacher_ids >= 0).all()
 
 
 def test_candidates_of_compressed_rows(here, tmp_path):
-    """With `signal: topk` the teacher's candidates are the first of its k."""
+    """With `teacher.output: top_logprobs` the teacher's candidates are the first of its k."""
     only = [{"name": "only", "steps": 1, "rule": {"type": "switch"}}]
-    teacher = {"path": "teacher", "signal": "topk", "signal_top_k": 8}
+    teacher = {"path": "teacher", "output": "top_logprobs", "num_top_logprobs": 8}
     train(config(here, only, name="k.yaml", run={"dir": str(tmp_path / "run")}, rollout=RECORDS, teacher=teacher))
     for rollout in _recorded(tmp_path / "run"):
-        assert (rollout.candidates.teacher_ids == rollout.signal.values[:, :3]).all()
+        assert (rollout.top_logprobs.teacher_ids == rollout.teacher_output.values[:, :3]).all()
 
 
 def test_candidates_survive_the_disk(online, tmp_path):
@@ -135,14 +137,14 @@ def test_candidates_survive_the_disk(online, tmp_path):
     for a, b in zip(rollouts, load_rollouts(tmp_path / "r.safetensors"), strict=True):
         assert a.stats == b.stats
         for name in ("teacher_ids", "teacher_logprobs", "student_ids", "student_logprobs"):
-            assert getattr(a.candidates, name).tobytes() == getattr(b.candidates, name).tobytes()
+            assert getattr(a.top_logprobs, name).tobytes() == getattr(b.top_logprobs, name).tobytes()
 
 
 def test_more_candidates_than_ids():
     """A row has no more candidates than ids; the rest says that there is none."""
-    top = Top.of(torch.tensor([[0.0, 1.0]]), 3)
+    top = TopTokens.of(torch.tensor([[0.0, 1.0]]), 3)
     assert top.ids.tolist() == [[1, 0, -1]] and np.isnan(top.logprobs[0, 2])
-    assert candidates([top], [], 1, 3).student_ids.tolist() == [[-1, -1, -1]]
+    assert top_logprobs([top], [], 1, 3).student_ids.tolist() == [[-1, -1, -1]]
 
 
 def test_datasets_reads_rollouts(online):
@@ -155,15 +157,15 @@ def test_datasets_reads_rollouts(online):
     assert {"pieces", "segments", "statistic", "candidates", "step"} <= set(rows.column_names)
 
 
-@pytest.mark.parametrize("candidates", [0, 3])
-def test_datasets_reads_rollouts_after_a_long_warm_up(online, tmp_path, candidates):
+@pytest.mark.parametrize("top_logprobs", [0, 3])
+def test_datasets_reads_rollouts_after_a_long_warm_up(online, tmp_path, top_logprobs):
     """Where the first lines that are looked at hold only nulls, `rollout_features` says what the columns are."""
     from datasets import load_dataset
 
     from switchkd.data.rollout_io import rollout_features
 
     rows = lines(online / "rollouts.jsonl")
-    if not candidates:
+    if not top_logprobs:
         rows = [{**row, "candidates": None} for row in rows]
     file = tmp_path / "rollouts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -174,7 +176,7 @@ def test_datasets_reads_rollouts_after_a_long_warm_up(online, tmp_path, candidat
 
 
 def _recorded(run: Path):
-    return [rollout for path in sorted((run / SIGNAL).glob("step-*")) for rollout in load_rollouts(path)]
+    return [rollout for path in sorted((run / TEACHER_OUTPUT).glob("step-*")) for rollout in load_rollouts(path)]
 
 
 # --- trained on again ------------------------------------------------------------------------------------------------
@@ -205,10 +207,13 @@ def test_training_from_rollouts_equals_the_run(online, here, tmp_path, monkeypat
 
 def test_a_resume_takes_recorded_steps_back(online, tmp_path):
     """What was recorded of steps that a resume cuts away goes to lost/, so that no step is trained on twice."""
-    shutil.copytree(online / SIGNAL, tmp_path / SIGNAL)
-    assert cut_back(tmp_path, 7) == {SIGNAL: 3}
-    assert [int(path.stem[-2:]) for path in sorted((tmp_path / SIGNAL).glob("step-*"))] == list(range(7))
-    assert len(list((tmp_path / "lost" / SIGNAL).iterdir())) == 3 and (tmp_path / SIGNAL / "heads.safetensors").exists()
+    shutil.copytree(online / TEACHER_OUTPUT, tmp_path / TEACHER_OUTPUT)
+    assert truncate_history(tmp_path, 7) == {TEACHER_OUTPUT: 3}
+    assert [int(path.stem[-2:]) for path in sorted((tmp_path / TEACHER_OUTPUT).glob("step-*"))] == list(range(7))
+    assert (
+        len(list((tmp_path / "lost" / TEACHER_OUTPUT).iterdir())) == 3
+        and (tmp_path / TEACHER_OUTPUT / "heads.safetensors").exists()
+    )
 
 
 def test_other_losses_and_longer_runs(online, here, tmp_path):
@@ -236,7 +241,7 @@ def test_a_run_without_signal_is_refused(here, tmp_path, monkeypatch, capsys):
     (tmp_path / "old" / "rollouts.jsonl").write_text("")
     file = config_file(here, STAGES, name="refused.yaml", run={"dir": str(tmp_path / "run")})
     code, _, told = command(monkeypatch, capsys, "train", file, "--from-rollouts", tmp_path / "old")
-    assert code == 2 and "rollout.save_signal=true" in told and not (tmp_path / "run").exists()
+    assert code == 2 and "rollout.save_teacher_output=true" in told and not (tmp_path / "run").exists()
     code, _, told = command(monkeypatch, capsys, "train", file, "--from-rollouts", tmp_path / "nowhere")
     assert code == 2 and "there is no such folder" in told
 
@@ -251,8 +256,8 @@ def test_what_recorded_rollouts_cannot_do(online, here, tmp_path):
     )  # fmt: skip
     with pytest.raises(ConfigError, match=r"train.select_by=kl .*switchkd eval"):
         train(chosen)
-    (tmp_path / "bad" / SIGNAL).mkdir(parents=True)
-    (tmp_path / "bad" / SIGNAL / "step-00000000.safetensors").write_bytes(b"\0" * 40)
+    (tmp_path / "bad" / TEACHER_OUTPUT).mkdir(parents=True)
+    (tmp_path / "bad" / TEACHER_OUTPUT / "step-00000000.safetensors").write_bytes(b"\0" * 40)
     with pytest.raises(ConfigError, match="cannot be read"):
         train(config(here, STAGES, name="bad.yaml", run={"dir": "x"}, rollout={"recorded": str(tmp_path / "bad")}))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from switchkd.data.replay import Replay, allowed_until
-from switchkd.types import Entry, Origin, ReplayFull, Rollout
+from switchkd.types import CompletionSource, Entry, ReplayFull, Rollout
 
 BATCH = 4
 
@@ -28,7 +28,7 @@ def rollout(rollout_id: int, version: int = 0, batch: int | None = None, stage: 
         batch=rollout_id // BATCH if batch is None else batch,
         stage=stage,
         prompt_id=f"p{rollout_id}",
-        origin=Origin.ROLLOUT,
+        completion_source=CompletionSource.ROLLOUT,
         prompt_ids=np.arange(2, dtype=np.int32),
         token_ids=np.arange(length, dtype=np.int32),
         sources=np.array([0, 1, 1][:length], np.uint8),
@@ -36,7 +36,7 @@ def rollout(rollout_id: int, version: int = 0, batch: int | None = None, stage: 
         statistic=np.full(length, np.nan, np.float32),
         threshold=np.zeros(length, np.float32),
         uncertainty=np.full(length, 0.25, np.float32),
-        signal=None,
+        teacher_output=None,
         finish_reason="eos",
     )
 
@@ -76,7 +76,7 @@ def test_entry_describes_its_rollout():
 
 def test_completion_gives_the_first_finished_of_the_stage():
     """Under `completion` the first arrivals of the stage are taken, whichever batch they were started for."""
-    replay = Replay(capacity=100, policy="completion")
+    replay = Replay(capacity=100, policy="first_finished")
     replay.put([rollout(9, stage=1)])
     for i in (7, 2, 5, 0):
         replay.put([rollout(i)])
@@ -143,7 +143,7 @@ def test_a_full_replay_never_refuses_what_a_step_waits_for():
 def test_lease_goes_back_when_it_runs_out():
     """An expired lease makes its rollouts takeable again; asking in time renews it."""
     clock = Clock()
-    replay = filled(BATCH, policy="completion", lease_s=10.0, clock=clock)
+    replay = filled(BATCH, policy="first_finished", lease_s=10.0, clock=clock)
     replay.take(0, BATCH, 0, 0)
     clock.now = 8.0
     assert ids(replay.take(0, BATCH, 0, 0)) == [0, 1, 2, 3]
@@ -177,7 +177,7 @@ def test_commit_of_other_rollouts_than_taken_is_refused():
         replay.take(0, BATCH, 0, 0)
 
 
-@pytest.mark.parametrize("policy", ["fifo", "completion", "uniform"])
+@pytest.mark.parametrize("policy", ["fifo", "first_finished", "uniform"])
 def test_rewound_steps_get_the_same_rollouts(policy):
     """After a rewind, each step since the checkpoint is given exactly what it was trained on before."""
     replay = Replay(capacity=100, policy=policy)
@@ -209,7 +209,7 @@ def test_durable_forgets_what_earlier_steps_trained_on():
     assert replay.stats()["num_committed"] == BATCH
 
 
-@pytest.mark.parametrize("policy", ["fifo", "completion", "uniform"])
+@pytest.mark.parametrize("policy", ["fifo", "first_finished", "uniform"])
 def test_restored_state_goes_on_alike(policy):
     """A replay restored from `state` gives the same steps the same rollouts as one that never stopped."""
     replay = Replay(capacity=100, policy=policy)
@@ -260,7 +260,7 @@ def test_allowed_until_ends_with_the_last_batch():
     assert allowed_until(0, 3, []) == 0
 
 
-@pytest.mark.parametrize("policy", ["fifo", "completion"])
+@pytest.mark.parametrize("policy", ["fifo", "first_finished"])
 @pytest.mark.parametrize("seed", range(12))
 def test_no_rollout_is_lost_or_trained_twice(policy, seed):
     """Under any interleaving of puts (some twice), takes, expiries, rewinds, checkpoints and restarts, every rollout

@@ -14,7 +14,7 @@ from runs import STAGES, command, config, furnish
 from switchkd.config.errors import ConfigError
 from switchkd.tools.report.read import read_run
 from switchkd.tools.report.report import write_report
-from switchkd.tools.report.tally import MAX_POINTS, Tally
+from switchkd.tools.report.tally import MAX_POINTS, RolloutStatistics
 from switchkd.train import train
 
 EVIL = "</script><script>document.title = 'owned'</script><img src=x onerror=alert(1)>"
@@ -27,7 +27,7 @@ def run(tmp_path_factory) -> Path:
     evaluation = {"data": "./data.jsonl", "num_prompts": 4, "max_new_tokens": 8}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        train(config(place, STAGES, run={"dir": "run"}, rollout={"save_candidates": 2}, eval=evaluation))
+        train(config(place, STAGES, run={"dir": "run"}, rollout={"save_top_logprobs": 2}, eval=evaluation))
     return place / "run"
 
 
@@ -86,7 +86,7 @@ def test_everything_is_on_the_page(run, monkeypatch, capsys):
     rows = lines(run / "metrics.jsonl")
     steps = [row for row in rows if "stage" in row]
     for key in ("loss/total", "loss/kl", "rollout/teacher_frac", "replay/staleness_max", "time/wait_teacher_s",
-                "replay/waiting", "teacher/signal_bytes", "rollout/tokens_per_s", "weight_version"):  # fmt: skip
+                "replay/waiting", "teacher/output_bytes", "rollout/tokens_per_s", "weight_version"):  # fmt: skip
         assert told["steps"][key] == [[row["step"], row[key]] for row in steps], key
     assert told["evals"]["eval/agreement"] == [[r["step"], r["eval/agreement"]] for r in rows if "eval/agreement" in r]
     assert [stage["name"] for stage in told["stages"]] == [stage["name"] for stage in STAGES]
@@ -125,7 +125,7 @@ def test_long_completions_are_binned():
         "segments": [{"source": "student", "num_tokens": 3}, {"source": "teacher", "num_tokens": num - 3}],
         "statistic": [None] * num, "threshold": [None] * num, "stats": {},
     }  # fmt: skip
-    tally = Tally()
+    tally = RolloutStatistics()
     assert tally.add(row)
     points = tally.share_by_position()[0]
     assert len(points) <= MAX_POINTS and points[0][1] < 1 and points[-1] == [pytest.approx(points[-1][0]), 1]

@@ -13,10 +13,10 @@ from scipy import stats
 from toy import STOP, VOCAB, ToyStudent, ToyTeacher, pair, rows_of, task
 
 from switchkd.algo import divergence, switching
-from switchkd.algo.sampling import Purpose, Sampling, coin, gumbel, noise_bits
-from switchkd.rollout.generator import Job, RolloutWorker
-from switchkd.rollout.state import Mode
-from switchkd.types import Origin, Rollout, Source
+from switchkd.algo.sampling import Purpose, SamplingParams, coin, gumbel, noise_bits
+from switchkd.rollout.generator import GenerationRequest, SwitchingGenerator
+from switchkd.rollout.state import RolloutParams
+from switchkd.types import CompletionSource, Rollout, TokenSource
 
 MAX_NEW = 20
 RULES = {
@@ -33,37 +33,37 @@ RULES = {
     "skd": switching.outside_top_k(k=5),
 }
 SAMPLINGS = {
-    "greedy": (Sampling(temperature=0.0), Sampling(temperature=0.0)),
-    "sampled": (Sampling(), Sampling()),
-    "papers": (Sampling(temperature=0.5, top_p=0.5), Sampling(temperature=0.2, top_p=0.5)),
-    "mixed": (Sampling(temperature=0.7, top_k=8), Sampling(temperature=1.0, top_p=0.9)),
+    "greedy": (SamplingParams(temperature=0.0), SamplingParams(temperature=0.0)),
+    "sampled": (SamplingParams(), SamplingParams()),
+    "papers": (SamplingParams(temperature=0.5, top_p=0.5), SamplingParams(temperature=0.2, top_p=0.5)),
+    "mixed": (SamplingParams(temperature=0.7, top_k=8), SamplingParams(temperature=1.0, top_p=0.9)),
 }
 
 
-def mode(rule: switching.Rule, sampling: str = "sampled", seed: int = 7, **more) -> Mode:  # type: ignore[no-untyped-def]
+def params(rule: switching.Rule, sampling: str = "sampled", seed: int = 7, **more) -> RolloutParams:  # type: ignore[no-untyped-def]
     student, teacher = SAMPLINGS[sampling]
-    return Mode(rule=rule, student=student, teacher=teacher, max_new_tokens=MAX_NEW, seed=seed, **more)
+    return RolloutParams(rule=rule, student=student, teacher=teacher, max_new_tokens=MAX_NEW, seed=seed, **more)
 
 
 def write(  # type: ignore[no-untyped-def]
-    a_mode: Mode,
+    a_mode: RolloutParams,
     ids,
     *,
-    block_size: int,
+    max_draft_tokens: int,
     slots: int,
-    lead: str = "student",
+    drafter: str = "student",
     distance: float = 1.0,
     overlap: bool = False,
 ):
     """Rollouts by id, and the worker that wrote them."""
     p, q = pair(distance)
-    worker = RolloutWorker(
+    worker = SwitchingGenerator(
         student=ToyStudent(q, slots),
         teacher=ToyTeacher(p),
         head=None,
         stop_ids=frozenset({STOP}),
-        block_size=block_size,
-        lead=lead,
+        max_draft_tokens=max_draft_tokens,
+        drafter=drafter,
         overlap=overlap,
     )
     found: dict[int, Rollout] = {}
@@ -73,11 +73,11 @@ def write(  # type: ignore[no-untyped-def]
             assert rollout.rollout_id not in found
             found[rollout.rollout_id] = rollout
 
-    worker.run([Job(task=task(i), mode=a_mode) for i in ids], emit)
+    worker.run([GenerationRequest(task=task(i), params=a_mode) for i in ids], emit)
     return found, worker
 
 
-def literal(a_mode: Mode, rollout_id: int, distance: float = 1.0) -> tuple[list[int], list[int]]:
+def literal(a_mode: RolloutParams, rollout_id: int, distance: float = 1.0) -> tuple[list[int], list[int]]:
     """Token by token in float64, in the papers' words: who owns it, then that model's own keyed draw."""
     p, q = pair(distance)
     rule = a_mode.rule
@@ -96,11 +96,11 @@ def literal(a_mode: Mode, rollout_id: int, distance: float = 1.0) -> tuple[list[
         )
         threshold = rule.threshold(torch.tensor([t]), 0, memory)
         memory = rule.update(memory, statistic, threshold)
-        owner = Source.TEACHER if bool(statistic > threshold) else Source.STUDENT
-        if a_mode.teacher_budget is not None and sources.count(Source.TEACHER) >= a_mode.teacher_budget:
-            owner = Source.STUDENT
+        owner = TokenSource.TEACHER if bool(statistic > threshold) else TokenSource.STUDENT
+        if a_mode.teacher_budget is not None and sources.count(TokenSource.TEACHER) >= a_mode.teacher_budget:
+            owner = TokenSource.STUDENT
         token = drafted
-        if owner == Source.TEACHER:
+        if owner == TokenSource.TEACHER:
             own = gumbel(noise_bits(a_mode.seed, rollout_id, t, rule.replacement, VOCAB))
             token = _pick(p_row, a_mode.teacher, own)
         tokens.append(token)
@@ -110,7 +110,7 @@ def literal(a_mode: Mode, rollout_id: int, distance: float = 1.0) -> tuple[list[
     return tokens[num_prompt:], sources
 
 
-def _pick(row: torch.Tensor, sampling: Sampling, noise: np.ndarray) -> int:
+def _pick(row: torch.Tensor, sampling: SamplingParams, noise: np.ndarray) -> int:
     """Tempered, truncated, then the arg max with the noise; float64, sorted in full."""
     if sampling.temperature == 0:
         return int(np.argmax(row.numpy()))
@@ -128,8 +128,8 @@ def _pick(row: torch.Tensor, sampling: Sampling, noise: np.ndarray) -> int:
 @pytest.mark.parametrize("name", RULES)
 def test_equals_the_literal_loop(name: str, sampling: str) -> None:
     """Block switching writes exactly what a token-by-token float64 loop writes, owners included."""
-    a_mode = mode(RULES[name], sampling)
-    found, _ = write(a_mode, range(12), block_size=5, slots=4)
+    a_mode = params(RULES[name], sampling)
+    found, _ = write(a_mode, range(12), max_draft_tokens=5, slots=4)
     for rollout_id, rollout in found.items():
         tokens, sources = literal(a_mode, rollout_id)
         assert rollout.token_ids.tolist() == tokens
@@ -139,10 +139,10 @@ def test_equals_the_literal_loop(name: str, sampling: str) -> None:
 @pytest.mark.parametrize("name", RULES)
 def test_same_for_every_block_size_batch_and_lead(name: str) -> None:
     """K, batch size, order of the work and who leads change nothing but the speed."""
-    a_mode = mode(RULES[name])
-    wanted, _ = write(a_mode, range(9), block_size=1, slots=1)
-    for block_size, slots, lead, ids in [
-        (1, 4, "lockstep", range(9)),
+    a_mode = params(RULES[name])
+    wanted, _ = write(a_mode, range(9), max_draft_tokens=1, slots=1)
+    for max_draft_tokens, slots, drafter, ids in [
+        (1, 4, "none", range(9)),
         (2, 3, "student", range(9)),
         (5, 8, "student", reversed(range(9))),
         (8, 2, "student", [4, 0, 8, 1, 3, 2, 7, 5, 6]),
@@ -152,7 +152,7 @@ def test_same_for_every_block_size_batch_and_lead(name: str) -> None:
         (32, 9, "teacher", reversed(range(9))),
         (8, 4, "auto", range(9)),
     ]:
-        found, _ = write(a_mode, ids, block_size=block_size, slots=slots, lead=lead)
+        found, _ = write(a_mode, ids, max_draft_tokens=max_draft_tokens, slots=slots, drafter=drafter)
         for i, rollout in wanted.items():
             assert found[i].token_ids.tolist() == rollout.token_ids.tolist()
             assert found[i].sources.tolist() == rollout.sources.tolist()
@@ -160,12 +160,12 @@ def test_same_for_every_block_size_batch_and_lead(name: str) -> None:
             np.testing.assert_array_equal(found[i].threshold, rollout.threshold)
 
 
-@pytest.mark.parametrize("lead", ["student", "teacher", "auto"])
+@pytest.mark.parametrize("drafter", ["student", "teacher", "auto"])
 @pytest.mark.parametrize("name", ["switch", "adaswitch", "skd", "teacher", "student"])
-def test_same_in_two_half_batches(name: str, lead: str) -> None:
+def test_same_in_two_half_batches(name: str, drafter: str) -> None:
     """While one half of the rows is at the teacher the other drafts: the same tokens."""
-    wanted, _ = write(mode(RULES[name]), range(9), block_size=4, slots=4)
-    found, _ = write(mode(RULES[name]), range(9), block_size=4, slots=4, lead=lead, overlap=True)
+    wanted, _ = write(params(RULES[name]), range(9), max_draft_tokens=4, slots=4)
+    found, _ = write(params(RULES[name]), range(9), max_draft_tokens=4, slots=4, drafter=drafter, overlap=True)
     for i, rollout in wanted.items():
         assert found[i].token_ids.tolist() == rollout.token_ids.tolist()
         assert found[i].sources.tolist() == rollout.sources.tolist()
@@ -189,30 +189,30 @@ def test_halves_do_overlap(overlap: bool) -> None:
             return super().extend(*args)
 
     p, q = pair(1.0)
-    worker = RolloutWorker(
-        student=Busy(q, 4), teacher=Slow(p), head=None, stop_ids=frozenset({STOP}), block_size=4, overlap=overlap
+    worker = SwitchingGenerator(
+        student=Busy(q, 4), teacher=Slow(p), head=None, stop_ids=frozenset({STOP}), max_draft_tokens=4, overlap=overlap
     )
-    worker.run([Job(task=task(i), mode=mode(RULES["switch"])) for i in range(8)], lambda _: None)
+    worker.run([GenerationRequest(task=task(i), params=params(RULES["switch"])) for i in range(8)], lambda _: None)
     assert overlap == any(pair == ("begin", "draft") for pair in itertools.pairwise(events))
 
 
 @pytest.mark.parametrize("name", ["switch", "adaswitch", "skd", "teacher"])
-@pytest.mark.parametrize("block_size", [1, 3, 8])
-def test_signal_belongs_to_its_token(name: str, block_size: int) -> None:
+@pytest.mark.parametrize("max_draft_tokens", [1, 3, 8])
+def test_signal_belongs_to_its_token(name: str, max_draft_tokens: int) -> None:
     """Row t of the signal is the teacher's distribution of token t given the prompt and the tokens before it."""
     p, _ = pair()
-    found, _ = write(mode(RULES[name]), range(8), block_size=block_size, slots=3)
+    found, _ = write(params(RULES[name]), range(8), max_draft_tokens=max_draft_tokens, slots=3)
     for rollout in found.values():
         whole = [*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]
         first = len(rollout.prompt_ids) - 1
-        assert rollout.signal is not None
-        assert torch.equal(torch.from_numpy(rollout.signal.values), rows_of(p, whole)[first:-1])
+        assert rollout.teacher_output is not None
+        assert torch.equal(torch.from_numpy(rollout.teacher_output.values), rows_of(p, whole)[first:-1])
 
 
 def test_statistic_is_the_divergence_of_the_rows() -> None:
     """What a rollout reports as its statistic is JSD base 2 of the two rows at that token."""
     p, q = pair()
-    found, _ = write(mode(RULES["switch"]), range(4), block_size=4, slots=4)
+    found, _ = write(params(RULES["switch"]), range(4), max_draft_tokens=4, slots=4)
     for rollout in found.values():
         whole = [*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]
         first = len(rollout.prompt_ids) - 1
@@ -224,21 +224,21 @@ def test_statistic_is_the_divergence_of_the_rows() -> None:
 @pytest.mark.parametrize(("name", "sampling"), [("random", "sampled"), ("skd", "sampled"), ("switch", "mixed")])
 def test_law_of_the_first_token(name: str, sampling: str) -> None:
     """Over many rollouts the first token follows p or q of its owner, SKD's replacement included (chi-square)."""
-    a_mode = mode(switching.outside_top_k(k=5) if name == "skd" else RULES[name], sampling, seed=3)
+    a_mode = params(switching.outside_top_k(k=5) if name == "skd" else RULES[name], sampling, seed=3)
     if name == "switch":  # by itself SWITCH starts with the student: force the teacher
-        a_mode = mode(switching.jsd_threshold(schedule="constant", tau_0=1e-9, max_new_tokens=MAX_NEW), sampling)
+        a_mode = params(switching.jsd_threshold(schedule="constant", tau_0=1e-9, max_new_tokens=MAX_NEW), sampling)
     ids = [7 * i for i in range(6000)]  # all have the same prompt
-    short = Mode(**{name: getattr(a_mode, name) for name in Mode.__slots__} | {"max_new_tokens": 1})
-    found, _ = write(short, ids, block_size=1, slots=512)
+    short = RolloutParams(**{name: getattr(a_mode, name) for name in RolloutParams.__slots__} | {"max_new_tokens": 1})
+    found, _ = write(short, ids, max_draft_tokens=1, slots=512)
     p, q = pair()
     prompt = task(0).prompt.token_ids.tolist()
-    laws = {Source.TEACHER: (p, a_mode.teacher), Source.STUDENT: (q, a_mode.student)}
+    laws = {TokenSource.TEACHER: (p, a_mode.teacher), TokenSource.STUDENT: (q, a_mode.student)}
     for source, (chain, sampling_of) in laws.items():
         drawn = [int(r.token_ids[0]) for r in found.values() if r.sources[0] == source]
         if not drawn:
             continue
         law = _law(rows_of(chain, prompt)[-1].double(), sampling_of)
-        if name == "skd" and source == Source.STUDENT:  # accepted drafts: q given that the teacher allows it
+        if name == "skd" and source == TokenSource.STUDENT:  # accepted drafts: q given that the teacher allows it
             allowed = torch.topk(rows_of(p, prompt)[-1], 5).indices.numpy()
             law = np.where(np.isin(np.arange(VOCAB), allowed), law, 0)
             law /= law.sum()
@@ -251,7 +251,7 @@ def test_law_of_the_first_token(name: str, sampling: str) -> None:
         assert stats.chisquare(seen[kept], expected[kept]).pvalue > 1e-3
 
 
-def _law(row: torch.Tensor, sampling: Sampling) -> np.ndarray:
+def _law(row: torch.Tensor, sampling: SamplingParams) -> np.ndarray:
     probs = torch.softmax(row / sampling.temperature, -1).numpy()
     order = np.lexsort((np.arange(VOCAB), -probs))
     if sampling.top_k:
@@ -265,21 +265,21 @@ def _law(row: torch.Tensor, sampling: Sampling) -> np.ndarray:
 
 def test_teacher_budget() -> None:
     """Once the budget is spent the student writes; the tokens still equal the literal loop's."""
-    a_mode = mode(RULES["random"], teacher_budget=3)
-    found, _ = write(a_mode, range(10), block_size=4, slots=4)
+    a_mode = params(RULES["random"], teacher_budget=3)
+    found, _ = write(a_mode, range(10), max_draft_tokens=4, slots=4)
     spent = 0
     for rollout_id, rollout in found.items():
         tokens, sources = literal(a_mode, rollout_id)
         assert rollout.token_ids.tolist() == tokens and rollout.sources.tolist() == sources
-        spent = max(spent, int((rollout.sources == Source.TEACHER).sum()))
+        spent = max(spent, int((rollout.sources == TokenSource.TEACHER).sum()))
     assert spent == 3
 
 
 def test_blocks_save_teacher_calls() -> None:
     """With a close pair, blocks of four need well under half of lockstep's teacher calls for the same tokens."""
-    a_mode = mode(RULES["switch"])
-    blocks, fast = write(a_mode, range(8), block_size=4, slots=8, distance=0.2)
-    single, slow = write(a_mode, range(8), block_size=1, slots=8, lead="lockstep", distance=0.2)
+    a_mode = params(RULES["switch"])
+    blocks, fast = write(a_mode, range(8), max_draft_tokens=4, slots=8, distance=0.2)
+    single, slow = write(a_mode, range(8), max_draft_tokens=1, slots=8, drafter="none", distance=0.2)
     assert all(blocks[i].token_ids.tolist() == single[i].token_ids.tolist() for i in blocks)
     assert fast.calls.num_calls < 0.5 * slow.calls.num_calls
 
@@ -287,19 +287,21 @@ def test_blocks_save_teacher_calls() -> None:
 def test_references_are_scored_as_they_stand() -> None:
     """A data-set completion keeps its tokens and gets the teacher's row for each of them."""
     p, q = pair()
-    worker = RolloutWorker(
-        student=ToyStudent(q, 2), teacher=ToyTeacher(p), head=None, stop_ids=frozenset({STOP}), block_size=4
+    worker = SwitchingGenerator(
+        student=ToyStudent(q, 2), teacher=ToyTeacher(p), head=None, stop_ids=frozenset({STOP}), max_draft_tokens=4
     )
     found: list[Rollout] = []
     references = [np.array(ids, np.int32) for ids in ([5, 6, STOP], [4], [9, 9, 9, 9, STOP])]
-    tasks = [task(i, origin=Origin.DATASET, reference_ids=ids) for i, ids in enumerate(references)]
-    worker.run([Job(task=t, mode=None) for t in tasks], found.extend)
+    tasks = [task(i, completion_source=CompletionSource.DATASET, reference_ids=ids) for i, ids in enumerate(references)]
+    worker.run([GenerationRequest(task=t, params=None) for t in tasks], found.extend)
     assert [r.token_ids.tolist() for r in found] == [ids.tolist() for ids in references]
     for rollout in found:
         whole = [*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]
-        assert rollout.signal is not None
-        assert torch.equal(torch.from_numpy(rollout.signal.values), rows_of(p, whole)[len(rollout.prompt_ids) - 1 : -1])
-        assert set(rollout.sources.tolist()) == {Source.DATA}
+        assert rollout.teacher_output is not None
+        assert torch.equal(
+            torch.from_numpy(rollout.teacher_output.values), rows_of(p, whole)[len(rollout.prompt_ids) - 1 : -1]
+        )
+        assert set(rollout.sources.tolist()) == {TokenSource.DATA}
 
 
 def test_new_weights_in_mid_rollout() -> None:
@@ -319,16 +321,16 @@ def test_new_weights_in_mid_rollout() -> None:
         calls["n"] += 1
         return bundle if calls["n"] > 3 else None
 
-    worker = RolloutWorker(
+    worker = SwitchingGenerator(
         student=ToyStudent(q, 2),
         teacher=ToyTeacher(p),
         head=None,
         stop_ids=frozenset(),
-        block_size=2,
+        max_draft_tokens=2,
         new_weights=offered,  # type: ignore[arg-type]
     )
     found: list[Rollout] = []
-    worker.run([Job(task=task(0), mode=mode(RULES["student"]))], found.extend)
+    worker.run([GenerationRequest(task=task(0), params=params(RULES["student"]))], found.extend)
     versions = found[0].weight_versions.tolist()
     assert versions == sorted(versions) and set(versions) == {0, 5}
     whole = [*found[0].prompt_ids.tolist(), *found[0].token_ids.tolist()]
@@ -336,4 +338,4 @@ def test_new_weights_in_mid_rollout() -> None:
         chain = bundle.chain if version == 5 else q
         noise = gumbel(noise_bits(7, 0, t, Purpose.GUMBEL, VOCAB))
         row = rows_of(chain, whole[: len(found[0].prompt_ids) + t])[-1].double()
-        assert found[0].token_ids[t] == _pick(row, Sampling(), noise)
+        assert found[0].token_ids[t] == _pick(row, SamplingParams(), noise)

@@ -16,17 +16,19 @@ from switchkd.data.rollout_io import (
     save_rollouts,
     texts_between,
 )
-from switchkd.types import Origin, Rollout, RolloutStats, Signal, Source
+from switchkd.types import CompletionSource, Rollout, RolloutStats, TeacherOutput, TokenSource
 
 
-def rollout(rollout_id: int = 0, sources=(0, 0, 1, 0, 2), *, signal: Signal | None = None, **more) -> Rollout:
+def rollout(
+    rollout_id: int = 0, sources=(0, 0, 1, 0, 2), *, teacher_output: TeacherOutput | None = None, **more
+) -> Rollout:
     num = len(sources)
     values = {
         "rollout_id": rollout_id,
         "batch": rollout_id // 4,
         "stage": 1,
         "prompt_id": f"é-{rollout_id}",
-        "origin": Origin.ROLLOUT,
+        "completion_source": CompletionSource.ROLLOUT,
         "prompt_ids": np.arange(rollout_id + 1, dtype=np.int32),
         "token_ids": np.arange(100, 100 + num, dtype=np.int32),
         "sources": np.array(sources, np.uint8),
@@ -34,27 +36,39 @@ def rollout(rollout_id: int = 0, sources=(0, 0, 1, 0, 2), *, signal: Signal | No
         "statistic": np.array([np.nan, np.inf, 1 / 3, 0, 1e-9][:num], np.float32),
         "threshold": np.linspace(1, 0, num, dtype=np.float32),
         "uncertainty": np.full(num, np.nan, np.float32),
-        "signal": signal,
+        "teacher_output": teacher_output,
         "finish_reason": "eos",
         "stats": RolloutStats(num_drafted=7, time_s=0.5),
     }
     return Rollout(**{**values, **more})
 
 
-def signal(num: int, width: int, dtype: str, kind: str = "hidden") -> Signal:
+def teacher_output(num: int, width: int, dtype: str, kind: str = "hidden_states") -> TeacherOutput:
     rng = np.random.default_rng(num)
     held = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}[dtype]
     values = rng.integers(0, 60_000, (num, width)).astype(held)
-    return Signal(kind=kind, dtype=dtype, values=values, lengths=np.array([num], np.int32))
+    return TeacherOutput(kind=kind, dtype=dtype, values=values, lengths=np.array([num], np.int32))
 
 
 def some_rollouts() -> list[Rollout]:
     return [
-        rollout(0, signal=signal(5, 8, "bfloat16")),
+        rollout(0, teacher_output=teacher_output(5, 8, "bfloat16")),
         rollout(1),
-        rollout(2, (), signal=signal(0, 8, "bfloat16"), finish_reason="length", approximate=True, teacher="math"),
-        rollout(3, (2, 2), signal=signal(2, 16, "float32", "full"), origin=Origin.DATASET),
-        rollout(4, (1,), signal=signal(1, 8, "bfloat16")),
+        rollout(
+            2,
+            (),
+            teacher_output=teacher_output(0, 8, "bfloat16"),
+            finish_reason="length",
+            approximate=True,
+            teacher="math",
+        ),
+        rollout(
+            3,
+            (2, 2),
+            teacher_output=teacher_output(2, 16, "float32", "logits"),
+            completion_source=CompletionSource.DATASET,
+        ),
+        rollout(4, (1,), teacher_output=teacher_output(1, 8, "bfloat16")),
     ]
 
 
@@ -64,7 +78,7 @@ def assert_same(a: object, b: object) -> None:
         assert type(x) is type(y), name
         if isinstance(x, np.ndarray):
             assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes()), name
-        elif isinstance(x, Signal):
+        elif isinstance(x, TeacherOutput):
             assert_same(x, y)
         else:
             assert x == y, name
@@ -84,7 +98,7 @@ def test_loaded_arrays_stand_alone(tmp_path):
     """A loaded rollout keeps no other one in memory."""
     save_rollouts(tmp_path / "r", some_rollouts())
     for one in load_rollouts(tmp_path / "r"):
-        assert one.token_ids.base is None and (one.signal is None or one.signal.values.base is None)
+        assert one.token_ids.base is None and (one.teacher_output is None or one.teacher_output.values.base is None)
 
 
 def test_no_rollouts(tmp_path):
@@ -168,5 +182,5 @@ def test_texts_of_runs_join_to_the_whole_text():
 
 def test_sources_have_names():
     """Every Source has its own name in a row."""
-    row = rollout_to_row(rollout(0, tuple(Source)), "", lambda ids: "x" * len(ids))
+    row = rollout_to_row(rollout(0, tuple(TokenSource)), "", lambda ids: "x" * len(ids))
     assert [one["source"] for one in row["segments"]] == ["student", "teacher", "data"]

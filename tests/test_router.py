@@ -13,7 +13,7 @@ import pytest
 from pools import Still, Thunks, fetch
 from toy import ToyTeacher, pair
 
-from switchkd.actors.replicas import DRAIN_S, FORGET_S, Members, Roster, State
+from switchkd.actors.replicas import DRAIN_S, FORGET_S, ReplicaRegistry, ReplicaView, State
 from switchkd.engines.base import TeacherBusy, UnknownSession
 from switchkd.types import Blocks, Sessions, TeacherLost
 
@@ -91,7 +91,7 @@ class TestRouter:
         """The load is that of all workers: what the others have is told, one's own is counted."""
         pool = replicas(3)
         pool_client = Still(pool)
-        pool_client.members = Members(ready=pool, draining={}, sessions={0: 2, 1: 5, 2: 3})
+        pool_client.members = ReplicaView(ready=pool, draining={}, sessions={0: 2, 1: 5, 2: 3})
         router = rooms.TeacherRouter(pool_client)
         for i in range(5):
             router.open(opened(i))
@@ -110,11 +110,11 @@ class TestRouter:
         pool_client = Still(pool)
         router = rooms.TeacherRouter(pool_client)
         router.open(opened(0))
-        pool_client.members = Members(ready={1: pool[1]}, draining={0: pool[0]}, sessions={})
+        pool_client.members = ReplicaView(ready={1: pool[1]}, draining={0: pool[0]}, sessions={})
         router.open(opened(1))
         router.score(block(0, 1))
         assert held(pool) == {0: [0], 1: [1]}
-        pool_client.members = Members(ready={1: pool[1]}, draining={}, sessions={})
+        pool_client.members = ReplicaView(ready={1: pool[1]}, draining={}, sessions={})
         rows = router.score(block(0, 1, base=4, tokens=(7,))).values
         assert held(pool)[1] == [0, 1]
         np.testing.assert_allclose(rows, alone((0, 1), (block(0, 1), block(0, 1, base=4, tokens=(7,)))))
@@ -187,23 +187,25 @@ class TestRouter:
         def ask(sessions):
             """One is being started for longer than the router waits where none is."""
             there = time.monotonic() - begun > 0.5
-            return Members(ready={9: pool[1]} if there else {}, draining={}, sessions={}, num_starting=int(not there))
+            return ReplicaView(
+                ready={9: pool[1]} if there else {}, draining={}, sessions={}, num_starting=int(not there)
+            )
 
         monkeypatch.setattr(pool_client, "ask", ask)
         monkeypatch.setattr(pool_client, "poll", lambda sessions: None)
         monkeypatch.setattr(rooms, "RETRY_FOR_S", 0.05)
-        pool_client.members = Members(ready={}, draining={}, sessions={}, num_starting=1)
+        pool_client.members = ReplicaView(ready={}, draining={}, sessions={}, num_starting=1)
         router._members = pool_client.members
         np.testing.assert_allclose(router.score(block(0)).values, alone((0,), (block(0),)))
-        monkeypatch.setattr(pool_client, "ask", lambda sessions: Members(ready={}, draining={}, sessions={}))
-        router._members = Members(ready={}, draining={}, sessions={})
+        monkeypatch.setattr(pool_client, "ask", lambda sessions: ReplicaView(ready={}, draining={}, sessions={}))
+        router._members = ReplicaView(ready={}, draining={}, sessions={})
         with pytest.raises(RuntimeError, match=r"no teacher replica answered for 0\.05 s"):
             router.score(block(0))
 
     def test_broken_pool(self, rooms):
         """A pool that cannot start replicas any more ends the wait with its reason."""
         pool_client = Still({})
-        pool_client.members = Members(ready={}, draining={}, sessions={}, broken="no weights")
+        pool_client.members = ReplicaView(ready={}, draining={}, sessions={}, broken="no weights")
         with pytest.raises(RuntimeError, match="there is no teacher any more: no weights"):
             rooms.TeacherRouter(pool_client).open(opened(0))
 
@@ -263,7 +265,7 @@ class Looks(Still):
         super().__init__(ready)
         self.noticed = noticed
 
-    def ask(self, sessions: Any) -> Members:
+    def ask(self, sessions: Any) -> ReplicaView:
         ready = {}
         for number, replica in self.members.ready.items():
             if replica.looks > self.noticed:
@@ -272,7 +274,7 @@ class Looks(Still):
                 replica.looks += 1
             if replica.looks <= self.noticed:
                 ready[number] = replica
-        return Members(ready=ready, draining={}, sessions={}, num_starting=len(self.members.ready) - len(ready))
+        return ReplicaView(ready=ready, draining={}, sessions={}, num_starting=len(self.members.ready) - len(ready))
 
     def poll(self, sessions: Any) -> None:
         return None
@@ -282,12 +284,12 @@ def test_what_a_router_gave_up_on(rooms):
     """Reaches the driver as what it is, through the worker's own process."""
     from ray.exceptions import RayTaskError
 
-    from switchkd.actors.ray_futures import of_worker
+    from switchkd.actors.ray_futures import worker_future
 
     failed: Future[Any] = Future()
     raised = RayTaskError("generate", "", pickle.loads(pickle.dumps(TeacherLost("3 times"))))
     failed.set_exception(raised.as_instanceof_cause())
-    found = of_worker(SimpleNamespace(future=lambda: failed)).exception()
+    found = worker_future(SimpleNamespace(future=lambda: failed)).exception()
     assert type(found) is TeacherLost and str(found) == "3 times"
 
 
@@ -299,12 +301,12 @@ class TestPool:
         monkeypatch.setattr(teacher_pool.ray, "kill", lambda handle: None)
         actor = teacher_pool.TeacherPoolActor.__ray_metadata__.modified_class
         pool = object.__new__(actor)
-        pool.roster, pool.watches, pool.log, pool.loads = Roster(), {}, [], []
+        pool.roster, pool.watches, pool.log, pool.loads = ReplicaRegistry(), {}, [], []
         pool.ever_ready, pool.num_failed = True, 0
         handle = SimpleNamespace(ready=SimpleNamespace(remote=lambda: None))
         monkeypatch.setattr(teacher_pool, "Probe", lambda ref: None)
         for number in range(3):
-            pool._enter(handle, SimpleNamespace(free=lambda: None), 0.0)
+            pool._register(handle, SimpleNamespace(free=lambda: None), 0.0)
             pool._restarting(number, teacher_pool.RESTART_S - 1)
             assert number in pool.watches and not pool.roster.broken
             pool._restarting(number, teacher_pool.RESTART_S + 1)
@@ -314,8 +316,8 @@ class TestPool:
 
 
 class TestRoster:
-    def book(self, num: int) -> Roster:
-        roster = Roster()
+    def book(self, num: int) -> ReplicaRegistry:
+        roster = ReplicaRegistry()
         for i in range(num):
             roster.set_state(roster.add(f"handle {i}", 0.0), State.READY, 0.0)
         return roster
@@ -370,7 +372,7 @@ class TestDirectory:
 
         from switchkd.actors import pool_client
 
-        members = Members(ready={0: "x"}, draining={}, sessions={})
+        members = ReplicaView(ready={0: "x"}, draining={}, sessions={})
         asked: list[dict[int, int]] = []
         done: list[bool] = [False]
         fails: list[Exception] = []
@@ -385,7 +387,7 @@ class TestDirectory:
         monkeypatch.setattr(pool_client.ray, "wait", lambda refs, timeout: (refs, []) if done[0] else ([], refs))
         clock = [100.0]
         monkeypatch.setattr(pool_client.time, "monotonic", lambda: clock[0])
-        here = pool_client.PoolDirectory(pool, "0/0")
+        here = pool_client.PoolClient(pool, "0/0")
         assert here.poll({0: 1}) is None and here.poll({0: 2}) is None and asked == [{0: 1}]
         done[0] = True
         assert here.poll({0: 3}) == members

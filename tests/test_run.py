@@ -32,7 +32,7 @@ from runs import (
 )
 
 from switchkd.actors import process_setup
-from switchkd.actors.placement_group import settled
+from switchkd.actors.placement_group import resolve_resources
 from switchkd.config import resources
 from switchkd.config.errors import ConfigError
 from switchkd.config.loader import load
@@ -325,7 +325,7 @@ def test_fine_tuning_needs_no_teacher(place, monkeypatch):
 def test_actors_need_not_guess(place, monkeypatch):
     """What the driver worked out for each role is what its actors get, though Ray sets RAY_JOB_ID in every process."""
     wanted = config(place, ONE_STEP, run={"mode": "ray"}, resources={"learner": {"threads": None}})
-    at_driver = settled(wanted)
+    at_driver = resolve_resources(wanted)
     assert at_driver.resources.learner.threads == os.cpu_count() and at_driver.resources.teacher.num_cpus
     monkeypatch.setenv("RAY_JOB_ID", "01000000")
     assert resources.of_role(at_driver, "learner") == at_driver.resources.learner
@@ -356,9 +356,15 @@ def test_whoever_waits_on_a_private_ray_sleeps(monkeypatch):
 
 def test_other_ways_to_write(place):
     """Newer weights in mid-rollout, lockstep, another replay policy and age: accepted, and the run ends well."""
-    other = {"on_new_weights": "reprefill", "lead": "lockstep", "block_size": 2, "batch_size": 2, "max_new_tokens": 12}
+    other = {
+        "on_new_weights": "reprefill",
+        "drafter": "none",
+        "max_draft_tokens": 2,
+        "batch_size": 2,
+        "max_new_tokens": 12,
+    }
     wanted = config(
-        place, [ADASWITCH | {"steps": 2}], rollout=other, replay={"policy": "completion", "max_staleness": 1}
+        place, [ADASWITCH | {"steps": 2}], rollout=other, replay={"policy": "first_finished", "max_staleness": 1}
     )
     assert train(wanted).finished
     with pytest.raises(ConfigError, match="on_new_weights='restart'"):

@@ -8,20 +8,20 @@ import torch
 from scipy import stats
 
 from switchkd.algo import sampling
-from switchkd.algo.sampling import Purpose, Sampling, coin, draw, gumbel, noise_bits, noise_bits_torch
+from switchkd.algo.sampling import Purpose, SamplingParams, coin, draw, gumbel, noise_bits, noise_bits_torch
 
 torch.set_num_threads(1)
 
 SETTINGS = [
-    Sampling(),
-    Sampling(temperature=0.0),
-    Sampling(temperature=0.2, top_p=0.5),
-    Sampling(temperature=0.5, top_p=0.5),
-    Sampling(temperature=0.5),
-    Sampling(top_p=0.9),
-    Sampling(top_k=7),
-    Sampling(top_k=40, top_p=0.5),
-    Sampling(temperature=2.0, top_k=10_000),
+    SamplingParams(),
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=0.2, top_p=0.5),
+    SamplingParams(temperature=0.5, top_p=0.5),
+    SamplingParams(temperature=0.5),
+    SamplingParams(top_p=0.9),
+    SamplingParams(top_k=7),
+    SamplingParams(top_k=40, top_p=0.5),
+    SamplingParams(temperature=2.0, top_k=10_000),
 ]
 
 
@@ -30,7 +30,7 @@ def rows(num: int, vocab: int, seed: int, scale: float = 3.0) -> torch.Tensor:
 
 
 def draw_simply(
-    logits: torch.Tensor, run_seed: int, ids: list, positions: list, purpose: int, s: Sampling
+    logits: torch.Tensor, run_seed: int, ids: list, positions: list, purpose: int, s: SamplingParams
 ) -> list[int]:
     """The definition, one id after the other: temper, order by (prob desc, id asc), cut, add the noise, arg max."""
     tokens = []
@@ -92,7 +92,7 @@ def test_coin_is_uniform_and_keyed() -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 @pytest.mark.parametrize("kind", ["normal", "flat", "peaked", "ties", "holes"])
-def test_draw_equals_the_definition(setting: Sampling, kind: str) -> None:
+def test_draw_equals_the_definition(setting: SamplingParams, kind: str) -> None:
     """The pruned draw, and the one for devices, give the token of the unpruned definition, ties included."""
     logits = rows(12, 700, seed=1)
     if kind == "flat":
@@ -110,9 +110,9 @@ def test_draw_equals_the_definition(setting: Sampling, kind: str) -> None:
     keys = torch.tensor(ids), torch.tensor(positions)
     on_device, margin = sampling.draw_on_device(logits, 11, *keys, purpose=Purpose.GUMBEL, sampling=setting)
     assert on_device.tolist() == expected
-    there, lead = sampling.draw_there(logits, 11, ids, positions, purpose=Purpose.GUMBEL, sampling=setting)
+    there, drafter = sampling.draw_there(logits, 11, ids, positions, purpose=Purpose.GUMBEL, sampling=setting)
     assert there.dtype == np.int64 and there.tolist() == expected
-    np.testing.assert_array_equal(lead, margin.numpy())
+    np.testing.assert_array_equal(drafter, margin.numpy())
     tokens, exact = draw(logits, rollout_ids=ids, positions=positions, return_margin=True, **key)
     assert tokens.tolist() == expected
     np.testing.assert_allclose(exact, margin.numpy(), atol=1e-9)
@@ -127,7 +127,7 @@ def test_how_much_is_pruned_does_not_matter(top_p: float, monkeypatch: pytest.Mo
         "rollout_ids": range(18),
         "positions": [9] * 18,
         "purpose": 0,
-        "sampling": Sampling(top_p=top_p),
+        "sampling": SamplingParams(top_p=top_p),
     }
     found = []
     for depth, most in ((5.0, 2048), (0.0, 1), (1.0, 30), (math.inf, 10**9)):
@@ -139,8 +139,10 @@ def test_how_much_is_pruned_does_not_matter(top_p: float, monkeypatch: pytest.Mo
         np.testing.assert_array_equal(margin, found[-1][2])
 
 
-@pytest.mark.parametrize("setting", [Sampling(), Sampling(temperature=0.5, top_p=0.7), Sampling(top_k=5)], ids=str)
-def test_draws_follow_the_law(setting: Sampling) -> None:
+@pytest.mark.parametrize(
+    "setting", [SamplingParams(), SamplingParams(temperature=0.5, top_p=0.7), SamplingParams(top_k=5)], ids=str
+)
+def test_draws_follow_the_law(setting: SamplingParams) -> None:
     """Over positions the drawn ids follow the tempered, truncated and renormalised distribution (chi-square)."""
     logits, num = rows(1, 30, seed=8, scale=1.0), 6000
     tempered = (logits[0].double() / setting.temperature).softmax(-1)
@@ -157,7 +159,7 @@ def test_coupled_draws_agree() -> None:
     """Draws of two models at one position agree far more than independent ones: at least (1 - TV) / (1 + TV)."""
     num, p, q = 3000, rows(1, 50, seed=1, scale=1.0), rows(1, 50, seed=1, scale=1.0) + rows(1, 50, seed=2, scale=0.5)
     tv = float((p.softmax(-1) - q.softmax(-1)).abs().sum() / 2)
-    key: dict = {"run_seed": 0, "rollout_ids": [1] * num, "positions": range(num), "sampling": Sampling()}
+    key: dict = {"run_seed": 0, "rollout_ids": [1] * num, "positions": range(num), "sampling": SamplingParams()}
     p_tokens = draw(p.expand(num, -1), purpose=Purpose.GUMBEL, **key)
     q_tokens = draw(q.expand(num, -1), purpose=Purpose.GUMBEL, **key)
     assert (p_tokens == q_tokens).mean() > (1 - tv) / (1 + tv) - 0.03
@@ -168,7 +170,7 @@ def test_coupled_draws_agree() -> None:
 def test_skd_noise_is_independent_of_the_draft() -> None:
     """Given which id the student drafted, the teacher's SKD draw follows p; with the shared noise it does not."""
     num, p, q = 6000, rows(1, 8, seed=3, scale=1.0), rows(1, 8, seed=4, scale=1.0)
-    key: dict = {"run_seed": 0, "rollout_ids": [1] * num, "positions": range(num), "sampling": Sampling()}
+    key: dict = {"run_seed": 0, "rollout_ids": [1] * num, "positions": range(num), "sampling": SamplingParams()}
     drafted = draw(q.expand(num, -1), purpose=Purpose.GUMBEL, **key)
     pvalue = {}
     for purpose in (Purpose.GUMBEL, Purpose.SKD):
@@ -181,7 +183,7 @@ def test_skd_noise_is_independent_of_the_draft() -> None:
 def test_a_row_does_not_know_its_neighbours() -> None:
     """A token depends on its own row and key only: any batch gives the same one, from any float type."""
     logits = rows(9, 500, seed=6).bfloat16()
-    key: dict = {"run_seed": 2, "purpose": 0, "sampling": Sampling(top_p=0.8)}
+    key: dict = {"run_seed": 2, "purpose": 0, "sampling": SamplingParams(top_p=0.8)}
     together = draw(logits, rollout_ids=range(9), positions=range(9), **key)
     alone = [draw(logits[i : i + 1].float(), rollout_ids=[i], positions=[i], **key)[0] for i in range(9)]
     assert together.tolist() == alone
@@ -191,12 +193,12 @@ def test_a_row_does_not_know_its_neighbours() -> None:
 def test_sampling_refuses_what_is_no_setting(bad: dict) -> None:
     """An impossible setting is refused with its name and value."""
     with pytest.raises(ValueError, match=next(iter(bad))):
-        Sampling(**bad)
+        SamplingParams(**bad)
 
 
 def test_draw_refuses_rows_without_a_law() -> None:
     """NaN in a row, a row of -inf, or a missing key is an error, not a token."""
-    key: dict = {"run_seed": 0, "purpose": 0, "sampling": Sampling()}
+    key: dict = {"run_seed": 0, "purpose": 0, "sampling": SamplingParams()}
     for bad in (torch.tensor([[0.0, math.nan]]), torch.full((1, 2), -math.inf)):
         with pytest.raises(ValueError, match="finite"):
             draw(bad, rollout_ids=[0], positions=[0], **key)
@@ -205,7 +207,7 @@ def test_draw_refuses_rows_without_a_law() -> None:
 
 
 @pytest.mark.parametrize("setting", SETTINGS[2:], ids=str)
-def test_both_truncations_keep_the_same_ids(setting: Sampling) -> None:
+def test_both_truncations_keep_the_same_ids(setting: SamplingParams) -> None:
     """The nucleus grown from the top on a CPU is the one cut from a full sort on a device, ties included."""
     logits = torch.cat([rows(20, 3000, seed=1), rows(20, 3000, seed=2, scale=2.0).round(), torch.zeros(1, 3000)])
     cut = sampling._truncated(logits, setting).isfinite()

@@ -10,9 +10,9 @@ import pytest
 from switchkd.actors.autoscaling import ADD_LOOKS, DRAIN_LOOKS, Load, decide, of_calls, of_tasks
 from switchkd.config.errors import ConfigError
 from switchkd.config.loader import parse
-from switchkd.config.schema import Span
+from switchkd.config.schema import ReplicaRange
 
-SPAN = Span(min=1, max=4)
+SPAN = ReplicaRange(min=1, max=4)
 
 
 def load(num: int = 2, busy: float = 0.9, queue: float = 1.0, wait: float = 0.5) -> Load:
@@ -100,7 +100,9 @@ def test_keys():
     """A number or a span; what is wrong with a span is said in one line that names the key."""
     base = {"run": {"dir": "x"}, "train": {"num_steps": 1}}
     wanted = parse({**base, "teacher": {"replicas": {"max": 3}}, "rollout": {"num_workers": 2}})
-    assert wanted.teacher.replicas == Span(min=1, max=3) and Span.of(wanted.rollout.num_workers) == Span(min=2, max=2)
+    assert wanted.teacher.replicas == ReplicaRange(min=1, max=3) and ReplicaRange.of(
+        wanted.rollout.num_workers
+    ) == ReplicaRange(min=2, max=2)
     for given, said in (
         ({"min": 3, "max": 2}, r"teacher.replicas={'min': 3, 'max': 2}: min=3 is above max=2; swap them"),
         ({"min": 0, "max": 2}, r"teacher.replicas.min=0: input should be greater than 0"),

@@ -25,12 +25,12 @@ from runs import command, config_file, descendants, linked, processes
 from safetensors.torch import load_file, save_file
 from test_ray_run import answers, free_ports, wait_until
 
+from switchkd.config import user_code
 from switchkd.config.errors import ConfigError
-from switchkd.config.schema import Config, Model, Student, Teacher
-from switchkd.engines.models.depth_prune import init_student
+from switchkd.config.schema import Config, ModelConfig, StudentConfig, TeacherConfig
+from switchkd.engines.models.depth_prune import prune_depth
 from switchkd.engines.models.loading import load_model
 from switchkd.engines.models.sources import check_model_folder
-from switchkd.rollout import build
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "switchkd").rglob("*.py"))
@@ -154,7 +154,7 @@ def test_a_student_is_cut_from_safetensors_only(place):
     (folder / "model.safetensors").unlink()
     trapped(folder / "pytorch_model.bin", place / "canary")
     with pytest.raises(ConfigError, match=r"pytorch_model\.bin"):
-        init_student(folder, place / "cut", num_layers=2)
+        prune_depth(folder, place / "cut", num_layers=2)
     assert not (place / "canary").exists() and not (place / "cut").exists()
 
 
@@ -227,7 +227,7 @@ def test_a_models_own_code_runs_only_when_asked(place, refused, with_own_code, m
 
 def test_trust_is_off_unless_asked():
     """No model section trusts by default, and no call of ours does so whatever the config says."""
-    assert not any(section().trust_remote_code for section in (Model, Student, Teacher))
+    assert not any(section().trust_remote_code for section in (ModelConfig, StudentConfig, TeacherConfig))
 
     def trusts(tree: ast.AST) -> list[str]:
         return [name for name, call in calls(tree) if keyword(call, "trust_remote_code") == "True"]
@@ -254,7 +254,7 @@ def test_a_config_cannot_name_what_is_installed(place, refused, name):
     """A rule or a loss comes from the user's files: Python's own functions and packages' are refused, unread."""
     canary = place / "canary"
     with pytest.raises(ConfigError, match="is installed, not yours; name a file in"):
-        build.named(name, "rule")
+        user_code.load_user_function(name, "rule")
     rule = {"type": name, "params": {"command": f"mkdir {canary}"}}
     config_file(place, [{**ONE_STEP[0], "rule": rule}])
     assert f"rule '{name}' is installed" in refused("train", "config.yaml")

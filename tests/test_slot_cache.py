@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from switchkd.config.errors import ConfigError
 from switchkd.engines.hf import model_runner
 from switchkd.engines.hf.kv_cache import build_masks, grouped_sdpa, layer_windows
-from switchkd.engines.hf.model_runner import SlotModel, group_rows
+from switchkd.engines.hf.model_runner import ModelRunner, group_rows
 from switchkd.engines.models.lm_head import final_hidden
 
 torch.set_num_threads(1)
@@ -55,7 +55,7 @@ def test_random_histories(family, attn):
     """Random rounds of extend, cut, re-extend over random slots in random order equal clean forward passes."""
     rng = np.random.default_rng(0)
     plain = tiny_model(family, attn=attn)
-    engine = SlotModel(tiny_model(family, attn=attn), num_slots=5, max_len=48, prefill_chunk=16)
+    engine = ModelRunner(tiny_model(family, attn=attn), num_slots=5, max_len=48, prefill_chunk=16)
     held = [np.zeros(0, np.int64)] * 5
     for _ in range(14):
         slots = rng.permutation(5)[: rng.integers(1, 6)].tolist()
@@ -78,7 +78,7 @@ def test_windows_matter():
 def test_one_batch_from_one_token_to_full():
     """Prompts of 1, few and max_len tokens, read together in small chunks, equal clean forward passes."""
     plain = tiny_model("llama")
-    engine = SlotModel(tiny_model("llama"), num_slots=4, max_len=100, prefill_chunk=7)
+    engine = ModelRunner(tiny_model("llama"), num_slots=4, max_len=100, prefill_chunk=7)
     rows = [np.random.default_rng(n).integers(0, 128, n) for n in (1, 100, 8, 53)]
     for row, got in zip(rows, extend(engine, [2, 0, 3, 1], [0] * 4, rows), strict=True):
         torch.testing.assert_close(got, clean(plain, row), atol=2e-5, rtol=0)
@@ -88,7 +88,7 @@ def test_one_batch_from_one_token_to_full():
 def test_a_row_at_the_end_beside_a_long_one():
     """Padding of a row at its last position is written out of harm's way, also where positions are a table."""
     plain = tiny_model("gpt2", n_positions=32)
-    engine = SlotModel(tiny_model("gpt2", n_positions=32), num_slots=3, max_len=32)
+    engine = ModelRunner(tiny_model("gpt2", n_positions=32), num_slots=3, max_len=32)
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 128, 32), rng.integers(0, 128, 30)
     extend(engine, [0], [0], [a[:31]])
@@ -105,7 +105,7 @@ def test_a_block_equals_token_by_token(attn):
     ids = np.random.default_rng(0).integers(0, 128, 40)
     answers = []
     for size in (1, 2, 8):
-        engine = SlotModel(tiny_model("llama", attn=attn), num_slots=2, max_len=64)
+        engine = ModelRunner(tiny_model("llama", attn=attn), num_slots=2, max_len=64)
         answers.append(torch.cat([extend(engine, [1], [i], [ids[i : i + size]])[0] for i in range(0, 40, size)]))
     for other in answers[1:]:
         torch.testing.assert_close(other, answers[0], atol=1e-5, rtol=0)
@@ -113,7 +113,7 @@ def test_a_block_equals_token_by_token(attn):
 
 def test_keep_returns_the_tail_only():
     """`keep` picks the last positions of each row, across chunks and groups, in the order of the rows."""
-    engine = SlotModel(tiny_model("llama"), num_slots=3, max_len=128, prefill_chunk=16)
+    engine = ModelRunner(tiny_model("llama"), num_slots=3, max_len=128, prefill_chunk=16)
     rows = [np.random.default_rng(n).integers(0, 128, n) for n in (90, 3, 20)]
     whole = extend(engine, [0, 1, 2], [0] * 3, rows)
     tails = extend(engine, [0, 1, 2], [0] * 3, rows, np.array([18, 3, 0]))
@@ -124,7 +124,7 @@ def test_keep_returns_the_tail_only():
 
 def test_no_cell_is_written_twice(monkeypatch):
     """Padding goes to the scratch column, which nothing reads, so a call's result does not hang on who writes last."""
-    engine = SlotModel(tiny_model("llama"), num_slots=3, max_len=40)
+    engine = ModelRunner(tiny_model("llama"), num_slots=3, max_len=40)
     begin, calls = engine._cache.begin, []
     monkeypatch.setattr(engine._cache, "begin", lambda call: (calls.append(call), begin(call)))
     extend(engine, [0, 1, 2], [0, 0, 0], [np.arange(n) for n in (9, 2, 5)])
@@ -136,7 +136,7 @@ def test_no_cell_is_written_twice(monkeypatch):
 
 def test_bad_rows_are_refused():
     """A slot cannot be cut to more than it holds, named twice, or overfilled; nothing changes then."""
-    engine = SlotModel(tiny_model("llama"), num_slots=2, max_len=16)
+    engine = ModelRunner(tiny_model("llama"), num_slots=2, max_len=16)
     four = np.arange(4)
     extend(engine, [0], [0], [four])
     with pytest.raises(ValueError, match="holds 4 tokens"):
@@ -153,7 +153,7 @@ def test_bad_rows_are_refused():
 def test_more_positions_than_the_model_has():
     """max_len beyond the model's positions is refused at the start, with the keys to lower."""
     with pytest.raises(ConfigError, match="max_prompt_tokens"):
-        SlotModel(tiny_model("gpt2", n_positions=32), num_slots=1, max_len=33)
+        ModelRunner(tiny_model("gpt2", n_positions=32), num_slots=1, max_len=33)
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "qwen2_windows"])
@@ -162,7 +162,7 @@ def test_a_model_that_would_be_silently_wrong_is_refused(family, monkeypatch):
     kinds = layer_windows(tiny_model(family).config)
     monkeypatch.setattr(model_runner, "layer_windows", lambda config: dict.fromkeys(kinds, 0))
     with pytest.raises(ConfigError, match="length per row"):
-        SlotModel(tiny_model(family), num_slots=2, max_len=64)
+        ModelRunner(tiny_model(family), num_slots=2, max_len=64)
 
 
 def test_layers_with_states_are_refused():

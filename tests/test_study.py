@@ -20,7 +20,7 @@ from switchkd.tools.bench.study.scores import over_exams
 from switchkd.tools.bench.study.spec import Cell, cells, configured, merged, read_study
 from switchkd.tools.bench.study.table import Mean, Paired, QualityTable, holm
 
-SIZE = {"layers": 1, "hidden": 16, "heads": 2}
+SIZE = {"layers": 1, "hidden_states": 16, "heads": 2}
 STUDY: dict[str, Any] = {
     "name": "tiny",
     "task": {"type": "arithmetic", "digits": [2, 3], "num_train": 40, "num_test": 8, "teacher": SIZE, "student": SIZE},
@@ -29,7 +29,7 @@ STUDY: dict[str, Any] = {
     "base": {
         "run": {"mode": "inprocess"},
         "data": {"max_prompt_tokens": 12, "max_reference_tokens": 40},
-        "rollout": {"batch_size": 4, "max_new_tokens": 8, "block_size": 4, "lead": "student", "save": False},
+        "rollout": {"batch_size": 4, "max_new_tokens": 8, "max_draft_tokens": 4, "drafter": "student", "save": False},
         "train": {"num_steps": 2, "batch_size": 4, "checkpoint_every": 0},
         "learner": {"lr": 1e-3},
         "eval": {"metrics": ["exact_match", "kl"], "num_prompts": 8, "temperature": 0, "max_new_tokens": 8},
@@ -67,13 +67,13 @@ def test_every_solution_is_right():
     digits."""
     for problem in arithmetic_task.draw([2, 3, 4, 8], 200, seed=3):
         steps, answer = problem.solution.split("####")
-        carry, result = 0, ""
+        lookahead_row, result = 0, ""
         for step in steps.split(","):
             summands, total = step.split("=")
             a, b, handed = map(int, summands.split("+"))
-            assert handed == carry and a + b + handed == int(total)
-            carry, result = divmod(int(total), 10)[0], str(int(total) % 10) + result
-        whole = (str(carry) if carry else "") + result
+            assert handed == lookahead_row and a + b + handed == int(total)
+            lookahead_row, result = divmod(int(total), 10)[0], str(int(total) % 10) + result
+        whole = (str(lookahead_row) if lookahead_row else "") + result
         assert whole == answer == str(sum(map(int, problem.prompt.rstrip("=").split("+"))))
         assert exact_match(problem.solution, problem.answer) and not exact_match(problem.solution + "0", problem.answer)
 
@@ -137,9 +137,9 @@ def test_the_study_of_dolly_is_sound(name):
 def test_a_student_that_was_warmed_up_is_not_cut_again(tmp_path):
     """Where a study cuts its student out of the teacher, the warm-up begins with the cut; its cells, and every exam,
     take the folder that they are given."""
-    student = {"cut": {"num_layers": 1}, "prepack": "off"}
+    student = {"prune": {"num_layers": 1}, "prepack": "off"}
     study = read_study(study_file(tmp_path, base={**STUDY["base"], "student": student}))
-    assert configured(study, {}, tmp_path, tmp_path).student.cut is not None
+    assert configured(study, {}, tmp_path, tmp_path).student.prune is not None
     given = configured(study, {}, tmp_path, tmp_path, student="warm-up/student").student
     assert (given.path, given.cut, given.prepack) == ("warm-up/student", None, "off")
 

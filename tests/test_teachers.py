@@ -13,7 +13,7 @@ from switchkd.config.errors import ConfigError
 from switchkd.config.loader import load, parse
 from switchkd.controller.preflight import prepare
 from switchkd.tools.eval_config import eval_config
-from switchkd.tools.offline import sample
+from switchkd.tools.offline import sample_rollouts
 from switchkd.train import train
 
 SWITCH = {
@@ -69,7 +69,7 @@ def test_each_prompt_has_its_own_teacher(models):
 
 def test_resume_and_look(models):
     """`switchkd rollout` shows each prompt with its teacher, and a resume finds the names again."""
-    pairs, _ = sample(wanted(models, "looked"), 6, 0)
+    pairs, _ = sample_rollouts(wanted(models, "looked"), 6, 0)
     assert {(prompt.teacher, rollout.teacher) for prompt, rollout in pairs} == {("math", "math"), ("chat", "chat")}
     train(wanted(models, "resumed"))
     longer = {**SWITCH, "steps": 4}

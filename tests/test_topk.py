@@ -1,4 +1,4 @@
-"""`signal: topk`: the tokens are those of whole rows, and what is asked for is counted."""
+"""`teacher.output: top_logprobs`: the tokens are those of whole rows, and what is asked for is counted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import test_exact
 import torch
-from test_rollout import MAX_NEW, RULES, SAMPLINGS, mode
+from test_rollout import MAX_NEW, RULES, SAMPLINGS, params
 from test_rollout import write as write_full
 from tiny import EOS, NUM_TOKENS
 from toy import STOP, ToyStudent, ToyTeacher, pair, rows_of, task
@@ -18,9 +18,9 @@ from switchkd.algo.topk import compress, pack, unpack
 from switchkd.engines.base import UnknownSession
 from switchkd.engines.hf.student import HFStudent
 from switchkd.engines.hf.teacher import HFTeacher
-from switchkd.rollout.generator import Job, RolloutWorker
-from switchkd.rollout.state import Mode
-from switchkd.types import Blocks, Origin, Positions, Rollout, Sessions, Signal, Written
+from switchkd.rollout.generator import GenerationRequest, SwitchingGenerator
+from switchkd.rollout.state import RolloutParams
+from switchkd.types import Blocks, CompletionSource, Positions, Rollout, Sessions, TeacherOutput, Written
 
 torch.set_num_threads(1)
 
@@ -32,7 +32,7 @@ class BriefTeacher(ToyTeacher):
         super().__init__(chain)
         self.k, self.asked = k, 0
 
-    def score(self, blocks: Blocks) -> Signal:
+    def score(self, blocks: Blocks) -> TeacherOutput:
         return self._brief(super().score(blocks))
 
     def write(self, request) -> Written:  # type: ignore[no-untyped-def]
@@ -41,34 +41,35 @@ class BriefTeacher(ToyTeacher):
         written = whole.write(request)
         return Written(
             token_ids=written.token_ids, lengths=written.lengths, margins=written.margins,
-            signal=self._brief(written.signal),
+            teacher_output=self._brief(written.teacher_output),
         )  # fmt: skip
 
-    def exact(self, question: Positions) -> Signal:
+    def exact(self, question: Positions) -> TeacherOutput:
         self.asked += len(question.positions)
         parts = np.split(question.positions, np.cumsum(question.lengths)[:-1])
         rows = []
         for session, positions in zip(question.session_ids.tolist(), parts, strict=True):
             assert len(set(positions.tolist())) == len(positions), "nothing is asked for twice"
             rows.append(rows_of(self.chain, self.sessions[session])[torch.from_numpy(positions.astype(np.int64))])
-        return Signal(kind="full", dtype="float32", values=torch.cat(rows).numpy(), lengths=question.lengths)
+        return TeacherOutput(kind="logits", dtype="float32", values=torch.cat(rows).numpy(), lengths=question.lengths)
 
-    def _brief(self, signal: Signal) -> Signal:
-        words = pack(compress(torch.from_numpy(signal.values), self.k)).numpy()
-        return Signal(kind="topk", dtype="int32", values=words, lengths=signal.lengths)
+    def _brief(self, output: TeacherOutput) -> TeacherOutput:
+        words = pack(compress(torch.from_numpy(output.values), self.k)).numpy()
+        return TeacherOutput(kind="top_logprobs", dtype="int32", values=words, lengths=output.lengths)
 
 
-def write(a_mode: Mode, ids, *, k: int, block_size: int = 4, slots: int = 4, **more):  # type: ignore[no-untyped-def]
+def write(a_mode: RolloutParams, ids, *, k: int, max_draft_tokens: int = 4, slots: int = 4, **more):  # type: ignore[no-untyped-def]
     """Rollouts by id from compressed rows, and the teacher that was asked."""
     p, q = pair()
     teacher = BriefTeacher(p, k)
-    worker = RolloutWorker(
+    worker = SwitchingGenerator(
         student=ToyStudent(q, slots), teacher=teacher, head=None, stop_ids=frozenset({STOP}),
-        block_size=block_size, **more,
+        max_draft_tokens=max_draft_tokens, **more,
     )  # fmt: skip
     found: dict[int, Rollout] = {}
     worker.run(
-        [Job(task=task(i), mode=a_mode) for i in ids], lambda done: found.update({r.rollout_id: r for r in done})
+        [GenerationRequest(task=task(i), params=a_mode) for i in ids],
+        lambda done: found.update({r.rollout_id: r for r in done}),
     )
     return found, teacher
 
@@ -94,35 +95,38 @@ MORE_RULES: dict[str, Rule] = {
 def test_decisions_equal_those_of_full_rows(name: str, k: int) -> None:
     """Owners and tokens are those of whole rows for every rule, k, block size, batch, sampling and lead."""
     for sampling in SAMPLINGS:
-        a_mode = mode(MORE_RULES[name], sampling)
-        wanted, _ = write_full(a_mode, range(6), block_size=4, slots=6)
-        ways = [(1, 6, "lockstep"), (5, 3, "student"), (4, 6, "teacher"), (8, 3, "auto")]
-        for block_size, slots, lead in ways if sampling == "sampled" else ways[1:3]:
-            found, _ = write(a_mode, range(6), k=k, block_size=block_size, slots=slots, lead=lead)
+        a_mode = params(MORE_RULES[name], sampling)
+        wanted, _ = write_full(a_mode, range(6), max_draft_tokens=4, slots=6)
+        ways = [(1, 6, "none"), (5, 3, "student"), (4, 6, "teacher"), (8, 3, "auto")]
+        for max_draft_tokens, slots, drafter in ways if sampling == "sampled" else ways[1:3]:
+            found, _ = write(a_mode, range(6), k=k, max_draft_tokens=max_draft_tokens, slots=slots, drafter=drafter)
             assert_equal(wanted, found)
 
 
-@pytest.mark.parametrize("lead", ["student", "teacher"])
-def test_same_in_two_half_batches(lead: str) -> None:
+@pytest.mark.parametrize("drafter", ["student", "teacher"])
+def test_same_in_two_half_batches(drafter: str) -> None:
     """Questions wait for the flight that is up; the tokens stay the same."""
     for name in ("switch", "ada-available", "skd"):
-        wanted, _ = write_full(mode(MORE_RULES[name]), range(9), block_size=4, slots=4)
-        found, _ = write(mode(MORE_RULES[name]), range(9), k=6, lead=lead, overlap=True)
+        wanted, _ = write_full(params(MORE_RULES[name]), range(9), max_draft_tokens=4, slots=4)
+        found, _ = write(params(MORE_RULES[name]), range(9), k=6, drafter=drafter, overlap=True)
         assert_equal(wanted, found)
 
 
 def test_what_is_asked_is_counted() -> None:
     """Rows that were asked for add up to what the teacher was asked; bytes to what it sent; tails to their mean."""
     k = 8
-    found, teacher = write(mode(RULES["switch-constant"]), range(12), k=k)
+    found, teacher = write(params(RULES["switch-constant"]), range(12), k=k)
     stats = [rollout.stats for rollout in found.values()]
     assert sum(s.num_undecided + s.num_asked for s in stats) == teacher.asked > 0
     assert 0 < sum(s.num_undecided for s in stats) < sum(r.num_tokens for r in found.values())
     for rollout in found.values():
         s = rollout.stats
-        assert s.signal_bytes == s.num_scored_rows * (8 * k + 8) + (s.num_undecided + s.num_asked) * 24 * 4
-        assert rollout.signal is not None and rollout.signal.values.shape == (rollout.num_tokens, 2 * k + 2)
-        tail = unpack(torch.from_numpy(rollout.signal.values)).tail_mass
+        assert s.output_bytes == s.num_scored_rows * (8 * k + 8) + (s.num_undecided + s.num_asked) * 24 * 4
+        assert rollout.teacher_output is not None and rollout.teacher_output.values.shape == (
+            rollout.num_tokens,
+            2 * k + 2,
+        )
+        tail = unpack(torch.from_numpy(rollout.teacher_output.values)).tail_mass
         assert s.tail_mass == pytest.approx(float(tail.mean()), rel=1e-6)
 
 
@@ -130,7 +134,7 @@ def test_fewer_questions_with_more_ids() -> None:
     """All ids leave nothing open; few ids leave more open than many."""
     asked = {}
     for k in (2, 8, 16, 24):
-        found, _ = write(mode(RULES["switch-constant"]), range(12), k=k)
+        found, _ = write(params(RULES["switch-constant"]), range(12), k=k)
         asked[k] = sum(rollout.stats.num_undecided for rollout in found.values())
     assert asked[24] == 0 and asked[2] > asked[8] > asked[16]
 
@@ -139,40 +143,40 @@ def test_skd_needs_no_question_to_decide() -> None:
     """Whether an id is among the first K is certain where at least K ids travel; with the paper's sampling the
     replacement can be drawn from them too."""
     rule = switching.outside_top_k(k=5)
-    found, _ = write(mode(rule), range(12), k=8)
+    found, _ = write(params(rule), range(12), k=8)
     assert sum(r.stats.num_undecided for r in found.values()) == 0
-    found, teacher = write(mode(rule, "greedy"), range(12), k=8)
+    found, teacher = write(params(rule, "greedy"), range(12), k=8)
     assert teacher.asked == 0
 
 
 def test_teacher_leads_without_questions_to_draw() -> None:
     """Its own tokens come with its text."""
-    found, teacher = write(mode(RULES["random"]), range(8), k=4, lead="teacher")
+    found, teacher = write(params(RULES["random"]), range(8), k=4, drafter="teacher")
     assert teacher.asked == 0
-    found, teacher = write(mode(RULES["random"]), range(8), k=4, lead="student")
+    found, teacher = write(params(RULES["random"]), range(8), k=4, drafter="student")
     assert teacher.asked == sum(int((r.sources == 1).sum()) for r in found.values())
 
 
 def test_coarse_asks_nothing_to_decide_and_says_so() -> None:
     """`decide: coarse`: no question to decide, tokens near those of full rows, every rollout marked."""
-    a_mode = mode(RULES["switch-constant"])
-    wanted, _ = write_full(a_mode, range(12), block_size=4, slots=4)
+    a_mode = params(RULES["switch-constant"])
+    wanted, _ = write_full(a_mode, range(12), max_draft_tokens=4, slots=4)
     found, _ = write(a_mode, range(12), k=16, coarse=True)
     assert all(r.approximate and r.stats.num_undecided == 0 for r in found.values())
     same = [found[i].sources[0] == wanted[i].sources[0] for i in wanted]
     assert np.mean(same) > 0.7
     for name in ("random", "student", "teacher"):  # nothing is decided from rows
-        assert not any(r.approximate for r in write(mode(RULES[name]), range(4), k=4, coarse=True)[0].values())
+        assert not any(r.approximate for r in write(params(RULES[name]), range(4), k=4, coarse=True)[0].values())
     reverse = switching.kl_spike(K=1.5, L=3, divergence="reverse_kl")  # has no interval form
-    assert all(r.approximate for r in write(mode(reverse), range(4), k=8, coarse=True)[0].values())
+    assert all(r.approximate for r in write(params(reverse), range(4), k=8, coarse=True)[0].values())
 
 
-@pytest.mark.parametrize("lead", ["student", "teacher"])
+@pytest.mark.parametrize("drafter", ["student", "teacher"])
 @pytest.mark.parametrize("name", ["switch", "ada-available", "student", "teacher"])
-def test_uncertainty_is_exact(name: str, lead: str) -> None:
+def test_uncertainty_is_exact(name: str, drafter: str) -> None:
     """ATKD's UnC is that of full rows for every token, also where the token lies in the tail."""
     p, _ = pair()
-    found, _ = write(mode(MORE_RULES[name], wants_uncertainty=True), range(8), k=3, lead=lead)
+    found, _ = write(params(MORE_RULES[name], wants_uncertainty=True), range(8), k=3, drafter=drafter)
     for rollout in found.values():
         whole = [*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]
         rows = rows_of(p, whole)[len(rollout.prompt_ids) - 1 : -1]
@@ -184,22 +188,22 @@ def test_references_and_their_uncertainty() -> None:
     """A data-set answer carries compressed rows; UnC outside the top k is asked for where the loss wants it."""
     p, q = pair()
     teacher = BriefTeacher(p, 3)
-    worker = RolloutWorker(
-        student=ToyStudent(q, 2), teacher=teacher, head=None, stop_ids=frozenset({STOP}), block_size=4
+    worker = SwitchingGenerator(
+        student=ToyStudent(q, 2), teacher=teacher, head=None, stop_ids=frozenset({STOP}), max_draft_tokens=4
     )
     references = [np.array(ids, np.int32) for ids in ([5, 6, 11, STOP], [4], [9, 9, 9, 9, STOP])]
-    tasks = [task(i, origin=Origin.DATASET, reference_ids=ids) for i, ids in enumerate(references)]
+    tasks = [task(i, completion_source=CompletionSource.DATASET, reference_ids=ids) for i, ids in enumerate(references)]
     found: list[Rollout] = []
-    worker.run([Job(task=t, mode=None, wants_uncertainty=False) for t in tasks], found.extend)
+    worker.run([GenerationRequest(task=t, params=None, wants_uncertainty=False) for t in tasks], found.extend)
     assert teacher.asked == 0
-    worker.run([Job(task=t, mode=None) for t in tasks], found.extend)
+    worker.run([GenerationRequest(task=t, params=None) for t in tasks], found.extend)
     assert teacher.asked == sum(r.stats.num_asked for r in found) > 0
     for rollout in found[3:]:
         whole = [*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]
         rows = rows_of(p, whole)[len(rollout.prompt_ids) - 1 : -1]
         exact = uncertainty(rows.double(), torch.from_numpy(rollout.token_ids.astype(np.int64)))
         np.testing.assert_allclose(rollout.uncertainty, exact.numpy(), rtol=2e-6)
-    exact = worker.references.exact(tasks[0])
+    exact = worker.reference_scorer.exact(tasks[0])
     whole = [*tasks[0].prompt.token_ids.tolist(), *references[0].tolist()]
     assert torch.equal(torch.from_numpy(exact.values), rows_of(p, whole)[len(tasks[0].prompt.token_ids) - 1 : -1])
 
@@ -207,16 +211,16 @@ def test_references_and_their_uncertainty() -> None:
 # --- real (tiny) models ----------------------------------------------------------------------------------------------
 
 
-def write_real(models, a_mode: Mode, *, k: int, block_size: int, slots: int, lead: str = "student"):  # type: ignore[no-untyped-def]
+def write_real(models, a_mode: RolloutParams, *, k: int, max_draft_tokens: int, slots: int, drafter: str = "student"):  # type: ignore[no-untyped-def]
     """As test_exact.write, from compressed rows."""
     teacher, student = models
-    served = HFTeacher(teacher, vocab_size=NUM_TOKENS, max_sessions=8, max_len=100, signal="topk", top_k=k)
-    worker = RolloutWorker(
+    served = HFTeacher(teacher, vocab_size=NUM_TOKENS, max_sessions=8, max_len=100, output="top_logprobs", top_k=k)
+    worker = SwitchingGenerator(
         student=HFStudent(student, num_slots=slots, max_len=100, vocab_size=NUM_TOKENS), teacher=served,
-        head=served.head(), stop_ids=frozenset({EOS}), block_size=block_size, lead=lead,
+        head=served.head(), stop_ids=frozenset({EOS}), max_draft_tokens=max_draft_tokens, drafter=drafter,
     )  # fmt: skip
     found: list[Rollout] = []
-    worker.run([Job(task=task, mode=a_mode) for task in test_exact.tasks()], found.extend)
+    worker.run([GenerationRequest(task=task, params=a_mode) for task in test_exact.tasks()], found.extend)
     return {rollout.rollout_id: rollout for rollout in found}
 
 
@@ -230,13 +234,13 @@ def real():  # type: ignore[no-untyped-def]
     "name", ["switch", "switch-constant", "adaswitch", "ada-available", "ada-jsd", "skd", "random"]
 )
 def test_decisions_equal_on_real_rows(real, name: str, family: str) -> None:  # type: ignore[no-untyped-def]
-    """The same for transformers models, whoever leads: tokens and owners of `signal: hidden`."""
+    """The same for transformers models, whoever leads: tokens and owners of `teacher.output: hidden_states`."""
     student, teacher = SAMPLINGS["papers" if name in ("skd", "adaswitch") else "sampled"]
-    a_mode = Mode(rule=MORE_RULES[name], student=student, teacher=teacher, max_new_tokens=MAX_NEW, seed=11)
-    wanted = test_exact.write(real[family], a_mode, block_size=4, slots=5)
+    a_mode = RolloutParams(rule=MORE_RULES[name], student=student, teacher=teacher, max_new_tokens=MAX_NEW, seed=11)
+    wanted = test_exact.write(real[family], a_mode, max_draft_tokens=4, slots=5)
     excused = 0
-    for k, block_size, slots, lead in [(16, 5, 3, "student"), (40, 4, 5, "teacher")]:
-        found = write_real(real[family], a_mode, k=k, block_size=block_size, slots=slots, lead=lead)
+    for k, max_draft_tokens, slots, drafter in [(16, 5, 3, "student"), (40, 4, 5, "teacher")]:
+        found = write_real(real[family], a_mode, k=k, max_draft_tokens=max_draft_tokens, slots=slots, drafter=drafter)
         excused += test_exact.assert_same(wanted, found)
     assert excused <= 1
 
@@ -244,7 +248,9 @@ def test_decisions_equal_on_real_rows(real, name: str, family: str) -> None:  # 
 def test_questions_cost_no_forward_pass(real) -> None:  # type: ignore[no-untyped-def]
     """The rows last answered are kept: they come back exactly, at once, as often as asked; older ones are read again,
     lost sessions named, impossible positions refused."""
-    teacher = HFTeacher(real["llama"][0], vocab_size=NUM_TOKENS, max_sessions=2, max_len=100, signal="topk", top_k=8)
+    teacher = HFTeacher(
+        real["llama"][0], vocab_size=NUM_TOKENS, max_sessions=2, max_len=100, output="top_logprobs", top_k=8
+    )
     whole = HFTeacher(real["llama"][0], vocab_size=NUM_TOKENS, max_sessions=2, max_len=100)
     ids = np.random.default_rng(0).integers(5, NUM_TOKENS, 90).astype(np.int32)
     rows = []
@@ -256,14 +262,14 @@ def test_questions_cost_no_forward_pass(real) -> None:  # type: ignore[no-untype
                 token_ids=ids[base:stop], lengths=np.array([stop - base], np.int32),
             )  # fmt: skip
             rows.append(one.score(block))
-    assert rows[0].kind == "topk" and rows[0].values.shape == (10, 18)
+    assert rows[0].kind == "top_logprobs" and rows[0].values.shape == (10, 18)
     read = teacher.num_positions_read
 
     def ask(*positions: int) -> np.ndarray:
         answer = teacher.exact(
             Positions(session_ids=np.array([3]), positions=np.array(positions), lengths=np.array([len(positions)]))
         )
-        assert answer.kind == "hidden"
+        assert answer.kind == "hidden_states"
         return answer.values
 
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Whole runs with `teacher.signal: topk`, and what is refused."""
+"""Whole runs with `teacher.output: top_logprobs`, and what is refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from switchkd.train import train
 from switchkd.types import Blocks, Positions, Sessions
 
 torch.set_num_threads(1)
-TOPK = {"path": "teacher", "signal": "topk", "signal_top_k": 16}
+TOPK = {"path": "teacher", "output": "top_logprobs", "num_top_logprobs": 16}
 SWITCH = {
     "name": "switch", "steps": 6, "mix": {"rollout": 0.5, "dataset": 0.5},
     "rule": {"type": "switch", "half_life": 6}, "loss": {"type": "forward_kl"},
@@ -33,7 +33,7 @@ ADASWITCH = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    return furnish(tmp_path_factory.mktemp("topk"))
+    return furnish(tmp_path_factory.mktemp("top_logprobs"))
 
 
 def a_config(place: Path, monkeypatch, stages, **sections):  # type: ignore[no-untyped-def]
@@ -43,7 +43,7 @@ def a_config(place: Path, monkeypatch, stages, **sections):  # type: ignore[no-u
 
 def test_a_run_learns_and_says_what_it_cost(place: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """SWITCH and AdaSwitch, forward KL and ATKD: the loss falls, the rollouts of the first steps are those of
-    `signal: hidden`, and shares, tails and bytes stand in the metrics; evaluation reads exact rows."""
+    `teacher.output: hidden_states`, and shares, tails and bytes stand in the metrics; evaluation reads exact rows."""
     evaluation = {"data": "./data.jsonl", "num_prompts": 4, "max_new_tokens": 8}
     made = a_config(place, monkeypatch, [SWITCH, ADASWITCH], run={"dir": "one"}, eval=evaluation)
     train(made)
@@ -88,15 +88,21 @@ def test_resume(place: Path, monkeypatch) -> None:  # type: ignore[no-untyped-de
 
 def test_rollouts_keep_their_rows_on_disk(tmp_path: Path) -> None:
     """Saved and loaded, compressed rows are bit for bit what they were."""
-    from test_topk import RULES, mode, write
+    from test_topk import RULES, params, write
 
-    found, _ = write(mode(RULES["switch"]), range(5), k=6)
+    found, _ = write(params(RULES["switch"]), range(5), k=6)
     save_rollouts(tmp_path / "some.safetensors", list(found.values()))
     for back in load_rollouts(tmp_path / "some.safetensors"):
         was = found[back.rollout_id]
-        assert was.signal is not None and back.signal is not None
-        assert back.signal.kind == "topk" and back.signal.dtype == "int32" and back.stats == was.stats
-        assert (back.signal.values == was.signal.values).all() and back.signal.values.dtype == was.signal.values.dtype
+        assert was.teacher_output is not None and back.teacher_output is not None
+        assert (
+            back.teacher_output.kind == "top_logprobs"
+            and back.teacher_output.dtype == "int32"
+            and back.stats == was.stats
+        )
+        assert (
+            back.teacher_output.values == was.teacher_output.values
+        ).all() and back.teacher_output.values.dtype == was.teacher_output.values.dtype
 
 
 REFUSED = {
@@ -105,7 +111,7 @@ REFUSED = {
     "reverse-kl": ({"loss": {"type": "reverse_kl"}}, {}, "loss.approximate=true"),
     "skewed": ({"loss": {"type": "skew_reverse_kl"}}, {}, "skew_reverse_kl"),
     "atkd-reverse": ({"loss": {"type": "atkd", "direction": "reverse"}}, {}, "direction reverse"),
-    "zero": ({}, {"signal_top_k": 0}, "signal_top_k=0"),
+    "zero": ({}, {"num_top_logprobs": 0}, "num_top_logprobs=0"),
     "word": ({}, {"decide": "maybe"}, "decide='maybe'"),
 }
 
@@ -138,7 +144,9 @@ def test_router_passes_questions_on(monkeypatch) -> None:  # type: ignore[no-unt
 
     monkeypatch.setattr(teacher_router.ray, "get", fetch)
     replicas = [
-        HFTeacher(tiny_model("llama"), vocab_size=NUM_TOKENS, max_sessions=2, max_len=64, signal="topk", top_k=4)
+        HFTeacher(
+            tiny_model("llama"), vocab_size=NUM_TOKENS, max_sessions=2, max_len=64, output="top_logprobs", top_k=4
+        )
         for _ in range(2)
     ]
     router = teacher_router.TeacherRouter(Still({i: Thunks(replica) for i, replica in enumerate(replicas)}))
@@ -155,7 +163,7 @@ def test_router_passes_questions_on(monkeypatch) -> None:  # type: ignore[no-unt
         session_ids=names[[2, 0, 1]], positions=np.array([11, 9, 3, 8], np.int32), lengths=np.array([1, 2, 1], np.int32)
     )
     first = router.exact(question)
-    assert first.kind == "hidden" and first.lengths.tolist() == [1, 2, 1]
+    assert first.kind == "hidden_states" and first.lengths.tolist() == [1, 2, 1]
     for replica in replicas:
         replica.close(names)
     again = router.exact(question)

@@ -27,15 +27,15 @@ from teacher_contract import Bench, ask, blocks, close_to, sessions
 from test_rollout import MAX_NEW, RULES, SAMPLINGS
 from tiny import EOS, NUM_TOKENS, tiny_tokenizer
 
-from switchkd.algo.sampling import Purpose, Sampling, draw
+from switchkd.algo.sampling import Purpose, SamplingParams, draw
 from switchkd.algo.switching import jsd_threshold
 from switchkd.algo.topk import compress, unpack
 from switchkd.config.errors import ConfigError
 from switchkd.engines.base import TeacherBusy, UnknownSession
-from switchkd.engines.models.lm_head import LinearHead, head_of
-from switchkd.engines.wire import hidden_from_signal
-from switchkd.rollout.state import Mode
-from switchkd.types import Positions, Rollout, Signal
+from switchkd.engines.models.lm_head import LMHead, lm_head_of
+from switchkd.engines.wire import from_numpy
+from switchkd.rollout.state import RolloutParams
+from switchkd.types import Positions, Rollout, TeacherOutput
 
 pytestmark = [
     pytest.mark.vllm,
@@ -63,10 +63,10 @@ class Served:
         return VLLMTeacher(self.engine, vocab_size=NUM_TOKENS, max_sessions=max_sessions, max_len=max_len, **settings)
 
     def bench(self, **settings: Any) -> Bench:
-        head = head_of(self.model, NUM_TOKENS)
+        head = lm_head_of(self.model, NUM_TOKENS)
 
-        def logits(signal: Signal) -> torch.Tensor:
-            return head.logits(hidden_from_signal(signal.values, signal.dtype))
+        def logits(output: TeacherOutput) -> torch.Tensor:
+            return head.logits(from_numpy(output.values, output.dtype))
 
         def make(max_sessions: int, max_len: int) -> Any:
             return self.teacher(max_sessions, max_len, **settings)
@@ -169,14 +169,14 @@ def test_a_teacher_split_between_workers(served, monkeypatch):
     request = blocks((0, 60, 0, ids[60:]))
     whole = Engine(served.engine.path, dtype="float32", max_len=MAX_LEN, max_sessions=2, arguments=SMALL)
     try:
-        signals = []
+        teacher_outputs = []
         for engine in (served.engine, whole):
             teacher = Served(engine, served.model, served.student).teacher()
             teacher.open(sessions({0: ids[:60]}))
-            signals.append(teacher.score(request))
+            teacher_outputs.append(teacher.score(request))
     finally:
         whole.close()
-    split, one = (bench.logits(signal) for signal in signals)
+    split, one = (bench.logits(output) for output in teacher_outputs)
     assert len(split) == 70
     torch.testing.assert_close(split, one, atol=TOLERANCE, rtol=0)
 
@@ -201,15 +201,15 @@ def test_a_prefix_that_ends_on_a_cached_block(served, monkeypatch, size):
     nothing is asked twice; where it has not (another replica wrote it), that one request is made again without the
     cache, alone, and its rows are right."""
     bench, ids = served.bench(), served.bench().ids(size + 4, seed=size)
-    settings = {"signal": "topk", "top_k": 8} if not served.engine.extended else {}
+    settings = {"output": "top_logprobs", "top_k": 8} if not served.engine.extended else {}
     writer, other = (served.teacher(num, MAX_LEN, **settings) for num in (1, 2))
     seen = runs_of(served, monkeypatch)
 
     def rows_of(teacher: Any, *rows: Any) -> list[torch.Tensor]:
         if not settings:
             return ask(bench, teacher, *rows)
-        signal = teacher.score(blocks(*rows))
-        return list(unpack(torch.from_numpy(signal.values)).logprobs.split(signal.lengths.tolist()))
+        output = teacher.score(blocks(*rows))
+        return list(unpack(torch.from_numpy(output.values)).logprobs.split(output.lengths.tolist()))
 
     def right(rows: torch.Tensor, whole: np.ndarray, first: int) -> None:
         clean = bench.clean(whole, first)
@@ -301,18 +301,18 @@ def test_compressed_rows_and_questions(served, monkeypatch):
     """`topk` sends the top k of the exact rows; questions come back exactly, of kept rows without a forward pass, of
     older ones with one; lost sessions are named, impossible positions refused."""
     bench, ids = served.bench(), served.bench().ids(80, seed=5)
-    teacher = served.teacher(signal="topk", top_k=6)
+    teacher = served.teacher(output="top_logprobs", top_k=6)
     teacher.open(sessions({3: ids, 4: ids[:9]}))
-    signal = teacher.score(blocks((3, 76, 74, ids[76:]), (4, 9, 8, NOTHING)))
-    assert (signal.kind, signal.values.shape, signal.lengths.tolist()) == ("topk", (7, 14), [6, 1])
+    output = teacher.score(blocks((3, 76, 74, ids[76:]), (4, 9, 8, NOTHING)))
+    assert (output.kind, output.values.shape, output.lengths.tolist()) == ("top_logprobs", (7, 14), [6, 1])
     want = compress(torch.cat([bench.clean(ids, 74), bench.clean(ids[:9], 8)]), 6)
-    got = unpack(torch.from_numpy(signal.values))
+    got = unpack(torch.from_numpy(output.values))
     assert torch.equal(got.ids, want.ids)
     for name in ("logprobs", "tail_mass", "tail_entropy"):
         torch.testing.assert_close(getattr(got, name), getattr(want, name), atol=1e-4, rtol=0)
     seen = runs_of(served, monkeypatch)
     exact = teacher.exact(question((3, [75, 79]), (4, [8])))
-    assert exact.kind == "hidden" and exact.lengths.tolist() == [2, 1] and seen == []
+    assert exact.kind == "hidden_states" and exact.lengths.tolist() == [2, 1] and seen == []
     close_to(bench, bench.logits(exact), torch.cat([bench.clean(ids, 75)[[0, 4]], bench.clean(ids[:9], 8)]))
     close_to(bench, bench.logits(teacher.exact(question((3, [2, 40])))), bench.clean(ids, 2)[[0, 38]])
     assert sum(num for num, _ in seen) >= 1
@@ -325,16 +325,16 @@ def test_compressed_rows_and_questions(served, monkeypatch):
 # --- rollouts --------------------------------------------------------------------------------------------------------
 
 
-def mode_of(served: Served, name: str, sampling: str) -> Mode:
+def mode_of(served: Served, name: str, sampling: str) -> RolloutParams:
     """`switch` with a threshold that half of this pair's tokens are above."""
     student, teacher = SAMPLINGS[sampling]
     law: dict[str, Any] = {"student": student, "teacher": teacher, "max_new_tokens": MAX_NEW, "seed": 11}
     if name != "switch":
-        return Mode(rule=RULES[name], **law)
-    never = Mode(rule=jsd_threshold(schedule="constant", tau_0=1.0), **law)
-    alone = test_exact.write((served.model, served.student), never, block_size=4, slots=5)
+        return RolloutParams(rule=RULES[name], **law)
+    never = RolloutParams(rule=jsd_threshold(schedule="constant", tau_0=1.0), **law)
+    alone = test_exact.write((served.model, served.student), never, max_draft_tokens=4, slots=5)
     median = float(np.median(np.concatenate([rollout.statistic for rollout in alone.values()])))
-    return Mode(rule=jsd_threshold(schedule="constant", tau_0=median), **law)
+    return RolloutParams(rule=jsd_threshold(schedule="constant", tau_0=median), **law)
 
 
 def both_write(found: dict[int, Rollout]) -> bool:
@@ -346,13 +346,18 @@ def both_write(found: dict[int, Rollout]) -> bool:
 @pytest.mark.parametrize("name", ["switch", "adaswitch", "skd"])
 def test_rollouts_equal_the_transformers_teachers(served, name, sampling):
     """Tokens and owners in fp32, student leading, teacher leading, and one token each."""
-    mode = mode_of(served, name, sampling)
+    params = mode_of(served, name, sampling)
     models, excused = (served.model, served.student), 0
-    wanted = test_exact.write(models, mode, block_size=1, slots=1, lead="lockstep")
+    wanted = test_exact.write(models, params, max_draft_tokens=1, slots=1, drafter="none")
     assert both_write(wanted)
-    for block_size, slots, lead in [(1, 5, "lockstep"), (5, 3, "student"), (8, 5, "teacher")]:
+    for max_draft_tokens, slots, drafter in [(1, 5, "none"), (5, 3, "student"), (8, 5, "teacher")]:
         found = test_exact.write(
-            models, mode, block_size=block_size, slots=slots, lead=lead, served=served.teacher(max_sessions=8)
+            models,
+            params,
+            max_draft_tokens=max_draft_tokens,
+            slots=slots,
+            drafter=drafter,
+            served=served.teacher(max_sessions=8),
         )
         excused += test_exact.assert_same(wanted, found)
     assert excused == 0
@@ -360,11 +365,11 @@ def test_rollouts_equal_the_transformers_teachers(served, name, sampling):
 
 @llama
 def test_rollouts_from_compressed_rows(served):
-    """`signal: topk` asks for what an interval leaves open: the tokens are the same."""
-    mode, models = mode_of(served, "switch", "sampled"), (served.model, served.student)
-    wanted = test_exact.write(models, mode, block_size=1, slots=1, lead="lockstep")
-    brief = served.teacher(max_sessions=8, signal="topk", top_k=16)
-    found = test_exact.write(models, mode, block_size=4, slots=5, served=brief)
+    """`teacher.output: top_logprobs` asks for what an interval leaves open: the tokens are the same."""
+    params, models = mode_of(served, "switch", "sampled"), (served.model, served.student)
+    wanted = test_exact.write(models, params, max_draft_tokens=1, slots=1, drafter="none")
+    brief = served.teacher(max_sessions=8, output="top_logprobs", top_k=16)
+    found = test_exact.write(models, params, max_draft_tokens=4, slots=5, served=brief)
     assert test_exact.assert_same(wanted, found) == 0
     assert sum(r.stats.num_undecided for r in found.values()) > 0
 
@@ -376,12 +381,12 @@ def test_draws_are_from_the_rows_that_travel(served):
     teacher, ids = served.teacher(max_sessions=6), served.bench().ids(6, 20)
     teacher.open(sessions(dict(enumerate(ids))))
     rows = [(i, 20, 19, NOTHING) for i in range(6)]
-    head = LinearHead.from_arrays(teacher.head_arrays())
-    for sampling in (Sampling(temperature=0.0), Sampling()):
+    head = LMHead.from_arrays(teacher.lm_head_state())
+    for sampling in (SamplingParams(temperature=0.0), SamplingParams()):
         request = contract.request(blocks(*rows), [8] * 6, sampling)
         written = teacher.write(request)
-        assert (written.signal.dtype, written.signal.values.dtype) == ("bfloat16", np.uint16)
-        logits = head.logits(hidden_from_signal(written.signal.values, "bfloat16"))
+        assert (written.teacher_output.dtype, written.teacher_output.values.dtype) == ("bfloat16", np.uint16)
+        logits = head.logits(from_numpy(written.teacher_output.values, "bfloat16"))
         tokens, margins = draw(
             logits, run_seed=3, rollout_ids=np.repeat(np.arange(6), 8), positions=np.tile(np.arange(8), 6),
             purpose=Purpose.GUMBEL, sampling=sampling, return_margin=True,
@@ -398,20 +403,20 @@ def test_public_rows(served):
     """Without an extension: ids and log-probs of the top k as in a clean forward pass within 1e-3, the tail's mass,
     and at most this entropy; whole rows where they are asked for; no head travels."""
     bench, ids = served.bench(), served.bench().ids(70, seed=6)
-    teacher = served.teacher(signal="topk", top_k=8)
-    assert teacher.head_arrays() is None
+    teacher = served.teacher(output="top_logprobs", top_k=8)
+    assert teacher.lm_head_state() is None
     teacher.open(sessions({0: ids[:60], 1: ids[:3]}))
     for _ in range(2):
-        signal = teacher.score(blocks((0, 60, 58, ids[60:]), (1, 3, 2, NOTHING)))
-        assert (signal.kind, signal.dtype, signal.lengths.tolist()) == ("topk", "int32", [12, 1])
-        got = unpack(torch.from_numpy(signal.values))
+        output = teacher.score(blocks((0, 60, 58, ids[60:]), (1, 3, 2, NOTHING)))
+        assert (output.kind, output.dtype, output.lengths.tolist()) == ("top_logprobs", "int32", [12, 1])
+        got = unpack(torch.from_numpy(output.values))
         want = compress(torch.cat([bench.clean(ids, 58), bench.clean(ids[:3], 2)]), 8)
         assert torch.equal(got.ids, want.ids)
         torch.testing.assert_close(got.logprobs, want.logprobs, atol=1e-3, rtol=0)
         torch.testing.assert_close(got.tail_mass, want.tail_mass, atol=1e-3, rtol=0)
         assert (got.tail_entropy >= want.tail_entropy - 1e-4).all()
     exact = teacher.exact(question((0, [10, 69])))
-    assert exact.kind == "full"
+    assert exact.kind == "logits"
     clean = bench.clean(ids, 10)[[0, 59]].log_softmax(-1)
     torch.testing.assert_close(torch.from_numpy(exact.values), clean, atol=1e-3, rtol=0)
 
@@ -420,14 +425,14 @@ def test_public_rows(served):
 def test_public_writing_is_keyed_drawing(served):
     """The logits processor draws our tokens without an extension too; their rows come with them."""
     bench, prompts = served.bench(), {i: served.bench().ids(4 + 9 * i, seed=i) for i in range(3)}
-    for sampling in (Sampling(), Sampling(temperature=0.0), Sampling(temperature=0.7, top_p=0.8)):
-        teacher = served.teacher(signal="topk", top_k=8)
+    for sampling in (SamplingParams(), SamplingParams(temperature=0.0), SamplingParams(temperature=0.7, top_p=0.8)):
+        teacher = served.teacher(output="top_logprobs", top_k=8)
         teacher.open(sessions(prompts))
         rows = [(i, len(ids), len(ids) - 1, NOTHING) for i, ids in prompts.items()]
         written = teacher.write(contract.request(blocks(*rows), [5] * 3, sampling))
         for i, mine in enumerate(np.split(written.token_ids, 3)):
             assert mine.tolist() == contract.literally_written(bench, i, prompts[i], 5, sampling)
-        got = unpack(torch.from_numpy(written.signal.values))
+        got = unpack(torch.from_numpy(written.teacher_output.values))
         want = [bench.clean(np.concatenate([ids, written.token_ids[5 * i : 5 * i + 4]]), len(ids) - 1)
                 for i, ids in prompts.items()]  # fmt: skip
         torch.testing.assert_close(got.logprobs, compress(torch.cat(want), 8).logprobs, atol=1e-3, rtol=0)
@@ -436,8 +441,13 @@ def test_public_writing_is_keyed_drawing(served):
 @public
 def test_public_rollouts_are_marked_approximate(served):
     """A run with them ends well, with both models' tokens, each rollout marked."""
-    mode, brief = mode_of(served, "switch", "sampled"), served.teacher(max_sessions=8, signal="topk", top_k=16)
-    found = test_exact.write((served.model, served.student), mode, block_size=4, slots=5, served=brief, coarse=True)
+    params, brief = (
+        mode_of(served, "switch", "sampled"),
+        served.teacher(max_sessions=8, output="top_logprobs", top_k=16),
+    )
+    found = test_exact.write(
+        (served.model, served.student), params, max_draft_tokens=4, slots=5, served=brief, coarse=True
+    )
     assert both_write(found) and all(rollout.approximate for rollout in found.values())
 
 
@@ -461,16 +471,16 @@ def test_the_newer_model_runners_shapes(monkeypatch):
         return "sampled"
 
     runner.sample_tokens = sample_tokens
-    watch = worker._Watch(runner, keeps=True)
+    watch = worker.HiddenStateCapture(runner, keeps=True)
     ours = {"key": "k", "first": 9, "draw": None}
-    news = [
+    events = [
         SimpleNamespace(
             req_id="a", num_computed_tokens=8, sampling_params=SimpleNamespace(extra_args={"switchkd": ours})
         ),
         SimpleNamespace(req_id="b", num_computed_tokens=0, sampling_params=SimpleNamespace(extra_args=None)),
     ]
     scheduled = SimpleNamespace(
-        finished_req_ids=set(), scheduled_new_reqs=news, num_scheduled_tokens={"a": 4, "b": 2},
+        finished_req_ids=set(), scheduled_new_reqs=events, num_scheduled_tokens={"a": 4, "b": 2},
         scheduled_cached_reqs=SimpleNamespace(req_ids=[], num_computed_tokens=[]),
     )  # fmt: skip
     runner.execute_model(scheduled)
@@ -488,7 +498,7 @@ def test_the_newer_model_runners_shapes(monkeypatch):
     assert draws.add_request(5, params) and not draws.add_request(2, SimpleNamespace(extra_args=None))
     logits = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
     want = draw(
-        logits[1:, :50], run_seed=3, rollout_ids=[7], positions=[42], purpose=Purpose.GUMBEL, sampling=Sampling()
+        logits[1:, :50], run_seed=3, rollout_ids=[7], positions=[42], purpose=Purpose.GUMBEL, sampling=SamplingParams()
     )
     none = torch.zeros(0)
     context = LogitsContext(

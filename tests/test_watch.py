@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from switchkd.config.schema import Rule
-from switchkd.controller.alerts import Watch
+from switchkd.config.schema import RuleConfig
+from switchkd.controller.alerts import MetricAlerts
 from switchkd.controller.step_metrics import rollout_metrics
-from switchkd.types import Entry, Origin, Rollout
+from switchkd.types import CompletionSource, Entry, Rollout
 
-SWITCH = Rule(type="jsd_threshold")
+SWITCH = RuleConfig(type="jsd_threshold")
 
 
 def entry(
@@ -22,18 +22,30 @@ def entry(
     )  # fmt: skip
 
 
-def told(watch: Watch, *entries: Entry, rule: Rule = SWITCH, stage: str = "switch", staleness: int = 0) -> list[str]:
+def told(
+    watch: MetricAlerts, *entries: Entry, rule: RuleConfig = SWITCH, stage: str = "switch", staleness: int = 0
+) -> list[str]:
     return watch.step({"stage": stage, "replay/staleness_max": staleness}, entries, rule)
 
 
 def rollout(token_ids: list[int], statistic: list[float] | None = None) -> Rollout:
     num = len(token_ids)
     return Rollout(
-        rollout_id=0, batch=0, stage=0, prompt_id="", origin=Origin.ROLLOUT, prompt_ids=np.zeros(1, np.int32),
-        token_ids=np.array(token_ids, np.int32), sources=np.zeros(num, np.uint8),
-        weight_versions=np.zeros(num, np.int32), statistic=np.array(statistic or [math.nan] * num, np.float32),
-        threshold=np.zeros(num, np.float32), uncertainty=np.zeros(num, np.float32), signal=None, finish_reason="eos",
-    )  # fmt: skip
+        rollout_id=0,
+        batch=0,
+        stage=0,
+        prompt_id="",
+        completion_source=CompletionSource.ROLLOUT,
+        prompt_ids=np.zeros(1, np.int32),
+        token_ids=np.array(token_ids, np.int32),
+        sources=np.zeros(num, np.uint8),
+        weight_versions=np.zeros(num, np.int32),
+        statistic=np.array(statistic or [math.nan] * num, np.float32),
+        threshold=np.zeros(num, np.float32),
+        uncertainty=np.zeros(num, np.float32),
+        teacher_output=None,
+        finish_reason="eos",
+    )
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
@@ -84,19 +96,19 @@ def test_rollout_metrics():
             "0.0% for 10 steps: under jsd_threshold the teacher writes nothing; try smaller rollout.rule.tau0",
         ),
         (
-            Rule(type="kl_spike"),
+            RuleConfig(type="kl_spike"),
             1.0,
             "100.0% for 10 steps: under kl_spike the student writes nothing; try larger rollou",
         ),
-        (Rule(type="outside_top_k"), 0.001, "try smaller rollout.rule.top_k"),
-        (Rule(type="mixture", prob=0.01), 0.0, "try larger rollout.rule.prob"),
-        (Rule(type="my_file:my_rule"), 1.0, "try other rollout.rule.params"),
+        (RuleConfig(type="outside_top_k"), 0.001, "try smaller rollout.rule.top_k"),
+        (RuleConfig(type="mixture", prob=0.01), 0.0, "try larger rollout.rule.prob"),
+        (RuleConfig(type="my_file:my_rule"), 1.0, "try other rollout.rule.params"),
     ],
     ids=lambda value: getattr(value, "type", None),
 )
 def test_a_stuck_teacher_share(rule, share, says):
     """Ten steps with rollouts at 0 or at 1, steps without any left out, give one line; a step between ends it."""
-    watch = Watch(0)
+    watch = MetricAlerts(0)
     for _ in range(2):
         for _ in range(9):
             assert told(watch, entry(share=share), rule=rule) == [] == told(watch, rule=rule)
@@ -108,18 +120,18 @@ def test_a_stuck_teacher_share(rule, share, says):
 @pytest.mark.parametrize(
     "rule",
     [
-        Rule(type="student"),
-        Rule(type="teacher"),
-        Rule(type="random", prob=1.0),
-        Rule(type="mixture", prob=0),
-        Rule(type="jsd_threshold", teacher_budget=0),
+        RuleConfig(type="student"),
+        RuleConfig(type="teacher"),
+        RuleConfig(type="random", prob=1.0),
+        RuleConfig(type="mixture", prob=0),
+        RuleConfig(type="jsd_threshold", teacher_budget=0),
     ],
     ids=lambda rule: rule.type,
 )
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_share_that_is_meant(rule, share):
     """Where the rule leaves no choice there is nothing to say, nor while the share moves, nor across stages."""
-    meant, moving, short = Watch(0), Watch(0), Watch(0)
+    meant, moving, short = MetricAlerts(0), MetricAlerts(0), MetricAlerts(0)
     assert not any(told(meant, entry(share=share), rule=rule) for _ in range(30))
     assert not any(told(moving, entry(share=(i // 5) % 2)) for i in range(30))
     assert not any(told(short, entry(share=share), stage=f"{i // 9}") for i in range(30))
@@ -127,7 +139,7 @@ def test_a_share_that_is_meant(rule, share):
 
 def test_lengths_collapse():
     """Below a quarter of the mean before; the collapse does not become the custom, and a new stage has its own."""
-    watch = Watch(0)
+    watch = MetricAlerts(0)
     assert told(watch, entry(2)) == [] == told(watch, entry(100), entry(198)), "too early to say"
     assert not any(told(watch, entry(98 + 4 * (i % 2))) for i in range(10))
     (line,) = told(watch, entry(20))
@@ -139,7 +151,7 @@ def test_lengths_collapse():
 
 def test_circles():
     """More than half of the tokens in repeated 4-grams."""
-    watch = Watch(0)
+    watch = MetricAlerts(0)
     assert told(watch, entry(repeats=0.5)) == []
     (line,) = told(watch, entry(repeats=0.9), entry(repeats=0.3))
     assert line.startswith("60% of the completions' tokens repeat")
@@ -149,7 +161,7 @@ def test_circles():
 
 def test_agreement_falls():
     """More than 0.05 below its best, whatever lies between; evaluations without a teacher say nothing."""
-    watch = Watch(0)
+    watch = MetricAlerts(0)
     scores = [0.2, 0.5, 0.46, 0.44, 0.40, 0.48, 0.3]
     lines = [watch.evaluation({"eval/agreement": score}) for score in scores]
     assert [len(line) for line in lines] == [0, 0, 0, 1, 0, 0, 1]
@@ -159,7 +171,7 @@ def test_agreement_falls():
 
 def test_staleness():
     """Older than `replay.max_staleness`, as `completion` and `uniform` allow; also without rollouts of this step."""
-    watch = Watch(2)
+    watch = MetricAlerts(2)
     assert told(watch, staleness=2) == []
     (line,) = told(watch, staleness=7)
     assert "7 versions old, above replay.max_staleness=2" in line and "replay.policy=fifo" in line

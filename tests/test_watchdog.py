@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from switchkd.controller.handles import Pulse
-from switchkd.controller.recovery import Restarts, lasting
+from switchkd.controller.handles import Heartbeat
+from switchkd.controller.recovery import RestartPolicy, retry
 from switchkd.controller.watchdog import Stalled, Watchdog, all_of
 from switchkd.types import StateLost
 
@@ -31,13 +31,16 @@ def test_a_stall_is_told_and_raised(tmp_path):
     """After `watchdog_s` without progress it names what is waited for and where each actor stands, once; whoever waits
     hears it as Stalled."""
     clock = Clock()
-    dog, said = kept(tmp_path, clock)
-    dog.pulses = lambda: [Pulse(name="rollout worker 0", stands="waits for a teacher"), Pulse(name="replay")]
-    dog.progress("step 5: rollouts 20 to 23 from rollout worker 0")
+    watchdog, said = kept(tmp_path, clock)
+    watchdog.heartbeats = lambda: [
+        Heartbeat(name="rollout worker 0", where="waits for a teacher"),
+        Heartbeat(name="replay"),
+    ]
+    watchdog.progress("step 5: rollouts 20 to 23 from rollout worker 0")
     clock.now = 9.9
-    assert not dog.look() and not said
+    assert not watchdog.look() and not said
     clock.now = 10
-    assert dog.look()
+    assert watchdog.look()
     (told,) = said
     assert told.splitlines()[:3] == [
         "no progress for 10 s (run.watchdog_s), waiting for step 5: rollouts 20 to 23 from rollout worker 0",
@@ -45,42 +48,42 @@ def test_a_stall_is_told_and_raised(tmp_path):
         "  replay has no work",
     ]
     with pytest.raises(Stalled, match=r"rollout worker 0 waits for a teacher\).*--resume"):
-        dog.result(Future(), "anything")
+        watchdog.wait_for(Future(), "anything")
     (stacks,) = (tmp_path / "logs").iterdir()
     assert "test_a_stall_is_told_and_raised" in stacks.read_text()
 
 
 def test_beats_are_progress(tmp_path):
     """An actor whose beats grow keeps the run alive; one that stands still does not."""
-    clock, beats = Clock(), [0]
-    dog, _ = kept(tmp_path, clock)
-    dog.pulses = lambda: [Pulse(name="rollout worker 0", beats=beats[0])]
+    clock, progress_counter = Clock(), [0]
+    watchdog, _ = kept(tmp_path, clock)
+    watchdog.heartbeats = lambda: [Heartbeat(name="rollout worker 0", progress_counter=progress_counter[0])]
     for _ in range(10):
         clock.now += 6
-        beats[0] += 1
-        assert not dog.look()
+        progress_counter[0] += 1
+        assert not watchdog.look()
     clock.now += 10
-    assert dog.look()
+    assert watchdog.look()
 
 
 def test_a_loop_that_does_not_come_back_is_ended(tmp_path):
     """Where nobody hears of the stall, the thread ends the process; where somebody does, it does not."""
     left: list[int] = []
     said: list[str] = []
-    dog = Watchdog(0.2, tmp_path, said.append, leave=left.append)
-    dog.start()
-    dog.progress("the first step")
+    watchdog = Watchdog(0.2, tmp_path, said.append, leave=left.append)
+    watchdog.start()
+    watchdog.progress("the first step")
     deadline = time.monotonic() + 20
     while not left and time.monotonic() < deadline:
         time.sleep(0.05)
-    dog.stop()
+    watchdog.stop()
     assert left[0] == 1 and "did not end by itself" in said[1]
     heard: list[int] = []
-    dog = Watchdog(0.3, tmp_path, said.append, leave=heard.append)
-    dog.start()
+    watchdog = Watchdog(0.3, tmp_path, said.append, leave=heard.append)
+    watchdog.start()
     with pytest.raises(Stalled):
-        dog.result(Future(), "nobody")
-    dog.stop()
+        watchdog.wait_for(Future(), "nobody")
+    watchdog.stop()
     time.sleep(1)
     assert not heard
 
@@ -100,7 +103,7 @@ def test_actors_that_never_become_ready(tmp_path):
 def test_restarts_are_counted_and_slow_down():
     """The first comes at once, then ever later; a checkpoint in between begins anew; beyond the limit it ends."""
     slept: list[float] = []
-    restarts = Restarts(4, lambda text: None, slept.append)
+    restarts = RestartPolicy(4, lambda text: None, slept.append)
     for _ in range(4):
         restarts.begin(StateLost("a learner rank died"))
     assert slept == [0, 1, 2, 4]
@@ -122,18 +125,18 @@ def test_what_fails_for_a_while_is_tried_again():
             raise left.pop()
         return "written"
 
-    assert lasting("saving", write, said.append, slept.append) == "written"
+    assert retry("saving", write, said.append, slept.append) == "written"
     assert slept == [1, 4] and "No space left on device); trying again in 4 s" in said[1]
 
     def never() -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        lasting("saving", never, said.append, slept.append)
+        retry("saving", never, said.append, slept.append)
 
     def lost() -> None:
         raise StateLost("the replay died")
 
     with pytest.raises(StateLost):
-        lasting("saving", lost, said.append, slept.append)
+        retry("saving", lost, said.append, slept.append)
     assert slept == [1, 4, 1, 4, 16]

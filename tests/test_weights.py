@@ -11,7 +11,7 @@ import torch
 from tiny import tiny_model
 
 from switchkd.engines.weights import pack, unpack, unpack_into
-from switchkd.types import WeightBundle
+from switchkd.types import PackedWeights
 
 torch.set_num_threads(1)
 
@@ -26,7 +26,7 @@ TENSORS = {
 }
 
 
-def _read_only(bundle: WeightBundle) -> WeightBundle:
+def _read_only(bundle: PackedWeights) -> PackedWeights:
     """As it comes out of an object store."""
     copied = pickle.loads(pickle.dumps(bundle))
     for bucket in copied.buckets:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from switchkd.algo.sampling import Sampling, draw
+from switchkd.algo.sampling import SamplingParams, draw
 from switchkd.engines.base import UnknownSession
-from switchkd.types import Blocks, Origin, Prompt, Sessions, Signal, Task, WriteRequest, Written
+from switchkd.types import Blocks, CompletionSource, Prompt, RolloutTask, Sessions, TeacherOutput, WriteRequest, Written
 
 VOCAB = 24
 STOP = 0
@@ -69,7 +69,7 @@ class ToyTeacher:
         parts = np.split(sessions.token_ids, np.cumsum(sessions.lengths)[:-1])
         self.sessions.update({int(s): part.tolist() for s, part in zip(sessions.session_ids, parts, strict=True)})
 
-    def score(self, blocks: Blocks) -> Signal:
+    def score(self, blocks: Blocks) -> TeacherOutput:
         lost = [int(s) for s in blocks.session_ids if int(s) not in self.sessions]
         if lost:
             raise UnknownSession(lost)
@@ -79,18 +79,18 @@ class ToyTeacher:
             assert base <= len(self.sessions[int(s)])
             self.sessions[int(s)] = self.sessions[int(s)][:base] + part.tolist()
             rows.append(rows_of(self.chain, self.sessions[int(s)])[first:].numpy())
-        return Signal(
-            kind="full",
+        return TeacherOutput(
+            kind="logits",
             dtype="float32",
             values=np.concatenate(rows),
             lengths=np.array([len(part) for part in rows], np.int32),
         )
 
     def write(self, request: WriteRequest) -> Written:
-        signal = self.score(request.blocks)
-        lasts = torch.from_numpy(signal.values[np.cumsum(signal.lengths) - 1])
-        sampling = Sampling(temperature=request.temperature, top_p=request.top_p, top_k=request.top_k)
-        pieces = [list(part) for part in np.split(signal.values, np.cumsum(signal.lengths)[:-1])]
+        teacher_output = self.score(request.blocks)
+        lasts = torch.from_numpy(teacher_output.values[np.cumsum(teacher_output.lengths) - 1])
+        sampling = SamplingParams(temperature=request.temperature, top_p=request.top_p, top_k=request.top_k)
+        pieces = [list(part) for part in np.split(teacher_output.values, np.cumsum(teacher_output.lengths)[:-1])]
         tokens: list[list[int]] = []
         for b, session in enumerate(request.blocks.session_ids.tolist()):
             row, mine = lasts[b], []
@@ -109,8 +109,8 @@ class ToyTeacher:
             token_ids=np.concatenate([np.array(part, np.int32) for part in tokens]),
             lengths=np.array([len(part) for part in tokens], np.int32),
             margins=np.ones(sum(map(len, tokens)), np.float32),
-            signal=Signal(
-                kind="full",
+            teacher_output=TeacherOutput(
+                kind="logits",
                 dtype="float32",
                 values=np.stack([row for part in pieces for row in part]),
                 lengths=np.array([len(part) for part in pieces], np.int32),
@@ -122,12 +122,17 @@ class ToyTeacher:
             self.sessions.pop(session, None)
 
 
-def task(rollout_id: int, prompt: list[int] | None = None, origin: Origin = Origin.ROLLOUT, **more) -> Task:  # type: ignore[no-untyped-def]
+def task(
+    rollout_id: int,
+    prompt: list[int] | None = None,
+    completion_source: CompletionSource = CompletionSource.ROLLOUT,
+    **more,
+) -> RolloutTask:  # type: ignore[no-untyped-def]
     ids = np.array(prompt or [1 + rollout_id % 7, 3], np.int32)
-    return Task(
+    return RolloutTask(
         rollout_id=rollout_id,
         batch=0,
         stage=0,
-        origin=origin,
+        completion_source=completion_source,
         prompt=Prompt(prompt_id=str(rollout_id), text="", token_ids=ids, **more),
     )

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from switchkd.actors.placement_group import Place
-from switchkd.actors.teacher_actor import Worked
-from switchkd.config.schema import Span
+from switchkd.actors.placement_group import ProcessPlacement
+from switchkd.actors.teacher_actor import ReplicaLoad
+from switchkd.config.schema import ReplicaRange
 
 ADD_QUEUE, ADD_WAIT, ADD_LOOKS = 0.5, 0.25, 3
 DRAIN_QUEUE, DRAIN_WAIT, DRAIN_BUSY, DRAIN_LOOKS = 0.1, 0.1, 0.6, 10
@@ -33,7 +33,7 @@ class Load:
     wait_frac: float  # of the time until a request's answer, in which it waited
 
 
-def decide(loads: Sequence[Load], span: Span) -> int:
+def decide(loads: Sequence[Load], span: ReplicaRange) -> int:
     """+1: add a process, -1: drain one, 0: leave the pool as it is."""
     if not loads:
         return 0
@@ -100,29 +100,29 @@ class Probe:
 
 
 @dataclass(slots=True)
-class Watch:
+class ReplicaMonitor:
     """What the pool knows of one replica."""
 
-    place: Place
-    probe: Probe  # of `ready` while it starts, then of `worked`
+    placement: ProcessPlacement
+    probe: Probe  # of `ready` while it starts, then of `load`
     told: bool = False  # its coming is worth a line
     waits: list[float] = field(default_factory=list)  # of the probes since the last look
-    now: Worked | None = None
-    before: Worked | None = None  # at the last look
+    now: ReplicaLoad | None = None
+    before: ReplicaLoad | None = None  # at the last look
 
-    def look(self, elapsed_s: float) -> tuple[Worked, float] | None:
+    def look(self, elapsed_s: float) -> tuple[ReplicaLoad, float] | None:
         """What it did since the last look, and how long calls stood in line; None at the first."""
         waits, self.waits = self.waits, []
         before, self.before = self.before, self.now
         if before is None or self.now is None:
             return None
         if not waits:  # it has been at one call all the time
-            return Worked(calls=1, busy_s=elapsed_s), self.probe.waited_s
-        did = Worked(calls=self.now.calls - before.calls, busy_s=self.now.busy_s - before.busy_s)
+            return ReplicaLoad(calls=1, busy_s=elapsed_s), self.probe.waited_s
+        did = ReplicaLoad(calls=self.now.calls - before.calls, busy_s=self.now.busy_s - before.busy_s)
         return did, sum(waits) / len(waits)
 
 
-def load_of(looks: Sequence[tuple[Worked, float]], elapsed_s: float) -> Load:
+def load_of(looks: Sequence[tuple[ReplicaLoad, float]], elapsed_s: float) -> Load:
     """Of replicas that did so much in `elapsed_s`, each with the mean time that calls stood in line."""
     return of_calls(
         num=len(looks),

@@ -1,6 +1,6 @@
 """How an actor is, told by itself on a thread of its own: it answers while it works, and while it hangs.
 
-In: the actors' handles by name. Out: a `Pulse` of each; one that does not answer says so.
+In: the actors' handles by name. Out: a `Heartbeat` of each; one that does not answer says so.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from switchkd.controller.handles import Pulse
+from switchkd.controller.handles import Heartbeat
 
 ANSWER_S = 5.0
 GROUP = {"health": 1}
@@ -36,16 +36,16 @@ _ROOT = Path(__file__).parents[1]
 class Health:
     """What every actor can say of itself."""
 
-    def beats(self) -> int:
+    def progress_counter(self) -> int:
         """Grows while the actor gets on with one long call."""
         return 0
 
     @ray.method(concurrency_group="health")
-    def pulse(self) -> tuple[int, str, str]:
-        return self.beats(), stands(), stacks()
+    def heartbeat(self) -> tuple[int, str, str]:
+        return self.progress_counter(), current_location(), stacks()
 
 
-def stands() -> str:
+def current_location() -> str:
     """Where the thread that serves a call is; empty where none is served."""
     own = threading.get_ident()
     for ident, frame in sys._current_frames().items():
@@ -54,8 +54,8 @@ def stands() -> str:
             continue
         path, line, name = ours[0].f_code.co_filename, ours[0].f_lineno, ours[0].f_code.co_name
         reason = WAITS.get(Path(path).name) or WAITS.get(name)
-        place = f"{Path(path).relative_to(_ROOT)}:{line}, {name}"
-        return f"{reason} ({place})" if reason else f"is at {place}"
+        placement = f"{Path(path).relative_to(_ROOT)}:{line}, {name}"
+        return f"{reason} ({placement})" if reason else f"is at {placement}"
     return ""
 
 
@@ -81,18 +81,18 @@ def _is_ours(frame: FrameType) -> bool:
     return frame.f_code.co_filename.startswith(str(_ROOT)) and not frame.f_code.co_filename.endswith("health.py")
 
 
-def pulses(actors: Mapping[str, Any]) -> list[Pulse]:
+def heartbeats(actors: Mapping[str, Any]) -> list[Heartbeat]:
     """Of all of them, after `ANSWER_S` at most."""
     asked = {}
     for name, actor in actors.items():
-        asked[name] = actor.pulse.remote()
+        asked[name] = actor.heartbeat.remote()
     deadline = time.monotonic() + ANSWER_S
-    return [_pulse(name, ref, deadline) for name, ref in asked.items()]
+    return [_heartbeat(name, ref, deadline) for name, ref in asked.items()]
 
 
-def _pulse(name: str, ref: Any, deadline: float) -> Pulse:
+def _heartbeat(name: str, ref: Any, deadline: float) -> Heartbeat:
     try:
-        beats, stands, stacks = ray.get(ref, timeout=max(deadline - time.monotonic(), 0.01))
+        progress_counter, current_location, stacks = ray.get(ref, timeout=max(deadline - time.monotonic(), 0.01))
     except RayError as error:
-        return Pulse(name=name, stands=f"does not answer ({type(error).__name__})")
-    return Pulse(name=name, beats=beats, stands=stands, stacks=stacks)
+        return Heartbeat(name=name, where=f"does not answer ({type(error).__name__})")
+    return Heartbeat(name=name, progress_counter=progress_counter, where=current_location, stacks=stacks)

@@ -20,13 +20,13 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 
 from switchkd.actors.heartbeat import GROUP, Health
 from switchkd.actors.process_setup import Secrets, prepare
-from switchkd.actors.ray_futures import in_thread, of_gang, patient
+from switchkd.actors.ray_futures import gather_ranks, retry_until_alive, run_in_thread
 from switchkd.config.schema import Config
-from switchkd.engines.models.lm_head import HeadArrays
-from switchkd.learner.rank import Gang, LearnerRank
-from switchkd.types import BatchPlan, Rollout, StateLost, StepResult
+from switchkd.engines.models.lm_head import LMHeadState
+from switchkd.learner.rank import LearnerRank, RankInfo
+from switchkd.types import BatchAssignment, Rollout, StateLost, StepResult
 
-MEETINGS = 3
+MAX_RENDEZVOUS = 3
 """So many gangs are brought together until one stays whole."""
 
 
@@ -45,27 +45,27 @@ class LearnerActor(Health):
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def start(self, gang: Gang, heads: dict[str, HeadArrays]) -> None:
+    def start(self, gang: RankInfo, heads: dict[str, LMHeadState]) -> None:
         """Meet the other ranks and load the student."""
         self.rank = LearnerRank(self.config, gang, heads, self._fetch)
 
     def _fetch(self, rollout_ids: list[int]) -> list[Rollout]:
-        found: list[Rollout] = patient(partial(self.replay.fetch.remote, rollout_ids)).result()
+        found: list[Rollout] = retry_until_alive(partial(self.replay.fetch.remote, rollout_ids)).result()
         return found
 
-    def step(self, plan: BatchPlan, lr: float) -> StepResult:
-        return self.rank.step(plan, lr)
+    def step(self, assignment: BatchAssignment, lr: float) -> StepResult:
+        return self.rank.step(assignment, lr)
 
     def publish(self, version: int) -> list[Any]:
         """Rank 0 puts the weights into the object store once; the others only take part in gathering them. Raises
         OSError where there is no room."""
-        bundle = self.rank.publish(version)
-        if bundle is None:
+        packed = self.rank.publish(version)
+        if packed is None:
             return []
         try:
-            return [ray.put(bundle)]
+            return [ray.put(packed)]
         except (OutOfDiskError, ObjectStoreFullError) as error:  # the rank lives, and can be asked again
-            size = sum(bucket.nbytes for bucket in bundle.buckets) / 1e9
+            size = sum(bucket.nbytes for bucket in packed.buckets) / 1e9
             raise OSError(
                 errno.ENOSPC,
                 f"no room in Ray's object store for a version of {size:.3g} GB, and less than 5% of the disk behind it "
@@ -89,35 +89,36 @@ class LearnerGroup:
         """`make` places the actors of a gang."""
         self.make = make
         self.ranks: list[Any] = make()
-        self.heads: dict[str, HeadArrays] = {}
+        self.heads: dict[str, LMHeadState] = {}
 
-    def start(self, heads: dict[str, HeadArrays]) -> Future[None]:
+    def start(self, heads: dict[str, LMHeadState]) -> Future[None]:
         """Done when the ranks have met and hold the student."""
         self.heads = heads
-        return in_thread(self._come_together)
+        return run_in_thread(self._start_ranks)
 
-    def _come_together(self) -> None:
-        for _ in range(MEETINGS - 1):
+    def _start_ranks(self) -> None:
+        for _ in range(MAX_RENDEZVOUS - 1):
             try:
-                return self._meet()
+                return self._rendezvous()
             except StateLost:
-                self._anew()
-        self._meet()
+                self._respawn()
+        self._rendezvous()
 
-    def _meet(self) -> None:
-        address, port = of_gang([self.ranks[0].address.remote()]).result()
+    def _rendezvous(self) -> None:
+        address, port = gather_ranks([self.ranks[0].address.remote()]).result()
         world = len(self.ranks)
         heads = ray.put(self.heads)
         gangs = [
-            Gang(rank=i, local_rank=i, world_size=world, master_addr=address, master_port=port) for i in range(world)
+            RankInfo(rank=i, local_rank=i, world_size=world, master_addr=address, master_port=port)
+            for i in range(world)
         ]
-        of_gang([rank.start.remote(gang, heads) for rank, gang in zip(self.ranks, gangs, strict=True)]).result()
+        gather_ranks([rank.start.remote(gang, heads) for rank, gang in zip(self.ranks, gangs, strict=True)]).result()
 
     def restart(self) -> Future[None]:
-        self._anew()
-        return in_thread(self._come_together)
+        self._respawn()
+        return run_in_thread(self._start_ranks)
 
-    def _anew(self) -> None:
+    def _respawn(self) -> None:
         self.close()
         self.ranks = self.make()
 
@@ -127,10 +128,10 @@ class LearnerGroup:
         self.ranks = []
 
     def _all(self, method: str, *args: Any) -> Future[Any]:
-        return of_gang([getattr(rank, method).remote(*args) for rank in self.ranks])
+        return gather_ranks([getattr(rank, method).remote(*args) for rank in self.ranks])
 
-    def step(self, plan: BatchPlan, lr: float) -> Future[StepResult]:
-        return self._all("step", plan, lr)
+    def step(self, assignment: BatchAssignment, lr: float) -> Future[StepResult]:
+        return self._all("step", assignment, lr)
 
     def publish(self, version: int) -> Future[Any]:
         return self._all("publish", version)

@@ -55,9 +55,9 @@ def at_nodes(nodes: list[dict[str, Any]], file: str, nonce: str) -> list[Look]:
     """A task on each node, all at once."""
     waiting = {}
     for node in nodes:
-        place = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+        placement = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
         waiting[f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})"] = _look.options(
-            scheduling_strategy=place
+            scheduling_strategy=placement
         ).remote(file, nonce)
     return [_answer(name, ref) for name, ref in waiting.items()]
 

@@ -1,7 +1,7 @@
 """Room on a cluster, set aside for each process before any actor starts.
 
-In: what a process takes. Out: a `Place`, a placement group of one bundle (STRICT_PACK): all GPUs of a process lie on
-one node that has the labels of its role, and a process that is restarted finds its place again.
+In: what a process takes. Out: a `ProcessPlacement`, a placement group of one bundle (STRICT_PACK): all GPUs of a
+process lie on one node that has the labels of its role, and a process that is restarted finds its place again.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from switchkd.actors import room
 from switchkd.actors.room import Node
 from switchkd.config import resources
 from switchkd.config.errors import ConfigError
-from switchkd.config.schema import Config, Resources, ResourcesOfRoles
+from switchkd.config.schema import Config, ResourcesConfig, RoleResourcesConfig
 
 
-class Place:
+class ProcessPlacement:
     """Room for one process. Empty where the process takes nothing and may stand anywhere."""
 
-    def __init__(self, each: Resources, *, name: str = "", detached: bool = False) -> None:
+    def __init__(self, each: ResourcesConfig, *, name: str = "", detached: bool = False) -> None:
         self.taken = {"num_cpus": float(each.num_cpus or 0), "num_gpus": float(each.num_gpus)}
-        bundle = {key: num for key, num in (("CPU", self.taken["num_cpus"]), ("GPU", self.taken["num_gpus"])) if num}
+        packed = {key: num for key, num in (("CPU", self.taken["num_cpus"]), ("GPU", self.taken["num_gpus"])) if num}
         self.labels = dict(each.labels)
         self.group: Any = None
-        if bundle:
+        if packed:
             self.group = placement_group(
-                [bundle],
+                [packed],
                 strategy="STRICT_PACK",
                 name=name,
                 lifetime="detached" if detached else None,
@@ -40,13 +40,13 @@ class Place:
             )
 
     @classmethod
-    def named(cls, each: Resources, name: str) -> Place:
+    def named(cls, each: ResourcesConfig, name: str) -> ProcessPlacement:
         """One that was made under this name."""
-        place = cls(Resources())
-        place.taken = {"num_cpus": float(each.num_cpus or 0), "num_gpus": float(each.num_gpus)}
-        if any(place.taken.values()):
-            place.group = get_placement_group(name)
-        return place
+        placement = cls(ResourcesConfig())
+        placement.taken = {"num_cpus": float(each.num_cpus or 0), "num_gpus": float(each.num_gpus)}
+        if any(placement.taken.values()):
+            placement.group = get_placement_group(name)
+        return placement
 
     @property
     def key(self) -> str:
@@ -103,29 +103,29 @@ def nodes() -> list[Node]:
     ]
 
 
-def wait_for_places(config: Config, places: Sequence[tuple[str, Place]]) -> None:
+def wait_for_placements(config: Config, placements: Sequence[tuple[str, ProcessPlacement]]) -> None:
     """All of them, or a ConfigError that names those who found no room: processes that fit one by one need not fit
     together, and another run may have been faster."""
-    deadline = time.monotonic() + max(config.cluster.wait_s, SETTLE_S)
-    without = [role for role, place in places if not place.wait(deadline - time.monotonic())]
+    deadline = time.monotonic() + max(config.cluster.wait_s, RELEASE_S)
+    without = [role for role, placement in placements if not placement.wait(deadline - time.monotonic())]
     if without:
         who = ", ".join(f"{without.count(role)} of {resources.key_of(role)}" for role in dict.fromkeys(without))
         raise room.full(config, f"no node of the cluster has room for {who} beside the rest of the run")
 
 
-SETTLE_S = 15.0
+RELEASE_S = 15.0
 """How long what a run that has just ended had may take to come back."""
 
 
-def settled(config: Config) -> Config:
+def resolve_resources(config: Config) -> Config:
     """The config with nothing left open in `resources`: an actor sees another machine and another environment than the
     driver, and would work out something else."""
     roles = {role: resources.of_role(config, role) for role in resources.ROLES}
     each = {name: resources.of_role(config, resources.role_of(name)) for name in config.teachers}
-    return config.model_copy(update={"resources": ResourcesOfRoles(**roles, teachers=each)})
+    return config.model_copy(update={"resources": RoleResourcesConfig(**roles, teachers=each)})
 
 
-def wait_for_room(
+def wait_for_capacity(
     config: Config, look: Callable[[], Sequence[Node]], say: Callable[[str], None], poll_s: float = 1.0
 ) -> None:
     """Wait up to `cluster.wait_s` for the cluster to grow, or for others to leave it (a moment in any case), saying who
@@ -139,7 +139,7 @@ def wait_for_room(
             waiting = room.waits_for(config, found)
             if not waiting:
                 return
-            if waited >= max(config.cluster.wait_s, SETTLE_S):
+            if waited >= max(config.cluster.wait_s, RELEASE_S):
                 raise room.full(config, waiting)
         except ConfigError as missing:
             if waited >= config.cluster.wait_s:

@@ -1,6 +1,6 @@
 """Where a router finds the members of its pool: the pool's actor, asked now and then.
 
-In: how many sessions the router has at each replica. Out: `Members`. See `teacher_router.Directory`.
+In: how many sessions the router has at each replica. Out: `ReplicaView`. See `teacher_router.Directory`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import ActorDiedError, RayError
 
-from switchkd.actors.replicas import Members
+from switchkd.actors.replicas import ReplicaView
 
 POLL_S = 1.0
 """How often a router looks who is there and how busy they are."""
@@ -21,7 +21,7 @@ ASK_S = 10.0
 """How long the pool may take to answer."""
 
 
-class PoolDirectory:
+class PoolClient:
     """`router`: the asker's name, one and the same after a restart."""
 
     def __init__(self, pool: Any, router: str) -> None:
@@ -29,18 +29,18 @@ class PoolDirectory:
         self._out: Any = None  # a question that is out
         self._next = 0.0
 
-    def ask(self, sessions: Mapping[int, int]) -> Members | None:
+    def ask(self, sessions: Mapping[int, int]) -> ReplicaView | None:
         """Waits for the answer; None where the pool is just being started again."""
         self._out, self._next = None, time.monotonic() + POLL_S
         try:
-            found: Members = cloudpickle.loads(ray.get(self._question(sessions), timeout=ASK_S))
+            found: ReplicaView = cloudpickle.loads(ray.get(self._question(sessions), timeout=ASK_S))
             return found
         except ActorDiedError:  # it always comes back, unless somebody ended it
-            return Members(ready={}, draining={}, sessions={}, broken="their pool was ended")
+            return ReplicaView(ready={}, draining={}, sessions={}, broken="their pool was ended")
         except RayError:
             return None
 
-    def poll(self, sessions: Mapping[int, int]) -> Members | None:
+    def poll(self, sessions: Mapping[int, int]) -> ReplicaView | None:
         """What has come in, if anything. Never waits."""
         if self._out is None:
             if time.monotonic() >= self._next:
@@ -50,7 +50,7 @@ class PoolDirectory:
             return None
         out, self._out, self._next = self._out, None, time.monotonic() + POLL_S
         try:
-            found: Members = cloudpickle.loads(ray.get(out))
+            found: ReplicaView = cloudpickle.loads(ray.get(out))
             return found
         except RayError:
             return None

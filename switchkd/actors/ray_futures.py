@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RaySystemError, RayTaskError
 
-from switchkd.config.errors import first_line, last_line, typed
+from switchkd.config.errors import first_line, last_line, with_type
 from switchkd.types import StateLost, Unreachable, WorkerLost
 
 RESTART_S = 600.0
@@ -83,7 +83,7 @@ def _is_death(error: BaseException) -> bool:
     return lost and "creation task" not in first_line(error)
 
 
-def of_worker(ref: Any) -> Future[Any]:
+def worker_future(ref: Any) -> Future[Any]:
     """The answer of a rollout worker. Raises WorkerLost, Unreachable, or what its work raised."""
 
     def translated(error: BaseException) -> BaseException:
@@ -92,7 +92,7 @@ def of_worker(ref: Any) -> Future[Any]:
         cause = cause_of(error)
         # what is not in this process's hands: actors, the object store, the network, the disk
         if isinstance(cause, RayError | StateLost | OSError):
-            return Unreachable(typed(cause))
+            return Unreachable(with_type(cause))
         return cause
 
     return _translated(ref.future(), translated)
@@ -112,7 +112,7 @@ def _translated(future: Future[Any], translate: Callable[[BaseException], BaseEx
     return answer
 
 
-def patient(ask: Callable[[], Any], wait_s: float = RESTART_S) -> Future[Any]:
+def retry_until_alive(ask: Callable[[], Any], wait_s: float = RESTART_S) -> Future[Any]:
     """The answer of an actor that Ray starts again when it dies: asked again, ever more slowly, until it answers."""
     answer: Future[Any] = Future()
     deadline = time.monotonic() + wait_s
@@ -140,7 +140,7 @@ def patient(ask: Callable[[], Any], wait_s: float = RESTART_S) -> Future[Any]:
     return answer
 
 
-def in_thread(function: Callable[[], None]) -> Future[None]:
+def run_in_thread(function: Callable[[], None]) -> Future[None]:
     """For a call that waits. The thread does not keep the process alive."""
     answer: Future[None] = Future()
 
@@ -155,7 +155,7 @@ def in_thread(function: Callable[[], None]) -> Future[None]:
     return answer
 
 
-def of_gang(refs: list[Any]) -> Future[Any]:
+def gather_ranks(refs: list[Any]) -> Future[Any]:
     """The answer of rank 0, once all have answered. Ranks live and die together: StateLost when one of them died, or
     could not reach what it needs; the survivors' errors that come of it tell nothing new."""
     answer: Future[Any] = Future()
@@ -171,7 +171,7 @@ def of_gang(refs: list[Any]) -> Future[Any]:
             error = done.exception()
             if error is not None:
                 failed = True
-                _settle_gang(error, answer, futures)
+                _fail_ranks(error, answer, futures)
             elif all(future.done() and future.exception() is None for future in futures):
                 answer.set_result(futures[0].result())
 
@@ -180,9 +180,9 @@ def of_gang(refs: list[Any]) -> Future[Any]:
     return answer
 
 
-def _settle_gang(error: BaseException, answer: Future[Any], futures: list[Future[Any]]) -> None:
+def _fail_ranks(error: BaseException, answer: Future[Any], futures: list[Future[Any]]) -> None:
     if _spoils(error):
-        answer.set_exception(StateLost(_told(error)))
+        answer.set_exception(StateLost(_reason(error)))
         return
 
     def wait_for_others() -> None:
@@ -191,7 +191,7 @@ def _settle_gang(error: BaseException, answer: Future[Any], futures: list[Future
             found = [future.exception() for future in futures if future.done()]
             lost = [one for one in found if one is not None and _spoils(one)]
             if lost:
-                answer.set_exception(StateLost(_told(lost[0])))
+                answer.set_exception(StateLost(_reason(lost[0])))
             elif len(found) == len(futures):
                 break
             else:
@@ -199,7 +199,7 @@ def _settle_gang(error: BaseException, answer: Future[Any], futures: list[Future
         if answer.done():
             return
         stuck = isinstance(cause_of(error), OSError) and not all(future.done() for future in futures)
-        answer.set_exception(StateLost(_told(error)) if stuck else cause_of(error))
+        answer.set_exception(StateLost(_reason(error)) if stuck else cause_of(error))
 
     Thread(target=wait_for_others, daemon=True).start()
 
@@ -208,7 +208,7 @@ def _spoils(error: BaseException) -> bool:
     return _is_death(error) or isinstance(cause_of(error), RayError | StateLost)
 
 
-def _told(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     if _is_death(error):
         return "a learner rank died"
-    return f"a learner rank failed ({typed(cause_of(error))})"
+    return f"a learner rank failed ({with_type(cause_of(error))})"

@@ -36,7 +36,7 @@ class ReplayActor(Health):
     def ready(self) -> bool:
         return True
 
-    def beats(self) -> int:
+    def progress_counter(self) -> int:
         return self.num_put
 
     def put(self, rollouts: list[Rollout]) -> list[int]:
@@ -76,8 +76,8 @@ class ReplayActor(Health):
     def missing(self, num_started: int) -> list[int]:
         return self.service.missing(num_started)
 
-    def set_aside(self, rollout_ids: list[int]) -> None:
-        self.service.set_aside(rollout_ids)
+    def quarantine(self, rollout_ids: list[int]) -> None:
+        self.service.quarantine(rollout_ids)
 
     def stats(self) -> dict[str, float]:
         return self.service.stats()

@@ -1,6 +1,7 @@
 """Who is in a pool of teacher replicas, who leaves it, and how many sessions each of them has.
 
-In: what becomes of replicas, and what routers report. Out: `Members`, as a router sees them. Handles are opaque here.
+In: what becomes of replicas, and what routers report. Out: `ReplicaView`, as a router sees them. Handles are opaque
+here.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ DRAIN_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Members:
+class ReplicaView:
     """What a router needs to know. Replicas are numbered; a number is never used again."""
 
     ready: Mapping[int, Any]  # take new sessions
@@ -47,7 +48,7 @@ class Report:
 
 
 @dataclass(slots=True)
-class Roster:
+class ReplicaRegistry:
     """The book of one pool."""
 
     broken: str = ""
@@ -76,9 +77,9 @@ class Roster:
         """How many sessions a router has at each replica."""
         self.reports[router] = Report(dict(sessions), now)
 
-    def members(self, router: str, now: float) -> Members:
+    def members(self, router: str, now: float) -> ReplicaView:
         """As that router should see them."""
-        return Members(
+        return ReplicaView(
             ready=self.within(State.READY),
             draining=self.within(State.DRAINING),
             sessions={number: self.sessions(number, now, without=router) for number in self.replicas},

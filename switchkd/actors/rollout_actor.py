@@ -10,18 +10,18 @@ import ray
 from ray import cloudpickle
 
 from switchkd.actors.heartbeat import GROUP, Health
-from switchkd.actors.pool_client import PoolDirectory
+from switchkd.actors.pool_client import PoolClient
 from switchkd.actors.process_setup import Secrets, prepare
-from switchkd.actors.ray_futures import patient
+from switchkd.actors.ray_futures import retry_until_alive
 from switchkd.actors.teacher_router import TeacherRouter
 from switchkd.config.schema import Config
 from switchkd.rollout.build import make_worker
-from switchkd.types import EvalRow, Exam, ReplayFull, Rollout, Task, WeightBundle, Weights, WorkReport
+from switchkd.types import EvalRow, EvalShard, PackedWeights, ReplayFull, Rollout, RolloutTask, WeightRef, WorkReport
 
 
 @ray.remote(max_restarts=-1, max_task_retries=0, concurrency_groups={"weights": 1, **GROUP})
 class RolloutActor(Health):
-    """Calls of the default group run one after another; `offer` comes in between (`reprefill`)."""
+    """Calls of the default group run one after another; `push_weights` comes in between (`reprefill`)."""
 
     def __init__(
         self,
@@ -36,8 +36,8 @@ class RolloutActor(Health):
         prepare(secrets, working_dir)
         pools, self.replay = cloudpickle.loads(handles)
         routers = {name: _router(pool, namespace, index) for name, (pool, namespace) in pools.items()}
-        self.loaded = self.offered_key = (0, 0)  # as Weights.key
-        self.offered: WeightBundle | None = None
+        self.loaded = self.pushed_order = (0, 0)  # as Weights.key
+        self.pushed: PackedWeights | None = None
         teachers = {name: (router, router.head()) for name, router in routers.items()}
         self.worker = make_worker(Config.model_validate(config), index, teachers, stop_ids, self._newer)
 
@@ -45,41 +45,41 @@ class RolloutActor(Health):
         return True
 
     @ray.method(concurrency_group="weights")
-    def offer(self, weights: Weights) -> None:
+    def push_weights(self, weights: WeightRef) -> None:
         """Seen by the running rollouts at their next round."""
-        bundle = pulled(weights)
-        if weights.key > self.offered_key:
-            self.offered, self.offered_key = bundle, weights.key
+        packed = fetch_weights(weights)
+        if weights.key > self.pushed_order:
+            self.pushed, self.pushed_order = packed, weights.key
 
-    def generate(self, tasks: list[Task], weights: Weights | None) -> WorkReport:
+    def generate(self, tasks: list[RolloutTask], weights: WeightRef | None) -> WorkReport:
         self._load(weights)
         return self.worker.generate(tasks, self._put)
 
-    def examine(self, exam: Exam, weights: Weights | None) -> list[EvalRow]:
+    def evaluate(self, shard: EvalShard, weights: WeightRef | None) -> list[EvalRow]:
         self._load(weights)
-        return self.worker.examine(exam)
+        return self.worker.evaluate(shard)
 
-    def beats(self) -> int:
-        return self.worker.beats
+    def progress_counter(self) -> int:
+        return self.worker.progress_counter
 
-    def _load(self, weights: Weights | None) -> None:
+    def _load(self, weights: WeightRef | None) -> None:
         if weights is not None and weights.key > self.loaded:
-            self.worker.load_weights(pulled(weights))
+            self.worker.load_weights(fetch_weights(weights))
             self.loaded = weights.key
 
-    def _newer(self) -> WeightBundle | None:
+    def _newer(self) -> PackedWeights | None:
         """What was offered, unless it has been loaded since. Whoever asks loads it."""
-        offered, key = self.offered, self.offered_key
-        if offered is None or key <= self.loaded:
+        pushed, key = self.pushed, self.pushed_order
+        if pushed is None or key <= self.loaded:
             return None
         self.loaded = key
-        return offered
+        return pushed
 
     def _put(self, rollouts: list[Rollout]) -> None:
         """Back-pressure: a full replay makes the worker wait. So does one that is being started again."""
         while rollouts:
             try:
-                patient(partial(self.replay.put.remote, rollouts)).result()
+                retry_until_alive(partial(self.replay.put.remote, rollouts)).result()
                 return
             except ReplayFull as full:
                 refused = set(full.refused)
@@ -88,10 +88,10 @@ class RolloutActor(Health):
 
 
 def _router(pool: Any, namespace: int, index: int) -> TeacherRouter:
-    return TeacherRouter(PoolDirectory(pool, f"{namespace}/{index}"), namespace=namespace, first=index)
+    return TeacherRouter(PoolClient(pool, f"{namespace}/{index}"), namespace=namespace, first=index)
 
 
-def pulled(weights: Weights) -> WeightBundle:
-    """`packed` holds one object reference: this process pulls the weights once, straight from the store."""
-    bundle: WeightBundle = ray.get(weights.packed[0])
-    return bundle
+def fetch_weights(weights: WeightRef) -> PackedWeights:
+    """`ref` holds one object reference: this process pulls the weights once, straight from the store."""
+    packed: PackedWeights = ray.get(weights.ref[0])
+    return packed

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from switchkd.config import resources
 from switchkd.config.errors import ConfigError
-from switchkd.config.schema import Config, Resources
+from switchkd.config.schema import Config, ResourcesConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,10 +36,10 @@ def check(config: Config, nodes: Sequence[Node]) -> None:
                 f"resources.{role}.labels={_listed(each.labels)}: no node of the cluster has these (labels "
                 f"there: {there}); start one with `ray start --labels=...`{_or_wait(config)}"
             )
-        if (places := sum(_places(each, node.total) for node in suited)) < number:
+        if (placements := sum(_places(each, node.total) for node in suited)) < number:
             raise ConfigError(
                 f"{resources.key_of(role)}={number} asks for {_share(each)} on one node each{_with(each)}, and the "
-                f"cluster's nodes have room for {places} of them; lower resources.{role} or the number, add nodes"
+                f"cluster's nodes have room for {placements} of them; lower resources.{role} or the number, add nodes"
                 f"{_or_wait(config)}"
             )
 
@@ -59,10 +59,10 @@ def waits_for(config: Config, nodes: Sequence[Node]) -> str:
             return f"{needs}, and of the cluster's {there:g} only {free:g} are free"
     for role, num in number.items():
         each = resources.of_role(config, role)
-        if (places := sum(_places(each, node.free) for node in _suited(each, nodes))) < num:
+        if (placements := sum(_places(each, node.free) for node in _suited(each, nodes))) < num:
             return (
                 f"{resources.key_of(role)}={num} asks for {_share(each)} on one node each{_with(each)}, and there is "
-                f"room for {places} of them now"
+                f"room for {placements} of them now"
             )
     return ""
 
@@ -74,11 +74,11 @@ def full(config: Config, waiting: str) -> ConfigError:
     )
 
 
-def _suited(each: Resources, nodes: Sequence[Node]) -> list[Node]:
+def _suited(each: ResourcesConfig, nodes: Sequence[Node]) -> list[Node]:
     return [node for node in nodes if all(node.labels.get(key) == value for key, value in each.labels.items())]
 
 
-def _places(each: Resources, there: Mapping[str, float]) -> int:
+def _places(each: ResourcesConfig, there: Mapping[str, float]) -> int:
     """How many processes fit into what is there. GPUs are shared one by one: 0.6 of a GPU fits once into each."""
     fits = [10**6]
     if each.num_cpus:
@@ -89,12 +89,12 @@ def _places(each: Resources, there: Mapping[str, float]) -> int:
     return min(fits)
 
 
-def _share(each: Resources) -> str:
+def _share(each: ResourcesConfig) -> str:
     parts = [f"{num:g} {name}s" for name, num in (("CPU", each.num_cpus), ("GPU", each.num_gpus)) if num]
     return " and ".join(parts) or "nothing"
 
 
-def _with(each: Resources) -> str:
+def _with(each: ResourcesConfig) -> str:
     return f" with labels {_listed(each.labels)}" if each.labels else ""
 
 

@@ -16,22 +16,36 @@ from ray import cloudpickle
 from ray.exceptions import GetTimeoutError, RayError
 
 from switchkd.actors.cluster import connect
-from switchkd.actors.placement_group import Place, free_all, nodes, settled, wait_for_places, wait_for_room
-from switchkd.actors.pool_client import PoolDirectory
+from switchkd.actors.placement_group import (
+    ProcessPlacement,
+    free_all,
+    nodes,
+    resolve_resources,
+    wait_for_capacity,
+    wait_for_placements,
+)
+from switchkd.actors.pool_client import PoolClient
 from switchkd.actors.process_setup import Secrets
-from switchkd.actors.ray_futures import cause_of, patient
-from switchkd.actors.replicas import Members
-from switchkd.actors.teacher_pool import NAMESPACE, NOTHING_TOLD, TeacherPoolActor, Told, named, replica_name
+from switchkd.actors.ray_futures import cause_of, retry_until_alive
+from switchkd.actors.replicas import ReplicaView
+from switchkd.actors.teacher_pool import (
+    NAMESPACE,
+    NO_EVENTS,
+    EventCursor,
+    TeacherPoolActor,
+    actor_suffixes,
+    replica_name,
+)
 from switchkd.actors.teacher_router import TeacherRouter
 from switchkd.config import resources
 from switchkd.config.errors import ConfigError, first_line
-from switchkd.config.schema import Config, Span
+from switchkd.config.schema import Config, ReplicaRange
 from switchkd.config.teacher_backend import engine_facts
 from switchkd.controller.metrics import MetricsLog
 from switchkd.controller.preflight import prepare_teacher
 from switchkd.controller.watchdog import START_S
 from switchkd.engines.build import max_len
-from switchkd.engines.models.lm_head import HeadArrays
+from switchkd.engines.models.lm_head import LMHeadState
 
 LEAVE_S = 10.0
 """How long a pool may take to let a run go."""
@@ -42,20 +56,20 @@ ANSWER_S = 60.0
 class PoolHandle:
     """A run's hold on a pool: its own (namespace 0), or a served one that it leaves as it found it."""
 
-    def __init__(self, actor: Any, name: str, namespace: int = 0, told: Told = NOTHING_TOLD) -> None:
+    def __init__(self, actor: Any, name: str, namespace: int = 0, told: EventCursor = NO_EVENTS) -> None:
         self.actor, self.name, self.namespace = actor, name, namespace
         self._told = told
         self._asked: Any = None
-        self._directory = PoolDirectory(actor, "driver")
-        self._members: Members | None = None
+        self._directory = PoolClient(actor, "driver")
+        self._members: ReplicaView | None = None
 
     @property
     def role(self) -> str:
         return f"teacher {self.name}".strip()
 
-    def head(self) -> HeadArrays | None:
+    def head(self) -> LMHeadState | None:
         """The output head, once the pool works. Raises RuntimeError where it cannot start."""
-        patient(self.actor.ready.remote).result()
+        retry_until_alive(self.actor.ready.remote).result()
         return TeacherRouter(self._directory).head()
 
     def replicas(self) -> dict[str, Any]:
@@ -64,10 +78,10 @@ class PoolHandle:
         there = {**self._members.ready, **self._members.draining} if self._members else {}
         return {f"{self.role} {number}": handle for number, handle in there.items()}
 
-    def news(self) -> list[str]:
+    def events(self) -> list[str]:
         """What happened there since the last time, as far as it has been heard of. Never waits."""
         if self._asked is None:
-            self._asked = self.actor.news.remote(self._told)
+            self._asked = self.actor.events.remote(self._told)
         if not ray.wait([self._asked], timeout=0)[0]:
             return []
         asked, self._asked = self._asked, None
@@ -97,11 +111,11 @@ def facts(config: Config, vocab_size: int) -> dict[str, Any]:
         "dtype": teacher.dtype,
         "backend": teacher.backend,
         "interface": teacher.interface,
-        "signal": teacher.signal,
+        "signal": teacher.output,
         "vocabulary": vocab_size,
         **engine_facts(teacher),
     }
-    return {**found, "signal_top_k": teacher.signal_top_k} if teacher.signal == "topk" else found
+    return {**found, "num_top_logprobs": teacher.num_top_logprobs} if teacher.output == "top_logprobs" else found
 
 
 def attach(config: Config, key: str) -> PoolHandle:
@@ -117,7 +131,7 @@ def attach(config: Config, key: str) -> PoolHandle:
     namespace, there = _answer(pool.attach.remote(), key, name)
     try:
         _check_same(config, key, there)
-        told, _ = _answer(pool.news.remote(NOTHING_TOLD), key, name)
+        told, _ = _answer(pool.events.remote(NO_EVENTS), key, name)
     except BaseException:
         pool.detach.remote(namespace)
         raise
@@ -165,7 +179,7 @@ def find(name: str) -> Any | None:
 
 def served() -> list[str]:
     """Names of the teachers that are served on the cluster."""
-    return sorted(named(_pool_name("")))
+    return sorted(actor_suffixes(_pool_name("")))
 
 
 def _pool_name(name: str) -> str:
@@ -179,27 +193,27 @@ def serve(config: Config, name: str, vocab_size: int, say: Callable[[str], None]
             f"--name {name}: a teacher of this name is served already; attach to it (teacher.attach={name}), take "
             f"another name, or end it with `switchkd serve-teacher --stop {name}`"
         )
-    config = settled(config)
+    config = resolve_resources(config)
     alone, patience = _alone(config), max(config.run.watchdog_s, START_S)
-    wait_for_room(alone, nodes, say)
+    wait_for_capacity(alone, nodes, say)
     each = resources.of_role(config, "teacher")
-    span = Span.of(config.teacher.replicas)
-    places = [Place(each, name=replica_name(name, i), detached=True) for i in range(span.min)]
+    span = ReplicaRange.of(config.teacher.replicas)
+    placements = [ProcessPlacement(each, name=replica_name(name, i), detached=True) for i in range(span.min)]
     pool = None
     try:
-        wait_for_places(alone, [("teacher", place) for place in places])
+        wait_for_placements(alone, [("teacher", placement) for placement in placements])
         known = {**facts(config, vocab_size), "max_len": max_len(config)}
         options = {"name": _pool_name(name), "namespace": NAMESPACE, "lifetime": "detached"}
         pool = cast(Any, TeacherPoolActor).options(**options).remote(
-            config.model_dump(), cloudpickle.dumps(places), Secrets.of_this_process(), os.getcwd(), name, known
+            config.model_dump(), cloudpickle.dumps(placements), Secrets.of_this_process(), os.getcwd(), name, known
         )  # fmt: skip
         num: int = ray.get(pool.ready.remote(), timeout=patience)
         return num
     except BaseException as error:
         if pool is not None:
             _end(pool, name)
-        for place in places:
-            place.free()
+        for placement in placements:
+            placement.free()
         if isinstance(error, GetTimeoutError):
             raise ConfigError(
                 f"--name {name}: its replicas have not started within {patience:g} s; look at what `ray logs` says of "
@@ -210,7 +224,7 @@ def serve(config: Config, name: str, vocab_size: int, say: Callable[[str], None]
 
 def _alone(config: Config) -> Config:
     """As far as room is asked for: the teacher and nothing else."""
-    nothing = resources.Resources(num_cpus=0.0)
+    nothing = resources.ResourcesConfig(num_cpus=0.0)
     roles = config.resources.model_copy(update={"rollout": nothing, "learner": nothing})
     return config.model_copy(update={"resources": roles})
 
@@ -230,7 +244,7 @@ def _end(pool: Any, name: str) -> None:
         ray.get(pool.stop.remote(), timeout=LEAVE_S)
     ray.kill(pool)
     prefix = replica_name(name, "")
-    for number in named(prefix):
+    for number in actor_suffixes(prefix):
         with suppress(ValueError):  # it is just ending
             ray.kill(ray.get_actor(f"{prefix}{number}", namespace=NAMESPACE))
     free_all(prefix)

@@ -17,14 +17,14 @@ import ray
 from switchkd.actors.heartbeat import GROUP, Health
 from switchkd.actors.process_setup import Secrets, prepare
 from switchkd.config.schema import Config
-from switchkd.types import Blocks, Positions, Sessions, Signal, WriteRequest, Written
+from switchkd.types import Blocks, Positions, Sessions, TeacherOutput, WriteRequest, Written
 
 if TYPE_CHECKING:
-    from switchkd.engines.models.lm_head import HeadArrays
+    from switchkd.engines.models.lm_head import LMHeadState
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Worked:
+class ReplicaLoad:
     """What a replica has done since it started."""
 
     calls: int
@@ -45,22 +45,22 @@ class TeacherActor(Health):
     def ready(self) -> bool:
         return True
 
-    def worked(self) -> Worked:
+    def load(self) -> ReplicaLoad:
         """Stands in the same line as every other call: how long the answer takes is how long calls wait."""
-        return Worked(calls=self.calls, busy_s=self.busy_s)
+        return ReplicaLoad(calls=self.calls, busy_s=self.busy_s)
 
-    def head(self) -> HeadArrays | None:
+    def head(self) -> LMHeadState | None:
         """The output head for everybody who rebuilds rows; None when whole rows travel."""
-        return self.teacher.head_arrays()
+        return self.teacher.lm_head_state()
 
     def open(self, sessions: Sessions) -> None:
         self._timed(self.teacher.open, sessions)
         self.held.update(sessions.session_ids.tolist())
 
-    def score(self, blocks: Blocks) -> Signal:
+    def score(self, blocks: Blocks) -> TeacherOutput:
         return self._timed(self.teacher.score, blocks)
 
-    def exact(self, question: Positions) -> Signal:
+    def exact(self, question: Positions) -> TeacherOutput:
         return self._timed(self.teacher.exact, question)
 
     def write(self, request: WriteRequest) -> Written:

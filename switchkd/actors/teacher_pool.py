@@ -21,16 +21,16 @@ from ray import cloudpickle
 from ray.exceptions import ActorUnavailableError, RayError
 
 from switchkd.actors import autoscaling
-from switchkd.actors.autoscaling import Probe, Watch, load_of
-from switchkd.actors.placement_group import Place, free_all
+from switchkd.actors.autoscaling import Probe, ReplicaMonitor, load_of
+from switchkd.actors.placement_group import ProcessPlacement, free_all
 from switchkd.actors.process_setup import Secrets, prepare
 from switchkd.actors.ray_futures import RESTART_S, cause_of
-from switchkd.actors.replicas import Roster, State
-from switchkd.actors.teacher_actor import TeacherActor, Worked
+from switchkd.actors.replicas import ReplicaRegistry, State
+from switchkd.actors.teacher_actor import ReplicaLoad, TeacherActor
 from switchkd.actors.teacher_router import SESSION_BITS
 from switchkd.config.errors import first_line
 from switchkd.config.resources import of_role
-from switchkd.config.schema import Config, Span
+from switchkd.config.schema import Config, ReplicaRange
 
 TICK_S = 0.5
 """How often the pool looks after its replicas."""
@@ -46,24 +46,24 @@ NAMESPACE = "switchkd"
 """Of the names of served teachers."""
 
 
-class Told(NamedTuple):
+class EventCursor(NamedTuple):
     """So many lines of a pool's log, in one of its lives: one that was started again begins a new log."""
 
-    life: str
+    epoch: str
     num: int
 
 
-NOTHING_TOLD = Told("", 0)
+NO_EVENTS = EventCursor("", 0)
 
 
 @ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=0, max_concurrency=32)
 class TeacherPoolActor:
-    """`places`: for the first replicas, pickled. `served`: the pool's name where it is detached."""
+    """`placements`: for the first replicas, pickled. `served`: the pool's name where it is detached."""
 
     def __init__(
         self,
         config: dict[str, Any],
-        places: bytes,
+        placements: bytes,
         secrets: Secrets,
         working_dir: str,
         served: str,
@@ -72,12 +72,14 @@ class TeacherPoolActor:
         prepare(secrets, working_dir)
         self.config = Config.model_validate(config)
         self.to_replicas = (config, secrets, working_dir)
-        self.span = Span.of(self.config.teacher.replicas)
-        self.places: list[Place] = [place for place in cloudpickle.loads(places) if place.alive()]
+        self.span = ReplicaRange.of(self.config.teacher.replicas)
+        self.placements: list[ProcessPlacement] = [
+            placement for placement in cloudpickle.loads(placements) if placement.alive()
+        ]
         self.served, self.facts = served, facts
-        self.roster, self.watches = Roster(), dict[int, Watch]()
+        self.roster, self.watches = ReplicaRegistry(), dict[int, ReplicaMonitor]()
         self.lock, self.wake, self.stopped = RLock(), Event(), False
-        self.life = random_tokens.token_hex(4)
+        self.epoch = random_tokens.token_hex(4)
         itself = ray.get_runtime_context()
         self.key = served or itself.get_actor_id()
         self.log: list[str] = []
@@ -89,8 +91,8 @@ class TeacherPoolActor:
         self.runs: set[int] = set()
         self.loads: list[autoscaling.Load] = []
         self.looked = time.monotonic()
-        self._adopt()
-        Thread(target=self._live, daemon=True).start()
+        self._reattach()
+        Thread(target=self._run, daemon=True).start()
 
     # ── what the driver asks ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -122,11 +124,11 @@ class TeacherPoolActor:
         for handle in handles.values():
             handle.close_within.remote(first, first + (1 << SESSION_BITS))
 
-    def news(self, told: Told) -> tuple[Told, list[str]]:
+    def events(self, told: EventCursor) -> tuple[EventCursor, list[str]]:
         """What happened since, and what has been told with it."""
         with self.lock:
-            num = told.num if told.life == self.life else 0
-            return Told(self.life, len(self.log)), self.log[num:]
+            num = told.num if told.epoch == self.epoch else 0
+            return EventCursor(self.epoch, len(self.log)), self.log[num:]
 
     def stop(self) -> None:
         """End all replicas."""
@@ -134,8 +136,8 @@ class TeacherPoolActor:
             self.stopped = True
             for number in list(self.watches):
                 self._end(number)
-            for place in self.places:
-                place.free()
+            for placement in self.placements:
+                placement.free()
 
     # ── what routers ask ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -152,21 +154,21 @@ class TeacherPoolActor:
 
     # ── looking after the replicas ─────────────────────────────────────────────────────────────────────────────────
 
-    def _live(self) -> None:
+    def _run(self) -> None:
         while not self.stopped:
             try:
                 with self.lock:
-                    self._tick(time.monotonic())
+                    self._reconcile(time.monotonic())
             except Exception:  # the pool must outlive whatever its replicas do
                 logging.getLogger(__name__).error("the teacher pool stumbled: %s", traceback.format_exc())
             self.wake.wait(TICK_S)
             self.wake.clear()
 
-    def _tick(self, now: float) -> None:
+    def _reconcile(self, now: float) -> None:
         if self.stopped:
             return
         for number in list(self.watches):
-            self._listen(number, now)
+            self._poll(number, now)
         for number in self.roster.drained(now, SEEN_S):
             self._end(number)
             self._say(f"teacher replica {number} is drained and has ended")
@@ -174,7 +176,7 @@ class TeacherPoolActor:
             self._start(now)
         self._scale(now)
 
-    def _listen(self, number: int, now: float) -> None:
+    def _poll(self, number: int, now: float) -> None:
         """Take in what a replica answered, and ask again."""
         watch = self.watches[number]
         if not watch.probe.answered:
@@ -191,7 +193,7 @@ class TeacherPoolActor:
 
     def _answered(self, number: int, answer: Any, now: float) -> None:
         watch, replica = self.watches[number], self.roster.replicas[number]
-        if isinstance(answer, Worked):
+        if isinstance(answer, ReplicaLoad):
             watch.waits.append(watch.probe.waited_s)
             watch.now = answer
         if replica.state is State.STARTING:
@@ -199,7 +201,7 @@ class TeacherPoolActor:
             self.ever_ready, self.num_failed, self.loads = True, 0, []
             if watch.told:
                 self._say(f"teacher replica {number} works")
-        watch.probe = Probe(replica.handle.worked.remote())
+        watch.probe = Probe(replica.handle.load.remote())
 
     def _restarting(self, number: int, now: float) -> None:
         """Ray starts it again by itself; it is asked until it answers, or for RESTART_S."""
@@ -230,7 +232,12 @@ class TeacherPoolActor:
         watch, replica = self.watches[number], self.roster.replicas[number]
         beyond = len(self.roster.within(State.STARTING, State.READY)) > self.span.min
         patience = max(ROOM_S, self.config.cluster.wait_s)
-        if replica.state is State.STARTING and beyond and now - replica.since > patience and not watch.place.wait(0):
+        if (
+            replica.state is State.STARTING
+            and beyond
+            and now - replica.since > patience
+            and not watch.placement.wait(0)
+        ):
             self._end(number)
             self.hold_until = now + 10 * patience
             self._say("the cluster has no room for one more teacher replica")
@@ -239,43 +246,43 @@ class TeacherPoolActor:
 
     def _start(self, now: float) -> None:
         name = self._name(self.roster.num_ever)
-        if self.places:
-            place = self.places.pop(0)
+        if self.placements:
+            placement = self.placements.pop(0)
         else:
-            place = Place(of_role(self.config, "teacher"), name=name, detached=bool(self.served))
-        options = place.options()
+            placement = ProcessPlacement(of_role(self.config, "teacher"), name=name, detached=bool(self.served))
+        options = placement.options()
         if self.served:
             options |= {"name": name, "namespace": NAMESPACE, "lifetime": "detached"}
-        self._enter(cast(Any, TeacherActor).options(**options).remote(*self.to_replicas), place, now)
+        self._register(cast(Any, TeacherActor).options(**options).remote(*self.to_replicas), placement, now)
 
-    def _enter(self, handle: Any, place: Place, now: float) -> None:
+    def _register(self, handle: Any, placement: ProcessPlacement, now: float) -> None:
         number = self.roster.add(handle, now)
         told = self.ever_ready
-        self.watches[number] = Watch(place=place, probe=Probe(handle.ready.remote()), told=told)
+        self.watches[number] = ReplicaMonitor(placement=placement, probe=Probe(handle.ready.remote()), told=told)
 
-    def _adopt(self) -> None:
+    def _reattach(self) -> None:
         """Replicas of a served pool whose own process died."""
         prefix, now = self._name(""), time.monotonic()
         if not self.served:
             return
-        numbers = sorted(map(int, named(prefix)))
+        numbers = sorted(map(int, actor_suffixes(prefix)))
         for number in numbers:
             self.roster.num_ever = number
-            place = Place.named(of_role(self.config, "teacher"), self._name(number))
-            self._enter(ray.get_actor(self._name(number), namespace=NAMESPACE), place, now)
+            placement = ProcessPlacement.named(of_role(self.config, "teacher"), self._name(number))
+            self._register(ray.get_actor(self._name(number), namespace=NAMESPACE), placement, now)
         if numbers:
-            held = {watch.place.key for watch in self.watches.values()}
-            for place in self.places:
-                if place.key not in held:
-                    place.free()
-            self.places = []
+            held = {watch.placement.key for watch in self.watches.values()}
+            for placement in self.placements:
+                if placement.key not in held:
+                    placement.free()
+            self.placements = []
 
     def _end(self, number: int) -> None:
-        handle, place = self.roster.replicas[number].handle, self.watches.pop(number).place
+        handle, placement = self.roster.replicas[number].handle, self.watches.pop(number).placement
         self.roster.remove(number)
         self.loads = []
         ray.kill(handle)
-        place.free()
+        placement.free()
 
     def _scale(self, now: float) -> None:
         """Once a look: measure, remember, decide."""
@@ -322,7 +329,7 @@ def _reason(error: RayError) -> str:
     return str(cause_of(error)) if "creation task" in line else line
 
 
-def named(prefix: str) -> list[str]:
+def actor_suffixes(prefix: str) -> list[str]:
     """What follows the prefix in the names of the cluster's actors."""
     known = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True)]
     return [name.removeprefix(prefix) for name in known if name and name.startswith(prefix)]

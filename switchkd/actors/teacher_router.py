@@ -18,12 +18,22 @@ import numpy as np
 import ray
 from ray.exceptions import ActorDiedError, RayActorError
 
-from switchkd.actors.replicas import Members
+from switchkd.actors.replicas import ReplicaView
 from switchkd.engines.base import TeacherBusy, UnknownSession
-from switchkd.types import MAX_DEATHS, Blocks, Positions, Sessions, Signal, TeacherLost, WriteRequest, Written, ragged
+from switchkd.types import (
+    MAX_DEATHS,
+    Blocks,
+    Positions,
+    Sessions,
+    TeacherLost,
+    TeacherOutput,
+    WriteRequest,
+    Written,
+    ragged,
+)
 
 if TYPE_CHECKING:
-    from switchkd.engines.models.lm_head import HeadArrays
+    from switchkd.engines.models.lm_head import LMHeadState
 
 Ask = Callable[[Any, list[int]], Any]
 """(replica, which blocks) -> a reference to its answer."""
@@ -41,10 +51,10 @@ SESSION_BITS = 42
 class Directory(Protocol):
     """Where a router finds the members of its pool. `sessions`: how many of its own it has at each."""
 
-    def ask(self, sessions: Mapping[int, int]) -> Members | None:
+    def ask(self, sessions: Mapping[int, int]) -> ReplicaView | None:
         """Waits for the answer; None where the pool itself cannot be reached just now."""
 
-    def poll(self, sessions: Mapping[int, int]) -> Members | None:
+    def poll(self, sessions: Mapping[int, int]) -> ReplicaView | None:
         """What has come in since the last time, if anything; asks again where it is time. Never waits."""
 
     def lost(self) -> None:
@@ -57,12 +67,12 @@ class TeacherRouter:
     def __init__(self, directory: Directory, *, namespace: int = 0, first: int = 0) -> None:
         self._directory = directory
         self._offset = namespace << SESSION_BITS
-        self._members = Members(ready={}, draining={}, sessions={})
+        self._members = ReplicaView(ready={}, draining={}, sessions={})
         self._home: dict[int, int] = {}  # session id -> replica
         self._tokens: dict[int, np.ndarray] = {}  # session id -> its tokens, as last sent
-        self._bad_until: dict[int, float] = {}
-        self._away: set[int] = set()  # replicas that failed and were not seen at work, or starting, since
-        self._losses: Counter[int] = Counter()  # session id -> replicas lost over its calls since the last answer
+        self._quarantined_until: dict[int, float] = {}
+        self._unreachable: set[int] = set()  # replicas that failed and were not seen at work, or starting, since
+        self._crashes: Counter[int] = Counter()  # session id -> replicas lost over its calls since the last answer
         self._first = first  # workers start at different replicas
 
     # ── the Teacher protocol ───────────────────────────────────────────────────────────────────────────────────────
@@ -76,7 +86,7 @@ class TeacherRouter:
         self._place(wanted)
         self._tokens.update(wanted)
 
-    def score(self, blocks: Blocks) -> Signal:
+    def score(self, blocks: Blocks) -> TeacherOutput:
         """Split by replica, ask all at once, put together in the order asked. Lost sessions are opened again."""
         blocks = self._own(blocks)
         parts = ragged(blocks.token_ids, blocks.lengths)
@@ -84,7 +94,7 @@ class TeacherRouter:
         self._remember(blocks, parts)
         return _joined(answers)
 
-    def exact(self, question: Positions) -> Signal:
+    def exact(self, question: Positions) -> TeacherOutput:
         """As `score`; a lost session is opened elsewhere with all its tokens."""
         question = replace(question, session_ids=question.session_ids + self._offset)
         parts = ragged(question.positions, question.lengths)
@@ -131,7 +141,7 @@ class TeacherRouter:
             token_ids=np.concatenate(tokens),
             lengths=np.array([len(part) for part in tokens], np.int32),
             margins=np.concatenate([_piece(written.margins, written.lengths, i) for written, i in answers]),
-            signal=_joined([(written.signal, i) for written, i in answers]),
+            teacher_output=_joined([(written.teacher_output, i) for written, i in answers]),
         )
 
     def close(self, session_ids: np.ndarray) -> None:
@@ -139,26 +149,26 @@ class TeacherRouter:
         by_replica: dict[int, list[int]] = {}
         for session in (session_ids + self._offset).tolist():
             self._tokens.pop(session, None)
-            self._losses.pop(session, None)
-            home = self._home.pop(session, None)
-            if home is not None:
-                by_replica.setdefault(home, []).append(session)
-        for home, ids in by_replica.items():
-            if (handle := self._handle(home)) is not None:
+            self._crashes.pop(session, None)
+            replica_of = self._home.pop(session, None)
+            if replica_of is not None:
+                by_replica.setdefault(replica_of, []).append(session)
+        for replica_of, ids in by_replica.items():
+            if (handle := self._handle(replica_of)) is not None:
                 handle.close.remote(np.array(ids, np.int64))  # nobody waits for it
 
-    def head(self) -> HeadArrays | None:
+    def head(self) -> LMHeadState | None:
         """The teacher's output head, from whichever replica answers; None when it sends whole rows. Waits for the pool
         to start."""
         patience = self._patience()
         while True:
-            home = self._least_loaded(set())
-            if home is not None:
+            replica_of = self._least_loaded(set())
+            if replica_of is not None:
                 try:
-                    found: HeadArrays | None = ray.get(self._members.ready[home].head.remote())
+                    found: LMHeadState | None = ray.get(self._members.ready[replica_of].head.remote())
                     return found
                 except RayActorError as error:
-                    self._failed(home, error)
+                    self._failed(replica_of, error)
             next(patience)
 
     # ── replicas ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -170,13 +180,13 @@ class TeacherRouter:
     def _refresh(self) -> None:
         self._take(self._directory.poll(Counter(self._home.values())))
 
-    def _take(self, members: Members | None) -> None:
+    def _take(self, members: ReplicaView | None) -> None:
         if members is None:
             return
         if members.broken and not members.ready:
             raise RuntimeError(f"there is no teacher any more: {members.broken}")
         self._members = members
-        self._away.intersection_update(members.ready)  # who was seen to leave and is back is another process
+        self._unreachable.intersection_update(members.ready)  # who was seen to leave and is back is another process
 
     def _patience(self, most_s: float = MAX_PAUSE_S) -> Iterator[None]:
         """Each turn waits, ever longer up to `most_s`, and looks the members up. Raises RuntimeError after RETRY_FOR_S
@@ -193,25 +203,25 @@ class TeacherRouter:
                 raise RuntimeError(f"no teacher replica answered for {RETRY_FOR_S:g} s; see the teachers' logs")
             yield
 
-    def _handle(self, home: int) -> Any | None:
-        return self._members.ready.get(home) or self._members.draining.get(home)
+    def _handle(self, replica_of: int) -> Any | None:
+        return self._members.ready.get(replica_of) or self._members.draining.get(replica_of)
 
-    def _failed(self, home: int, error: RayActorError, sessions: Collection[int] = ()) -> None:
+    def _failed(self, replica_of: int, error: RayActorError, sessions: Collection[int] = ()) -> None:
         """A call for these sessions got no answer. Raises TeacherLost where one of them met that MAX_DEATHS times in a
         row, each time with a replica that had been there."""
-        self._bad_until[home] = time.monotonic() + QUARANTINE_S
+        self._quarantined_until[replica_of] = time.monotonic() + QUARANTINE_S
         if isinstance(error, ActorDiedError):
             self._directory.lost()
-        if home not in self._away:
-            self._away.add(home)
-            self._losses.update(list(sessions))
-        if (num := max((self._losses[session] for session in sessions), default=0)) >= MAX_DEATHS:
+        if replica_of not in self._unreachable:
+            self._unreachable.add(replica_of)
+            self._crashes.update(list(sessions))
+        if (num := max((self._crashes[session] for session in sessions), default=0)) >= MAX_DEATHS:
             self._answered(sessions)
             raise TeacherLost(f"{num} times in a row its teacher died over the same call")
 
     def _answered(self, sessions: Iterable[int]) -> None:
         for session in sessions:
-            self._losses.pop(session, None)
+            self._crashes.pop(session, None)
 
     def _until_answered(self, blocks: Blocks, ask: Ask) -> list[tuple[Any, int]]:
         """For every block, in order: the answer that it came in, and its place there."""
@@ -235,22 +245,22 @@ class TeacherRouter:
         by_replica: dict[int, list[int]] = {}
         for i in which:
             by_replica.setdefault(self._home[ids[i]], []).append(i)
-        calls = {home: ask(self._handle(home), members) for home, members in by_replica.items()}
+        calls = {replica_of: ask(self._handle(replica_of), members) for replica_of, members in by_replica.items()}
         answers: dict[int, tuple[Any, int]] = {}
-        for home, call in calls.items():
-            members = by_replica[home]
+        for replica_of, call in calls.items():
+            members = by_replica[replica_of]
             try:
                 answer = ray.get(call)
             except UnknownSession as error:
                 self._reopen(error.session_ids, blocks)
                 continue
             except RayActorError as error:  # it died, or cannot be reached just now
-                self._failed(home, error, [ids[i] for i in members])
+                self._failed(replica_of, error, [ids[i] for i in members])
                 self._reopen([ids[i] for i in members], blocks)
                 continue
-            self._away.discard(home)
+            self._unreachable.discard(replica_of)
             self._answered(ids[i] for i in members)
-            answers.update({i: (answer, place) for place, i in enumerate(members)})
+            answers.update({i: (answer, placement) for placement, i in enumerate(members)})
         return answers
 
     def _remember(self, blocks: Blocks, parts: Sequence[np.ndarray]) -> None:
@@ -276,21 +286,21 @@ class TeacherRouter:
         patience = self._patience()
         busy: set[int] = set()
         while True:
-            home = self._least_loaded(busy)
-            if home is None:
+            replica_of = self._least_loaded(busy)
+            if replica_of is None:
                 if busy:
                     raise TeacherBusy(f"no teacher replica has room for {len(sessions)} sessions")
                 next(patience)
                 continue
             try:
-                ray.get(self._members.ready[home].open.remote(_as_sessions(sessions)))
-                self._home.update(dict.fromkeys(sessions, home))
-                self._away.discard(home)
+                ray.get(self._members.ready[replica_of].open.remote(_as_sessions(sessions)))
+                self._home.update(dict.fromkeys(sessions, replica_of))
+                self._unreachable.discard(replica_of)
                 return
             except TeacherBusy:
-                busy.add(home)
+                busy.add(replica_of)
             except RayActorError as error:  # it died, or cannot be reached just now
-                self._failed(home, error, sessions)
+                self._failed(replica_of, error, sessions)
                 next(patience)
 
     def _least_loaded(self, without: set[int]) -> int | None:
@@ -300,7 +310,11 @@ class TeacherRouter:
         free = [number for number in self._members.ready if number not in without]
         order = sorted(
             free,
-            key=lambda i: (self._bad_until.get(i, 0.0) > now, own[i] + others.get(i, 0), (i - self._first) % num),
+            key=lambda i: (
+                self._quarantined_until.get(i, 0.0) > now,
+                own[i] + others.get(i, 0),
+                (i - self._first) % num,
+            ),
         )
         return order[0] if order else None
 
@@ -329,12 +343,12 @@ def _piece(flat: np.ndarray, lengths: np.ndarray, index: int) -> np.ndarray:
     return flat[stop - int(lengths[index]) : stop]
 
 
-def _joined(places: Sequence[tuple[Signal, int]]) -> Signal:
+def _joined(placements: Sequence[tuple[TeacherOutput, int]]) -> TeacherOutput:
     """One signal from pieces of several, in order."""
-    pieces = [_piece(signal.values, signal.lengths, index) for signal, index in places]
-    return Signal(
-        kind=places[0][0].kind,
-        dtype=places[0][0].dtype,
+    pieces = [_piece(teacher_output.values, teacher_output.lengths, index) for teacher_output, index in placements]
+    return TeacherOutput(
+        kind=placements[0][0].kind,
+        dtype=placements[0][0].dtype,
         values=np.concatenate(pieces),
         lengths=np.array([len(piece) for piece in pieces], np.int32),
     )

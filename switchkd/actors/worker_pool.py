@@ -16,43 +16,43 @@ from typing import Any, overload
 import ray
 
 from switchkd.actors import autoscaling
-from switchkd.actors.placement_group import Place
-from switchkd.actors.ray_futures import of_worker, patient
+from switchkd.actors.placement_group import ProcessPlacement
+from switchkd.actors.ray_futures import retry_until_alive, worker_future
 from switchkd.config.errors import last_line
-from switchkd.config.schema import Span
+from switchkd.config.schema import ReplicaRange
 from switchkd.controller.handles import WorkerHandle
-from switchkd.types import Exam, Task, Weights
+from switchkd.types import EvalShard, RolloutTask, WeightRef
 
 ROOM_S = 60.0
 """How long an additional worker may wait for its place before the pool gives up on it."""
 
 
-class RayWorker:
+class RayWorkerHandle:
     """A rollout actor's handle. Ray restarts a dead one by itself; its calls in flight end with WorkerLost."""
 
-    def __init__(self, actor: Any, place: Place) -> None:
-        self.actor, self.place = actor, place
+    def __init__(self, actor: Any, placement: ProcessPlacement) -> None:
+        self.actor, self.placement = actor, placement
         self.leaving = self.seen_idle = False
         self.busy_s, self.given = 0.0, list[int]()  # since the last look
         self._out: Future[Any] | None = None
         self._since = 0.0
 
-    def generate(self, tasks: list[Task], weights: Weights | None) -> Future[Any]:
+    def generate(self, tasks: list[RolloutTask], weights: WeightRef | None) -> Future[Any]:
         self.given.append(len(tasks))
-        return self._watched(of_worker(self.actor.generate.remote(tasks, weights)))
+        return self._watched(worker_future(self.actor.generate.remote(tasks, weights)))
 
-    def offer(self, weights: Weights) -> None:
-        self.actor.offer.remote(weights)
+    def push_weights(self, weights: WeightRef) -> None:
+        self.actor.push_weights.remote(weights)
 
-    def examine(self, exam: Exam, weights: Weights | None) -> Future[Any]:
-        return self._watched(of_worker(self.actor.examine.remote(exam, weights)))
+    def evaluate(self, shard: EvalShard, weights: WeightRef | None) -> Future[Any]:
+        return self._watched(worker_future(self.actor.evaluate.remote(shard, weights)))
 
     def back(self) -> Future[None]:
         if self.leaving:  # nobody waits for it to come back
             gone: Future[None] = Future()
             gone.set_result(None)
             return gone
-        return self._watched(patient(self.actor.ready.remote))
+        return self._watched(retry_until_alive(self.actor.ready.remote))
 
     @property
     def idle(self) -> bool:
@@ -77,14 +77,14 @@ class RayWorker:
 
     def end(self) -> None:
         ray.kill(self.actor)
-        self.place.free()
+        self.placement.free()
 
 
 @dataclass(slots=True)
-class Coming:
+class StartingWorker:
     """A worker that is being started."""
 
-    worker: RayWorker
+    worker: RayWorkerHandle
     ready: Any
     since: float
 
@@ -94,16 +94,16 @@ class WorkerPool(Sequence[WorkerHandle]):
 
     def __init__(
         self,
-        workers: Sequence[RayWorker],
-        span: Span,
-        start: Callable[[int], RayWorker],
+        workers: Sequence[RayWorkerHandle],
+        span: ReplicaRange,
+        start: Callable[[int], RayWorkerHandle],
         *,
         rows: int,
         wait_s: float = 0.0,
     ) -> None:
         self._workers, self._span, self._start, self._rows = list(workers), span, start, rows
         self._patience = max(ROOM_S, wait_s)
-        self._coming: Coming | None = None
+        self._coming: StartingWorker | None = None
         self._loads: list[autoscaling.Load] = []
         self._hold_until = 0.0
 
@@ -121,10 +121,10 @@ class WorkerPool(Sequence[WorkerHandle]):
         return iter(self._workers[: len(self)])
 
     @property
-    def actors(self) -> list[RayWorker]:
+    def actors(self) -> list[RayWorkerHandle]:
         return list(self._workers)
 
-    def tend(self, waited_s: float, elapsed_s: float) -> list[str]:
+    def autoscale(self, waited_s: float, elapsed_s: float) -> list[str]:
         """After a step that took `elapsed_s`, for `waited_s` of which the learner waited: what changed, in words."""
         if self._span.min == self._span.max or not self._workers:
             return []
@@ -165,7 +165,7 @@ class WorkerPool(Sequence[WorkerHandle]):
         if time.monotonic() < self._hold_until:
             return []
         worker = self._start(len(self._workers))
-        self._coming = Coming(worker, worker.actor.ready.remote(), time.monotonic())
+        self._coming = StartingWorker(worker, worker.actor.ready.remote(), time.monotonic())
         return [f"{why}: one is added"]
 
     def _shrink(self, load: autoscaling.Load) -> list[str]:
@@ -177,7 +177,7 @@ class WorkerPool(Sequence[WorkerHandle]):
         if coming is None:
             return []
         if not ray.wait([coming.ready], timeout=0)[0]:
-            if time.monotonic() - coming.since < self._patience or coming.worker.place.wait(0):
+            if time.monotonic() - coming.since < self._patience or coming.worker.placement.wait(0):
                 return []
             return self._give_up("the cluster has no room for one more rollout worker")
         try:

@@ -40,7 +40,7 @@ class Purpose(IntEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
+class SamplingParams:
     """How a distribution is shaped before the draw: temper, cut to top_k, then to top_p, renormalise.
 
     temperature 0 is the arg max, without noise; top_p 1 and top_k 0 cut nothing.
@@ -136,7 +136,7 @@ def draw(
     rollout_ids: Sequence[int] | np.ndarray,
     positions: Sequence[int] | np.ndarray,
     purpose: int,
-    sampling: Sampling,
+    sampling: SamplingParams,
     return_margin: Literal[False] = False,
 ) -> np.ndarray: ...
 
@@ -149,7 +149,7 @@ def draw(
     rollout_ids: Sequence[int] | np.ndarray,
     positions: Sequence[int] | np.ndarray,
     purpose: int,
-    sampling: Sampling,
+    sampling: SamplingParams,
     return_margin: Literal[True],
 ) -> tuple[np.ndarray, np.ndarray]: ...
 
@@ -161,7 +161,7 @@ def draw(
     rollout_ids: Sequence[int] | np.ndarray,
     positions: Sequence[int] | np.ndarray,
     purpose: int,
-    sampling: Sampling,
+    sampling: SamplingParams,
     return_margin: bool = False,
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """One token per row of logits [N, V]: int64 [N], and with `return_margin` the lead over the second best score.
@@ -186,7 +186,7 @@ def draw(
 
 
 def draw_row(
-    row: np.ndarray, key: tuple[int, int, int, int], sampling: Sampling, *, exact_margin: bool
+    row: np.ndarray, key: tuple[int, int, int, int], sampling: SamplingParams, *, exact_margin: bool
 ) -> tuple[int, float]:
     """Draw from one float32 row [V] with the noise of `key` = (run seed, rollout id, position, purpose).
 
@@ -226,10 +226,10 @@ def _best_score(
     to_beat = _second_best(scores, int(scores.argmax())) if exact_margin else float(scores.max())
     can_win = bits >= _threshold_bits(to_beat, ceiling / temperature)
     can_win[scored] = True
-    candidates = np.flatnonzero(can_win)
-    scores = _scores(values[candidates], bits[candidates], temperature)
+    top_logprobs = np.flatnonzero(can_win)
+    scores = _scores(values[top_logprobs], bits[top_logprobs], temperature)
     winner = int(scores.argmax())
-    return int(candidates[winner]), float(scores[winner]) - _second_best(scores, winner)
+    return int(top_logprobs[winner]), float(scores[winner]) - _second_best(scores, winner)
 
 
 def _scores(values: np.ndarray, bits: np.ndarray, temperature: float) -> np.ndarray:
@@ -250,7 +250,7 @@ def _second_best(values: np.ndarray, winner: int) -> float:
     return float(others.max()) if others.size else -math.inf
 
 
-def _kept(row: np.ndarray, best: float, sampling: Sampling) -> np.ndarray | None:
+def _kept(row: np.ndarray, best: float, sampling: SamplingParams) -> np.ndarray | None:
     """Ids that survive top_k and then top_p, ascending; None for all. Order: logit descending, then id ascending."""
     top_k = sampling.top_k if sampling.top_k < row.size else 0
     if top_k:
@@ -303,7 +303,7 @@ def draw_there(
     positions: Sequence[int] | np.ndarray,
     *,
     purpose: int,
-    sampling: Sampling,
+    sampling: SamplingParams,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`draw` where the logits live: one copy of the keys goes there, one of tokens and margins (16 bytes a row) comes
     back."""
@@ -314,7 +314,7 @@ def draw_there(
 
 
 def draw_on_device(
-    logits: Tensor, run_seed: int, rollout_ids: Tensor, positions: Tensor, *, purpose: int, sampling: Sampling
+    logits: Tensor, run_seed: int, rollout_ids: Tensor, positions: Tensor, *, purpose: int, sampling: SamplingParams
 ) -> tuple[Tensor, Tensor]:
     """`draw` in plain torch operations, without pruning or a copy to the host: (token ids int64 [N], margin [N])."""
     values = logits.detach().float()
@@ -329,7 +329,7 @@ def draw_on_device(
     return tokens, best[:, 0] - second
 
 
-def _truncated(values: Tensor, sampling: Sampling) -> Tensor:
+def _truncated(values: Tensor, sampling: SamplingParams) -> Tensor:
     """Rows [N, V] with -inf outside top_k and then top_p."""
     if sampling.top_k == 0 and sampling.top_p == 1:
         return values

@@ -53,8 +53,10 @@ class Rule:
     replacement: Purpose = Purpose.GUMBEL  # noise of the teacher's token
     needs_rows: bool = True  # False: p_logits and q_logits may be None
     needs_draft: bool = False  # True: the statistic looks at the drafted id
-    never: bool = False  # True: the teacher owns no token at all; nothing is measured
-    settled: Callable[[Tensor], Tensor] | None = None  # memory [B, M] -> bool [B]: the teacher owns all that follows,
+    student_only: bool = False  # True: the teacher owns no token at all; nothing is measured
+    teacher_only: Callable[[Tensor], Tensor] | None = (
+        None  # memory [B, M] -> bool [B]: the teacher owns all that follows,
+    )
     # whatever the statistic; nothing is measured any more
     interval: Callable[..., tuple[Tensor, Tensor]] | None = None  # of the statistic, from compressed rows (`signal:
     # topk`): (row=TopK, q_logits=, drafted=, tight=bool) -> (low, high). For a rule whose threshold does not fall where
@@ -72,7 +74,7 @@ def init_memory(rule: Rule, num: int) -> Tensor:
 def student() -> Rule:
     """The student writes everything: on-policy distillation (GKD with lambda = 1, arXiv 2306.13649)."""
     return Rule(
-        name="student", statistic=_zero, threshold=partial(_fixed, value=math.inf), needs_rows=False, never=True
+        name="student", statistic=_zero, threshold=partial(_fixed, value=math.inf), needs_rows=False, student_only=True
     )
 
 
@@ -83,7 +85,7 @@ def teacher() -> Rule:
         statistic=_zero,
         threshold=partial(_fixed, value=-math.inf),
         needs_rows=False,
-        settled=lambda memory: torch.ones(len(memory), dtype=torch.bool),
+        teacher_only=lambda memory: torch.ones(len(memory), dtype=torch.bool),
     )
 
 
@@ -206,7 +208,7 @@ def kl_spike(*, K: float = 3.0, L: int = 10, divergence: str = "kl", warm_up: st
         threshold=partial(_spike, K=K, num_needed=L if warm_up == "full_window" else 1),
         update=_remember,
         memory_size=L + 2,
-        settled=lambda memory: memory[:, -1].bool(),
+        teacher_only=lambda memory: memory[:, -1].bool(),
     )
 
 

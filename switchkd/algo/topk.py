@@ -1,4 +1,4 @@
-"""Rows of a distribution cut to their k most likely ids and two numbers for the tail: `signal: topk`.
+"""Rows of a distribution cut to their k most likely ids and two numbers for the tail: `teacher.output: top_logprobs`.
 
 In: logits [N, V]. Out: `TopK`, how it is packed for the wire, and the law that it and a student's row have on the k ids
 and one bin for all the rest (coarse-graining).

@@ -1,4 +1,4 @@
-"""Losses from compressed teacher rows (`signal: topk`): the ordinary losses of coarse-grained laws.
+"""Losses from compressed teacher rows (`teacher.output: top_logprobs`): the ordinary losses of coarse-grained laws.
 
     loss(row TopK [N], q_logits [N, V], labels int64 [N], mask bool [N], **numbers) -> [N], at least fp32
 

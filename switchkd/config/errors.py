@@ -20,7 +20,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def typed(error: BaseException) -> str:
+def with_type(error: BaseException) -> str:
     """`ValueError: no rule for this prompt`."""
     name, line = type(error).__name__, first_line(error)
     return name if line == name else f"{name}: {line}"

@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from switchkd.config.errors import ConfigError, one_line
-from switchkd.config.schema import Config, Model, Phi, Sampling, Section, Stage
+from switchkd.config.schema import AdaptiveScheduleConfig, Config, ModelConfig, SamplingConfig, Section, StageConfig
 
 ALIASES = {"switch": "jsd_threshold", "adaswitch": "kl_spike", "skd": "outside_top_k"}
 """The papers' names, accepted wherever a rule's type is."""
@@ -151,7 +151,7 @@ def _index(node: list, part: str, key: str) -> int:
     return int(part)
 
 
-def _complete_stage(config: Config, index: int, stage: Stage) -> Stage:
+def _complete_stage(config: Config, index: int, stage: StageConfig) -> StageConfig:
     """Fill in names and sampling (the stage's, else the model's, else the rule's own), so that the resolved config
     shows what will happen."""
     rule = stage.rule
@@ -166,7 +166,7 @@ def _complete_stage(config: Config, index: int, stage: Stage) -> Stage:
     filled = {}
     for side, given, model in (("student", rule.student, config.student), ("teacher", rule.teacher, config.teacher)):
         temperature, top_p = papers.get(side, (1.0, 1.0))
-        filled[side] = Sampling(
+        filled[side] = SamplingConfig(
             temperature=_first(given.temperature, model.temperature, temperature),
             top_p=_first(given.top_p, model.top_p, top_p),
             top_k=_first(given.top_k, model.top_k, 0),
@@ -204,7 +204,7 @@ def _check_across(config: Config) -> None:
             )
     _check_teachers(config)
     _check_adaptive(config)
-    models: list[tuple[str, Model]] = [("student", config.student), ("teacher", config.teacher)]
+    models: list[tuple[str, ModelConfig]] = [("student", config.student), ("teacher", config.teacher)]
     models += [(f"teachers.{name}", teacher) for name, teacher in config.teachers.items()]
     for role, model in models:
         if model.graphs == "on" and model.device == "cpu":
@@ -228,8 +228,8 @@ def _check_adaptive(config: Config) -> None:
     """DistiLLM's replay lives on evaluations, and draws between rollouts and the data set."""
     replay, policy = config.replay, "replay.policy=adaptive"
     if replay.policy != "adaptive":
-        if replay.phi != Phi():
-            raise ConfigError(f"replay.phi belongs to replay.policy=adaptive, this is {replay.policy}; remove one")
+        if replay.adaptive != AdaptiveScheduleConfig():
+            raise ConfigError(f"replay.adaptive belongs to replay.policy=adaptive, this is {replay.policy}; remove one")
         return
     if not config.eval.data or not config.eval.every:
         missing = "eval.every=0" if config.eval.data else "eval.data is empty"

@@ -11,12 +11,12 @@ import os
 from collections.abc import Mapping
 
 from switchkd.config.errors import ConfigError
-from switchkd.config.schema import Config, Resources, Span
+from switchkd.config.schema import Config, ReplicaRange, ResourcesConfig
 
 ROLES = ("teacher", "rollout", "learner")
 
 
-def spans(config: Config) -> dict[str, Span]:
+def spans(config: Config) -> dict[str, ReplicaRange]:
     """Processes of each role that the run starts itself: none of a teacher that runs already (`teacher.attach`) or that
     no stage needs, no worker where rollouts were recorded. One of several teachers is a role of its own,
     `teachers.NAME`."""
@@ -24,10 +24,10 @@ def spans(config: Config) -> dict[str, Span]:
     for name in config.teacher_names:
         teacher = config.of_teacher(name).teacher
         if not teacher.attach:
-            found[role_of(name)] = Span.of(teacher.replicas)
+            found[role_of(name)] = ReplicaRange.of(teacher.replicas)
     if not config.rollout.recorded:
-        found["rollout"] = Span.of(config.rollout.num_workers)
-    return {**found, "learner": Span.of(config.learner.num_ranks)}
+        found["rollout"] = ReplicaRange.of(config.rollout.num_workers)
+    return {**found, "learner": ReplicaRange.of(config.learner.num_ranks)}
 
 
 def role_of(teacher: str) -> str:
@@ -52,7 +52,7 @@ def is_private(config: Config) -> bool:
     return config.run.mode == "inprocess" or not (config.cluster.address or in_job)
 
 
-def of_role(config: Config, role: str, cores: int | None = None) -> Resources:
+def of_role(config: Config, role: str, cores: int | None = None) -> ResourcesConfig:
     """One process's share, with nothing left null. `cores` is for tests."""
     given = _given(config, role)
     cores = cores or os.cpu_count() or 1
@@ -60,12 +60,12 @@ def of_role(config: Config, role: str, cores: int | None = None) -> Resources:
     if num_cpus is None:
         num_cpus = min(1.0, _even_share(config, cores)) if is_private(config) else 1.0
     threads = given.threads or _threads(config, role, num_cpus, cores)
-    return Resources(num_cpus=num_cpus, num_gpus=given.num_gpus, threads=threads, labels=given.labels)
+    return ResourcesConfig(num_cpus=num_cpus, num_gpus=given.num_gpus, threads=threads, labels=given.labels)
 
 
-def _given(config: Config, role: str) -> Resources:
+def _given(config: Config, role: str) -> ResourcesConfig:
     if role in ROLES:
-        found: Resources = getattr(config.resources, role)
+        found: ResourcesConfig = getattr(config.resources, role)
         return found
     return config.of_teacher(role.removeprefix("teachers.")).resources.teacher
 

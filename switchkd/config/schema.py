@@ -36,32 +36,32 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-class Span(Section):
+class ReplicaRange(Section):
     """A pool that grows and shrinks between two numbers of processes (see `scaling.py`)."""
 
     min: PositiveInt = 1
     max: PositiveInt
 
     @model_validator(mode="after")
-    def _ordered(self) -> Span:
+    def _ordered(self) -> ReplicaRange:
         if self.min > self.max:
             raise ValueError(f"min={self.min} is above max={self.max}; swap them")
         return self
 
     @classmethod
-    def of(cls, count: int | Span) -> Span:
+    def of(cls, count: int | ReplicaRange) -> ReplicaRange:
         """A plain number neither grows nor shrinks."""
-        return count if isinstance(count, Span) else cls(min=count, max=count)
+        return count if isinstance(count, ReplicaRange) else cls(min=count, max=count)
 
 
 Count = Annotated[
-    Annotated[PositiveInt, Tag("<number>")] | Annotated[Span, Tag("<span>")],
-    Discriminator(lambda value: "<span>" if isinstance(value, dict | Span) else "<number>"),
+    Annotated[PositiveInt, Tag("<number>")] | Annotated[ReplicaRange, Tag("<span>")],
+    Discriminator(lambda value: "<span>" if isinstance(value, dict | ReplicaRange) else "<number>"),
 ]
 """A number of processes, or `{min: 1, max: 4}`."""
 
 
-class Run(Section):
+class RunConfig(Section):
     dir: str
     """The run's folder. Relative to the working directory; absolute (on shared storage) for submitted jobs."""
     mode: Literal["ray", "inprocess"] = "ray"
@@ -77,7 +77,7 @@ class Run(Section):
     reaching another checkpoint; then it ends, and --resume goes on."""
 
 
-class Model(Section):
+class ModelConfig(Section):
     path: str = "demo"
     """A folder, a hub name, or `demo` (SmolLM2-135M-Instruct, see `switchkd fetch-demo`)."""
     revision: str | None = None
@@ -98,7 +98,7 @@ class Model(Section):
     top_k: NonNegativeInt | None = None
 
 
-class Teacher(Model):
+class TeacherConfig(ModelConfig):
     backend: Literal["hf", "vllm"] = "hf"
     """`hf` runs any causal transformers model; `vllm`, an install of its own (see the README), is for large ones."""
     engine: dict[str, Any] = {}
@@ -107,10 +107,10 @@ class Teacher(Model):
     interface: Literal["extension", "public"] = "extension"
     """With `vllm`: `extension` takes exact hidden states out of its workers; `public` the top k from its log-probs, for
     approximate rollouts where that cannot be had."""
-    signal: Literal["hidden", "full", "topk"] = "hidden"
+    output: Literal["hidden_states", "logits", "top_logprobs"] = "hidden_states"
     """What it sends for each position: its hidden state, all its logits, or (for thin networks) its most likely ids,
     with the mass and the entropy of the rest."""
-    signal_top_k: PositiveInt = 64
+    num_top_logprobs: PositiveInt = 64
     """With `topk`: how many ids."""
     decide: Literal["interval", "coarse"] = "interval"
     """With `topk`: `interval` decides what is certain and asks for the hidden state of the rest, so that the tokens are
@@ -127,7 +127,7 @@ class Teacher(Model):
     device_map: str | None = None
 
 
-class Cut(Section):
+class DepthPruneConfig(Section):
     """Cut the student out of the teacher by depth, once, before training (see `switchkd init-student`)."""
 
     layers: tuple[NonNegativeInt, ...] | None = None
@@ -135,18 +135,18 @@ class Cut(Section):
     """Keep so many layers, first and last always, evenly spread. Give this or `layers`."""
 
     @model_validator(mode="after")
-    def _one(self) -> Cut:
+    def _one(self) -> DepthPruneConfig:
         if (self.layers is None) == (self.num_layers is None):
             raise ValueError("give exactly one of layers and num_layers")
         return self
 
 
-class Student(Model):
-    cut: Cut | None = None
+class StudentConfig(ModelConfig):
+    prune: DepthPruneConfig | None = None
     """When set, `path` is not read: the student is cut out of the teacher."""
 
 
-class Data(Section):
+class DataConfig(Section):
     path: str = ""
     """JSONL or parquet (relative to the config file), a hub name that `datasets` knows (`name:subset` too), or one such
     file of a data set on the hub (`hf://datasets/owner/name/file.jsonl`)."""
@@ -169,28 +169,28 @@ class Data(Section):
     max_prompt_tokens: PositiveInt = 512
     max_reference_tokens: PositiveInt = 512
     max_skipped_frac: Frac = 0.1
-    max_broken_frac: Frac = 0.01
+    max_quarantined_frac: Frac = 0.01
     """A rollout whose writing fails also alone, on a sound worker, or kills its worker or teacher three times while
-    others are written, is set aside (`set_aside.jsonl` says why). More of them than this share of the run's rollouts
+    others are written, is set aside (`quarantined.jsonl` says why). More of them than this share of the run's rollouts
     end the run."""
     num_rows: PositiveInt | None = None
     shuffle: bool = True
 
 
-class Sampling(Section):
+class SamplingConfig(Section):
     temperature: float | None = Field(None, ge=0)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: NonNegativeInt | None = None
 
 
-class StepSchedule(Section):
+class StepScheduleConfig(Section):
     """Multiply the rule's threshold over the stage's steps, from `start` to `end`."""
 
     start: float = 1.0
     end: float = 1.0
 
 
-class Rule(Section):
+class RuleConfig(Section):
     """Who writes the next token (`algo/switching.py`). Null takes the rule's own default; a key that the rule does not
     know is an error."""
 
@@ -214,15 +214,15 @@ class Rule(Section):
     """Of `random` and `mixture`: the teacher's share."""
     params: dict[str, Any] = {}
     """What a rule of your own (`my_file:my_rule`) takes."""
-    student: Sampling = Sampling()
+    student: SamplingConfig = SamplingConfig()
     """In this stage; null takes `student.temperature` and so on."""
-    teacher: Sampling = Sampling()
+    teacher: SamplingConfig = SamplingConfig()
     teacher_budget: float | int | None = None
     """A float is a share of max_new_tokens, an int a number of tokens; then the student writes."""
-    step_schedule: StepSchedule | None = None
+    step_schedule: StepScheduleConfig | None = None
 
 
-class Loss(Section):
+class LossConfig(Section):
     """What is minimised (`algo/losses.py`). Null takes the loss's own default."""
 
     type: str = "forward_kl"
@@ -240,10 +240,10 @@ class Loss(Section):
     lm_coef: float = Field(0.0, ge=0)
     """Adds this much cross-entropy on the labels of tokens that the data set wrote."""
     approximate: bool = False
-    """With `teacher.signal: topk`: take this loss although its error from the tail has no bound."""
+    """With `teacher.output: top_logprobs`: take this loss although its error from the tail has no bound."""
 
 
-class Mix(Section):
+class MixConfig(Section):
     """Where completions come from; fractions are normalised."""
 
     rollout: float = Field(0.0, ge=0)
@@ -252,7 +252,7 @@ class Mix(Section):
     drawn: Literal["per_rollout", "per_batch"] = "per_rollout"
 
     @model_validator(mode="after")
-    def _some(self) -> Mix:
+    def _some(self) -> MixConfig:
         if self.rollout + self.dataset + self.teacher <= 0:
             raise ValueError("at least one of rollout, dataset, teacher must be above 0")
         return self
@@ -261,15 +261,15 @@ class Mix(Section):
 Scheduler = Literal["constant", "linear", "cosine"]
 
 
-class Stage(Section):
+class StageConfig(Section):
     """A part of the run. What it leaves out it takes from `rollout`, `learner` and `train` (see `config.py`)."""
 
     name: str = ""
     steps: NonNegativeInt
     batch_size: PositiveInt = 8
-    mix: Mix = Mix(rollout=1.0)
-    rule: Rule = Rule()
-    loss: Loss = Loss()
+    mix: MixConfig = MixConfig(rollout=1.0)
+    rule: RuleConfig = RuleConfig()
+    loss: LossConfig = LossConfig()
     max_new_tokens: PositiveInt = 128
     lr: PositiveFloat = 1e-5
     scheduler: Scheduler = "cosine"
@@ -281,13 +281,13 @@ class Stage(Section):
         return not (self.loss.type == "cross_entropy" and self.mix.rollout == 0 and self.mix.teacher == 0)
 
 
-class Train(Section):
+class TrainConfig(Section):
     num_steps: NonNegativeInt | None = None
     """Given by itself it sets the last stage's steps; without stages, the run's."""
     batch_size: PositiveInt = 8
     """Rollouts of one optimizer step, over all ranks."""
-    mix: Mix = Mix(rollout=1.0)
-    stages: tuple[Stage, ...] = ()
+    mix: MixConfig = MixConfig(rollout=1.0)
+    stages: tuple[StageConfig, ...] = ()
     checkpoint_every: NonNegativeInt = 50
     """Steps; 0 = at the end only."""
     select_by: str | None = None
@@ -296,22 +296,22 @@ class Train(Section):
     """Stop a run whose `select_by` did not improve in so many evaluations."""
 
 
-class Lora(Section):
+class LoraConfig(Section):
     r: PositiveInt = 16
     alpha: PositiveFloat = 32.0
     dropout: Frac = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
 
 
-class Learner(Section):
+class LearnerConfig(Section):
     num_ranks: PositiveInt = 1
     zero_stage: Literal[0, 1, 2, 3] = 1
     lr: PositiveFloat = 1e-5
     scheduler: Scheduler = "cosine"
     warmup_steps: NonNegativeInt = 0
     min_lr_frac: Frac = 0.0
-    loss: Loss = Loss()
-    lora: Lora | None = None
+    loss: LossConfig = LossConfig()
+    lora: LoraConfig | None = None
     dtype: Dtype = "float32"
     micro_batch_tokens: PositiveInt = 8192
     """Tokens (prompts and padding included) that one rank reads at the same time; at least one sequence."""
@@ -326,8 +326,8 @@ class Learner(Section):
     timeout_s: PositiveFloat = 600.0
 
 
-class RolloutSection(Section):
-    rule: Rule = Rule()
+class RolloutConfig(Section):
+    rule: RuleConfig = RuleConfig()
     num_workers: Count = 1
     """A number, or `{min: 1, max: 4}`: one is added while the learner waits and tasks wait for a row, one is drained
     while the others would do."""
@@ -335,9 +335,9 @@ class RolloutSection(Section):
     """Rows that one worker holds: sequences that it writes at the same time."""
     max_new_tokens: PositiveInt = 128
     samples_per_prompt: PositiveInt = 1
-    block_size: PositiveInt = 8
+    max_draft_tokens: PositiveInt = 8
     """Tokens that one model proposes before the other reads them; with lead `auto` the most."""
-    lead: Literal["auto", "student", "teacher", "lockstep"] = "auto"
+    drafter: Literal["auto", "student", "teacher", "none"] = "auto"
     """Who takes the next step. `auto` measures what is faster. Speed only: the tokens are the same."""
     overlap: bool | None = None
     """Two half-batches per worker: one drafts while the other is at the teacher. Null: where the two have processors of
@@ -345,15 +345,15 @@ class RolloutSection(Section):
     on_new_weights: Literal["finish", "reprefill"] = "finish"
     save: bool = True
     """Write rollouts.jsonl."""
-    save_candidates: NonNegativeInt = 0
+    save_top_logprobs: NonNegativeInt = 0
     """So many of each model's most likely tokens go into rollouts.jsonl beside every token, for `switchkd report`."""
-    save_signal: bool = False
+    save_teacher_output: bool = False
     """Keep what was trained on, with the teacher's signal, in `signal/`, for `switchkd train --from-rollouts`."""
     recorded: str = ""
     """A run folder with a `signal/`: train on its rollouts; neither teacher nor rollout workers are started."""
 
 
-class Phi(Section):
+class AdaptiveScheduleConfig(Section):
     """With `replay.policy: adaptive`: the share of steps that train on text of the student (see `adaptive.py`)."""
 
     start: Frac = 0.0
@@ -366,20 +366,20 @@ class Phi(Section):
     not below the best one."""
 
 
-class Replay(Section):
+class ReplayConfig(Section):
     max_staleness: NonNegativeInt = 0
     """How many weight versions a trained token may lag behind; 0 is strictly synchronous."""
     capacity: PositiveInt = 4096
     """Rollouts that wait for the learner and, with `uniform` and `adaptive`, that are kept to be drawn again."""
-    policy: Literal["fifo", "completion", "uniform", "adaptive"] = "fifo"
-    """`fifo`: each step its own; `completion`: the first that are finished; `uniform`: drawn from what is there, again
-    and again; `adaptive`: DistiLLM's, where validation loss decides how often a step trains on the student's texts, new
-    or from a buffer, and how often on the data set (`phi` then stands in for the fractions of `mix`)."""
-    phi: Phi = Phi()
+    policy: Literal["fifo", "first_finished", "uniform", "adaptive"] = "fifo"
+    """`fifo`: each step its own; `first_finished`: the first that are finished; `uniform`: drawn from what is there,
+    again and again; `adaptive`: DistiLLM's, where validation loss decides how often a step trains on the student's
+    texts, new or from a buffer, and how often on the data set (`phi` then stands in for the fractions of `mix`)."""
+    adaptive: AdaptiveScheduleConfig = AdaptiveScheduleConfig()
     lease_s: PositiveFloat = 3600.0
 
 
-class Eval(Section):
+class EvalConfig(Section):
     data: str = ""
     split: str = "test"
     every: NonNegativeInt = 0
@@ -393,11 +393,11 @@ class Eval(Section):
     max_new_tokens: PositiveInt = 128
 
 
-class Checkpoint(Section):
+class CheckpointConfig(Section):
     keep_last: PositiveInt = 2
 
 
-class Metrics(Section):
+class MetricsConfig(Section):
     log_every: PositiveInt = 1
     tensorboard: bool = False
     wandb: str | None = None
@@ -406,7 +406,7 @@ class Metrics(Section):
     """On Ray: the same numbers on every node's metrics port, as `ray_switchkd_...`."""
 
 
-class Cluster(Section):
+class ClusterConfig(Section):
     address: str = ""
     """Of a running Ray cluster (`auto`, `host:port`). Empty: the submitted job's, else a private one here."""
     wait_s: float = Field(0.0, ge=0)
@@ -415,7 +415,7 @@ class Cluster(Section):
     """Of a private cluster. Null: half a gigabyte, and room for two versions of the student."""
 
 
-class Resources(Section):
+class ResourcesConfig(Section):
     """Of each process of a role, as Ray counts them."""
 
     num_cpus: float | None = Field(None, ge=0)
@@ -435,32 +435,32 @@ class Resources(Section):
         return value
 
 
-class ResourcesOfRoles(Section):
-    teacher: Resources = Resources()
-    rollout: Resources = Resources()
-    learner: Resources = Resources()
-    teachers: dict[str, Resources] = {}
+class RoleResourcesConfig(Section):
+    teacher: ResourcesConfig = ResourcesConfig()
+    rollout: ResourcesConfig = ResourcesConfig()
+    learner: ResourcesConfig = ResourcesConfig()
+    teachers: dict[str, ResourcesConfig] = {}
     """Of single ones of `teachers`, by name, instead of `teacher`."""
 
 
 class Config(Section):
     seed: int = 0
-    run: Run
-    teacher: Teacher = Teacher()
-    teachers: dict[str, Teacher] = {}
+    run: RunConfig
+    teacher: TeacherConfig = TeacherConfig()
+    teachers: dict[str, TeacherConfig] = {}
     """Several, by name: `data.teacher_field` of a prompt says which one steps in. What one leaves out it takes from
     `teacher`."""
-    student: Student = Student()
-    data: Data = Data()
-    rollout: RolloutSection = RolloutSection()
-    replay: Replay = Replay()
-    learner: Learner = Learner()
-    train: Train
-    eval: Eval = Eval()
-    checkpoint: Checkpoint = Checkpoint()
-    resources: ResourcesOfRoles = ResourcesOfRoles()
-    metrics: Metrics = Metrics()
-    cluster: Cluster = Cluster()
+    student: StudentConfig = StudentConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    replay: ReplayConfig = ReplayConfig()
+    learner: LearnerConfig = LearnerConfig()
+    train: TrainConfig
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    resources: RoleResourcesConfig = RoleResourcesConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @property
     def needs_teacher(self) -> bool:

@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 from switchkd.config.errors import ConfigError
-from switchkd.config.schema import Config, Model, Teacher
+from switchkd.config.schema import Config, ModelConfig, TeacherConfig
 
 _OURS = {
     "model": "teacher.path",
@@ -51,7 +51,7 @@ def check_backend(config: Config) -> None:
     teacher = config.teacher
     if teacher.backend == "hf":
         for key in ("engine", "interface"):
-            if getattr(teacher, key) != Teacher.model_fields[key].default:
+            if getattr(teacher, key) != TeacherConfig.model_fields[key].default:
                 raise ConfigError(f"teacher.{key} is for vLLM; set teacher.backend: vllm, or remove it")
         return
     _check_keys(teacher)
@@ -63,25 +63,25 @@ def check_backend(config: Config) -> None:
         )
 
 
-def engine_facts(teacher: Teacher) -> dict[str, Any]:
+def engine_facts(teacher: TeacherConfig) -> dict[str, Any]:
     """The engine arguments that rows depend on (quantization, a cache of another dtype, ...), by their keys."""
     given = sorted(teacher.engine.items())
     return {f"engine.{name}": value for name, value in given if name not in _SAME_ROWS and value is not None}
 
 
-def positions_beyond(section: Model) -> int:
+def positions_beyond(section: ModelConfig) -> int:
     """Positions that an engine wants besides the longest sequence: vLLM, one token that it may write."""
-    return int(isinstance(section, Teacher) and section.backend == "vllm")
+    return int(isinstance(section, TeacherConfig) and section.backend == "vllm")
 
 
-def _check_keys(teacher: Teacher) -> None:
+def _check_keys(teacher: TeacherConfig) -> None:
     for key, remedy in (
         ("device_map", "split the model with teacher.engine.tensor_parallel_size"),
         ("device", "vLLM takes the devices that its process sees, see resources.teacher.num_gpus"),
         ("attn", "vLLM has attention of its own, see teacher.engine.attention_backend"),
     ):
         value = getattr(teacher, key)
-        if value != Teacher.model_fields[key].default:
+        if value != TeacherConfig.model_fields[key].default:
             raise ConfigError(f"teacher.{key}={value} is not for teacher.backend=vllm; remove it: {remedy}")
     for key, own in (("graphs", "enforce_eager"), ("prepack", "linear_backend")):
         if getattr(teacher, key) == "on":
@@ -89,15 +89,15 @@ def _check_keys(teacher: Teacher) -> None:
                 f"teacher.{key}=on is not for teacher.backend=vllm; remove it: vLLM has its own way, see "
                 f"teacher.engine.{own}"
             )
-    if teacher.signal == "full":
+    if teacher.output == "logits":
         raise ConfigError(
-            "teacher.signal=full is not for teacher.backend=vllm; take hidden (exact) or topk, or teacher.backend=hf"
+            "teacher.output=logits is not for teacher.backend=vllm; take hidden (exact) or topk, or teacher.backend=hf"
         )
-    if teacher.interface == "public" and (teacher.signal != "topk" or teacher.decide != "coarse"):
+    if teacher.interface == "public" and (teacher.output != "top_logprobs" or teacher.decide != "coarse"):
         raise ConfigError(
             "teacher.interface=public knows the top k alone, and that not exactly: with "
-            f"teacher.signal={teacher.signal}, teacher.decide={teacher.decide} take interface=extension, or "
-            "signal=topk and decide=coarse for approximate rollouts"
+            f"teacher.output={teacher.output}, teacher.decide={teacher.decide} take interface=extension, or "
+            "signal=top_logprobs and decide=coarse for approximate rollouts"
         )
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from switchkd.config.errors import ConfigError
-from switchkd.config.schema import Loss
-from switchkd.config.schema import Rule as RuleSection
+from switchkd.config.schema import LossConfig, RuleConfig
 
 
-def named(name: str, what: str) -> Callable[..., Any]:
+def load_user_function(name: str, what: str) -> Callable[..., Any]:
     """`my_file:my_name` from the working directory (or PYTHONPATH). Raises ConfigError, also for a function of Python's
     or of an installed package: a config alone must not name `os:system`."""
     module, _, attribute = name.partition(":")
@@ -49,9 +48,11 @@ def _installed(module: str) -> bool:
     )
 
 
-def _given(section: RuleSection | Loss, kind: str, known: Iterable[str], every: Iterable[str]) -> dict[str, Any]:
+def given_params(
+    section: RuleConfig | LossConfig, kind: str, known: Iterable[str], every: Iterable[str]
+) -> dict[str, Any]:
     """The keys that the user set. Raises ConfigError for one that this rule or loss does not know."""
-    what = "rule" if isinstance(section, RuleSection) else "loss"
+    what = "rule" if isinstance(section, RuleConfig) else "loss"
     takes = set(known)
     found = {key: value for key in every if (value := getattr(section, key)) is not None}
     for key, value in found.items():
@@ -61,15 +62,15 @@ def _given(section: RuleSection | Loss, kind: str, known: Iterable[str], every: 
     return found
 
 
-def _called(function: Callable[..., Any], what: str, params: dict[str, Any]) -> Any:
-    _check_params(function, what, params)
+def call_constructor(function: Callable[..., Any], what: str, params: dict[str, Any]) -> Any:
+    check_params(function, what, params)
     try:
         return function(**params)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{what}: {error}") from None
 
 
-def _check_params(function: Callable[..., Any], what: str, params: dict[str, Any]) -> None:
+def check_params(function: Callable[..., Any], what: str, params: dict[str, Any]) -> None:
     import inspect
 
     known = inspect.signature(function).parameters

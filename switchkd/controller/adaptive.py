@@ -15,20 +15,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from switchkd.config.schema import Phi
+from switchkd.config.schema import AdaptiveScheduleConfig
 
 GENERATED, BUFFERED, FIXED, MIXED = "g", "b", "f", "-"
 """Where a step's batch comes from; MIXED: its stage has a mix of its own, without rollouts."""
 
 
 @dataclass(kw_only=True)
-class Adaptive:
+class AdaptiveSchedule:
     """phi, the validation loss that it is held against, and what was decided so far.
 
     What is decided stays: its tasks may have been started, and a resume with more steps changes T.
     """
 
-    numbers: Phi
+    numbers: AdaptiveScheduleConfig
     capacity: int  # rollouts that the buffer holds
     every: int  # steps between evaluations
     phi: float = field(init=False)
@@ -76,7 +76,7 @@ class Adaptive:
         """For a checkpoint: plain JSON values."""
         return {"phi": self.phi, "reference": self.reference, "sources": self.sources, "stored": self.stored}
 
-    def take_up(self, told: dict[str, Any] | None) -> None:
+    def load_state_dict(self, told: dict[str, Any] | None) -> None:
         """A checkpoint's state (None: of the start). What this process decided since stays decided."""
         told = told or {"phi": self.numbers.start, "reference": None, "sources": "", "stored": 0}
         self.phi, self.reference = told["phi"], told["reference"]

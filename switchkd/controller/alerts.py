@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from switchkd.config.schema import Rule
+from switchkd.config.schema import RuleConfig
 from switchkd.controller.step_metrics import rollout_metrics
 from switchkd.types import Entry
 
@@ -35,7 +35,7 @@ LEVERS = {
 """By rule: the key that moves the teacher's share, and which way lets the teacher write, or the student."""
 
 
-class Watch:
+class MetricAlerts:
     """The memory of one run (a resumed one begins with `evaluation` of the scores before)."""
 
     def __init__(self, max_staleness: float) -> None:
@@ -44,7 +44,7 @@ class Watch:
         self._open: set[str] = set()  # warnings that were given and still hold
         self._begin_stage("")
 
-    def step(self, row: Mapping[str, Any], written: Sequence[Entry], rule: Rule) -> list[str]:
+    def step(self, row: Mapping[str, Any], written: Sequence[Entry], rule: RuleConfig) -> list[str]:
         """`row` as in metrics.jsonl; `written` are those of its completions that `rule` had a say in, maybe none."""
         if row["stage"] != self._stage:
             self._begin_stage(row["stage"])
@@ -75,7 +75,7 @@ class Watch:
         self._lengths: list[float] = []
         self._open -= {"share", "length"}
 
-    def _share(self, share: float, rule: Rule) -> list[str]:
+    def _share(self, share: float, rule: RuleConfig) -> list[str]:
         self._shares.append(share)
         never = all(share <= STUCK_FRAC for share in self._shares)
         always = all(share >= 1 - STUCK_FRAC for share in self._shares)
@@ -125,6 +125,6 @@ class Watch:
         return [line] if new else []
 
 
-def _may_switch(rule: Rule) -> bool:
+def _may_switch(rule: RuleConfig) -> bool:
     """Can both models write under it at all?"""
     return rule.type not in ("student", "teacher") and rule.prob not in (0, 1) and rule.teacher_budget != 0

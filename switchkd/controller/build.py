@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from switchkd.config.schema import Stage
-from switchkd.controller.adaptive import Adaptive
-from switchkd.controller.evaluation import Examiner
-from switchkd.controller.preflight import Ready
-from switchkd.controller.schedule import RunPlan
+from switchkd.config.schema import StageConfig
+from switchkd.controller.adaptive import AdaptiveSchedule
+from switchkd.controller.evaluation import Evaluator
+from switchkd.controller.preflight import PreparedRun
+from switchkd.controller.schedule import Schedule
 from switchkd.data.prompts import PromptStream
 
 
-def _plan(ready: Ready, stages: tuple[Stage, ...] | None = None) -> RunPlan:
+def build_schedule(ready: PreparedRun, stages: tuple[StageConfig, ...] | None = None) -> Schedule:
     """Of the run's stages, or of others."""
     config = ready.config
     stream = PromptStream(ready.prompts.prompts, seed=config.seed, shuffle=config.data.shuffle)
     samples, replay, adaptive = config.rollout.samples_per_prompt, config.replay, None
     if replay.policy == "adaptive" and stages is None:  # other stages are looked at, not trained
-        adaptive = Adaptive(numbers=replay.phi, capacity=replay.capacity, every=config.eval.every)
-    return RunPlan(
+        adaptive = AdaptiveSchedule(numbers=replay.adaptive, capacity=replay.capacity, every=config.eval.every)
+    return Schedule(
         stages or config.train.stages, stream, seed=config.seed, samples_per_prompt=samples, adaptive=adaptive
     )
 
 
-def _examiner(ready: Ready) -> Examiner:
+def build_evaluator(ready: PreparedRun) -> Evaluator:
     prompts = ready.eval_prompts.prompts if ready.eval_prompts else ()
-    return Examiner(ready.config.eval, prompts, has_teacher=ready.config.needs_teacher)
+    return Evaluator(ready.config.eval, prompts, has_teacher=ready.config.needs_teacher)

@@ -30,7 +30,7 @@ from typing import Any
 from switchkd.config.errors import ConfigError
 from switchkd.config.loader import dump_yaml
 from switchkd.config.schema import Config
-from switchkd.controller.resume import check_same, cut_back
+from switchkd.controller.resume import check_same, truncate_history
 from switchkd.controller.run_lock import RunLock
 from switchkd.data.atomic_files import CONFIG, HISTORY, fsync_dir, redact, seal, unseal, write_text_atomic
 
@@ -65,7 +65,7 @@ class TrainState:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Draft:
+class PartialCheckpoint:
     """A checkpoint's folder while it is being filled."""
 
     path: Path
@@ -90,23 +90,23 @@ class Draft:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Checkpoint(Draft):
+class Checkpoint(PartialCheckpoint):
     """A complete one, whose files were checked."""
 
     state: TrainState
 
 
-def begin(run_dir: Path, step: int) -> Draft:
+def begin(run_dir: Path, step: int) -> PartialCheckpoint:
     """A fresh folder. What a crash left under its name is moved aside."""
     path = run_dir / "checkpoints" / f"{_name(step)}.partial"
     path.parent.mkdir(parents=True, exist_ok=True)
     _move_aside(path)
-    draft = Draft(path=path, step=step)
+    draft = PartialCheckpoint(path=path, step=step)
     draft.learner_folder.mkdir(parents=True)
     return draft
 
 
-def finish(draft: Draft, state: TrainState, keep_last: int = 2) -> Checkpoint:
+def finish(draft: PartialCheckpoint, state: TrainState, keep_last: int = 2) -> Checkpoint:
     """Make a filled draft durable and point to it; then delete all but the last `keep_last`.
 
     Nothing may write into the folder any more. Afterwards `Replay.durable(state.step)` is safe.
@@ -159,22 +159,22 @@ class RunFolder:
     keep_last: int
     lock: RunLock
 
-    def begin(self, step: int) -> Draft:
+    def begin(self, step: int) -> PartialCheckpoint:
         self.check()
         return begin(self.path, step)
 
-    def finish(self, draft: Draft, state: TrainState) -> Checkpoint:
+    def finish(self, draft: PartialCheckpoint, state: TrainState) -> Checkpoint:
         self.check()
         return finish(draft, state, self.keep_last)
 
-    def drop(self, draft: Draft) -> None:
+    def drop(self, draft: PartialCheckpoint) -> None:
         """It could not be filled; its room may be what the next one lacks."""
         shutil.rmtree(draft.path, ignore_errors=True)
 
-    def take_up(self) -> Checkpoint | None:
+    def load_latest(self) -> Checkpoint | None:
         """Go back, as a resume does, while the run goes on."""
         self.check()
-        return take_up(self.path)
+        return load_latest(self.path)
 
     def check(self) -> None:
         """Raise when another process took the folder over: going on would mix two histories."""
@@ -221,10 +221,10 @@ def open_run(config: Config, resume: bool = False) -> RunFolder:
 
 def _reopen(path: Path, config: Config) -> Checkpoint | None:
     check_same(path, config)
-    return take_up(path)
+    return load_latest(path)
 
 
-def take_up(path: Path) -> Checkpoint | None:
+def load_latest(path: Path) -> Checkpoint | None:
     """The checkpoint to go on from, with the history cut back to it; None: from step 0. ConfigError where there are
     only damaged ones."""
     checkpoint = latest(path)
@@ -237,8 +237,8 @@ def take_up(path: Path) -> Checkpoint | None:
         _point_to(checkpoint)  # first: a damaged one that reads well later must not meet a history without its steps
     else:
         log.warning("%s holds no checkpoint: the run begins at step 0", path)
-    aside = checkpoint.state.extra.get("set_aside", ()) if checkpoint else ()
-    cut = cut_back(path, checkpoint.step if checkpoint else None, aside)
+    quarantined = checkpoint.state.extra.get("quarantined", ()) if checkpoint else ()
+    cut = truncate_history(path, checkpoint.step if checkpoint else None, quarantined)
     if any(cut.values()):
         log.warning("cut back to the checkpoint; lines moved to %s: %s", path / "lost", cut)
     return checkpoint
@@ -273,11 +273,11 @@ def _prune(pointed: Path, keep_last: int) -> None:
 
 def _move_aside(path: Path) -> Path:
     num = 0
-    while (aside := path.with_name(f"{path.name}.aside-{num}")).exists():
+    while (moved := path.with_name(f"{path.name}.aside-{num}")).exists():
         num += 1
     if path.exists():
-        os.replace(path, aside)
-    return aside
+        os.replace(path, moved)
+    return moved
 
 
 def _numbered(root: Path) -> list[Path]:

@@ -64,23 +64,23 @@ class LiveView:
 def _rates(row: Mapping[str, Any]) -> dict[str, str]:
     """How fast each role was in the last step."""
     return {
-        "teacher": _told(row, "teacher/calls", "{:.0f} calls a step"),
-        "rollout": _told(row, "rollout/tokens_per_s", "{:,.0f} tokens/s"),
+        "teacher": _figure(row, "teacher/calls", "{:.0f} calls a step"),
+        "rollout": _figure(row, "rollout/tokens_per_s", "{:,.0f} tokens/s"),
         "replay": f"{decimal(int(row['replay/bytes']))} held" if row.get("replay/bytes") is not None else "",
-        "learner": _told(row, "time/learn_s", "{:.3g} s a step"),
+        "learner": _figure(row, "time/learn_s", "{:.3g} s a step"),
     }
 
 
 def _queues(row: Mapping[str, Any]) -> dict[str, str]:
     """What stood before each role in the last step."""
     return {
-        "teacher": _told(row, "time/wait_teacher_s", "awaited for {:.3g} s"),
-        "rollout": _told(row, "time/rollout_idle_s", "idle for {:.3g} s"),
-        "replay": _told(row, "replay/waiting", "{:.0f} rollouts wait"),
-        "learner": _told(row, "time/wait_rollouts_s", "waited for {:.3g} s"),
+        "teacher": _figure(row, "time/wait_teacher_s", "awaited for {:.3g} s"),
+        "rollout": _figure(row, "time/rollout_idle_s", "idle for {:.3g} s"),
+        "replay": _figure(row, "replay/waiting", "{:.0f} rollouts wait"),
+        "learner": _figure(row, "time/wait_rollouts_s", "waited for {:.3g} s"),
     }
 
 
-def _told(row: Mapping[str, Any], key: str, form: str) -> str:
+def _figure(row: Mapping[str, Any], key: str, form: str) -> str:
     value = row.get(key)
     return "" if value is None else form.format(value)

@@ -18,14 +18,23 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from threading import Timer
 from typing import Any
 
-from switchkd.config.errors import ConfigError, typed
+from switchkd.config.errors import ConfigError, with_type
 from switchkd.config.schema import Config
-from switchkd.controller.handles import House
+from switchkd.controller.handles import ActorHandles
 from switchkd.controller.metrics import MetricsLog
-from switchkd.controller.quarantine import Deaths, SetAside, Trials
-from switchkd.controller.schedule import RunPlan
+from switchkd.controller.quarantine import CrashAttribution, IsolationRetries, Quarantine
+from switchkd.controller.schedule import Schedule
 from switchkd.controller.watchdog import Watchdog
-from switchkd.types import MAX_DEATHS, Origin, Task, TeacherLost, Unreachable, Weights, WorkerLost, WorkReport
+from switchkd.types import (
+    MAX_DEATHS,
+    CompletionSource,
+    RolloutTask,
+    TeacherLost,
+    Unreachable,
+    WeightRef,
+    WorkerLost,
+    WorkReport,
+)
 
 PREFETCH = 2
 """Steps that completions which do not need the student (data set, teacher) may run ahead."""
@@ -35,24 +44,37 @@ REST_S = 0.5
 """How long a worker rests whom somebody did not answer; each time twice as long."""
 
 
-class Dispatch:
+class TaskDispatcher:
     """Who works on what. A lost worker has no tasks."""
 
     def __init__(
-        self, config: Config, plan: RunPlan, house: House, log: MetricsLog, dog: Watchdog, aside: SetAside
+        self,
+        config: Config,
+        schedule: Schedule,
+        handles: ActorHandles,
+        log: MetricsLog,
+        watchdog: Watchdog,
+        quarantine: Quarantine,
     ) -> None:
-        self.config, self.plan, self.house, self.log, self.dog, self.aside = config, plan, house, log, dog, aside
+        self.config, self.schedule, self.handles, self.log, self.watchdog, self.quarantine = (
+            config,
+            schedule,
+            handles,
+            log,
+            watchdog,
+            quarantine,
+        )
         self.next_id = 0
         self.missing: deque[int] = deque()  # started once, never arrived
-        self.again: deque[list[Task]] = deque()
+        self.again: deque[list[RolloutTask]] = deque()
         self.tries: dict[int, int] = {}
-        self.trials, self.deaths = Trials(), Deaths()
-        self.working: dict[int, tuple[Future[Any], list[Task]]] = {}
+        self.trials, self.deaths = IsolationRetries(), CrashAttribution()
+        self.working: dict[int, tuple[Future[Any], list[RolloutTask]]] = {}
         self.reports: list[WorkReport] = []
 
-    def feed(self, step: int, weights: Callable[[], Weights | None], stopping: bool) -> None:
+    def feed(self, step: int, weights: Callable[[], WeightRef | None], stopping: bool) -> None:
         """Give every idle worker the next tasks that may start now."""
-        for index in range(len(self.house.workers)):
+        for index in range(len(self.handles.workers)):
             if index in self.working:
                 continue
             tasks = self._next_again(step) or self._next_tasks(step, stopping)
@@ -64,19 +86,19 @@ class Dispatch:
                 self.again.appendleft(tasks)
                 raise
             self.show(tasks)
-            self.working[index] = (self.house.workers[index].generate(tasks, given), tasks)
+            self.working[index] = (self.handles.workers[index].generate(tasks, given), tasks)
 
-    def show(self, more: Iterable[Task] = ()) -> None:
+    def show(self, more: Iterable[RolloutTask] = ()) -> None:
         """Who is at work, for whoever looks at the terminal; `more` are about to go out."""
         groups = [tasks for tasks in (list(more), *(tasks for _, tasks in self.working.values())) if tasks]
-        scored = any(self.plan.stages[task.stage].needs_teacher for tasks in groups for task in tasks)
-        workers = f"{len(groups)} of {len(self.house.workers)} workers"
+        scored = any(self.schedule.stages[task.stage].needs_teacher for tasks in groups for task in tasks)
+        workers = f"{len(groups)} of {len(self.handles.workers)} workers"
         self.log.now(
             rollout=f"{workers} at {sum(map(len, groups))} rollouts" if groups else "",
             teacher=f"answers {workers}" if scored else "",
         )
 
-    def _next_again(self, step: int) -> list[Task]:
+    def _next_again(self, step: int) -> list[RolloutTask]:
         """Also a second time nothing is written with weights that are too old: the run may have gone back."""
         for tasks in self.again:
             if all(self._may_start(task.rollout_id, step) for task in tasks):
@@ -84,14 +106,14 @@ class Dispatch:
                 return tasks
         return []
 
-    def _next_tasks(self, step: int, stopping: bool) -> list[Task]:
+    def _next_tasks(self, step: int, stopping: bool) -> list[RolloutTask]:
         """What one worker may start now: at most its share of a batch."""
-        tasks: list[Task] = []
+        tasks: list[RolloutTask] = []
         while not stopping and (rollout_id := self._next_admitted(step)) is not None:
-            share = -(-self.plan.batch_size(self.plan.step_of(rollout_id)) // len(self.house.workers))
+            share = -(-self.schedule.batch_size(self.schedule.step_of(rollout_id)) // len(self.handles.workers))
             if len(tasks) >= share:
                 break
-            tasks.append(self.plan.task(rollout_id))
+            tasks.append(self.schedule.task(rollout_id))
             if self.missing:
                 self.missing.popleft()
             else:
@@ -105,8 +127,8 @@ class Dispatch:
         if self.missing:
             return self.missing[0] if self._may_start(self.missing[0], step) else None
         section = self.config.replay
-        crowded = section.policy != "uniform" and self.next_id >= self.plan.first_id(step) + section.capacity
-        if self.next_id >= self.plan.num_tasks or crowded:
+        crowded = section.policy != "uniform" and self.next_id >= self.schedule.first_id(step) + section.capacity
+        if self.next_id >= self.schedule.num_tasks or crowded:
             return None
         return self.next_id if self._may_start(self.next_id, step) else None
 
@@ -114,45 +136,47 @@ class Dispatch:
         """Of steps that draw from the replay buffer nothing is written."""
         if self.missing:
             self.missing = deque(self.lost(self.missing))
-        last = self.plan.num_tasks - 1
-        while self.next_id <= last and (ahead := self.plan.step_of(self.next_id)) < self.plan.open_until(step):
-            if not self.plan.reuses(ahead):
+        last = self.schedule.num_tasks - 1
+        while self.next_id <= last and (ahead := self.schedule.step_of(self.next_id)) < self.schedule.open_until(step):
+            if not self.schedule.reuses(ahead):
                 return
-            self.next_id = self.plan.first_id(ahead + 1)
+            self.next_id = self.schedule.first_id(ahead + 1)
 
     def lost(self, missing: Iterable[int]) -> list[int]:
         """Of started ids that never arrived, those that somebody was to write."""
-        return [i for i in missing if i not in self.aside.ids and not self.plan.reuses(self.plan.step_of(i))]
+        return [
+            i for i in missing if i not in self.quarantine.ids and not self.schedule.reuses(self.schedule.step_of(i))
+        ]
 
     def _may_start(self, rollout_id: int, step: int) -> bool:
         """Admission bounds staleness: a rollout for step s may start once s - version <= max_staleness. Where the next
         evaluation has a say in what a step trains on, that is waited for."""
-        if self.plan.step_of(rollout_id) >= self.plan.open_until(step):
+        if self.schedule.step_of(rollout_id) >= self.schedule.open_until(step):
             return False
         limit = self.config.replay.max_staleness
-        if self.plan.origin(rollout_id) != Origin.ROLLOUT:
+        if self.schedule.completion_source(rollout_id) != CompletionSource.ROLLOUT:
             limit = max(limit, PREFETCH)
-        return self.plan.step_of(rollout_id) - step <= limit
+        return self.schedule.step_of(rollout_id) - step <= limit
 
-    def offer(self, weights: Callable[[], Weights | None]) -> None:
+    def push_weights(self, weights: Callable[[], WeightRef | None]) -> None:
         """Newer weights for what is being written."""
         for index, (_, tasks) in self.working.items():
             if writes(tasks) and (given := weights()):
-                self.house.workers[index].offer(given)
+                self.handles.workers[index].push_weights(given)
 
     def wait(self, others: list[Future[Any]], waits_for: str = "") -> None:
         """Until something ends, at most a second (so that a signal is seen); finished work is taken in."""
         futures = [*others, *(future for future, _ in self.working.values())]
-        self.dog.waiting(waits_for or self.told())
-        self.dog.check()
+        self.watchdog.waiting(waits_for or self.told())
+        self.watchdog.check()
         if wait(futures, timeout=1.0, return_when=FIRST_COMPLETED).done:
-            self.dog.progress(waits_for or self.told())
+            self.watchdog.progress(waits_for or self.told())
         self.collect()
 
     def told(self) -> str:
         """Who works on what, in words."""
         return ", ".join(
-            f"rollouts {numbers(task.rollout_id for task in tasks)} from rollout worker {index}"
+            f"rollouts {id_range(task.rollout_id for task in tasks)} from rollout worker {index}"
             if tasks
             else f"rollout worker {index} to come back"
             for index, (_, tasks) in self.working.items()
@@ -172,7 +196,7 @@ class Dispatch:
                 report: WorkReport = future.result()
             except WorkerLost:
                 self._died(index, tasks, WorkerLost, f"rollout worker {index} died")
-                self.working[index] = (self.house.workers[index].back(), [])
+                self.working[index] = (self.handles.workers[index].back(), [])
             except TeacherLost as error:
                 tries = self._died(index, tasks, TeacherLost, f"rollout worker {index} could not go on ({error})")
                 self.working[index] = (_rest(REST_S * 2**tries), [])
@@ -189,10 +213,10 @@ class Dispatch:
                     self.deaths.written(tasks, report.num_teacher_calls > 0)
                     self._blame(tasks, None)
 
-    def _died(self, index: int, tasks: list[Task], kind: type[Exception], told: str) -> int:
+    def _died(self, index: int, tasks: list[RolloutTask], kind: type[Exception], told: str) -> int:
         """A worker, or teachers, died over these tasks: was it one of them? Which time they go out again."""
         self.deaths.hear(tasks, kind, index)
-        if self.deaths.blame(tasks, kind, len(self.house.workers)):
+        if self.deaths.blame(tasks, kind, len(self.handles.workers)):
             self.log.note(told)
             who = "its worker" if kind is WorkerLost else "teachers"
             self._blame(tasks, kind(f"{who} died {MAX_DEATHS} times while it was written alone"))
@@ -203,20 +227,20 @@ class Dispatch:
             self.tries.pop(task.rollout_id, None)
         return self._give_again([[task] for task in tasks], told)
 
-    def _give_again(self, groups: list[list[Task]], told: str) -> int:
+    def _give_again(self, groups: list[list[RolloutTask]], told: str) -> int:
         """To whoever is free first: puts are idempotent. Which time it is."""
         ids = [task.rollout_id for tasks in groups for task in tasks]
         self.tries.update((rollout_id, self.tries.get(rollout_id, 0) + 1) for rollout_id in ids)
         tries = max(self.tries[rollout_id] for rollout_id in ids)
         if tries >= MAX_TRIES:
-            which = f"rollouts {numbers(ids)} were" if len(ids) > 1 else f"rollout {numbers(ids)} was"
+            which = f"rollouts {id_range(ids)} were" if len(ids) > 1 else f"rollout {id_range(ids)} was"
             raise RuntimeError(f"{which} given out {tries} times in vain; {told}; see its log")
         num = f"its {len(ids)} rollouts are" if len(ids) > 1 else "its rollout is"
         self.log.note(f"{told}; {num} written again{', each alone' if len(groups) > 1 else ''}")
         self.again.extend(groups)
         return tries
 
-    def _broke(self, tasks: list[Task], error: Exception) -> None:
+    def _broke(self, tasks: list[RolloutTask], error: Exception) -> None:
         """An error of the work itself: which of the tasks is it?"""
         if not tasks:  # a worker could not come back
             raise error
@@ -224,19 +248,21 @@ class Dispatch:
         if len(tasks) == 1:
             self._blame(tasks, error)
             return
-        ids = numbers(task.rollout_id for task in tasks)
-        self.log.note(f"writing rollouts {ids} failed ({typed(error)}); each is tried alone")
+        ids = id_range(task.rollout_id for task in tasks)
+        self.log.note(f"writing rollouts {ids} failed ({with_type(error)}); each is tried alone")
         self.trials.begin(tasks)
         self.again.extend([task] for task in tasks)
 
-    def _blame(self, tasks: list[Task], error: Exception | None) -> None:
+    def _blame(self, tasks: list[RolloutTask], error: Exception | None) -> None:
         for task, reason in self.trials.hear(tasks, error):
             self.log.note(
                 f"warning: rollout {task.rollout_id} is set aside: its prompt {task.prompt.prompt_id} breaks a worker "
                 f"({type(reason).__name__}: {next(iter(str(reason).splitlines()), '')})"
             )
-            self.aside.add(task, reason)
-            self.dog.result(self.house.replay.set_aside([task.rollout_id]), "the replay to set a rollout aside")
+            self.quarantine.add(task, reason)
+            self.watchdog.wait_for(
+                self.handles.replay.quarantine([task.rollout_id]), "the replay to set a rollout aside"
+            )
 
     def start_over(self, missing: Iterable[int]) -> None:
         """The replay is another one: these started rollouts are missing in it. Those that are being written will come,
@@ -250,12 +276,12 @@ class Dispatch:
         self.missing = deque(i for i in missing if i not in flying)
 
 
-def writes(tasks: Iterable[Task]) -> bool:
+def writes(tasks: Iterable[RolloutTask]) -> bool:
     """Does the student have a hand in any of them?"""
-    return any(task.origin == Origin.ROLLOUT for task in tasks)
+    return any(task.completion_source == CompletionSource.ROLLOUT for task in tasks)
 
 
-def numbers(ids: Iterable[int]) -> str:
+def id_range(ids: Iterable[int]) -> str:
     found = sorted(ids)
     return f"{found[0]} to {found[-1]}" if len(found) > 1 else str(found[0])
 

@@ -10,27 +10,27 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from switchkd.config.schema import Eval
+from switchkd.config.schema import EvalConfig
 from switchkd.controller.handles import WorkerHandle
 from switchkd.controller.text_metrics import exact_match, rouge_l
-from switchkd.types import GREEDY, EvalRow, Exam, Prompt, Weights
+from switchkd.types import GREEDY, EvalRow, EvalShard, Prompt, WeightRef
 
 WITH_TEACHER = ("agreement", "kl")
 """Metrics that need the teacher beside the student."""
 
 
-class Examiner:
-    def __init__(self, settings: Eval, prompts: Sequence[Prompt], *, has_teacher: bool) -> None:
+class Evaluator:
+    def __init__(self, settings: EvalConfig, prompts: Sequence[Prompt], *, has_teacher: bool) -> None:
         self.settings = settings
         self.prompts = list(prompts[: settings.num_prompts])
         self.has_teacher = has_teacher
 
-    def shares(self, num_workers: int) -> list[Exam]:
+    def shares(self, num_workers: int) -> list[EvalShard]:
         """Every n-th prompt for each worker, so that lengths are spread evenly."""
         numbered = list(enumerate(self.prompts))
         settings = self.settings
         return [
-            Exam(
+            EvalShard(
                 prompts=tuple(numbered[i::num_workers]),
                 seeds=settings.seeds,
                 temperature=settings.temperature,
@@ -41,10 +41,10 @@ class Examiner:
             for i in range(min(num_workers, len(numbered)))
         ]
 
-    def examine(
+    def evaluate(
         self,
         workers: Sequence[WorkerHandle],
-        weights: Weights | None = None,
+        weights: WeightRef | None = None,
         answer: Callable[[Future[list[EvalRow]]], list[EvalRow]] = Future.result,
     ) -> dict[str, float]:
         """Scores of these weights. Waits for all workers, with `answer`; raises WorkerLost when one died."""
@@ -53,12 +53,12 @@ class Examiner:
     def rows(
         self,
         workers: Sequence[WorkerHandle],
-        weights: Weights | None = None,
+        weights: WeightRef | None = None,
         answer: Callable[[Future[list[EvalRow]]], list[EvalRow]] = Future.result,
     ) -> list[EvalRow]:
-        """As `examine`, text by text, by seed and prompt."""
+        """As `evaluate`, text by text, by seed and prompt."""
         shares = self.shares(len(workers))
-        futures = [worker.examine(exam, weights) for worker, exam in zip(workers, shares, strict=False)]
+        futures = [worker.evaluate(shard, weights) for worker, shard in zip(workers, shares, strict=False)]
         rows: list[EvalRow] = [row for future in futures for row in answer(future)]
         return sorted(rows, key=lambda row: (row.seed, row.index))
 

@@ -11,29 +11,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from switchkd.types import BatchPlan, Entry, EvalRow, Exam, StepResult, Task, Weights, WorkReport
+from switchkd.types import BatchAssignment, Entry, EvalRow, EvalShard, RolloutTask, StepResult, WeightRef, WorkReport
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pulse:
+class Heartbeat:
     """How an actor is."""
 
     name: str
-    beats: int = 0  # grows while it gets on
-    stands: str = ""  # where its work is just now; empty: it has none
+    progress_counter: int = 0  # grows while it gets on
+    where: str = ""  # where its work is just now; empty: it has none
     stacks: str = ""  # of all its threads
 
 
 class WorkerHandle(Protocol):
     """Weights None: whatever is loaded will do (at first the student's folder)."""
 
-    def generate(self, tasks: list[Task], weights: Weights | None) -> Future[WorkReport]:
+    def generate(self, tasks: list[RolloutTask], weights: WeightRef | None) -> Future[WorkReport]:
         """Write rollouts and put them into the replay. Safe to repeat."""
 
-    def offer(self, weights: Weights) -> None:
+    def push_weights(self, weights: WeightRef) -> None:
         """Newer weights for the rollouts that are being written (`rollout.on_new_weights: reprefill`)."""
 
-    def examine(self, exam: Exam, weights: Weights | None) -> Future[list[EvalRow]]: ...
+    def evaluate(self, shard: EvalShard, weights: WeightRef | None) -> Future[list[EvalRow]]: ...
 
     def back(self) -> Future[None]:
         """Done when a lost worker can work again."""
@@ -69,7 +69,7 @@ class ReplayHandle(Protocol):
     def missing(self, num_started: int) -> Future[list[int]]:
         """Started rollouts that never arrived."""
 
-    def set_aside(self, rollout_ids: list[int]) -> Future[None]:
+    def quarantine(self, rollout_ids: list[int]) -> Future[None]:
         """They will never arrive."""
 
     def stats(self) -> Future[dict[str, float]]: ...
@@ -78,10 +78,10 @@ class ReplayHandle(Protocol):
 class LearnerHandle(Protocol):
     """StateLost: a rank died; nothing but `restart` helps, then `load`."""
 
-    def step(self, plan: BatchPlan, lr: float) -> Future[StepResult]: ...
+    def step(self, assignment: BatchAssignment, lr: float) -> Future[StepResult]: ...
 
     def publish(self, version: int) -> Future[Any]:
-        """Pack the weights once; the answer travels to the workers as `Weights.packed`."""
+        """Pack the weights once; the answer travels to the workers as `WeightRef.ref`."""
 
     def save(self, folder: Path, tag: str) -> Future[None]: ...
 
@@ -94,17 +94,17 @@ class LearnerHandle(Protocol):
         """End what is left of it and start it anew, with the student's first weights."""
 
 
-Tend = Callable[[float, float], list[str]]
+Autoscale = Callable[[float, float], list[str]]
 """Called after each step with the seconds that the learner waited for rollouts and that the step took: lets pools grow
 or shrink. What happened, in words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class House:
-    workers: Sequence[WorkerHandle]  # may grow and shrink at its end, in `tend` only
+class ActorHandles:
+    workers: Sequence[WorkerHandle]  # may grow and shrink at its end, in `autoscale` only
     replay: ReplayHandle
     learner: LearnerHandle
-    pulses: Callable[[], list[Pulse]]
+    heartbeats: Callable[[], list[Heartbeat]]
     """Of every actor, whatever it is doing."""
     close: Callable[[], None]
-    tend: Tend = field(default=lambda waited_s, elapsed_s: [])
+    autoscale: Autoscale = field(default=lambda waited_s, elapsed_s: [])

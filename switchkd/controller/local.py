@@ -13,18 +13,18 @@ from typing import Any
 from switchkd.config import resources
 from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config
-from switchkd.controller.handles import House, Pulse
+from switchkd.controller.handles import ActorHandles, Heartbeat
 from switchkd.data.build import make_replay
 from switchkd.data.recorded import RecordedRollouts, heads_for
 from switchkd.data.replay import ReplayService
 from switchkd.engines.build import make_teacher
-from switchkd.learner.rank import Gang, LearnerRank
+from switchkd.learner.rank import LearnerRank, RankInfo
 from switchkd.rollout.build import Teachers, make_worker
-from switchkd.rollout.worker import Worker
-from switchkd.types import Exam, Task, Weights
+from switchkd.rollout.worker import RolloutWorker
+from switchkd.types import EvalShard, RolloutTask, WeightRef
 
 
-def done(function: Callable[..., Any], *args: Any) -> Future[Any]:
+def completed(function: Callable[..., Any], *args: Any) -> Future[Any]:
     """Call now; the answer or the error as a future."""
     future: Future[Any] = Future()
     try:
@@ -34,7 +34,7 @@ def done(function: Callable[..., Any], *args: Any) -> Future[Any]:
     return future
 
 
-class Direct:
+class LocalHandle:
     """A handle to an object of this process: every method answers with a finished future."""
 
     def __init__(self, target: Any) -> None:
@@ -42,41 +42,41 @@ class Direct:
 
     def __getattr__(self, name: str) -> Callable[..., Future[Any]]:
         method = getattr(self._target, name)
-        return lambda *args: done(method, *args)
+        return lambda *args: completed(method, *args)
 
 
-class DirectLearner(Direct):
+class LocalLearnerHandle(LocalHandle):
     """It lives and dies with this process."""
 
     def restart(self) -> Future[None]:
-        return done(_cannot_restart)
+        return completed(_cannot_restart)
 
 
 def _cannot_restart() -> None:
     raise RuntimeError("a learner in this process cannot be started again; go on with --resume")
 
 
-class DirectWorker:
+class LocalWorkerHandle:
     """A worker that puts into a replay of the same process."""
 
-    def __init__(self, worker: Worker, replay: ReplayService | RecordedRollouts | None) -> None:
+    def __init__(self, worker: RolloutWorker, replay: ReplayService | RecordedRollouts | None) -> None:
         self.worker, self.replay = worker, replay
 
-    def generate(self, tasks: list[Task], weights: Weights | None) -> Future[Any]:
+    def generate(self, tasks: list[RolloutTask], weights: WeightRef | None) -> Future[Any]:
         assert self.replay is not None, "this worker only takes examinations"
-        self.offer(weights)
-        return done(self.worker.generate, tasks, self.replay.put)
+        self.push_weights(weights)
+        return completed(self.worker.generate, tasks, self.replay.put)
 
-    def offer(self, weights: Weights | None) -> None:
+    def push_weights(self, weights: WeightRef | None) -> None:
         if weights is not None and weights.version > self.worker.version:
-            self.worker.load_weights(weights.packed)
+            self.worker.load_weights(weights.ref)
 
-    def examine(self, exam: Exam, weights: Weights | None) -> Future[Any]:
-        self.offer(weights)
-        return done(self.worker.examine, exam)
+    def evaluate(self, shard: EvalShard, weights: WeightRef | None) -> Future[Any]:
+        self.push_weights(weights)
+        return completed(self.worker.evaluate, shard)
 
     def back(self) -> Future[None]:
-        return done(lambda: None)
+        return completed(lambda: None)
 
 
 def check_single(config: Config) -> None:
@@ -96,19 +96,22 @@ def check_single(config: Config) -> None:
 def make_teachers(config: Config) -> Teachers:
     """All of them, in this process."""
     found = {name: make_teacher(config.of_teacher(name)) for name in config.teacher_names}
-    return {name: (teacher, teacher.head_arrays()) for name, teacher in found.items()}
+    return {name: (teacher, teacher.lm_head_state()) for name, teacher in found.items()}
 
 
-def build_house(config: Config, run_dir: Path, stop_ids: frozenset[int]) -> House:
+def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int]) -> ActorHandles:
     teachers = make_teachers(config)
     heads = heads_for(config, run_dir, {name: head for name, (_, head) in teachers.items() if head is not None})
     replay = make_replay(config, run_dir)
     workers = [] if config.rollout.recorded else [make_worker(config, 0, teachers, stop_ids)]
-    learner = LearnerRank(config, Gang(), heads, replay.fetch)
-    return House(
-        workers=[DirectWorker(worker, replay) for worker in workers],
-        replay=Direct(replay),
-        learner=DirectLearner(learner),
-        pulses=lambda: [Pulse(name=f"rollout worker {i}", beats=worker.beats) for i, worker in enumerate(workers)],
+    learner = LearnerRank(config, RankInfo(), heads, replay.fetch)
+    return ActorHandles(
+        workers=[LocalWorkerHandle(worker, replay) for worker in workers],
+        replay=LocalHandle(replay),
+        learner=LocalLearnerHandle(learner),
+        heartbeats=lambda: [
+            Heartbeat(name=f"rollout worker {i}", progress_counter=worker.progress_counter)
+            for i, worker in enumerate(workers)
+        ],
         close=learner.close,
     )

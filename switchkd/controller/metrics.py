@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from switchkd.config.errors import ConfigError
-from switchkd.config.schema import Metrics
+from switchkd.config.schema import MetricsConfig
 from switchkd.controller.checkpoint import TrainState
 from switchkd.controller.console import LiveView
 from switchkd.data.atomic_files import CONFIG, json_safe, write_text_atomic
@@ -52,7 +52,7 @@ SHORT = {
 class MetricsLog:
     """All sinks of one run: the console from the start, files from `open` on."""
 
-    def __init__(self, settings: Metrics, console: Console | None = None) -> None:
+    def __init__(self, settings: MetricsConfig, console: Console | None = None) -> None:
         self.settings = settings
         self.console = console or Console()
         self._num_steps = self._first_step = 0

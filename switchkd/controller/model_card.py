@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from switchkd.config.loader import dump_yaml
-from switchkd.config.schema import Config, Stage
+from switchkd.config.schema import Config, StageConfig
 from switchkd.controller.metrics import COLUMNS, METRICS, StageScores, figure, is_number, summary_rows
 from switchkd.data.atomic_files import redact, write_text_atomic
 from switchkd.engines.models.sources import looks_local
@@ -62,7 +62,7 @@ def versions() -> dict[str, str]:
 
 
 def _origin(config: Config, steps: int) -> list[str]:
-    teacher = f"`{config.teacher.path}`, {config.teacher.dtype}, signal {config.teacher.signal}"
+    teacher = f"`{config.teacher.path}`, {config.teacher.dtype}, signal {config.teacher.output}"
     if not any(stage.needs_teacher for stage in config.train.stages):
         teacher = "none"
     data = f"`{config.data.path}`"
@@ -78,7 +78,7 @@ def _origin(config: Config, steps: int) -> list[str]:
     ]
 
 
-def _stage(stage: Stage) -> str:
+def _stage(stage: StageConfig) -> str:
     shares = {"rollouts": stage.mix.rollout, "data": stage.mix.dataset, "teacher's text": stage.mix.teacher}
     mix = " + ".join(f"{share:g} {name}" for name, share in shares.items() if share > 0)
     rule = f", rule {stage.rule.type}" if stage.mix.rollout > 0 else ""

@@ -1,7 +1,7 @@
 """Refuses what cannot work, before any actor starts; and fetches, cuts and reads what the actors will need.
 
-In: a checked config. Out: a `Ready` (config with model folders, tokenizer, prompts), or a ConfigError of one line that
-names the key, the value and the remedy. `check` costs seconds and writes nothing; `prepare` adds models and data.
+In: a checked config. Out: a `PreparedRun` (config with model folders, tokenizer, prompts), or a ConfigError of one line
+that names the key, the value and the remedy. `check` costs seconds and writes nothing; `prepare` adds models and data.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from switchkd.algo import topk_losses
 from switchkd.config.errors import ConfigError, one_line
 from switchkd.config.resources import role_of
-from switchkd.config.schema import Config, Model, Stage, Teacher
+from switchkd.config.schema import Config, ModelConfig, StageConfig, TeacherConfig
 from switchkd.config.teacher_backend import check_backend, positions_beyond
 from switchkd.controller.evaluation import WITH_TEACHER
-from switchkd.data.atomic_files import SIGNAL
+from switchkd.data.atomic_files import TEACHER_OUTPUT
 from switchkd.data.prompts import PromptSet, answer_end, eval_data, load_prompts
 from switchkd.data.recorded import HEADS, load_heads
 from switchkd.data.rollout_io import (
@@ -41,7 +41,7 @@ _JOB_VARIABLES = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_ID")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ready:
+class PreparedRun:
     """Everything that was made while looking."""
 
     config: Config  # `demo` and `cut` replaced by folders
@@ -52,10 +52,10 @@ class Ready:
     eval_prompts: PromptSet | None
 
 
-def prepare(config: Config) -> Ready:
+def prepare(config: Config) -> PreparedRun:
     """All checks that need no cluster, in the order of their cost. Raises ConfigError."""
     if config.rollout.recorded:
-        config = adapted(config)
+        config = with_recorded_settings(config)
     check(config)
     config = resolve_models(config)
     tokenizer, ends = check_models(config)
@@ -63,7 +63,7 @@ def prepare(config: Config) -> Ready:
     if config.rollout.recorded:  # they bring prompts and completions with them, and nobody evaluates
         check_vocab(config, shared_vocab(tokenizer))
         nothing = PromptSet(prompts=(), num_rows=0, skipped={}, num_cut=0)
-        return Ready(
+        return PreparedRun(
             config=config, tokenizer=tokenizer, stop_ids=ends, stop_id=stop_id, prompts=nothing, eval_prompts=None
         )
     needs = any(stage.mix.dataset > 0 and stage.steps for stage in config.train.stages)
@@ -73,7 +73,7 @@ def prepare(config: Config) -> Ready:
     if config.eval.data:
         loss = "loss" in config.eval.metrics
         evaluated = load_prompts(eval_data(config), tokenizer, stop_id=stop_id, need_references=loss, teachers=names)
-    return Ready(
+    return PreparedRun(
         config=config, tokenizer=tokenizer, stop_ids=ends, stop_id=stop_id, prompts=prompts, eval_prompts=evaluated
     )
 
@@ -116,11 +116,11 @@ def check(config: Config) -> None:
     _check_data(config)
     for name in config.teacher_names or ("",) * reads_teacher(config):
         _check_teacher_folder(config.of_teacher(name).teacher, role_of(name))
-    if config.student.cut is None and config.student.path != "demo":
+    if config.student.prune is None and config.student.path != "demo":
         check_model_folder(config.student.path, "student.path")
 
 
-def _check_teacher_folder(teacher: Teacher, role: str) -> None:
+def _check_teacher_folder(teacher: TeacherConfig, role: str) -> None:
     if teacher.path != "demo" and not teacher.attach:  # who serves it has the weights
         check_model_folder(teacher.path, f"{role}.path")
 
@@ -136,7 +136,7 @@ def _check_run_dir(config: Config) -> None:
         raise ConfigError(f"run.dir={config.run.dir} is a file; give a folder")
 
 
-def check_stage(stage: Stage) -> None:
+def check_stage(stage: StageConfig) -> None:
     """Rule and loss are built and tried, to hear what they refuse; then combinations that would train on nothing."""
     for kind, name, attempt in (("rule", stage.rule.type, build_rule), ("loss", stage.loss.type, _try_loss)):
         try:
@@ -158,7 +158,7 @@ def check_stage(stage: Stage) -> None:
         raise ConfigError(f"loss.lm_coef={stage.loss.lm_coef:g} counts on data-set tokens, but mix.dataset is 0")
 
 
-def _try_loss(stage: Stage) -> None:
+def _try_loss(stage: StageConfig) -> None:
     """A loss says what it thinks of its numbers when it is called; so does a user's own, with its shapes."""
     import torch
 
@@ -201,7 +201,7 @@ def check_models(config: Config) -> tuple[Any, frozenset[int]]:
     the tokenizers differ or the run needs more positions than a model has."""
     student = _tokenizer(config.student, "student.path")
     ends: frozenset[int] = frozenset()
-    roles: list[tuple[str, Model]] = [("student", config.student)]
+    roles: list[tuple[str, ModelConfig]] = [("student", config.student)]
     for name in config.teacher_names:
         role, teacher = role_of(name), config.of_teacher(name).teacher
         roles.append((role, teacher))
@@ -218,7 +218,7 @@ def check_models(config: Config) -> tuple[Any, frozenset[int]]:
     return student, ends
 
 
-def _check_model(config: Config, model: Any, section: Model, role: str) -> None:
+def _check_model(config: Config, model: Any, section: ModelConfig, role: str) -> None:
     text = model.config.get_text_config(decoder=True)
     limit, wanted, prompt = (
         getattr(text, "max_position_embeddings", None),
@@ -231,31 +231,32 @@ def _check_model(config: Config, model: Any, section: Model, role: str) -> None:
             f"completion ({wanted - prompt}) need {wanted}; lower data.max_prompt_tokens, data.max_reference_tokens or "
             "max_new_tokens"
         )
-    own_attention = isinstance(section, Teacher) and section.backend == "vllm"
+    own_attention = isinstance(section, TeacherConfig) and section.backend == "vllm"
     if not own_attention and section.attn == "sdpa" and getattr(text, "attn_logit_softcapping", None):
         raise ConfigError(f"{role}.attn=sdpa leaves out the soft-cap of {section.path}'s attention; set it to eager")
 
 
-def check_topk(stage: Stage, teacher: Teacher) -> None:
-    """Raises ConfigError for what compressed rows (`signal: topk`) can neither decide nor train."""
-    if teacher.signal != "topk" or not stage.needs_teacher:
+def check_topk(stage: StageConfig, teacher: TeacherConfig) -> None:
+    """Raises ConfigError for what compressed rows (`teacher.output: top_logprobs`) can neither decide nor train."""
+    if teacher.output != "top_logprobs" or not stage.needs_teacher:
         return
     rule, loss = build_rule(stage), stage.loss
     if teacher.decide == "interval" and stage.mix.rollout > 0 and rule.needs_rows and rule.interval is None:
         what = f" (divergence {stage.rule.divergence})" if stage.rule.divergence else ""
         raise ConfigError(
-            f"teacher.signal=topk cannot decide rule {stage.rule.type}{what} with certainty: it has no interval; take "
-            "teacher.signal=hidden, or teacher.decide=coarse for approximate rollouts"
+            f"teacher.output=top_logprobs cannot decide rule {stage.rule.type}{what} with certainty: it has no "
+            "interval; take teacher.output=hidden_states, or teacher.decide=coarse for approximate rollouts"
         )
     if not loss.approximate and not topk_losses.is_bounded(loss.type, loss.direction):
         what = f" (direction {loss.direction})" if loss.direction else ""
         raise ConfigError(
-            f"teacher.signal=topk with loss {loss.type}{what}: what the tail leaves out has no small bound; take "
-            "teacher.signal=hidden, another loss (forward_kl, skew_kl, jsd, tvd, atkd), or set loss.approximate=true"
+            f"teacher.output=top_logprobs with loss {loss.type}{what}: what the tail leaves out has no small bound; "
+            "take teacher.output=hidden_states, another loss (forward_kl, skew_kl, jsd, tvd, atkd), or set "
+            "loss.approximate=true"
         )
 
 
-def adapted(config: Config) -> Config:
+def with_recorded_settings(config: Config) -> Config:
     """The config as recorded rollouts need it: the kind of their signal, and their age. Raises ConfigError."""
     if config.train.select_by:
         raise ConfigError(
@@ -279,11 +280,11 @@ def adapted(config: Config) -> Config:
             f"--from-rollouts {config.rollout.recorded}: its rollouts carry no teacher signal, but the loss needs one; "
             "record them with a loss that has a teacher, or take learner.loss.type=cross_entropy"
         )
-    signal = {"signal": sorted(kinds)[0], "decide": "coarse"} if kinds else {}  # nothing is decided any more
+    teacher_output = {"signal": sorted(kinds)[0], "decide": "coarse"} if kinds else {}  # nothing is decided any more
     staleness = max(config.replay.max_staleness, age)
     return config.model_copy(
         update={
-            "teacher": config.teacher.model_copy(update=signal),
+            "teacher": config.teacher.model_copy(update=teacher_output),
             "replay": config.replay.model_copy(update={"max_staleness": staleness}),
         }
     )
@@ -291,7 +292,7 @@ def adapted(config: Config) -> Config:
 
 def check_vocab(config: Config, vocab_size: int) -> None:
     """ConfigError where the recorded token ids are not those of the student's tokenizer."""
-    for head in load_heads(Path(config.rollout.recorded) / SIGNAL / HEADS).values():
+    for head in load_heads(Path(config.rollout.recorded) / TEACHER_OUTPUT / HEADS).values():
         if len(head.weight) != vocab_size:
             raise ConfigError(
                 f"--from-rollouts {config.rollout.recorded}: its teacher has {len(head.weight)} token ids, the "

@@ -1,7 +1,7 @@
 """Rollouts that cannot be written: remembered, counted, and left out of their batch.
 
-In: tasks that broke a sound worker, or killed theirs, also alone. Out: a line each in set_aside.jsonl, how many a step
-is short of, and a RuntimeError where there are more than the budget.
+In: tasks that broke a sound worker, or killed theirs, also alone. Out: a line each in quarantined.jsonl, how many a
+step is short of, and a RuntimeError where there are more than the budget.
 
 A step trains on the rollouts that it has. Its denominators count the tokens that are there, so what is missing changes
 no other rollout's weight; a step without any leaves the weights as they are.
@@ -16,35 +16,35 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from switchkd.config.errors import typed
-from switchkd.data.atomic_files import SET_ASIDE, append_whole, redact
-from switchkd.types import MAX_DEATHS, Task, TeacherLost, WorkerLost
+from switchkd.config.errors import with_type
+from switchkd.data.atomic_files import QUARANTINED, append_whole, redact
+from switchkd.types import MAX_DEATHS, RolloutTask, TeacherLost, WorkerLost
 
 SPLIT_AFTER = 2
 """Deaths under the same call after which its tasks are tried one by one."""
 
 
-class SetAside:
+class Quarantine:
     """`num_tasks`: of the whole run; `max_frac` of them may be set aside."""
 
     def __init__(self, run_dir: Path, max_frac: float, num_tasks: int) -> None:
-        self.path, self.max_frac, self.num_tasks = run_dir / SET_ASIDE, max_frac, num_tasks
+        self.path, self.max_frac, self.num_tasks = run_dir / QUARANTINED, max_frac, num_tasks
         self.ids: set[int] = set()
-        self.num_short = 0  # of them, those that steps before did without
+        self.num_passed = 0  # of them, those that earlier steps did without
 
-    def take_up(self, extra: dict[str, Any], keep: bool = False) -> None:
+    def load_state_dict(self, extra: dict[str, Any], keep: bool = False) -> None:
         """Of a checkpoint. `keep`: with what was found since, which would break again."""
-        self.ids = set(extra.get("set_aside", ())) | (self.ids if keep else set())
-        self.num_short = extra.get("num_short", 0)
+        self.ids = set(extra.get("quarantined", ())) | (self.ids if keep else set())
+        self.num_passed = extra.get("num_passed", 0)
 
     @property
-    def extra(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"set_aside": sorted(self.ids), "num_short": self.num_short}
+        return {"quarantined": sorted(self.ids), "num_passed": self.num_passed}
 
-    def add(self, task: Task, error: BaseException) -> None:
+    def add(self, task: RolloutTask, error: BaseException) -> None:
         """Raises RuntimeError beyond the budget, after writing the line."""
-        reason = redact(typed(error))
+        reason = redact(with_type(error))
         row = {"rollout_id": task.rollout_id, "prompt_id": task.prompt.prompt_id, "step": task.batch,
                "stage": task.stage, "reason": reason}  # fmt: skip
         self.ids.add(task.rollout_id)
@@ -52,29 +52,29 @@ class SetAside:
         if len(self.ids) > self.max_frac * self.num_tasks:
             raise RuntimeError(
                 f"{len(self.ids)} of the run's {self.num_tasks} rollouts could not be written, more than "
-                f"data.max_broken_frac={self.max_frac:g} of them; the last one's prompt is {task.prompt.prompt_id} "
-                f"({reason}), all are in {self.path}; mend the data or the rule, or raise data.max_broken_frac, and go "
-                "on with --resume"
+                f"data.max_quarantined_frac={self.max_frac:g} of them; the last one's prompt is "
+                f"{task.prompt.prompt_id} ({reason}), all are in {self.path}; mend the data or the rule, or raise "
+                "data.max_quarantined_frac, and go on with --resume"
             )
 
-    def short(self, last_batch_of: Callable[[int], int], step: int) -> int:
+    def num_missing(self, last_batch_of: Callable[[int], int], step: int) -> int:
         """How many rollouts a step has to do without: those of its own batch and, where a policy let earlier steps take
         others in their place, those that are still owed."""
-        return sum(last_batch_of(i) <= step for i in self.ids) - self.num_short
+        return sum(last_batch_of(i) <= step for i in self.ids) - self.num_passed
 
 
-class Trials:
+class IsolationRetries:
     """Which of a call's tasks broke it: each is tried alone, and all are heard before one is blamed."""
 
     def __init__(self) -> None:
         self._of: dict[int, _Trial] = {}
 
-    def begin(self, tasks: Iterable[Task]) -> None:
+    def begin(self, tasks: Iterable[RolloutTask]) -> None:
         tasks = list(tasks)
         trial = _Trial(len(tasks))
         self._of.update({task.rollout_id: trial for task in tasks})
 
-    def hear(self, tasks: list[Task], error: BaseException | None) -> list[tuple[Task, BaseException]]:
+    def hear(self, tasks: list[RolloutTask], error: BaseException | None) -> list[tuple[RolloutTask, BaseException]]:
         """A call ended. Those that are to blame, once all tried beside it were heard. Raises the error where none of
         several could be written: then it is not theirs."""
         trial = self._of.pop(tasks[0].rollout_id, None) if len(tasks) == 1 else None
@@ -96,10 +96,10 @@ class Trials:
 class _Trial:
     def __init__(self, size: int) -> None:
         self.size = self.left = size
-        self.broken: list[tuple[Task, BaseException]] = []
+        self.broken: list[tuple[RolloutTask, BaseException]] = []
 
 
-class Deaths:
+class CrashAttribution:
     """Of which tasks did workers, or teachers, die? Parts die for many reasons; a prompt is one of them only where
 
     - it was alone in its call, and MAX_DEATHS parts of a kind died of it, one after the other;
@@ -117,7 +117,7 @@ class Deaths:
         self._of: dict[int, _Deaths] = {}
         self._blamed: set[int] = set()
 
-    def written(self, tasks: Iterable[Task], asked: bool) -> None:
+    def written(self, tasks: Iterable[RolloutTask], asked: bool) -> None:
         """A call ended well. `asked`: teachers."""
         self._well[WorkerLost] += 1
         self._well[TeacherLost] += asked
@@ -129,14 +129,14 @@ class Deaths:
         for rollout_id in rollout_ids:
             self._of.pop(rollout_id, None)
 
-    def hear(self, tasks: Iterable[Task], kind: type[Exception], worker: int) -> None:
+    def hear(self, tasks: Iterable[RolloutTask], kind: type[Exception], worker: int) -> None:
         """A call died. `kind`: WorkerLost, or TeacherLost, which stands for MAX_DEATHS teachers."""
         for task in tasks:
             own = self._of.setdefault(task.rollout_id, _Deaths(dict(self._well)))
             own.num[kind] += 1 if kind is WorkerLost else MAX_DEATHS
             own.workers.add(worker)
 
-    def split(self, tasks: Sequence[Task], kind: type[Exception]) -> bool:
+    def split(self, tasks: Sequence[RolloutTask], kind: type[Exception]) -> bool:
         """Is each to be tried alone from now on?"""
         if len(tasks) == 1 or self._of[tasks[0].rollout_id].num[kind] < SPLIT_AFTER:
             return False
@@ -145,7 +145,7 @@ class Deaths:
             self._of[task.rollout_id].workers.clear()
         return True
 
-    def blame(self, tasks: Sequence[Task], kind: type[Exception], num_workers: int) -> bool:
+    def blame(self, tasks: Sequence[RolloutTask], kind: type[Exception], num_workers: int) -> bool:
         """Is the call's only task to be set aside?"""
         own = self._of[tasks[0].rollout_id]
         if len(tasks) > 1 or own.num[kind] < MAX_DEATHS:

@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from switchkd.config.errors import typed
+from switchkd.config.errors import with_type
 from switchkd.controller.checkpoint import RunFolder, TrainState
-from switchkd.controller.dispatcher import Dispatch
-from switchkd.controller.handles import House
+from switchkd.controller.dispatcher import TaskDispatcher
+from switchkd.controller.handles import ActorHandles
 from switchkd.controller.watchdog import Stalled, Watchdog
 from switchkd.types import StateLost
 
@@ -22,13 +22,13 @@ RETRY_S = (1.0, 4.0, 16.0)
 MAX_PAUSE_S = 60.0
 
 T = TypeVar("T")
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-class Restarts:
+class RestartPolicy:
     """How often in a row, and how fast, a run goes back to the same checkpoint."""
 
-    def __init__(self, limit: int, say: Say, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(self, limit: int, say: Log, sleep: Callable[[float], None] = time.sleep) -> None:
         self.limit, self._say, self._sleep = limit, say, sleep
         self.num = 0
 
@@ -49,7 +49,7 @@ class Restarts:
         self.num = 0
 
 
-def lasting(what: str, ask: Callable[[], T], say: Say, sleep: Callable[[float], None] = time.sleep) -> T:
+def retry(what: str, ask: Callable[[], T], say: Log, sleep: Callable[[float], None] = time.sleep) -> T:
     """The answer of a call that may be repeated, though the disk is full for a while. Raises its last error."""
     for pause in RETRY_S:
         try:
@@ -57,44 +57,48 @@ def lasting(what: str, ask: Callable[[], T], say: Say, sleep: Callable[[float], 
         except (StateLost, Stalled):
             raise
         except Exception as error:
-            say(f"warning: {what} failed ({typed(error)}); trying again in {pause:g} s")
+            say(f"warning: {what} failed ({with_type(error)}); trying again in {pause:g} s")
         sleep(pause)
     return ask()
 
 
-def save(house: House, folder: RunFolder, state: TrainState, dog: Watchdog, say: Say) -> None:
+def save_checkpoint(handles: ActorHandles, folder: RunFolder, state: TrainState, watchdog: Watchdog, say: Log) -> None:
     """Learner, replay and counters, whole or not at all. Raises what the last try raised."""
 
     def attempt() -> None:
         folder.check()
         draft = folder.begin(state.step)
         try:
-            dog.result(house.learner.save(draft.learner_folder, draft.tag), "the learner to save its state")
-            dog.result(house.learner.export(draft.student_folder), "the learner to write the student")
-            dog.result(house.replay.save(draft.replay_file, state.step), "the replay to save its state")
+            watchdog.wait_for(handles.learner.save(draft.learner_folder, draft.tag), "the learner to save its state")
+            watchdog.wait_for(handles.learner.export(draft.student_folder), "the learner to write the student")
+            watchdog.wait_for(handles.replay.save(draft.replay_file, state.step), "the replay to save its state")
             folder.finish(draft, state)
         except Exception:
             folder.drop(draft)
             raise
 
-    lasting(f"saving checkpoint {state.step} under {folder.path}", attempt, say)
-    dog.result(house.replay.durable(state.step), "the replay")
+    retry(f"saving checkpoint {state.step} under {folder.path}", attempt, say)
+    watchdog.wait_for(handles.replay.durable(state.step), "the replay")
 
 
-def go_back(house: House, folder: RunFolder, dispatch: Dispatch, dog: Watchdog) -> TrainState:
+def restore_last_checkpoint(
+    handles: ActorHandles, folder: RunFolder, dispatch: TaskDispatcher, watchdog: Watchdog
+) -> TrainState:
     """A new gang, and the state of the last checkpoint everywhere (without one: of the start). A replay that lives
     keeps what was written, and gives each step since the same rollouts again; one that died is filled from the
     checkpoint. Raises StateLost when another part dies meanwhile."""
-    dog.result(house.learner.restart(), "the learner to start again")
-    checkpoint = folder.take_up()
+    watchdog.wait_for(handles.learner.restart(), "the learner to start again")
+    checkpoint = folder.load_latest()
     state = checkpoint.state if checkpoint else TrainState()
     if checkpoint:
-        dog.result(house.learner.load(checkpoint.learner_folder, checkpoint.tag), "the learner to load its state")
+        watchdog.wait_for(
+            handles.learner.load(checkpoint.learner_folder, checkpoint.tag), "the learner to load its state"
+        )
     started = dispatch.next_id
-    if not dog.result(house.replay.rewind(state.step, started), "the replay to go back"):
+    if not watchdog.wait_for(handles.replay.rewind(state.step, started), "the replay to go back"):
         path = checkpoint.replay_file if checkpoint else None
-        missing = dog.result(house.replay.restore(path, started), "the replay to load its state")
+        missing = watchdog.wait_for(handles.replay.restore(path, started), "the replay to load its state")
         dispatch.start_over(missing)
-    dispatch.aside.take_up(state.extra, keep=True)
-    dog.result(house.replay.set_aside(sorted(dispatch.aside.ids)), "the replay")
+    dispatch.quarantine.load_state_dict(state.extra, keep=True)
+    watchdog.wait_for(handles.replay.quarantine(sorted(dispatch.quarantine.ids)), "the replay")
     return state

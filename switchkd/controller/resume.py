@@ -1,7 +1,7 @@
 """What a resume may change, and what it takes back.
 
 In: a run's folder, the config that was asked for, the step to go on from. Out: a ConfigError that names each key that
-may not change, and a history (metrics.jsonl, rollouts.jsonl, set_aside.jsonl) in which every step stands once. Cut
+may not change, and a history (metrics.jsonl, rollouts.jsonl, quarantined.jsonl) in which every step stands once. Cut
 lines are kept in `lost/`.
 """
 
@@ -19,14 +19,14 @@ import yaml
 from switchkd.config.errors import ConfigError
 from switchkd.config.loader import dump_yaml, parse, resolved
 from switchkd.config.schema import Config
-from switchkd.data.atomic_files import CONFIG, HISTORY, SET_ASIDE, SIGNAL, fsync_dir, redact, write_atomic
+from switchkd.data.atomic_files import CONFIG, HISTORY, QUARANTINED, TEACHER_OUTPUT, fsync_dir, redact, write_atomic
 
 MAY_CHANGE = (
     "run.*",
     "resources.*",
     "cluster.*",
     "metrics.*",
-    "data.max_broken_frac",
+    "data.max_quarantined_frac",
     "checkpoint.*",
     "eval.every",
     "train.checkpoint_every",
@@ -46,10 +46,10 @@ MAY_CHANGE = (
     "teacher*.lease_s",
     "rollout.num_workers*",
     "rollout.batch_size",
-    "rollout.block_size",
-    "rollout.lead",
+    "rollout.max_draft_tokens",
+    "rollout.drafter",
     "rollout.save",
-    "rollout.save_signal",
+    "rollout.save_teacher_output",
     "learner.timeout_s",
     "learner.micro_batch_tokens",
     "learner.gradient_checkpointing",
@@ -66,7 +66,7 @@ def check_same(run_dir: Path, config: Config) -> None:
     if not path.exists():
         return
     stored = _stored(path)
-    old, new = dict(leaves(stored)), dict(leaves(yaml.safe_load(redact(dump_yaml(config)))))
+    old, new = dict(flatten_keys(stored)), dict(flatten_keys(yaml.safe_load(redact(dump_yaml(config)))))
     fixed = ("eval.every",) if config.replay.policy == "adaptive" else ()  # phi follows evaluations
     last_steps = f"train.stages.{len(stored['train']['stages']) - 1}.steps"
     changed = [
@@ -83,31 +83,33 @@ def check_same(run_dir: Path, config: Config) -> None:
         )
 
 
-def cut_back(run_dir: Path, step: int | None, set_aside: Collection[int] = ()) -> dict[str, int]:
-    """Cut metrics.jsonl and rollouts.jsonl to rows of steps before `step` (None: to nothing), and set_aside.jsonl to
+def truncate_history(run_dir: Path, step: int | None, quarantined: Collection[int] = ()) -> dict[str, int]:
+    """Cut metrics.jsonl and rollouts.jsonl to rows of steps before `step` (None: to nothing), and quarantined.jsonl to
     the rollouts that a checkpoint knows of.
 
     Cut lines, a half-written last one included, are appended to `lost/<file>`. Returns how many, by file. What
-    `rollout.save_signal` kept of those steps goes there too.
+    `rollout.save_teacher_output` kept of those steps goes there too.
     """
 
     def before(row: dict[str, Any]) -> bool:
         return step is not None and isinstance(row.get("step"), int) and row["step"] < step
 
     def known(row: dict[str, Any]) -> bool:
-        return row.get("rollout_id") in set_aside
+        return row.get("rollout_id") in quarantined
 
-    wanted = {**dict.fromkeys(HISTORY, before), SET_ASIDE: known}
+    wanted = {**dict.fromkeys(HISTORY, before), QUARANTINED: known}
     cut = {name: _cut_file(run_dir / name, stays) for name, stays in wanted.items() if (run_dir / name).exists()}
     moved = _cut_shards(run_dir, step)
-    return {**cut, SIGNAL: moved} if moved else cut
+    return {**cut, TEACHER_OUTPUT: moved} if moved else cut
 
 
 def _cut_shards(run_dir: Path, step: int | None) -> int:
     """Recorded rollouts of steps that are taken back go to `lost/` too."""
-    late = [path for path in (run_dir / SIGNAL).glob("step-*") if step is None or path.stem >= f"step-{step:08d}"]
+    late = [
+        path for path in (run_dir / TEACHER_OUTPUT).glob("step-*") if step is None or path.stem >= f"step-{step:08d}"
+    ]
     for path in late:
-        lost = run_dir / "lost" / SIGNAL / path.name
+        lost = run_dir / "lost" / TEACHER_OUTPUT / path.name
         lost.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, lost)
     return len(late)
@@ -121,31 +123,31 @@ def _stored(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read by this version of switchkd: {error}") from None
 
 
-def leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def flatten_keys(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and values; the items of a list of sections are numbered."""
     if isinstance(tree, dict) and tree:
         for name, value in tree.items():
-            yield from leaves(value, f"{key}.{name}" if key else str(name))
+            yield from flatten_keys(value, f"{key}.{name}" if key else str(name))
     elif isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
         for i, item in enumerate(tree):
-            yield from leaves(item, f"{key}.{i}")
+            yield from flatten_keys(item, f"{key}.{i}")
     else:
         yield key, tree
 
 
-Stays = Callable[[dict[str, Any]], bool]
+KeepRow = Callable[[dict[str, Any]], bool]
 
 
-def _cut_file(path: Path, stays: Stays) -> int:
+def _cut_file(path: Path, stays: KeepRow) -> int:
     """Streams: rollouts.jsonl may be larger than memory. Lost lines are safe before the file gets shorter."""
     with path.open("rb") as lines:
-        num_cut = sum(not _stays(line, stays) for line in lines)
+        num_cut = sum(not _keep_row(line, stays) for line in lines)
     if not num_cut:
         return 0
     lost = path.parent / "lost" / path.name
     lost.parent.mkdir(exist_ok=True)
     with path.open("rb") as lines, lost.open("ab") as out:
-        out.writelines(line if line.endswith(b"\n") else line + b"\n" for line in lines if not _stays(line, stays))
+        out.writelines(line if line.endswith(b"\n") else line + b"\n" for line in lines if not _keep_row(line, stays))
         out.flush()
         os.fsync(out.fileno())
     fsync_dir(lost.parent)
@@ -153,12 +155,12 @@ def _cut_file(path: Path, stays: Stays) -> int:
     return num_cut
 
 
-def _keep(path: Path, beside: Path, stays: Stays) -> None:
+def _keep(path: Path, beside: Path, stays: KeepRow) -> None:
     with path.open("rb") as lines, beside.open("wb") as out:
-        out.writelines(line for line in lines if _stays(line, stays))
+        out.writelines(line for line in lines if _keep_row(line, stays))
 
 
-def _stays(line: bytes, stays: Stays) -> bool:
+def _keep_row(line: bytes, stays: KeepRow) -> bool:
     """Only whole rows may. A line without an end was being written when the process died."""
     if not line.endswith(b"\n"):
         return False

@@ -81,15 +81,15 @@ class RunLock:
                 f"{self.path.parent} is in use by process {owner.get('pid', '?')} on {owner.get('host', '?')}; wait "
                 f"for it, stop it, or give another run.dir"
             )
-        aside = self.path.with_name(f"{LOCK}.{self._owner['nonce']}")
+        stale = self.path.with_name(f"{LOCK}.{self._owner['nonce']}")
         try:
-            os.replace(self.path, aside)
+            os.replace(self.path, stale)
         except FileNotFoundError:  # released meanwhile
             return
-        if _read(aside).get("nonce") != owner.get("nonce"):  # a third process was faster
-            os.replace(aside, self.path)
+        if _read(stale).get("nonce") != owner.get("nonce"):  # a third process was faster
+            os.replace(stale, self.path)
             return
-        aside.unlink()
+        stale.unlink()
 
     def _stands_still(self, owner: dict[str, Any]) -> bool:
         deadline = time.monotonic() + self._watch_s

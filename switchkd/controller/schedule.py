@@ -13,10 +13,10 @@ from bisect import bisect_right
 from itertools import accumulate
 from typing import Protocol
 
-from switchkd.config.schema import Mix, Stage
-from switchkd.controller.adaptive import BUFFERED, GENERATED, MIXED, Adaptive
+from switchkd.config.schema import MixConfig, StageConfig
+from switchkd.controller.adaptive import BUFFERED, GENERATED, MIXED, AdaptiveSchedule
 from switchkd.data.prompts import ORIGIN_OF_BATCH, ORIGIN_OF_ROLLOUT, random_words
-from switchkd.types import Origin, Prompt, Task
+from switchkd.types import CompletionSource, Prompt, RolloutTask
 
 
 class Prompts(Protocol):
@@ -25,17 +25,17 @@ class Prompts(Protocol):
     def __getitem__(self, index: int) -> tuple[int, Prompt]: ...
 
 
-class RunPlan:
+class Schedule:
     """The order of a run's rollouts (ids 0 to `num_tasks` - 1) over its steps (0 to `num_steps` - 1) and stages."""
 
     def __init__(
         self,
-        stages: tuple[Stage, ...],
+        stages: tuple[StageConfig, ...],
         prompts: Prompts,
         *,
         seed: int,
         samples_per_prompt: int = 1,
-        adaptive: Adaptive | None = None,
+        adaptive: AdaptiveSchedule | None = None,
     ) -> None:
         self.stages, self.prompts, self.seed = stages, prompts, seed
         self.samples_per_prompt = samples_per_prompt
@@ -59,7 +59,7 @@ class RunPlan:
         self._check_step(step)
         return bisect_right(self.stage_ends, step)
 
-    def stage(self, step: int) -> Stage:
+    def stage(self, step: int) -> StageConfig:
         return self.stages[self.stage_index(step)]
 
     def batch_size(self, step: int) -> int:
@@ -80,20 +80,26 @@ class RunPlan:
         self._check_step(step)
         return range(self.first_id(step), self.batch_ends[step])
 
-    def task(self, rollout_id: int) -> Task:
+    def task(self, rollout_id: int) -> RolloutTask:
         """What to do for one start index."""
         step = self.step_of(rollout_id)
         _, prompt = self.prompts[rollout_id // self.samples_per_prompt]
-        origin = self.origin(rollout_id)
-        return Task(rollout_id=rollout_id, batch=step, stage=self.stage_index(step), origin=origin, prompt=prompt)
+        completion_source = self.completion_source(rollout_id)
+        return RolloutTask(
+            rollout_id=rollout_id,
+            batch=step,
+            stage=self.stage_index(step),
+            completion_source=completion_source,
+            prompt=prompt,
+        )
 
-    def origin(self, rollout_id: int) -> Origin:
+    def completion_source(self, rollout_id: int) -> CompletionSource:
         """Where a completion comes from, drawn from its id, or from its batch's number."""
         step = self.step_of(rollout_id)
         mix = self.stage(step).mix
         source = self._source(step)
         if source != MIXED:
-            return Origin.ROLLOUT if source == GENERATED else Origin.DATASET
+            return CompletionSource.ROLLOUT if source == GENERATED else CompletionSource.DATASET
         if mix.drawn == "per_batch":
             return _drawn(mix, _coin(self.seed, step, ORIGIN_OF_BATCH))
         return _drawn(mix, _coin(self.seed, rollout_id, ORIGIN_OF_ROLLOUT))
@@ -139,12 +145,19 @@ class RunPlan:
             raise IndexError(f"step {step} is outside this run's 0 to {self.num_steps - 1}")
 
 
-def _drawn(mix: Mix, coin: float) -> Origin:
-    shares = {Origin.ROLLOUT: mix.rollout, Origin.DATASET: mix.dataset, Origin.TEACHER: mix.teacher}
-    present = [origin for origin, share in shares.items() if share > 0]
-    ends = accumulate(shares[origin] / sum(shares.values()) for origin in present)
+def _drawn(mix: MixConfig, coin: float) -> CompletionSource:
+    shares = {
+        CompletionSource.ROLLOUT: mix.rollout,
+        CompletionSource.DATASET: mix.dataset,
+        CompletionSource.TEACHER: mix.teacher,
+    }
+    present = [completion_source for completion_source, share in shares.items() if share > 0]
+    ends = accumulate(shares[completion_source] / sum(shares.values()) for completion_source in present)
     # the last one takes what rounding left over
-    return next((origin for origin, end in zip(present[:-1], ends, strict=False) if coin < end), present[-1])
+    return next(
+        (completion_source for completion_source, end in zip(present[:-1], ends, strict=False) if coin < end),
+        present[-1],
+    )
 
 
 def _coin(seed: int, index: int, purpose: int) -> float:

@@ -30,8 +30,8 @@ def step_row(
         "rollout/near_ties": sum(report.num_near_ties for report in reports),
         **_blocks(reports),
         "teacher/calls": sum(report.num_teacher_calls for report in reports),
-        "teacher/signal_bytes": sum(report.signal_bytes for report in reports),
-        **_signal(reports),
+        "teacher/output_bytes": sum(report.output_bytes for report in reports),
+        **_output_metrics(reports),
         "replay/staleness_mean": sum(staleness) / len(staleness) if staleness else 0.0,
         "replay/staleness_max": max(staleness, default=0),
         "time/learn_s": result.time_s,
@@ -46,14 +46,14 @@ def _blocks(reports: Sequence[WorkReport]) -> dict[str, float]:
     """How many tokens a block settles; nothing where no block was proposed."""
     blocks = sum(report.num_blocks for report in reports)
     tokens = sum(report.num_block_tokens for report in reports)
-    return {"rollout/block_len_mean": tokens / blocks} if blocks else {}
+    return {"rollout/emitted_per_round": tokens / blocks} if blocks else {}
 
 
-def _signal(reports: Sequence[WorkReport]) -> dict[str, float]:
-    """What the teacher's signal cost, and (`signal: topk`) what it left out: the share of tokens whose exact row was
-    needed to decide, that of exact rows for other ends, and the mean mass outside the top k."""
+def _output_metrics(reports: Sequence[WorkReport]) -> dict[str, float]:
+    """What the teacher's signal cost, and (`teacher.output: top_logprobs`) what it left out: the share of tokens whose
+    exact row was needed to decide, that of exact rows for other ends, and the mean mass outside the top k."""
     rows, tokens = sum(report.num_scored_rows for report in reports), sum(report.num_tokens for report in reports)
-    bytes_sent = sum(report.signal_bytes for report in reports)
+    bytes_sent = sum(report.output_bytes for report in reports)
     found = {}
     if rows:
         found = {"teacher/bytes_per_row": bytes_sent / rows, "teacher/bytes_per_token": bytes_sent / max(tokens, 1)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from switchkd.controller.checkpoint import RunFolder, TrainState
-from switchkd.controller.schedule import RunPlan
+from switchkd.controller.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,13 +24,13 @@ class Summary:
     told_to_stop: bool = False  # SIGTERM came, be it behind the last step
 
 
-def _student_steps(summary: Summary) -> int:
+def student_step(summary: Summary) -> int:
     """After which step `student/` was saved: with `train.select_by` that is the best one."""
     return summary.steps if summary.best_step is None else summary.best_step
 
 
-def _summary(folder: RunFolder, state: TrainState, plan: RunPlan, *, told_to_stop: bool) -> Summary:
-    finished = state.step >= plan.num_steps or state.stopped_early
+def summarize(folder: RunFolder, state: TrainState, schedule: Schedule, *, told_to_stop: bool) -> Summary:
+    finished = state.step >= schedule.num_steps or state.stopped_early
     student = folder.path / "student"
     return Summary(
         run_dir=str(folder.path.resolve()),

@@ -18,7 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
 
-from switchkd.controller.handles import Pulse
+from switchkd.controller.handles import Heartbeat
 from switchkd.data.atomic_files import redact
 
 START_S = 300.0
@@ -45,7 +45,7 @@ class Watchdog:
         leave: Callable[[int], Any] = os._exit,
     ) -> None:
         self.limit_s, self.run_dir, self.say = limit_s, run_dir, say
-        self.pulses: Callable[[], list[Pulse]] = list
+        self.heartbeats: Callable[[], list[Heartbeat]] = list
         """Of the actors, once there are any."""
         self.stalled = ""  # why, once it has
         self._clock, self._leave = clock, leave
@@ -70,7 +70,7 @@ class Watchdog:
         """The run waits for this; nothing has got on."""
         self._waits_for = waits_for
 
-    def result(self, future: Future[Any], waits_for: str) -> Any:
+    def wait_for(self, future: Future[Any], waits_for: str) -> Any:
         """The future's answer. Raises Stalled."""
         self.progress(waits_for)
         self.check()
@@ -88,7 +88,7 @@ class Watchdog:
         if self.stalled:
             raise Stalled(self.stalled)
 
-    def forgive(self) -> None:
+    def reset(self) -> None:
         """One more such time, to save what can be saved."""
         self.progress("saving")
         self.stalled = ""
@@ -99,20 +99,20 @@ class Watchdog:
         if idle < self.limit_s / 2:
             return False
         seen = self._asked()
-        beats = sum(pulse.beats for pulse in seen)
-        if beats != self._beats:
-            self._beats, self._last = beats, self._clock()
+        progress_counter = sum(heartbeat.progress_counter for heartbeat in seen)
+        if progress_counter != self._beats:
+            self._beats, self._last = progress_counter, self._clock()
             return False
         if idle < self.limit_s:
             return False
         self._report(seen)
         return True
 
-    def _asked(self) -> list[Pulse]:
+    def _asked(self) -> list[Heartbeat]:
         try:  # other processes, at a bad time
-            return self.pulses()
+            return self.heartbeats()
         except Exception as error:
-            return [Pulse(name="the house", stands=f"cannot be asked ({type(error).__name__}: {error})")]
+            return [Heartbeat(name="the house", where=f"cannot be asked ({type(error).__name__}: {error})")]
 
     def _watch(self) -> None:
         step = min(max(self.limit_s / 20, 0.05), 15.0)
@@ -129,11 +129,11 @@ class Watchdog:
                 return True
         return False
 
-    def _report(self, seen: list[Pulse]) -> None:
+    def _report(self, seen: list[Heartbeat]) -> None:
         path = self.run_dir / "logs" / f"stall-{time.strftime('%Y%m%d-%H%M%S')}.txt"
-        lines = [f"  {pulse.name} {pulse.stands or 'has no work'}" for pulse in seen]
+        lines = [f"  {heartbeat.name} {heartbeat.where or 'has no work'}" for heartbeat in seen]
         told = f"no progress for {self.limit_s:g} s (run.watchdog_s), waiting for {self._waits_for}"
-        busy = "; ".join(f"{pulse.name} {pulse.stands}" for pulse in seen if pulse.stands)
+        busy = "; ".join(f"{heartbeat.name} {heartbeat.where}" for heartbeat in seen if heartbeat.where)
         self.say("\n".join([told, *lines, f"stacks of all threads: {path}"]))
         try:  # the disk may be what the run waits for
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ class Watchdog:
                 file.write("\n".join([told, *lines]) + "\n\n== this process\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-                file.writelines(redact(f"\n== {pulse.name}\n{pulse.stacks}\n") for pulse in seen)
+                file.writelines(redact(f"\n== {heartbeat.name}\n{heartbeat.stacks}\n") for heartbeat in seen)
         except OSError as error:
             self.say(f"the stacks could not be written: {error}")
         self.stalled = f"{told}{f' ({busy})' if busy else ''}; stacks in {path}; --resume goes on from the checkpoint"

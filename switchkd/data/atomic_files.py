@@ -146,11 +146,11 @@ def _checksum(told: dict[str, Any]) -> str:
 CONFIG = "config.yaml"
 
 
-SIGNAL = "signal"
-"""Of `rollout.save_signal`: a file per step, `step-00000012.safetensors`, and the teachers' output heads."""
+TEACHER_OUTPUT = "teacher_output"
+"""Of `rollout.save_teacher_output`: a file per step, `step-00000012.safetensors`, and the teachers' output heads."""
 
 
 HISTORY = ("metrics.jsonl", "rollouts.jsonl")
 
 
-SET_ASIDE = "set_aside.jsonl"
+QUARANTINED = "quarantined.jsonl"

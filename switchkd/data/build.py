@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from switchkd.config.schema import Config
-from switchkd.data.atomic_files import SIGNAL
+from switchkd.data.atomic_files import TEACHER_OUTPUT
 from switchkd.data.recorded import RecordedRollouts
 from switchkd.data.replay import Replay, ReplayService
 from switchkd.data.reuse_buffer import Buffer
@@ -26,5 +26,5 @@ def make_replay(config: Config, run_dir: Path) -> ReplayService | RecordedRollou
     if config.rollout.recorded:
         sizes = [stage.batch_size for stage in config.train.stages for _ in range(stage.steps)]
         return RecordedRollouts(Path(config.rollout.recorded), sizes, rollouts_file, decode)
-    signal_dir = run_dir / SIGNAL if config.rollout.save_signal else None
-    return ReplayService(replay, rollouts_file, decode, signal_dir, buffer)
+    teacher_output_dir = run_dir / TEACHER_OUTPUT if config.rollout.save_teacher_output else None
+    return ReplayService(replay, rollouts_file, decode, teacher_output_dir, buffer)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from switchkd.config.errors import ConfigError, first_line
-from switchkd.config.schema import Data
+from switchkd.config.schema import DataConfig
 
 _JSON = (".jsonl", ".json")
 _HUB_FILE = re.compile(r"hf://datasets/([^/]+/[^/]+)/(.+)")
@@ -75,7 +75,7 @@ class Record:
         return [{"role": item["role"], "content": self._clean(item["content"], field)} for item in value]
 
 
-def read_records(data: Data) -> list[Record]:
+def read_records(data: DataConfig) -> list[Record]:
     """All rows of `data.path`, or the first `num_rows`. Raises ConfigError; never returns an empty list."""
     if not data.path:
         raise ConfigError("data.path is empty; name a JSONL or parquet file, or a data set of the hub")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from switchkd.config.errors import ConfigError, one_line
-from switchkd.config.schema import Config, Data
+from switchkd.config.schema import Config, DataConfig
 from switchkd.data.dataset import Record, read_records
 from switchkd.types import Prompt
 
@@ -52,14 +52,14 @@ class PromptSet:
         return ", ".join(parts)
 
 
-def eval_data(config: Config) -> Data:
+def eval_data(config: Config) -> DataConfig:
     """The `data` section as evaluation reads it: same fields and template, its own file and number of rows."""
     own = {"path": config.eval.data, "split": config.eval.split, "num_rows": config.eval.num_prompts}
     return config.data.model_copy(update=own)
 
 
 def load_prompts(
-    data: Data, tokenizer: Any, *, stop_id: int, need_references: bool = False, teachers: Sequence[str] = ()
+    data: DataConfig, tokenizer: Any, *, stop_id: int, need_references: bool = False, teachers: Sequence[str] = ()
 ) -> PromptSet:
     """Read `data.path` and tokenize it. `stop_id` ends every reference (see `answer_end`). Where there are several
     `teachers`, `teacher_field` of each row names one of them.
@@ -87,7 +87,7 @@ def load_prompts(
     return PromptSet(prompts=tuple(prompts), num_rows=len(rows), skipped=dict(skipped), num_cut=num_cut)
 
 
-def answer_end(data: Data, tokenizer: Any, stop_ids: Iterable[int]) -> int:
+def answer_end(data: DataConfig, tokenizer: Any, stop_ids: Iterable[int]) -> int:
     """The id that ends an answer: the first stop id that the chat template writes after an assistant's words, else the
     tokenizer's end-of-sequence id. Raises ConfigError when there is none."""
     if _uses_chat(data, tokenizer):
@@ -117,7 +117,7 @@ class _Row:
     teacher: str
 
     @classmethod
-    def read(cls, record: Record, data: Data, need_references: bool, teachers: Sequence[str]) -> _Row:
+    def read(cls, record: Record, data: DataConfig, need_references: bool, teachers: Sequence[str]) -> _Row:
         fields = record.fields
         references, parts = tuple(record.texts("references")), ("", "")
         if data.messages_field:
@@ -178,17 +178,17 @@ def _conversation(record: Record, field: str) -> tuple[tuple[dict[str, str], ...
     return tuple(messages[:last]), messages[last]["content"]
 
 
-def _uses_chat(data: Data, tokenizer: Any) -> bool:
+def _uses_chat(data: DataConfig, tokenizer: Any) -> bool:
     return data.template is None and bool(getattr(tokenizer, "chat_template", None))
 
 
-def _writes_start(data: Data, tokenizer: Any) -> bool:
+def _writes_start(data: DataConfig, tokenizer: Any) -> bool:
     """Chat templates write the start token themselves, a template of the user's may."""
     start = tokenizer.bos_token
     return _uses_chat(data, tokenizer) or bool(start and data.template and data.template.startswith(start))
 
 
-def _check_template(data: Data, tokenizer: Any) -> None:
+def _check_template(data: DataConfig, tokenizer: Any) -> None:
     if data.template is not None and "{prompt}" not in data.template:
         raise ConfigError(f"data.template={data.template!r} does not contain {{prompt}}; put it where the prompt goes")
     if data.template_with_input is not None:
@@ -202,7 +202,7 @@ def _check_template(data: Data, tokenizer: Any) -> None:
         raise ConfigError("data.system needs the tokenizer's chat template; write it into data.template instead")
 
 
-def _check_with_input(data: Data) -> None:
+def _check_with_input(data: DataConfig) -> None:
     if data.template is None or data.input_field is None:
         raise ConfigError("data.template_with_input belongs to data.template and data.input_field; set all three")
     if not all(name in (data.template_with_input or "") for name in ("{prompt}", "{input}")):
@@ -211,7 +211,7 @@ def _check_with_input(data: Data) -> None:
         )
 
 
-def _templated(row: _Row, data: Data, tokenizer: Any) -> str:
+def _templated(row: _Row, data: DataConfig, tokenizer: Any) -> str:
     """The text that the model reads; empty for an empty prompt."""
     if not row.text.strip():
         return ""
@@ -239,7 +239,7 @@ def _tokenize(tokenizer: Any, texts: list[str], *, whole: bool) -> list[list[int
     return [row[:-1] if whole and len(row) > 1 and row[-1] == end else row for row in ids]
 
 
-def _unusable(row: _Row, ids: list[int], data: Data, need_references: bool) -> str | None:
+def _unusable(row: _Row, ids: list[int], data: DataConfig, need_references: bool) -> str | None:
     if not ids or not row.text.strip():
         return EMPTY
     if len(ids) > data.max_prompt_tokens:
@@ -247,7 +247,7 @@ def _unusable(row: _Row, ids: list[int], data: Data, need_references: bool) -> s
     return NO_REFERENCE if need_references and not row.reference.strip() else None
 
 
-def _check_skipped(data: Data, skipped: Counter[str], num_rows: int, longest: int) -> None:
+def _check_skipped(data: DataConfig, skipped: Counter[str], num_rows: int, longest: int) -> None:
     num = sum(skipped.values())
     if num < num_rows and num <= data.max_skipped_frac * num_rows:
         return

@@ -1,4 +1,4 @@
-"""Rollouts that a run recorded with `rollout.save_signal` stand in for workers and teacher in another run.
+"""Rollouts that a run recorded with `rollout.save_teacher_output` stand in for workers and teacher in another run.
 
 In: `<run>/signal/`: a shard per optimizer step (tokens, who wrote them, the teacher's signal) and the teachers' output
 heads. Out: the heads, and what `replay_service.ReplayService` answers to the same calls. The rollouts
@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config
-from switchkd.data.atomic_files import SIGNAL, write_atomic
+from switchkd.data.atomic_files import TEACHER_OUTPUT, write_atomic
 from switchkd.data.replay import entry_of
 from switchkd.data.rollout_io import (
     append_rows,
@@ -29,23 +29,23 @@ from switchkd.data.rollout_io import (
     save_replay_state,
     save_rollouts,
 )
-from switchkd.engines.models.lm_head import HeadArrays
+from switchkd.engines.models.lm_head import LMHeadState
 from switchkd.types import Entry, Rollout
 
 HEADS = "heads.safetensors"
 
 
-def heads_for(config: Config, run_dir: Path, heads: dict[str, HeadArrays]) -> dict[str, HeadArrays]:
+def heads_for(config: Config, run_dir: Path, heads: dict[str, LMHeadState]) -> dict[str, LMHeadState]:
     """What the learner holds: `heads`, kept in the run's folder where its signal is, or those of the recorded run."""
     if config.rollout.recorded:
-        return load_heads(Path(config.rollout.recorded) / SIGNAL / HEADS)
-    if config.rollout.save_signal:
-        (run_dir / SIGNAL).mkdir(parents=True, exist_ok=True)
-        save_heads(run_dir / SIGNAL / HEADS, heads)
+        return load_heads(Path(config.rollout.recorded) / TEACHER_OUTPUT / HEADS)
+    if config.rollout.save_teacher_output:
+        (run_dir / TEACHER_OUTPUT).mkdir(parents=True, exist_ok=True)
+        save_heads(run_dir / TEACHER_OUTPUT / HEADS, heads)
     return heads
 
 
-def save_heads(path: Path, heads: dict[str, HeadArrays]) -> None:
+def save_heads(path: Path, heads: dict[str, LMHeadState]) -> None:
     tensors, told = {}, {}
     for i, (name, head) in enumerate(heads.items()):
         parts = asdict(head)
@@ -55,14 +55,14 @@ def save_heads(path: Path, heads: dict[str, HeadArrays]) -> None:
     write_atomic(path, lambda beside: save_file(tensors, beside, metadata=metadata))
 
 
-def load_heads(path: Path) -> dict[str, HeadArrays]:
+def load_heads(path: Path) -> dict[str, LMHeadState]:
     """Raises ConfigError."""
     if not path.is_file():
         raise ConfigError(f"--from-rollouts: {path} is missing, without it hidden states cannot be read; record again")
     with safe_open(path, framework="numpy") as file:
         told = json.loads(file.metadata()["heads"])
         return {
-            parts.pop("name"): HeadArrays(
+            parts.pop("name"): LMHeadState(
                 weight=file.get_tensor(f"{i}.weight"), bias=file.get_tensor(f"{i}.bias"), **parts
             )
             for i, parts in told.items()
@@ -144,7 +144,7 @@ class RecordedRollouts:
     def missing(self, num_started: int) -> list[int]:
         return []
 
-    def set_aside(self, rollout_ids: Sequence[int]) -> None:
+    def quarantine(self, rollout_ids: Sequence[int]) -> None:
         """Nobody writes rollouts that could be."""
 
     def stats(self) -> dict[str, float]:

@@ -182,7 +182,7 @@ class Replay:
         """The learner went back: what was started before keeps its room, though less is trained now."""
         self._room_below = max(self._room_below, num_started)
 
-    def set_aside(self, rollout_ids: Iterable[int]) -> None:
+    def quarantine(self, rollout_ids: Iterable[int]) -> None:
         """These will never arrive, and are missed by nobody."""
         for rollout_id in rollout_ids:
             if rollout_id not in self._rollouts:
@@ -256,7 +256,7 @@ class Replay:
         pool = [i for i, r in self._rollouts.items() if i in self._waiting and r.stage == stage and i not in promised]
         if len(pool) < num:
             return None
-        if self._policy == "completion":
+        if self._policy == "first_finished":
             return tuple(sorted(pool[:num]))
         drawn = np.random.default_rng((self._seed, step)).choice(sorted(pool), size=num, replace=False)
         return tuple(sorted(drawn.tolist()))
@@ -326,7 +326,7 @@ def entry_of(rollout: Rollout) -> Entry:
 def _num_bytes(rollout: Rollout) -> int:
     arrays = (getattr(rollout, field.name) for field in fields(rollout))
     own = sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
-    return own + (rollout.signal.nbytes if rollout.signal is not None else 0)
+    return own + (rollout.teacher_output.nbytes if rollout.teacher_output is not None else 0)
 
 
 EMPTY: dict[str, Any] = {
@@ -345,13 +345,13 @@ class ReplayService:
         replay: Replay,
         rollouts_file: Path | None,
         decode: Callable[[Sequence[int]], str],
-        signal_dir: Path | None = None,
+        teacher_output_dir: Path | None = None,
         buffer: Buffer | None = None,
     ) -> None:
         self.replay = replay
         self.rollouts_file = rollouts_file
         self.decode = decode
-        self.signal_dir = signal_dir
+        self.teacher_output_dir = teacher_output_dir
         self.buffer = buffer
 
     def put(self, rollouts: Sequence[Rollout]) -> list[int]:
@@ -379,8 +379,8 @@ class ReplayService:
         rollouts = self.fetch(rollout_ids)
         if self.rollouts_file is not None:
             append_rows(self.rollouts_file, rollouts, self.decode, step)
-        if self.signal_dir is not None:
-            save_rollouts(shard(self.signal_dir, step), rollouts)
+        if self.teacher_output_dir is not None:
+            save_rollouts(shard(self.teacher_output_dir, step), rollouts)
         self.replay.commit(step, [] if drawn else rollout_ids)
         if self.buffer is not None:
             self.buffer.add(step, rollouts)
@@ -422,8 +422,8 @@ class ReplayService:
     def missing(self, num_started: int) -> list[int]:
         return self.replay.missing(num_started)
 
-    def set_aside(self, rollout_ids: Sequence[int]) -> None:
-        self.replay.set_aside(rollout_ids)
+    def quarantine(self, rollout_ids: Sequence[int]) -> None:
+        self.replay.quarantine(rollout_ids)
 
     def stats(self) -> dict[str, float]:
         return {**self.replay.stats(), **({} if self.buffer is None else {"num_buffered": len(self.buffer)})}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from switchkd.data.prompts import DRAW_OF_BUFFER, random_words
-from switchkd.types import Origin, Rollout
+from switchkd.types import CompletionSource, Rollout
 
 
 class Buffer:
@@ -29,7 +29,7 @@ class Buffer:
     def add(self, step: int, rollouts: Iterable[Rollout]) -> None:
         """A step was trained on these; what the data set or the teacher alone wrote is not kept."""
         for rollout in sorted(rollouts, key=lambda rollout: rollout.rollout_id):
-            if rollout.origin == Origin.ROLLOUT and rollout.rollout_id not in self._rollouts:
+            if rollout.completion_source == CompletionSource.ROLLOUT and rollout.rollout_id not in self._rollouts:
                 self._rollouts[rollout.rollout_id] = rollout
                 self._added.append((step, rollout.rollout_id))
 

@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from switchkd.config.errors import ConfigError
-from switchkd.data.atomic_files import SIGNAL, append_whole, json_safe, write_atomic
-from switchkd.types import Candidates, Origin, Rollout, RolloutStats, Signal, Source
+from switchkd.data.atomic_files import TEACHER_OUTPUT, append_whole, json_safe, write_atomic
+from switchkd.types import CompletionSource, Rollout, RolloutStats, TeacherOutput, TokenSource, TopLogprobs
 
 FORMAT = {"format": "switchkd-rollouts", "version": "1"}
 
@@ -85,7 +85,7 @@ def rollout_to_row(
 
     `step` is the optimizer step that trained on it (by default its own batch). `pieces` are the tokens' texts, joined
     the completion; `segments` the runs of tokens with one source; `versions` runs `[weight_version, num_tokens]`;
-    `candidates` each model's most likely tokens (null without `rollout.save_candidates`).
+    `top_logprobs` each model's most likely tokens (null without `rollout.save_top_logprobs`).
     """
     runs = _runs(rollout.sources)
     ends = np.cumsum([0, *(num for _, num in runs)]).tolist()
@@ -94,11 +94,11 @@ def rollout_to_row(
     row = {
         "step": rollout.batch if step is None else step,
         **{name: getattr(rollout, name) for name in PLAIN_FIELDS},
-        "origin": Origin(rollout.origin).name.lower(),
+        "origin": CompletionSource(rollout.completion_source).name.lower(),
         "prompt": prompt_text,
         "completion": decode(rollout.token_ids.tolist()),
         "segments": [
-            {"source": Source(source).name.lower(), "num_tokens": num, "text": text}
+            {"source": TokenSource(source).name.lower(), "num_tokens": num, "text": text}
             for (source, num), text in zip(runs, texts, strict=True)
         ],
         "num_tokens": rollout.num_tokens,
@@ -109,7 +109,7 @@ def rollout_to_row(
         "threshold": _rounded(rollout.threshold),
         "uncertainty": _rounded(rollout.uncertainty),
         "versions": [list(run) for run in _runs(rollout.weight_versions)],
-        "candidates": None if rollout.candidates is None else _candidates_row(rollout.candidates, decode),
+        "candidates": None if rollout.top_logprobs is None else _candidates_row(rollout.top_logprobs, decode),
         "stats": asdict(rollout.stats),
     }
     return json_safe(row)
@@ -123,7 +123,7 @@ def append_rows(
     append_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _candidates_row(found: Candidates, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
+def _candidates_row(found: TopLogprobs, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
     """By model: lists [T][up to K] of ids, texts and log-probs; an empty list where its row was never made."""
     sides = {
         "teacher": (found.teacher_ids, found.teacher_logprobs),
@@ -166,16 +166,16 @@ def _save(path: Path, rollouts: Sequence[Rollout], rest: dict[str, Any]) -> None
         "prompt_ids": _flat([rollout.prompt_ids for rollout in rollouts], np.int32),
         **{name: _flat([getattr(r, name) for r in rollouts], dtype) for name, dtype in TOKEN_FIELDS.items()},
     }
-    seen = [rollout.candidates for rollout in rollouts if rollout.candidates is not None]
+    seen = [rollout.top_logprobs for rollout in rollouts if rollout.top_logprobs is not None]
     for name, dtype in CANDIDATE_FIELDS.items() if seen else ():
         tensors[f"candidates.{name}"] = np.concatenate([getattr(one, name).astype(dtype, copy=False) for one in seen])
-    groups: dict[str, list[Signal]] = {}
+    groups: dict[str, list[TeacherOutput]] = {}
     for rollout in rollouts:
-        if rollout.signal is not None:
-            groups.setdefault(_group(rollout.signal), []).append(rollout.signal)
-    for name, signals in groups.items():
-        tensors[f"values.{name}"] = np.concatenate([signal.values for signal in signals])
-        tensors[f"lengths.{name}"] = np.concatenate([signal.lengths for signal in signals])
+        if rollout.teacher_output is not None:
+            groups.setdefault(_group(rollout.teacher_output), []).append(rollout.teacher_output)
+    for name, teacher_outputs in groups.items():
+        tensors[f"values.{name}"] = np.concatenate([teacher_output.values for teacher_output in teacher_outputs])
+        tensors[f"lengths.{name}"] = np.concatenate([teacher_output.lengths for teacher_output in teacher_outputs])
     write_atomic(path, lambda beside: save_file(tensors, beside, metadata=FORMAT))
 
 
@@ -188,17 +188,17 @@ def _load(path: Path) -> tuple[list[Rollout], dict[str, Any]]:
     prompts = _split(tensors["prompt_ids"], [record["prompt_length"] for record in records])
     lengths = [record["length"] for record in records]
     columns: dict[str, list[Any]] = {name: _split(tensors[name], lengths) for name in TOKEN_FIELDS}
-    signals = _split_signals(tensors, records)
+    teacher_outputs = _split_teacher_outputs(tensors, records)
     seen = _split_candidates(tensors, records)
     rollouts = [
         Rollout(
             **{name: record[name] for name in PLAIN_FIELDS},
-            origin=Origin(record["origin"]),
+            completion_source=CompletionSource(record["origin"]),
             prompt_ids=prompts[i],
             **{name: column[i] for name, column in columns.items()},
-            signal=signals[i],
+            teacher_output=teacher_outputs[i],
             stats=_stats(record["stats"]),
-            candidates=seen[i],
+            top_logprobs=seen[i],
         )
         for i, record in enumerate(records)
     ]
@@ -209,13 +209,13 @@ def _stats(told: dict[str, Any]) -> RolloutStats:
     return RolloutStats(**{**told, "block_lengths": tuple(told.get("block_lengths", ()))})
 
 
-def _split_candidates(tensors: dict[str, np.ndarray], records: list[dict[str, Any]]) -> list[Candidates | None]:
+def _split_candidates(tensors: dict[str, np.ndarray], records: list[dict[str, Any]]) -> list[TopLogprobs | None]:
     lengths = [record["length"] if record.get("candidates") else 0 for record in records]
     if not any(record.get("candidates") for record in records):
         return [None] * len(records)
     columns = {name: _split(tensors[f"candidates.{name}"], lengths) for name in CANDIDATE_FIELDS}
     return [
-        Candidates(**{name: column[i] for name, column in columns.items()}) if record.get("candidates") else None
+        TopLogprobs(**{name: column[i] for name, column in columns.items()}) if record.get("candidates") else None
         for i, record in enumerate(records)
     ]
 
@@ -223,35 +223,35 @@ def _split_candidates(tensors: dict[str, np.ndarray], records: list[dict[str, An
 def _record(rollout: Rollout) -> dict[str, Any]:
     return {
         **{name: getattr(rollout, name) for name in PLAIN_FIELDS},
-        "origin": int(rollout.origin),
+        "origin": int(rollout.completion_source),
         "stats": json_safe(asdict(rollout.stats)),
         "prompt_length": len(rollout.prompt_ids),
         "length": rollout.num_tokens,
-        "candidates": rollout.candidates is not None,
-        "signal": None if rollout.signal is None else _signal_record(rollout.signal),
+        "candidates": rollout.top_logprobs is not None,
+        "teacher_output": None if rollout.teacher_output is None else _teacher_output_record(rollout.teacher_output),
     }
 
 
-def _signal_record(signal: Signal) -> dict[str, Any]:
-    sizes = {"num_rows": len(signal.values), "num_lengths": len(signal.lengths)}
-    return {"group": _group(signal), "kind": signal.kind, "dtype": signal.dtype, **sizes}
+def _teacher_output_record(teacher_output: TeacherOutput) -> dict[str, Any]:
+    sizes = {"num_rows": len(teacher_output.values), "num_lengths": len(teacher_output.lengths)}
+    return {"group": _group(teacher_output), "kind": teacher_output.kind, "dtype": teacher_output.dtype, **sizes}
 
 
-def _group(signal: Signal) -> str:
+def _group(teacher_output: TeacherOutput) -> str:
     """Signals of one group fit into one tensor, such as `uint16x576`."""
-    return f"{signal.values.dtype.name}x{'x'.join(map(str, signal.values.shape[1:]))}"
+    return f"{teacher_output.values.dtype.name}x{'x'.join(map(str, teacher_output.values.shape[1:]))}"
 
 
-def _split_signals(tensors: dict[str, np.ndarray], records: list[dict[str, Any]]) -> list[Signal | None]:
-    signals: list[Signal | None] = [None] * len(records)
-    told = [(i, record["signal"]) for i, record in enumerate(records) if record["signal"]]
+def _split_teacher_outputs(tensors: dict[str, np.ndarray], records: list[dict[str, Any]]) -> list[TeacherOutput | None]:
+    teacher_outputs: list[TeacherOutput | None] = [None] * len(records)
+    told = [(i, record["teacher_output"]) for i, record in enumerate(records) if record["teacher_output"]]
     for group in sorted({one["group"] for _, one in told}):
         members = [(i, one) for i, one in told if one["group"] == group]
         values = _split(tensors[f"values.{group}"], [one["num_rows"] for _, one in members])
         lengths = _split(tensors[f"lengths.{group}"], [one["num_lengths"] for _, one in members])
         for (i, one), rows, counts in zip(members, values, lengths, strict=True):
-            signals[i] = Signal(kind=one["kind"], dtype=one["dtype"], values=rows, lengths=counts)
-    return signals
+            teacher_outputs[i] = TeacherOutput(kind=one["kind"], dtype=one["dtype"], values=rows, lengths=counts)
+    return teacher_outputs
 
 
 def _flat(arrays: list[np.ndarray], dtype: Any) -> np.ndarray:
@@ -300,21 +300,21 @@ def rollout_features() -> Any:
 _SHARD = re.compile(r"step-(\d{8})\.safetensors")
 
 
-def shard(signal_dir: Path, step: int) -> Path:
+def shard(teacher_output_dir: Path, step: int) -> Path:
     """Where the rollouts that a step trained on are kept; its folder is made."""
-    signal_dir.mkdir(parents=True, exist_ok=True)
-    return signal_dir / f"step-{step:08d}.safetensors"
+    teacher_output_dir.mkdir(parents=True, exist_ok=True)
+    return teacher_output_dir / f"step-{step:08d}.safetensors"
 
 
 def find_shards(run_dir: Path) -> list[tuple[int, Path]]:
     """Step and file of all shards of a run, in order. Raises ConfigError where there are none."""
     if not run_dir.is_dir():
         raise ConfigError(f"--from-rollouts {run_dir}: there is no such folder; give the folder of a run")
-    named = [(_SHARD.fullmatch(path.name), path) for path in (run_dir / SIGNAL).glob("step-*.safetensors")]
+    named = [(_SHARD.fullmatch(path.name), path) for path in (run_dir / TEACHER_OUTPUT).glob("step-*.safetensors")]
     found = sorted((int(name[1]), path) for name, path in named if name)
     if not found:
         raise ConfigError(
-            f"--from-rollouts {run_dir}: it has no {SIGNAL}/ with the teacher's signal; run it with "
-            "rollout.save_signal=true"
+            f"--from-rollouts {run_dir}: it has no {TEACHER_OUTPUT}/ with the teacher's signal; run it with "
+            "rollout.save_teacher_output=true"
         )
     return found

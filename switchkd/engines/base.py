@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from switchkd.types import Blocks, Positions, Sessions, Signal, WeightBundle, WriteRequest, Written
+from switchkd.types import Blocks, PackedWeights, Positions, Sessions, TeacherOutput, WriteRequest, Written
 
 if TYPE_CHECKING:
     import torch
@@ -34,15 +34,15 @@ class Teacher(Protocol):
     def open(self, sessions: Sessions) -> None:
         """Take sequences in. Raises TeacherBusy (none is taken) when they do not all fit."""
 
-    def score(self, blocks: Blocks) -> Signal:
+    def score(self, blocks: Blocks) -> TeacherOutput:
         """Read the blocks (see types.Blocks). Raises UnknownSession before anything is computed."""
 
     def write(self, request: WriteRequest) -> Written:
         """Go on alone (see types.WriteRequest). Raises UnknownSession before anything is computed."""
 
-    def exact(self, question: Positions) -> Signal:
-        """Hidden states or whole rows of single positions, where `signal: topk` leaves something open. Raises
-        UnknownSession before anything is computed, ValueError for a position that a session does not hold."""
+    def exact(self, question: Positions) -> TeacherOutput:
+        """Hidden states or whole rows of single positions, where `teacher.output: top_logprobs` leaves something open.
+        Raises UnknownSession before anything is computed, ValueError for a position that a session does not hold."""
 
     def close(self, session_ids: np.ndarray) -> None:
         """Forget sessions; unknown ones are ignored."""
@@ -71,5 +71,5 @@ class StudentEngine(Protocol):
         """Cut slot b to `starts[b]` tokens, append its tokens, and return the final hidden state of every appended
         token, flat, [N, D] in the model's dtype. `starts[b]` may not exceed what the slot holds."""
 
-    def load_weights(self, bundle: WeightBundle) -> None:
+    def load_weights(self, packed: PackedWeights) -> None:
         """Replace all weights. Caches are stale afterwards: the caller extends from 0 again."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from switchkd.config import resources
-from switchkd.config.schema import Config, Model
+from switchkd.config.schema import Config, ModelConfig
 from switchkd.engines.models.loading import load_model, load_tokenizer, shared_vocab
 
 if TYPE_CHECKING:
@@ -28,14 +28,14 @@ def max_len(config: Config) -> int:
     return config.data.max_prompt_tokens + longest
 
 
-def device_of(model: Model | str) -> str:
+def device_of(model: ModelConfig | str) -> str:
     import torch
 
     wanted = model if isinstance(model, str) else model.device
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
 
-def _load(model: Model, device: str, device_map: str | None = None) -> torch.nn.Module:
+def _load(model: ModelConfig, device: str, device_map: str | None = None) -> torch.nn.Module:
     return load_model(
         model.path,
         dtype=model.dtype,
@@ -63,16 +63,16 @@ def _hf_teacher(config: Config) -> HFTeacher:
 
     section = config.teacher
     model = _load(section, device_of(section), section.device_map)
-    whole_rows = section.signal == "full"
+    whole_rows = section.output == "logits"
     return HFTeacher(
         model,
         vocab_size=shared_vocab(load_tokenizer(section.path, trust_remote_code=section.trust_remote_code)),
         max_sessions=section.max_sessions,
         max_len=max_len(config),
         lease_s=section.lease_s,
-        signal=section.signal,
+        output=section.output,
         capture=capture_for(model, section.graphs, key="teacher.graphs", whole_rows=whole_rows),
-        top_k=section.signal_top_k,
+        top_k=section.num_top_logprobs,
         prepack=section.prepack,
     )
 
@@ -99,8 +99,8 @@ def _vllm_teacher(config: Config) -> VLLMTeacher:
         max_sessions=section.max_sessions,
         max_len=max_len(config),
         lease_s=section.lease_s,
-        signal="topk" if section.signal == "topk" else "hidden",
-        top_k=section.signal_top_k,
+        output="top_logprobs" if section.output == "top_logprobs" else "hidden_states",
+        top_k=section.num_top_logprobs,
     )
 
 

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from switchkd.types import WeightBundle
+from switchkd.types import PackedWeights
 
 BUCKET_BYTES = 256 * 2**20
 _ALIGN = 64  # a view as any dtype needs an aligned start
 
-Entry = tuple[str, str, tuple[int, ...], int, int, int]
+ManifestEntry = tuple[str, str, tuple[int, ...], int, int, int]
 
 
 def pack(
@@ -29,7 +29,7 @@ def pack(
     bucket_bytes: int = BUCKET_BYTES,
     *,
     dtype: str | torch.dtype | None = None,
-) -> WeightBundle:
+) -> PackedWeights:
     """Copy tensors into buckets of `bucket_bytes` (a larger tensor has a bucket of its own).
 
     `dtype` casts the floating ones, such as fp32 masters to the rollout workers' bfloat16. Of tensors that share their
@@ -41,21 +41,21 @@ def pack(
             writer.write(name, tensor, _dtype(dtype))
     buckets = writer.finish()
     manifest = tuple(writer.manifest)
-    return WeightBundle(version=version, manifest=manifest, buckets=buckets, checksum=_checksum(manifest, buckets))
+    return PackedWeights(version=version, manifest=manifest, buckets=buckets, checksum=_checksum(manifest, buckets))
 
 
-def unpack(bundle: WeightBundle) -> Iterator[tuple[str, Tensor]]:
+def unpack(packed: PackedWeights) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors, as views of the buckets: not to be written to. Checks the sum first."""
-    found = _checksum(bundle.manifest, bundle.buckets)
-    if found != bundle.checksum:
+    found = _checksum(packed.manifest, packed.buckets)
+    if found != packed.checksum:
         raise ValueError(
-            f"weights of version {bundle.version} are damaged (checksum {found}, not {bundle.checksum}): publish again"
+            f"weights of version {packed.version} are damaged (checksum {found}, not {packed.checksum}): publish again"
         )
-    return _views(bundle)
+    return _views(packed)
 
 
 @torch.no_grad()
-def unpack_into(module: nn.Module, bundle: WeightBundle) -> None:
+def unpack_into(module: nn.Module, packed: PackedWeights) -> None:
     """Overwrite all weights of `module`, cast to its dtypes. Either everything fits or nothing is written.
 
     Each parameter is needed under one of its names (tied weights have several); persistent buffers may be left out.
@@ -63,24 +63,24 @@ def unpack_into(module: nn.Module, bundle: WeightBundle) -> None:
     targets: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     needed = {id(tensor) for tensor in targets.values()}
     targets |= {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if name not in targets}
-    _check_fit(bundle, targets, needed)
-    for name, tensor in unpack(bundle):
+    _check_fit(packed, targets, needed)
+    for name, tensor in unpack(packed):
         targets[name].copy_(tensor)
 
 
-def _check_fit(bundle: WeightBundle, targets: dict[str, Tensor], needed: set[int]) -> None:
+def _check_fit(packed: PackedWeights, targets: dict[str, Tensor], needed: set[int]) -> None:
     given = set()
-    for name, _, shape, *_ in bundle.manifest:
+    for name, _, shape, *_ in packed.manifest:
         if name not in targets:
-            raise ValueError(f"weights of version {bundle.version} hold {name}, the model does not: another student?")
+            raise ValueError(f"weights of version {packed.version} hold {name}, the model does not: another student?")
         if tuple(targets[name].shape) != shape:
             raise ValueError(
-                f"weights of version {bundle.version}: {name} is {list(shape)}, the model's {list(targets[name].shape)}"
+                f"weights of version {packed.version}: {name} is {list(shape)}, the model's {list(targets[name].shape)}"
             )
         given.add(id(targets[name]))
     missing = next((name for name, tensor in targets.items() if id(tensor) in needed - given), None)
     if missing is not None:
-        raise ValueError(f"weights of version {bundle.version} lack {missing}, the model does not: another student?")
+        raise ValueError(f"weights of version {packed.version} lack {missing}, the model does not: another student?")
 
 
 class _Writer:
@@ -88,7 +88,7 @@ class _Writer:
 
     def __init__(self, bucket_bytes: int) -> None:
         self.bucket_bytes = bucket_bytes
-        self.manifest: list[Entry] = []
+        self.manifest: list[ManifestEntry] = []
         self._buckets: list[np.ndarray] = []
         self._used = 0  # bytes of the last bucket
 
@@ -141,15 +141,15 @@ class _Tied:
         return False
 
 
-def _views(bundle: WeightBundle) -> Iterator[tuple[str, Tensor]]:
-    for name, dtype, shape, bucket, offset, nbytes in bundle.manifest:
+def _views(packed: PackedWeights) -> Iterator[tuple[str, Tensor]]:
+    for name, dtype, shape, bucket, offset, nbytes in packed.manifest:
         with warnings.catch_warnings():  # what comes out of an object store is read-only, and torch warns of that
             warnings.simplefilter("ignore", UserWarning)
-            flat = torch.from_numpy(bundle.buckets[bucket][offset : offset + nbytes])
+            flat = torch.from_numpy(packed.buckets[bucket][offset : offset + nbytes])
         yield name, flat.view(getattr(torch, dtype)).reshape(shape)
 
 
-def _checksum(manifest: tuple[Entry, ...], buckets: tuple[np.ndarray, ...]) -> str:
+def _checksum(manifest: tuple[ManifestEntry, ...], buckets: tuple[np.ndarray, ...]) -> str:
     """CRC-32 of manifest and buckets: 2.6 GB/s on one core, four times a cryptographic one."""
     crc = zlib.crc32(repr(manifest).encode())
     for bucket in buckets:

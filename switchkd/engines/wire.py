@@ -8,7 +8,7 @@ import torch
 from switchkd.algo.transfer import to_host
 
 
-def signal_from_hidden(hidden: torch.Tensor) -> tuple[np.ndarray, str]:
+def to_numpy(hidden: torch.Tensor) -> tuple[np.ndarray, str]:
     """A tensor as it travels, and the name of its dtype: bfloat16 as uint16, which NumPy has no better name for."""
     hidden = to_host(hidden.detach())
     if hidden.dtype == torch.bfloat16:
@@ -16,7 +16,7 @@ def signal_from_hidden(hidden: torch.Tensor) -> tuple[np.ndarray, str]:
     return hidden.numpy(), str(hidden.dtype).removeprefix("torch.")
 
 
-def hidden_from_signal(values: np.ndarray, dtype: str, device: torch.device | str = "cpu") -> torch.Tensor:
+def from_numpy(values: np.ndarray, dtype: str, device: torch.device | str = "cpu") -> torch.Tensor:
     """The tensor that travelled, in its dtype. Shares the array's memory on a CPU, unless the array is read-only (an
     object store's), where a write through the tensor would be fatal."""
     if not values.flags.writeable:

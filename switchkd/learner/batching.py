@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from switchkd.algo.losses import atkd_threshold
-from switchkd.engines.wire import hidden_from_signal
-from switchkd.types import BatchPlan, Rollout, Signal
+from switchkd.engines.wire import from_numpy
+from switchkd.types import BatchAssignment, Rollout, TeacherOutput
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,9 +126,9 @@ class PlanEntry(Protocol):
     def uncertainty(self) -> np.ndarray: ...
 
 
-def plan_batch(
+def assign_batch(
     step: int, stage: int, entries: Sequence[PlanEntry], num_ranks: int, hard_frac: float | None = None
-) -> BatchPlan:
+) -> BatchAssignment:
     """Deal rollouts out by length, and count what the loss divides by. The order of `entries` does not matter.
 
     Dealing goes there and back again (0, 1, 1, 0, ...): totals are near each other, and so are the lengths of the
@@ -140,7 +140,7 @@ def plan_batch(
         lap, place = divmod(i, num_ranks)
         shares[place if lap % 2 == 0 else num_ranks - 1 - place].append(entry.rollout_id)
     num_hard, threshold = _hard_split(ordered, hard_frac) if hard_frac is not None else (0, 0.0)
-    return BatchPlan(
+    return BatchAssignment(
         step=step,
         stage=stage,
         rollout_ids=tuple(tuple(share) for share in shares),
@@ -167,24 +167,24 @@ def _teacher_rows(rollouts: Sequence[Rollout]) -> tuple[TeacherRows, ...]:
     """One entry for each run of neighbours with the same teacher."""
     segments: list[TeacherRows] = []
     start = 0
-    for (teacher, kind), group in groupby(rollouts, key=lambda r: (r.teacher, _signal(r).kind)):
-        signals = [_signal(r) for r in group]
-        values = torch.cat([hidden_from_signal(s.values, s.dtype) for s in signals])
+    for (teacher, kind), group in groupby(rollouts, key=lambda r: (r.teacher, _teacher_output(r).kind)):
+        teacher_outputs = [_teacher_output(r) for r in group]
+        values = torch.cat([from_numpy(s.values, s.dtype) for s in teacher_outputs])
         stop = start + len(values)
         segments.append(TeacherRows(teacher=teacher, kind=kind, start=start, stop=stop, values=values))
         start = stop
     return tuple(segments)
 
 
-def _signal(rollout: Rollout) -> Signal:
-    if rollout.signal is None:
+def _teacher_output(rollout: Rollout) -> TeacherOutput:
+    if rollout.teacher_output is None:
         raise ValueError(f"rollout {rollout.rollout_id} carries no teacher signal, but the loss needs one")
-    if len(rollout.signal.values) != rollout.num_tokens:
+    if len(rollout.teacher_output.values) != rollout.num_tokens:
         raise ValueError(
             f"rollout {rollout.rollout_id} has {rollout.num_tokens} tokens, "
-            f"but its teacher signal has {len(rollout.signal.values)} rows"
+            f"but its teacher signal has {len(rollout.teacher_output.values)} rows"
         )
-    return rollout.signal
+    return rollout.teacher_output
 
 
 def _flat(parts: Sequence[np.ndarray], dtype: type) -> Tensor:

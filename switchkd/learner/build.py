@@ -7,8 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from switchkd.algo import losses, topk_losses
-from switchkd.config.schema import Stage
-from switchkd.config.user_code import _check_params, _given, named
+from switchkd.config.schema import StageConfig
+from switchkd.config.user_code import check_params, given_params, load_user_function
 from switchkd.learner.batching import LossSpec
 
 if TYPE_CHECKING:
@@ -23,14 +23,14 @@ _LOSS_KEYS = {
 }
 
 
-def build_loss(stage: Stage) -> LossSpec:
+def build_loss(stage: StageConfig) -> LossSpec:
     """The stage's loss. Raises ConfigError naming the parameter that it refuses."""
     kind = stage.loss.type
     every = sorted({key for keys in _LOSS_KEYS.values() for key in keys})
-    params = _given(stage.loss, kind, _LOSS_KEYS.get(kind, ()), every) | stage.loss.params
+    params = given_params(stage.loss, kind, _LOSS_KEYS.get(kind, ()), every) | stage.loss.params
     hard_frac = params.pop("hard_frac", 0.5) if kind == "atkd" else None
     per_token = _loss_function(kind)
-    _check_params(per_token, f"loss {kind}", params)
+    check_params(per_token, f"loss {kind}", params)
     return LossSpec(
         name=kind,
         per_token=per_token,
@@ -61,4 +61,4 @@ def _loss_function(kind: str) -> Callable[..., Any]:
         case "atkd":
             return losses.atkd_tokens
         case _:
-            return named(kind, "loss")
+            return load_user_function(kind, "loss")

@@ -20,18 +20,18 @@ from typing import Any
 
 import torch
 
-from switchkd.engines.models.lm_head import HeadArrays, LinearHead
+from switchkd.engines.models.lm_head import LMHead, LMHeadState
 from switchkd.engines.weights import pack
 from switchkd.learner.batching import Batch, LossSpec, collate, split_micro
-from switchkd.learner.loss_module import Objective, full_tensors
-from switchkd.learner.metrics import Tally
+from switchkd.learner.loss_module import StepLoss, full_tensors
+from switchkd.learner.metrics import LossMetrics
 from switchkd.learner.settings import LearnerSettings, deepspeed_config, param_groups
 from switchkd.learner.student import build_student, export_student
-from switchkd.types import BatchPlan, Rollout, StepResult, WeightBundle
+from switchkd.types import BatchAssignment, PackedWeights, Rollout, StepResult
 
 
 class DeepSpeedLearner:
-    """One rank. `teacher_heads` by teacher name, for rollouts whose signal is hidden states."""
+    """One rank. `teacher_lm_heads` by teacher name, for rollouts whose signal is hidden states."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class DeepSpeedLearner:
         world_size: int,
         master_addr: str,
         master_port: int,
-        teacher_heads: Mapping[str, HeadArrays],
+        teacher_lm_heads: Mapping[str, LMHeadState],
     ) -> None:
         self.settings, self.rank, self.world_size = settings, rank, world_size
         self.device = _device(settings.device, local_rank)
@@ -57,12 +57,12 @@ class DeepSpeedLearner:
         self.engine = _initialize(self.module, settings, config)
         _limit_waits(settings.timeout_s)
         self.engine.train()
-        self.heads: dict[str, LinearHead] = {
-            name: LinearHead.from_arrays(arrays, self.device) for name, arrays in teacher_heads.items()
+        self.heads: dict[str, LMHead] = {
+            name: LMHead.from_arrays(arrays, self.device) for name, arrays in teacher_lm_heads.items()
         }
 
     def step(
-        self, plan: BatchPlan, rollouts: Sequence[Rollout], *, loss: LossSpec, lr: float, version_after: int
+        self, assignment: BatchAssignment, rollouts: Sequence[Rollout], *, loss: LossSpec, lr: float, version_after: int
     ) -> StepResult:
         """One optimizer step on this rank's share of the plan, in any number of micro-batches.
 
@@ -70,28 +70,28 @@ class DeepSpeedLearner:
         finite, all ranks skip: all that the next step depends on, random numbers included, stays as it was.
         """
         start = time.monotonic()
-        self._check_share(plan, rollouts)
+        self._check_share(assignment, rollouts)
         before = _random_state(self.device)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         micro = split_micro(rollouts, self.settings.micro_batch_tokens)
         num_micro = self._most(max(1, len(micro)))
-        tally = Tally(self.device)
+        tally = LossMetrics(self.device)
         for i in range(num_micro):
             share = micro[i] if i < len(micro) else []
             batch = collate(share, self.settings.pad_id, needs_teacher=loss.needs_teacher).to(self.device)
-            self._backward(batch, Objective(loss, plan, batch), tally, last=i == num_micro - 1)
+            self._backward(batch, StepLoss(loss, assignment, batch), tally, last=i == num_micro - 1)
         grad_norm = self._update()
         skipped = not math.isfinite(grad_norm)
         if skipped:
             _set_random_state(before, self.device)
         return StepResult(
-            step=plan.step,
+            step=assignment.step,
             version=version_after,
             loss=tally.loss,
             grad_norm=grad_norm,
             lr=lr,
-            num_loss_tokens=plan.num_loss_tokens,
+            num_loss_tokens=assignment.num_loss_tokens,
             time_s=time.monotonic() - start,
             skipped=skipped,
             metrics={
@@ -102,7 +102,7 @@ class DeepSpeedLearner:
             },
         )
 
-    def publish(self, version: int, dtype: str) -> WeightBundle | None:
+    def publish(self, version: int, dtype: str) -> PackedWeights | None:
         """The weights as the rollout workers load them: packed on rank 0, None elsewhere."""
         tensors = full_tensors(self.module.model, self._gather)
         if self.rank == 0:
@@ -147,7 +147,7 @@ class DeepSpeedLearner:
 
             deepspeed.comm.destroy_process_group()
 
-    def _backward(self, batch: Batch, objective: Objective, tally: Tally, *, last: bool) -> None:
+    def _backward(self, batch: Batch, objective: StepLoss, tally: LossMetrics, *, last: bool) -> None:
         """Before the step's last backward call its loss is known. DeepSpeed drops a gradient that is not finite from
         the buffers of every stage, so a loss that is not finite is given one, whatever its own derivative."""
         self.engine.set_gradient_accumulation_boundary(last)
@@ -192,12 +192,14 @@ class DeepSpeedLearner:
             torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
         return int(found)
 
-    def _check_share(self, plan: BatchPlan, rollouts: Sequence[Rollout]) -> None:
-        if len(plan.rollout_ids) != self.world_size:
-            raise ValueError(f"step {plan.step} is planned for {len(plan.rollout_ids)} ranks of {self.world_size}")
-        given, planned = sorted(r.rollout_id for r in rollouts), sorted(plan.rollout_ids[self.rank])
+    def _check_share(self, assignment: BatchAssignment, rollouts: Sequence[Rollout]) -> None:
+        if len(assignment.rollout_ids) != self.world_size:
+            raise ValueError(
+                f"step {assignment.step} is planned for {len(assignment.rollout_ids)} ranks of {self.world_size}"
+            )
+        given, planned = sorted(r.rollout_id for r in rollouts), sorted(assignment.rollout_ids[self.rank])
         if given != planned:
-            raise ValueError(f"step {plan.step}: rank {self.rank} got rollouts {given}, the plan says {planned}")
+            raise ValueError(f"step {assignment.step}: rank {self.rank} got rollouts {given}, the plan says {planned}")
 
 
 def _initialize(student: torch.nn.Module, settings: LearnerSettings, config: dict[str, Any]) -> Any:
@@ -240,7 +242,7 @@ def _join(device: torch.device, timeout_s: float) -> None:
         # without this it compiles an extension for 50 s, or fails for want of a compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with suppress(RuntimeError):  # it is there from an earlier learner of this process
-        register_rendezvous_handler("switchkd", _meet)
+        register_rendezvous_handler("switchkd", _rendezvous)
     deepspeed.init_distributed(
         dist_backend="gloo" if device.type == "cpu" else "nccl",
         auto_mpi_discovery=False,
@@ -249,7 +251,7 @@ def _join(device: torch.device, timeout_s: float) -> None:
     )
 
 
-def _meet(url: str, *, timeout: timedelta, **_: object) -> Iterator[tuple[torch.distributed.Store, int, int]]:
+def _rendezvous(url: str, *, timeout: timedelta, **_: object) -> Iterator[tuple[torch.distributed.Store, int, int]]:
     """As torch's `env://`, but the store by which ranks find each other listens on MASTER_ADDR alone: torch's own
     listens on every interface, and asks nobody for a token."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -20,9 +20,9 @@ from switchkd.algo.chunked_loss import chunked_loss
 from switchkd.algo.losses import atkd_weights, cross_entropy, forward_kl, token_weights
 from switchkd.algo.topk import TopK, concatenated, unpack
 from switchkd.algo.topk_losses import coarse
-from switchkd.engines.models.lm_head import LinearHead, final_hidden, finished
+from switchkd.engines.models.lm_head import LMHead, final_hidden, finished
 from switchkd.learner.batching import Batch, LossSpec
-from switchkd.types import BatchPlan, Source
+from switchkd.types import BatchAssignment, TokenSource
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager]
 
@@ -44,7 +44,7 @@ class OutputLayer(nn.Module):
         self.vocab_size, self.scale, self.softcap, self.chunk = vocab_size, scale, softcap, chunk
 
     def forward(self, hidden: Tensor, *, teacher: Callable[[slice], Tensor | TopK | None], batch: Batch,
-                objective: Objective) -> Tensor:  # fmt: skip
+                objective: StepLoss) -> Tensor:  # fmt: skip
         """[N, D] to the weighted sum of the losses."""
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
@@ -57,25 +57,25 @@ class OutputLayer(nn.Module):
         )  # fmt: skip
 
 
-class Objective:
+class StepLoss:
     """The loss of one micro-batch: weights that hold the whole step's denominators, and what is seen on the way."""
 
-    def __init__(self, spec: LossSpec, plan: BatchPlan, batch: Batch) -> None:
+    def __init__(self, spec: LossSpec, assignment: BatchAssignment, batch: Batch) -> None:
         self.spec = spec
         self.seen: dict[str, list[Tensor]] = {"loss": [], "kl": [], "lm": []}
         mask = torch.ones_like(batch.labels, dtype=torch.bool)
-        self.weights = token_weights(mask, num_loss_tokens=plan.num_loss_tokens)
+        self.weights = token_weights(mask, num_loss_tokens=assignment.num_loss_tokens)
         self.extras: dict[str, Tensor] = {}
         if spec.hard_frac is not None:
-            hard = batch.uncertainty >= plan.hard_threshold
-            num_easy = plan.num_loss_tokens - plan.num_hard
-            self.weights = atkd_weights(mask, hard, num_easy=num_easy, num_hard=plan.num_hard)
+            hard = batch.uncertainty >= assignment.hard_threshold
+            num_easy = assignment.num_loss_tokens - assignment.num_hard
+            self.weights = atkd_weights(mask, hard, num_easy=num_easy, num_hard=assignment.num_hard)
             self.extras["hard"] = hard
             self.extras["unc"] = batch.uncertainty
         if spec.lm_coef:
             # over all tokens of the step, whatever the other loss divides by
-            share = spec.lm_coef / max(plan.num_loss_tokens, 1) / self.weights
-            self.extras["lm_weight"] = torch.where(batch.sources == Source.DATA, share, 0.0)
+            share = spec.lm_coef / max(assignment.num_loss_tokens, 1) / self.weights
+            self.extras["lm_weight"] = torch.where(batch.sources == TokenSource.DATA, share, 0.0)
 
     def per_token(self, p_logits: Tensor | TopK | None, q_logits: Tensor, labels: Tensor, mask: Tensor,
                   *, lm_weight: Tensor | None = None, **extras: Tensor) -> Tensor:  # fmt: skip
@@ -127,7 +127,7 @@ class StudentModule(nn.Module):
         _check_output_layer(causal_model(model), layer)
         self.output = OutputLayer(layer, vocab_size=vocab_size, scale=scale, softcap=softcap, chunk=chunk)
 
-    def forward(self, batch: Batch, objective: Objective, heads: Mapping[str, LinearHead]) -> Tensor:
+    def forward(self, batch: Batch, objective: StepLoss, heads: Mapping[str, LMHead]) -> Tensor:
         """The micro-batch's share of the step's loss. Already divided: shares of all micro-batches and ranks add up."""
         hidden = final_hidden(
             causal_model(self.model), input_ids=batch.input_ids, attention_mask=batch.attention_mask,
@@ -138,18 +138,16 @@ class StudentModule(nn.Module):
         return self.output(states, teacher=teacher, batch=batch, objective=objective)
 
 
-def teacher_rows(
-    batch: Batch, heads: Mapping[str, LinearHead], vocab_size: int
-) -> Callable[[slice], Tensor | TopK | None]:
+def teacher_rows(batch: Batch, heads: Mapping[str, LMHead], vocab_size: int) -> Callable[[slice], Tensor | TopK | None]:
     """The teacher's logits for a slice of the loss tokens, float32 [n, V], made when asked for; compressed rows as they
     are."""
     kinds = {segment.kind for segment in batch.teacher}
-    if "topk" in kinds and len(kinds) > 1:
+    if "top_logprobs" in kinds and len(kinds) > 1:
         raise ValueError(
-            f"signals of kinds {sorted(kinds)} came in one batch; resume with the teacher.signal of before"
+            f"signals of kinds {sorted(kinds)} came in one batch; resume with the teacher.output of before"
         )
     for segment in batch.teacher:
-        if segment.kind == "hidden" and segment.teacher not in heads:
+        if segment.kind == "hidden_states" and segment.teacher not in heads:
             raise ValueError(
                 f"hidden states of teacher {segment.teacher!r} came in, the learner has heads of {sorted(heads)}"
             )
@@ -169,12 +167,12 @@ def teacher_rows(
             start, stop = max(tokens.start, segment.start), min(tokens.stop, segment.stop)
             if start < stop:
                 values = segment.values[start - segment.start : stop - segment.start]
-                parts.append(values.float() if segment.kind == "full" else heads[segment.teacher].logits(values))
+                parts.append(values.float() if segment.kind == "logits" else heads[segment.teacher].logits(values))
         if parts:
             return parts[0] if len(parts) == 1 else torch.cat(parts)
         return None if batch.teacher else torch.zeros(0, vocab_size, device=batch.labels.device)
 
-    if "topk" in kinds:
+    if "top_logprobs" in kinds:
         return values_of
     return rows_of if batch.teacher or not len(batch.labels) else lambda _: None
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from switchkd.learner.batching import Batch
-from switchkd.learner.loss_module import Objective
-from switchkd.types import Source
+from switchkd.learner.loss_module import StepLoss
+from switchkd.types import TokenSource
 
-_SOURCES = {Source.STUDENT: "loss/student", Source.TEACHER: "loss/teacher", Source.DATA: "loss/data"}
+_SOURCES = {TokenSource.STUDENT: "loss/student", TokenSource.TEACHER: "loss/teacher", TokenSource.DATA: "loss/data"}
 
 
-class Tally:
+class LossMetrics:
     """Sums and counts in one float64 tensor, so that one small message adds up the ranks."""
 
     def __init__(self, device: torch.device) -> None:
@@ -26,7 +26,7 @@ class Tally:
     def loss(self) -> float:
         return float(self._sums[0, 0])
 
-    def add(self, batch: Batch, objective: Objective, total: Tensor) -> None:
+    def add(self, batch: Batch, objective: StepLoss, total: Tensor) -> None:
         self._put("loss/total", total.detach()[None])
         self._put("loss/padding_frac", batch.attention_mask == 0)
         per_token, kl, lm = objective.of("loss"), objective.of("kl"), objective.of("lm")
@@ -36,7 +36,7 @@ class Tally:
         if kl is not None:
             self._put("loss/kl", kl)
         if lm is not None:
-            self._put("loss/lm", lm, batch.sources == Source.DATA)
+            self._put("loss/lm", lm, batch.sources == TokenSource.DATA)
 
     def sum_over_ranks(self) -> None:
         torch.distributed.all_reduce(self._sums)

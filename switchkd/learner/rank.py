@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 from switchkd.config import resources
 from switchkd.config.schema import Config
 from switchkd.engines.build import device_of
-from switchkd.engines.models.lm_head import HeadArrays
+from switchkd.engines.models.lm_head import LMHeadState
 from switchkd.engines.models.loading import load_tokenizer, pad_id, shared_vocab
 from switchkd.learner.batching import LossSpec
 from switchkd.learner.build import build_loss
 from switchkd.types import (
-    BatchPlan,
+    BatchAssignment,
+    PackedWeights,
     Rollout,
     StepResult,
-    WeightBundle,
 )
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Gang:
+class RankInfo:
     """Where a learner rank stands among its peers."""
 
     rank: int = 0
@@ -71,26 +71,28 @@ Fetch = Callable[[list[int]], list[Rollout]]
 class LearnerRank:
     """One rank of the learner: fetches its rollouts itself, so that the driver never touches them."""
 
-    def __init__(self, config: Config, gang: Gang, heads: dict[str, HeadArrays], fetch: Fetch) -> None:
+    def __init__(self, config: Config, rank_info: RankInfo, heads: dict[str, LMHeadState], fetch: Fetch) -> None:
         from switchkd.learner.deepspeed import DeepSpeedLearner
 
-        self.config, self.gang, self.fetch = config, gang, fetch
+        self.config, self.rank_info, self.fetch = config, rank_info, fetch
         self.losses: list[LossSpec] = [build_loss(stage) for stage in config.train.stages]
         self.learner: DeepSpeedLearner = DeepSpeedLearner(
             learner_settings(config),
-            rank=gang.rank,
-            local_rank=gang.local_rank,
-            world_size=gang.world_size,
-            master_addr=gang.master_addr,
-            master_port=gang.master_port,
-            teacher_heads=heads,
+            rank=rank_info.rank,
+            local_rank=rank_info.local_rank,
+            world_size=rank_info.world_size,
+            master_addr=rank_info.master_addr,
+            master_port=rank_info.master_port,
+            teacher_lm_heads=heads,
         )
 
-    def step(self, plan: BatchPlan, lr: float) -> StepResult:
-        rollouts = self.fetch(list(plan.rollout_ids[self.gang.rank]))
-        return self.learner.step(plan, rollouts, loss=self.losses[plan.stage], lr=lr, version_after=plan.step + 1)
+    def step(self, assignment: BatchAssignment, lr: float) -> StepResult:
+        rollouts = self.fetch(list(assignment.rollout_ids[self.rank_info.rank]))
+        return self.learner.step(
+            assignment, rollouts, loss=self.losses[assignment.stage], lr=lr, version_after=assignment.step + 1
+        )
 
-    def publish(self, version: int) -> WeightBundle | None:
+    def publish(self, version: int) -> PackedWeights | None:
         """Rank 0 answers with the packed weights, in the dtype that the rollout workers run."""
         return self.learner.publish(version, self.config.student.dtype)
 
@@ -106,7 +108,7 @@ class LearnerRank:
     def export(self, folder: Path) -> None:
         """A transformers folder; rank 0 adds the tokenizer."""
         self.learner.export(folder)
-        if self.gang.rank == 0:
+        if self.rank_info.rank == 0:
             tokenizer = load_tokenizer(
                 self.config.student.path, trust_remote_code=self.config.student.trust_remote_code
             )

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from switchkd.engines.models.lm_head import _scales, head_of
+from switchkd.engines.models.lm_head import _scales, lm_head_of
 from switchkd.engines.models.loading import load_model
 from switchkd.learner.loss_module import Gather, StudentModule, causal_model, full_tensors
 from switchkd.learner.settings import LearnerSettings
@@ -114,7 +114,7 @@ def _logit_numbers(model: Any, settings: LearnerSettings, gather: Gather, *, par
     if partitioned and len(_scales(config)) == 1:
         return 1.0, float(getattr(config, "final_logit_softcapping", None) or 0.0)
     with torch.no_grad(), gather(list(model.parameters())):
-        head = head_of(model, settings.vocab_size)
+        head = lm_head_of(model, settings.vocab_size)
     return head.scale, head.softcap
 
 

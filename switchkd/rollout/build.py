@@ -11,31 +11,30 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from switchkd.algo import switching
-from switchkd.algo.sampling import Sampling
+from switchkd.algo.sampling import SamplingParams
 from switchkd.algo.switching import Rule
 from switchkd.config import resources
 from switchkd.config.errors import ConfigError
-from switchkd.config.schema import Config, Stage
-from switchkd.config.schema import Sampling as SamplingSection
-from switchkd.config.user_code import _called, _given, named
+from switchkd.config.schema import Config, SamplingConfig, StageConfig
+from switchkd.config.user_code import call_constructor, given_params, load_user_function
 from switchkd.engines.base import Teacher
 from switchkd.engines.build import _load, device_of, max_len, set_threads
-from switchkd.engines.models.lm_head import HeadArrays, LinearHead
+from switchkd.engines.models.lm_head import LMHead, LMHeadState
 from switchkd.engines.models.loading import load_tokenizer, shared_vocab
-from switchkd.rollout.generator import RolloutWorker
-from switchkd.rollout.state import Mode, StageModes
-from switchkd.rollout.worker import Worker
+from switchkd.rollout.generator import SwitchingGenerator
+from switchkd.rollout.state import RolloutParams, StageRolloutParams
+from switchkd.rollout.worker import RolloutWorker
 from switchkd.types import (
-    WeightBundle,
+    PackedWeights,
 )
 
 if TYPE_CHECKING:
     pass
 
 
-def build_rule(stage: Stage) -> Rule:
+def build_rule(stage: StageConfig) -> Rule:
     """The stage's switching rule. Raises ConfigError naming the parameter that it refuses."""
-    rule = _called(_rule_constructor(stage.rule.type), f"rule {stage.rule.type}", _rule_params(stage))
+    rule = call_constructor(_rule_constructor(stage.rule.type), f"rule {stage.rule.type}", _rule_params(stage))
     if not isinstance(rule, Rule):
         raise ConfigError(f"rule {stage.rule.type!r} returned {type(rule).__name__}; return a switchkd Rule")
     schedule = stage.rule.step_schedule
@@ -61,7 +60,7 @@ def _rule_constructor(kind: str) -> Callable[..., Any]:
         case "outside_top_k":
             return switching.outside_top_k
         case _:
-            return named(kind, "rule")
+            return load_user_function(kind, "rule")
 
 
 _RULE_KEYS = {
@@ -75,60 +74,64 @@ _RULE_KEYS = {
 """Keys of `rule` that each rule takes, and what its constructor calls them."""
 
 
-def _rule_params(stage: Stage) -> dict[str, Any]:
+def _rule_params(stage: StageConfig) -> dict[str, Any]:
     rule, names = stage.rule, _RULE_KEYS.get(stage.rule.type, {})
     every = {key for keys in _RULE_KEYS.values() for key in keys}
-    params = {names[key]: value for key, value in _given(rule, rule.type, names, sorted(every)).items()} | rule.params
+    params = {
+        names[key]: value for key, value in given_params(rule, rule.type, names, sorted(every)).items()
+    } | rule.params
     if rule.type == "jsd_threshold":
         params.setdefault("max_new_tokens", stage.max_new_tokens)
     return params
 
 
-def sampling(section: SamplingSection) -> Sampling:
+def sampling_params(section: SamplingConfig) -> SamplingParams:
     """A completed section (config.py fills in the rule's own values)."""
-    return Sampling(
+    return SamplingParams(
         temperature=1.0 if section.temperature is None else section.temperature,
         top_p=1.0 if section.top_p is None else section.top_p,
         top_k=section.top_k or 0,
     )
 
 
-def build_modes(config: Config) -> list[StageModes]:
+def build_rollout_params(config: Config) -> list[StageRolloutParams]:
     """How each stage writes, in order."""
-    modes = []
+    stage_params = []
     first_step = 0
     for stage in config.train.stages:
-        modes.append(_stage_modes(config, stage, first_step))
+        stage_params.append(_stage_params(config, stage, first_step))
         first_step += stage.steps
-    return modes
+    return stage_params
 
 
-def _stage_modes(config: Config, stage: Stage, first_step: int) -> StageModes:
+def _stage_params(config: Config, stage: StageConfig, first_step: int) -> StageRolloutParams:
     common: dict[str, Any] = {
-        "student": sampling(stage.rule.student),
-        "teacher": sampling(stage.rule.teacher),
+        "student": sampling_params(stage.rule.student),
+        "teacher": sampling_params(stage.rule.teacher),
         "max_new_tokens": stage.max_new_tokens,
         "seed": config.seed,
         "first_step": first_step,
         "wants_uncertainty": stage.loss.type == "atkd",
-        "candidates": config.rollout.save_candidates,
+        "top_logprobs": config.rollout.save_top_logprobs,
     }
-    rollout = Mode(
+    rollout = RolloutParams(
         rule=build_rule(stage),
         scheduled=stage.rule.step_schedule is not None,
         teacher_budget=_budget(stage),
         **common,
     )
-    return StageModes(rollout=rollout, teacher=Mode(rule=switching.teacher(), **common), scored=stage.needs_teacher)
+    return StageRolloutParams(
+        rollout=rollout, teacher=RolloutParams(rule=switching.teacher(), **common), scored=stage.needs_teacher
+    )
 
 
-def _budget(stage: Stage) -> int | None:
+def _budget(stage: StageConfig) -> int | None:
     """A float is a share of max_new_tokens, an int a number of tokens."""
     budget = stage.rule.teacher_budget
     return round(budget * stage.max_new_tokens) if isinstance(budget, float) else budget
 
 
-Teachers = Mapping[str, tuple[Teacher, HeadArrays | None]]
+Teachers = Mapping[str, tuple[Teacher, LMHeadState | None]]
 """By name, each with its output head (None where whole rows travel); empty where no stage needs one."""
 
 
@@ -137,8 +140,8 @@ def make_worker(
     index: int,
     teachers: Teachers,
     stop_ids: frozenset[int],
-    new_weights: Callable[[], WeightBundle | None] | None = None,
-) -> Worker:
+    new_weights: Callable[[], PackedWeights | None] | None = None,
+) -> RolloutWorker:
     """One rollout worker with the student's folder as weight version 0. `stop_ids` are those of all models."""
     from switchkd.engines.hf.cuda_graphs import capture_for
     from switchkd.engines.hf.student import HFStudent
@@ -157,29 +160,29 @@ def make_worker(
         prepack=section.prepack,
     )
 
-    def writer(name: str, teacher: Teacher | None, head: HeadArrays | None) -> RolloutWorker:
+    def writer(name: str, teacher: Teacher | None, head: LMHeadState | None) -> SwitchingGenerator:
         own = config.of_teacher(name)
-        return RolloutWorker(
+        return SwitchingGenerator(
             student=student,
             teacher=teacher,
             head=None if head is None else _reading_head(head, device, section.prepack),
             stop_ids=stop_ids,
-            block_size=config.rollout.block_size,
-            lead=config.rollout.lead,
+            max_draft_tokens=config.rollout.max_draft_tokens,
+            drafter=config.rollout.drafter,
             overlap=_overlaps(own),
             device=device,
             coarse=own.teacher.decide == "coarse",
-            candidates=config.rollout.save_candidates,
+            top_logprobs=config.rollout.save_top_logprobs,
             new_weights=new_weights if config.rollout.on_new_weights == "reprefill" else None,
         )
 
     writers = {name: writer(name, *pair) for name, pair in teachers.items()} or {"": writer("", None, None)}
     decode = partial(tokenizer.decode, skip_special_tokens=True)
-    return Worker(writers, build_modes(config), decode, index=index)
+    return RolloutWorker(writers, build_rollout_params(config), decode, index=index)
 
 
-def _reading_head(arrays: HeadArrays, device: str, prepack: str) -> LinearHead:
-    head = LinearHead.from_arrays(arrays, device=device)
+def _reading_head(arrays: LMHeadState, device: str, prepack: str) -> LMHead:
+    head = LMHead.from_arrays(arrays, device=device)
     return head if prepack == "off" else head.prepack()
 
 

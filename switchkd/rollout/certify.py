@@ -1,4 +1,4 @@
-"""`signal: topk`: decide from intervals what is certain, and ask for the exact rows of the rest.
+"""`teacher.output: top_logprobs`: decide from intervals what is certain, and ask for the exact rows of the rest.
 
 In: rows with the ends between which the rule's statistic lies. Out: a `Verdict` that equals the one of full rows. A
 token is decided in four steps, each only for what the one before left open: the cheap interval, the tight one, the
@@ -20,7 +20,7 @@ from torch import Tensor
 from switchkd.algo.switching import Rule
 from switchkd.algo.topk import TopK, coarse_grain, place_of
 from switchkd.rollout.questions import Briefs
-from switchkd.rollout.state import Past, Row, Unsure
+from switchkd.rollout.state import Past, RolloutState, Unsure
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,16 +44,16 @@ class Evidence(Protocol):
     def q_rows(self, which: np.ndarray, k: int) -> Tensor: ...
 
 
-def certified(rows: list[Row], evidence: Evidence, alive: np.ndarray, k: int) -> Verdict:
+def certified(rows: list[RolloutState], evidence: Evidence, alive: np.ndarray, k: int) -> Verdict:
     """The decision of full rows for column k of rows `alive`."""
-    rule, step = rows[0].mode.rule, rows[alive[0]].step
+    rule, step = rows[0].params.rule, rows[alive[0]].step
     t = torch.tensor([rows[r].t for r in alive])
     pasts = [_past(rows[r]) for r in alive]
     low, high = (x.clone() for x in evidence.ends(alive, k, tight=False))
-    settled = torch.zeros(len(alive), dtype=torch.bool)
-    if rule.settled is not None:
-        settled = rule.settled(torch.cat([past.low for past in pasts]))
-        low, high = low.masked_fill(settled, 0.0), high.masked_fill(settled, 0.0)
+    teacher_only = torch.zeros(len(alive), dtype=torch.bool)
+    if rule.teacher_only is not None:
+        teacher_only = rule.teacher_only(torch.cat([past.low for past in pasts]))
+        low, high = low.masked_fill(teacher_only, 0.0), high.masked_fill(teacher_only, 0.0)
 
     def still_open() -> tuple[np.ndarray, Tensor, Tensor]:
         least, most = (rule.threshold(t, step, torch.cat(memory)) for memory in _ends(pasts))
@@ -77,8 +77,8 @@ def certified(rows: list[Row], evidence: Evidence, alive: np.ndarray, k: int) ->
     wants = low > most
     if rule.memory_size:
         _remember(rule, evidence, alive, k, pasts, low, high, torch.where(wants, -math.inf, math.inf).double())
-    seen = torch.where(high.isfinite(), (low + high) / 2, low).masked_fill(settled, math.nan)
-    gap = torch.where(wants, low - most, least - high).masked_fill(settled, math.nan)
+    seen = torch.where(high.isfinite(), (low + high) / 2, low).masked_fill(teacher_only, math.nan)
+    gap = torch.where(wants, low - most, least - high).masked_fill(teacher_only, math.nan)
     memory = torch.cat([past.low for past in pasts])
     return Verdict(wants=wants.numpy(), seen=seen, threshold=(least + most) / 2, gap=gap, memory=memory)
 
@@ -92,7 +92,7 @@ def coarse_statistic(rule: Rule, row: TopK, q_logits: Tensor, drafted: Tensor, c
     return rule.statistic(p_logits=p, q_logits=q, drafted=place_of(row, drafted.to(row.ids.device)), coins=coins)
 
 
-def _past(row: Row) -> Past:
+def _past(row: RolloutState) -> Past:
     if row.past is None:
         row.past = Past.of(row.memory)
     return row.past
@@ -124,7 +124,7 @@ def _remember(rule: Rule, evidence: Evidence, alive: np.ndarray, k: int, pasts: 
     """Take this token into the memories. A threshold of plus or minus infinity tells the rule what was decided."""
     q_logits = evidence.q_rows(alive, k)
     for i, past in enumerate(pasts):
-        ends, position = (float(low[i]), float(high[i])), int(evidence.briefs.firsts[alive[i]]) + k
+        ends, position = (float(low[i]), float(high[i])), int(evidence.briefs.first_positions[alive[i]]) + k
         token = Unsure(position, *ends, float(forced[i]), q_logits[i].clone() if ends[0] < ends[1] else None)
         past.low, past.high = _after(rule, past.low, token, ends[0]), _after(rule, past.high, token, ends[1])
         past.tokens.append(token)
@@ -132,7 +132,7 @@ def _remember(rule: Rule, evidence: Evidence, alive: np.ndarray, k: int, pasts: 
             first = past.tokens.pop(0)
             past.base_low = _after(rule, past.base_low, first, first.low)
             past.base_high = _after(rule, past.base_high, first, first.high)
-        if rule.settled is not None and bool(rule.settled(past.low)):
+        if rule.teacher_only is not None and bool(rule.teacher_only(past.low)):
             past.tokens.clear()
 
 

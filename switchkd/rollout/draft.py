@@ -1,6 +1,6 @@
 """One model goes ahead: the student drafts a block token by token, or reads the one that the teacher wrote.
 
-In: rows. Out: a `Block` (walk.py) with both models' distributions at every proposed position, made when asked for.
+In: rows. Out: a `DraftBlock` (walk.py) with both models' distributions at every proposed position, made when asked for.
 
 Shapes: R rows, K proposed positions, D hidden width, V shared vocabulary.
 """
@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from switchkd.engines.base import StudentEngine
-from switchkd.rollout.speculation import Costs
-from switchkd.rollout.state import Row
-from switchkd.rollout.teacher_logits import SignalReader, pieces_as_rows
-from switchkd.rollout.top_logprobs import Top
-from switchkd.rollout.verify import Block, draws
-from switchkd.types import Blocks, Source, WriteRequest, Written
+from switchkd.rollout.speculation import LatencyModel
+from switchkd.rollout.state import RolloutState
+from switchkd.rollout.teacher_logits import TeacherLogits, lazy_logits
+from switchkd.rollout.top_logprobs import TopTokens
+from switchkd.rollout.verify import DraftBlock, draws
+from switchkd.types import Blocks, TokenSource, WriteRequest, Written
 
 
 @dataclass(slots=True)
@@ -33,15 +33,17 @@ class Draft:
     read: np.ndarray  # int [R], tokens of each row that the student's cache holds now
 
 
-class Proposer:
-    def __init__(self, student: StudentEngine, reader: SignalReader, stop_ids: frozenset[int], costs: Costs) -> None:
+class Drafter:
+    def __init__(
+        self, student: StudentEngine, reader: TeacherLogits, stop_ids: frozenset[int], costs: LatencyModel
+    ) -> None:
         self.student, self.reader, self.stop_ids, self.costs = student, reader, stop_ids, costs
         self._stops = np.array(sorted(stop_ids))
 
-    def draft(self, rows: list[Row], size: int) -> Draft:
+    def draft(self, rows: list[RolloutState], size: int) -> Draft:
         """The student writes up to `size` tokens a row with its keyed draws; nothing is drafted past a stop."""
-        limits = np.array([min(size, row.mode.max_new_tokens - row.t) for row in rows])
-        keep = any((row.mode.rule.needs_rows and row.mode.scored) or row.mode.candidates for row in rows)
+        limits = np.array([min(size, row.params.max_new_tokens - row.t) for row in rows])
+        keep = any((row.params.rule.needs_rows and row.params.scored) or row.params.top_logprobs for row in rows)
         tokens = np.full((len(rows), int(limits.max())), -1, np.int64)
         counts = np.zeros(len(rows), np.int64)
         read = np.array([row.student_len for row in rows])
@@ -69,32 +71,33 @@ class Proposer:
                 break
         return Draft(tokens=tokens, counts=counts, q_logits=q_logits, read=read)
 
-    def step_alone(self, rows: list[Row], version: int) -> None:
+    def step_alone(self, rows: list[RolloutState], version: int) -> None:
         """One token of the student's for rows in which nobody else has a say."""
         draft = self.draft(rows, 1)
         for r, row in enumerate(rows):
             row.student_len = int(draft.read[r])
-            row.accept(int(draft.tokens[r, 0]), Source.STUDENT, version, self.stop_ids)
-            if row.mode.candidates and draft.q_logits is not None:
-                row.student_top.append(Top.of(draft.q_logits[r], row.mode.candidates))
+            row.accept(int(draft.tokens[r, 0]), TokenSource.STUDENT, version, self.stop_ids)
+            if row.params.top_logprobs and draft.q_logits is not None:
+                row.student_top.append(TopTokens.of(draft.q_logits[r], row.params.top_logprobs))
 
-    def student_block(self, draft: Draft, pieces: Sequence[np.ndarray]) -> Block:
-        """The student proposed; `pieces` are the teacher's rows [>= counts[r], D] from each row's next position on."""
+    def student_block(self, draft: Draft, row_pieces: Sequence[np.ndarray]) -> DraftBlock:
+        """The student proposed; `row_pieces` are the teacher's rows [>= counts[r], D] from each row's next position on.
+        """
 
         def q_rows(rows: np.ndarray, positions: np.ndarray) -> torch.Tensor:
             assert draft.q_logits is not None, "the rule reads rows, so the draft has kept them"
             device = draft.q_logits.device
             return draft.q_logits[torch.from_numpy(rows).to(device), torch.from_numpy(positions).to(device)]
 
-        return Block(
+        return DraftBlock(
             tokens=draft.tokens,
             counts=draft.counts,
             by_teacher=False,
-            p_rows=pieces_as_rows(self.reader, pieces, draft.counts),
+            p_rows=lazy_logits(self.reader, row_pieces, draft.counts),
             q_rows=q_rows,
         )
 
-    def teacher_block(self, rows: list[Row], written: Written, pieces: Sequence[np.ndarray]) -> Block:
+    def teacher_block(self, rows: list[RolloutState], written: Written, row_pieces: Sequence[np.ndarray]) -> DraftBlock:
         """The teacher proposed; the student reads it all but the last token, in one pass."""
         counts = written.lengths.astype(np.int64)
         offsets = np.cumsum(counts) - counts
@@ -106,15 +109,15 @@ class Proposer:
         ends = np.cumsum(lengths)
         with self.costs.timed("check", int(lengths.sum())):
             hidden = self._read(rows, np.array([row.student_len for row in rows]), unread)
-        return Block(
+        return DraftBlock(
             tokens=tokens,
             counts=counts,
             by_teacher=True,
-            p_rows=pieces_as_rows(self.reader, pieces, counts),
+            p_rows=lazy_logits(self.reader, row_pieces, counts),
             q_rows=lambda r, k: self.student.head.logits(_taken(hidden, ends[r] - counts[r] + k)),
         )
 
-    def _read(self, rows: Sequence[Row], starts: np.ndarray, tokens: Sequence[list[int]]) -> torch.Tensor:
+    def _read(self, rows: Sequence[RolloutState], starts: np.ndarray, tokens: Sequence[list[int]]) -> torch.Tensor:
         """Read tokens into the rows' slots: the hidden state after each, [N, D]."""
         return self.student.extend(
             np.array([row.slot for row in rows], np.int64),
@@ -124,29 +127,31 @@ class Proposer:
         )
 
     @staticmethod
-    def _draws(rows: list[Row], alive: np.ndarray, k: int, logits: torch.Tensor) -> np.ndarray:
+    def _draws(rows: list[RolloutState], alive: np.ndarray, k: int, logits: torch.Tensor) -> np.ndarray:
         tokens = np.zeros(len(alive), np.int64)
-        for members in grouped(alive, lambda r: (rows[r].mode.student, rows[r].mode.seed, rows[r].mode.purpose)):
-            mode = rows[alive[members[0]]].mode
+        for members in grouped(alive, lambda r: (rows[r].params.student, rows[r].params.seed, rows[r].params.purpose)):
+            params = rows[alive[members[0]]].params
             own = logits if len(members) == len(alive) else logits[members]
             ahead = np.full(len(members), k)
-            tokens[members] = draws(rows, alive[members], ahead, own, mode.student, mode.purpose)
+            tokens[members] = draws(rows, alive[members], ahead, own, params.student, params.purpose)
         return tokens
 
 
-def write_request(rows: list[Row], blocks: Blocks, counts: np.ndarray, stop_ids: frozenset[int]) -> WriteRequest:
+def write_request(
+    rows: list[RolloutState], blocks: Blocks, counts: np.ndarray, stop_ids: frozenset[int]
+) -> WriteRequest:
     """The teacher reads `blocks` and goes on with its own keyed draws; all rows share one mode."""
-    mode = rows[0].mode
+    params = rows[0].params
     return WriteRequest(
         blocks=blocks,
         counts=counts.astype(np.int32),
         rollout_ids=np.array([row.task.rollout_id for row in rows], np.int64),
         positions=np.array([row.t for row in rows], np.int32),
-        run_seed=mode.seed,
-        purpose=int(mode.purpose),
-        temperature=mode.teacher.temperature,
-        top_p=mode.teacher.top_p,
-        top_k=mode.teacher.top_k,
+        run_seed=params.seed,
+        purpose=int(params.purpose),
+        temperature=params.teacher.temperature,
+        top_p=params.teacher.top_p,
+        top_k=params.teacher.top_k,
         stop_ids=np.array(sorted(stop_ids), np.int64),
     )
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from switchkd.algo import switching
-from switchkd.algo.sampling import Purpose, Sampling
-from switchkd.rollout.state import Mode
+from switchkd.algo.sampling import Purpose, SamplingParams
+from switchkd.rollout.state import RolloutParams
 
 
-def eval_mode(*, temperature: float, max_new_tokens: int, seed: int) -> Mode:
+def eval_params(*, temperature: float, max_new_tokens: int, seed: int) -> RolloutParams:
     """The student alone, unscored, with draws of evaluation's own purpose."""
-    return Mode(
+    return RolloutParams(
         rule=switching.student(),
-        student=Sampling(temperature=temperature),
-        teacher=Sampling(),
+        student=SamplingParams(temperature=temperature),
+        teacher=SamplingParams(),
         max_new_tokens=max_new_tokens,
         seed=seed,
         purpose=Purpose.EVAL,

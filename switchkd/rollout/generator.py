@@ -1,8 +1,8 @@
 """Tasks become rollouts: propose, score, decide, accept, until every completion has ended.
 
-In: tasks (prompt, origin, stage) and how each is written (`Mode`). Out: finished `Rollout`s, handed to `emit` as soon
-as they end. The worker owns the tokens; the student engine and the teacher only hold caches of them, so either can be
-lost and rebuilt without changing a token.
+In: tasks (prompt, origin, stage) and how each is written (`RolloutParams`). Out: finished `Rollout`s, handed to `emit`
+as soon as they end. The worker owns the tokens; the student engine and the teacher only hold caches of them, so either
+can be lost and rebuilt without changing a token.
 
     admit ─► propose: the student drafts K tokens (or the teacher writes K) ─► the other reads them ─► walk ─► finish
       ▲                                                                                                       │
@@ -12,7 +12,7 @@ Rows go on in one of three lanes. Where both models matter they take the way abo
 only the student writes it goes on alone, and the teacher reads the finished text once. Where only the teacher writes
 from now on, a row leaves the student's slot and waits until the teacher can write for a whole batch of such rows.
 
-One teacher call is a `Flight`. With `overlap`, half of the rows draft while the other half's flight is up.
+One teacher call is a `PendingCall`. With `overlap`, half of the rows draft while the other half's flight is up.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from switchkd.engines.base import OutputHead, StudentEngine, Teacher, TeacherBusy
-from switchkd.rollout.draft import Proposer, grouped, write_request
+from switchkd.rollout.draft import Drafter, grouped, write_request
 from switchkd.rollout.questions import Briefs
-from switchkd.rollout.score_references import References
-from switchkd.rollout.speculation import LOCKSTEP, Lead, Pace
-from switchkd.rollout.state import Mode, Row
-from switchkd.rollout.teacher_client import BUSY_S, TeacherCalls, blocks_of, split
-from switchkd.rollout.top_logprobs import Top
-from switchkd.rollout.verify import NEAR_TIE, Block, walk
-from switchkd.types import Rollout, Signal, Task, WeightBundle, Written, ragged
+from switchkd.rollout.score_references import ReferenceScorer
+from switchkd.rollout.speculation import NO_DRAFT, DraftPlan, SpeculationPolicy
+from switchkd.rollout.state import RolloutParams, RolloutState
+from switchkd.rollout.teacher_client import BUSY_S, TeacherClient, blocks_of, split
+from switchkd.rollout.top_logprobs import TopTokens
+from switchkd.rollout.verify import NEAR_TIE, DraftBlock, verify
+from switchkd.types import PackedWeights, Rollout, RolloutTask, TeacherOutput, Written, ragged
 
 Emit = Callable[[list[Rollout]], None]
 WRITE_SPAN = 8
@@ -43,25 +44,25 @@ WRITE_SPAN = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """A task and how it is written; `mode` None takes the data set's reference as it stands."""
+class GenerationRequest:
+    """A task and how it is written; `params` None takes the data set's reference as it stands."""
 
-    task: Task
-    mode: Mode | None
+    task: RolloutTask
+    params: RolloutParams | None
     scored: bool = True
     wants_uncertainty: bool = True  # of a reference: ATKD's UnC of its tokens
 
 
 @dataclass(slots=True)
-class Flight:
+class PendingCall:
     """A teacher call that is up, the rows that wait for it, and what to do with its answer."""
 
-    rows: list[Row]
+    rows: list[RolloutState]
     answer: Future
-    land: Callable[[Any], None]
+    on_result: Callable[[Any], None]
 
 
-class RolloutWorker:
+class SwitchingGenerator:
     """Writes completions with a student engine and a teacher (local or remote: it cannot tell)."""
 
     def __init__(
@@ -71,55 +72,57 @@ class RolloutWorker:
         teacher: Teacher | None,
         head: OutputHead | None,
         stop_ids: frozenset[int],
-        block_size: int,
-        lead: str = "student",
+        max_draft_tokens: int,
+        drafter: str = "student",
         overlap: bool = False,
         device: str = "cpu",
         coarse: bool = False,
-        candidates: int = 0,
-        new_weights: Callable[[], WeightBundle | None] | None = None,
+        top_logprobs: int = 0,
+        new_weights: Callable[[], PackedWeights | None] | None = None,
     ) -> None:
         self.student = student
-        self.calls = TeacherCalls(teacher, head, device)
+        self.calls = TeacherClient(teacher, head, device)
         self.reader = self.calls.reader
-        self.references = References(self.calls, at_once=student.num_slots, stop_ids=stop_ids, candidates=candidates)
+        self.reference_scorer = ReferenceScorer(
+            self.calls, at_once=student.num_slots, stop_ids=stop_ids, top_logprobs=top_logprobs
+        )
         self.stop_ids = stop_ids
         self.overlap = overlap
         self.coarse = coarse  # `teacher.decide`
-        self.parks = lead != "lockstep"  # one token of each model at a time, whatever the rule says
+        self.parks = drafter != "none"  # one token of each model at a time, whatever the rule says
         self.version = 0
         self.num_rounds = 0
-        self.pace = Pace(lead, block_size)
-        self.proposer = Proposer(student, self.reader, stop_ids, self.pace.costs)
+        self.speculation = SpeculationPolicy(drafter, max_draft_tokens)
+        self.drafter = Drafter(student, self.reader, stop_ids, self.speculation.costs)
         self._new_weights = new_weights  # given: versions are taken in mid-rollout (`reprefill`)
 
-    def load_weights(self, bundle: WeightBundle) -> None:
-        self.student.load_weights(bundle)
-        self.version = bundle.version
+    def load_weights(self, packed: PackedWeights) -> None:
+        self.student.load_weights(packed)
+        self.version = packed.version
 
-    def run(self, jobs: Iterable[Job], emit: Emit) -> None:
+    def run(self, jobs: Iterable[GenerationRequest], emit: Emit) -> None:
         """Write all jobs; `emit` gets each rollout once, in the order in which they finish."""
         jobs = list(jobs)
-        for same in _alike([job for job in jobs if job.mode is None]):
+        for same in _alike([job for job in jobs if job.params is None]):
             tasks, first = [job.task for job in same], same[0]
-            self.references.take(
+            self.reference_scorer.score(
                 tasks, scored=first.scored, wants_uncertainty=first.wants_uncertainty, version=self.version, emit=emit
             )
-        waiting = deque(job for job in jobs if job.mode is not None)
-        rows: list[Row] = []
-        flights: deque[Flight] = deque()
+        waiting = deque(job for job in jobs if job.params is not None)
+        rows: list[RolloutState] = []
+        pending: deque[PendingCall] = deque()
         if self.overlap:
             self.calls.start_thread()
         try:
             while waiting or rows:
                 self.num_rounds += 1
-                self._refresh(rows, flights)
+                self._refresh(rows, pending)
                 self._admit(waiting, rows)
-                flight = self._launch([row for row in rows if not row.in_flight], bool(flights))
-                if flight is not None:
-                    flights.append(flight)
-                if flights and (flight is None or len(flights) > self.overlap):
-                    self._land(flights.popleft())
+                call = self._launch([row for row in rows if not row.pending], bool(pending))
+                if call is not None:
+                    pending.append(call)
+                if pending and (call is None or len(pending) > self.overlap):
+                    self._complete(pending.popleft())
                 done = [row for row in rows if row.done]
                 self.calls.close([row.task.rollout_id for row in done if row.opened])
                 rows = [row for row in rows if not row.done]
@@ -131,13 +134,13 @@ class RolloutWorker:
 
     # ── admit ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _admit(self, waiting: deque[Job], rows: list[Row]) -> None:
+    def _admit(self, waiting: deque[GenerationRequest], rows: list[RolloutState]) -> None:
         """Give free slots to waiting jobs. A busy teacher is back-pressure: wait, and go on with what runs."""
-        free = sorted(set(range(self.student.num_slots)) - {row.slot for row in rows if self._needs_slot(row)})
+        free = sorted(set(range(self.student.num_slots)) - {row.slot for row in rows if self.needs_slot(row)})
         new = [self._start(waiting[i], free[i]) for i in range(min(len(free), len(waiting)))]
         while new:
             try:
-                self.calls.open([row.task for row in new if not row.alone])
+                self.calls.open([row.task for row in new if not row.student_only])
                 break
             except TeacherBusy:
                 if len(new) > 1:
@@ -147,56 +150,62 @@ class RolloutWorker:
                 else:
                     time.sleep(BUSY_S)
         for row in new:
-            row.opened = not row.alone
+            row.opened = not row.student_only
             waiting.popleft()
         rows.extend(new)
 
-    def _parked(self, row: Row) -> bool:
-        return self.parks and row.settled and not row.finish_reason
+    def _waits_for_teacher(self, row: RolloutState) -> bool:
+        return self.parks and row.teacher_only and not row.finish_reason
 
-    def _needs_slot(self, row: Row) -> bool:
-        return not row.finish_reason and not self._parked(row)
+    def needs_slot(self, row: RolloutState) -> bool:
+        return not row.finish_reason and not self._waits_for_teacher(row)
 
     @staticmethod
-    def _start(job: Job, slot: int) -> Row:
-        assert job.mode is not None
-        return Row.start(job.task, job.mode, slot)
+    def _start(job: GenerationRequest, slot: int) -> RolloutState:
+        assert job.params is not None
+        return RolloutState.start(job.task, job.params, slot)
 
-    def _refresh(self, rows: Sequence[Row], flights: deque[Flight]) -> None:
+    def _refresh(self, rows: Sequence[RolloutState], pending: deque[PendingCall]) -> None:
         """`reprefill`: a newer version replaces the one in use, and every row's cache is read anew."""
-        bundle = self._new_weights() if self._new_weights else None
-        if bundle is not None:
-            while flights:  # they settle with the version that drafted
-                self._land(flights.popleft())
-            self.load_weights(bundle)
+        packed = self._new_weights() if self._new_weights else None
+        if packed is not None:
+            while pending:  # they settle with the version that drafted
+                self._complete(pending.popleft())
+            self.load_weights(packed)
             for row in rows:
                 row.student_len = 0
 
     # ── the lanes ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _launch(self, rows: list[Row], others_fly: bool) -> Flight | None:
+    def _launch(self, rows: list[RolloutState], others_fly: bool) -> PendingCall | None:
         """The next piece of work on rows that wait for nothing; None where it needed no teacher, or there was none."""
         width = self.student.num_slots
-        parked = [row for row in rows if self._parked(row)]
+        waiting_for_teacher = [row for row in rows if self._waits_for_teacher(row)]
         unscored = [row for row in rows if row.finish_reason and not row.done]
-        alone = [row for row in rows if row.alone and not row.finish_reason]
-        both = [row for row in rows if not row.alone and self._needs_slot(row)]
-        if len(parked) >= width or (parked and not (alone or both or others_fly)):
-            return self._write_on(parked[:width])
-        if len(unscored) >= width or (unscored and not (alone or both or others_fly)):
+        student_only = [row for row in rows if row.student_only and not row.finish_reason]
+        both = [row for row in rows if not row.student_only and self.needs_slot(row)]
+        if len(waiting_for_teacher) >= width or (waiting_for_teacher and not (student_only or both or others_fly)):
+            return self._write_on(waiting_for_teacher[:width])
+        if len(unscored) >= width or (unscored and not (student_only or both or others_fly)):
             return self._score_finished(unscored[:width])
-        if alone:
-            self.proposer.step_alone(alone, self.version)
+        if student_only:
+            self.drafter.step_alone(student_only, self.version)
         if not both:
             return None
-        (first, *_) = grouped(both, lambda row: id(row.mode))
+        (first, *_) = grouped(both, lambda row: id(row.params))
         half = -(-width // 2) if self.overlap else width
         return self._switch([both[i] for i in first[:half]])
 
-    def _fly(
-        self, rows: list[Row], kind: str, tokens: int, land: Callable[[Any], None], request: Any, lead: Lead | None
-    ) -> Flight:
-        """Ask the teacher: "read" scores a `Blocks`, "write" asks for text of its own. `lead` is what was chosen."""
+    def _call_teacher(
+        self,
+        rows: list[RolloutState],
+        kind: str,
+        tokens: int,
+        on_result: Callable[[Any], None],
+        request: Any,
+        plan: DraftPlan | None,
+    ) -> PendingCall:
+        """Ask the teacher: "read" scores a `Blocks`, "write" asks for text of its own. `plan` is what was chosen."""
         teacher = self.calls.teacher
         function: Callable[..., Any] = teacher.write if kind == "write" else teacher.score
         # a row's first call also reads its prompt: it says nothing about the next one
@@ -205,152 +214,170 @@ class RolloutWorker:
         def timed() -> Any:
             start = time.perf_counter()
             answer = function(request)
-            if lead is not None and typical:
+            if plan is not None and typical:
                 steps = int(answer.lengths.max()) if kind == "write" else 1
-                self.pace.saw_call(lead, kind, tokens, (time.perf_counter() - start) / steps)
+                self.speculation.observe_call(plan, kind, tokens, (time.perf_counter() - start) / steps)
             return answer
 
         self.calls.num_calls += 1
         for row in rows:
-            row.in_flight = True
+            row.pending = True
             row.num_rounds += 1
-        return Flight(rows, self.calls.submit(timed), land)
+        return PendingCall(rows, self.calls.submit(timed), on_result)
 
-    def _land(self, flight: Flight) -> None:
-        answer = self.calls.result(flight.answer)
-        for row in flight.rows:
-            row.in_flight = False
-        flight.land(answer)
+    def _complete(self, call: PendingCall) -> None:
+        answer = self.calls.result(call.answer)
+        for row in call.rows:
+            row.pending = False
+        call.on_result(answer)
 
-    def _switch(self, rows: list[Row]) -> Flight:
+    def _switch(self, rows: list[RolloutState]) -> PendingCall:
         """Both models matter: one of them proposes, the other reads, and the walk settles."""
-        lead = self.pace.choose(rows)
-        return self._teacher_leads(rows, lead) if lead.who == "teacher" else self._student_leads(rows, lead)
+        plan = self.speculation.choose(rows)
+        return self._teacher_drafts(rows, plan) if plan.drafter == "teacher" else self._student_drafts(rows, plan)
 
     # ── who leads ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _student_leads(self, rows: list[Row], lead: Lead) -> Flight:
-        draft = self.proposer.draft(rows, lead.size)
-        # lockstep sends only what is settled, unless the teacher has read that already
-        sent = draft.counts * np.array([lead != LOCKSTEP or row.carry is not None for row in rows])
-        fed = [row.tokens[row.teacher_len :] + draft.tokens[r, : sent[r]].tolist() for r, row in enumerate(rows)]
-        firsts = [len(row.tokens) - (row.carry is None) for row in rows]
+    def _student_drafts(self, rows: list[RolloutState], plan: DraftPlan) -> PendingCall:
+        draft = self.drafter.draft(rows, plan.num_tokens)
+        # without a draft it sends only what is settled, unless the teacher has read that already
+        sent = draft.counts * np.array([plan != NO_DRAFT or row.lookahead_row is not None for row in rows])
+        new_tokens = [row.tokens[row.teacher_len :] + draft.tokens[r, : sent[r]].tolist() for r, row in enumerate(rows)]
+        first_positions = [len(row.tokens) - (row.lookahead_row is None) for row in rows]
 
-        def land(signal: Signal) -> None:
-            self._count(rows, fed, signal)
-            pieces = [
-                piece if row.carry is None else np.concatenate([row.carry, piece])
-                for row, piece in zip(rows, split(signal), strict=True)
+        def on_result(teacher_output: TeacherOutput) -> None:
+            self._count(rows, new_tokens, teacher_output)
+            row_pieces = [
+                teacher_rows if row.lookahead_row is None else np.concatenate([row.lookahead_row, teacher_rows])
+                for row, teacher_rows in zip(rows, split(teacher_output), strict=True)
             ]
-            before = [len(row.tokens) for row in rows]
-            held = self._walk(rows, self.proposer.student_block(draft, pieces), pieces)
+            prev_lens = [len(row.tokens) for row in rows]
+            num_accepted = self._walk(rows, self.drafter.student_block(draft, row_pieces), row_pieces)
             for r, row in enumerate(rows):
-                settled = len(row.tokens) - before[r]
-                row.student_len = min(before[r] + int(held[r]), int(draft.read[r]))
-                row.teacher_len = before[r] + min(int(held[r]), int(sent[r]))
-                row.carry = pieces[r][settled : settled + 1] if held[r] == settled == sent[r] else None
+                settled = len(row.tokens) - prev_lens[r]
+                row.student_len = min(prev_lens[r] + int(num_accepted[r]), int(draft.read[r]))
+                row.teacher_len = prev_lens[r] + min(int(num_accepted[r]), int(sent[r]))
+                row.lookahead_row = (
+                    row_pieces[r][settled : settled + 1] if num_accepted[r] == settled == sent[r] else None
+                )
                 row.num_drafted += int(draft.counts[r])
                 row.block_lengths.append(settled)
-                row.took(pieces[r][:settled])
+                row.append_teacher_rows(row_pieces[r][:settled])
 
-        return self._fly(rows, "read", sum(map(len, fed)), land, blocks_of(rows, fed, firsts), lead)
+        return self._call_teacher(
+            rows, "read", sum(map(len, new_tokens)), on_result, blocks_of(rows, new_tokens, first_positions), plan
+        )
 
-    def _teacher_leads(self, rows: list[Row], lead: Lead) -> Flight:
-        counts = np.array([min(lead.size, row.mode.max_new_tokens - row.t) for row in rows], np.int32)
-        fed, request = self._write_request(rows, counts)
+    def _teacher_drafts(self, rows: list[RolloutState], plan: DraftPlan) -> PendingCall:
+        counts = np.array([min(plan.num_tokens, row.params.max_new_tokens - row.t) for row in rows], np.int32)
+        new_tokens, request = self._write_request(rows, counts)
 
-        def land(written: Written) -> None:
-            self._count(rows, fed, written.signal)
+        def on_result(written: Written) -> None:
+            self._count(rows, new_tokens, written.teacher_output)
             self._count_ties(rows, written)
-            pieces, before = split(written.signal), [len(row.tokens) for row in rows]
-            block = self.proposer.teacher_block(rows, written, pieces)
-            held = self._walk(rows, block, pieces)
+            row_pieces, prev_lens = split(written.teacher_output), [len(row.tokens) for row in rows]
+            block = self.drafter.teacher_block(rows, written, row_pieces)
+            num_accepted = self._walk(rows, block, row_pieces)
             for r, row in enumerate(rows):
                 # neither model has read the last proposed token
-                read = before[r] + min(int(held[r]), int(block.counts[r]) - 1)
+                read = prev_lens[r] + min(int(num_accepted[r]), int(block.counts[r]) - 1)
                 row.student_len = row.teacher_len = read
-                row.block_lengths.append(len(row.tokens) - before[r])
-                row.took(pieces[r][: len(row.tokens) - before[r]])
+                row.block_lengths.append(len(row.tokens) - prev_lens[r])
+                row.append_teacher_rows(row_pieces[r][: len(row.tokens) - prev_lens[r]])
 
-        return self._fly(rows, "write", len(rows), land, request, lead)
+        return self._call_teacher(rows, "write", len(rows), on_result, request, plan)
 
-    def _walk(self, rows: list[Row], block: Block, pieces: Sequence[np.ndarray]) -> np.ndarray:
-        if self.reader.kind == "topk":
-            briefs = self._briefs(rows, pieces)
+    def _walk(self, rows: list[RolloutState], block: DraftBlock, row_pieces: Sequence[np.ndarray]) -> np.ndarray:
+        if self.reader.kind == "top_logprobs":
+            briefs = self._briefs(rows, row_pieces)
             block = replace(block, p_rows=briefs.to_draw, briefs=briefs)
-        held = np.zeros(len(rows), np.int64)
+        num_accepted = np.zeros(len(rows), np.int64)
         kind = "walk teacher" if block.by_teacher else "walk student"
-        with self.pace.costs.timed(kind, int(block.counts.sum())):
-            for members in grouped(rows, lambda row: (id(row.mode), row.step if row.mode.scheduled else 0)):
+        with self.speculation.costs.timed(kind, int(block.counts.sum())):
+            for members in grouped(rows, lambda row: (id(row.params), row.step if row.params.scheduled else 0)):
                 group = [rows[r] for r in members]
-                rule = group[0].mode.rule.name
-                note = None
-                if self.pace.watches:
-                    note = lambda t, own, differ, rule=rule: self.pace.note(rule, block.by_teacher, t, own, differ)  # noqa: E731
-                held[members] = walk(group, block.of(members), version=self.version, stop_ids=self.stop_ids, note=note)
-        return held
+                rule = group[0].params.rule.name
+                record_outcome = None
+                if self.speculation.watches:
+                    record_outcome = partial(self.speculation.record_outcome, rule, block.by_teacher)
+                num_accepted[members] = verify(
+                    group,
+                    block.of(members),
+                    version=self.version,
+                    stop_ids=self.stop_ids,
+                    record_outcome=record_outcome,
+                )
+        return num_accepted
 
-    def _briefs(self, rows: list[Row], pieces: Sequence[np.ndarray]) -> Briefs:
+    def _briefs(self, rows: list[RolloutState], row_pieces: Sequence[np.ndarray]) -> Briefs:
         """Compressed rows of each row's next tokens, and the way to the exact ones."""
-        firsts = [len(row.tokens) - 1 for row in rows]
-        return Briefs.of_pieces(rows, pieces, firsts, self.reader, self.calls.exact, coarse=self.coarse)
+        first_positions = [len(row.tokens) - 1 for row in rows]
+        return Briefs.of_pieces(rows, row_pieces, first_positions, self.reader, self.calls.exact, coarse=self.coarse)
 
     # ── only one of the models writes ──────────────────────────────────────────────────────────────────────────────
 
-    def _write_on(self, rows: list[Row]) -> Flight:
+    def _write_on(self, rows: list[RolloutState]) -> PendingCall:
         """The teacher owns the rest of these rows: it goes on alone, nobody checks."""
-        (first, *_) = grouped(rows, lambda row: id(row.mode))
+        (first, *_) = grouped(rows, lambda row: id(row.params))
         rows = [rows[r] for r in first]
-        counts = np.array([min(WRITE_SPAN, row.mode.max_new_tokens - row.t) for row in rows], np.int32)
-        fed, request = self._write_request(rows, counts)
+        counts = np.array([min(WRITE_SPAN, row.params.max_new_tokens - row.t) for row in rows], np.int32)
+        new_tokens, request = self._write_request(rows, counts)
 
-        def land(written: Written) -> None:
-            self._count(rows, fed, written.signal)
+        def on_result(written: Written) -> None:
+            self._count(rows, new_tokens, written.teacher_output)
             self._count_ties(rows, written)
-            pieces, tokens_of = split(written.signal), split(written)
-            self._take_uncertainty(rows, pieces, tokens_of)
-            for row, tokens, piece in zip(rows, tokens_of, pieces, strict=True):
+            row_pieces, tokens_of = split(written.teacher_output), split(written)
+            self._take_uncertainty(rows, row_pieces, tokens_of)
+            for row, tokens, teacher_rows in zip(rows, tokens_of, row_pieces, strict=True):
                 row.write(tokens.tolist(), self.version, self.stop_ids)
                 row.teacher_len = len(row.tokens) - 1
-                self._read_alone(row, piece)
+                self._read_alone(row, teacher_rows)
 
-        return self._fly(rows, "write", len(rows), land, request, None)
+        return self._call_teacher(rows, "write", len(rows), on_result, request, None)
 
-    def _score_finished(self, rows: list[Row]) -> Flight:
+    def _score_finished(self, rows: list[RolloutState]) -> PendingCall:
         """The student wrote these rows alone; now the teacher reads each of them once."""
         pending = rows[: self.calls.open_some([row.task for row in rows])]
         for row in pending:
             row.opened = True
-        fed = [row.tokens[row.prompt_len : -1] for row in pending]
+        new_tokens = [row.tokens[row.prompt_len : -1] for row in pending]
 
-        def land(signal: Signal) -> None:
-            self._count(pending, fed, signal)
-            pieces = split(signal)
-            self._take_uncertainty(pending, pieces, [np.array(row.tokens[row.prompt_len :]) for row in pending], firsts)
-            for row, piece in zip(pending, pieces, strict=True):
-                self._read_alone(row, piece)
+        def on_result(teacher_output: TeacherOutput) -> None:
+            self._count(pending, new_tokens, teacher_output)
+            row_pieces = split(teacher_output)
+            self._take_uncertainty(
+                pending, row_pieces, [np.array(row.tokens[row.prompt_len :]) for row in pending], first_positions
+            )
+            for row, teacher_rows in zip(pending, row_pieces, strict=True):
+                self._read_alone(row, teacher_rows)
 
-        firsts = [row.prompt_len - 1 for row in pending]
-        return self._fly(pending, "read", sum(map(len, fed)), land, blocks_of(pending, fed, firsts), None)
+        first_positions = [row.prompt_len - 1 for row in pending]
+        return self._call_teacher(
+            pending, "read", sum(map(len, new_tokens)), on_result, blocks_of(pending, new_tokens, first_positions), None
+        )
 
-    def _read_alone(self, row: Row, piece: np.ndarray) -> None:
+    def _read_alone(self, row: RolloutState, teacher_rows: np.ndarray) -> None:
         """The teacher's rows of tokens that no walk has settled."""
-        row.took(piece)
-        if row.mode.candidates:
-            row.teacher_top.append(self.reader.top(piece, row.mode.candidates))
-            if not row.alone:  # the student never read them
-                row.student_top.append(Top.unknown(len(piece), row.mode.candidates))
+        row.append_teacher_rows(teacher_rows)
+        if row.params.top_logprobs:
+            row.teacher_top.append(self.reader.top(teacher_rows, row.params.top_logprobs))
+            if not row.student_only:  # the student never read them
+                row.student_top.append(TopTokens.unknown(len(teacher_rows), row.params.top_logprobs))
 
     def _take_uncertainty(
         self,
-        rows: list[Row],
-        pieces: Sequence[np.ndarray],
+        rows: list[RolloutState],
+        row_pieces: Sequence[np.ndarray],
         tokens: Sequence[np.ndarray],
-        firsts: Sequence[int] | None = None,
+        first_positions: Sequence[int] | None = None,
     ) -> None:
-        """ATKD's UnC of tokens that nobody decided; `firsts` are the positions of their first rows."""
-        firsts = [len(row.tokens) - 1 for row in rows] if firsts is None else firsts
-        wanted = [each for each in zip(rows, pieces, tokens, firsts, strict=True) if each[0].mode.wants_uncertainty]
+        """ATKD's UnC of tokens that nobody decided; `first_positions` are the positions of their first rows."""
+        first_positions = [len(row.tokens) - 1 for row in rows] if first_positions is None else first_positions
+        wanted = [
+            each
+            for each in zip(rows, row_pieces, tokens, first_positions, strict=True)
+            if each[0].params.wants_uncertainty
+        ]
         if wanted:
             own, briefs, ids, starts = (list(column) for column in zip(*wanted, strict=True))
             for row, part in zip(own, self.calls.uncertainty(own, briefs, ids, starts), strict=True):
@@ -358,28 +385,30 @@ class RolloutWorker:
 
     # ── teacher calls ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _write_request(self, rows: list[Row], counts: np.ndarray) -> tuple[list[list[int]], Any]:
+    def _write_request(self, rows: list[RolloutState], counts: np.ndarray) -> tuple[list[list[int]], Any]:
         """What the teacher has not read yet, at least the last token, and the request to go on from there."""
         for row in rows:
-            row.carry = None
+            row.lookahead_row = None
             row.teacher_len = min(row.teacher_len, max(len(row.tokens) - 1, 0))
-        fed = [row.tokens[row.teacher_len :] for row in rows]
-        blocks = blocks_of(rows, fed, [len(row.tokens) - 1 for row in rows])
-        return fed, write_request(rows, blocks, counts, self.stop_ids)
+        new_tokens = [row.tokens[row.teacher_len :] for row in rows]
+        blocks = blocks_of(rows, new_tokens, [len(row.tokens) - 1 for row in rows])
+        return new_tokens, write_request(rows, blocks, counts, self.stop_ids)
 
-    def _count(self, rows: Sequence[Row], fed: Sequence[list[int]], signal: Signal) -> None:
-        self.reader.learn(signal)
-        for row, part, piece in zip(rows, fed, split(signal), strict=True):
-            row.teacher_positions += max(len(part), len(piece))
-            row.signal_bytes += piece.nbytes
-            row.num_scored_rows += len(piece)
+    def _count(
+        self, rows: Sequence[RolloutState], new_tokens: Sequence[list[int]], teacher_output: TeacherOutput
+    ) -> None:
+        self.reader.set_format(teacher_output)
+        for row, part, teacher_rows in zip(rows, new_tokens, split(teacher_output), strict=True):
+            row.teacher_positions += max(len(part), len(teacher_rows))
+            row.output_bytes += teacher_rows.nbytes
+            row.num_scored_rows += len(teacher_rows)
 
     @staticmethod
-    def _count_ties(rows: Sequence[Row], written: Written) -> None:
+    def _count_ties(rows: Sequence[RolloutState], written: Written) -> None:
         for row, margins in zip(rows, ragged(written.margins, written.lengths), strict=True):
             row.num_near_ties += int((margins < NEAR_TIE).sum())
 
 
-def _alike(jobs: list[Job]) -> list[list[Job]]:
+def _alike(jobs: list[GenerationRequest]) -> list[list[GenerationRequest]]:
     """Jobs that are scored alike."""
     return [[jobs[i] for i in group] for group in grouped(jobs, lambda job: (job.scored, job.wants_uncertainty))]

@@ -1,4 +1,4 @@
-"""`signal: topk`: the compressed rows of a block, and questions to the teacher for the exact ones.
+"""`teacher.output: top_logprobs`: the compressed rows of a block, and questions to the teacher for the exact ones.
 
 In: a block's compressed rows as they came. Out: `TopK`s, and float32 logits [n, V] of single positions, each asked for
 once; as many as possible in one call. Every question is counted on its row.
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from switchkd.algo import losses, topk
-from switchkd.algo.sampling import Sampling
+from switchkd.algo.sampling import SamplingParams
 from switchkd.algo.topk import TopK, draws_inside, smeared, unpack
-from switchkd.engines.wire import hidden_from_signal
-from switchkd.rollout.teacher_logits import SignalReader
-from switchkd.types import Positions, Signal, Task
+from switchkd.engines.wire import from_numpy
+from switchkd.rollout.teacher_logits import TeacherLogits
+from switchkd.types import Positions, RolloutTask, TeacherOutput
 
-Ask = Callable[[Positions], Signal]
+Ask = Callable[[Positions], TeacherOutput]
 Why = Literal["undecided", "other"]
 """Because an interval left a decision open; or to draw the teacher's token, or for a token's own probability."""
 
@@ -31,8 +31,8 @@ Why = Literal["undecided", "other"]
 class Asker(Protocol):
     """A session that exact rows are asked for, and what that has cost: a Row will do."""
 
-    task: Task
-    signal_bytes: int
+    task: RolloutTask
+    output_bytes: int
     num_undecided: int
     num_asked: int
 
@@ -41,8 +41,8 @@ class Asker(Protocol):
 class Reference:
     """An Asker for a completion that the data set wrote."""
 
-    task: Task
-    signal_bytes: int = 0
+    task: RolloutTask
+    output_bytes: int = 0
     num_undecided: int = 0
     num_asked: int = 0
 
@@ -52,31 +52,39 @@ class Briefs:
     """The compressed rows of one block: position k of row r is position `firsts[r] + k` of its session."""
 
     rows: list[Any]  # of Asker
-    firsts: np.ndarray  # int64 [R]
+    first_positions: np.ndarray  # int64 [R]
     offsets: np.ndarray  # int64 [R], of each row's first in `top`
     top: TopK
-    reader: SignalReader
+    reader: TeacherLogits
     ask: Ask
     coarse: bool = False  # decide without certainty
     found: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # (row, session position) -> logits [V]
 
     @classmethod
-    def of_pieces(cls, rows: Sequence[Asker], pieces: Sequence[np.ndarray], firsts: Sequence[int],
-                  reader: SignalReader, ask: Ask, *, coarse: bool = False) -> Briefs:  # fmt: skip
-        """`pieces` int32 [n, 2 k + 2] as they travelled, at least as long as the blocks."""
-        sizes = np.array([len(piece) for piece in pieces])
-        top = unpack(hidden_from_signal(np.concatenate(pieces), "int32", reader.device))
+    def of_pieces(cls, rows: Sequence[Asker], row_pieces: Sequence[np.ndarray], first_positions: Sequence[int],
+                  reader: TeacherLogits, ask: Ask, *, coarse: bool = False) -> Briefs:  # fmt: skip
+        """`row_pieces` int32 [n, 2 k + 2] as they travelled, at least as long as the blocks."""
+        sizes = np.array([len(piece) for piece in row_pieces])
+        top = unpack(from_numpy(np.concatenate(row_pieces), "int32", reader.device))
         return cls(
-            rows=list(rows), firsts=np.array(firsts, np.int64), offsets=np.cumsum(sizes) - sizes, top=top,
-            reader=reader, ask=ask, coarse=coarse,
-        )  # fmt: skip
+            rows=list(rows),
+            first_positions=np.array(first_positions, np.int64),
+            offsets=np.cumsum(sizes) - sizes,
+            top=top,
+            reader=reader,
+            ask=ask,
+            coarse=coarse,
+        )
 
     def of(self, members: np.ndarray) -> Briefs:
         """Of some rows only. Answers are not shared: each row is in one part."""
         return replace(
-            self, rows=[self.rows[i] for i in members], firsts=self.firsts[members], offsets=self.offsets[members],
+            self,
+            rows=[self.rows[i] for i in members],
+            first_positions=self.first_positions[members],
+            offsets=self.offsets[members],
             found={},
-        )  # fmt: skip
+        )
 
     def briefs(self, rows: np.ndarray, positions: np.ndarray) -> TopK:
         """What travelled of block positions [n]."""
@@ -84,7 +92,7 @@ class Briefs:
 
     def exact(self, rows: np.ndarray, positions: np.ndarray, why: Why) -> Tensor:
         """Logits [n, V] of block positions [n]."""
-        return self.at(rows, self.firsts[rows] + positions, why)
+        return self.at(rows, self.first_positions[rows] + positions, why)
 
     def at(self, rows: np.ndarray, positions: np.ndarray, why: Why) -> Tensor:
         """Logits [n, V] of session positions [n], all that is missing asked for in one call."""
@@ -103,7 +111,7 @@ class Briefs:
             self.found.update(zip(missing, self.reader.logits_of(answer), strict=True))
             for r, part in zip(members, wanted, strict=True):
                 row = self.rows[r]
-                row.signal_bytes += answer.nbytes // len(answer.values) * len(part)
+                row.output_bytes += answer.nbytes // len(answer.values) * len(part)
                 row.num_undecided += len(part) * (why == "undecided")
                 row.num_asked += len(part) * (why == "other")
         return torch.stack([self.found[key] for key in keys])
@@ -111,7 +119,7 @@ class Briefs:
     def to_draw(self, rows: np.ndarray, positions: np.ndarray) -> Tensor:
         """Logits [n, V] from which the teacher's draw is that of the full row: the top k where the shaped
         distribution certainly ends within them, else the exact row."""
-        shape: Sampling = self.rows[0].mode.teacher
+        shape: SamplingParams = self.rows[0].params.teacher
         top = self.briefs(rows, positions)
         inside = draws_inside(top, temperature=shape.temperature, top_p=shape.top_p, top_k=shape.top_k).cpu().numpy()
         full = self.exact(rows[~inside], positions[~inside], "other") if not inside.all() else None

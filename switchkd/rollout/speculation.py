@@ -1,12 +1,12 @@
 """Who takes the next step, and how far: a decision about speed only, the tokens are the same under every choice.
 
-In: what calls took, and where proposals broke. Out: a `Lead` for the coming round, the one with the most settled tokens
-per second. Three ways to go on (a round of R rows):
+In: what calls took, and where proposals broke. Out: a `DraftPlan` for the coming round, the one with the most settled
+tokens per second. Three ways to go on (a round of R rows):
 
     student   K student steps, then the teacher reads the block at once; breaks where the teacher owns a token and
               draws another one
     teacher   K teacher steps in one call, then the student reads the block at once; breaks where the student does
-    lockstep  one step each: the floor
+    none      one step each: the floor
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from switchkd.algo.sampling import Purpose
-from switchkd.rollout.state import Row
+from switchkd.rollout.state import RolloutState
 
-Who = Literal["student", "teacher", "lockstep"]
-
-
-class Lead(NamedTuple):
-    who: Who
-    size: int  # K
+DraftedBy = Literal["student", "teacher", "none"]
 
 
-LOCKSTEP = Lead("lockstep", 1)
+class DraftPlan(NamedTuple):
+    drafter: DraftedBy
+    num_tokens: int  # K
+
+
+NO_DRAFT = DraftPlan("none", 1)
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _TRIALS = 2
 """Each way is tried so often before any is trusted: the first call of a shape also pays for its setting up."""
@@ -41,15 +41,15 @@ _MEMORY = 0.99
 _PRIOR = 0.3
 _PRIOR_WEIGHT = 8.0  # tokens; it fades as they do, or it would count for a few percent for ever
 _SURE = 1.05
-"""A gain over lockstep below this may be the clock's error: then the floor is taken."""
+"""A gain over no draft below this may be the clock's error: then the floor is taken."""
 _NEAR, _AGAIN = 1.25, 16
-"""Where lockstep is nearly as good, it is taken every so many rounds: what it costs would else be known from its first
+"""Where no draft is nearly as good, it is taken every so many rounds: what it costs would else be known from its first
 calls only."""
 _BUCKET = 8
 """Tokens of a completion that share a break rate: thresholds, and with them owners, change along the way."""
 
 
-class Costs:
+class LatencyModel:
     """How long calls take, by kind and number of tokens: medians of the last few, straight lines between sizes."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter, keep: int = 9) -> None:
@@ -107,7 +107,7 @@ class _Rates:
     def __init__(self) -> None:
         self._breaks, self._chances, self._prior = np.zeros(1), np.zeros(1), np.full(1, _PRIOR_WEIGHT)
 
-    def saw(self, t: int, broke: bool) -> None:
+    def observe(self, t: int, broke: bool) -> None:
         bucket = t // _BUCKET
         if bucket >= len(self._breaks):
             more = bucket + 1 - len(self._breaks)
@@ -126,81 +126,85 @@ class _Rates:
         return (self._breaks[bucket] + overall * self._prior[bucket]) / (self._chances[bucket] + self._prior[bucket])
 
 
-class Pace:
-    """Chooses the lead of every round. `lead` "auto" measures; any other is kept, with blocks of `block_size`."""
+class SpeculationPolicy:
+    """Chooses the plan of every round. `plan` "auto" measures; any other is kept, with blocks of `max_draft_tokens`."""
 
-    def __init__(self, lead: str, block_size: int, costs: Costs | None = None) -> None:
-        self.lead, self.block_size = lead, block_size
-        self.costs = costs or Costs()
-        self.rounds: dict[Lead, int] = {}  # how often each way was taken ...
-        self.trials: dict[Lead, int] = {}  # ... and how often that told its costs
-        self._unseen = 0  # rounds since lockstep was taken
+    def __init__(self, drafter: str, max_draft_tokens: int, costs: LatencyModel | None = None) -> None:
+        self.drafter, self.max_draft_tokens = drafter, max_draft_tokens
+        self.costs = costs or LatencyModel()
+        self.rounds: dict[DraftPlan, int] = {}  # how often each way was taken ...
+        self.trials: dict[DraftPlan, int] = {}  # ... and how often that told its costs
+        self._unseen = 0  # rounds since no draft was taken
         self._rates: dict[str, dict[str, _Rates]] = {}
 
     @property
     def watches(self) -> bool:
         """Whether break rates matter."""
-        return self.lead == "auto"
+        return self.drafter == "auto"
 
-    def choose(self, rows: Sequence[Row]) -> Lead:
+    def choose(self, rows: Sequence[RolloutState]) -> DraftPlan:
         """For the coming round of rows that share a rule."""
-        lead = self._choose(rows)
-        self.rounds[lead] = self.rounds.get(lead, 0) + 1
-        self._unseen = 0 if lead == LOCKSTEP else self._unseen + 1
-        return lead
+        plan = self._choose(rows)
+        self.rounds[plan] = self.rounds.get(plan, 0) + 1
+        self._unseen = 0 if plan == NO_DRAFT else self._unseen + 1
+        return plan
 
-    def saw_call(self, lead: Lead, kind: str, tokens: int, seconds: float) -> None:
+    def observe_call(self, plan: DraftPlan, kind: str, tokens: int, seconds: float) -> None:
         """What a teacher call took: "read" as a whole, "write" by step."""
         self.costs.add(kind, tokens, seconds)
-        self.trials[lead] = self.trials.get(lead, 0) + 1
+        self.trials[plan] = self.trials.get(plan, 0) + 1
 
-    def note(self, rule: str, by_teacher: bool, t: np.ndarray, owned: np.ndarray, differ: np.ndarray) -> None:
+    def record_outcome(self, rule: str, by_teacher: bool, t: np.ndarray, owned: np.ndarray, differ: np.ndarray) -> None:
         """Settled positions (see walk.Note): each tells whether a student's or a teacher's proposal breaks there."""
         rates = self._of(rule)
         for place, own, other in zip(t.tolist(), owned.tolist(), differ.tolist(), strict=True):
             if other >= 0 or not own:
-                rates["student"].saw(place, bool(own and other == 1))
+                rates["student"].observe(place, bool(own and other == 1))
             if other >= 0 or own:
-                rates["teacher"].saw(place, bool(not own and other == 1))
+                rates["teacher"].observe(place, bool(not own and other == 1))
 
     def _of(self, rule: str) -> dict[str, _Rates]:
         return self._rates.setdefault(rule, {"student": _Rates(), "teacher": _Rates()})
 
-    def _choose(self, rows: Sequence[Row]) -> Lead:
-        if self.lead == "lockstep" or (self.lead == "auto" and self.block_size == 1):
-            return LOCKSTEP
-        if self.lead in ("student", "teacher"):
-            return Lead(self.lead, self.block_size)  # type: ignore[arg-type]
+    def _choose(self, rows: Sequence[RolloutState]) -> DraftPlan:
+        if self.drafter == "none" or (self.drafter == "auto" and self.max_draft_tokens == 1):
+            return NO_DRAFT
+        if self.drafter in ("student", "teacher"):
+            return DraftPlan(self.drafter, self.max_draft_tokens)  # type: ignore[arg-type]
         ways = self._ways(rows)
-        for way in (Lead("student", min(4, self.block_size)), Lead("teacher", min(4, self.block_size)), LOCKSTEP):
+        for way in (
+            DraftPlan("student", min(4, self.max_draft_tokens)),
+            DraftPlan("teacher", min(4, self.max_draft_tokens)),
+            NO_DRAFT,
+        ):
             if way in ways and self.trials.get(way, 0) < _TRIALS:
                 return way
-        worth = self.worth(rows, max(way.size for way in ways))
-        best = max(ways, key=lambda way: worth[way])
-        gain = worth[best] / worth[LOCKSTEP]
-        return LOCKSTEP if gain < _SURE or (gain < _NEAR and self._unseen >= _AGAIN) else best
+        expected_throughput = self.expected_throughput(rows, max(way.num_tokens for way in ways))
+        best = max(ways, key=lambda way: expected_throughput[way])
+        gain = expected_throughput[best] / expected_throughput[NO_DRAFT]
+        return NO_DRAFT if gain < _SURE or (gain < _NEAR and self._unseen >= _AGAIN) else best
 
-    def _ways(self, rows: Sequence[Row]) -> list[Lead]:
-        rule = rows[0].mode.rule
-        most = min(self.block_size, max(row.mode.max_new_tokens - row.t for row in rows))
+    def _ways(self, rows: Sequence[RolloutState]) -> list[DraftPlan]:
+        rule = rows[0].params.rule
+        most = min(self.max_draft_tokens, max(row.params.max_new_tokens - row.t for row in rows))
         sizes = [size for size in SIZES if size <= most]
-        ways = [LOCKSTEP, *(Lead("student", size) for size in sizes)]
+        ways = [NO_DRAFT, *(DraftPlan("student", size) for size in sizes)]
         # a teacher's block breaks under SKD wherever the two draws differ, or the replacement's noise does
         if not rule.needs_draft and rule.replacement == Purpose.GUMBEL:
-            ways += [Lead("teacher", size) for size in sizes]
+            ways += [DraftPlan("teacher", size) for size in sizes]
         return ways
 
-    def worth(self, rows: Sequence[Row], most: int) -> dict[Lead, float]:
+    def expected_throughput(self, rows: Sequence[RolloutState], most: int) -> dict[DraftPlan, float]:
         """Expected settled tokens per second of a round, for every way to take it with blocks up to `most`."""
         num, cost = len(rows), self.costs.of
         t = np.array([row.t for row in rows])
-        limits = np.array([row.mode.max_new_tokens for row in rows]) - t
+        limits = np.array([row.params.max_new_tokens for row in rows]) - t
         ahead = np.arange(most)
         live = ahead < limits[:, None]
         widths = live.sum(0)
-        found = {LOCKSTEP: num / sum(cost(kind, num) for kind in ("student", "read", "walk student"))}
+        found = {NO_DRAFT: num / sum(cost(kind, num) for kind in ("student", "read", "walk student"))}
         for who, step, block in (("student", "student", "read"), ("teacher", "write", "check")):
-            stays = 1 - self._of(rows[0].mode.rule.name)[who].at(t[:, None] + ahead)
+            stays = 1 - self._of(rows[0].params.rule.name)[who].at(t[:, None] + ahead)
             reached = np.cumprod(np.concatenate([np.ones((num, 1)), stays[:, :-1]], axis=1), axis=1) * live
             kept, drafted = reached.sum(0).cumsum(), widths.cumsum()
             steps = np.cumsum([cost(step, float(width)) for width in widths])
@@ -208,5 +212,5 @@ class Pace:
                 # after a break the teacher also reads the token that replaced the drafted one
                 read = drafted[size - 1] + (num * 0.5 if who == "student" else 0)
                 seconds = steps[size - 1] + cost(block, read) + cost(f"walk {who}", drafted[size - 1])
-                found[Lead(who, size)] = kept[size - 1] / seconds  # type: ignore[arg-type]
+                found[DraftPlan(who, size)] = kept[size - 1] / seconds  # type: ignore[arg-type]
         return found

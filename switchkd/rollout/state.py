@@ -1,7 +1,7 @@
 """One completion while it is being written: what a rollout worker knows of it between two rounds.
 
-A `Mode` says how it is written (rule, sampling, limits), a `Row` holds its tokens, what decided them, and how much of
-it each model has read.
+A `RolloutParams` says how it is written (rule, sampling, limits), a `RolloutState` holds its tokens, what decided them,
+and how much of it each model has read.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from switchkd.algo.sampling import Purpose, Sampling
+from switchkd.algo.sampling import Purpose, SamplingParams
 from switchkd.algo.switching import Rule, init_memory
-from switchkd.rollout.top_logprobs import Top, candidates
-from switchkd.types import Origin, Rollout, RolloutStats, Signal, Source, Task
+from switchkd.rollout.top_logprobs import TopTokens, top_logprobs
+from switchkd.types import CompletionSource, Rollout, RolloutStats, RolloutTask, TeacherOutput, TokenSource
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Mode:
+class RolloutParams:
     """How a completion is written. Rows of one mode (and training step) are decided together."""
 
     rule: Rule
-    student: Sampling
-    teacher: Sampling
+    student: SamplingParams
+    teacher: SamplingParams
     max_new_tokens: int
     seed: int
     purpose: Purpose = Purpose.GUMBEL  # of both models' coupled draws; evaluation has its own
@@ -35,7 +35,7 @@ class Mode:
     first_step: int = 0  # ... counted from the stage's first
     scored: bool = True  # False: the student writes alone and nobody scores it
     wants_uncertainty: bool = False  # ATKD's UnC rides along
-    candidates: int = 0  # this many of each model's most likely ids ride along
+    top_logprobs: int = 0  # this many of each model's most likely ids ride along
 
 
 @dataclass(slots=True)
@@ -70,49 +70,54 @@ class Past:
 
 
 @dataclass(slots=True)
-class Row:
+class RolloutState:
     """A completion in the making. `tokens` is prompt and completion; a model has read `*_len` of them."""
 
-    task: Task
-    mode: Mode
+    task: RolloutTask
+    params: RolloutParams
     slot: int
     tokens: list[int]
     memory: torch.Tensor  # float64 [1, M], the rule's
     started: float = field(default_factory=time.monotonic)
     student_len: int = 0
     teacher_len: int = 0
-    carry: np.ndarray | None = None  # [1, D]: the teacher's row of the last token, when it has read it already
+    lookahead_row: np.ndarray | None = None  # [1, D]: the teacher's row of the last token, when it has read it already
     sources: list[int] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     statistic: list[float] = field(default_factory=list)
     threshold: list[float] = field(default_factory=list)
     uncertainty: list[float] = field(default_factory=list)
-    signal: list[np.ndarray] = field(default_factory=list)  # pieces [n, D], one row per decided token
-    num_signal: int = 0  # rows in `signal`
-    teacher_top: list[Top] = field(default_factory=list)  # pieces, for `Mode.candidates`
-    student_top: list[Top] = field(default_factory=list)
+    teacher_output: list[np.ndarray] = field(default_factory=list)  # pieces [n, D], one row per decided token
+    num_teacher_rows: int = 0  # rows in `signal`
+    teacher_top: list[TopTokens] = field(default_factory=list)  # pieces, for `RolloutParams.top_logprobs`
+    student_top: list[TopTokens] = field(default_factory=list)
     block_lengths: list[int] = field(default_factory=list)
     opened: bool = False  # the teacher holds a session
-    in_flight: bool = False  # it waits for the teacher
+    pending: bool = False  # it waits for the teacher
     num_teacher: int = 0
     finish_reason: str = ""
     num_rounds: int = 0
     num_drafted: int = 0
-    num_breaks: int = 0
+    num_rejections: int = 0
     num_near_ties: int = 0
     teacher_positions: int = 0
-    signal_bytes: int = 0
+    output_bytes: int = 0
     num_scored_rows: int = 0
     num_undecided: int = 0
     num_asked: int = 0
-    past: Past | None = None  # `signal: topk`, a rule with memory: what of it is not exact
+    past: Past | None = None  # `teacher.output: top_logprobs`, a rule with memory: what of it is not exact
     approximate: bool = False
 
     @classmethod
-    def start(cls, task: Task, mode: Mode, slot: int) -> Row:
+    def start(cls, task: RolloutTask, params: RolloutParams, slot: int) -> RolloutState:
         prompt = task.prompt.token_ids.tolist()
         return cls(
-            task=task, mode=mode, slot=slot, tokens=prompt, memory=init_memory(mode.rule, 1), teacher_len=len(prompt)
+            task=task,
+            params=params,
+            slot=slot,
+            tokens=prompt,
+            memory=init_memory(params.rule, 1),
+            teacher_len=len(prompt),
         )
 
     @property
@@ -125,70 +130,72 @@ class Row:
         return len(self.tokens) - self.prompt_len
 
     @property
-    def alone(self) -> bool:
+    def student_only(self) -> bool:
         """The student writes all of it, and nobody looks before it has ended."""
-        return not self.mode.scored or self.mode.rule.never
+        return not self.params.scored or self.params.rule.student_only
 
     @property
-    def settled(self) -> bool:
+    def teacher_only(self) -> bool:
         """The teacher writes all the rest of it."""
-        rule = self.mode.rule
-        if rule.settled is None or self.mode.teacher_budget is not None or not self.mode.scored:
+        rule = self.params.rule
+        if rule.teacher_only is None or self.params.teacher_budget is not None or not self.params.scored:
             return False
-        return bool(rule.settled(self.memory))
+        return bool(rule.teacher_only(self.memory))
 
     @property
     def done(self) -> bool:
         """Ended, and the teacher's signal is there if it is wanted."""
-        return bool(self.finish_reason) and (not self.mode.scored or self.num_signal == self.t)
+        return bool(self.finish_reason) and (not self.params.scored or self.num_teacher_rows == self.t)
 
     @property
     def step(self) -> int:
         """Optimizer steps into its stage, for schedules."""
-        return self.task.batch - self.mode.first_step
+        return self.task.batch - self.params.first_step
 
     @property
     def teacher_may_write(self) -> bool:
-        return self.mode.teacher_budget is None or self.num_teacher < self.mode.teacher_budget
+        return self.params.teacher_budget is None or self.num_teacher < self.params.teacher_budget
 
-    def accept(self, token: int, source: Source, version: int, stop_ids: frozenset[int]) -> None:
+    def accept(self, token: int, source: TokenSource, version: int, stop_ids: frozenset[int]) -> None:
         """Append a decided token; the row is finished at a stop id or at its limit."""
         self.tokens.append(token)
         self.sources.append(source)
         self.versions.append(version)
-        self.num_teacher += source == Source.TEACHER
+        self.num_teacher += source == TokenSource.TEACHER
         if token in stop_ids:
             self.finish_reason = "eos"
-        elif self.t >= self.mode.max_new_tokens:
+        elif self.t >= self.params.max_new_tokens:
             self.finish_reason = "length"
 
     def write(self, tokens: Sequence[int], version: int, stop_ids: frozenset[int]) -> None:
-        """Append tokens that the teacher wrote without being asked which rule holds (`settled`)."""
+        """Append tokens that the teacher wrote without being asked which rule holds (`teacher_only`)."""
         memory = self.memory
         t = torch.arange(self.t, self.t + len(tokens))
-        self.threshold += self.mode.rule.threshold(t, self.step, memory.expand(len(tokens), -1)).tolist()
+        self.threshold += self.params.rule.threshold(t, self.step, memory.expand(len(tokens), -1)).tolist()
         self.statistic += [math.nan] * len(tokens)
         for token in tokens:
-            self.accept(token, Source.TEACHER, version, stop_ids)
+            self.accept(token, TokenSource.TEACHER, version, stop_ids)
 
-    def took(self, piece: np.ndarray) -> None:
+    def append_teacher_rows(self, teacher_rows: np.ndarray) -> None:
         """The teacher's rows [n, D] of the tokens decided last."""
-        self.signal.append(piece)
-        self.num_signal += len(piece)
+        self.teacher_output.append(teacher_rows)
+        self.num_teacher_rows += len(teacher_rows)
 
-    def rollout(self, signal_kind: str, signal_dtype: str) -> Rollout:
+    def rollout(self, output_kind: str, output_dtype: str) -> Rollout:
         """The finished record."""
         num = self.t
-        values = np.concatenate(self.signal) if self.signal else None
-        signal = None
+        values = np.concatenate(self.teacher_output) if self.teacher_output else None
+        teacher_output = None
         if values is not None:
-            signal = Signal(kind=signal_kind, dtype=signal_dtype, values=values, lengths=np.array([num], np.int32))
+            teacher_output = TeacherOutput(
+                kind=output_kind, dtype=output_dtype, values=values, lengths=np.array([num], np.int32)
+            )
         return Rollout(
             rollout_id=self.task.rollout_id,
             batch=self.task.batch,
             stage=self.task.stage,
             prompt_id=self.task.prompt.prompt_id,
-            origin=self.task.origin,
+            completion_source=self.task.completion_source,
             prompt_ids=self.task.prompt.token_ids.astype(np.int32),
             token_ids=np.array(self.tokens[self.prompt_len :], np.int32),
             sources=np.array(self.sources, np.uint8),
@@ -196,25 +203,25 @@ class Row:
             statistic=_floats(self.statistic, num),
             threshold=_floats(self.threshold, num),
             uncertainty=_floats(self.uncertainty, num),
-            signal=signal,
+            teacher_output=teacher_output,
             finish_reason=self.finish_reason,
             approximate=self.approximate,
             teacher=self.task.prompt.teacher,
             stats=RolloutStats(
                 num_rounds=self.num_rounds,
                 num_drafted=self.num_drafted,
-                num_breaks=self.num_breaks,
+                num_rejections=self.num_rejections,
                 num_near_ties=self.num_near_ties,
                 teacher_positions=self.teacher_positions,
-                signal_bytes=self.signal_bytes,
+                output_bytes=self.output_bytes,
                 num_scored_rows=self.num_scored_rows,
                 num_undecided=self.num_undecided,
                 num_asked=self.num_asked,
                 block_lengths=tuple(self.block_lengths),
-                tail_mass=mean_tail_mass(values) if values is not None and signal_kind == "topk" else 0.0,
+                tail_mass=mean_tail_mass(values) if values is not None and output_kind == "top_logprobs" else 0.0,
                 time_s=time.monotonic() - self.started,
             ),
-            candidates=candidates(self.teacher_top, self.student_top, num, self.mode.candidates),
+            top_logprobs=top_logprobs(self.teacher_top, self.student_top, num, self.params.top_logprobs),
         )
 
 
@@ -228,13 +235,17 @@ def _floats(values: list[float], num: int) -> np.ndarray:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StageModes:
+class StageRolloutParams:
     """How a stage's completions are written, by origin, and whether the teacher scores them."""
 
-    rollout: Mode
-    teacher: Mode
+    rollout: RolloutParams
+    teacher: RolloutParams
     scored: bool
 
-    def of(self, origin: Origin) -> Mode | None:
+    def of(self, completion_source: CompletionSource) -> RolloutParams | None:
         """None: the data set wrote it."""
-        return {Origin.ROLLOUT: self.rollout, Origin.TEACHER: self.teacher, Origin.DATASET: None}[origin]
+        return {
+            CompletionSource.ROLLOUT: self.rollout,
+            CompletionSource.TEACHER: self.teacher,
+            CompletionSource.DATASET: None,
+        }[completion_source]

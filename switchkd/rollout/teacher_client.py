@@ -16,18 +16,18 @@ import numpy as np
 
 from switchkd.engines.base import OutputHead, Teacher, TeacherBusy
 from switchkd.rollout.questions import Asker, Briefs
-from switchkd.rollout.state import Row
-from switchkd.rollout.teacher_logits import SignalReader
-from switchkd.types import Blocks, Positions, Sessions, Signal, Task, Written, ragged
+from switchkd.rollout.state import RolloutState
+from switchkd.rollout.teacher_logits import TeacherLogits
+from switchkd.types import Blocks, Positions, RolloutTask, Sessions, TeacherOutput, Written, ragged
 
 BUSY_S = 0.05
 """How long a worker waits before it asks a busy teacher again."""
 
 
-class TeacherCalls:
+class TeacherClient:
     def __init__(self, teacher: Teacher | None, head: OutputHead | None, device: str) -> None:
         self._teacher = teacher
-        self.reader = SignalReader(head, device)
+        self.reader = TeacherLogits(head, device)
         self.num_calls = 0
         self.wait_s = 0.0  # that the caller has waited for answers
         self._thread: ThreadPoolExecutor | None = None
@@ -69,12 +69,12 @@ class TeacherCalls:
         finally:
             self.wait_s += time.monotonic() - started
 
-    def open(self, tasks: Sequence[Task]) -> None:
+    def open(self, tasks: Sequence[RolloutTask]) -> None:
         """Raises TeacherBusy when they do not all fit."""
         if tasks:
             self.result(self.submit(self.teacher.open, sessions_of(tasks)))
 
-    def open_some(self, tasks: Sequence[Task]) -> int:
+    def open_some(self, tasks: Sequence[RolloutTask]) -> int:
         """How many of the tasks, from the first on, the teacher takes now: at least one, it may wait for that."""
         num = len(tasks)
         while True:
@@ -90,25 +90,31 @@ class TeacherCalls:
         if session_ids:
             self.result(self.submit(self.teacher.close, np.array(session_ids, np.int64)))
 
-    def score(self, blocks: Blocks) -> Signal:
+    def score(self, blocks: Blocks) -> TeacherOutput:
         self.num_calls += 1
-        signal: Signal = self.result(self.submit(self.teacher.score, blocks))
-        self.reader.learn(signal)
-        return signal
+        teacher_output: TeacherOutput = self.result(self.submit(self.teacher.score, blocks))
+        self.reader.set_format(teacher_output)
+        return teacher_output
 
-    def exact(self, question: Positions) -> Signal:
-        """Exact rows of positions that the teacher has read (`signal: topk`)."""
+    def exact(self, question: Positions) -> TeacherOutput:
+        """Exact rows of positions that the teacher has read (`teacher.output: top_logprobs`)."""
         self.num_calls += 1
-        answer: Signal = self.result(self.submit(self.teacher.exact, question))
+        answer: TeacherOutput = self.result(self.submit(self.teacher.exact, question))
         return answer
 
     def uncertainty(
-        self, rows: Sequence[Asker], pieces: Sequence[np.ndarray], tokens: Sequence[np.ndarray], firsts: Sequence[int]
+        self,
+        rows: Sequence[Asker],
+        row_pieces: Sequence[np.ndarray],
+        tokens: Sequence[np.ndarray],
+        first_positions: Sequence[int],
     ) -> list[np.ndarray]:
         """1 - p(token) of each row's tokens; what the top k leave out is asked for in one call."""
-        if self.reader.kind != "topk":
-            return [self.reader.uncertainty(piece, ids) for piece, ids in zip(pieces, tokens, strict=True)]
-        briefs = Briefs.of_pieces(rows, pieces, firsts, self.reader, self.exact)
+        if self.reader.kind != "top_logprobs":
+            return [
+                self.reader.uncertainty(teacher_rows, ids) for teacher_rows, ids in zip(row_pieces, tokens, strict=True)
+            ]
+        briefs = Briefs.of_pieces(rows, row_pieces, first_positions, self.reader, self.exact)
         sizes = [len(ids) for ids in tokens]
         which = np.repeat(np.arange(len(rows)), sizes)
         places = np.concatenate([np.arange(size) for size in sizes])
@@ -116,7 +122,7 @@ class TeacherCalls:
         return ragged(unc, np.array(sizes))
 
 
-def sessions_of(tasks: Sequence[Task]) -> Sessions:
+def sessions_of(tasks: Sequence[RolloutTask]) -> Sessions:
     return Sessions(
         session_ids=np.array([task.rollout_id for task in tasks], np.int64),
         token_ids=np.concatenate([task.prompt.token_ids for task in tasks]).astype(np.int32),
@@ -124,18 +130,19 @@ def sessions_of(tasks: Sequence[Task]) -> Sessions:
     )
 
 
-def blocks_of(rows: Sequence[Row], fed: Sequence[list[int]], firsts: Sequence[int]) -> Blocks:
-    """One call: each row's session goes on after `teacher_len` with `fed`, rows are wanted from `firsts` on."""
+def blocks_of(rows: Sequence[RolloutState], new_tokens: Sequence[list[int]], first_positions: Sequence[int]) -> Blocks:
+    """One call: each row's session goes on after `teacher_len` with `new_tokens`, rows are wanted from
+    `first_positions` on."""
     return Blocks(
         session_ids=np.array([row.task.rollout_id for row in rows], np.int64),
         base_lens=np.array([row.teacher_len for row in rows], np.int32),
-        first_rows=np.array(firsts, np.int32),
-        token_ids=np.concatenate([np.asarray(part, np.int32) for part in fed]),
-        lengths=np.array([len(part) for part in fed], np.int32),
+        first_rows=np.array(first_positions, np.int32),
+        token_ids=np.concatenate([np.asarray(part, np.int32) for part in new_tokens]),
+        lengths=np.array([len(part) for part in new_tokens], np.int32),
     )
 
 
-def split(answer: Signal | Written) -> list[np.ndarray]:
+def split(answer: TeacherOutput | Written) -> list[np.ndarray]:
     """Flat rows or tokens, by session."""
-    flat = answer.values if isinstance(answer, Signal) else answer.token_ids
+    flat = answer.values if isinstance(answer, TeacherOutput) else answer.token_ids
     return ragged(flat, answer.lengths)

@@ -15,36 +15,36 @@ from torch import Tensor
 from switchkd.algo.losses import uncertainty
 from switchkd.algo.topk import unpack
 from switchkd.engines.base import OutputHead
-from switchkd.engines.wire import hidden_from_signal
-from switchkd.rollout.top_logprobs import Top
-from switchkd.types import Signal
+from switchkd.engines.wire import from_numpy
+from switchkd.rollout.top_logprobs import TopTokens
+from switchkd.types import TeacherOutput
 
 
-class SignalReader:
-    """Knows the kind of the signals that arrive and holds the teacher's output head (None for kind "full")."""
+class TeacherLogits:
+    """Knows the kind of the signals that arrive and holds the teacher's output head (None for kind "logits")."""
 
     def __init__(self, head: OutputHead | None, device: str | torch.device = "cpu") -> None:
         self.head = head
         self.device = torch.device(device)
-        self.kind = "hidden"
+        self.kind = "hidden_states"
         self.dtype = "float32"
 
-    def learn(self, signal: Signal) -> None:
-        self.kind, self.dtype = signal.kind, signal.dtype
+    def set_format(self, teacher_output: TeacherOutput) -> None:
+        self.kind, self.dtype = teacher_output.kind, teacher_output.dtype
 
     def logits(self, values: np.ndarray) -> Tensor:
         """Signal rows [n, D] (or [n, V]) to float32 logits [n, V]."""
         return self._logits(values, self.kind, self.dtype)
 
-    def logits_of(self, answer: Signal) -> Tensor:
+    def logits_of(self, answer: TeacherOutput) -> Tensor:
         """Float32 logits [n, V] of an answer to a question, whose kind is not that of the signals."""
         return self._logits(answer.values, answer.kind, answer.dtype)
 
     def _logits(self, values: np.ndarray, kind: str, dtype: str) -> Tensor:
-        if kind == "topk":
+        if kind == "top_logprobs":
             raise RuntimeError("the top k of a row are not the row: ask the teacher for it (Teacher.exact)")
-        rows = hidden_from_signal(values, dtype, self.device)
-        if kind == "full":
+        rows = from_numpy(values, dtype, self.device)
+        if kind == "logits":
             return rows.float()
         if self.head is None:
             raise RuntimeError("the teacher sends hidden states, but this process holds no output head of its")
@@ -60,24 +60,24 @@ class SignalReader:
         ]
         return torch.cat(parts).numpy().astype(np.float32) if parts else np.zeros(0, np.float32)
 
-    def top(self, values: np.ndarray, k: int, chunk: int = 64) -> Top:
-        """The k most likely ids of signal rows [n, D] (with `signal: topk` no more than it has)."""
-        if self.kind == "topk":
-            rows = unpack(hidden_from_signal(values, "int32", self.device))
-            return Top.padded(rows.ids[:, :k], rows.logprobs[:, :k], k)
-        parts = [Top.of(self.logits(values[i : i + chunk]), k) for i in range(0, len(values), chunk)]
-        return Top.joined(parts, k)
+    def top(self, values: np.ndarray, k: int, chunk: int = 64) -> TopTokens:
+        """The k most likely ids of signal rows [n, D] (with `teacher.output: top_logprobs` no more than it has)."""
+        if self.kind == "top_logprobs":
+            rows = unpack(from_numpy(values, "int32", self.device))
+            return TopTokens.padded(rows.ids[:, :k], rows.logprobs[:, :k], k)
+        parts = [TopTokens.of(self.logits(values[i : i + chunk]), k) for i in range(0, len(values), chunk)]
+        return TopTokens.joined(parts, k)
 
-    def signal(self, values: np.ndarray) -> Signal:
-        return Signal(kind=self.kind, dtype=self.dtype, values=values, lengths=np.array([len(values)], np.int32))
+    def teacher_output(self, values: np.ndarray) -> TeacherOutput:
+        return TeacherOutput(kind=self.kind, dtype=self.dtype, values=values, lengths=np.array([len(values)], np.int32))
 
 
-def pieces_as_rows(
-    reader: SignalReader, pieces: Sequence[np.ndarray], counts: np.ndarray
+def lazy_logits(
+    reader: TeacherLogits, row_pieces: Sequence[np.ndarray], counts: np.ndarray
 ) -> Callable[[np.ndarray, np.ndarray], Tensor]:
     """A function (rows, positions) -> float32 logits [n, V] of position `positions[i]` of piece `rows[i]`. Only what is
     asked for meets the output head."""
-    values = np.concatenate([piece[:num] for piece, num in zip(pieces, counts, strict=True)])
+    values = np.concatenate([teacher_rows[:num] for teacher_rows, num in zip(row_pieces, counts, strict=True)])
     offsets = np.cumsum(counts) - counts
 
     def rows_of(rows: np.ndarray, positions: np.ndarray) -> Tensor:

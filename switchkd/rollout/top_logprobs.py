@@ -1,6 +1,6 @@
 """What each model would rather have written: its most likely ids beside every token, for people to look at.
 
-In: rows of logits. Out: `Top`s, which a row collects piece by piece, and the `Candidates` of a finished rollout.
+In: rows of logits. Out: `TopTokens`s, which a row collects piece by piece, and the `TopLogprobs` of a finished rollout.
 
 Shapes: n rows, V vocabulary, K ids that are kept, T tokens of a rollout.
 """
@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 from switchkd.algo.topk import first_ids
-from switchkd.types import Candidates
+from switchkd.types import TopLogprobs
 
 
 @dataclass(frozen=True, slots=True)
-class Top:
+class TopTokens:
     """The K most likely ids of n rows, the most likely first; -1 with a log-prob of NaN where there is none."""
 
     ids: np.ndarray  # int32 [n, K]
     logprobs: np.ndarray  # float32 [n, K], at temperature 1
 
     @classmethod
-    def of(cls, logits: Tensor, k: int) -> Top:
+    def of(cls, logits: Tensor, k: int) -> TopTokens:
         """Of float rows [n, V]."""
         with torch.no_grad():
             ids = first_ids(logits, min(k, logits.shape[1]))
@@ -34,7 +34,7 @@ class Top:
         return cls.padded(ids, logprobs, k)
 
     @classmethod
-    def padded(cls, ids: Tensor, logprobs: Tensor, k: int) -> Top:
+    def padded(cls, ids: Tensor, logprobs: Tensor, k: int) -> TopTokens:
         """At most k ids a row, filled up to k."""
         found = cls.unknown(len(ids), k)
         found.ids[:, : ids.shape[1]] = ids.cpu().numpy()
@@ -42,26 +42,26 @@ class Top:
         return found
 
     @classmethod
-    def unknown(cls, num: int, k: int) -> Top:
+    def unknown(cls, num: int, k: int) -> TopTokens:
         return cls(np.full((num, k), -1, np.int32), np.full((num, k), np.nan, np.float32))
 
     @classmethod
-    def joined(cls, parts: Sequence[Top], k: int) -> Top:
+    def joined(cls, parts: Sequence[TopTokens], k: int) -> TopTokens:
         parts = [cls.unknown(0, k), *parts]
         return cls(np.concatenate([part.ids for part in parts]), np.concatenate([part.logprobs for part in parts]))
 
-    def split(self) -> list[Top]:
+    def split(self) -> list[TopTokens]:
         """Row by row."""
-        return [Top(self.ids[i : i + 1], self.logprobs[i : i + 1]) for i in range(len(self.ids))]
+        return [TopTokens(self.ids[i : i + 1], self.logprobs[i : i + 1]) for i in range(len(self.ids))]
 
 
-def candidates(teacher: Sequence[Top], student: Sequence[Top], num: int, k: int) -> Candidates | None:
+def top_logprobs(teacher: Sequence[TopTokens], student: Sequence[TopTokens], num: int, k: int) -> TopLogprobs | None:
     """Of a rollout with `num` tokens; a side that has not seen all of them is unknown. None for k = 0."""
     if k == 0:
         return None
     sides = []
     for parts in (teacher, student):
-        joined = Top.joined(parts, k)
-        sides.append(joined if len(joined.ids) == num else Top.unknown(num, k))
+        joined = TopTokens.joined(parts, k)
+        sides.append(joined if len(joined.ids) == num else TopTokens.unknown(num, k))
     p, q = sides
-    return Candidates(teacher_ids=p.ids, teacher_logprobs=p.logprobs, student_ids=q.ids, student_logprobs=q.logprobs)
+    return TopLogprobs(teacher_ids=p.ids, teacher_logprobs=p.logprobs, student_ids=q.ids, student_logprobs=q.logprobs)

@@ -21,44 +21,44 @@ import torch
 from torch import Tensor
 
 from switchkd.algo.losses import uncertainty
-from switchkd.algo.sampling import Purpose, Sampling, coin, draw
+from switchkd.algo.sampling import Purpose, SamplingParams, coin, draw
 from switchkd.rollout.certify import Verdict, certified, coarse_statistic
 from switchkd.rollout.questions import Briefs
-from switchkd.rollout.state import Row
-from switchkd.rollout.top_logprobs import Top
-from switchkd.types import Source
+from switchkd.rollout.state import RolloutState
+from switchkd.rollout.top_logprobs import TopTokens
+from switchkd.types import TokenSource
 
 NEAR_TIE = 1e-4
 """Two scores (log-prob + Gumbel), or a statistic and its threshold, closer than this may fall either way under
 another batch shape. Such tokens are counted, not hidden."""
-SPAN = 4
+VERIFY_COLUMNS = 4
 """Columns whose distributions are made together: one product with each head, and little of it behind a break."""
 
 Rows = Callable[[np.ndarray, np.ndarray], Tensor]
 """Float32 logits [n, V] of proposed position `positions[i]` of row `rows[i]`."""
-Note = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
+RecordOutcome = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 """Hears of settled positions: t int [n], owned by the teacher bool [n], whether both models' draws differ: 1, 0, or -1
 where only one of them was made."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Block:
+class DraftBlock:
     """What one model proposes for R rows. tokens int64 [R, K] (-1 beyond counts [R] >= 1)."""
 
     tokens: np.ndarray
     counts: np.ndarray
     by_teacher: bool
-    p_rows: Rows  # `signal: topk`: made to draw from
+    p_rows: Rows  # `teacher.output: top_logprobs`: made to draw from
     q_rows: Rows
-    briefs: Briefs | None = None  # `signal: topk`: what of the teacher's rows is known
+    briefs: Briefs | None = None  # `teacher.output: top_logprobs`: what of the teacher's rows is known
 
-    def of(self, members: list[int]) -> Block:
+    def of(self, members: list[int]) -> DraftBlock:
         """Of some rows only."""
         if len(members) == len(self.tokens):
             return self
         index = np.array(members)
         briefs = None if self.briefs is None else self.briefs.of(index)
-        return Block(
+        return DraftBlock(
             tokens=self.tokens[index],
             counts=self.counts[index],
             by_teacher=self.by_teacher,
@@ -68,52 +68,63 @@ class Block:
         )
 
 
-def walk(
-    rows: list[Row], block: Block, *, version: int, stop_ids: frozenset[int], note: Note | None = None
+def verify(
+    rows: list[RolloutState],
+    block: DraftBlock,
+    *,
+    version: int,
+    stop_ids: frozenset[int],
+    record_outcome: RecordOutcome | None = None,
 ) -> np.ndarray:
     """Settle the tokens of one block per row; all rows share rule, sampling and training step.
 
-    Returns held int [R]: how many settled tokens equal the proposed ones, from the left. With `note`, both models draw
-    at the first position of every block, whoever owns it.
+    Returns held int [R]: how many settled tokens equal the proposed ones, from the left. With `record_outcome`, both
+    models draw at the first position of every block, whoever owns it.
     """
-    held = np.zeros(len(rows), np.int64)
+    num_accepted = np.zeros(len(rows), np.int64)
     alive = np.arange(len(rows))
-    for first in range(0, block.tokens.shape[1], SPAN):
+    for first in range(0, block.tokens.shape[1], VERIFY_COLUMNS):
         alive = alive[block.counts[alive] > first]
         if len(alive) == 0:
             break
-        span = _Span(rows, block, alive, first)
-        for k in range(first, min(first + SPAN, block.tokens.shape[1])):
+        span = _Window(rows, block, alive, first)
+        for k in range(first, min(first + VERIFY_COLUMNS, block.tokens.shape[1])):
             alive = alive[block.counts[alive] > k]
             if len(alive) == 0:
                 break
-            same = _settle(rows, span, alive, k, version, stop_ids, note)
-            held[alive[same]] += 1
+            same = _settle(rows, span, alive, k, version, stop_ids, record_outcome)
+            num_accepted[alive[same]] += 1
             for r in alive[~same]:
-                rows[r].num_breaks += 1
+                rows[r].num_rejections += 1
             ended = np.array([bool(rows[r].finish_reason) for r in alive])
             alive = alive[same & ~ended]
-    return held
+    return num_accepted
 
 
 def _settle(
-    rows: list[Row], span: _Span, alive: np.ndarray, k: int, version: int, stop_ids: frozenset[int], note: Note | None
+    rows: list[RolloutState],
+    span: _Window,
+    alive: np.ndarray,
+    k: int,
+    version: int,
+    stop_ids: frozenset[int],
+    record_outcome: RecordOutcome | None,
 ) -> np.ndarray:
     """Settle position k of rows `alive`: whether each settled token is the proposed one, bool [n]."""
-    mode, block = rows[0].mode, span.block
+    params, block = rows[0].params, span.block
     t = np.array([rows[r].t for r in alive])
     verdict = certified(rows, span, alive, k) if span.certifies else _measured(rows, span, alive, k)
     owned = np.array([bool(want) and rows[r].teacher_may_write for r, want in zip(alive, verdict.wants, strict=True)])
     proposed = block.tokens[alive, k]
-    tokens, differ = _tokens(rows, span, alive, k, owned, probe=note is not None and k == 0)
-    if note is not None:
-        note(t, owned, differ)
-    if mode.wants_uncertainty:
+    tokens, differ = _tokens(rows, span, alive, k, owned, probe=record_outcome is not None and k == 0)
+    if record_outcome is not None:
+        record_outcome(t, owned, differ)
+    if params.wants_uncertainty:
         for r, value in zip(alive, span.uncertainty(alive, k, tokens).tolist(), strict=True):
             rows[r].uncertainty.append(value)
     near = (verdict.gap < NEAR_TIE).numpy()
-    if mode.candidates:
-        for r, p, q in zip(alive, *span.tops(alive, k, mode.candidates), strict=True):
+    if params.top_logprobs:
+        for r, p, q in zip(alive, *span.tops(alive, k, params.top_logprobs), strict=True):
             rows[r].teacher_top.append(p)
             rows[r].student_top.append(q)
     for i, r in enumerate(alive):
@@ -122,18 +133,18 @@ def _settle(
         row.statistic.append(float(verdict.seen[i]))
         row.threshold.append(float(verdict.threshold[i]))
         row.num_near_ties += int(near[i])
-        row.accept(int(tokens[i]), Source.TEACHER if owned[i] else Source.STUDENT, version, stop_ids)
+        row.accept(int(tokens[i]), TokenSource.TEACHER if owned[i] else TokenSource.STUDENT, version, stop_ids)
     return tokens == proposed
 
 
-def _measured(rows: list[Row], span: _Span, alive: np.ndarray, k: int) -> Verdict:
+def _measured(rows: list[RolloutState], span: _Window, alive: np.ndarray, k: int) -> Verdict:
     """Decide by the statistic itself."""
-    rule = rows[0].mode.rule
+    rule = rows[0].params.rule
     memory = torch.cat([rows[r].memory for r in alive])
     t = torch.tensor([rows[r].t for r in alive])
     statistic = seen = span.statistic[alive, k - span.first]
-    if rule.settled is not None:  # where nothing is decided any more, nothing is measured, whoever proposed
-        settled = rule.settled(memory)
+    if rule.teacher_only is not None:  # where nothing is decided any more, nothing is measured, whoever proposed
+        settled = rule.teacher_only(memory)
         statistic, seen = statistic.masked_fill(settled, 0.0), seen.masked_fill(settled, torch.nan)
     threshold = rule.threshold(t, rows[alive[0]].step, memory)
     memory = rule.update(memory, statistic, threshold)
@@ -142,44 +153,49 @@ def _measured(rows: list[Row], span: _Span, alive: np.ndarray, k: int) -> Verdic
 
 
 def _tokens(
-    rows: list[Row], span: _Span, alive: np.ndarray, k: int, owned: np.ndarray, *, probe: bool
+    rows: list[RolloutState], span: _Window, alive: np.ndarray, k: int, owned: np.ndarray, *, probe: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Each owner's draw, int64 [n], and whether the two models' draws differ (1, 0, -1 for unknown).
 
     The proposer's own tokens stand in the block already. SKD's replacement has its own purpose: its test looks at the
     drafted id, so sharing that noise would bend the law.
     """
-    mode, block = rows[0].mode, span.block
+    params, block = rows[0].params, span.block
     own = block.tokens[alive, k]  # the proposer's
     tokens, differ = own.copy(), np.full(len(alive), -1)
-    replaced = mode.rule.replacement != Purpose.GUMBEL
+    replaced = params.rule.replacement != Purpose.GUMBEL
     if block.by_teacher:
         drawn = ~owned | probe
         other = span.student_draws(alive[drawn], k)
         tokens[~owned] = other[~owned[drawn]]
         if replaced and owned.any():
-            tokens[owned] = _teacher_draws(rows, span, alive[owned], k, mode.rule.replacement)
+            tokens[owned] = _teacher_draws(rows, span, alive[owned], k, params.rule.replacement)
     else:
         drawn = owned | (probe and not replaced and block.briefs is None)  # no question for curiosity's sake
-        other = _teacher_draws(rows, span, alive[drawn], k, mode.rule.replacement if replaced else mode.purpose)
+        other = _teacher_draws(rows, span, alive[drawn], k, params.rule.replacement if replaced else params.purpose)
         tokens[owned] = other[owned[drawn]]
     differ[drawn] = other != own[drawn]
     return tokens, differ
 
 
-def _teacher_draws(rows: list[Row], span: _Span, which: np.ndarray, k: int, purpose: Purpose) -> np.ndarray:
+def _teacher_draws(rows: list[RolloutState], span: _Window, which: np.ndarray, k: int, purpose: Purpose) -> np.ndarray:
     if len(which) == 0:
         return np.zeros(0, np.int64)
-    return draws(rows, which, np.zeros(len(which), int), span.p_rows(which, k), rows[0].mode.teacher, purpose)
+    return draws(rows, which, np.zeros(len(which), int), span.p_rows(which, k), rows[0].params.teacher, purpose)
 
 
 def draws(
-    rows: list[Row], which: np.ndarray, ahead: np.ndarray, logits: Tensor, sampling: Sampling, purpose: Purpose
+    rows: list[RolloutState],
+    which: np.ndarray,
+    ahead: np.ndarray,
+    logits: Tensor,
+    sampling: SamplingParams,
+    purpose: Purpose,
 ) -> np.ndarray:
     """Keyed draws from logits [n, V] for rows `which`, `ahead[i]` positions after their next one: int64 [n]."""
     tokens, margins = draw(
         logits,
-        run_seed=rows[which[0]].mode.seed,
+        run_seed=rows[which[0]].params.seed,
         rollout_ids=[rows[r].task.rollout_id for r in which],
         positions=[rows[r].t + int(a) for r, a in zip(which, ahead, strict=True)],
         purpose=purpose,
@@ -191,15 +207,15 @@ def draws(
     return tokens
 
 
-class _Span:
+class _Window:
     """Both distributions of the live rows at the columns `first` to `first + SPAN`, and the rule's statistic there:
     float64 [R, SPAN], NaN where nothing was proposed. A rule that reads no rows gets none. From compressed rows the
     statistic lies between `low` and `high` (`certifies`), unless rollouts may be approximate."""
 
-    def __init__(self, rows: list[Row], block: Block, alive: np.ndarray, first: int) -> None:
+    def __init__(self, rows: list[RolloutState], block: DraftBlock, alive: np.ndarray, first: int) -> None:
         self.rows, self.block, self.first = rows, block, first
-        mode, rule = rows[0].mode, rows[0].mode.rule
-        width = min(SPAN, block.tokens.shape[1] - first)
+        params, rule = rows[0].params, rows[0].params.rule
+        width = min(VERIFY_COLUMNS, block.tokens.shape[1] - first)
         live = np.zeros((len(rows), width), bool)
         live[alive] = first + np.arange(width) < block.counts[alive, None]
         r, k = np.nonzero(live)
@@ -212,9 +228,9 @@ class _Span:
         drafted = block.tokens[r, first + k]
         if block.by_teacher and rule.needs_draft:
             logits = self._q if self._q is not None else block.q_rows(r, first + k)
-            drafted = draws(rows, r, k, logits, mode.student, mode.purpose)
+            drafted = draws(rows, r, k, logits, params.student, params.purpose)
             self._drawn = dict(zip(self._place[r, k].tolist(), drafted.tolist(), strict=True))
-        coins = coin(mode.seed, [rows[i].task.rollout_id for i in r], np.array([rows[i].t for i in r], int) + k)
+        coins = coin(params.seed, [rows[i].task.rollout_id for i in r], np.array([rows[i].t for i in r], int) + k)
         self._drafted, self._coins = torch.from_numpy(drafted), torch.from_numpy(coins)
         self.statistic = torch.full(live.shape, torch.nan, dtype=torch.float64)
         self.certifies = brief and not self.briefs.coarse
@@ -238,7 +254,7 @@ class _Span:
 
     def _place_ends(self, r: np.ndarray, k: np.ndarray) -> None:
         """The cheap interval at every proposed position."""
-        rule = self.rows[0].mode.rule
+        rule = self.rows[0].params.rule
         assert rule.interval is not None, f"rule {rule.name} has no interval form: build.check_topk refuses it"
         assert self._q is not None, "a rule with an interval reads rows"
         row = self.briefs.briefs(r, self.first + k).to(self._q.device)
@@ -249,7 +265,7 @@ class _Span:
         """Between what the statistic of rows `which` at position k lies, float64 [n]."""
         if not tight:
             return self.low[which, k - self.first], self.high[which, k - self.first]
-        rule = self.rows[0].mode.rule
+        rule = self.rows[0].params.rule
         assert rule.interval is not None
         q_logits = self.q_rows(which, k)
         row = self.briefs.briefs(which, np.full(len(which), k)).to(q_logits.device)
@@ -260,7 +276,7 @@ class _Span:
         """The statistic itself, from exact rows, float64 [n]."""
         p_logits = self.briefs.exact(which, np.full(len(which), k), "undecided")
         place = self._at(which, k)
-        statistic = self.rows[0].mode.rule.statistic(
+        statistic = self.rows[0].params.rule.statistic(
             p_logits=p_logits, q_logits=self.q_rows(which, k), drafted=self._drafted[place], coins=self._coins[place]
         )
         return statistic.double().cpu()
@@ -272,13 +288,13 @@ class _Span:
         p_logits = self.p_rows(which, k)
         return uncertainty(p_logits, torch.from_numpy(tokens).to(p_logits.device))
 
-    def tops(self, which: np.ndarray, k: int, num: int) -> tuple[list[Top], list[Top]]:
+    def tops(self, which: np.ndarray, k: int, num: int) -> tuple[list[TopTokens], list[TopTokens]]:
         """Each model's `num` most likely ids at position k of rows `which`, one piece a row."""
-        student = Top.of(self.q_rows(which, k), num)
+        student = TopTokens.of(self.q_rows(which, k), num)
         if self.block.briefs is None:
-            return Top.of(self.p_rows(which, k), num).split(), student.split()
+            return TopTokens.of(self.p_rows(which, k), num).split(), student.split()
         rows = self.briefs.briefs(which, np.full(len(which), k))
-        return Top.padded(rows.ids[:, :num], rows.logprobs[:, :num], num).split(), student.split()
+        return TopTokens.padded(rows.ids[:, :num], rows.logprobs[:, :num], num).split(), student.split()
 
     def q_rows(self, which: np.ndarray, k: int) -> Tensor:
         """The student's logits [n, V] at position k of rows `which`."""
@@ -297,9 +313,9 @@ class _Span:
             return np.zeros(0, np.int64)
         if self._drawn:
             return np.array([self._drawn[int(place)] for place in self._place[which, k - self.first]], np.int64)
-        mode = self.rows[0].mode
+        params = self.rows[0].params
         logits = self.q_rows(which, k)
-        return draws(self.rows, which, np.zeros(len(which), int), logits, mode.student, mode.purpose)
+        return draws(self.rows, which, np.zeros(len(which), int), logits, params.student, params.purpose)
 
     def _rows(self, ready: Tensor | None, make: Rows, which: np.ndarray, k: int) -> Tensor:
         if ready is None:

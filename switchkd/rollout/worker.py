@@ -1,6 +1,6 @@
 """A rollout worker's day: completions for the stage at hand, new weights, and now and then an examination.
 
-In: tasks, or an `Exam`. Out: rollouts through `put`, or `EvalRow`s. Actors and `local.py` wrap this class.
+In: tasks, or an `EvalShard`. Out: rollouts through `put`, or `EvalRow`s. Actors and `local.py` wrap this class.
 """
 
 from __future__ import annotations
@@ -14,30 +14,41 @@ import numpy as np
 import torch
 
 from switchkd.algo.divergence import agreement, forward_kl, per_row
-from switchkd.rollout.evaluate import eval_mode
-from switchkd.rollout.generator import Job, RolloutWorker
-from switchkd.rollout.state import StageModes
-from switchkd.types import GREEDY, EvalRow, Exam, Origin, Prompt, Rollout, Source, Task, WeightBundle, WorkReport
+from switchkd.rollout.evaluate import eval_params
+from switchkd.rollout.generator import GenerationRequest, SwitchingGenerator
+from switchkd.rollout.state import StageRolloutParams
+from switchkd.types import (
+    GREEDY,
+    CompletionSource,
+    EvalRow,
+    EvalShard,
+    PackedWeights,
+    Prompt,
+    Rollout,
+    RolloutTask,
+    TokenSource,
+    WorkReport,
+)
 
 Put = Callable[[list[Rollout]], None]
 _REFERENCES, _GREEDY = 1 << 40, 1 << 41
 """First session ids of what an examination lets the teacher read: no rollout counts so far."""
 
 
-class Worker:
+class RolloutWorker:
     """`writers`: by teacher, all with the same student."""
 
     def __init__(
         self,
-        writers: Mapping[str, RolloutWorker],
-        modes: Sequence[StageModes],
+        writers: Mapping[str, SwitchingGenerator],
+        stage_params: Sequence[StageRolloutParams],
         decode: Callable[[Sequence[int]], str],
         *,
         index: int = 0,
     ) -> None:
         self.writers = dict(writers)
         self.rollouts = next(iter(self.writers.values()))  # what it knows of the student holds for all
-        self.modes = list(modes)
+        self.stage_params = list(stage_params)
         self.decode = decode
         self.index = index
         self._free_since = time.monotonic()
@@ -48,14 +59,14 @@ class Worker:
         return self.rollouts.version
 
     @property
-    def beats(self) -> int:
+    def progress_counter(self) -> int:
         """Grows while it writes or reads."""
         return sum(writer.num_rounds + writer.calls.num_calls for writer in self.writers.values())
 
-    def load_weights(self, bundle: WeightBundle) -> None:
-        self.rollouts.load_weights(bundle)
+    def load_weights(self, packed: PackedWeights) -> None:
+        self.rollouts.load_weights(packed)
 
-    def generate(self, tasks: Sequence[Task], put: Put) -> WorkReport:
+    def generate(self, tasks: Sequence[RolloutTask], put: Put) -> WorkReport:
         """Write all tasks; each finished rollout goes to `put` at once."""
         started, calls, waited = time.monotonic(), self._num_calls(), self._waited_s()
         idle = started - self._free_since
@@ -70,26 +81,35 @@ class Worker:
             tally["rollouts"] += len(done)
             for rollout in done:
                 tally["tokens"] += rollout.num_tokens
-                tally["student"] += int((rollout.sources == Source.STUDENT).sum())
-                tally["teacher"] += int((rollout.sources == Source.TEACHER).sum())
+                tally["student"] += int((rollout.sources == TokenSource.STUDENT).sum())
+                tally["teacher"] += int((rollout.sources == TokenSource.TEACHER).sum())
                 tally["ties"] += rollout.stats.num_near_ties
                 stats = rollout.stats
-                tally["bytes"] += stats.signal_bytes
+                tally["bytes"] += stats.output_bytes
                 tally["rows"] += stats.num_scored_rows
                 tally["undecided"] += stats.num_undecided
                 tally["asked"] += stats.num_asked
                 tally["blocks"] += len(stats.block_lengths)
                 tally["in blocks"] += sum(stats.block_lengths)
-                if rollout.signal is not None and rollout.signal.kind == "topk":
-                    tally["topk"] += rollout.num_tokens
+                if rollout.teacher_output is not None and rollout.teacher_output.kind == "top_logprobs":
+                    tally["top_logprobs"] += rollout.num_tokens
                     tail += stats.tail_mass * rollout.num_tokens
 
         for stage in sorted({task.stage for task in tasks}):
-            modes = self.modes[stage]
+            stage_params = self.stage_params[stage]
             part = [task for task in tasks if task.stage == stage]
-            unc = modes.rollout.wants_uncertainty
+            unc = stage_params.rollout.wants_uncertainty
             self._run(
-                [Job(task=t, mode=modes.of(t.origin), scored=modes.scored, wants_uncertainty=unc) for t in part], emit
+                [
+                    GenerationRequest(
+                        task=t,
+                        params=stage_params.of(t.completion_source),
+                        scored=stage_params.scored,
+                        wants_uncertainty=unc,
+                    )
+                    for t in part
+                ],
+                emit,
             )
         self._free_since = time.monotonic()
         return WorkReport(
@@ -101,13 +121,13 @@ class Worker:
             num_teacher_tokens=tally["teacher"],
             num_teacher_calls=self._num_calls() - calls,
             num_near_ties=tally["ties"],
-            signal_bytes=tally["bytes"],
+            output_bytes=tally["bytes"],
             time_s=self._free_since - started,
             num_scored_rows=tally["rows"],
             num_undecided=tally["undecided"],
             num_asked=tally["asked"],
             tail_mass=tail,
-            num_topk_tokens=tally["topk"],
+            num_topk_tokens=tally["top_logprobs"],
             num_blocks=tally["blocks"],
             num_block_tokens=tally["in blocks"],
             idle_s=idle,
@@ -115,7 +135,7 @@ class Worker:
             wait_replay_s=putting,
         )
 
-    def _run(self, jobs: Sequence[Job], emit: Put) -> None:
+    def _run(self, jobs: Sequence[GenerationRequest], emit: Put) -> None:
         """Each with its own teacher, one teacher after the other."""
         for writer, part in self._shares(jobs):
             writer.version = self.rollouts.version
@@ -124,11 +144,11 @@ class Worker:
             finally:
                 self.rollouts.version = writer.version  # it may have taken newer weights in
 
-    def _shares(self, jobs: Sequence[Job]) -> list[tuple[RolloutWorker, list[Job]]]:
+    def _shares(self, jobs: Sequence[GenerationRequest]) -> list[tuple[SwitchingGenerator, list[GenerationRequest]]]:
         names = sorted({job.task.prompt.teacher for job in jobs})
         return [(self._of(name), [job for job in jobs if job.task.prompt.teacher == name]) for name in names]
 
-    def _of(self, teacher: str) -> RolloutWorker:
+    def _of(self, teacher: str) -> SwitchingGenerator:
         return self.writers.get(teacher, self.rollouts)
 
     def _num_calls(self) -> int:
@@ -137,13 +157,13 @@ class Worker:
     def _waited_s(self) -> float:
         return sum(writer.calls.wait_s for writer in self.writers.values())
 
-    def examine(self, exam: Exam) -> list[EvalRow]:
+    def evaluate(self, shard: EvalShard) -> list[EvalRow]:
         """The student alone: its text per seed, and beside the teacher on references and on its own greedy text."""
         rows = []
         written: dict[int, Rollout] = {}
-        for seed in exam.seeds:
-            if not (written and exam.temperature == 0):  # greedy text needs no seed
-                written = self._write(exam, exam.temperature, seed)
+        for seed in shard.seeds:
+            if not (written and shard.temperature == 0):  # greedy text needs no seed
+                written = self._write(shard, shard.temperature, seed)
             rows += [
                 EvalRow(
                     index=index,
@@ -152,29 +172,31 @@ class Worker:
                     text=self.decode(written[index].token_ids.tolist()),
                     num_tokens=written[index].num_tokens,
                 )
-                for index, prompt in exam.prompts
+                for index, prompt in shard.prompts
             ]
-        if exam.with_teacher:
-            greedy = written if written and exam.temperature == 0 else self._write(exam, 0.0, 0)
-            rows += self._beside_teacher(exam, greedy)
-        if exam.with_loss:
-            rows += [self._reference_loss(index, prompt) for index, prompt in exam.prompts]
+        if shard.with_teacher:
+            greedy = written if written and shard.temperature == 0 else self._write(shard, 0.0, 0)
+            rows += self._compare_with_teacher(shard, greedy)
+        if shard.with_loss:
+            rows += [self._reference_loss(index, prompt) for index, prompt in shard.prompts]
         self._free_since = time.monotonic()
         return rows
 
-    def _write(self, exam: Exam, temperature: float, seed: int) -> dict[int, Rollout]:
-        mode = eval_mode(temperature=temperature, max_new_tokens=exam.max_new_tokens, seed=seed)
+    def _write(self, shard: EvalShard, temperature: float, seed: int) -> dict[int, Rollout]:
+        params = eval_params(temperature=temperature, max_new_tokens=shard.max_new_tokens, seed=seed)
         found: dict[int, Rollout] = {}
 
         def emit(done: list[Rollout]) -> None:
             found.update({rollout.rollout_id: rollout for rollout in done})
 
-        self._run([Job(task=_task(i, prompt), mode=mode, scored=False) for i, prompt in exam.prompts], emit)
+        self._run(
+            [GenerationRequest(task=_task(i, prompt), params=params, scored=False) for i, prompt in shard.prompts], emit
+        )
         return found
 
-    def _beside_teacher(self, exam: Exam, greedy: dict[int, Rollout]) -> list[EvalRow]:
+    def _compare_with_teacher(self, shard: EvalShard, greedy: dict[int, Rollout]) -> list[EvalRow]:
         rows = []
-        for index, prompt in exam.prompts:
+        for index, prompt in shard.prompts:
             own = Prompt(
                 prompt_id=prompt.prompt_id,
                 text=prompt.text,
@@ -201,16 +223,16 @@ class Worker:
             )
         return rows
 
-    def _compare(self, task: Task, chunk: int = 64) -> tuple[int, int, float]:
+    def _compare(self, task: RolloutTask, chunk: int = 64) -> tuple[int, int, float]:
         """Both models read a given completion: number of tokens, of equal arg maxes, and the sum of KL(p||q)."""
         num = len(task.prompt.reference_ids)
         if num == 0:
             return 0, 0, 0.0
         writer = self._of(task.prompt.teacher)
-        signal = writer.references.exact(task)
+        teacher_output = writer.reference_scorer.exact(task)
         agree, divergence = 0, 0.0
         for i, q_logits in self._student_rows(task.prompt, chunk):
-            p_logits = writer.reader.logits_of(replace(signal, values=signal.values[i : i + chunk]))
+            p_logits = writer.reader.logits_of(replace(teacher_output, values=teacher_output.values[i : i + chunk]))
             agree += int(agreement(p_logits, q_logits).sum())
             divergence += float(per_row(forward_kl, p_logits, q_logits).sum())
         return num, agree, divergence
@@ -239,5 +261,7 @@ class Worker:
             yield i, student.head.logits(hidden[i : i + chunk])
 
 
-def _task(rollout_id: int, prompt: Prompt) -> Task:
-    return Task(rollout_id=rollout_id, batch=0, stage=0, origin=Origin.ROLLOUT, prompt=prompt)
+def _task(rollout_id: int, prompt: Prompt) -> RolloutTask:
+    return RolloutTask(
+        rollout_id=rollout_id, batch=0, stage=0, completion_source=CompletionSource.ROLLOUT, prompt=prompt
+    )

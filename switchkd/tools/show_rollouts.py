@@ -11,9 +11,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from switchkd.types import Prompt, Rollout, Source
+from switchkd.types import Prompt, Rollout, TokenSource
 
-STYLES = {Source.STUDENT: "green", Source.TEACHER: "bold magenta", Source.DATA: "cyan"}
+STYLES = {TokenSource.STUDENT: "green", TokenSource.TEACHER: "bold magenta", TokenSource.DATA: "cyan"}
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -54,7 +54,7 @@ def show(records: Iterable[dict[str, Any]], decode: Decode, console: Any = None)
     console.print(legend if colours else "who wrote it: the teacher ⟦like this⟧")
     for row in records:
         num = len(row["sources"])
-        share = row["sources"].count(Source.TEACHER) / max(num, 1)
+        share = row["sources"].count(TokenSource.TEACHER) / max(num, 1)
         title = f"\n#{row['rollout_id']}: {num} tokens, {share:.0%} by the teacher, ends by {row['finish_reason']}"
         console.print(Text(title, "dim"))
         console.print(Text(row["prompt"].strip(), "bold"))
@@ -69,17 +69,17 @@ def _painted(row: dict[str, Any], decode: Decode, colours: bool) -> Any:
         if colours:
             text.append(piece, STYLES[source])
         else:
-            text.append(f"⟦{piece}⟧" if source == Source.TEACHER else piece)
+            text.append(f"⟦{piece}⟧" if source == TokenSource.TEACHER else piece)
     return text
 
 
-def runs(row: dict[str, Any], decode: Decode) -> list[tuple[Source, str]]:
+def runs(row: dict[str, Any], decode: Decode) -> list[tuple[TokenSource, str]]:
     """The completion as texts of one writer each. Decoded from the start each time: a letter may be several tokens, and
     some decoders drop a leading space."""
     texts, done, end = [], "", 0
     for source, group in groupby(row["sources"]):
         end += len(list(group))
         so_far = decode(row["token_ids"][:end])
-        texts.append((Source(source), so_far[len(done) :]))
+        texts.append((TokenSource(source), so_far[len(done) :]))
         done = so_far
     return texts

@@ -28,7 +28,7 @@ Masks = torch.Tensor | dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class ForwardContext:
     """Where the rows of one forward pass stand in the cache."""
 
     slots: torch.Tensor  # int64 [B]
@@ -37,7 +37,7 @@ class Call:
     first: int  # the slots are first, first + 1, ...: read without a copy; -1: they are gathered
 
 
-class SlotLayer(CacheLayerMixin):
+class SlotKVLayer(CacheLayerMixin):
     """Keys and values of one layer, [S, H, columns, D], allocated when the first ones show their shapes."""
 
     is_sliding = False  # whole sequences are kept; windows are the mask's business
@@ -80,25 +80,25 @@ class SlotLayer(CacheLayerMixin):
         return self.num_columns
 
 
-class SlotCache(Cache):
+class SlotKVCache(Cache):
     """The layers, and where the current call writes (`begin`). Column `scratch` takes what padding writes."""
 
     def __init__(self, num_slots: int, max_len: int) -> None:
         shared: list[Any] = []  # the base class' list and ours, which knows what is in it
         super().__init__(layers=shared)
-        self._slot_layers: list[SlotLayer] = shared
+        self._slot_layers: list[SlotKVLayer] = shared
         self.num_slots = num_slots
         self.scratch = round_up(max_len + 1) - 1
-        self._call: Call | None = None
+        self._call: ForwardContext | None = None
 
-    def begin(self, call: Call) -> None:
+    def begin(self, call: ForwardContext) -> None:
         self._call = call
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         while len(self._slot_layers) <= layer_idx:
-            self._slot_layers.append(SlotLayer(self.num_slots, self.scratch + 1))
+            self._slot_layers.append(SlotKVLayer(self.num_slots, self.scratch + 1))
         return self._slot_layers[layer_idx].update(key_states, value_states, self._call)
 
 

@@ -20,10 +20,17 @@ import torch
 from switchkd.algo.transfer import to_device
 from switchkd.config.errors import ConfigError
 from switchkd.engines.hf.cuda_graphs import MAX_WIDTH, Capture, StepGraphs, few_lengths, few_rows, few_widths
-from switchkd.engines.hf.kv_cache import Call, SlotCache, build_masks, layer_windows, round_up, use_grouped_sdpa
+from switchkd.engines.hf.kv_cache import (
+    ForwardContext,
+    SlotKVCache,
+    build_masks,
+    layer_windows,
+    round_up,
+    use_grouped_sdpa,
+)
 from switchkd.engines.models.lm_head import final_hidden, own_logits
 
-Output = Literal["hidden", "logits"]
+Output = Literal["hidden_states", "logits"]
 
 MAX_FORWARD_TOKENS = 4096  # padded tokens of one forward pass: bounds the memory of a prefill
 # Padded tokens that cost as much as one more forward pass. 135M on a CPU: 26 (fp32) to 35 (bf16), and a split batch
@@ -31,11 +38,11 @@ MAX_FORWARD_TOKENS = 4096  # padded tokens of one forward pass: bounds the memor
 FORWARD_COST = {"cpu": 64, "cuda": 512}
 
 
-class SlotModel:
+class ModelRunner:
     """A model with a SlotCache: appends ragged rows, each at its own position of its own slot."""
 
     def __init__(self, model: Any, *, num_slots: int, max_len: int, prefill_chunk: int = 512,
-                 output: Output = "hidden", capture: Capture | None = None) -> None:  # fmt: skip
+                 output: Output = "hidden_states", capture: Capture | None = None) -> None:  # fmt: skip
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if limit and max_len > limit:
             raise ConfigError(
@@ -47,11 +54,11 @@ class SlotModel:
         self.num_slots, self.max_len, self.prefill_chunk = num_slots, max_len, prefill_chunk
         self.lens = np.zeros(num_slots, np.int64)  # tokens that each slot holds
         self.num_positions_read = 0
-        self._cache = SlotCache(num_slots, max_len)
+        self._cache = SlotKVCache(num_slots, max_len)
         self._windows = layer_windows(model.config)
         self._additive = model.dtype if model.config._attn_implementation == "eager" else None
         self._graphs: StepGraphs | None = None
-        if capture is not None and output == "hidden":
+        if capture is not None and output == "hidden_states":
             size = num_slots * (4 * MAX_WIDTH + 1)
             self._graphs = StepGraphs(capture, num_inputs=size, device=model.device)
         self._check_model()
@@ -127,7 +134,7 @@ class SlotModel:
         size = shape.rows * shape.width
         ids, positions, write_at = inputs[: 3 * size].view(3, shape.rows, shape.width).unbind(0)
         slots = inputs[3 * size : 3 * size + shape.rows]
-        self._cache.begin(Call(slots=slots, write_at=write_at, length=shape.length, first=shape.first))
+        self._cache.begin(ForwardContext(slots=slots, write_at=write_at, length=shape.length, first=shape.first))
         return {
             "input_ids": ids,
             "position_ids": positions,

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from switchkd.engines.hf.cuda_graphs import Capture
-from switchkd.engines.hf.model_runner import SlotModel
+from switchkd.engines.hf.model_runner import ModelRunner
 from switchkd.engines.models import cpu_prepack
-from switchkd.engines.models.lm_head import head_of
-from switchkd.types import WeightBundle
+from switchkd.engines.models.lm_head import lm_head_of
+from switchkd.types import PackedWeights
 
 
 class HFStudent:
@@ -19,11 +19,11 @@ class HFStudent:
 
     def __init__(self, model: Any, *, num_slots: int, max_len: int, vocab_size: int, prefill_chunk: int = 512,
                  capture: Capture | None = None, prepack: str = "auto") -> None:  # fmt: skip
-        self._slots = SlotModel(
+        self._slots = ModelRunner(
             model, num_slots=num_slots, max_len=max_len, prefill_chunk=prefill_chunk, capture=capture
         )
         self.model, self.num_slots, self.max_len = model, num_slots, max_len
-        self.head = head_of(model, vocab_size)
+        self.head = lm_head_of(model, vocab_size)
         prepack = "off" if capture else prepack  # a recording keeps addresses, packed copies move
         self._refresh = cpu_prepack.prepack(model, prepack, key="student.prepack")
         if prepack != "off":
@@ -33,11 +33,11 @@ class HFStudent:
         """See StudentEngine."""
         return self._slots.extend(slots, starts, token_ids, lengths)
 
-    def load_weights(self, bundle: WeightBundle) -> None:
+    def load_weights(self, packed: PackedWeights) -> None:
         """See StudentEngine. Every slot is empty afterwards; `head` stays the same object."""
         from switchkd.engines.weights import unpack_into
 
-        unpack_into(self.model, bundle)
+        unpack_into(self.model, packed)
         self._refresh()
         self.head.copy_from(self.model)
         self._slots.reset()

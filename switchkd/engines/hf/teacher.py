@@ -13,15 +13,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from switchkd.algo.sampling import Sampling, draw
+from switchkd.algo.sampling import SamplingParams, draw
 from switchkd.algo.topk import compress, pack
 from switchkd.engines.hf.cuda_graphs import Capture
-from switchkd.engines.hf.model_runner import SlotModel
+from switchkd.engines.hf.model_runner import ModelRunner
 from switchkd.engines.models import cpu_prepack
-from switchkd.engines.models.lm_head import HeadArrays, LinearHead, head_of
+from switchkd.engines.models.lm_head import LMHead, LMHeadState, lm_head_of
 from switchkd.engines.sessions import Session, SessionTable, split
-from switchkd.engines.wire import signal_from_hidden
-from switchkd.types import Blocks, Positions, Sessions, Signal, WriteRequest, Written
+from switchkd.engines.wire import to_numpy
+from switchkd.types import Blocks, Positions, Sessions, TeacherOutput, WriteRequest, Written
 
 _ROWS_AT_ONCE = 64
 """Whole rows that exist at the same time while they are compressed."""
@@ -34,21 +34,21 @@ class HFTeacher:
     """
 
     def __init__(self, model: Any, *, vocab_size: int, max_sessions: int, max_len: int, lease_s: float = 600.0,
-                 signal: Literal["hidden", "full", "topk"] = "hidden", top_k: int = 64, prefill_chunk: int = 512,
-                 clock: Callable[[], float] = time.monotonic, capture: Capture | None = None,
+                 output: Literal["hidden_states", "logits", "top_logprobs"] = "hidden_states", top_k: int = 64,
+                 prefill_chunk: int = 512, clock: Callable[[], float] = time.monotonic, capture: Capture | None = None,
                  prepack: str = "auto") -> None:  # fmt: skip
-        self.model, self.vocab_size, self.kind = model, vocab_size, signal
+        self.model, self.vocab_size, self.kind = model, vocab_size, output
         self.top_k = top_k
         prepack = "off" if capture else prepack  # a recording keeps addresses, packed copies move
         self._prepack = prepack != "off"
-        if signal != "full":
-            head_of(model, vocab_size, model.dtype)  # an error belongs to the start, not to the first score
-        self._slots = SlotModel(
+        if output != "logits":
+            lm_head_of(model, vocab_size, model.dtype)  # an error belongs to the start, not to the first score
+        self._slots = ModelRunner(
             model, num_slots=max_sessions, max_len=max_len, prefill_chunk=prefill_chunk,
-            output="logits" if signal == "full" else "hidden", capture=capture,
+            output="logits" if output == "logits" else "hidden_states", capture=capture,
         )  # fmt: skip
         cpu_prepack.prepack(model, prepack, key="teacher.prepack")
-        self._head: LinearHead | None = None
+        self._head: LMHead | None = None
         self._sessions = SessionTable(max_sessions=max_sessions, max_len=max_len, lease_s=lease_s, clock=clock)
 
     @property
@@ -60,25 +60,25 @@ class HFTeacher:
     def num_sessions(self) -> int:
         return len(self._sessions)
 
-    def head(self) -> LinearHead:
+    def head(self) -> LMHead:
         """The float32 output head that belongs to hidden states."""
-        return head_of(self.model, self.vocab_size)
+        return lm_head_of(self.model, self.vocab_size)
 
-    def head_arrays(self) -> HeadArrays | None:
+    def lm_head_state(self) -> LMHeadState | None:
         """The head as it travels to everybody who rebuilds rows; None where whole rows travel."""
-        return None if self.kind == "full" else self.head().to_arrays()
+        return None if self.kind == "logits" else self.head().to_arrays()
 
     def open(self, sessions: Sessions) -> None:
         """See Teacher. A session that is already held keeps what was read of a common beginning."""
         self._sessions.open(sessions)
 
-    def score(self, blocks: Blocks) -> Signal:
+    def score(self, blocks: Blocks) -> TeacherOutput:
         """See Teacher. A session that does not reach `base_lens` counts as unknown."""
         sessions, rows, lengths = self._read(blocks)
         self._keep(sessions, rows, lengths, blocks)
-        return self._signal(rows, lengths)
+        return self._teacher_output(rows, lengths)
 
-    def exact(self, question: Positions) -> Signal:
+    def exact(self, question: Positions) -> TeacherOutput:
         """See Teacher. What was answered last is still here; older rows are read again."""
         found = []
         for session_id, session, positions in self._sessions.of_question(question):
@@ -88,10 +88,12 @@ class HFTeacher:
             assert session.rows is not None
             found.append(session.rows[torch.from_numpy(positions - session.first).to(session.rows.device)])
         rows = torch.cat(found)
-        if self.kind == "full":
-            return self._signal(rows, question.lengths)
-        values, dtype = signal_from_hidden(rows)
-        return Signal(kind="hidden", dtype=dtype, values=values, lengths=question.lengths.astype(np.int32))
+        if self.kind == "logits":
+            return self._teacher_output(rows, question.lengths)
+        values, dtype = to_numpy(rows)
+        return TeacherOutput(
+            kind="hidden_states", dtype=dtype, values=values, lengths=question.lengths.astype(np.int32)
+        )
 
     def _read_again(self, session_id: int, session: Session, first: int) -> None:
         """All rows from `first` on, of the session as it stands."""
@@ -106,7 +108,7 @@ class HFTeacher:
         self, sessions: list[Session], rows: torch.Tensor, lengths: Sequence[int] | np.ndarray, blocks: Blocks
     ) -> None:
         """Questions come for compressed rows only, and mostly for what was just answered."""
-        if self.kind != "topk":
+        if self.kind != "top_logprobs":
             return
         parts = rows.split(list(map(int, lengths)))
         for session, part, first in zip(sessions, parts, blocks.first_rows, strict=True):
@@ -117,7 +119,7 @@ class HFTeacher:
         blocks, counts = request.blocks, request.counts.astype(np.int64)
         self._sessions.check_write(request)
         sessions, rows, lengths = self._read(blocks)
-        sampling = Sampling(temperature=request.temperature, top_p=request.top_p, top_k=request.top_k)
+        sampling = SamplingParams(temperature=request.temperature, top_p=request.top_p, top_k=request.top_k)
         alive = np.arange(len(sessions))
         hidden = [list(part.unbind(0)) for part in rows.split(lengths.tolist())]
         last = rows[torch.from_numpy(np.cumsum(lengths) - 1).to(rows.device)]
@@ -147,12 +149,12 @@ class HFTeacher:
             session.tokens = np.append(session.tokens, part[-1])  # not read
         answered, sizes = torch.stack([row for part in hidden for row in part]), [len(part) for part in hidden]
         self._keep(sessions, answered, sizes, blocks)
-        signal = self._signal(answered, sizes)
+        teacher_output = self._teacher_output(answered, sizes)
         return Written(
             token_ids=np.concatenate([np.array(part, np.int32) for part in tokens]),
             lengths=np.array([len(part) for part in tokens], np.int32),
             margins=np.concatenate([np.array(part, np.float32) for part in margins]),
-            signal=signal,
+            teacher_output=teacher_output,
         )
 
     def _read(self, blocks: Blocks) -> tuple[list[Session], torch.Tensor, np.ndarray]:
@@ -173,17 +175,17 @@ class HFTeacher:
             session.num_read = len(session.tokens)
         return sessions, rows, ends - firsts
 
-    def _signal(self, rows: torch.Tensor, lengths: Sequence[int] | np.ndarray) -> Signal:
-        if self.kind == "topk":
+    def _teacher_output(self, rows: torch.Tensor, lengths: Sequence[int] | np.ndarray) -> TeacherOutput:
+        if self.kind == "top_logprobs":
             words = [pack(compress(self._logits(part), self.top_k)) for part in rows.split(_ROWS_AT_ONCE)]
-            values, dtype = signal_from_hidden(torch.cat(words))
-            return Signal(kind=self.kind, dtype=dtype, values=values, lengths=np.asarray(lengths, np.int32))
-        values, dtype = signal_from_hidden(rows if self.kind == "hidden" else rows[:, : self.vocab_size].contiguous())
-        return Signal(kind=self.kind, dtype=dtype, values=values, lengths=np.asarray(lengths, np.int32))
+            values, dtype = to_numpy(torch.cat(words))
+            return TeacherOutput(kind=self.kind, dtype=dtype, values=values, lengths=np.asarray(lengths, np.int32))
+        values, dtype = to_numpy(rows if self.kind == "hidden_states" else rows[:, : self.vocab_size].contiguous())
+        return TeacherOutput(kind=self.kind, dtype=dtype, values=values, lengths=np.asarray(lengths, np.int32))
 
     def _logits(self, rows: torch.Tensor) -> torch.Tensor:
         """The float32 rows that a worker would rebuild from the signal."""
-        if self.kind == "full":
+        if self.kind == "logits":
             return rows[:, : self.vocab_size].float()
         if self._head is None:  # where the model is not float32 this is a second head, for those who use it
             self._head = self.head().prepack() if self._prepack else self.head()

@@ -45,7 +45,7 @@ class Prepacked:
         return linear(x, self.weight, self.bias) if _is_plain(x) else _times(x, self._packed, self.bias)
 
 
-class Together:
+class FusedLinear:
     """Layers that read the same input: the first one asked computes for all, the others take their parts.
 
     Any order of calls is right, the usual one (each once, first to last, with the same tensor) is fast.
@@ -132,9 +132,9 @@ def prepack(model: Any, switch: str = "auto", *, key: str = "prepack") -> Callab
     size = sum(layer.weight.nbytes for layer in layers)
     if switch == "off" or (switch == "auto" and size > MAX_BYTES):
         return lambda: None
-    packed: list[Prepacked | Together] = []
+    packed: list[Prepacked | FusedLinear] = []
     for group in _sharing(model):
-        packed.append(together := Together(group))
+        packed.append(together := FusedLinear(group))
         for index, layer in enumerate(group):
             layer.forward = partial(together.product, index)
     for layer in layers:

@@ -32,7 +32,7 @@ def spread(num_layers: int, of: int) -> tuple[int, ...]:
     return 0, *(1 + round(i * (of - 3) / inner) for i in range(inner + 1)), of - 1
 
 
-def init_student(
+def prune_depth(
     teacher_folder: str | Path,
     out_folder: str | Path,
     *,
@@ -57,7 +57,7 @@ def init_student(
     teacher = AutoModelForCausalLM.from_pretrained(
         teacher_folder, config=config, dtype="auto", use_safetensors=True, **given
     )
-    student = cut(teacher, kept)
+    student = keep_layers(teacher, kept)
     tokenizer = AutoTokenizer.from_pretrained(teacher_folder, **given)
     _save(out, student, tokenizer)
     return out
@@ -101,7 +101,7 @@ def _checked(layers: Sequence[int] | None, num_layers: int | None, of: int) -> t
     return kept
 
 
-def cut(teacher: Any, layers: Sequence[int]) -> Any:
+def keep_layers(teacher: Any, layers: Sequence[int]) -> Any:
     """The model with only these layers, as a new model of the same class: what depends on a layer's index (its cache
     slot, its attention window) is built anew by the model's own constructor."""
     path = layer_list(teacher)
@@ -115,7 +115,7 @@ def cut(teacher: Any, layers: Sequence[int]) -> Any:
         state[pattern.sub(f"{path}.{new_index[int(found[1])]}.", name) if found else name] = tensor.clone()
     student, report = type(teacher).from_pretrained(
         None,
-        config=_cut_config(teacher.config, layers),
+        config=_pruned_config(teacher.config, layers),
         state_dict=state,
         dtype=teacher.dtype,
         output_loading_info=True,
@@ -140,7 +140,7 @@ def layer_list(model: Any) -> str:
     return outer[0]
 
 
-def _cut_config(config: Any, layers: Sequence[int]) -> Any:
+def _pruned_config(config: Any, layers: Sequence[int]) -> Any:
     """The config of the cut model: fewer layers, and every list with one entry a layer cut alike."""
     config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)

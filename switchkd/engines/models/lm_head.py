@@ -1,6 +1,6 @@
 """A model's output layer taken apart, so that hidden states can travel instead of rows of logits.
 
-In: a causal language model. Out: its final hidden states, and the `LinearHead` that makes float32 logits of them,
+In: a causal language model. Out: its final hidden states, and the `LMHead` that makes float32 logits of them,
 anywhere; with the arrays in which both travel.
 
 Shapes: N positions, D hidden width, V shared vocabulary, B sequences, T positions of a sequence.
@@ -18,14 +18,14 @@ import torch
 
 from switchkd.config.errors import ConfigError
 from switchkd.engines.models.cpu_prepack import Prepacked, can_pack
-from switchkd.engines.wire import hidden_from_signal, signal_from_hidden
+from switchkd.engines.wire import from_numpy, to_numpy
 
 # How far a rebuilt logit may lie from the model's own, as a share of the largest: rounding of the model's dtype.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HeadArrays:
+class LMHeadState:
     """An output head as it travels."""
 
     weight: np.ndarray  # [V, D], bfloat16 as uint16
@@ -35,7 +35,7 @@ class HeadArrays:
     softcap: float  # 0 for none
 
 
-class LinearHead:
+class LMHead:
     """logits = cap(scale * (hidden @ weight.T + bias)), computed in the weight's dtype, float32 by default.
 
     The soft-cap is Gemma-2's: cap(x) = c * tanh(x / c).
@@ -47,7 +47,7 @@ class LinearHead:
         self.vocab_size = weight.shape[0]
         self._packed: Prepacked | None = None
 
-    def prepack(self) -> LinearHead:
+    def prepack(self) -> LMHead:
         """Keep a second copy of the weight, in the order that a CPU reads fastest; nothing where that cannot be."""
         if can_pack(self.weight):
             self._packed = Prepacked(self.weight, self.bias)
@@ -72,28 +72,28 @@ class LinearHead:
         if self._packed is not None:
             self._packed.refresh()
 
-    def to_arrays(self) -> HeadArrays:
+    def to_arrays(self) -> LMHeadState:
         """As bfloat16 where that loses nothing (the usual checkpoint), which halves what travels."""
         weight = self.weight.detach()
         short = weight.to(torch.bfloat16)
         if torch.equal(short.to(weight.dtype), weight):
             weight = short
-        values, dtype = signal_from_hidden(weight)
+        values, dtype = to_numpy(weight)
         bias = np.zeros(0, np.float32) if self.bias is None else self.bias.detach().float().cpu().numpy()
-        return HeadArrays(weight=values, weight_dtype=dtype, bias=bias, scale=self.scale, softcap=self.softcap)
+        return LMHeadState(weight=values, weight_dtype=dtype, bias=bias, scale=self.scale, softcap=self.softcap)
 
     @classmethod
     def from_arrays(
-        cls, arrays: HeadArrays, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> LinearHead:
+        cls, arrays: LMHeadState, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> LMHead:
         """The head on another process's device."""
-        weight = hidden_from_signal(arrays.weight, arrays.weight_dtype, device).to(dtype)
+        weight = from_numpy(arrays.weight, arrays.weight_dtype, device).to(dtype)
         bias = torch.tensor(arrays.bias, device=device, dtype=dtype) if len(arrays.bias) else None
         return cls(weight, bias, scale=arrays.scale, softcap=arrays.softcap)
 
 
 def finished(product: torch.Tensor, *, scale: float, softcap: float) -> torch.Tensor:
-    """float32 logits of what the output layer's matrix gave, row by row: what a `LinearHead` does after the product."""
+    """float32 logits of what the output layer's matrix gave, row by row: what a `LMHead` does after the product."""
     out = product.float()
     if scale != 1.0:
         out = out * scale
@@ -102,7 +102,7 @@ def finished(product: torch.Tensor, *, scale: float, softcap: float) -> torch.Te
     return out
 
 
-def head_of(model: Any, vocab_size: int, dtype: torch.dtype = torch.float32) -> LinearHead:
+def lm_head_of(model: Any, vocab_size: int, dtype: torch.dtype = torch.float32) -> LMHead:
     """The output head of any causal language model, cut to the shared vocabulary, checked against the model's own
     logits. Shares the model's memory where the dtype allows.
 
@@ -115,7 +115,7 @@ def head_of(model: Any, vocab_size: int, dtype: torch.dtype = torch.float32) -> 
         shape = None if weight is None else tuple(weight.shape)
         raise ConfigError(
             f"the output layer of {name} has a weight of shape {shape}, {vocab_size} rows are needed; set "
-            f"teacher.signal: full, or take a model that knows the whole tokenizer"
+            f"teacher.output: logits, or take a model that knows the whole tokenizer"
         )
     bias = getattr(layer, "bias", None)
     weight = weight.detach()[:vocab_size].to(dtype)
@@ -125,14 +125,14 @@ def head_of(model: Any, vocab_size: int, dtype: torch.dtype = torch.float32) -> 
 
 
 def fitted_head(weight: torch.Tensor, bias: torch.Tensor | None, config: Any, hidden: torch.Tensor, own: torch.Tensor,
-                *, dtype: torch.dtype, name: str, remedy: str = "set teacher.signal: full") -> LinearHead:  # fmt: skip
+                *, dtype: torch.dtype, name: str, remedy: str = "set teacher.output: logits") -> LMHead:  # fmt: skip
     """The head with the scale and the soft-cap that make a model's own logits [N, its vocabulary] of its hidden states
     [N, D], within rounding of the model's `dtype`. Raises ConfigError where none does."""
     own = own[..., : len(weight)]
     softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
     limit, errors = _TOLERANCE.get(dtype, 1e-4), {}
     for scale in _scales(config):
-        head = LinearHead(weight, bias, scale=scale, softcap=softcap)
+        head = LMHead(weight, bias, scale=scale, softcap=softcap)
         errors[scale] = float((head.logits(hidden) - own.to(weight.device)).abs().max() / own.abs().max())
         if errors[scale] <= limit:
             return head
@@ -188,7 +188,7 @@ def _before_head(model: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> 
 
 
 def _unhookable(model: Any) -> ConfigError:
-    return ConfigError(f"{type(model).__name__} does not call its output layer as a module; set teacher.signal: full")
+    return ConfigError(f"{type(model).__name__} does not call its output layer as a module; set teacher.output: logits")
 
 
 def _scales(config: Any) -> list[float]:

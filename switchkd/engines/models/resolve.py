@@ -7,15 +7,15 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from switchkd.config.schema import Config, Cut, Model
+from switchkd.config.schema import Config, DepthPruneConfig, ModelConfig
 from switchkd.engines.models.demo import cache_dir, fetch_demo
-from switchkd.engines.models.depth_prune import init_student
+from switchkd.engines.models.depth_prune import prune_depth
 from switchkd.engines.models.sources import looks_local
 
 
 def reads_teacher(config: Config) -> bool:
     """Does the run need the teacher's folder, be it only to cut the student out of it?"""
-    return config.needs_teacher or config.student.cut is not None
+    return config.needs_teacher or config.student.prune is not None
 
 
 def resolve_models(config: Config) -> Config:
@@ -26,17 +26,17 @@ def resolve_models(config: Config) -> Config:
     for name, each in several.items():
         if config.needs_teacher and each.path == "demo":
             several[name] = each.model_copy(update={"path": str(fetch_demo())})
-    only = not several or student.cut is not None  # else nobody reads it
+    only = not several or student.prune is not None  # else nobody reads it
     if reads_teacher(config) and only and teacher.path == "demo":
         teacher = teacher.model_copy(update={"path": str(fetch_demo())})
-    if student.cut is not None:
-        student = student.model_copy(update={"path": str(cut_student(teacher, student.cut)), "cut": None})
+    if student.prune is not None:
+        student = student.model_copy(update={"path": str(prune_student(teacher, student.prune)), "cut": None})
     elif student.path == "demo":
         student = student.model_copy(update={"path": str(fetch_demo())})
     return config.model_copy(update={"teacher": teacher, "teachers": several, "student": student})
 
 
-def cut_student(teacher: Model, cut: Cut) -> Path:
+def prune_student(teacher: ModelConfig, cut: DepthPruneConfig) -> Path:
     """The folder of the cut, made if need be. Its name holds a digest of what it was made from."""
     from filelock import FileLock
 
@@ -46,7 +46,7 @@ def cut_student(teacher: Model, cut: Cut) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if not folder.exists():
-            init_student(
+            prune_depth(
                 teacher.path,
                 folder,
                 layers=cut.layers,
@@ -57,7 +57,7 @@ def cut_student(teacher: Model, cut: Cut) -> Path:
     return folder
 
 
-def _fingerprint(model: Model) -> str:
+def _fingerprint(model: ModelConfig) -> str:
     """Changes when the model's files do."""
     if not looks_local(model.path):
         return f"{model.path}@{model.revision}"

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from switchkd.config.errors import ConfigError, first_line
-from switchkd.config.schema import Config, Lora, Model
-from switchkd.engines.models.depth_prune import _checked, _cut_config
+from switchkd.config.schema import Config, LoraConfig, ModelConfig
+from switchkd.engines.models.depth_prune import _checked, _pruned_config
 from switchkd.engines.models.loading import shared_vocab
 from switchkd.engines.models.sources import _read_config, _tokenizer
 
@@ -34,7 +34,7 @@ class Shape:
     heads: int
     ffn: int  # between the two products of a layer's MLP (of the experts that a token meets)
     gated: bool  # two products before the activation, as in Llama
-    head_width: int  # what goes into the output layer, and travels as the signal "hidden"
+    head_width: int  # what goes into the output layer, and travels as the signal "hidden_states"
     vocab: int  # ids that teacher and student share
     products: int = 0  # weights of its linear layers, the output layer left out: what a CPU may keep a copy of
     trainable: int = 0  # 0: all; with LoRA the adapters' parameters
@@ -51,13 +51,13 @@ def shapes(config: Config) -> dict[str, Shape]:
     from switchkd.engines.models.demo import fetch_demo
 
     teacher, student = config.teacher, config.student
-    if teacher.path == "demo" and (config.needs_teacher or student.cut is not None):
+    if teacher.path == "demo" and (config.needs_teacher or student.prune is not None):
         teacher = teacher.model_copy(update={"path": str(fetch_demo())})
     found: dict[str, Shape] = {}
     if config.needs_teacher:
         found["teacher"] = read_shape(teacher, "teacher.path")
-    if student.cut is not None:
-        cut = (student.cut.layers, student.cut.num_layers)
+    if student.prune is not None:
+        cut = (student.prune.layers, student.prune.num_layers)
         found["student"] = read_shape(teacher, "teacher.path", cut=cut, lora=config.learner.lora)
         return found
     if student.path == "demo":
@@ -67,16 +67,16 @@ def shapes(config: Config) -> dict[str, Shape]:
 
 
 def read_shape(
-    section: Model,
+    section: ModelConfig,
     key: str,
     *,
     cut: tuple[Sequence[int] | None, int | None] | None = None,
-    lora: Lora | None = None,
+    lora: LoraConfig | None = None,
 ) -> Shape:
     """`cut`: (layers, num_layers) that are left of it. Raises ConfigError for a config that cannot be read or built."""
     config = _read_config(section, key).config
     if cut is not None:
-        config = _cut_config(config, _checked(*cut, config.get_text_config(decoder=True).num_hidden_layers))
+        config = _pruned_config(config, _checked(*cut, config.get_text_config(decoder=True).num_hidden_layers))
     model = _hollow(config, section, key)
     params = sum(parameter.numel() for parameter in model.parameters())
     rows, head_width = _output_layer(model, section, key)
@@ -109,7 +109,7 @@ def object_store_bytes(config: Config, student_params: int) -> int:
     return int(5e8) + 2 * BYTES[config.student.dtype] * student_params
 
 
-def _hollow(config: Any, section: Model, key: str) -> Any:
+def _hollow(config: Any, section: ModelConfig, key: str) -> Any:
     """The model on torch's meta device: shapes without memory."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -124,7 +124,7 @@ def _hollow(config: Any, section: Model, key: str) -> Any:
         ) from None
 
 
-def _output_layer(model: Any, section: Model, key: str) -> tuple[int, int]:
+def _output_layer(model: Any, section: ModelConfig, key: str) -> tuple[int, int]:
     layer = model.get_output_embeddings()
     if layer is None:
         raise ConfigError(f"{key}={section.path}: the model has no output layer; give a causal language model")
@@ -149,7 +149,7 @@ def _ffn(text: Any) -> int:
     return experts * (getattr(text, "moe_intermediate_size", None) or width) if experts else width
 
 
-def _vocab(section: Model, key: str, rows: int) -> int:
+def _vocab(section: ModelConfig, key: str, rows: int) -> int:
     """The tokenizer's; where a folder holds nothing but a config, all rows of the output matrix."""
     try:
         return min(shared_vocab(_tokenizer(section, key)), rows)
@@ -157,7 +157,7 @@ def _vocab(section: Model, key: str, rows: int) -> int:
         return rows
 
 
-def _adapters(model: Any, lora: Lora) -> int:
+def _adapters(model: Any, lora: LoraConfig) -> int:
     """As the learner builds them (engines/student_build.py)."""
     from peft import LoraConfig, get_peft_model
 

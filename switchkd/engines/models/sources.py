@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from switchkd.config.errors import ConfigError, first_line
-from switchkd.config.schema import Model
+from switchkd.config.schema import ModelConfig
 from switchkd.engines.models.demo import HUB_TIMEOUT_S
 from switchkd.engines.models.loading import load_tokenizer, refuse_own_code
 
@@ -80,12 +80,12 @@ def _check_weights(folder: Path, key: str) -> None:
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "*.py"]
 
 
-def _tokenizer(section: Model, key: str) -> Any:
+def _tokenizer(section: ModelConfig, key: str) -> Any:
     _reach_hub(section, key)
     return load_tokenizer(section.path, trust_remote_code=section.trust_remote_code, revision=section.revision)
 
 
-def _reach_hub(section: Model, key: str) -> None:
+def _reach_hub(section: ModelConfig, key: str) -> None:
     """A hub name's small files, fetched or found in the cache. transformers by itself would try each for half a minute
     where there is no network."""
     from huggingface_hub import snapshot_download
@@ -107,7 +107,7 @@ def _reach_hub(section: Model, key: str) -> None:
         ) from None
 
 
-def _read_config(section: Model, key: str) -> Any:
+def _read_config(section: ModelConfig, key: str) -> Any:
     """The model's config and generation config, as `stop_ids` reads them off a model."""
     from transformers import AutoConfig, GenerationConfig
 

@@ -73,7 +73,7 @@ class Engine:
         """Of every worker, its answer."""
         return self._llm.collective_rpc(method, args=args)
 
-    def run(self, jobs: Sequence[Job], *, cached: bool = True, **wanted: Any) -> list[tuple[str, Any]]:
+    def run(self, jobs: Sequence[RowRequest], *, cached: bool = True, **wanted: Any) -> list[tuple[str, Any]]:
         """Key and vLLM's output of each job. `cached` may read what earlier requests left; `wanted` are fields of
         SamplingParams."""
         keys = [next(self._keys) for _ in jobs]
@@ -140,7 +140,7 @@ def _of_workers(given: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
+class RowRequest:
     """One request to vLLM: read tokens, then go on alone."""
 
     tokens: np.ndarray  # int64 [P]

@@ -36,7 +36,7 @@ def output_layer(
     if weight is None:
         raise ConfigError(
             f"the safetensors files of {name} hold no output matrix by its name; take teacher.backend: hf, or "
-            "teacher.interface: public with teacher.signal: topk"
+            "teacher.interface: public with teacher.output: top_logprobs"
         )
     bias = _read(name, files, _names(shared, getattr(layer, "bias", None)), given)
     return weight, bias, config.get_text_config()

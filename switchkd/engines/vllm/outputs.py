@@ -18,18 +18,18 @@ import torch
 
 from switchkd.algo.topk import TopK, pack
 from switchkd.config.errors import ConfigError
-from switchkd.engines.models.lm_head import HeadArrays, LinearHead, fitted_head
+from switchkd.engines.models.lm_head import LMHead, LMHeadState, fitted_head
 from switchkd.engines.sessions import Session
-from switchkd.engines.vllm.engine import Job
+from switchkd.engines.vllm.engine import RowRequest
 from switchkd.engines.vllm.lm_head import output_layer
-from switchkd.engines.wire import hidden_from_signal, signal_from_hidden
-from switchkd.types import Signal
+from switchkd.engines.wire import from_numpy, to_numpy
+from switchkd.types import TeacherOutput
 
 if TYPE_CHECKING:
     from switchkd.engines.vllm.engine import Engine
 
 _PROBE = 8  # tokens
-_OTHER_WAYS = "take teacher.backend: hf, or teacher.interface: public with teacher.signal: topk"
+_OTHER_WAYS = "take teacher.backend: hf, or teacher.interface: public with teacher.output: top_logprobs"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,31 +43,33 @@ class Answer:
 class Rows(Protocol):
     """How rows come out of an engine."""
 
-    def ask(self, jobs: Sequence[Job]) -> list[Answer]:
+    def ask(self, jobs: Sequence[RowRequest]) -> list[Answer]:
         """One answer a job, from `job.first` (or the first position written from) to the last token read."""
 
-    def signal(self, rows: torch.Tensor, lengths: np.ndarray) -> Signal:
+    def teacher_output(self, rows: torch.Tensor, lengths: np.ndarray) -> TeacherOutput:
         """Rows as they travel."""
 
-    def exact(self, found: list[tuple[Session, np.ndarray]], lengths: np.ndarray) -> Signal:
+    def exact(self, found: list[tuple[Session, np.ndarray]], lengths: np.ndarray) -> TeacherOutput:
         """Exact rows of single positions of sessions."""
 
-    def head_arrays(self) -> HeadArrays | None: ...
+    def lm_head_state(self) -> LMHeadState | None: ...
 
 
 class HiddenRows:
     """Final hidden states, from the workers' extension; as they are, or cut to their top k."""
 
-    def __init__(self, engine: Engine, *, vocab_size: int, kind: Literal["hidden", "topk"], top_k: int) -> None:
+    def __init__(
+        self, engine: Engine, *, vocab_size: int, kind: Literal["hidden_states", "top_logprobs"], top_k: int
+    ) -> None:
         self.engine, self.kind, self.top_k = engine, kind, top_k
         weight, bias, config = output_layer(
             engine.path, revision=engine.revision, trust_remote_code=engine.trust_remote_code
         )
         self.head = self._fitted(weight, bias, config, vocab_size)
-        if kind == "topk" or engine.dtype != torch.float32:
+        if kind == "top_logprobs" or engine.dtype != torch.float32:
             engine.call("switchkd_head", pickle.dumps(self.head.to_arrays()))
 
-    def _fitted(self, weight: torch.Tensor, bias: torch.Tensor | None, config: Any, vocab_size: int) -> LinearHead:
+    def _fitted(self, weight: torch.Tensor, bias: torch.Tensor | None, config: Any, vocab_size: int) -> LMHead:
         """The head of the files, tried on a few hidden states. The error belongs to the start."""
         if len(weight) < vocab_size:
             raise ConfigError(
@@ -76,8 +78,8 @@ class HiddenRows:
             )
         size = min(_PROBE, self.engine.max_len)
         tokens = np.random.default_rng(0).integers(0, vocab_size, size)
-        hidden = self.ask([Job(tokens=tokens, first=0)])[0].rows
-        logits = _first_of(self.engine.call("switchkd_logits", pickle.dumps(signal_from_hidden(hidden))))
+        hidden = self.ask([RowRequest(tokens=tokens, first=0)])[0].rows
+        logits = _first_of(self.engine.call("switchkd_logits", pickle.dumps(to_numpy(hidden))))
         weight = weight[:vocab_size].to(hidden.dtype).float()
         bias = None if bias is None else bias[:vocab_size].to(hidden.dtype).float()
         return fitted_head(
@@ -85,45 +87,45 @@ class HiddenRows:
             remedy=_OTHER_WAYS,
         )  # fmt: skip
 
-    def ask(self, jobs: Sequence[Job]) -> list[Answer]:
+    def ask(self, jobs: Sequence[RowRequest]) -> list[Answer]:
         return _completed(self._ask, jobs)
 
-    def _ask(self, jobs: Sequence[Job], cached: bool) -> list[Answer]:
+    def _ask(self, jobs: Sequence[RowRequest], cached: bool) -> list[Answer]:
         ran = self.engine.run(jobs, cached=cached)
         found = _first_of(self.engine.call("switchkd_take", [key for key, _ in ran]))
         return [
             Answer(
-                first=first, rows=hidden_from_signal(values, dtype), token_ids=list(output.outputs[0].token_ids),
+                first=first, rows=from_numpy(values, dtype), token_ids=list(output.outputs[0].token_ids),
                 margins=margins,
             )
             for (_, output), (first, values, dtype, margins) in zip(ran, found, strict=True)
         ]  # fmt: skip
 
-    def signal(self, rows: torch.Tensor, lengths: np.ndarray) -> Signal:
-        values, dtype = signal_from_hidden(rows)
-        if self.kind == "topk":
+    def teacher_output(self, rows: torch.Tensor, lengths: np.ndarray) -> TeacherOutput:
+        values, dtype = to_numpy(rows)
+        if self.kind == "top_logprobs":
             words = self.engine.call("switchkd_compress", pickle.dumps((values, dtype)), self.top_k)
             values, dtype = _first_of(words), "int32"
-        return Signal(kind=self.kind, dtype=dtype, values=values, lengths=lengths.astype(np.int32))
+        return TeacherOutput(kind=self.kind, dtype=dtype, values=values, lengths=lengths.astype(np.int32))
 
-    def exact(self, found: list[tuple[Session, np.ndarray]], lengths: np.ndarray) -> Signal:
+    def exact(self, found: list[tuple[Session, np.ndarray]], lengths: np.ndarray) -> TeacherOutput:
         parts: list[torch.Tensor | None] = []
         for session, positions in found:
             kept = session.kept(int(positions.min()), int(positions.max()) + 1)
             complete = kept is not None and len(kept) > positions.max() - positions.min()
             parts.append(kept if complete else None)
         jobs = [
-            Job(tokens=session.tokens[: positions.max() + 1], first=int(positions.min()))
+            RowRequest(tokens=session.tokens[: positions.max() + 1], first=int(positions.min()))
             for (session, positions), part in zip(found, parts, strict=True)
             if part is None
         ]
         fresh = iter(self.ask(jobs) if jobs else [])
         rows = [next(fresh).rows if part is None else part for part in parts]
         picked = [part[positions - positions.min()] for (_, positions), part in zip(found, rows, strict=True)]
-        values, dtype = signal_from_hidden(torch.cat(picked))
-        return Signal(kind="hidden", dtype=dtype, values=values, lengths=lengths.astype(np.int32))
+        values, dtype = to_numpy(torch.cat(picked))
+        return TeacherOutput(kind="hidden_states", dtype=dtype, values=values, lengths=lengths.astype(np.int32))
 
-    def head_arrays(self) -> HeadArrays:
+    def lm_head_state(self) -> LMHeadState:
         return self.head.to_arrays()
 
 
@@ -134,14 +136,14 @@ class PublicRows:
     def __init__(self, engine: Engine, *, vocab_size: int, top_k: int) -> None:
         self.engine, self.vocab_size, self.top_k = engine, vocab_size, min(top_k, vocab_size)
 
-    def ask(self, jobs: Sequence[Job]) -> list[Answer]:
+    def ask(self, jobs: Sequence[RowRequest]) -> list[Answer]:
         return _completed(self._ask, jobs)
 
-    def _ask(self, jobs: Sequence[Job], cached: bool) -> list[Answer]:
+    def _ask(self, jobs: Sequence[RowRequest], cached: bool) -> list[Answer]:
         ran = self.engine.run(jobs, cached=cached, prompt_logprobs=self.top_k, logprobs=self.top_k, flat_logprobs=True)
         return [self._answer(job, output) for job, (_, output) in zip(jobs, ran, strict=True)]
 
-    def _answer(self, job: Job, output: Any) -> Answer:
+    def _answer(self, job: RowRequest, output: Any) -> Answer:
         """Entry i of the prompt's log-probs is the row of position i - 1. On a hit of the cache one model runner leaves
         garbage in the entries of cached positions and the other leaves them out: count from the end."""
         num, prompt, written = len(job.tokens), output.prompt_logprobs, output.outputs[0]
@@ -175,13 +177,13 @@ class PublicRows:
         )  # fmt: skip
         return pack(row)[0]
 
-    def signal(self, rows: torch.Tensor, lengths: np.ndarray) -> Signal:
-        return Signal(kind="topk", dtype="int32", values=rows.numpy(), lengths=lengths.astype(np.int32))
+    def teacher_output(self, rows: torch.Tensor, lengths: np.ndarray) -> TeacherOutput:
+        return TeacherOutput(kind="top_logprobs", dtype="int32", values=rows.numpy(), lengths=lengths.astype(np.int32))
 
-    def exact(self, found: list[tuple[Session, np.ndarray]], lengths: np.ndarray) -> Signal:
+    def exact(self, found: list[tuple[Session, np.ndarray]], lengths: np.ndarray) -> TeacherOutput:
         """Whole rows of log-probs, one request a position: slow, and rarely asked for."""
         jobs = [
-            Job(tokens=session.tokens[: position + 1], first=int(position))
+            RowRequest(tokens=session.tokens[: position + 1], first=int(position))
             for session, positions in found
             for position in positions.tolist()
         ]
@@ -190,13 +192,13 @@ class PublicRows:
             entry = output.outputs[0].logprobs
             ids, values = np.array(entry.token_ids), np.array(entry.logprobs, np.float32)
             row[ids[ids < self.vocab_size]] = values[ids < self.vocab_size]
-        return Signal(kind="full", dtype="float32", values=rows, lengths=lengths.astype(np.int32))
+        return TeacherOutput(kind="logits", dtype="float32", values=rows, lengths=lengths.astype(np.int32))
 
-    def head_arrays(self) -> None:
+    def lm_head_state(self) -> None:
         return None
 
 
-def _completed(ask: Callable[[Sequence[Job], bool], list[Answer]], jobs: Sequence[Job]) -> list[Answer]:
+def _completed(ask: Callable[[Sequence[RowRequest], bool], list[Answer]], jobs: Sequence[RowRequest]) -> list[Answer]:
     """What began too late is asked for again without the cache. Trap: a prefix that ends on a cached block hides its
     last row; and rows may be asked for far before the end."""
     answers = ask(jobs, True)

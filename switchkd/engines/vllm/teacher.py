@@ -1,7 +1,8 @@
 """The production teacher: vLLM behind the Teacher protocol, with paged caches, tensor parallelism and its own kernels.
 
-In: sessions and blocks. Out: `signal: hidden` or `topk`. A session is nothing but its tokens: vLLM's prefix cache holds
-what was read, by content, so a block at the end of a long prefix costs its own tokens and at most one cache block more.
+In: sessions and blocks. Out: `teacher.output: hidden_states` or `topk`. A session is nothing but its tokens: vLLM's
+prefix cache holds what was read, by content, so a block at the end of a long prefix costs its own tokens and at most
+one cache block more.
 
 `interface: extension` (exact) takes final hidden states out of vLLM's workers, see vllm_worker.py. `public` reads the
 top k from `prompt_logprobs`, for a vLLM whose workers cannot be extended: the tail's entropy is not known there.
@@ -17,11 +18,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from switchkd.engines.models.lm_head import HeadArrays
+from switchkd.engines.models.lm_head import LMHeadState
 from switchkd.engines.sessions import Session, SessionTable, split
-from switchkd.engines.vllm.engine import Engine, Job
+from switchkd.engines.vllm.engine import Engine, RowRequest
 from switchkd.engines.vllm.outputs import Answer, HiddenRows, PublicRows, Rows
-from switchkd.types import Blocks, Positions, Sessions, Signal, WriteRequest, Written
+from switchkd.types import Blocks, Positions, Sessions, TeacherOutput, WriteRequest, Written
 
 
 class VLLMTeacher:
@@ -29,12 +30,12 @@ class VLLMTeacher:
     a time; the sequences of one call share vLLM's batches."""
 
     def __init__(self, engine: Engine, *, vocab_size: int, max_sessions: int, max_len: int, lease_s: float = 600.0,
-                 signal: Literal["hidden", "topk"] = "hidden", top_k: int = 64,
+                 output: Literal["hidden_states", "top_logprobs"] = "hidden_states", top_k: int = 64,
                  clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
         self.engine, self.vocab_size = engine, vocab_size
         self._sessions = SessionTable(max_sessions=max_sessions, max_len=max_len, lease_s=lease_s, clock=clock)
         self._rows: Rows = (
-            HiddenRows(engine, vocab_size=vocab_size, kind=signal, top_k=top_k)
+            HiddenRows(engine, vocab_size=vocab_size, kind=output, top_k=top_k)
             if engine.extended
             else PublicRows(engine, vocab_size=vocab_size, top_k=top_k)
         )
@@ -48,21 +49,23 @@ class VLLMTeacher:
     def num_sessions(self) -> int:
         return len(self._sessions)
 
-    def head_arrays(self) -> HeadArrays | None:
+    def lm_head_state(self) -> LMHeadState | None:
         """The head as it travels to everybody who rebuilds rows; None where no hidden states travel."""
-        return self._rows.head_arrays()
+        return self._rows.lm_head_state()
 
     def open(self, sessions: Sessions) -> None:
         """See Teacher. A session that is already held keeps what was answered of a common beginning."""
         self._sessions.open(sessions)
 
-    def score(self, blocks: Blocks) -> Signal:
+    def score(self, blocks: Blocks) -> TeacherOutput:
         """See Teacher. A session that does not reach `base_lens` counts as unknown."""
         sessions = self._appended(blocks)
-        jobs = [Job(tokens=s.tokens, first=int(first)) for s, first in zip(sessions, blocks.first_rows, strict=True)]
+        jobs = [
+            RowRequest(tokens=s.tokens, first=int(first)) for s, first in zip(sessions, blocks.first_rows, strict=True)
+        ]
         answers = self._answered(sessions, jobs)
         lengths = np.array([len(answer.rows) for answer in answers])
-        return self._rows.signal(torch.cat([answer.rows for answer in answers]), lengths)
+        return self._rows.teacher_output(torch.cat([answer.rows for answer in answers]), lengths)
 
     def write(self, request: WriteRequest) -> Written:
         """See Teacher. The draws are made inside vLLM, see vllm_worker.KeyedDraws."""
@@ -70,7 +73,7 @@ class VLLMTeacher:
         sessions = self._appended(request.blocks)
         law = {name: getattr(request, name) for name in ("run_seed", "purpose", "temperature", "top_p", "top_k")}
         jobs = [
-            Job(
+            RowRequest(
                 tokens=s.tokens, first=int(first), count=int(count), stop_ids=tuple(request.stop_ids.tolist()),
                 draw={**law, "rollout_id": int(rollout_id), "position": int(position), "num_prompt": len(s.tokens),
                       "vocab_size": self.vocab_size},
@@ -87,10 +90,10 @@ class VLLMTeacher:
             token_ids=np.concatenate([np.array(answer.token_ids, np.int32) for answer in answers]),
             lengths=np.array([len(answer.token_ids) for answer in answers], np.int32),
             margins=np.concatenate([np.array(answer.margins, np.float32) for answer in answers]),
-            signal=self._rows.signal(torch.cat([answer.rows for answer in answers]), lengths),
+            teacher_output=self._rows.teacher_output(torch.cat([answer.rows for answer in answers]), lengths),
         )
 
-    def exact(self, question: Positions) -> Signal:
+    def exact(self, question: Positions) -> TeacherOutput:
         """See Teacher. What was answered last is still here; older rows are read again."""
         found = [(session, positions) for _, session, positions in self._sessions.of_question(question)]
         return self._rows.exact(found, question.lengths)
@@ -106,7 +109,7 @@ class VLLMTeacher:
             session.become(np.concatenate([session.tokens[:base], new]))
         return sessions
 
-    def _answered(self, sessions: list[Session], jobs: list[Job]) -> list[Answer]:
+    def _answered(self, sessions: list[Session], jobs: list[RowRequest]) -> list[Answer]:
         """Rows from `job.first` on, kept ones and new ones; only what is missing is asked for."""
         kept = [session.kept(job.first, len(job.tokens)) for session, job in zip(sessions, jobs, strict=True)]
         rest = [

@@ -18,10 +18,10 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_updates
 
-from switchkd.algo.sampling import Sampling, draw
+from switchkd.algo.sampling import SamplingParams, draw
 from switchkd.algo.topk import compress, pack
-from switchkd.engines.models.lm_head import HeadArrays, LinearHead
-from switchkd.engines.wire import hidden_from_signal, signal_from_hidden
+from switchkd.engines.models.lm_head import LMHead, LMHeadState
+from switchkd.engines.wire import from_numpy, to_numpy
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as NewerLogitsProcessor
@@ -36,7 +36,7 @@ _ROWS_AT_ONCE = 64
 """Whole rows that exist at the same time while they are compressed."""
 
 
-class _Watch:
+class HiddenStateCapture:
     """Stands around a model runner's two halves of a step and keeps the hidden states that requests ask for."""
 
     def __init__(self, runner: Any, keeps: bool) -> None:
@@ -44,10 +44,10 @@ class _Watch:
             if not hasattr(runner, name):
                 raise RuntimeError(
                     f"vLLM's model runner {type(runner).__name__} has no {name}: it hands out no hidden states; "
-                    "take teacher.interface: public with teacher.signal: topk, or teacher.backend: hf"
+                    "take teacher.interface: public with teacher.output: top_logprobs, or teacher.backend: hf"
                 )
         self.runner, self.keeps = runner, keeps
-        self.head: LinearHead | None = None
+        self.head: LMHead | None = None
         self.rows: dict[str, list[tuple[int, torch.Tensor]]] = defaultdict(list)  # by key: first position, [n, D]
         self.last: dict[int, torch.Tensor] = {}  # by slot: the hidden state that this step's token is drawn from
         self._wanted: dict[str, dict[str, Any]] = {}  # by vLLM's own request id
@@ -102,7 +102,7 @@ class _Watch:
         return first, rows
 
 
-_watch: _Watch | None = None
+_capture: HiddenStateCapture | None = None
 _margins: dict[str, dict[int, float]] = defaultdict(dict)  # by key: by completion index
 
 
@@ -114,28 +114,28 @@ class RowReader:
 
     def switchkd_watch(self) -> None:
         """Once, before the first request. Raises RuntimeError where the model runner is of an unknown form."""
-        global _watch
-        _watch = _Watch(self.model_runner, keeps=get_tensor_model_parallel_rank() == 0)
+        global _capture
+        _capture = HiddenStateCapture(self.model_runner, keeps=get_tensor_model_parallel_rank() == 0)
 
     def switchkd_leave(self) -> None:
         """Before another engine of this process starts."""
-        global _watch
-        _watch = None
+        global _capture
+        _capture = None
 
     def switchkd_head(self, arrays: bytes) -> None:
         """The output head that rows are compressed and drawn with (in float32 it makes vLLM's own logits)."""
-        assert _watch is not None
-        head: HeadArrays = pickle.loads(arrays)
-        _watch.head = LinearHead.from_arrays(head, device=self.model_runner.device)
+        assert _capture is not None
+        head: LMHeadState = pickle.loads(arrays)
+        _capture.head = LMHead.from_arrays(head, device=self.model_runner.device)
 
     def switchkd_take(self, keys: list[str]) -> bytes:
         """Rows and margins of finished requests: a list of (first position, values, dtype, margins); nothing on workers
         that hold none."""
-        assert _watch is not None
+        assert _capture is not None
         # of all requests, before one answers nothing: margins are counted on every worker
-        taken = [(_watch.taken(key), _margins.pop(key, {})) for key in keys]
+        taken = [(_capture.taken(key), _margins.pop(key, {})) for key in keys]
         found = [
-            (rows[0], *signal_from_hidden(rows[1]), [margins[i] for i in sorted(margins)])
+            (rows[0], *to_numpy(rows[1]), [margins[i] for i in sorted(margins)])
             for rows, margins in taken
             if rows is not None
         ]
@@ -151,11 +151,11 @@ class RowReader:
     @torch.inference_mode()
     def switchkd_compress(self, rows: bytes, k: int) -> bytes:
         """Hidden states to packed top-k rows (`algo/compressed.py`); on the first worker only."""
-        assert _watch is not None
-        if not _watch.keeps or _watch.head is None:
+        assert _capture is not None
+        if not _capture.keeps or _capture.head is None:
             return b""
         hidden = _on(self.model_runner.device, rows)
-        words = [pack(compress(_watch.head.logits(part), k)).cpu() for part in hidden.split(_ROWS_AT_ONCE)]
+        words = [pack(compress(_capture.head.logits(part), k)).cpu() for part in hidden.split(_ROWS_AT_ONCE)]
         return pickle.dumps(torch.cat(words).numpy())
 
 
@@ -202,12 +202,12 @@ class KeyedDraws(*_PROCESSORS):  # type: ignore[misc]
                 _rows_to_draw(logits, members, of[0].vocab_size), run_seed=run_seed, purpose=purpose,
                 rollout_ids=[each.rollout_id for each in of],
                 positions=[each.position + index for each, index in zip(of, indices, strict=True)],
-                sampling=Sampling(temperature=shape[0], top_p=shape[1], top_k=shape[2]), return_margin=True,
+                sampling=SamplingParams(temperature=shape[0], top_p=shape[1], top_k=shape[2]), return_margin=True,
             )  # fmt: skip
             rows = torch.tensor([row for row, _ in members], device=logits.device)
             logits[rows] = -torch.inf
             logits[rows, torch.from_numpy(tokens).to(logits.device)] = 0.0
-            if _watch is not None:
+            if _capture is not None:
                 for each, index, margin in zip(of, indices, margins, strict=True):
                     _margins[each.key][index] = float(margin)
         return logits
@@ -237,11 +237,11 @@ class _Draw:
 def _on(device: torch.device, rows: bytes) -> torch.Tensor:
     """Hidden states as they came, on the model's device."""
     values, dtype = pickle.loads(rows)
-    return hidden_from_signal(values, dtype, device)
+    return from_numpy(values, dtype, device)
 
 
 def _rows_to_draw(logits: torch.Tensor, members: list[tuple[int, int]], vocab_size: int) -> torch.Tensor:
     """Float32 rows [n, V] of these (row, slot)."""
-    if _watch is not None and _watch.head is not None:
-        return _watch.head.logits(torch.stack([_watch.last[slot] for _, slot in members]))
+    if _capture is not None and _capture.head is not None:
+        return _capture.head.logits(torch.stack([_capture.last[slot] for _, slot in members]))
     return logits[[row for row, _ in members], :vocab_size].float()

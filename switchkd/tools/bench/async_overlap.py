@@ -21,7 +21,7 @@ UNMEASURED = 2
 """Steps at the start of each run: the pipeline fills."""
 
 
-class Watch:
+class StepTimer:
     """Sees steps end, and ends the run after enough of them."""
 
     def __init__(self, num_steps: int) -> None:
@@ -50,12 +50,12 @@ def run(*, smoke: bool, repeats: int, student_s: float, teacher_s: float, learne
 
     process_setup.for_private_cluster()
     from switchkd.tools.bench.ray_cluster import cluster
-    from switchkd.tools.bench.stand_in import Sleeps, furnishing
+    from switchkd.tools.bench.stand_in import FakeLatency, install_fakes
 
-    sleeps = Sleeps(student=student_s, teacher=teacher_s, learner=learner_s)
+    sleeps = FakeLatency(student=student_s, teacher=teacher_s, learner=learner_s)
     limits, num_steps, workers = ((0, 1), 2, 1) if smoke else ((0, 1, 2), 8, WORKERS)
-    watches: dict[str, list[Watch]] = {str(limit): [] for limit in limits}
-    with cluster(os.cpu_count() or 1, 400, furnishing(sleeps)):
+    watches: dict[str, list[StepTimer]] = {str(limit): [] for limit in limits}
+    with cluster(os.cpu_count() or 1, 400, install_fakes(sleeps)):
         pairs = paired(
             {str(limit): partial(_once, limit, num_steps, workers, watches[str(limit)]) for limit in limits},
             repeats,
@@ -83,23 +83,23 @@ def run(*, smoke: bool, repeats: int, student_s: float, teacher_s: float, learne
     )  # fmt: skip
 
 
-def _once(limit: int, num_steps: int, workers: int, watches: list[Watch]) -> float:
+def _once(limit: int, num_steps: int, workers: int, watches: list[StepTimer]) -> float:
     """One run of new actors; seconds per step after its beginning."""
-    from switchkd.actors.launch import build_house
+    from switchkd.actors.launch import start_actors
 
-    watch = Watch(num_steps)
+    watch = StepTimer(num_steps)
     watches.append(watch)
     wanted = config(workers, 1, replay={"max_staleness": limit}, train={"batch_size": workers * ROWS})
     trainer_harness.run(
         wanted,
         [_task(0).prompt],
-        lambda config, run_dir, log: build_house(config, run_dir, frozenset(), log),
+        lambda config, run_dir, log: start_actors(config, run_dir, frozenset(), log),
         watch,
     )
     return watch.step_s
 
 
-def _remarks(strict: list[Watch]) -> tuple[str, ...]:
+def _remarks(strict: list[StepTimer]) -> tuple[str, ...]:
     """The bound: what two parts can save that take turns."""
     wait = Spread.of([watch.mean("time/wait_rollouts_s") for watch in strict]).median
     learn = Spread.of([watch.mean("time/learn_s") for watch in strict]).median

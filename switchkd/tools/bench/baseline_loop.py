@@ -18,7 +18,7 @@ Decide = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 """(p_logits [B, V], q_logits [B, V], drafted [B], t) -> the teacher owns token t, bool [B]."""
 
 
-class Afternoon:
+class NaiveSwitching:
     def __init__(self, teacher: Any, student: Any, *, pad_id: int, stop_ids: frozenset[int], vocab_size: int) -> None:
         self.teacher, self.student, self.pad_id, self.vocab_size = teacher, student, pad_id, vocab_size
         self.stops = torch.tensor(sorted(stop_ids), device=student.device)

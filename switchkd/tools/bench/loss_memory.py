@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from switchkd.config.errors import ConfigError
-from switchkd.tools.bench.subprocess_side import Side, Sides, Turns
+from switchkd.tools.bench.subprocess_side import BenchProcess, BenchProcesses, Turns
 from switchkd.tools.bench.table import Pairs, Table, paired, surroundings
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ PROMPT_TOKENS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
+class MemoryCase:
     """One size, and where the sides leave their gradients to be compared."""
 
     tokens: int  # T
@@ -66,7 +66,7 @@ def run(*, smoke: bool, repeats: int, device: str, dtype: str, threads: int | No
     small = {"batch": 2, "width": 32, "chunk": 4} if smoke else {}
     for tokens, vocab in SMOKE_SIZES if smoke else SIZES:
         with tempfile.TemporaryDirectory(prefix="switchkd-bench-") as folder:
-            job = Job(tokens=tokens, vocab=vocab, folder=folder, device=device, dtype=dtype, **small)
+            job = MemoryCase(tokens=tokens, vocab=vocab, folder=folder, device=device, dtype=dtype, **small)
             rows += _measure(job, repeats, threads)
     notes = surroundings(device, dtype, threads=threads, batch=job.batch, width=job.width, layers=job.layers,
                          chunk_tokens=job.chunk, repeats=repeats)  # fmt: skip
@@ -82,13 +82,13 @@ _REMARKS = (
 )
 
 
-def _measure(job: Job, repeats: int, threads: int) -> list[dict[str, Any]]:
+def _measure(job: MemoryCase, repeats: int, threads: int) -> list[dict[str, Any]]:
     forms: dict[str, Callable[..., Step]] = {OURS: ours, NAIVE: naive, TRL: trl, ALONE: alone}
     makers = {
-        name: partial(Side, name, work, job, name, form, device=job.device, threads=threads)
+        name: partial(BenchProcess, name, work, job, name, form, device=job.device, threads=threads)
         for name, form in forms.items()
     }
-    with Sides() as open_sides:
+    with BenchProcesses() as open_sides:
         sides = open_sides.start(makers)
         pairs: Pairs = paired(sides, repeats)
         told = {name: side.finish() for name, side in sides.items()}
@@ -108,7 +108,7 @@ def _measure(job: Job, repeats: int, threads: int) -> list[dict[str, Any]]:
     ]
 
 
-def distance(job: Job, name: str, other: str) -> float:
+def distance(job: MemoryCase, name: str, other: str) -> float:
     """Of the gradients that two sides left behind."""
     import torch
 
@@ -117,11 +117,11 @@ def distance(job: Job, name: str, other: str) -> float:
     return max(float((ours[key].float() - theirs[key]).norm() / theirs[key].float().norm()) for key in ours)
 
 
-def _file(job: Job, name: str) -> Path:
+def _file(job: MemoryCase, name: str) -> Path:
     return Path(job.folder) / f"{name.split()[0]}.pt"
 
 
-def work(turns: Turns, job: Job, name: str, form: Callable[..., Step]) -> None:
+def work(turns: Turns, job: MemoryCase, name: str, form: Callable[..., Step]) -> None:
     """A side's process: the first turn, which nobody measures, also leaves the gradients behind."""
     import torch
 
@@ -143,7 +143,7 @@ def work(turns: Turns, job: Job, name: str, form: Callable[..., Step]) -> None:
         del loss
 
 
-def _models(job: Job) -> tuple[Any, torch.Tensor, torch.Tensor]:
+def _models(job: MemoryCase) -> tuple[Any, torch.Tensor, torch.Tensor]:
     """The student, the teacher's hidden states [N, D], its output matrix [V, D]: the same for all sides."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -162,7 +162,7 @@ def _models(job: Job) -> tuple[Any, torch.Tensor, torch.Tensor]:
     return model, teacher.to(job.device), head.to(job.device)
 
 
-def _ids(job: Job) -> torch.Tensor:
+def _ids(job: MemoryCase) -> torch.Tensor:
     import torch
 
     generator = torch.Generator().manual_seed(1)
@@ -172,45 +172,58 @@ def _ids(job: Job) -> torch.Tensor:
 # --- the forms: each answers with a step that gives the mean loss ----------------------------------------------------
 
 
-def ours(job: Job, model: Any, teacher: torch.Tensor, head: torch.Tensor) -> Step:
+def ours(job: MemoryCase, model: Any, teacher: torch.Tensor, head: torch.Tensor) -> Step:
     """As the learner does it: rollouts are collated, the student's module computes the loss (`StudentModule`)."""
     from switchkd.algo.losses import forward_kl
-    from switchkd.engines.models.lm_head import LinearHead
-    from switchkd.learner.batching import LossSpec, collate, plan_batch
-    from switchkd.learner.loss_module import Objective, StudentModule
+    from switchkd.engines.models.lm_head import LMHead
+    from switchkd.learner.batching import LossSpec, assign_batch, collate
+    from switchkd.learner.loss_module import StepLoss, StudentModule
 
     rollouts = _rollouts(job, teacher)
     batch = collate(rollouts, pad_id=0).to(job.device)
-    plan = plan_batch(0, 0, rollouts, num_ranks=1)
+    plan = assign_batch(0, 0, rollouts, num_ranks=1)
     module = StudentModule(model, vocab_size=job.vocab, scale=1.0, softcap=0.0, chunk=job.chunk)
-    heads = {"": LinearHead(head)}
+    heads = {"": LMHead(head)}
     spec = LossSpec(name="forward_kl", per_token=forward_kl)
-    return lambda: module(batch, Objective(spec, plan, batch), heads)
+    return lambda: module(batch, StepLoss(spec, plan, batch), heads)
 
 
-def _rollouts(job: Job, teacher: torch.Tensor) -> list[Rollout]:
+def _rollouts(job: MemoryCase, teacher: torch.Tensor) -> list[Rollout]:
     import numpy as np
 
-    from switchkd.engines.wire import signal_from_hidden
-    from switchkd.types import Origin, Rollout, Signal
+    from switchkd.engines.wire import to_numpy
+    from switchkd.types import CompletionSource, Rollout, TeacherOutput
 
-    values, dtype = signal_from_hidden(teacher.cpu())
+    values, dtype = to_numpy(teacher.cpu())
     ids, num = _ids(job).numpy().astype(np.int32), job.tokens
     nothing = np.zeros(num, np.float32)
     return [
         Rollout(
-            rollout_id=i, batch=0, stage=0, prompt_id="", origin=Origin.ROLLOUT, prompt_ids=row[:PROMPT_TOKENS],
-            token_ids=row[PROMPT_TOKENS:], sources=np.zeros(num, np.uint8), weight_versions=np.zeros(num, np.int32),
-            statistic=nothing, threshold=nothing, uncertainty=nothing, finish_reason="length",
-            signal=Signal(
-                kind="hidden", dtype=dtype, values=values[i * num : (i + 1) * num], lengths=np.array([num], np.int32)
+            rollout_id=i,
+            batch=0,
+            stage=0,
+            prompt_id="",
+            completion_source=CompletionSource.ROLLOUT,
+            prompt_ids=row[:PROMPT_TOKENS],
+            token_ids=row[PROMPT_TOKENS:],
+            sources=np.zeros(num, np.uint8),
+            weight_versions=np.zeros(num, np.int32),
+            statistic=nothing,
+            threshold=nothing,
+            uncertainty=nothing,
+            finish_reason="length",
+            teacher_output=TeacherOutput(
+                kind="hidden_states",
+                dtype=dtype,
+                values=values[i * num : (i + 1) * num],
+                lengths=np.array([num], np.int32),
             ),
         )
         for i, row in enumerate(ids)
-    ]  # fmt: skip
+    ]
 
 
-def naive(job: Job, model: Any, teacher: torch.Tensor, head: torch.Tensor) -> Step:
+def naive(job: MemoryCase, model: Any, teacher: torch.Tensor, head: torch.Tensor) -> Step:
     """As a reader of torch would write it; rows of logits are made for the completion only."""
     from torch.nn.functional import kl_div, linear, log_softmax
 
@@ -225,7 +238,7 @@ def naive(job: Job, model: Any, teacher: torch.Tensor, head: torch.Tensor) -> St
     return step
 
 
-def alone(job: Job, model: Any, teacher: torch.Tensor, head: torch.Tensor) -> Step:
+def alone(job: MemoryCase, model: Any, teacher: torch.Tensor, head: torch.Tensor) -> Step:
     """The model below its output layer, with next to no loss: what every form needs at least."""
     ids = _ids(job).to(job.device)
 
@@ -236,7 +249,7 @@ def alone(job: Job, model: Any, teacher: torch.Tensor, head: torch.Tensor) -> St
     return step
 
 
-def trl(job: Job, model: Any, teacher: torch.Tensor, head: torch.Tensor) -> Step:
+def trl(job: MemoryCase, model: Any, teacher: torch.Tensor, head: torch.Tensor) -> Step:
     """The loss of `trl.DistillationTrainer` from hidden states on, at beta 0 (forward KL)."""
     import torch
 

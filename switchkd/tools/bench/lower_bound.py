@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from switchkd.algo import divergence
-from switchkd.algo.sampling import Purpose, Sampling, draw
+from switchkd.algo.sampling import Purpose, SamplingParams, draw
 from switchkd.algo.switching import Rule
 from switchkd.engines.hf.student import HFStudent
 from switchkd.engines.hf.teacher import HFTeacher
 from switchkd.rollout.speculation import SIZES
-from switchkd.types import Blocks, Prompt, Rollout, Sessions, Source, WriteRequest
+from switchkd.types import Blocks, Prompt, Rollout, Sessions, TokenSource, WriteRequest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +82,12 @@ def measure_costs(
 
     def step() -> Any:
         return draw(
-            check(1)(), run_seed=0, rollout_ids=slots, positions=slots, purpose=Purpose.GUMBEL, sampling=Sampling()
+            check(1)(),
+            run_seed=0,
+            rollout_ids=slots,
+            positions=slots,
+            purpose=Purpose.GUMBEL,
+            sampling=SamplingParams(),
         )
 
     def write() -> Any:
@@ -199,8 +204,8 @@ def row_steady_s(rollout: Rollout, differ: np.ndarray, costs: StepCosts, rule: R
 
 def _course(rollout: Rollout, differ: np.ndarray, rule: Rule) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Of each token: does the teacher go on alone there, and behind which token does either's proposal end?"""
-    owned = rollout.sources == Source.TEACHER
-    settled = np.isneginf(rollout.threshold) if rule.settled is not None else np.zeros(len(owned), bool)
+    owned = rollout.sources == TokenSource.TEACHER
+    settled = np.isneginf(rollout.threshold) if rule.teacher_only is not None else np.zeros(len(owned), bool)
     return settled, {"student": _next(owned & differ), "teacher": _next(~owned & differ)}
 
 

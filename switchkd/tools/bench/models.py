@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from switchkd.config.errors import ConfigError
-from switchkd.config.schema import Cut, Teacher
+from switchkd.config.schema import DepthPruneConfig, TeacherConfig
 from switchkd.engines.models.sources import check_model_folder
 
 _TOPICS = (
@@ -38,9 +38,9 @@ def resolve(teacher: str, student: str) -> Pair:
         teacher = str(fetch_demo())
     check_model_folder(teacher, "--teacher")
     if student.isdigit():
-        from switchkd.engines.models.resolve import cut_student
+        from switchkd.engines.models.resolve import prune_student
 
-        student = str(cut_student(Teacher(path=teacher), Cut(num_layers=int(student))))
+        student = str(prune_student(TeacherConfig(path=teacher), DepthPruneConfig(num_layers=int(student))))
     check_model_folder(student, "--student")
     return Pair(teacher=teacher, student=student)
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, cast
 import ray
 
 from switchkd.actors.ray_futures import shut_down
-from switchkd.types import WeightBundle
+from switchkd.types import PackedWeights
 
 if TYPE_CHECKING:
-    from switchkd.types import WeightBundle
+    from switchkd.types import PackedWeights
 
 
 @contextmanager
@@ -81,7 +81,7 @@ class ReaderProcess:
     def take(self, packed: list[Any]) -> tuple[float, float]:
         """Seconds to pull, seconds to load."""
         start = time.perf_counter()
-        bundle: WeightBundle = ray.get(packed[0])
+        bundle: PackedWeights = ray.get(packed[0])
         pull_s = time.perf_counter() - start
         return pull_s, self.reader.load(bundle)
 
@@ -115,7 +115,7 @@ class Learner:
         self.dtype = dtype
         self.model = load_model(folder, dtype=dtype, device=device)
 
-    def publish(self, version: int) -> tuple[WeightBundle, float]:
+    def publish(self, version: int) -> tuple[PackedWeights, float]:
         """The bundle and the seconds that packing took."""
         from switchkd.engines.weights import pack
         from switchkd.learner.loss_module import full_tensors
@@ -141,7 +141,7 @@ class Reader:
             load_model(folder, dtype=dtype, device=device), num_slots=1, max_len=16, vocab_size=vocab_size
         )
 
-    def load(self, bundle: WeightBundle) -> float:
+    def load(self, bundle: PackedWeights) -> float:
         """Seconds until the engine can write with them."""
         import torch
 

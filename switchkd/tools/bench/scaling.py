@@ -22,8 +22,8 @@ from switchkd.tools.bench.table import Spread, Table, paired, surroundings
 from switchkd.tools.bench.trainer_harness import StepLog, config_of
 
 if TYPE_CHECKING:
-    from switchkd.controller.handles import House, WorkerHandle
-    from switchkd.types import Task, WorkReport
+    from switchkd.controller.handles import ActorHandles, WorkerHandle
+    from switchkd.types import RolloutTask, WorkReport
 
 BLOCK, ROWS, NEW_TOKENS = 4, 8, 32
 NEAR = 0.85
@@ -44,20 +44,20 @@ def run(*, smoke: bool, repeats: int, student_s: float, teacher_s: float) -> Tab
 
     process_setup.for_private_cluster()
     from switchkd.tools.bench.ray_cluster import cluster
-    from switchkd.tools.bench.stand_in import Sleeps, furnishing
+    from switchkd.tools.bench.stand_in import FakeLatency, install_fakes
 
     workers, teachers = ((1, 2), (1,)) if smoke else ((1, 2, 4, 8, 16), (1, 2, 4))
     waves = 1 if smoke else 2
     found: dict[int, dict[int, Runs]] = {}
-    sleeps = Sleeps(student=student_s, teacher=teacher_s)
-    with cluster(os.cpu_count() or 1, 200, furnishing(sleeps)):
+    sleeps = FakeLatency(student=student_s, teacher=teacher_s)
+    with cluster(os.cpu_count() or 1, 200, install_fakes(sleeps)):
         for num in teachers:
             with tempfile.TemporaryDirectory() as folder:
-                house = _house(num, max(workers), Path(folder))
+                handles = _start_actors(num, max(workers), Path(folder))
                 try:
-                    found[num] = measure(house.workers, workers, waves, repeats)
+                    found[num] = measure(handles.workers, workers, waves, repeats)
                 finally:
-                    house.close()
+                    handles.close()
     rows = [row for num, by_workers in found.items() for row in rows_of(num, by_workers, waves, teacher_s)]
     notes = surroundings("cpu", "float32", student_ms=1e3 * student_s, teacher_ms=1e3 * teacher_s, block=BLOCK,
                          rows=ROWS, new_tokens=NEW_TOKENS, repeats=repeats)  # fmt: skip
@@ -76,7 +76,7 @@ def config(num_workers: int, replicas: int, **sections: Mapping[str, Any]) -> Co
         "student": {"path": "stand-in"},
         "rollout": {
             "rule": {"type": "random", "prob": 0.5}, "num_workers": num_workers, "batch_size": ROWS, "save": False,
-            "max_new_tokens": NEW_TOKENS, "block_size": BLOCK, "lead": "student", "overlap": False,
+            "max_new_tokens": NEW_TOKENS, "max_draft_tokens": BLOCK, "drafter": "student", "overlap": False,
         },
         "replay": {"capacity": 1_000_000},
         "resources": {"teacher": little, "rollout": little, "learner": little},
@@ -84,11 +84,11 @@ def config(num_workers: int, replicas: int, **sections: Mapping[str, Any]) -> Co
     return config_of({key: {**base.get(key, {}), **sections.get(key, {})} for key in {*base, *sections}})
 
 
-def _house(replicas: int, num_workers: int, folder: Path) -> House:
-    from switchkd.actors.launch import build_house
+def _start_actors(replicas: int, num_workers: int, folder: Path) -> ActorHandles:
+    from switchkd.actors.launch import start_actors
 
     nobody = cast(Any, StepLog(lambda _: None))
-    return build_house(config(num_workers, replicas), folder, frozenset(), nobody)
+    return start_actors(config(num_workers, replicas), folder, frozenset(), nobody)
 
 
 def measure(handles: Sequence[WorkerHandle], workers: tuple[int, ...], waves: int, repeats: int) -> dict[int, Runs]:
@@ -117,13 +117,15 @@ def _once(handles: Sequence[WorkerHandle], runs: Runs, num: int, ids: Iterator[i
     return elapsed
 
 
-def _task(rollout_id: int) -> Task:
+def _task(rollout_id: int) -> RolloutTask:
     import numpy as np
 
-    from switchkd.types import Origin, Prompt, Task
+    from switchkd.types import CompletionSource, Prompt, RolloutTask
 
     prompt = Prompt(prompt_id="", text="", token_ids=np.ones(4, np.int32))
-    return Task(rollout_id=rollout_id, batch=0, stage=0, origin=Origin.ROLLOUT, prompt=prompt)
+    return RolloutTask(
+        rollout_id=rollout_id, batch=0, stage=0, completion_source=CompletionSource.ROLLOUT, prompt=prompt
+    )
 
 
 def rows_of(teachers: int, by_workers: dict[int, Runs], waves: int, teacher_s: float) -> list[dict[str, Any]]:

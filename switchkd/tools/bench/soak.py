@@ -49,7 +49,7 @@ class Fault:
 
 
 @dataclass(slots=True)
-class Havoc:
+class FaultInjector:
     """Looks at a run from outside: kills on schedule, and takes samples of memory."""
 
     run_dir: Path
@@ -112,7 +112,7 @@ def run(*, steps: int, seed: int, every: int, keep: Path | None = None) -> Table
         folder = keep or Path(place)
         config = config_of(folder, steps, seed)
         rng = random.Random(seed)
-        havoc = Havoc(folder / "run", schedule(steps, every, rng), rng, last_sampled=steps - CALM)
+        havoc = FaultInjector(folder / "run", schedule(steps, every, rng), rng, last_sampled=steps - CALM)
         thread = threading.Thread(target=havoc.watch, name="havoc", daemon=True)
         thread.start()
         started = time.monotonic()
@@ -184,7 +184,7 @@ def slope(samples: Iterable[tuple[int, float]]) -> float:
     return 100 * statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
-def _table(steps: int, seed: int, elapsed: float, havoc: Havoc, waiting: Sequence[int]) -> Table:
+def _table(steps: int, seed: int, elapsed: float, havoc: FaultInjector, waiting: Sequence[int]) -> Table:
     longest: dict[str, tuple[str, list[tuple[int, float]]]] = {}
     for name, samples in havoc.samples.items():
         role = name.rstrip("0123456789").strip()
@@ -241,7 +241,7 @@ def config_of(folder: Path, steps: int, seed: int) -> Any:
             "student": {"path": str(folder / "student")},
             "data": {"path": str(folder / "data.jsonl"), "max_prompt_tokens": 16, "max_reference_tokens": 16},
             "rollout": {"rule": {"type": "random", "prob": 0.3}, "num_workers": 2, "batch_size": 4,
-                        "max_new_tokens": 12, "lead": "student", "block_size": 4},
+                        "max_new_tokens": 12, "drafter": "student", "max_draft_tokens": 4},
             "replay": {"max_staleness": 1, "capacity": BATCH},
             "learner": {"lr": 1e-3, "scheduler": "constant"},
             "train": {"num_steps": steps, "batch_size": BATCH, "checkpoint_every": CHECKPOINT_EVERY,

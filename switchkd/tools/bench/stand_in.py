@@ -1,8 +1,8 @@
 """Models that only sleep, in the real rooms: what is left is the program itself, its calls and its waiting.
 
-In: a config, and `Sleeps`. What `furnishing` gives runs in every process of a bench's cluster and puts these engines
-where the real actors would load models; all else there (actors, router, replay, rollout worker, train loop) is what a
-run uses. Student and teacher agree on every token, so that each round settles a whole block.
+In: a config, and `FakeLatency`. What `install_fakes` gives runs in every process of a bench's cluster and puts these
+engines where the real actors would load models; all else there (actors, router, replay, rollout worker, train loop) is
+what a run uses. Student and teacher agree on every token, so that each round settles a whole block.
 """
 
 from __future__ import annotations
@@ -18,19 +18,29 @@ import torch
 
 from switchkd.config.schema import Config
 from switchkd.data.replay import Replay, ReplayService
-from switchkd.engines.models.lm_head import HeadArrays, LinearHead
+from switchkd.engines.models.lm_head import LMHead, LMHeadState
 from switchkd.engines.weights import pack
-from switchkd.learner.rank import Gang
-from switchkd.rollout.build import Teachers, build_modes
-from switchkd.rollout.generator import RolloutWorker
-from switchkd.rollout.worker import Worker
-from switchkd.types import BatchPlan, Blocks, Rollout, Sessions, Signal, StepResult, WeightBundle, WriteRequest, Written
+from switchkd.learner.rank import RankInfo
+from switchkd.rollout.build import Teachers, build_rollout_params
+from switchkd.rollout.generator import SwitchingGenerator
+from switchkd.rollout.worker import RolloutWorker
+from switchkd.types import (
+    BatchAssignment,
+    Blocks,
+    PackedWeights,
+    Rollout,
+    Sessions,
+    StepResult,
+    TeacherOutput,
+    WriteRequest,
+    Written,
+)
 
 WIDTH, VOCAB = 16, 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sleeps:
+class FakeLatency:
     """Seconds of one call, whatever its size."""
 
     student: float
@@ -39,7 +49,7 @@ class Sleeps:
     weights_mb: float = 8.0  # of a published version
 
 
-def furnishing(sleeps: Sleeps) -> Callable[[], None]:
+def install_fakes(sleeps: FakeLatency) -> Callable[[], None]:
     """What every process of the cluster does once, before its actor is built. Fails here, in the driver, where a room
     is built otherwise than this file knows: a process that failed there would be started again for ever."""
     _replacements(sleeps)
@@ -51,17 +61,19 @@ def furnishing(sleeps: Sleeps) -> Callable[[], None]:
     return furnish
 
 
-def _replacements(sleeps: Sleeps) -> list[tuple[Any, str, Any]]:
+def _replacements(sleeps: FakeLatency) -> list[tuple[Any, str, Any]]:
     """Modules, names in them, and what stands there instead: the actors import them from there, later."""
     from switchkd.data import build as data_build
     from switchkd.engines import build as engines_build
     from switchkd.learner import rank as learner_rank
     from switchkd.rollout import build as rollout_build
 
-    def worker(config: Config, index: int, teachers: Teachers, stop_ids: frozenset[int], new_weights: Any) -> Worker:
+    def worker(
+        config: Config, index: int, teachers: Teachers, stop_ids: frozenset[int], new_weights: Any
+    ) -> RolloutWorker:
         return make_worker(sleeps, config, index, teachers, stop_ids)
 
-    def rank(config: Config, gang: Gang, heads: Any, fetch: Callable[[list[int]], list[Rollout]]) -> SleepingRank:
+    def rank(config: Config, gang: RankInfo, heads: Any, fetch: Callable[[list[int]], list[Rollout]]) -> SleepingRank:
         return SleepingRank(sleeps, gang, fetch)
 
     found: list[tuple[Any, str, Any]] = [
@@ -75,10 +87,10 @@ def _replacements(sleeps: Sleeps) -> list[tuple[Any, str, Any]]:
     return found
 
 
-def head() -> LinearHead:
+def head() -> LMHead:
     """The output head of both models."""
     generator = torch.Generator().manual_seed(0)
-    return LinearHead(torch.randn(VOCAB, WIDTH, generator=generator))
+    return LMHead(torch.randn(VOCAB, WIDTH, generator=generator))
 
 
 class SleepingStudent:
@@ -92,7 +104,7 @@ class SleepingStudent:
         time.sleep(self.sleep_s)
         return torch.ones(len(token_ids), WIDTH)
 
-    def load_weights(self, bundle: WeightBundle) -> None:
+    def load_weights(self, bundle: PackedWeights) -> None:
         from switchkd.engines.weights import unpack
 
         for _ in unpack(bundle):  # the checksum is read
@@ -105,17 +117,17 @@ class SleepingTeacher:
     def __init__(self, sleep_s: float) -> None:
         self.sleep_s = sleep_s
 
-    def head_arrays(self) -> HeadArrays:
+    def lm_head_state(self) -> LMHeadState:
         return head().to_arrays()
 
     def open(self, sessions: Sessions) -> None:
         pass
 
-    def score(self, blocks: Blocks) -> Signal:
+    def score(self, blocks: Blocks) -> TeacherOutput:
         time.sleep(self.sleep_s)
         rows = blocks.base_lens + blocks.lengths - blocks.first_rows
         values = np.ones((int(rows.sum()), WIDTH), np.float32)
-        return Signal(kind="hidden", dtype="float32", values=values, lengths=rows.astype(np.int32))
+        return TeacherOutput(kind="hidden_states", dtype="float32", values=values, lengths=rows.astype(np.int32))
 
     def write(self, request: WriteRequest) -> Written:
         raise NotImplementedError("the stand-in runs let the student lead")
@@ -124,21 +136,23 @@ class SleepingTeacher:
         pass
 
 
-def make_worker(sleeps: Sleeps, config: Config, index: int, teachers: Teachers, stop_ids: frozenset[int]) -> Worker:
+def make_worker(
+    sleeps: FakeLatency, config: Config, index: int, teachers: Teachers, stop_ids: frozenset[int]
+) -> RolloutWorker:
     """As `assembly.make_worker`, with a student that sleeps."""
     torch.set_num_threads(1)
     teacher, arrays = teachers[""]
     assert arrays is not None
-    rollouts = RolloutWorker(
+    rollouts = SwitchingGenerator(
         student=SleepingStudent(sleeps.student, config.rollout.batch_size, 10_000),
         teacher=teacher,
-        head=LinearHead.from_arrays(arrays),
+        head=LMHead.from_arrays(arrays),
         stop_ids=stop_ids,
-        block_size=config.rollout.block_size,
-        lead=config.rollout.lead,
+        max_draft_tokens=config.rollout.max_draft_tokens,
+        drafter=config.rollout.drafter,
         overlap=bool(config.rollout.overlap),
     )
-    return Worker({"": rollouts}, build_modes(config), str, index=index)
+    return RolloutWorker({"": rollouts}, build_rollout_params(config), str, index=index)
 
 
 def make_replay(config: Config, run_dir: Path) -> ReplayService:
@@ -151,11 +165,11 @@ def make_replay(config: Config, run_dir: Path) -> ReplayService:
 class SleepingRank:
     """A `LearnerRank` that fetches its rollouts, sleeps, and publishes real bytes."""
 
-    def __init__(self, sleeps: Sleeps, gang: Gang, fetch: Callable[[list[int]], list[Rollout]]) -> None:
+    def __init__(self, sleeps: FakeLatency, gang: RankInfo, fetch: Callable[[list[int]], list[Rollout]]) -> None:
         self.sleeps, self.gang, self.fetch = sleeps, gang, fetch
         self.weights = torch.zeros(int(sleeps.weights_mb * 2**18))
 
-    def step(self, plan: BatchPlan, lr: float) -> StepResult:
+    def step(self, plan: BatchAssignment, lr: float) -> StepResult:
         start = time.monotonic()
         self.fetch(list(plan.rollout_ids[self.gang.rank]))
         time.sleep(self.sleeps.learner)
@@ -169,5 +183,5 @@ class SleepingRank:
             time_s=time.monotonic() - start,
         )
 
-    def publish(self, version: int) -> WeightBundle | None:
+    def publish(self, version: int) -> PackedWeights | None:
         return pack([("weights", self.weights)], version)

@@ -53,7 +53,7 @@ class Turns:
             torch.cuda.synchronize()
 
 
-class Side:
+class BenchProcess:
     """The handle: call it for a turn's seconds, `finish` it for what it told."""
 
     def __init__(self, name: str, work: Callable[..., None], *args: Any, device: str = "cpu", threads: int = 0) -> None:
@@ -108,10 +108,10 @@ class Side:
         return value
 
 
-class Sides(ExitStack):
+class BenchProcesses(ExitStack):
     """Several of them, by name; none outlives the block."""
 
-    def start(self, sides: Mapping[str, Callable[[], Side]]) -> dict[str, Side]:
+    def start(self, sides: Mapping[str, Callable[[], BenchProcess]]) -> dict[str, BenchProcess]:
         """All of them, built side by side: only their turns are measured. A side's memory is its own process's."""
         made = {}
         for name, make in sides.items():

@@ -21,21 +21,21 @@ import numpy as np
 import torch
 
 from switchkd.algo import divergence, switching
-from switchkd.algo.sampling import Purpose, Sampling, draw
+from switchkd.algo.sampling import Purpose, SamplingParams, draw
 from switchkd.config.errors import ConfigError
 from switchkd.engines.hf.student import HFStudent
 from switchkd.engines.hf.teacher import HFTeacher
-from switchkd.engines.models.lm_head import LinearHead
+from switchkd.engines.models.lm_head import LMHead
 from switchkd.engines.models.loading import load_model, load_tokenizer, pad_id, shared_vocab, stop_ids
-from switchkd.rollout.generator import Job, RolloutWorker
-from switchkd.rollout.speculation import Lead
-from switchkd.rollout.state import Mode
-from switchkd.rollout.teacher_logits import SignalReader
-from switchkd.tools.bench.baseline_loop import AdaSwitch, Afternoon, Decide, skd, switch
+from switchkd.rollout.generator import GenerationRequest, SwitchingGenerator
+from switchkd.rollout.speculation import DraftPlan
+from switchkd.rollout.state import RolloutParams
+from switchkd.rollout.teacher_logits import TeacherLogits
+from switchkd.tools.bench.baseline_loop import AdaSwitch, Decide, NaiveSwitching, skd, switch
 from switchkd.tools.bench.lower_bound import StepCosts, bound_s, measure_costs, steady_s
 from switchkd.tools.bench.models import prompts
 from switchkd.tools.bench.table import Cell, Pairs, Spread, Table, paired, surroundings
-from switchkd.types import Origin, Prompt, Rollout, Source, Task
+from switchkd.types import CompletionSource, Prompt, Rollout, RolloutTask, TokenSource
 
 HALF_LIFE = 16.0
 RULES: dict[str, tuple[Callable[[], switching.Rule], Callable[[], Decide]]] = {
@@ -69,36 +69,42 @@ class Pair:
         self.size, self.device = size, device
         plain = [load_model(path, dtype=dtype, device=device) for path in (teacher, student)]
         self.stop_ids = frozenset().union(*(stop_ids(model, tokenizer) for model in plain))
-        self.afternoon = Afternoon(*plain, pad_id=pad_id(tokenizer), stop_ids=self.stop_ids, vocab_size=self.vocab_size)
+        self.afternoon = NaiveSwitching(
+            *plain, pad_id=pad_id(tokenizer), stop_ids=self.stop_ids, vocab_size=self.vocab_size
+        )
         self.tasks = _tasks(tokenizer, size.prompts)
         longest = max(len(task.prompt.token_ids) for task in self.tasks) + size.tokens
         served, own = (load_model(path, dtype=dtype, device=device) for path in (teacher, student))
         self.student = HFStudent(own, num_slots=size.batch, max_len=longest + 64, vocab_size=self.vocab_size)
         self.teacher = HFTeacher(served, vocab_size=self.vocab_size, max_sessions=3 * size.batch, max_len=longest + 64)
-        self.head = LinearHead.from_arrays(self.teacher.head().to_arrays(), device=device).prepack()
+        self.head = LMHead.from_arrays(self.teacher.head().to_arrays(), device=device).prepack()
 
-    def mode(self, rule: switching.Rule) -> Mode:
-        return Mode(rule=rule, student=Sampling(), teacher=Sampling(), max_new_tokens=self.size.tokens, seed=SEED)
+    def params(self, rule: switching.Rule) -> RolloutParams:
+        return RolloutParams(
+            rule=rule, student=SamplingParams(), teacher=SamplingParams(), max_new_tokens=self.size.tokens, seed=SEED
+        )
 
-    def worker(self, lead: str) -> RolloutWorker:
-        return RolloutWorker(
+    def worker(self, drafter: str) -> SwitchingGenerator:
+        return SwitchingGenerator(
             student=self.student,
             teacher=self.teacher,
             head=self.head,
             stop_ids=self.stop_ids,
-            block_size=self.size.block,
-            lead=lead,
+            max_draft_tokens=self.size.block,
+            drafter=drafter,
         )
 
-    def write(self, worker: RolloutWorker, mode: Mode) -> list[Rollout]:
+    def write(self, worker: SwitchingGenerator, params: RolloutParams) -> list[Rollout]:
         found: list[Rollout] = []
-        worker.run([Job(task=task, mode=mode) for task in self.tasks], found.extend)
+        worker.run([GenerationRequest(task=task, params=params) for task in self.tasks], found.extend)
         return sorted(found, key=lambda rollout: rollout.rollout_id)
 
-    def warm_up(self, worker: RolloutWorker, mode: Mode) -> None:
+    def warm_up(self, worker: SwitchingGenerator, params: RolloutParams) -> None:
         """One batch of short completions: kernels are chosen, and the ways to lead have been tried."""
-        short = replace(mode, max_new_tokens=min(24, self.size.tokens))
-        worker.run([Job(task=task, mode=short) for task in self.tasks[: self.size.batch]], lambda _: None)
+        short = replace(params, max_new_tokens=min(24, self.size.tokens))
+        worker.run(
+            [GenerationRequest(task=task, params=short) for task in self.tasks[: self.size.batch]], lambda _: None
+        )
 
     def write_in_the_afternoon(self, decide: Callable[[], Decide]) -> int:
         prompts = [task.prompt.token_ids.tolist() for task in self.tasks]
@@ -164,18 +170,18 @@ class _Measured:
 
     result: Pairs
     costs: Sequence[StepCosts]
-    rounds: Mapping[Lead, int]
+    rounds: Mapping[DraftPlan, int]
     rollouts: Sequence[Rollout]
 
 
-def _measure(pair: Pair, mode: Mode, decide: Callable[[], Decide], repeats: int) -> _Measured:
-    alone, auto, lockstep = pair.mode(switching.student()), pair.worker("auto"), pair.worker("lockstep")
+def _measure(pair: Pair, params: RolloutParams, decide: Callable[[], Decide], repeats: int) -> _Measured:
+    alone, auto, lockstep = pair.params(switching.student()), pair.worker("auto"), pair.worker("lockstep")
     last: dict[str, list[Rollout]] = {}
     around: list[StepCosts] = []
 
-    def engine(side: str, worker: RolloutWorker, a_mode: Mode) -> Callable[[], float]:
+    def engine(side: str, worker: SwitchingGenerator, a_mode: RolloutParams) -> Callable[[], float]:
         def seconds_per_token() -> float:
-            worker.pace.rounds.clear()
+            worker.speculation.rounds.clear()
             start = time.perf_counter()
             last[side] = pair.write(worker, a_mode)
             return (time.perf_counter() - start) / sum(r.num_tokens for r in last[side])
@@ -186,7 +192,7 @@ def _measure(pair: Pair, mode: Mode, decide: Callable[[], Decide], repeats: int)
         return measure_costs(pair.student, pair.teacher, pair.head, pair.tasks[0].prompt, pair.size.batch,
                              pair.size.block, repeats=3)  # fmt: skip
 
-    write = engine("auto", auto, mode)
+    write = engine("auto", auto, params)
 
     def between_costs() -> float:
         before, seconds = costs(), write()
@@ -200,28 +206,28 @@ def _measure(pair: Pair, mode: Mode, decide: Callable[[], Decide], repeats: int)
         return (time.perf_counter() - start) / num
 
     for worker in (auto, lockstep):
-        pair.warm_up(worker, mode)
+        pair.warm_up(worker, params)
     result = paired(
         {
             "auto": between_costs,
-            "lockstep": engine("lockstep", lockstep, mode),
+            "lockstep": engine("lockstep", lockstep, params),
             "afternoon": afternoon,
             "on-policy": engine("on-policy", pair.worker("auto"), alone),
         },
         repeats=repeats,
         warmup=0,
     )
-    return _Measured(result, around, auto.pace.rounds, last["auto"])
+    return _Measured(result, around, auto.speculation.rounds, last["auto"])
 
 
 def _row(pair: Pair, name: str, around: list[StepCosts], repeats: int) -> dict[str, Cell]:
     """Adds each turn's costs to `around`."""
     rule, decide = RULES[name][0](), RULES[name][1]
-    mode = pair.mode(rule)
-    found = _measure(pair, mode, decide, repeats)
+    params = pair.params(rule)
+    found = _measure(pair, params, decide, repeats)
     around += found.costs
     result, rollouts, rounds = found.result, found.rollouts, found.rounds
-    reads = agreements(pair, rollouts, mode)
+    reads = agreements(pair, rollouts, params)
     num_tokens = sum(rollout.num_tokens for rollout in rollouts)
 
     def share(least_s: Callable[..., float]) -> Spread:
@@ -246,11 +252,11 @@ def _row(pair: Pair, name: str, around: list[StepCosts], repeats: int) -> dict[s
 
 def _counted(rollouts: Sequence[Rollout]) -> dict[str, Cell]:
     tokens = sum(r.num_tokens for r in rollouts)
-    sent = sum(r.stats.signal_bytes for r in rollouts)
+    sent = sum(r.stats.output_bytes for r in rollouts)
     return {
         "teacher calls/token": sum(r.stats.num_rounds for r in rollouts) / tokens,
-        "breaks/token": sum(r.stats.num_breaks for r in rollouts) / tokens,
-        "teacher share": sum(int((r.sources == Source.TEACHER).sum()) for r in rollouts) / tokens,
+        "breaks/token": sum(r.stats.num_rejections for r in rollouts) / tokens,
+        "teacher share": sum(int((r.sources == TokenSource.TEACHER).sum()) for r in rollouts) / tokens,
         "bytes/row": sent / sum(r.stats.num_scored_rows for r in rollouts),
         "bytes/token": sent / tokens,
     }
@@ -266,27 +272,27 @@ class Read:
 
 
 @torch.inference_mode()
-def agreements(pair: Pair, rollouts: Sequence[Rollout], mode: Mode) -> list[Read]:
+def agreements(pair: Pair, rollouts: Sequence[Rollout], params: RolloutParams) -> list[Read]:
     """What either proposer would have met at every position. SKD's replacement never equals the draft by sharing."""
-    found, reader = [], SignalReader(pair.head, pair.device)
+    found, reader = [], TeacherLogits(pair.head, pair.device)
     for rollout in rollouts:
         num = rollout.num_tokens
         ids = np.concatenate([rollout.prompt_ids, rollout.token_ids])[:-1].astype(np.int32)
         hidden = pair.student.extend(np.array([0]), np.array([0], np.int32), ids, np.array([len(ids)], np.int32))
         q_logits = pair.student.head.logits(hidden[-num:])
-        assert rollout.signal is not None
-        p_logits = reader.logits_of(rollout.signal)
-        key = {"run_seed": mode.seed, "rollout_ids": [rollout.rollout_id] * num, "positions": range(num)}
-        purposes = (mode.rule.replacement, Purpose.GUMBEL)
+        assert rollout.teacher_output is not None
+        p_logits = reader.logits_of(rollout.teacher_output)
+        key = {"run_seed": params.seed, "rollout_ids": [rollout.rollout_id] * num, "positions": range(num)}
+        purposes = (params.rule.replacement, Purpose.GUMBEL)
         teachers, students = (
-            draw(logits, purpose=purpose, sampling=Sampling(), **key)  # type: ignore[call-overload]
+            draw(logits, purpose=purpose, sampling=SamplingParams(), **key)  # type: ignore[call-overload]
             for logits, purpose in zip((p_logits, q_logits), purposes, strict=True)
         )
         found.append(Read(teachers != students, divergence.agreement(p_logits, q_logits).cpu().numpy()))
     return found
 
 
-def _tasks(tokenizer: Any, num: int) -> list[Task]:
+def _tasks(tokenizer: Any, num: int) -> list[RolloutTask]:
     """Prompts of mixed lengths under the tokenizer's chat template, each a rollout of its own."""
     texts = [_varied(i, text) for i, text in enumerate(prompts(num))]
     tasks = []
@@ -296,7 +302,9 @@ def _tasks(tokenizer: Any, num: int) -> list[Task]:
             text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         ids = np.array(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"], np.int32)
         prompt = Prompt(prompt_id=str(i), text=text, token_ids=ids)
-        tasks.append(Task(rollout_id=i, batch=0, stage=0, origin=Origin.ROLLOUT, prompt=prompt))
+        tasks.append(
+            RolloutTask(rollout_id=i, batch=0, stage=0, completion_source=CompletionSource.ROLLOUT, prompt=prompt)
+        )
     return tasks
 
 

@@ -21,7 +21,7 @@ from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config
 from switchkd.tools.bench import trainer_harness
 from switchkd.tools.bench.models import Pair, prompts
-from switchkd.tools.bench.subprocess_side import Side, Sides, Turns
+from switchkd.tools.bench.subprocess_side import BenchProcess, BenchProcesses, Turns
 from switchkd.tools.bench.table import Table, paired, surroundings
 
 if TYPE_CHECKING:
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 """TRL's names for the losses: its beta interpolates between the two KLs."""
 LR = 1e-5
-BuildHouse = Callable[[Config, Path, frozenset[int], Any], Any]
+StartActors = Callable[[Config, Path, frozenset[int], Any], Any]
 OURS, ON_RAY, TRL = "switchkd, one process", "switchkd, Ray", "TRL"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
+class TrainerCase:
     """What every side is told."""
 
     pair: Pair
@@ -65,12 +65,14 @@ def run(
     if smoke:
         batch, new_tokens = min(batch, 2), min(new_tokens, 8)
     threads = threads or os.cpu_count() or 1
-    job = Job(pair=pair, batch=batch, new_tokens=new_tokens, loss=loss, device=device, dtype=dtype, threads=threads)
-    makers = {OURS: partial(Side, OURS, ours, job, "inprocess", device=device, threads=threads)}
+    job = TrainerCase(
+        pair=pair, batch=batch, new_tokens=new_tokens, loss=loss, device=device, dtype=dtype, threads=threads
+    )
+    makers = {OURS: partial(BenchProcess, OURS, ours, job, "inprocess", device=device, threads=threads)}
     if on_ray and device == "cpu":  # its actors would need a GPU each
-        makers[ON_RAY] = partial(Side, ON_RAY, ours, job, "ray", threads=threads)
-    makers[TRL] = partial(Side, TRL, trl, job, device=device, threads=threads)
-    with Sides() as open_sides:
+        makers[ON_RAY] = partial(BenchProcess, ON_RAY, ours, job, "ray", threads=threads)
+    makers[TRL] = partial(BenchProcess, TRL, trl, job, device=device, threads=threads)
+    with BenchProcesses() as open_sides:
         sides = open_sides.start(makers)
         pairs = paired(sides, repeats, warmup=1 if smoke else 2)
         told = {name: side.finish() for name, side in sides.items()}
@@ -104,19 +106,19 @@ def _remarks() -> tuple[str, ...]:
 # --- switchkd --------------------------------------------------------------------------------------------------------
 
 
-def ours(turns: Turns, job: Job, mode: str) -> None:
+def ours(turns: Turns, job: TrainerCase, mode: str) -> None:
     """The real training loop: a turn ends when a step has."""
     from switchkd.engines.models.loading import load_tokenizer
 
-    build_house = _on_ray() if mode == "ray" else _in_process()
+    start_actors = _on_ray() if mode == "ray" else _in_process()
     turns.count_memory_from_here()
     tokenized = _tokenized(job, load_tokenizer(job.pair.student))
     waiting = iter(turns)
 
     def build(config: Config, run_dir: Path, log: Any) -> Any:
-        house = build_house(config, run_dir, frozenset(), log)  # without stop ids nothing ends early
+        handles = start_actors(config, run_dir, frozenset(), log)  # without stop ids nothing ends early
         next(waiting)
-        return house
+        return handles
 
     def on_step(row: Mapping[str, Any]) -> None:
         if "first_loss" not in turns.told:
@@ -129,23 +131,23 @@ def ours(turns: Turns, job: Job, mode: str) -> None:
     )
 
 
-def _on_ray() -> BuildHouse:
+def _on_ray() -> StartActors:
     from switchkd.actors import process_setup
 
     process_setup.for_private_cluster()
-    from switchkd.actors.launch import build_house
+    from switchkd.actors.launch import start_actors
 
-    return build_house
+    return start_actors
 
 
-def _in_process() -> BuildHouse:
-    from switchkd.controller.local import build_house
+def _in_process() -> StartActors:
+    from switchkd.controller.local import start_actors
 
     importlib.import_module("deepspeed")  # a library, not memory of the run
-    return lambda config, run_dir, stop_ids, log: build_house(config, run_dir, stop_ids)
+    return lambda config, run_dir, stop_ids, log: start_actors(config, run_dir, stop_ids)
 
 
-def _tokenized(job: Job, tokenizer: Any) -> list[Prompt]:
+def _tokenized(job: TrainerCase, tokenizer: Any) -> list[Prompt]:
     import numpy as np
 
     from switchkd.types import Prompt
@@ -156,7 +158,7 @@ def _tokenized(job: Job, tokenizer: Any) -> list[Prompt]:
     ]
 
 
-def _config(job: Job, mode: str, longest: int) -> Config:
+def _config(job: TrainerCase, mode: str, longest: int) -> Config:
     threads = {"threads": job.threads}
     models = {"dtype": job.dtype, "device": job.device}
     return trainer_harness.config_of(
@@ -182,7 +184,7 @@ def _config(job: Job, mode: str, longest: int) -> Config:
 # --- TRL -------------------------------------------------------------------------------------------------------------
 
 
-def trl(turns: Turns, job: Job) -> None:
+def trl(turns: Turns, job: TrainerCase) -> None:
     """TRL's own loop, `DistillationTrainer.train`: a turn ends when its callback hears of a step's end."""
     import tempfile
 

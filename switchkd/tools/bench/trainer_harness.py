@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from switchkd.config.schema import Config
 
 if TYPE_CHECKING:
-    from switchkd.controller.handles import House
+    from switchkd.controller.handles import ActorHandles
     from switchkd.types import Prompt
 
 NUM_STEPS = 10_000
@@ -60,28 +60,30 @@ def config_of(sections: Mapping[str, Mapping[str, Any]]) -> Config:
 def run(
     config: Config,
     prompts: Sequence[Prompt],
-    build: Callable[[Config, Path, Any], House],
+    build: Callable[[Config, Path, Any], ActorHandles],
     on_step: Callable[[Mapping[str, Any]], None],
 ) -> None:
     """Build a house in a folder that is removed again, and train until `on_step` raises Enough."""
     from switchkd.controller.checkpoint import open_run
-    from switchkd.controller.evaluation import Examiner
-    from switchkd.controller.schedule import RunPlan
+    from switchkd.controller.evaluation import Evaluator
+    from switchkd.controller.schedule import Schedule
     from switchkd.controller.watchdog import Watchdog
     from switchkd.data.prompts import PromptStream
     from switchkd.train import Trainer
 
     log = cast(Any, StepLog(on_step))
-    plan = RunPlan(config.train.stages, PromptStream(prompts, seed=0, shuffle=False), seed=config.seed)
+    plan = Schedule(config.train.stages, PromptStream(prompts, seed=0, shuffle=False), seed=config.seed)
     with tempfile.TemporaryDirectory(prefix="switchkd-bench-") as place:
         config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(Path(place) / "run")})})
         with open_run(config) as folder:
-            house = build(config, folder.path, log)
+            handles = build(config, folder.path, log)
             try:
-                examiner = Examiner(config.eval, (), has_teacher=False)
-                dog = Watchdog(config.run.watchdog_s, folder.path, log.note)  # it does not watch: a bench may sleep
-                Trainer(config, plan, house, folder, log, examiner, dog).run()
+                evaluator = Evaluator(config.eval, (), has_teacher=False)
+                watchdog = Watchdog(
+                    config.run.watchdog_s, folder.path, log.note
+                )  # it does not watch: a bench may sleep
+                Trainer(config, plan, handles, folder, log, evaluator, watchdog).run()
             except Enough:
                 pass
             finally:
-                house.close()
+                handles.close()

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from switchkd.config.errors import ConfigError, one_line, typed
+from switchkd.config.errors import ConfigError, one_line, with_type
 
 Status = Literal["ok", "warn", "fail"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
+class CheckResult:
     check: str
     status: Status
     text: str
@@ -27,33 +27,33 @@ class Finding:
         return f"{self.status:<5} {self.check:<18} {self.text}{remedy}"
 
 
-def ok(check: str, text: str) -> Finding:
-    return Finding(check=check, status="ok", text=text)
+def ok(check: str, text: str) -> CheckResult:
+    return CheckResult(check=check, status="ok", text=text)
 
 
-def warn(check: str, text: str, remedy: str) -> Finding:
-    return Finding(check=check, status="warn", text=text, remedy=remedy)
+def warn(check: str, text: str, remedy: str) -> CheckResult:
+    return CheckResult(check=check, status="warn", text=text, remedy=remedy)
 
 
-def fail(check: str, text: str, remedy: str) -> Finding:
-    return Finding(check=check, status="fail", text=text, remedy=remedy)
+def fail(check: str, text: str, remedy: str) -> CheckResult:
+    return CheckResult(check=check, status="fail", text=text, remedy=remedy)
 
 
-def refused(check: str, error: ConfigError) -> Finding:
+def from_config_error(check: str, error: ConfigError) -> CheckResult:
     """A ConfigError says what is wrong and, behind its first semicolon, what to do."""
     text, _, remedy = one_line(error).partition("; ")
     return fail(check, text, remedy or "change it in the config")
 
 
-def looked(check: str, look: Callable[[], Iterable[Finding]]) -> list[Finding]:
+def run_check(check: str, look: Callable[[], Iterable[CheckResult]]) -> list[CheckResult]:
     """What a check found. Whatever it raises is a finding too: one check that breaks must not hide the others."""
     from switchkd.data.atomic_files import redact
 
-    found: list[Finding] = []
+    found: list[CheckResult] = []
     try:
         found.extend(look())
     except ConfigError as error:
-        found.append(refused(check, error))
+        found.append(from_config_error(check, error))
     except Exception as error:
-        found.append(fail(check, redact(typed(error)), "see the traceback of `switchkd --debug rollout CONFIG`"))
+        found.append(fail(check, redact(with_type(error)), "see the traceback of `switchkd --debug rollout CONFIG`"))
     return found

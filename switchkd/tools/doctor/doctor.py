@@ -17,20 +17,20 @@ from switchkd.controller.preflight import check, prepare
 from switchkd.engines.models.demo import NAME, cache_dir
 from switchkd.engines.models.resolve import reads_teacher
 from switchkd.tools.doctor import machine
-from switchkd.tools.doctor.check import Finding, fail, looked, ok, warn
+from switchkd.tools.doctor.check import CheckResult, fail, ok, run_check, warn
 
-Tell = Callable[[Finding], None]
+OnResult = Callable[[CheckResult], None]
 
 
-def examine(config: Config, *, quick: bool = False, tell: Tell | None = None) -> list[Finding]:
+def run_checks(config: Config, *, quick: bool = False, tell: OnResult | None = None) -> list[CheckResult]:
     """All findings; `tell` hears each as soon as it is made. `quick` leaves out what loads models."""
-    found: list[Finding] = []
+    found: list[CheckResult] = []
     out = sys.stdout
 
-    def look(name: str, act: Callable[[], Iterable[Finding]]) -> bool:
+    def look(name: str, act: Callable[[], Iterable[CheckResult]]) -> bool:
         """False where it failed."""
         with redirect_stdout(sys.stderr):  # libraries say things
-            new = looked(name, act)
+            new = run_check(name, act)
         found.extend(new)
         for finding in new if tell else ():
             with redirect_stdout(out):
@@ -57,7 +57,7 @@ def examine(config: Config, *, quick: bool = False, tell: Tell | None = None) ->
 
 
 def _look_at_models(
-    config: Config, quick: bool, fits: bool, look: Callable[[str, Callable[[], Iterable[Finding]]], bool]
+    config: Config, quick: bool, fits: bool, look: Callable[[str, Callable[[], Iterable[CheckResult]]], bool]
 ) -> None:
     if quick and (waiting := _waiting(config)):
         look("models", lambda: [waiting])
@@ -67,7 +67,7 @@ def _look_at_models(
         config = _uncut(config)
     holder = []
 
-    def tokenizers_and_data() -> Iterator[Finding]:
+    def tokenizers_and_data() -> Iterator[CheckResult]:
         from switchkd.tools.doctor import models
 
         ready = prepare(config)
@@ -91,18 +91,18 @@ def _look_at_models(
     look("dry pass", lambda: models.with_weights(ready, index))
 
 
-def _left_out(name: str, why: str) -> Finding:
+def _left_out(name: str, why: str) -> CheckResult:
     return warn(name, "not looked at", f"mend {why} first")
 
 
-def _config(config: Config) -> Iterator[Finding]:
+def _config(config: Config) -> Iterator[CheckResult]:
     """Rules, losses, folders and files, as `train` checks them first."""
     check(config)
     stages = ", ".join(f"{stage.name} ({stage.steps} steps)" for stage in config.train.stages)
     yield ok("config", f"rules, losses and files are there; stages {stages}")
 
 
-def _sizes(config: Config) -> Iterator[Finding]:
+def _sizes(config: Config) -> Iterator[CheckResult]:
     from switchkd.engines.models.shape import shapes
 
     found = shapes(config)
@@ -111,9 +111,9 @@ def _sizes(config: Config) -> Iterator[Finding]:
     yield from machine.object_store(config, found)
 
 
-def _waiting(config: Config) -> Finding | None:
+def _waiting(config: Config) -> CheckResult | None:
     """A model that would have to be fetched first."""
-    used = [config.student.path] if config.student.cut is None else []
+    used = [config.student.path] if config.student.prune is None else []
     used += [config.teacher.path] if reads_teacher(config) else []
     if "demo" in used and not (cache_dir() / NAME).is_dir():
         return warn("models", f"{NAME} is not fetched yet: models are not looked at", "switchkd fetch-demo")
@@ -122,13 +122,13 @@ def _waiting(config: Config) -> Finding | None:
 
 def _uncut(config: Config) -> Config:
     """Cutting a student loads its teacher: looked at instead is the teacher's folder, whose tokenizer it will have."""
-    if config.student.cut is None:
+    if config.student.prune is None:
         return config
     student = config.student.model_copy(update={"path": config.teacher.path, "cut": None})
     return config.model_copy(update={"student": student})
 
 
-def _cluster(config: Config) -> Iterator[Finding]:
+def _cluster(config: Config) -> Iterator[CheckResult]:
     """Joined, large enough, the same software everywhere, and every node sees the run's folder."""
     from switchkd.actors import node_check
 
@@ -152,7 +152,7 @@ def _cluster(config: Config) -> Iterator[Finding]:
         yield ok("shared run.dir", f"all {len(looks)} nodes see {file.parent}")
 
 
-def show(finding: Finding) -> None:
+def show(finding: CheckResult) -> None:
     """One line on the terminal."""
     from rich.console import Console
     from rich.text import Text

@@ -24,7 +24,7 @@ from switchkd.controller.run_lock import LOCK, _read
 from switchkd.data.atomic_files import CONFIG
 from switchkd.engines.models.shape import Shape, object_store_bytes
 from switchkd.engines.models.sources import looks_local
-from switchkd.tools.doctor.check import Finding, fail, ok, warn
+from switchkd.tools.doctor.check import CheckResult, fail, ok, warn
 from switchkd.tools.plan.memory import GIB, checkpoint_bytes, memory, total
 from switchkd.train import _this_machine
 
@@ -35,7 +35,7 @@ LIBRARIES = 0.6 * GIB
 """What torch, transformers and Ray take in every process."""
 
 
-def versions() -> Iterator[Finding]:
+def versions() -> Iterator[CheckResult]:
     """Installed packages against the ranges that switchkd was published with."""
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
@@ -56,7 +56,7 @@ def versions() -> Iterator[Finding]:
         yield ok("versions", f"{len(needed)} packages within their ranges ({main})")
 
 
-def _version(name: str, wanted: str) -> Finding | None:
+def _version(name: str, wanted: str) -> CheckResult | None:
     from packaging.specifiers import SpecifierSet
 
     remedy = f"pip install '{name}{wanted}'"
@@ -69,7 +69,7 @@ def _version(name: str, wanted: str) -> Finding | None:
     return fail("versions", f"{name} {found} is outside {wanted}", remedy)
 
 
-def processors(config: Config) -> Iterator[Finding]:
+def processors(config: Config) -> Iterator[CheckResult]:
     """CPUs and GPUs that the roles ask for; on a cluster that is asked of Ray (actors/probe.py)."""
     here = _this_machine()
     if config.run.mode == "inprocess":
@@ -86,7 +86,7 @@ def processors(config: Config) -> Iterator[Finding]:
             yield fail("processors", f"{role}.device={section.device}, torch sees no CUDA device", "take device: auto")
 
 
-def ports(config: Config) -> Iterator[Finding]:
+def ports(config: Config) -> Iterator[CheckResult]:
     """The named cluster's, else loopback."""
     address = os.environ.get("RAY_ADDRESS") or config.cluster.address
     if resources.is_private(config):
@@ -119,7 +119,7 @@ def _reached(host: str, port: int) -> bool:
     return True
 
 
-def tokens(config: Config) -> Iterator[Finding]:
+def tokens(config: Config) -> Iterator[CheckResult]:
     """Ray's token: there, and readable by its owner only. Its file is looked at, never read."""
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token").expanduser()
     private, mode = resources.is_private(config), None
@@ -139,11 +139,11 @@ def tokens(config: Config) -> Iterator[Finding]:
         yield warn("tokens", f"neither RAY_AUTH_TOKEN nor {path}", "give this process the cluster's token")
 
 
-def secrets(config: Config) -> Iterator[Finding]:
+def secrets(config: Config) -> Iterator[CheckResult]:
     """Set where a name of the hub or W&B is used. Their values are not looked at."""
     names = {"teacher.path": config.teacher.path if config.needs_teacher else "", "student.path": config.student.path}
     names |= {"data.path": config.data.path, "eval.data": config.eval.data}
-    if config.student.cut is not None:
+    if config.student.prune is not None:
         names["student.path"] = ""
     hub = [f"{key}={name}" for key, name in names.items() if name and name != "demo" and not _here(name)]
     if hub and not os.environ.get("HF_TOKEN"):
@@ -160,7 +160,7 @@ def _here(name: str) -> bool:
     return looks_local(name) or Path(name).exists()
 
 
-def _wandb(project: str) -> Iterator[Finding]:
+def _wandb(project: str) -> Iterator[CheckResult]:
     key = f"metrics.wandb={project}"
     if importlib.util.find_spec("wandb") is None:
         yield fail("secrets", f"{key}, wandb is not installed", "pip install 'switchkd[wandb]'")
@@ -175,7 +175,7 @@ def _wandb(project: str) -> Iterator[Finding]:
 # --- the run's folder ------------------------------------------------------------------------------------------------
 
 
-def run_dir(config: Config) -> Iterator[Finding]:
+def run_dir(config: Config) -> Iterator[CheckResult]:
     """Absolute where other machines must find it; writable; free."""
     path = Path(config.run.dir).expanduser()
     if not resources.is_private(config) and not path.is_absolute():
@@ -213,7 +213,7 @@ def _nearest(path: Path) -> Path:
     return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
 
 
-def disk(config: Config, shapes: dict[str, Shape]) -> Iterator[Finding]:
+def disk(config: Config, shapes: dict[str, Shape]) -> Iterator[CheckResult]:
     """Room for the checkpoints that are kept, one that is being written, and two students."""
     each = checkpoint_bytes(config, shapes["student"])
     student = shapes["student"].params * 4.0
@@ -229,7 +229,7 @@ def disk(config: Config, shapes: dict[str, Shape]) -> Iterator[Finding]:
         yield ok("disk", told)
 
 
-def room(config: Config, shapes: dict[str, Shape]) -> Iterator[Finding]:
+def room(config: Config, shapes: dict[str, Shape]) -> Iterator[CheckResult]:
     """All processes of a private cluster in this machine's memory, by the formulas of `plan`."""
     parts, numbers = memory(config, shapes), resources.counts(config)
     if not resources.is_private(config):
@@ -249,7 +249,7 @@ def _available() -> float:
     return float(found[0]) * 1024 if found else float("inf")
 
 
-def object_store(config: Config, shapes: dict[str, Shape]) -> Iterator[Finding]:
+def object_store(config: Config, shapes: dict[str, Shape]) -> Iterator[CheckResult]:
     """A private cluster's, in shared memory."""
     shm = Path("/dev/shm")
     if not resources.is_private(config) or config.run.mode == "inprocess" or not shm.is_dir():

@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from switchkd.config.schema import Config, Model
-from switchkd.controller.preflight import Ready
+from switchkd.config.schema import Config, ModelConfig
+from switchkd.controller.preflight import PreparedRun
 from switchkd.data.prompts import PromptSet
 from switchkd.engines.base import Teacher
 from switchkd.engines.build import make_teacher, max_len
-from switchkd.engines.models.lm_head import LinearHead
+from switchkd.engines.models.lm_head import LMHead
 from switchkd.engines.models.loading import load_tokenizer
-from switchkd.learner.batching import plan_batch
-from switchkd.learner.rank import Gang, LearnerRank
+from switchkd.learner.batching import assign_batch
+from switchkd.learner.rank import LearnerRank, RankInfo
 from switchkd.rollout.build import make_worker
-from switchkd.rollout.teacher_logits import SignalReader
-from switchkd.tools.doctor.check import Finding, fail, ok, warn
-from switchkd.tools.offline import written
-from switchkd.types import Blocks, Positions, Rollout, Sessions, Source
+from switchkd.rollout.teacher_logits import TeacherLogits
+from switchkd.tools.doctor.check import CheckResult, fail, ok, warn
+from switchkd.tools.offline import first_rollouts
+from switchkd.types import Blocks, Positions, Rollout, Sessions, TokenSource
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
 """Of a log-probability between batch shapes: rounding of the dtype."""
@@ -34,13 +34,13 @@ _SESSION = 1 << 50
 _MOST_TOKENS = 64
 
 
-def tokenizers(config: Config, num_ids: int) -> Iterator[Finding]:
+def tokenizers(config: Config, num_ids: int) -> Iterator[CheckResult]:
     """`preflight.check_models` has compared them."""
     who = "teacher and student have one tokenizer" if config.needs_teacher else "the student has a tokenizer"
     yield ok("tokenizers", f"{who}, {num_ids:,} ids, and room for {max_len(config)} tokens")
 
 
-def chat_templates(config: Config) -> Iterator[Finding]:
+def chat_templates(config: Config) -> Iterator[CheckResult]:
     """Prompts take the student's. The teacher reads them as they are."""
     student = _template(config.student)
     if config.data.template is not None:
@@ -72,7 +72,7 @@ def chat_templates(config: Config) -> Iterator[Finding]:
         )
 
 
-def _template(section: Model) -> str:
+def _template(section: ModelConfig) -> str:
     """A short talk as the model's template writes it; empty without one."""
     tokenizer = load_tokenizer(section.path, trust_remote_code=section.trust_remote_code, revision=section.revision)
     if not getattr(tokenizer, "chat_template", None):
@@ -89,14 +89,14 @@ def _short(text: str) -> str:
     return repr(text) if len(text) <= 60 else f"{text[:57]!r}..."
 
 
-def data(ready: Ready) -> Iterator[Finding]:
+def data(ready: PreparedRun) -> Iterator[CheckResult]:
     """`preflight.prepare` has read it."""
     for key, prompts in (("data.path", ready.prompts), ("eval.data", ready.eval_prompts)):
         if prompts is not None:
             yield _data(ready.config, key, prompts)
 
 
-def _data(config: Config, key: str, prompts: PromptSet) -> Finding:
+def _data(config: Config, key: str, prompts: PromptSet) -> CheckResult:
     limit = config.data.max_prompt_tokens
     told = f"{key}: {prompts.report()}; longest prompt {prompts.longest_prompt} of {limit} tokens"
     if prompts.num_skipped or prompts.num_cut:
@@ -107,7 +107,7 @@ def _data(config: Config, key: str, prompts: PromptSet) -> Finding:
 # --- with weights ----------------------------------------------------------------------------------------------------
 
 
-def with_weights(ready: Ready, index: int) -> Iterator[Finding]:
+def with_weights(ready: PreparedRun, index: int) -> Iterator[CheckResult]:
     """The teacher's numbers; then one prompt through teacher, student and learner, as stage `index` has it."""
     run = ready.config.run.model_copy(update={"mode": "inprocess"})
     learner = ready.config.learner.model_copy(update={"num_ranks": 1})
@@ -116,14 +116,14 @@ def with_weights(ready: Ready, index: int) -> Iterator[Finding]:
     for name in config.teacher_names:
         own = config.of_teacher(name)
         teacher = make_teacher(own)
-        head = teacher.head_arrays()
+        head = teacher.lm_head_state()
         tokens = ready.prompts.prompts[0].token_ids[:_MOST_TOKENS]
-        yield determinism(own, teacher, None if head is None else LinearHead.from_arrays(head), tokens)
+        yield determinism(own, teacher, None if head is None else LMHead.from_arrays(head), tokens)
         teachers[name] = (teacher, head)
     heads = {name: head for name, (_, head) in teachers.items() if head is not None}
     worker = make_worker(config, 0, teachers, ready.stop_ids)
     started = time.perf_counter()
-    ((_, rollout),) = written(ready, worker, 1, index)
+    ((_, rollout),) = first_rollouts(ready, worker, 1, index)
     yield _written(rollout, time.perf_counter() - started)
     if config.teacher.backend == "vllm" and config.needs_teacher:  # it and DeepSpeed do not bear each other
         yield ok("dry pass", "the learner is left out: it has a process of its own beside vLLM's")
@@ -131,9 +131,9 @@ def with_weights(ready: Ready, index: int) -> Iterator[Finding]:
     yield _trained(config, index, heads, rollout)
 
 
-def determinism(config: Config, teacher: Teacher, head: LinearHead | None, tokens: np.ndarray) -> Finding:
+def determinism(config: Config, teacher: Teacher, head: LMHead | None, tokens: np.ndarray) -> CheckResult:
     """The same tokens twice, and once more beside other sessions: the largest distance of a log-probability."""
-    reader = SignalReader(head)
+    reader = TeacherLogits(head)
     limit = TOLERANCE[config.teacher.dtype]
     first, again = (_logprobs(teacher, reader, [tokens], i) for i in (0, 1))
     others = [tokens, tokens[: max(1, len(tokens) // 2)], tokens][: config.teacher.max_sessions]
@@ -149,34 +149,34 @@ def determinism(config: Config, teacher: Teacher, head: LinearHead | None, token
     return ok("determinism", told)
 
 
-def _logprobs(teacher: Teacher, reader: SignalReader, sequences: list[np.ndarray], turn: int) -> torch.Tensor:
+def _logprobs(teacher: Teacher, reader: TeacherLogits, sequences: list[np.ndarray], turn: int) -> torch.Tensor:
     """Log-probabilities [T, V] of the first sequence, read in one call with the others, in sessions of their own."""
     ids = np.array([_SESSION + 8 * turn + i for i in range(len(sequences))], np.int64)
     lengths = np.array([len(tokens) for tokens in sequences], np.int32)
     teacher.open(Sessions(session_ids=ids, token_ids=np.concatenate(sequences).astype(np.int32), lengths=lengths))
     nothing = np.zeros(len(ids), np.int32)
-    signal = teacher.score(
+    teacher_output = teacher.score(
         Blocks(session_ids=ids, base_lens=lengths, first_rows=nothing, token_ids=nothing[:0], lengths=nothing)
     )
-    if signal.kind == "topk":
+    if teacher_output.kind == "top_logprobs":
         every = np.arange(lengths[0], dtype=np.int32)
-        signal = teacher.exact(Positions(session_ids=ids[:1], positions=every, lengths=lengths[:1]))
+        teacher_output = teacher.exact(Positions(session_ids=ids[:1], positions=every, lengths=lengths[:1]))
     teacher.close(ids)
-    return reader.logits_of(signal)[: lengths[0]].double().log_softmax(-1).clamp(min=-30)
+    return reader.logits_of(teacher_output)[: lengths[0]].double().log_softmax(-1).clamp(min=-30)
 
 
-def _written(rollout: Rollout, took_s: float) -> Finding:
-    num, by_teacher = rollout.num_tokens, int((rollout.sources == Source.TEACHER).sum())
+def _written(rollout: Rollout, took_s: float) -> CheckResult:
+    num, by_teacher = rollout.num_tokens, int((rollout.sources == TokenSource.TEACHER).sum())
     if not num:
         return fail("dry pass", "a rollout came out empty", "look at it with `switchkd rollout CONFIG --num 1`")
     told = f"one rollout of {num} tokens ({by_teacher} by the teacher) in {took_s:.3g} s, {rollout.finish_reason}"
     return ok("dry pass", told)
 
 
-def _trained(config: Config, index: int, heads: dict[str, Any], rollout: Rollout) -> Finding:
-    rank = LearnerRank(config, Gang(), heads, lambda ids: [rollout])
+def _trained(config: Config, index: int, heads: dict[str, Any], rollout: Rollout) -> CheckResult:
+    rank = LearnerRank(config, RankInfo(), heads, lambda ids: [rollout])
     try:
-        plan = plan_batch(0, index, [rollout], 1, rank.losses[index].hard_frac)
+        plan = assign_batch(0, index, [rollout], 1, rank.losses[index].hard_frac)
         result = rank.step(plan, config.train.stages[index].lr)
     finally:
         rank.close()

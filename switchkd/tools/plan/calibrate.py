@@ -19,17 +19,17 @@ import numpy as np
 from switchkd.algo.sampling import Purpose
 from switchkd.config import resources
 from switchkd.config.errors import ConfigError
-from switchkd.config.schema import Config, Mix, Stage
-from switchkd.controller.preflight import Ready, prepare
+from switchkd.config.schema import Config, MixConfig, StageConfig
+from switchkd.controller.preflight import PreparedRun, prepare
 from switchkd.engines.build import make_teacher, max_len, set_threads
-from switchkd.learner.batching import plan_batch
-from switchkd.learner.rank import Gang, LearnerRank
+from switchkd.learner.batching import assign_batch
+from switchkd.learner.rank import LearnerRank, RankInfo
 from switchkd.rollout.build import make_worker
-from switchkd.rollout.worker import Worker
+from switchkd.rollout.worker import RolloutWorker
 from switchkd.tools.bench.lower_bound import StepCosts, measure_costs
-from switchkd.tools.offline import written
+from switchkd.tools.offline import first_rollouts
 from switchkd.tools.plan.costs import USUAL_BREAK_RATE, Costs, parse_costs, read_costs
-from switchkd.types import Origin, Prompt, Rollout
+from switchkd.types import CompletionSource, Prompt, Rollout
 
 if TYPE_CHECKING:
     from switchkd.engines.hf.teacher import HFTeacher
@@ -58,7 +58,7 @@ def _calibrate(config: Config, index: int, learner: bool) -> Costs:
     run = ready.config.run.model_copy(update={"mode": "inprocess"})
     alone = ready.config.model_copy(update={"run": run})
     teacher: Any = make_teacher(alone)
-    worker = make_worker(alone, 0, {"": (teacher, teacher.head_arrays())}, ready.stop_ids)
+    worker = make_worker(alone, 0, {"": (teacher, teacher.lm_head_state())}, ready.stop_ids)
     set_threads(resources.of_role(config, "rollout").threads)
     steps = _steps(ready, worker, teacher, stage)
     references = [len(prompt.reference_ids) for prompt in ready.prompts.prompts]
@@ -82,8 +82,8 @@ def _calibrate(config: Config, index: int, learner: bool) -> Costs:
         prompt_ms=1e3 * steps.prompt * float(np.mean([len(rollout.prompt_ids) for rollout in seen.rollouts])),
         learner_ms=learner_ms,
         publish_ms=publish_ms,
-        break_rate=breaks["student"],
-        teacher_break_rate=breaks.get("teacher"),
+        rejection_rate=breaks["student"],
+        teacher_rejection_rate=breaks.get("teacher"),
         tokens=_mean_tokens(stage, seen, references),
         rows_per_token=sum(rollout.stats.num_scored_rows for rollout in seen.rollouts) / seen.tokens,
         measured_tokens_per_s=seen.tokens / seen.time_s,
@@ -91,17 +91,17 @@ def _calibrate(config: Config, index: int, learner: bool) -> Costs:
     return costs.model_copy(update={"call_ms": _rest_ms(costs, seen, steps, rows)})
 
 
-def _rollouts_only(ready: Ready, index: int) -> Ready:
+def _rollouts_only(ready: PreparedRun, index: int) -> PreparedRun:
     """A batch is small: what the stage takes from the data set would leave few tokens to look at."""
     config = ready.config
     stages = list(config.train.stages)
     if stages[index].mix.rollout > 0:
-        stages[index] = stages[index].model_copy(update={"mix": Mix(rollout=1.0)})
+        stages[index] = stages[index].model_copy(update={"mix": MixConfig(rollout=1.0)})
     train = config.train.model_copy(update={"stages": tuple(stages)})
     return replace(ready, config=config.model_copy(update={"train": train}))
 
 
-def _mean_tokens(stage: Stage, seen: _Seen, references: list[int]) -> float:
+def _mean_tokens(stage: StageConfig, seen: _Seen, references: list[int]) -> float:
     """Of a step's completions: those of the data set have their own length."""
     data = stage.mix.dataset / (stage.mix.rollout + stage.mix.dataset + stage.mix.teacher)
     return data * float(np.mean(references)) + (1 - data) * seen.tokens / len(seen.rollouts)
@@ -132,9 +132,9 @@ def _rows(config: Config) -> int:
     return min(config.rollout.batch_size, config.teacher.max_sessions)
 
 
-def _steps(ready: Ready, worker: Worker, teacher: HFTeacher, stage: Stage) -> StepCosts:
+def _steps(ready: PreparedRun, worker: RolloutWorker, teacher: HFTeacher, stage: StageConfig) -> StepCosts:
     """At a prompt of the usual length, cut where the caches are short."""
-    config, block = ready.config, min(ready.config.rollout.block_size, stage.max_new_tokens)
+    config, block = ready.config, min(ready.config.rollout.max_draft_tokens, stage.max_new_tokens)
     prompts = sorted(ready.prompts.prompts, key=lambda prompt: len(prompt.token_ids))
     usual = prompts[len(prompts) // 2]
     room = max(1, max_len(config) - _ROOM - block - 1)
@@ -144,39 +144,44 @@ def _steps(ready: Ready, worker: Worker, teacher: HFTeacher, stage: Stage) -> St
     return measure_costs(student, teacher, head, usual, _rows(config), block)
 
 
-def _teacher_may_lead(worker: Worker, index: int) -> bool:
+def _teacher_may_lead(worker: RolloutWorker, index: int) -> bool:
     """As in `pace.py`."""
-    rule = worker.modes[index].rollout.rule
+    rule = worker.stage_params[index].rollout.rule
     return not rule.needs_draft and rule.replacement == Purpose.GUMBEL
 
 
-def _rollouts(ready: Ready, worker: Worker, index: int, lead: str) -> _Seen:
-    worker.rollouts.pace.lead = lead
+def _rollouts(ready: PreparedRun, worker: RolloutWorker, index: int, drafter: str) -> _Seen:
+    worker.rollouts.speculation.drafter = drafter
     start, calls = time.perf_counter(), worker.rollouts.calls.num_calls
-    found = [rollout for _, rollout in written(ready, worker, _rows(ready.config), index)]
+    found = [rollout for _, rollout in first_rollouts(ready, worker, _rows(ready.config), index)]
     took = time.perf_counter() - start
     return _Seen(rollouts=found, time_s=took, num_calls=worker.rollouts.calls.num_calls - calls)
 
 
 def _break_rate(rollouts: list[Rollout]) -> float:
     """Breaks per token that was written together; before any the usual rate."""
-    own = [rollout for rollout in rollouts if rollout.origin == Origin.ROLLOUT]
+    own = [rollout for rollout in rollouts if rollout.completion_source == CompletionSource.ROLLOUT]
     tokens = sum(rollout.num_tokens for rollout in own)
-    return sum(rollout.stats.num_breaks for rollout in own) / tokens if tokens else USUAL_BREAK_RATE
+    return sum(rollout.stats.num_rejections for rollout in own) / tokens if tokens else USUAL_BREAK_RATE
 
 
 def _learner(
-    ready: Ready, worker: Worker, teacher: HFTeacher, stage: Stage, index: int, rollouts: list[Rollout]
+    ready: PreparedRun,
+    worker: RolloutWorker,
+    teacher: HFTeacher,
+    stage: StageConfig,
+    index: int,
+    rollouts: list[Rollout],
 ) -> tuple[float, float]:
     """Milliseconds of an optimizer step of a whole batch on one rank (the second of two, scaled from these rollouts),
     and of handing new weights over. What is trained here is thrown away."""
     section = ready.config.learner.model_copy(update={"num_ranks": 1})
     config = ready.config.model_copy(update={"learner": section})
     by_id = {rollout.rollout_id: rollout for rollout in rollouts}
-    head = teacher.head_arrays()
-    rank = LearnerRank(config, Gang(), {} if head is None else {"": head}, lambda ids: [by_id[i] for i in ids])
+    head = teacher.lm_head_state()
+    rank = LearnerRank(config, RankInfo(), {} if head is None else {"": head}, lambda ids: [by_id[i] for i in ids])
     try:
-        plan = plan_batch(0, index, rollouts, 1, rank.losses[index].hard_frac)
+        plan = assign_batch(0, index, rollouts, 1, rank.losses[index].hard_frac)
         for _ in range(2):
             start = time.perf_counter()
             rank.step(plan, stage.lr)
@@ -197,11 +202,10 @@ def gather(
     ConfigError."""
     if calibrate and file is not None:
         raise ConfigError("--calibrate and --costs: take one of them")
-    block = config.rollout.block_size
+    block = config.rollout.max_draft_tokens
     numbers = {key: value for key, value in given.items() if value is not None}
     told: dict[str, Any] = {}
     if calibrate:
-
         told = globals()["calibrate"](config, index, learner="learner_ms" not in numbers).model_dump()
     elif file is not None:
         told = read_costs(file, block).model_dump()

@@ -39,10 +39,10 @@ class Costs(Section):
     """One optimizer step of one rank on the whole batch."""
     publish_ms: float = Field(0.0, ge=0)
     """New weights: packed by the learner and loaded by a worker."""
-    break_rate: Frac = USUAL_BREAK_RATE
+    rejection_rate: Frac = USUAL_BREAK_RATE
     """Per token, that a block which the student proposed breaks there: the teacher owns it and draws another one."""
-    teacher_break_rate: Frac | None = None
-    """The same of the teacher's blocks. Null: `break_rate`."""
+    teacher_rejection_rate: Frac | None = None
+    """The same of the teacher's blocks. Null: `rejection_rate`."""
     tokens: PositiveFloat | None = None
     """Mean length of a completion. Null: the stage's max_new_tokens."""
     rows_per_token: PositiveFloat | None = None
@@ -51,7 +51,7 @@ class Costs(Section):
     """What one worker with a teacher of its own was seen to do. Shown beside the estimate, not used by it."""
 
 
-def read_costs(path: Path, block_size: int) -> Costs:
+def read_costs(path: Path, max_draft_tokens: int) -> Costs:
     """From a file with the keys of `Costs`, or from what `plan --json` printed. Raises ConfigError."""
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
@@ -63,16 +63,16 @@ def read_costs(path: Path, block_size: int) -> Costs:
         told = told["costs"]
     if not isinstance(told, dict):
         raise ConfigError(f'--costs {path} holds no costs; give an object such as {{"student_ms": 10, ...}}')
-    return parse_costs(told, block_size, f"--costs {path}")
+    return parse_costs(told, max_draft_tokens, f"--costs {path}")
 
 
-def parse_costs(told: dict[str, Any], block_size: int, what: str) -> Costs:
+def parse_costs(told: dict[str, Any], max_draft_tokens: int, what: str) -> Costs:
     """`teacher_ms` and `student_block_ms` may be single numbers. Raises ConfigError."""
     told = dict(told)
     for key in ("teacher_ms", "student_block_ms"):
         value = told.get(key)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            told[key] = {1: value, block_size: value}
+            told[key] = {1: value, max_draft_tokens: value}
     try:
         return Costs.model_validate(told)
     except ValidationError as error:

@@ -61,10 +61,10 @@ def teacher_memory(config: Config, shape: Shape) -> Parts:
     }
     if section.backend == "vllm":  # whatever its share of the GPU is: so much of it is needed
         return {name: parts[name] for name in ("weights", "kv cache")}
-    if section.signal != "full" and each < 4:
+    if section.output != "logits" and each < 4:
         parts["output matrix, float32"] = 4.0 * shape.head_params
     parts |= _packed(config, "teacher", shape, 4.0 * shape.head_params)
-    if section.signal == "topk":
+    if section.output == "top_logprobs":
         from switchkd.engines.sessions import KEPT_ROWS
 
         parts["kept rows"] = float(each * section.max_sessions * KEPT_ROWS * shape.head_width)
@@ -81,7 +81,7 @@ def worker_memory(config: Config, shapes: dict[str, Shape]) -> Parts:
     }
     if each < 4:
         parts["output matrix, float32"] = 4.0 * shape.head_params
-    if "teacher" in shapes and config.teacher.signal != "full":
+    if "teacher" in shapes and config.teacher.output != "logits":
         parts["teacher's output matrix"] = 4.0 * shapes["teacher"].head_params
     heads = 4.0 * shape.head_params + parts.get("teacher's output matrix", 0.0)
     parts |= _packed(config, "rollout", shape, heads)
@@ -109,10 +109,10 @@ def _packed(config: Config, role: str, shape: Shape, heads: float) -> Parts:
 
 def _row_space(config: Config, shape: Shape) -> float:
     """Drafted rows that are kept, both models' rows of one span, and what a draw needs."""
-    from switchkd.rollout.verify import SPAN
+    from switchkd.rollout.verify import VERIFY_COLUMNS
 
-    block = config.rollout.block_size
-    return 4.0 * shape.vocab * config.rollout.batch_size * (block + 2 * min(SPAN, block) + 3)
+    block = config.rollout.max_draft_tokens
+    return 4.0 * shape.vocab * config.rollout.batch_size * (block + 2 * min(VERIFY_COLUMNS, block) + 3)
 
 
 def forward_pass(shape: Shape, num_columns: int, each: int, most: int | None = None) -> float:
@@ -128,8 +128,8 @@ def forward_pass(shape: Shape, num_columns: int, each: int, most: int | None = N
 def learner_memory(config: Config, shapes: dict[str, Shape]) -> Parts:
     learner, shape = config.learner, shapes["student"]
     parts = {**states(config, shape), "activations": activations(config, shape)}
-    signal = config.teacher.signal
-    if "teacher" in shapes and signal != "full":
+    output = config.teacher.output
+    if "teacher" in shapes and output != "logits":
         parts["teacher's output matrix"] = 4.0 * shapes["teacher"].head_params
     parts["rows of a chunk"] = _chunk_space(config, shape)
     if not shape.trainable:  # summed over chunks in float32; of a short type also one chunk's

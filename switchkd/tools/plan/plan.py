@@ -17,7 +17,7 @@ from typing import Any
 
 from switchkd.config import resources
 from switchkd.config.errors import ConfigError
-from switchkd.config.schema import Config, Stage
+from switchkd.config.schema import Config, StageConfig
 from switchkd.engines.models.shape import BYTES, Shape, shapes
 from switchkd.tools.plan.costs import Costs
 from switchkd.tools.plan.memory import GIB, Parts, memory, total
@@ -63,7 +63,7 @@ class Plan:
         return told
 
 
-def make_plan(config: Config, stage: Stage, costs: Costs | None = None) -> Plan:
+def make_plan(config: Config, stage: StageConfig, costs: Costs | None = None) -> Plan:
     """Raises ConfigError for models whose config cannot be read."""
     if config.needs_teacher and "teacher" not in resources.counts(config):
         raise ConfigError(
@@ -108,17 +108,17 @@ def shared_cores(config: Config) -> int:
 
 def row_bytes(config: Config, shape: Shape) -> float:
     section = config.teacher
-    match section.signal:
-        case "hidden":
+    match section.output:
+        case "hidden_states":
             return float(BYTES[section.dtype] * shape.head_width)
-        case "full":
+        case "logits":
             return 4.0 * shape.vocab
         case _:
-            return 8.0 * section.signal_top_k + 8
+            return 8.0 * section.num_top_logprobs + 8
 
 
 def wire(
-    config: Config, stage: Stage, found: Mapping[str, Shape], numbers: Mapping[str, int], costs: Costs | None,
+    config: Config, stage: StageConfig, found: Mapping[str, Shape], numbers: Mapping[str, int], costs: Costs | None,
     now: Speed | None,
 ) -> Wire:  # fmt: skip
     teacher, student = found.get("teacher") if stage.needs_teacher else None, found["student"]
@@ -144,12 +144,12 @@ def wire(
         rollout_per_token=parts["rollouts"],
         weights_per_step=parts["weights"],
         gradients_per_step=parts["gradients"],
-        head_at_start=4.0 * teacher.head_params * processes if teacher and config.teacher.signal != "full" else 0.0,
+        head_at_start=4.0 * teacher.head_params * processes if teacher and config.teacher.output != "logits" else 0.0,
         per_s=per_s,
     )
 
 
-def _rows_per_token(config: Config, stage: Stage, costs: Costs | None, now: Speed | None) -> float:
+def _rows_per_token(config: Config, stage: StageConfig, costs: Costs | None, now: Speed | None) -> float:
     """What was measured, else the formula: of rollouts those of the way taken, one a token of all others."""
     mix = stage.mix
     written = (mix.rollout + mix.teacher) / (mix.rollout + mix.dataset + mix.teacher)
@@ -157,9 +157,10 @@ def _rows_per_token(config: Config, stage: Stage, costs: Costs | None, now: Spee
         return costs.rows_per_token * written + 1 - written
     if now is not None:
         return now.way.rows_per_token * written + 1 - written
-    if config.rollout.lead == "lockstep" or stage.rule.type in ("student", "teacher"):
+    if config.rollout.drafter == "none" or stage.rule.type in ("student", "teacher"):
         return 1.0
-    block, rate = min(config.rollout.block_size, stage.max_new_tokens), Costs.model_fields["break_rate"].default
+    block = min(config.rollout.max_draft_tokens, stage.max_new_tokens)
+    rate = Costs.model_fields["rejection_rate"].default
     return (block + 1 - (1 - rate) ** block) / kept(block, rate) * written + 1 - written
 
 
@@ -243,9 +244,9 @@ def sentences(plan: Plan) -> list[str]:
 def _way(plan: Plan) -> str:
     assert plan.speed is not None
     way = plan.speed.way
-    if way.lead in ("lockstep", "alone"):
-        return {"lockstep": "both models one token at a time", "alone": "one model writing alone"}[way.lead]
-    return f"the {way.lead} leading with blocks of {way.block}, of which {way.kept:.2f} tokens stand"
+    if way.drafter in ("none", "alone"):
+        return {"none": "both models one token at a time", "alone": "one model writing alone"}[way.drafter]
+    return f"the {way.drafter} leading with blocks of {way.block}, of which {way.kept:.2f} tokens stand"
 
 
 def _advice(plan: Plan) -> str:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from switchkd.config import resources
-from switchkd.config.schema import Config, Stage
+from switchkd.config.schema import Config, StageConfig
 from switchkd.tools.plan.costs import Costs
 
 WORTH = 0.01
@@ -37,7 +37,7 @@ WORTH = 0.01
 class Way:
     """A way to take the next tokens: seconds of one round of one worker, by who computes, and what it settles."""
 
-    lead: str  # student, teacher, lockstep, alone
+    drafter: str  # student, teacher, lockstep, alone
     block: int
     worker_s: float
     teacher_s: float
@@ -68,47 +68,53 @@ def kept(block: int, rate: float) -> float:
     return float(block) if rate == 0 else (1 - (1 - rate) ** block) / rate
 
 
-def ways(config: Config, stage: Stage, costs: Costs, rows: int) -> list[Way]:
-    """All that `rollout.lead` and the rule allow and the costs tell of."""
+def ways(config: Config, stage: StageConfig, costs: Costs, rows: int) -> list[Way]:
+    """All that `rollout.drafter` and the rule allow and the costs tell of."""
     return [*_ways(config, stage, costs, rows)]
 
 
-def _ways(config: Config, stage: Stage, costs: Costs, rows: int) -> Iterator[Way]:
-    lead, call, settle = config.rollout.lead, costs.call_ms / 1e3, costs.settle_ms * rows / 1e3
-    student, most = costs.student_ms / 1e3, min(config.rollout.block_size, stage.max_new_tokens)
+def _ways(config: Config, stage: StageConfig, costs: Costs, rows: int) -> Iterator[Way]:
+    drafter, call, settle = config.rollout.drafter, costs.call_ms / 1e3, costs.settle_ms * rows / 1e3
+    student, most = costs.student_ms / 1e3, min(config.rollout.max_draft_tokens, stage.max_new_tokens)
     smallest = min(costs.teacher_ms)
     blocks = {size: ms / 1e3 for size, ms in sorted(costs.teacher_ms.items()) if size <= max(most, smallest)}
     longest = max(costs.teacher_ms)
     per_token = costs.teacher_ms[longest] / longest / 1e3
     if not stage.needs_teacher or stage.rule.type == "student":
         read = per_token if stage.needs_teacher else 0.0
-        yield Way(lead="alone", block=1, worker_s=student + call, teacher_s=read, kept=1, rows_per_token=bool(read))
+        yield Way(drafter="alone", block=1, worker_s=student + call, teacher_s=read, kept=1, rows_per_token=bool(read))
         return
     step = costs.teacher_step_ms and costs.teacher_step_ms / 1e3
     if stage.rule.type == "teacher" and step:
-        yield Way(lead="alone", block=1, worker_s=call, teacher_s=step, kept=1, rows_per_token=1)
+        yield Way(drafter="alone", block=1, worker_s=call, teacher_s=step, kept=1, rows_per_token=1)
         return
-    if lead in ("auto", "lockstep") or most == 1:
+    if drafter in ("auto", "none") or most == 1:
         own = student + settle + call
-        yield Way(lead="lockstep", block=1, worker_s=own, teacher_s=blocks[smallest], kept=1, rows_per_token=1)
-    if lead in ("auto", "student"):
+        yield Way(drafter="none", block=1, worker_s=own, teacher_s=blocks[smallest], kept=1, rows_per_token=1)
+    if drafter in ("auto", "student"):
         for size, read_s in blocks.items():
-            num = kept(size, costs.break_rate)
-            sent = (size + 1 - (1 - costs.break_rate) ** size) / num
+            num = kept(size, costs.rejection_rate)
+            sent = (size + 1 - (1 - costs.rejection_rate) ** size) / num
             own = size * student + settle * num + call
-            yield Way(lead="student", block=size, worker_s=own, teacher_s=read_s, kept=num, rows_per_token=sent)
-    if lead in ("auto", "teacher") and step and stage.rule.type != "outside_top_k":
-        rate = costs.break_rate if costs.teacher_break_rate is None else costs.teacher_break_rate
+            yield Way(drafter="student", block=size, worker_s=own, teacher_s=read_s, kept=num, rows_per_token=sent)
+    if drafter in ("auto", "teacher") and step and stage.rule.type != "outside_top_k":
+        rate = costs.rejection_rate if costs.teacher_rejection_rate is None else costs.teacher_rejection_rate
         for size, check in sorted(costs.student_block_ms.items()):
             if size <= most:
                 num = kept(size, rate)
                 own = check / 1e3 + settle * num + call
-                yield Way(lead="teacher", block=size, worker_s=own, teacher_s=size * step, kept=num,
+                yield Way(drafter="teacher", block=size, worker_s=own, teacher_s=size * step, kept=num,
                           rows_per_token=size / num)  # fmt: skip
 
 
 def speed(
-    config: Config, stage: Stage, costs: Costs, numbers: Mapping[str, int], *, overlap: bool = False, cores: int = 0
+    config: Config,
+    stage: StageConfig,
+    costs: Costs,
+    numbers: Mapping[str, int],
+    *,
+    overlap: bool = False,
+    cores: int = 0,
 ) -> Speed:
     """`numbers`: processes by role; `cores` > 0: that all of them share. The way with the shortest step is taken."""
     share = -(-stage.batch_size // numbers["rollout"])
@@ -119,7 +125,7 @@ def speed(
     return min(found, key=lambda each: each.step_s)
 
 
-def _speed(config: Config, stage: Stage, costs: Costs, numbers: Mapping[str, int], way: Way, rows: int,
+def _speed(config: Config, stage: StageConfig, costs: Costs, numbers: Mapping[str, int], way: Way, rows: int,
            overlap: bool, cores: int) -> Speed:  # fmt: skip
     halves = 2 if overlap and rows > 1 else 1
     workers, teachers, ranks = numbers["rollout"], numbers.get("teacher", 0), numbers["learner"]
@@ -170,7 +176,9 @@ def _speed(config: Config, stage: Stage, costs: Costs, numbers: Mapping[str, int
     )
 
 
-def _reading(costs: Costs, stage: Stage, written: float, data: float, length: float, rows: int) -> tuple[float, float]:
+def _reading(
+    costs: Costs, stage: StageConfig, written: float, data: float, length: float, rows: int
+) -> tuple[float, float]:
     """Seconds of one step, over all workers: reading prompts, and scoring the data set's completions."""
     longest = max(costs.teacher_ms)
     per_row = costs.teacher_ms[longest] / longest / rows / 1e3
@@ -185,7 +193,9 @@ def _threads(config: Config, role: str) -> int:
 # --- what to change --------------------------------------------------------------------------------------------------
 
 
-def one_more(config: Config, stage: Stage, costs: Costs, numbers: Mapping[str, int], **how: Any) -> dict[str, float]:
+def one_more(
+    config: Config, stage: StageConfig, costs: Costs, numbers: Mapping[str, int], **how: Any
+) -> dict[str, float]:
     """By role: the run's tokens/s with one more process of it, over those of now, minus 1."""
     now = speed(config, stage, costs, numbers, **how).tokens_per_s
     found = {}
@@ -205,7 +215,7 @@ def bottleneck(now: Speed, gains: Mapping[str, float], cores: int) -> str:
     return min(now.limits, key=lambda role: now.limits[role])
 
 
-def ratio(config: Config, stage: Stage, costs: Costs, numbers: Mapping[str, int], **how: Any) -> dict[str, float]:
+def ratio(config: Config, stage: StageConfig, costs: Costs, numbers: Mapping[str, int], **how: Any) -> dict[str, float]:
     """Processes of each role that keep each other exactly busy, the smallest number 1. A role that costs no time is
     left out."""
     alone = speed(config, stage, costs, dict.fromkeys(numbers, 1), **{**how, "cores": 0})

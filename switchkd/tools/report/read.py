@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from switchkd.tools.report.tally import Tally
+from switchkd.tools.report.tally import RolloutStatistics
 
 CONFIG, METRICS, ROLLOUTS, SUMMARY = "config.yaml", "metrics.jsonl", "rollouts.jsonl", "summary.json"
 
@@ -32,7 +32,7 @@ class RunData:
     summary: dict[str, Any] = field(default_factory=dict)
     rollouts: list[dict[str, Any]] = field(default_factory=list)
     num_rollouts: int = 0
-    tally: Tally = field(default_factory=Tally)
+    tally: RolloutStatistics = field(default_factory=RolloutStatistics)
     missing: list[str] = field(default_factory=list)
 
     def section(self, name: str) -> dict[str, Any]:

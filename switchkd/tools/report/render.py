@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from switchkd import __version__
 from switchkd.controller.metrics import COLUMNS, figure, is_number, stage_rows
-from switchkd.controller.resume import leaves
+from switchkd.controller.resume import flatten_keys
 from switchkd.data.atomic_files import json_safe
 from switchkd.tools.report.payload import payload
 from switchkd.tools.report.read import RunData
@@ -77,7 +77,7 @@ def _part(name: str) -> str:
 
 
 def _head(run: RunData) -> dict[str, Any]:
-    keys = dict(leaves(run.config))
+    keys = dict(flatten_keys(run.config))
     stages = run.section("train").get("stages") or []
     facts = {title: str(keys[key]) for title, key in SHOWN.items() if keys.get(key) not in (None, "")}
     methods = [_method(stage) for stage in stages if isinstance(stage, dict)]
@@ -126,7 +126,7 @@ def _table(runs: Sequence[RunData]) -> dict[str, Any]:
 
 def _differences(runs: Sequence[RunData]) -> list[list[str]]:
     """Keys in which the runs' configs differ, with each run's value."""
-    trees = [dict(leaves(run.config)) for run in runs]
+    trees = [dict(flatten_keys(run.config)) for run in runs]
     keys = dict.fromkeys(key for tree in trees for key in tree if key != "run.dir")
     told = [[key, *(_value(tree.get(key)) for tree in trees)] for key in keys]
     return [row for row in told if len(set(row[1:])) > 1] if all(trees) else []

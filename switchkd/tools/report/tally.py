@@ -36,7 +36,7 @@ class ByPosition:
 
 
 @dataclass(slots=True)
-class Tally:
+class RolloutStatistics:
     stages: dict[int, ByPosition] = field(default_factory=dict)
     blocks: Counter[int] = field(default_factory=Counter)
 

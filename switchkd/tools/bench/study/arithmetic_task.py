@@ -46,11 +46,11 @@ class Problem:
     @property
     def solution(self) -> str:
         """The written-out steps and, after `####`, the answer."""
-        columns, carry = [], 0
+        columns, lookahead_row = [], 0
         for a, b in zip(reversed(str(self.first)), reversed(str(self.second)), strict=True):
-            total = int(a) + int(b) + carry
-            columns.append(f"{a}+{b}+{carry}={total:02}")
-            carry = total // 10
+            total = int(a) + int(b) + lookahead_row
+            columns.append(f"{a}+{b}+{lookahead_row}={total:02}")
+            lookahead_row = total // 10
         return ",".join(columns) + f"####{self.answer}"
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from switchkd.config.errors import ConfigError, typed
+from switchkd.config.errors import ConfigError, with_type
 from switchkd.config.schema import Config
 from switchkd.controller.run_lock import RunLock
 from switchkd.data.atomic_files import write_json_atomic
@@ -115,7 +115,7 @@ class Grid:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a", encoding="utf-8") as file:
             traceback.print_exception(error, file=file)
-        return f"{cell.name} ({typed(error)}; {log})"
+        return f"{cell.name} ({with_type(error)}; {log})"
 
     def _headline(self, scores: dict[str, float]) -> list[str]:
         return [name for name in (self.study.rank_by, "kl_greedy", "length") if name in scores]
@@ -217,7 +217,7 @@ class Grid:
     def _exam(self, name: str, changes: Overrides, cell: Cell, paths: dict[str, str]) -> dict[str, float]:
         """Beside the teacher, but for the teacher itself. Every student of the study takes the same."""
         from switchkd.tools.bench.study.scores import scores_of
-        from switchkd.tools.offline import examined
+        from switchkd.tools.offline import evaluate_rows
 
         if cell.method == TEACHER:
             changes = {
@@ -226,7 +226,7 @@ class Grid:
                 "eval": {**changes.get("eval", {}), "metrics": [self.study.rank_by]},
             }
         config = self._config(changes, self.out / "exam", paths)
-        rows, prompts = examined(config)
+        rows, prompts = evaluate_rows(config)
         found = scores_of(rows, prompts, config, self.study.group)
         return {f"{name}/{key}" if name else key: value for key, value in found.items()}
 

@@ -74,7 +74,7 @@ class Paired:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class TableRow:
     """A method over its seeds: scores by name."""
 
     method: str
@@ -90,7 +90,7 @@ class Row:
     @classmethod
     def of(
         cls, method: str, told: Sequence[Mapping[str, Any]], rank_by: str, started: Mapping[int, float] | None = None
-    ) -> Row:
+    ) -> TableRow:
         """`started`: the score of each seed's student before."""
         by_seed = {one["seed"]: one["scores"][rank_by] for one in told}
         gains = {seed: score - started[seed] for seed, score in by_seed.items() if started and seed in started}
@@ -115,8 +115,8 @@ class QualityTable:
     name: str
     rank_by: str
     num_seeds: int
-    rows: tuple[Row, ...]
-    before: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
+    before: tuple[TableRow, ...]
     neighbours: tuple[Paired, ...]
 
     @classmethod
@@ -158,7 +158,7 @@ class QualityTable:
         ends = [name for name in names if name.startswith(f"{self.rank_by}/") or name.endswith(f"/{self.rank_by}")]
         return [name.removeprefix(f"{self.rank_by}/").removesuffix(f"/{self.rank_by}") for name in ends]
 
-    def part(self, row: Row, part: str) -> Mean | None:
+    def part(self, row: TableRow, part: str) -> Mean | None:
         """The score that ranks, of one part."""
         return row.scores.get(f"{self.rank_by}/{part}", row.scores.get(f"{part}/{self.rank_by}"))
 
@@ -215,18 +215,20 @@ class QualityTable:
         return _table(("pair", "seeds", "difference", "p", "p (Holm)"), rows)
 
 
-def _rows(cells: Iterable[Mapping[str, Any]], rank_by: str, started: Mapping[int, float] | None = None) -> list[Row]:
+def _rows(
+    cells: Iterable[Mapping[str, Any]], rank_by: str, started: Mapping[int, float] | None = None
+) -> list[TableRow]:
     by_method: dict[str, list[Mapping[str, Any]]] = {}
     for cell in cells:
         by_method.setdefault(cell["method"], []).append(cell)
-    return [Row.of(method, told, rank_by, started) for method, told in by_method.items()]
+    return [TableRow.of(method, told, rank_by, started) for method, told in by_method.items()]
 
 
-def _have_starts(rows: Iterable[Row]) -> bool:
+def _have_starts(rows: Iterable[TableRow]) -> bool:
     return all(row.gain is not None for row in rows)
 
 
-def _neighbours(rows: Sequence[Row]) -> list[Paired]:
+def _neighbours(rows: Sequence[TableRow]) -> list[Paired]:
     pairs = [Paired.of(one.method, one.by_seed, other.method, other.by_seed) for one, other in pairwise(rows)]
     found = [pair for pair in pairs if pair is not None]
     corrected = iter(holm([pair.p for pair in found if pair.p is not None]))

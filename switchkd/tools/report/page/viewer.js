@@ -240,7 +240,7 @@ class Viewer {
     if (unsure !== null) lines.push(html("p", {}, `the teacher's probability of it: ${number(1 - unsure)}`));
     if (version !== undefined) lines.push(html("p", {}, `student's weights: version ${version}`));
     if (one.candidates) lines.push(html("div", { class: "pair" }, this.side(one, "teacher", i), this.side(one, "student", i)));
-    else if (one.versions) lines.push(html("p", { class: "where" }, "Candidates: rollout.save_candidates=3 records them."));
+    else if (one.versions) lines.push(html("p", { class: "where" }, "Candidates: rollout.save_top_logprobs=3 records them."));
     this.card.replaceChildren(...lines);
     this.card.hidden = false;
     this.settle(token);
