@@ -31,8 +31,8 @@ def written(folder: Path, raw: object) -> Path:
     [
         (tree(teachr={}), r"teachr: unknown key .* did you mean 'teacher'\?"),
         (
-            tree(rollout={"block_sise": 4}),
-            r"rollout.block_sise: unknown key \(value 4\); did you mean 'max_draft_tokens'\?",
+            tree(rollout={"max_draft_token": 4}),
+            r"rollout.max_draft_token: unknown key \(value 4\); did you mean 'max_draft_tokens'\?",
         ),
         (tree(rollout={"zzz": 4}), r"rollout.zzz: .* known here: rule, num_workers, "),
         ({"train": {"stages": [{"steps": 1}]}}, r"run: this key is required"),

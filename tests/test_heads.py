@@ -65,9 +65,9 @@ def test_another_formula_is_refused():
     """Logits that are not of the head's form are found out at the start, and the message names the way out."""
     model = tiny_model("llama")
     model.lm_head.register_forward_hook(lambda _, __, out: out + out.square() * 0.1)
-    with pytest.raises(ConfigError, match="signal: logits"):
+    with pytest.raises(ConfigError, match=r"teacher\.output: logits"):
         lm_head_of(model, NUM_TOKENS)
-    with pytest.raises(ConfigError, match="signal: logits"):
+    with pytest.raises(ConfigError, match=r"teacher\.output: logits"):
         lm_head_of(tiny_model("llama"), 129)  # the tokenizer knows more than the model
 
 

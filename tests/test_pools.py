@@ -300,7 +300,10 @@ def test_no_room(cluster, place, notes, monkeypatch):
 REFUSED = (
     ({"attach": "small"}, r"teacher.attach=small: no teacher of this name is served on the cluster \(there: big\)"),
     ({"attach": "big", "path": "student"}, r"teacher.attach=big: its path is '.*teacher', this run's is '.*student'"),
-    ({"attach": "big", "output": "logits"}, r"its signal is 'hidden', this run's is 'full'; set teacher as the config"),
+    (
+        {"attach": "big", "output": "logits"},
+        r"its output is 'hidden_states', this run's is 'logits'; set teacher as the config",
+    ),
 )
 
 

@@ -20,7 +20,7 @@ from switchkd.tools.bench.study.scores import over_exams
 from switchkd.tools.bench.study.spec import Cell, cells, configured, merged, read_study
 from switchkd.tools.bench.study.table import Mean, Paired, QualityTable, holm
 
-SIZE = {"layers": 1, "hidden_states": 16, "heads": 2}
+SIZE = {"layers": 1, "hidden": 16, "heads": 2}
 STUDY: dict[str, Any] = {
     "name": "tiny",
     "task": {"type": "arithmetic", "digits": [2, 3], "num_train": 40, "num_test": 8, "teacher": SIZE, "student": SIZE},
@@ -141,7 +141,7 @@ def test_a_student_that_was_warmed_up_is_not_cut_again(tmp_path):
     study = read_study(study_file(tmp_path, base={**STUDY["base"], "student": student}))
     assert configured(study, {}, tmp_path, tmp_path).student.prune is not None
     given = configured(study, {}, tmp_path, tmp_path, student="warm-up/student").student
-    assert (given.path, given.cut, given.prepack) == ("warm-up/student", None, "off")
+    assert (given.path, given.prune, given.prepack) == ("warm-up/student", None, "off")
 
 
 def test_scores_over_several_exams():

@@ -111,7 +111,7 @@ def facts(config: Config, vocab_size: int) -> dict[str, Any]:
         "dtype": teacher.dtype,
         "backend": teacher.backend,
         "interface": teacher.interface,
-        "signal": teacher.output,
+        "output": teacher.output,
         "vocabulary": vocab_size,
         **engine_facts(teacher),
     }

@@ -257,7 +257,7 @@ def check_topk(stage: StageConfig, teacher: TeacherConfig) -> None:
 
 
 def with_recorded_settings(config: Config) -> Config:
-    """The config as recorded rollouts need it: the kind of their signal, and their age. Raises ConfigError."""
+    """The config as recorded rollouts need it: the kind of their teacher output, and their age. Raises ConfigError."""
     if config.train.select_by:
         raise ConfigError(
             f"train.select_by={config.train.select_by} evaluates during training, but --from-rollouts starts no worker "
@@ -271,16 +271,16 @@ def with_recorded_settings(config: Config) -> Config:
     age = 0
     for step, path in find_shards(Path(config.rollout.recorded)):
         try:  # somebody else's files
-            kinds |= {record["signal"]["kind"] for record in read_records(path) if record["signal"]}
+            kinds |= {record["teacher_output"]["kind"] for record in read_records(path) if record["teacher_output"]}
             age = max(age, step - int(read_column(path, "weight_versions").min(initial=step)))
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ConfigError(f"--from-rollouts: {path} cannot be read ({error}); record it again") from None
     if not kinds and any(stage.needs_teacher for stage in config.train.stages):
         raise ConfigError(
-            f"--from-rollouts {config.rollout.recorded}: its rollouts carry no teacher signal, but the loss needs one; "
+            f"--from-rollouts {config.rollout.recorded}: its rollouts carry no teacher output, but the loss needs one; "
             "record them with a loss that has a teacher, or take learner.loss.type=cross_entropy"
         )
-    teacher_output = {"signal": sorted(kinds)[0], "decide": "coarse"} if kinds else {}  # nothing is decided any more
+    teacher_output = {"output": sorted(kinds)[0], "decide": "coarse"} if kinds else {}  # nothing is decided any more
     staleness = max(config.replay.max_staleness, age)
     return config.model_copy(
         update={

@@ -81,8 +81,7 @@ class Drafter:
                 row.student_top.append(TopTokens.of(draft.q_logits[r], row.params.top_logprobs))
 
     def student_block(self, draft: Draft, row_pieces: Sequence[np.ndarray]) -> DraftBlock:
-        """The student proposed; `row_pieces` are the teacher's rows [>= counts[r], D] from each row's next position on.
-        """
+        """The student proposed; `row_pieces` are the teacher's rows [>= counts[r], D] from its next position on."""
 
         def q_rows(rows: np.ndarray, positions: np.ndarray) -> torch.Tensor:
             assert draft.q_logits is not None, "the rule reads rows, so the draft has kept them"

@@ -39,7 +39,7 @@ def eval_config(
     base = load(file, list(overrides)) if file else _minimal(model, overrides)
     compared = bool(teacher) or (file is not None and any(stage.needs_teacher for stage in base.train.stages))
     raw = resolved(base)
-    raw["student"] |= {"path": str(find_student(folder) if is_run else model), "cut": None}
+    raw["student"] |= {"path": str(find_student(folder) if is_run else model), "prune": None}
     raw |= {"learner": {}, "replay": {}}
     raw["rollout"] |= {"rule": {"type": "student"}, "recorded": ""}
     raw["train"] = {"stages": [_WITH_TEACHER if compared else _NO_TEACHER]}

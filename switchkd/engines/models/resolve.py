@@ -30,7 +30,7 @@ def resolve_models(config: Config) -> Config:
     if reads_teacher(config) and only and teacher.path == "demo":
         teacher = teacher.model_copy(update={"path": str(fetch_demo())})
     if student.prune is not None:
-        student = student.model_copy(update={"path": str(prune_student(teacher, student.prune)), "cut": None})
+        student = student.model_copy(update={"path": str(prune_student(teacher, student.prune)), "prune": None})
     elif student.path == "demo":
         student = student.model_copy(update={"path": str(fetch_demo())})
     return config.model_copy(update={"teacher": teacher, "teachers": several, "student": student})

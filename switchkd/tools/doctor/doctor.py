@@ -124,7 +124,7 @@ def _uncut(config: Config) -> Config:
     """Cutting a student loads its teacher: looked at instead is the teacher's folder, whose tokenizer it will have."""
     if config.student.prune is None:
         return config
-    student = config.student.model_copy(update={"path": config.teacher.path, "cut": None})
+    student = config.student.model_copy(update={"path": config.teacher.path, "prune": None})
     return config.model_copy(update={"student": student})
 
 
