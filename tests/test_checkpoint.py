@@ -344,7 +344,7 @@ def resumed(run_dir: Path, **sections: Any) -> None:
     [
         ({"learner": {"weight_decay": 0.5}}, "learner.weight_decay", "0.0", "0.5"),
         ({"seed": 1}, "seed", "0", "1"),
-        ({"replay": {"policy": "uniform"}}, "replay.policy", "'fifo'", "'uniform'"),
+        ({"replay": {"policy": "first_finished"}}, "replay.policy", "'fifo'", "'first_finished'"),
         ({"replay": {"max_staleness": 1}}, "replay.max_staleness", "0", "1"),
         ({"learner": {"lora": {"r": 4}}}, "learner.lora.r", "None", "4"),
         ({"learner": {"lr": 1.0}}, "learner.lr", "1e-05", "1.0"),

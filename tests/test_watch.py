@@ -170,7 +170,7 @@ def test_agreement_falls():
 
 
 def test_staleness():
-    """Older than `replay.max_staleness`, as `completion` and `uniform` allow; also without rollouts of this step."""
+    """Older than `replay.max_staleness`, as `first_finished` allows; also without rollouts of this step."""
     watch = MetricAlerts(2)
     assert told(watch, staleness=2) == []
     (line,) = told(watch, staleness=7)

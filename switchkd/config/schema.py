@@ -370,11 +370,11 @@ class ReplayConfig(Section):
     max_staleness: NonNegativeInt = 0
     """How many weight versions a trained token may lag behind; 0 is strictly synchronous."""
     capacity: PositiveInt = 4096
-    """Rollouts that wait for the learner and, with `uniform` and `adaptive`, that are kept to be drawn again."""
-    policy: Literal["fifo", "first_finished", "uniform", "adaptive"] = "fifo"
-    """`fifo`: each step its own; `first_finished`: the first that are finished; `uniform`: drawn from what is there,
-    again and again; `adaptive`: DistiLLM's, where validation loss decides how often a step trains on the student's
-    texts, new or from a buffer, and how often on the data set (`phi` then stands in for the fractions of `mix`)."""
+    """Rollouts that wait for the learner and, with `adaptive`, that are kept to be drawn again."""
+    policy: Literal["fifo", "first_finished", "adaptive"] = "fifo"
+    """`fifo`: each step its own; `first_finished`: the first to finish; `adaptive`: DistiLLM's, where validation loss
+    decides how often a step trains on the student's completions, new or from a buffer, and how often on the data set
+    (`phi` then replaces the fractions of `mix`)."""
     adaptive: AdaptiveScheduleConfig = AdaptiveScheduleConfig()
     lease_s: PositiveFloat = 3600.0
 

@@ -126,8 +126,7 @@ class TaskDispatcher:
         self._pass_over(step)
         if self.missing:
             return self.missing[0] if self._may_start(self.missing[0], step) else None
-        section = self.config.replay
-        crowded = section.policy != "uniform" and self.next_id >= self.schedule.first_id(step) + section.capacity
+        crowded = self.next_id >= self.schedule.first_id(step) + self.config.replay.capacity
         if self.next_id >= self.schedule.num_tasks or crowded:
             return None
         return self.next_id if self._may_start(self.next_id, step) else None
