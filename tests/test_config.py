@@ -1,13 +1,15 @@
 """A config is read strictly: every mistake is one line that names the key, the value and the remedy."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import pytest
 import yaml
+from runs import command
 
+from switchkd.config import renamed
 from switchkd.config.errors import ConfigError
-from switchkd.config.loader import dump_yaml, load, parse, resolved
+from switchkd.config.loader import apply_override, dump_yaml, load, parse, resolved
 from switchkd.config.schema import StageConfig
 from switchkd.controller.preflight import check
 
@@ -125,6 +127,44 @@ def test_wrong_overrides(tmp_path, override, message):
     """An override that leads nowhere is named."""
     with pytest.raises(ConfigError, match=message):
         load(written(tmp_path, tree(train={"num_steps": 1, "stages": [{}]})), [override])
+
+
+OLD_KEYS = [(key, "3", new) for key, new in renamed.KEYS.items()]
+OLD_KEYS += [(key.replace("teacher.", "teachers.big."), "3", new.replace("teacher.", "teachers.big."))
+             for key, new in renamed.KEYS.items() if key.startswith("teacher.")]  # fmt: skip
+OLD_VALUES = [
+    (key, old, f"{new}={value}")
+    for new, values in renamed.VALUES.items()
+    for old, value in values.items()
+    for key in (new, *(key for key, now in renamed.KEYS.items() if now == new))
+]
+REMOVED = [(*name.partition("=")[::2], remedy) for name, remedy in renamed.REMOVED.items()]
+
+
+@pytest.mark.parametrize(("key", "value", "answer"), [*OLD_KEYS, *OLD_VALUES, *REMOVED])
+def test_old_keys_and_values(tmp_path, monkeypatch, capsys, key, value, answer):
+    """Each key and value of format 1, in a file or as an override, ends in one line that says what to write instead."""
+    value = value or "public"
+    raw: dict = tree()
+    apply_override(raw, f"{key}={value}")
+    in_file, plain = written(tmp_path, raw), tmp_path / "plain.yaml"
+    plain.write_text(yaml.safe_dump(MINIMAL))
+    for args in ((in_file,), (plain, f"{key}={value}")):
+        code, out, err = command(monkeypatch, capsys, "train", *args, "--dry-run")
+        assert code == 2 and out == "" and err.count("\n") == 1
+        assert err.startswith(f"switchkd: error: {key}") and value in err and answer in err
+
+
+def test_new_keys_and_values_exist():
+    """What the answers about old keys and values name is in the schema."""
+    everything = parse(tree(student={"prune": {"num_layers": 2}}))
+    for key in (*renamed.KEYS.values(), *renamed.VALUES):
+        section, name = key.split(".")
+        assert name in type(getattr(everything, section)).model_fields
+    for key, values in renamed.VALUES.items():
+        section, name = key.split(".")
+        allowed = get_args(type(getattr(everything, section)).model_fields[name].annotation)
+        assert set(values.values()) <= set(allowed) and not values.keys() & set(allowed)
 
 
 @pytest.mark.parametrize("text", ["on", "off", "auto", "'on'", "'off'"])

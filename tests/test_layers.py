@@ -42,6 +42,7 @@ LIGHT_FILES = [
     "config/schema.py",
     "config/loader.py",
     "config/errors.py",
+    "config/renamed.py",
     "tools/__init__.py",
     "tools/bench/__init__.py",
     "tools/bench/cli.py",

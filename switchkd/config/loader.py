@@ -16,6 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from switchkd.config.errors import ConfigError, one_line
+from switchkd.config.renamed import replacement
 from switchkd.config.schema import AdaptiveScheduleConfig, Config, ModelConfig, SamplingConfig, Section, StageConfig
 
 ALIASES = {"switch": "jsd_threshold", "adaswitch": "kl_spike", "skd": "outside_top_k"}
@@ -300,6 +301,8 @@ def explain(error: ValidationError, root: type[Section] = Config) -> str:
     first = errors[0]
     key = ".".join(str(part) for part in first["loc"] if part not in _TAGS)
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    if renamed := replacement(key, first["input"]):
+        return renamed + more
     if first["type"] == "extra_forbidden":
         known = _known_keys(first["loc"], root)
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
