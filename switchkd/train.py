@@ -207,7 +207,7 @@ class Trainer:
             self._evaluate(self.schedule.stage(step).name if last_of_stage else "")
         if not self.config.train.checkpoint_every:
             # no checkpoint is to come before the end: to go back is to begin anew, without these rollouts
-            self.watchdog.wait_for(self.handles.replay.durable(self.state.step), "the replay")
+            self.watchdog.wait_for(self.handles.replay.release_before(self.state.step), "the replay")
         elif self.state.step % self.config.train.checkpoint_every == 0:
             self._checkpoint()
 

@@ -164,7 +164,7 @@ def test_buffer_goes_back():
         buffer.add(step, [rollout(2 * step), rollout(2 * step + 1)])
         if step == 3:
             state = buffer.state(4)
-    buffer.durable(4)
+    buffer.release_before(4)
     buffer.rewind(4)
     assert buffer.holds([4, 5, 6, 7]) and not buffer.holds([3]) and not buffer.holds([8])
     other = Buffer(4, seed=1)

@@ -117,7 +117,7 @@ def test_put_is_idempotent(state):
     if state in ("committed", "retired"):
         assert replay.commit(0, taken)
     if state == "retired":
-        replay.durable(1)
+        replay.release_before(1)
     assert replay.put([rollout(i) for i in range(BATCH + 1)]) == [BATCH]
 
 
@@ -186,7 +186,7 @@ def test_rewound_steps_get_the_same_rollouts(policy):
     for step in range(3):
         before[step] = ids(replay.take(step, BATCH, 0, 0))
         replay.commit(step, before[step])
-    replay.durable(1)
+    replay.release_before(1)
     assert replay.rewind(1) == sorted({*before[1], *before[2]})
     replay.put([rollout(i) for i in range(12, 16)])
     if policy != "uniform":
@@ -202,7 +202,7 @@ def test_durable_forgets_what_earlier_steps_trained_on():
     replay = filled(2 * BATCH)
     for step in range(2):
         replay.commit(step, ids(replay.take(step, BATCH, 0, 0)))
-    replay.durable(1)
+    replay.release_before(1)
     assert replay.fetch([4])[0].rollout_id == 4
     with pytest.raises(KeyError):
         replay.fetch([3])
@@ -298,7 +298,7 @@ def test_no_rollout_is_lost_or_trained_twice(policy, seed):
                 replay.commit(again, trained[again])
         elif act < 0.98:
             saved, durable = replay.state(step), step
-            replay.durable(step)
+            replay.release_before(step)
         else:
             replay = Replay(**settings)
             replay.restore(saved)
@@ -335,7 +335,7 @@ def test_staleness_stays_below_its_bound(max_staleness, seed):
             now = busy_until
             replay.commit(version, training)
             version, busy_until = version + 1, None
-            replay.durable(version)
+            replay.release_before(version)
             continue
         now, rollout_id, began = heapq.heappop(running)
         try:

@@ -56,8 +56,8 @@ class ReplayActor(Health):
     def commit(self, step: int, rollout_ids: list[int]) -> None:
         self.service.commit(step, rollout_ids)
 
-    def durable(self, step: int) -> None:
-        self.service.durable(step)
+    def release_before(self, step: int) -> None:
+        self.service.release_before(step)
 
     def save(self, path: Path, step: int) -> None:
         self.service.save(path, step)

@@ -109,7 +109,7 @@ def begin(run_dir: Path, step: int) -> PartialCheckpoint:
 def finish(draft: PartialCheckpoint, state: TrainState, keep_last: int = 2) -> Checkpoint:
     """Make a filled draft durable and point to it; then delete all but the last `keep_last`.
 
-    Nothing may write into the folder any more. Afterwards `Replay.durable(state.step)` is safe.
+    Nothing may write into the folder any more. Afterwards `Replay.release_before(state.step)` is safe.
     """
     if draft.step != state.step:
         raise ValueError(f"{draft.path.name} was begun for another step than {state.step}")

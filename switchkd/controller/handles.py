@@ -49,9 +49,9 @@ class ReplayHandle(Protocol):
         """One step's rollouts out of those that were trained on before (`replay.policy: adaptive`)."""
 
     def commit(self, step: int, rollout_ids: list[int]) -> Future[None]:
-        """They were trained on: write them to rollouts.jsonl and keep them until `durable`."""
+        """They were trained on: write them to rollouts.jsonl and keep them until `release_before`."""
 
-    def durable(self, step: int) -> Future[None]: ...
+    def release_before(self, step: int) -> Future[None]: ...
 
     def save(self, path: Path, step: int) -> Future[None]:
         """What a run resumed at `step` needs."""

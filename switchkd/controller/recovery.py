@@ -78,7 +78,7 @@ def save_checkpoint(handles: ActorHandles, folder: RunFolder, state: TrainState,
             raise
 
     retry(f"saving checkpoint {state.step} under {folder.path}", attempt, say)
-    watchdog.wait_for(handles.replay.durable(state.step), "the replay")
+    watchdog.wait_for(handles.replay.release_before(state.step), "the replay")
 
 
 def restore_last_checkpoint(

@@ -122,7 +122,7 @@ class RecordedRollouts:
     def draw(self, step: int, num: int, version: int) -> list[Entry]:
         raise RuntimeError("recorded rollouts are not drawn again; this is a bug, please report")
 
-    def durable(self, step: int) -> None:
+    def release_before(self, step: int) -> None:
         """The shards stay where they are."""
 
     def save(self, path: Path, step: int) -> None:

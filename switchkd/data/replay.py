@@ -154,7 +154,7 @@ class Replay:
         """What was trained before it is forgotten."""
         return self._durable_step
 
-    def durable(self, step: int) -> None:
+    def release_before(self, step: int) -> None:
         """A checkpoint that begins with `step` is safe: rollouts trained in earlier steps are forgotten."""
         self._durable_step = max(self._durable_step, step)
         for done in [done for done in self._committed if done < step]:
@@ -385,10 +385,10 @@ class ReplayService:
         if self.buffer is not None:
             self.buffer.add(step, rollouts)
 
-    def durable(self, step: int) -> None:
-        self.replay.durable(step)
+    def release_before(self, step: int) -> None:
+        self.replay.release_before(step)
         if self.buffer is not None:
-            self.buffer.durable(step)
+            self.buffer.release_before(step)
 
     def save(self, path: Path, step: int) -> None:
         """What a run resumed at `step` needs."""

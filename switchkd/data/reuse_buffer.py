@@ -47,7 +47,7 @@ class Buffer:
     def fetch(self, rollout_ids: Sequence[int]) -> list[Rollout]:
         return [self._rollouts[rollout_id] for rollout_id in rollout_ids]
 
-    def durable(self, step: int) -> None:
+    def release_before(self, step: int) -> None:
         """No step before this one will be trained again: what no later one can draw is forgotten."""
         first = set(self._as_of(step))
         self._keep([(done, i) for done, i in self._added if done >= step or i in first])
