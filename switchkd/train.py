@@ -68,7 +68,7 @@ class Trainer:
         self.state = TrainState()
         self.quarantine = Quarantine(folder.path, config.data.max_quarantined_frac, schedule.num_tasks)
         self.dispatch = TaskDispatcher(config, schedule, handles, log, watchdog, self.quarantine)
-        self.restarts = RestartPolicy(config.run.max_restarts, log.note)
+        self.restarts = RestartPolicy(config.run.max_restarts, log.info)
         self.weights: WeightRef | None = None  # of state.version, once somebody needed them
         self.whole = True  # learner and replay stand where `state` says
         self.watch = self._new_watch()
@@ -151,7 +151,7 @@ class Trainer:
         self.log.open(self.folder.path, self.schedule.num_steps, state)
         self._load_state(state, self.state.incarnation + 1)
         again = step - state.step
-        self.log.note(
+        self.log.info(
             f"back at step {state.step} after {time.monotonic() - began:.1f} s; "
             f"{again} step{'s are' if again != 1 else ' is'} trained again"
         )
@@ -159,15 +159,15 @@ class Trainer:
     def _save_what_stands(self) -> None:
         """The run has stalled. Whoever it waits for cannot be asked; the others may still answer."""
         if not self.whole or "the learner" in self.watchdog.waits_for:
-            self.log.note("the state of the step at hand cannot be saved; the last checkpoint stands")
+            self.log.info("the state of the step at hand cannot be saved; the last checkpoint stands")
             return
         self.watchdog.reset()
         try:
             self._checkpoint()
         except Exception as error:
-            self.log.note(f"the state could not be saved ({error}); the last checkpoint stands")
+            self.log.info(f"the state could not be saved ({error}); the last checkpoint stands")
         else:
-            self.log.note(f"saved checkpoint {self.state.step}")
+            self.log.info(f"saved checkpoint {self.state.step}")
 
     @property
     def finished(self) -> bool:
@@ -246,7 +246,7 @@ class Trainer:
         missing = self.dispatch.lost(self._asked(self.handles.replay.missing(self.dispatch.next_id)))
         if not missing:
             raise RuntimeError(f"step {step} lacks rollouts, but no worker has a task; this is a bug, please report")
-        self.log.note(f"rollouts {id_range(missing)} never arrived; they are written again")
+        self.log.info(f"rollouts {id_range(missing)} never arrived; they are written again")
         self.dispatch.missing.extend(i for i in missing if i not in self.dispatch.missing)
 
     def _feed(self) -> None:
@@ -257,7 +257,7 @@ class Trainer:
         retry(
             f"writing the rollouts of step {step}",
             lambda: self.watchdog.wait_for(commit(step, rollout_ids), "the replay to note the step"),
-            self.log.note,
+            self.log.info,
         )
 
     def _learn(self, entries: list[Entry]) -> StepResult:
@@ -313,11 +313,11 @@ class Trainer:
         publish, what = self.handles.learner.publish, f"the learner to publish version {version}"
         try:
             return retry(
-                f"publishing version {version}", lambda: self.watchdog.wait_for(publish(version), what), self.log.note
+                f"publishing version {version}", lambda: self.watchdog.wait_for(publish(version), what), self.log.info
             )
         except OSError:
             self._checkpoint()
-            self.log.note(f"saved checkpoint {self.state.step}; --resume goes on from there")
+            self.log.info(f"saved checkpoint {self.state.step}; --resume goes on from there")
             raise
 
     # ── look and save ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -342,7 +342,7 @@ class Trainer:
         self.log.step(step, row)
         self._warn(self.watch.step(row, self._written(entries), self.schedule.stage(step).rule))
         for told in self.handles.autoscale(waited, step_s):
-            self.log.note(told)
+            self.log.info(told)
 
     def _phi(self, step: int) -> dict[str, float]:
         """What DistiLLM's replay decided on, and whether this step was one of the buffer's."""
@@ -356,7 +356,7 @@ class Trainer:
             return
         before, counts = adaptive.reference, step > 0 and self.schedule.stage(step - 1).mix.rollout > 0
         if adaptive.hear(loss, counts=counts):
-            self.log.note(f"validation loss {loss:.4g}, {before:.4g} before: phi rises to {adaptive.phi:g}")
+            self.log.info(f"validation loss {loss:.4g}, {before:.4g} before: phi rises to {adaptive.phi:g}")
 
     def _queue(self) -> dict[str, float]:
         """What waits for the learner, and what is being written."""
@@ -371,7 +371,7 @@ class Trainer:
 
     def _warn(self, lines: list[str]) -> None:
         for line in lines:
-            self.log.note(f"warning: {line}")
+            self.log.info(f"warning: {line}")
 
     def _count_skipped(self, step: int, entries: list[Entry], result: StepResult) -> None:
         """A step that the learner had to skip is let go; after a few in a row their batch is kept and the run ends."""
@@ -417,7 +417,7 @@ class Trainer:
                 )
             except (WorkerLost, Unreachable) as error:
                 what = "died" if isinstance(error, WorkerLost) else f"could not go on ({error})"
-                self.log.note(f"a rollout worker {what}; the evaluation begins again")
+                self.log.info(f"a rollout worker {what}; the evaluation begins again")
                 for worker in self.handles.workers:
                     self.watchdog.wait_for(worker.back(), "a rollout worker to come back")
                 if isinstance(error, Unreachable):
@@ -447,7 +447,7 @@ class Trainer:
         if self.schedule.adaptive:
             extra["adaptive"] = self.schedule.adaptive.state
         self.state = replace(self.state, elapsed_s=time.monotonic() - self.started, extra=extra)
-        save_checkpoint(self.handles, self.folder, self.state, self.watchdog, self.log.note)
+        save_checkpoint(self.handles, self.folder, self.state, self.watchdog, self.log.info)
         self.saved_step = self.state.step
         self.restarts.saved()
 
@@ -471,14 +471,14 @@ def train(config: Config, *, resume: bool = False) -> Summary:
 
 def _train(ready: PreparedRun, log: MetricsLog, resume: bool) -> Summary:
     config = ready.config
-    log.note(f"data: {config.rollout.recorded or ready.prompts.report()}")
+    log.info(f"data: {config.rollout.recorded or ready.prompts.report()}")
     _check_capacity(config, log)
     with open_run(config, resume) as folder:
         schedule = build_schedule(ready)
         checkpoint = folder.checkpoint
         log.open(folder.path, schedule.num_steps, checkpoint.state if checkpoint else TrainState())
         with ExitStack() as opened:
-            watchdog = Watchdog(config.run.watchdog_s, folder.path, log.note)
+            watchdog = Watchdog(config.run.watchdog_s, folder.path, log.info)
             opened.callback(watchdog.stop)
             watchdog.start()
             handles = _start_actors(ready, folder, log)

@@ -42,8 +42,8 @@ def alone(models) -> Path:
 def notes(monkeypatch) -> list[str]:
     """What the user is told."""
     told: list[str] = []
-    note = MetricsLog.note
-    monkeypatch.setattr(MetricsLog, "note", lambda self, text: (told.append(text), note(self, text)))
+    info = MetricsLog.info
+    monkeypatch.setattr(MetricsLog, "info", lambda self, text: (told.append(text), info(self, text)))
     return told
 
 

@@ -83,9 +83,9 @@ class FullDisk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
         self.after, self.pids = after, list[int]()
         monkeypatch.setattr(recovery, "RETRY_S", (0.5, 0.5, 0.5))
-        log_step, note = MetricsLog.step, MetricsLog.note
+        log_step, info = MetricsLog.step, MetricsLog.info
         monkeypatch.setattr(MetricsLog, "step", lambda log, step, row: (log_step(log, step, row), self.fill(step)))
-        monkeypatch.setattr(MetricsLog, "note", lambda log, text: (note(log, text), self.free(text)))
+        monkeypatch.setattr(MetricsLog, "info", lambda log, text: (info(log, text), self.free(text)))
 
     def fill(self, step: int) -> None:
         if step == self.after and not self.pids:
@@ -152,9 +152,9 @@ def rule():
 
 def arm():
     from switchkd.actors.teacher_router import SESSION_BITS, TeacherRouter
-    from switchkd.rollout.generator import RolloutWorker
+    from switchkd.rollout.generator import SwitchingGenerator
 
-    start, place = RolloutWorker._start, TeacherRouter._place
+    start, place = SwitchingGenerator._start, TeacherRouter._place
 
     def started(job, slot):
         if job.task.rollout_id == KILLS:
@@ -167,7 +167,7 @@ def arm():
         empty = np.zeros(0, np.int32)
         return place(self, {i: empty if i == BREAKS_THE_TEACHER else ids for i, ids in sessions.items()})
 
-    RolloutWorker._start = staticmethod(started)
+    SwitchingGenerator._start = staticmethod(started)
     TeacherRouter._place = placed
 """
 """A rule that is the user's own code, and what it may do to a process: end it, or raise; the last one sends a session

@@ -83,7 +83,7 @@ def test_a_terminal_gets_a_bar(tmp_path):
     """On a terminal one live line shows step, stage, loss, teacher's share and speed; notes stand above it."""
     log = opened(tmp_path, console=quiet(terminal=True))
     log.step(2, row())
-    log.note("a [note]")
+    log.info("a [note]")
     log.summary([], "out/student", True)
     log.close()
     assert "3/4" in said(log) and "loss 0.5" in said(log) and "a [note]" in said(log)
@@ -93,7 +93,7 @@ def test_a_terminal_gets_a_bar(tmp_path):
 def test_notes_need_no_run_folder():
     """The console works before a run folder is open, and closing then is fine."""
     log = MetricsLog(MetricsConfig(), quiet())
-    log.note("waiting for a cluster")
+    log.info("waiting for a cluster")
     log.close()
     assert said(log) == "waiting for a cluster\n"
 

@@ -331,7 +331,7 @@ def test_more_than_the_cluster_has(cluster, place, monkeypatch):
     """A joined cluster that is too small is refused by one line that names what is missing, after `cluster.wait_s`;
     no actor was started and no run folder made."""
     notes: list[str] = []
-    monkeypatch.setattr(MetricsLog, "note", lambda self, text: notes.append(text))
+    monkeypatch.setattr(MetricsLog, "info", lambda self, text: notes.append(text))
     too_many = {"rollout": {"num_workers": 9}, "cluster": {"address": "auto"}}
     started = time.monotonic()
     with pytest.raises(ConfigError, match=r"needs 11 CPUs .*9 for rollout.num_workers=9.* has 8"):

@@ -46,7 +46,7 @@ def join(config: Config, log: MetricsLog) -> None:
     """Join the job's or the named cluster and wait until it has room for all at once; are the teachers there that are
     served elsewhere? Raises ConfigError."""
     connect(config.cluster.address)
-    wait_for_capacity(config, nodes, log.note)
+    wait_for_capacity(config, nodes, log.info)
     with ExitStack() as rehearsal:
         _reserve(resolve_resources(config), rehearsal)
         for name in config.teacher_names:
@@ -70,7 +70,7 @@ def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int], log: M
     are ended again."""
     config = resolve_resources(config)
     plain, common = config.model_dump(), (Secrets.of_this_process(), os.getcwd())
-    log.note("starting actors")
+    log.info("starting actors")
     with ExitStack() as opened:
         if not ray.is_initialized():
             _start_private(config)

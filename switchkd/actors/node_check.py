@@ -33,7 +33,7 @@ class Look:
 
 
 class _Quiet:
-    def note(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """The doctor tells findings only."""
 
 

@@ -262,7 +262,7 @@ def serve_teacher(config: Config, name: str) -> int:
     log = MetricsLog(wanted.metrics)
     try:
         connect(wanted.cluster.address)
-        return serve(wanted, name, vocab_size, log.note)
+        return serve(wanted, name, vocab_size, log.info)
     finally:
         log.close()
 

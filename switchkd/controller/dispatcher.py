@@ -216,7 +216,7 @@ class TaskDispatcher:
         """A worker, or teachers, died over these tasks: was it one of them? Which time they go out again."""
         self.deaths.hear(tasks, kind, index)
         if self.deaths.blame(tasks, kind, len(self.handles.workers)):
-            self.log.note(told)
+            self.log.info(told)
             who = "its worker" if kind is WorkerLost else "teachers"
             self._blame(tasks, kind(f"{who} died {MAX_DEATHS} times while it was written alone"))
             return 0
@@ -235,7 +235,7 @@ class TaskDispatcher:
             which = f"rollouts {id_range(ids)} were" if len(ids) > 1 else f"rollout {id_range(ids)} was"
             raise RuntimeError(f"{which} given out {tries} times in vain; {told}; see its log")
         num = f"its {len(ids)} rollouts are" if len(ids) > 1 else "its rollout is"
-        self.log.note(f"{told}; {num} written again{', each alone' if len(groups) > 1 else ''}")
+        self.log.info(f"{told}; {num} written again{', each alone' if len(groups) > 1 else ''}")
         self.again.extend(groups)
         return tries
 
@@ -248,13 +248,13 @@ class TaskDispatcher:
             self._blame(tasks, error)
             return
         ids = id_range(task.rollout_id for task in tasks)
-        self.log.note(f"writing rollouts {ids} failed ({with_type(error)}); each is tried alone")
+        self.log.info(f"writing rollouts {ids} failed ({with_type(error)}); each is tried alone")
         self.trials.begin(tasks)
         self.again.extend([task] for task in tasks)
 
     def _blame(self, tasks: list[RolloutTask], error: Exception | None) -> None:
         for task, reason in self.trials.hear(tasks, error):
-            self.log.note(
+            self.log.info(
                 f"warning: rollout {task.rollout_id} is set aside: its prompt {task.prompt.prompt_id} breaks a worker "
                 f"({type(reason).__name__}: {next(iter(str(reason).splitlines()), '')})"
             )

@@ -93,7 +93,7 @@ class MetricsLog:
         if self._live is not None:
             self._live.step(step + 1, told, line)
         elif (step + 1) % self.settings.log_every == 0 or step + 1 == self._num_steps:
-            self.note(f"step {step + 1}/{self._num_steps}  {line}  {self._eta(step + 1)}")
+            self.info(f"step {step + 1}/{self._num_steps}  {line}  {self._eta(step + 1)}")
 
     def evaluation(self, num_done: int, stage_end: str, scores: Mapping[str, float]) -> None:
         """Scores after `num_done` steps; `stage_end` names the stage that ended with them, "start" before the first.
@@ -102,9 +102,9 @@ class MetricsLog:
         """
         self._write({"step": num_done - 1, **({"stage_end": stage_end} if stage_end else {}), **scores})
         told = "  ".join(f"{k.removeprefix('eval/')} {v:.4g}" for k, v in scores.items() if not k.endswith("_std"))
-        self.note(f"evaluation after {num_done} steps: {told}")
+        self.info(f"evaluation after {num_done} steps: {told}")
 
-    def note(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """A line for the console."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
@@ -114,9 +114,9 @@ class MetricsLog:
         if self._run_dir and (rows := summary_rows(stage_scores, self._run_dir / METRICS)):
             self.console.print(summary_table(rows))
         if finished:
-            self.note(f"student: {student}")
+            self.info(f"student: {student}")
         else:
-            self.note(f"stopped before the end; --resume goes on with {self._run_dir}")
+            self.info(f"stopped before the end; --resume goes on with {self._run_dir}")
 
     def close(self) -> None:
         """`open` may come again: a run that goes back to its checkpoint cuts the files in between."""

@@ -31,7 +31,7 @@ class StepLog:
     def __init__(self, on_step: Callable[[Mapping[str, Any]], None]) -> None:
         self.on_step = on_step
 
-    def note(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """A bench says nothing on the way."""
 
     def now(self, **doing: str) -> None:
@@ -80,7 +80,7 @@ def run(
             try:
                 evaluator = Evaluator(config.eval, (), has_teacher=False)
                 watchdog = Watchdog(
-                    config.run.watchdog_s, folder.path, log.note
+                    config.run.watchdog_s, folder.path, log.info
                 )  # it does not watch: a bench may sleep
                 Trainer(config, plan, handles, folder, log, evaluator, watchdog).run()
             except Enough:
