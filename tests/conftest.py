@@ -10,14 +10,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-from runs import STAGES, config, furnish, linked
+from runs import STAGES, config, linked, save_models
 
 from switchkd.controller.metrics import MetricsLog
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    return furnish(tmp_path_factory.mktemp("models"))
+    return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ STAGES = [WARM_UP, SWITCH, ADASWITCH]
 NUM_ROLLOUTS = 40  # of STAGES
 
 
-def furnish(place: Path, **model: Any) -> Path:
+def save_models(place: Path, **model: Any) -> Path:
     """A teacher, a student and 30 questions; `model` overrides keys of both models' configs."""
     save_tiny(place / "teacher", num_hidden_layers=3, seed=1, **model)
     save_tiny(place / "student", seed=2, **model)
@@ -63,7 +63,7 @@ def furnish(place: Path, **model: Any) -> Path:
 
 
 def linked(models: Path, place: Path) -> Path:
-    """What `furnish` left in `models`, in another folder."""
+    """What `save_models` left in `models`, in another folder."""
     for name in ("teacher", "student", "data.jsonl"):
         (place / name).symlink_to(models / name)
     return place

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import config, config_file, distance, furnish, lines, steps
+from runs import config, config_file, distance, lines, save_models, steps
 from test_run import command
 
 from switchkd.data.rollout_io import load_rollouts
@@ -32,7 +32,7 @@ def stage(name: str, num: int, spoil: float = 0.0) -> dict:
 
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
-    furnish(tmp_path)
+    save_models(tmp_path)
     (tmp_path / "spoiled.py").write_text(SPOILED)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])

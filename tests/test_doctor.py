@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import SWITCH, WARM_UP, command, config, config_file, furnish, linked, small_ray, tree
+from runs import SWITCH, WARM_UP, command, config, config_file, linked, save_models, small_ray, tree
 from tiny import save_tiny, tiny_tokenizer
 
 from switchkd.config.errors import ConfigError
@@ -30,7 +30,7 @@ ON_CLUSTER = {"run": {"dir": "run", "mode": "ray"}, "cluster": {"address": "127.
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    return furnish(tmp_path_factory.mktemp("models"))
+    return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import STAGES, command, config, furnish
+from runs import STAGES, command, config, save_models
 
 from switchkd.controller.model_card import CARD, model_card
 from switchkd.train import train
@@ -15,7 +15,7 @@ from switchkd.train import train
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    place = furnish(tmp_path_factory.mktemp("models"))
+    place = save_models(tmp_path_factory.mktemp("models"))
     evaluation = {"data": "./data.jsonl", "num_prompts": 4, "max_new_tokens": 8}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from learning import FORWARD_KL, make_rollouts, settings_of, student_folder, teacher_lm_heads
-from runs import SWITCH, WARM_UP, command, config, config_file, furnish
+from runs import SWITCH, WARM_UP, command, config, config_file, save_models
 from tiny import save_tiny, tiny_model
 
 from switchkd.config.errors import ConfigError
@@ -32,7 +32,7 @@ LLAMA_7B = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    return furnish(tmp_path_factory.mktemp("plan"))
+    return save_models(tmp_path_factory.mktemp("plan"))
 
 
 @pytest.fixture

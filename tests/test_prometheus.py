@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import SWITCH, WARM_UP, config, furnish, lines, small_ray
+from runs import SWITCH, WARM_UP, config, lines, save_models, small_ray
 
 from switchkd.train import train
 
@@ -31,7 +31,7 @@ def port() -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def run(port, tmp_path_factory) -> Path:
-    place = furnish(tmp_path_factory.mktemp("models"))
+    place = save_models(tmp_path_factory.mktemp("models"))
     evaluation = {"data": "./data.jsonl", "num_prompts": 4, "max_new_tokens": 8}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)

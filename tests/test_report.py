@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from runs import STAGES, command, config, furnish
+from runs import STAGES, command, config, save_models
 
 from switchkd.config.errors import ConfigError
 from switchkd.tools.report.read import read_run
@@ -23,7 +23,7 @@ EVIL = "</script><script>document.title = 'owned'</script><img src=x onerror=ale
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """STAGES with everything that can be recorded and evaluated."""
-    place = furnish(tmp_path_factory.mktemp("models"))
+    place = save_models(tmp_path_factory.mktemp("models"))
     evaluation = {"data": "./data.jsonl", "num_prompts": 4, "max_new_tokens": 8}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)

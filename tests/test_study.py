@@ -67,13 +67,13 @@ def test_every_solution_is_right():
     digits."""
     for problem in arithmetic_task.draw([2, 3, 4, 8], 200, seed=3):
         steps, answer = problem.solution.split("####")
-        lookahead_row, result = 0, ""
+        carry, result = 0, ""
         for step in steps.split(","):
             summands, total = step.split("=")
             a, b, handed = map(int, summands.split("+"))
-            assert handed == lookahead_row and a + b + handed == int(total)
-            lookahead_row, result = divmod(int(total), 10)[0], str(int(total) % 10) + result
-        whole = (str(lookahead_row) if lookahead_row else "") + result
+            assert handed == carry and a + b + handed == int(total)
+            carry, result = divmod(int(total), 10)[0], str(int(total) % 10) + result
+        whole = (str(carry) if carry else "") + result
         assert whole == answer == str(sum(map(int, problem.prompt.rstrip("=").split("+"))))
         assert exact_match(problem.solution, problem.answer) and not exact_match(problem.solution + "0", problem.answer)
 
@@ -186,7 +186,7 @@ def test_groups_of_keys_are_merged():
 )
 def test_bad_input_is_one_line(changes, options, told, tmp_path, monkeypatch, capsys):
     """Exit code 2, one line, nothing trained."""
-    monkeypatch.setattr(grid.Grid, "_furnish", lambda self: pytest.fail("it was started"))
+    monkeypatch.setattr(grid.Grid, "_write_task", lambda self: pytest.fail("it was started"))
     file = study_file(tmp_path, **changes)
     code, _, err = command(
         monkeypatch, capsys, "bench", "quality", "--study", file, "--out", tmp_path / "out", *options

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from runs import config, furnish, lines, rollouts, steps
+from runs import config, lines, rollouts, save_models, steps
 from tiny import save_tiny, tiny_tokenizer
 
 from switchkd.config.errors import ConfigError
@@ -26,7 +26,7 @@ BOTH = {"teachers": {"math": {"path": "teacher"}, "chat": {"path": "other"}}, "d
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
     """Two teachers; every other row names the second."""
-    place = furnish(tmp_path_factory.mktemp("teachers"))
+    place = save_models(tmp_path_factory.mktemp("teachers"))
     save_tiny(place / "other", num_hidden_layers=2, hidden_size=48, seed=5)  # of another width
     rows = [json.loads(line) | {"source": ("math", "chat")[i % 2]} for i, line in enumerate(text(place))]
     (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from pools import Still, Thunks, fetch
-from runs import config, furnish, rollouts, steps
+from runs import config, rollouts, save_models, steps
 from tiny import NUM_TOKENS, tiny_model
 
 from switchkd.config.errors import ConfigError
@@ -33,7 +33,7 @@ ADASWITCH = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    return furnish(tmp_path_factory.mktemp("top_logprobs"))
+    return save_models(tmp_path_factory.mktemp("top_logprobs"))
 
 
 def a_config(place: Path, monkeypatch, stages, **sections):  # type: ignore[no-untyped-def]

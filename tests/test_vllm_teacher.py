@@ -22,7 +22,7 @@ import pytest
 import teacher_contract as contract
 import test_exact
 import torch
-from runs import SWITCH, config_file, distance, furnish, rollouts, steps
+from runs import SWITCH, config_file, distance, rollouts, save_models, steps
 from teacher_contract import Bench, ask, blocks, close_to, sessions
 from test_rollout import MAX_NEW, RULES, SAMPLINGS
 from tiny import EOS, NUM_TOKENS, tiny_tokenizer
@@ -582,7 +582,7 @@ def both_finished(place: Path, first: Path, second: Path) -> None:
 def test_doctor(tmp_path):
     """`switchkd doctor` loads the teacher into vLLM, compares its rows, and passes one rollout; the learner, which
     cannot share the process, is left out and said to be."""
-    furnish(tmp_path, head_dim=32)
+    save_models(tmp_path, head_dim=32)
     teacher = {"backend": "vllm", "engine": SMALL}
     file = config_file(tmp_path, [SWITCH], run={"dir": "run", "mode": "ray"}, teacher=teacher)
     said = json.loads(finished(tmp_path, COMMAND, "doctor", str(file), "--json"))
@@ -599,7 +599,7 @@ def test_doctor(tmp_path):
 def test_a_split_teacher_in_a_run(tmp_path):
     """On Ray, where vLLM left to itself would ask for Ray workers and a placement group of their own: tokens and owners
     of backend hf."""
-    furnish(tmp_path, head_dim=32)
+    save_models(tmp_path, head_dim=32)
     stages = [{**SWITCH, "steps": 1}]
     hf = config_file(tmp_path, stages, "hf.yaml", run={"dir": "hf"})
     split = {"backend": "vllm", "engine": {**SMALL, **SPLIT}}
@@ -614,7 +614,7 @@ def test_a_run_on_ray_and_its_student(tmp_path):
     loads in vLLM and writes transformers' greedy text there."""
     from transformers import AutoModelForCausalLM
 
-    furnish(tmp_path, head_dim=32)
+    save_models(tmp_path, head_dim=32)
     stages = [{**SWITCH, "steps": 3}]
     hf = config_file(tmp_path, stages, "hf.yaml", run={"dir": "hf"})
     served = {"backend": "vllm", "engine": SMALL}

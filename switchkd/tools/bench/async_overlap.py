@@ -1,7 +1,7 @@
 """The whole loop by `replay.max_staleness`: rollouts, publishing and learning in turn (0), or beside each other.
 
-In: seconds of one student call, one teacher call and one optimizer step, which sleep (`stand_in.py`). Out: seconds per
-step of the real program with its real actors; a version's bytes are really packed, put, pulled and checked.
+In: seconds of one student call, one teacher call and one optimizer step, which sleep (`fake_engines.py`). Out: seconds
+per step of the real program with its real actors; a version's bytes are really packed, put, fetched and checked.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def run(*, smoke: bool, repeats: int, student_s: float, teacher_s: float, learne
     from switchkd.actors import process_setup
 
     process_setup.for_private_cluster()
+    from switchkd.tools.bench.fake_engines import FakeLatency, install_fakes
     from switchkd.tools.bench.ray_cluster import cluster
-    from switchkd.tools.bench.stand_in import FakeLatency, install_fakes
 
-    sleeps = FakeLatency(student=student_s, teacher=teacher_s, learner=learner_s)
+    latency = FakeLatency(student=student_s, teacher=teacher_s, learner=learner_s)
     limits, num_steps, workers = ((0, 1), 2, 1) if smoke else ((0, 1, 2), 8, WORKERS)
     watches: dict[str, list[StepTimer]] = {str(limit): [] for limit in limits}
-    with cluster(os.cpu_count() or 1, 400, install_fakes(sleeps)):
+    with cluster(os.cpu_count() or 1, 400, install_fakes(latency)):
         pairs = paired(
             {str(limit): partial(_once, limit, num_steps, workers, watches[str(limit)]) for limit in limits},
             repeats,
@@ -76,7 +76,7 @@ def run(*, smoke: bool, repeats: int, student_s: float, teacher_s: float, learne
     ]
     notes = surroundings("cpu", "float32", student_ms=1e3 * student_s, teacher_ms=1e3 * teacher_s,
                          learner_ms=1e3 * learner_s, workers=workers, teachers=1, rows=ROWS, new_tokens=NEW_TOKENS,
-                         weights_mb=sleeps.weights_mb, steps=num_steps, repeats=repeats)  # fmt: skip
+                         weights_mb=latency.weights_mb, steps=num_steps, repeats=repeats)  # fmt: skip
     return Table(
         title="The loop by how stale a rollout may be (models that sleep)", columns=tuple(rows[0]), rows=tuple(rows),
         notes=notes, remarks=_remarks(watches["0"]),

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def cluster(num_cpus: float, object_store_mb: int, furnish: Callable[[], None] | None = None) -> Iterator[None]:
-    """A Ray of this process alone, in a folder of its own (`environment.for_private_cluster` went before). `furnish`
-    (a plain function) runs in every process of it before anything else."""
+def cluster(num_cpus: float, object_store_mb: int, setup_hook: Callable[[], None] | None = None) -> Iterator[None]:
+    """A Ray of this process alone, in a folder of its own; call `process_setup.for_private_cluster` before.
+    `setup_hook` (a plain function) runs in each of its processes before anything else."""
     # Ray lets its workers wait behind every other program of the machine
     os.environ.setdefault("RAY_worker_niceness", "0")
     folder = tempfile.mkdtemp(prefix="skd-", dir="/tmp")  # a socket's path must be short
@@ -38,7 +38,7 @@ def cluster(num_cpus: float, object_store_mb: int, furnish: Callable[[], None] |
             logging_level="ERROR",
             log_to_driver=False,
             _temp_dir=folder,
-            runtime_env={} if furnish is None else {"worker_process_setup_hook": furnish},
+            runtime_env={} if setup_hook is None else {"worker_process_setup_hook": setup_hook},
         )
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Throughput by number of rollout workers and teachers: the real actors, with models that sleep (`stand_in.py`).
+"""Throughput by number of rollout workers and teachers: the real actors, with models that sleep (`fake_engines.py`).
 
 In: seconds of one student call and of one teacher call. Out: tokens per second against what workers and teachers could
 do at most, and how busy this machine's cores were, so that it shows what bends the curve.
@@ -43,14 +43,14 @@ def run(*, smoke: bool, repeats: int, student_s: float, teacher_s: float) -> Tab
     from switchkd.actors import process_setup
 
     process_setup.for_private_cluster()
+    from switchkd.tools.bench.fake_engines import FakeLatency, install_fakes
     from switchkd.tools.bench.ray_cluster import cluster
-    from switchkd.tools.bench.stand_in import FakeLatency, install_fakes
 
     workers, teachers = ((1, 2), (1,)) if smoke else ((1, 2, 4, 8, 16), (1, 2, 4))
     waves = 1 if smoke else 2
     found: dict[int, dict[int, Runs]] = {}
-    sleeps = FakeLatency(student=student_s, teacher=teacher_s)
-    with cluster(os.cpu_count() or 1, 200, install_fakes(sleeps)):
+    latency = FakeLatency(student=student_s, teacher=teacher_s)
+    with cluster(os.cpu_count() or 1, 200, install_fakes(latency)):
         for num in teachers:
             with tempfile.TemporaryDirectory() as folder:
                 handles = _start_actors(num, max(workers), Path(folder))
@@ -72,8 +72,8 @@ def config(num_workers: int, replicas: int, **sections: Mapping[str, Any]) -> Co
     """Every process asks Ray for next to nothing: they sleep."""
     little = {"num_cpus": 0.01, "threads": 1}
     base: dict[str, Mapping[str, Any]] = {
-        "teacher": {"path": "stand-in", "replicas": replicas},
-        "student": {"path": "stand-in"},
+        "teacher": {"path": "fake", "replicas": replicas},
+        "student": {"path": "fake"},
         "rollout": {
             "rule": {"type": "random", "prob": 0.5}, "num_workers": num_workers, "batch_size": ROWS, "save": False,
             "max_new_tokens": NEW_TOKENS, "max_draft_tokens": BLOCK, "drafter": "student", "overlap": False,

@@ -175,7 +175,7 @@ class _Measured:
 
 
 def _measure(pair: Pair, params: RolloutParams, decide: Callable[[], Decide], repeats: int) -> _Measured:
-    alone, auto, lockstep = pair.params(switching.student()), pair.worker("auto"), pair.worker("lockstep")
+    alone, auto, lockstep = pair.params(switching.student()), pair.worker("auto"), pair.worker("none")
     last: dict[str, list[Rollout]] = {}
     around: list[StepCosts] = []
 

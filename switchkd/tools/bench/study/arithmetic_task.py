@@ -46,11 +46,11 @@ class Problem:
     @property
     def solution(self) -> str:
         """The written-out steps and, after `####`, the answer."""
-        columns, lookahead_row = [], 0
+        columns, carry = [], 0
         for a, b in zip(reversed(str(self.first)), reversed(str(self.second)), strict=True):
-            total = int(a) + int(b) + lookahead_row
-            columns.append(f"{a}+{b}+{lookahead_row}={total:02}")
-            lookahead_row = total // 10
+            total = int(a) + int(b) + carry
+            columns.append(f"{a}+{b}+{carry}={total:02}")
+            carry = total // 10
         return ",".join(columns) + f"####{self.answer}"
 
 
@@ -130,7 +130,7 @@ def model(*, layers: int, hidden: int, heads: int, seed: int, positions: int) ->
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def furnish(
+def write_task(
     folder: Path,
     *,
     digits: Sequence[int],

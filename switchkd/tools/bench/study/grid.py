@@ -80,7 +80,7 @@ class Grid:
     def _run(self, chosen: Sequence[Cell]) -> None:
         missing = [cell for cell in chosen if self.read(cell) is None]
         self.say(f"{self.study.name}: {len(chosen)} cells, {len(chosen) - len(missing)} of them are there")
-        self._furnish()
+        self._write_task()
         self._teacher()
         took: list[float] = []
         failed: dict[Cell, str] = {}
@@ -122,13 +122,13 @@ class Grid:
 
     # ── what comes before ──────────────────────────────────────────────────────────────────────────────────────────
 
-    def _furnish(self) -> None:
+    def _write_task(self) -> None:
         task = self.study.task
         if task is None or (self.out / "task").is_dir():
             return
         from switchkd.tools.bench.study import arithmetic_task
 
-        arithmetic_task.furnish(
+        arithmetic_task.write_task(
             self.out / "task", digits=task.digits, num_train=task.num_train, num_test=task.num_test,
             num_valid=task.num_valid, seed=task.seed, teacher=task.teacher.model_dump(),
             student=task.student.model_dump(),

@@ -179,7 +179,7 @@ def configured(study: Study, overrides: Overrides, run_dir: Path, home: Path, **
     }
     for what, path in paths.items():
         section, key = keys[what]
-        # a student that is there already is not cut once more: `cut` would win over its path
+        # a student that is there already is not cut once more: `prune` would win over its path
         raw = merged(raw, {section: {key: path, **({"prune": None} if what == "student" else {})}})
     return parse(raw)
 

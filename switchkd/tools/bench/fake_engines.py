@@ -49,19 +49,19 @@ class FakeLatency:
     weights_mb: float = 8.0  # of a published version
 
 
-def install_fakes(sleeps: FakeLatency) -> Callable[[], None]:
+def install_fakes(latency: FakeLatency) -> Callable[[], None]:
     """What every process of the cluster does once, before its actor is built. Fails here, in the driver, where a room
     is built otherwise than this file knows: a process that failed there would be started again for ever."""
-    _replacements(sleeps)
+    _replacements(latency)
 
-    def furnish() -> None:
-        for module, name, stand_in in _replacements(sleeps):
-            setattr(module, name, stand_in)
+    def replace_names() -> None:
+        for module, name, fake in _replacements(latency):
+            setattr(module, name, fake)
 
-    return furnish
+    return replace_names
 
 
-def _replacements(sleeps: FakeLatency) -> list[tuple[Any, str, Any]]:
+def _replacements(latency: FakeLatency) -> list[tuple[Any, str, Any]]:
     """Modules, names in them, and what stands there instead: the actors import them from there, later."""
     from switchkd.data import build as data_build
     from switchkd.engines import build as engines_build
@@ -71,13 +71,13 @@ def _replacements(sleeps: FakeLatency) -> list[tuple[Any, str, Any]]:
     def worker(
         config: Config, index: int, teachers: Teachers, stop_ids: frozenset[int], new_weights: Any
     ) -> RolloutWorker:
-        return make_worker(sleeps, config, index, teachers, stop_ids)
+        return make_worker(latency, config, index, teachers, stop_ids)
 
-    def rank(config: Config, gang: RankInfo, heads: Any, fetch: Callable[[list[int]], list[Rollout]]) -> SleepingRank:
-        return SleepingRank(sleeps, gang, fetch)
+    def rank(config: Config, gang: RankInfo, heads: Any, fetch: Callable[[list[int]], list[Rollout]]) -> FakeRank:
+        return FakeRank(latency, gang, fetch)
 
     found: list[tuple[Any, str, Any]] = [
-        (engines_build, "make_teacher", lambda config: SleepingTeacher(sleeps.teacher)),
+        (engines_build, "make_teacher", lambda config: FakeTeacher(latency.teacher)),
         (rollout_build, "make_worker", worker),
         (data_build, "make_replay", make_replay),
         (learner_rank, "LearnerRank", rank),
@@ -93,7 +93,7 @@ def head() -> LMHead:
     return LMHead(torch.randn(VOCAB, WIDTH, generator=generator))
 
 
-class SleepingStudent:
+class FakeStudent:
     """A StudentEngine."""
 
     def __init__(self, sleep_s: float, num_slots: int, max_len: int) -> None:
@@ -111,7 +111,7 @@ class SleepingStudent:
             pass
 
 
-class SleepingTeacher:
+class FakeTeacher:
     """A Teacher without sessions."""
 
     def __init__(self, sleep_s: float) -> None:
@@ -130,21 +130,21 @@ class SleepingTeacher:
         return TeacherOutput(kind="hidden_states", dtype="float32", values=values, lengths=rows.astype(np.int32))
 
     def write(self, request: WriteRequest) -> Written:
-        raise NotImplementedError("the stand-in runs let the student lead")
+        raise NotImplementedError("with fake engines the student drafts")
 
     def close(self, session_ids: np.ndarray) -> None:
         pass
 
 
 def make_worker(
-    sleeps: FakeLatency, config: Config, index: int, teachers: Teachers, stop_ids: frozenset[int]
+    latency: FakeLatency, config: Config, index: int, teachers: Teachers, stop_ids: frozenset[int]
 ) -> RolloutWorker:
-    """As `assembly.make_worker`, with a student that sleeps."""
+    """As `rollout.build.make_worker`, with a student that sleeps."""
     torch.set_num_threads(1)
     teacher, arrays = teachers[""]
     assert arrays is not None
     rollouts = SwitchingGenerator(
-        student=SleepingStudent(sleeps.student, config.rollout.batch_size, 10_000),
+        student=FakeStudent(latency.student, config.rollout.batch_size, 10_000),
         teacher=teacher,
         head=LMHead.from_arrays(arrays),
         stop_ids=stop_ids,
@@ -156,23 +156,23 @@ def make_worker(
 
 
 def make_replay(config: Config, run_dir: Path) -> ReplayService:
-    """As `replay_service.make_replay`, without a tokenizer: nothing is written to rollouts.jsonl."""
+    """As `data.build.make_replay`, without a tokenizer: nothing is written to rollouts.jsonl."""
     section = config.replay
     replay = Replay(capacity=section.capacity, policy=section.policy, lease_s=section.lease_s, seed=config.seed)
     return ReplayService(replay, None, str)
 
 
-class SleepingRank:
+class FakeRank:
     """A `LearnerRank` that fetches its rollouts, sleeps, and publishes real bytes."""
 
-    def __init__(self, sleeps: FakeLatency, gang: RankInfo, fetch: Callable[[list[int]], list[Rollout]]) -> None:
-        self.sleeps, self.gang, self.fetch = sleeps, gang, fetch
-        self.weights = torch.zeros(int(sleeps.weights_mb * 2**18))
+    def __init__(self, latency: FakeLatency, gang: RankInfo, fetch: Callable[[list[int]], list[Rollout]]) -> None:
+        self.latency, self.gang, self.fetch = latency, gang, fetch
+        self.weights = torch.zeros(int(latency.weights_mb * 2**18))
 
     def step(self, plan: BatchAssignment, lr: float) -> StepResult:
         start = time.monotonic()
         self.fetch(list(plan.rollout_ids[self.gang.rank]))
-        time.sleep(self.sleeps.learner)
+        time.sleep(self.latency.learner)
         return StepResult(
             step=plan.step,
             version=plan.step + 1,
