@@ -130,9 +130,9 @@ def test_a_damaged_checkpoint_is_skipped_with_a_message(tmp_path, caplog, damage
 def test_a_changed_state_is_noticed(tmp_path):
     """state.json vouches for itself too: an edited step does not load."""
     saved = save(tmp_path, 10)
-    told = json.loads((saved.path / "state.json").read_text())
-    told["told"]["step"] = 11
-    (saved.path / "state.json").write_text(json.dumps(told))
+    stored = json.loads((saved.path / "state.json").read_text())
+    stored["step"] = 11
+    (saved.path / "state.json").write_text(json.dumps(stored))
     assert latest(tmp_path) is None
 
 

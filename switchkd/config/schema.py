@@ -21,6 +21,8 @@ from pydantic import (
     model_validator,
 )
 
+FORMAT = 2
+"""Of configs and run folders. A change of what a seed generates, or of what a file of a run means, raises it."""
 Frac = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Switch = Annotated[
@@ -444,6 +446,7 @@ class RoleResourcesConfig(Section):
 
 
 class Config(Section):
+    format: int = FORMAT
     seed: int = 0
     run: RunConfig
     teacher: TeacherConfig = TeacherConfig()
@@ -461,6 +464,13 @@ class Config(Section):
     resources: RoleResourcesConfig = RoleResourcesConfig()
     metrics: MetricsConfig = MetricsConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @field_validator("format")
+    @classmethod
+    def _present(cls, value: int) -> int:
+        if value != FORMAT:
+            raise ValueError(f"this is format {FORMAT}; use the version that wrote it, or remove the key and try again")
+        return value
 
     @property
     def needs_teacher(self) -> bool:

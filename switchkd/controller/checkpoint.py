@@ -29,8 +29,8 @@ from typing import Any
 
 from switchkd.config.errors import ConfigError
 from switchkd.config.loader import dump_yaml
-from switchkd.config.schema import Config
-from switchkd.controller.resume import check_same, truncate_history
+from switchkd.config.schema import FORMAT, Config
+from switchkd.controller.resume import RESUME_REMEDY, check_format, check_same, truncate_history
 from switchkd.controller.run_lock import RunLock
 from switchkd.data.atomic_files import CONFIG, HISTORY, fsync_dir, redact, seal, unseal, write_text_atomic
 
@@ -54,14 +54,18 @@ class TrainState:
     stage_scores: tuple[tuple[str, dict[str, float]], ...] = ()  # stage that ended ("start" at first), its evaluation
     extra: dict[str, Any] = field(default_factory=dict)
 
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self)}
+
     @classmethod
-    def from_json(cls, told: dict[str, Any]) -> TrainState:
+    def from_json(cls, stored: dict[str, Any]) -> TrainState:
         """Missing keys take their default; a key that this version does not know is an error."""
-        unknown = set(told) - {one.name for one in fields(cls)}
+        values = {key: value for key, value in stored.items() if key != "format"}
+        unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"unknown keys {sorted(unknown)}: written by another version of switchkd")
-        scores = tuple((name, values) for name, values in told.get("stage_scores", ()))
-        return cls(**{**told, "stage_scores": scores})
+        scores = tuple((name, score) for name, score in values.get("stage_scores", ()))
+        return cls(**{**values, "stage_scores": scores})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +120,7 @@ def finish(draft: PartialCheckpoint, state: TrainState, keep_last: int = 2) -> C
     for part in (draft.learner_folder, draft.replay_file):
         if not part.exists() or (part.is_dir() and not any(part.iterdir())):
             raise RuntimeError(f"nothing was saved at {part}; run.dir must lie on storage that all machines share")
-    seal(draft.path, STATE, asdict(state))
+    seal(draft.path, STATE, state.to_json())
     final = draft.path.with_name(_name(state.step))
     _move_aside(final)
     os.replace(draft.path, final)
@@ -128,7 +132,8 @@ def finish(draft: PartialCheckpoint, state: TrainState, keep_last: int = 2) -> C
 
 
 def latest(run_dir: Path) -> Checkpoint | None:
-    """The checkpoint that LATEST points to or, if that one is damaged, the newest whole one before it; says so.
+    """The checkpoint that LATEST points to or, if that one is damaged, the newest whole one before it; says so. Raises
+    ConfigError where that one is of another format.
 
     Folders newer than the pointer are not looked at: they were never finished, or belong to a history that a resume
     has cut away.
@@ -142,7 +147,9 @@ def latest(run_dir: Path) -> Checkpoint | None:
             log.warning("checkpoint %s is gone though %s names it; taking an earlier one", pointed, root / LATEST)
     for path in folders:
         try:  # a folder may hold anything after a crash
-            state = TrainState.from_json(unseal(path, STATE))
+            stored = unseal(path, STATE)
+            check_format(stored, f"--resume: {path}", RESUME_REMEDY)
+            state = TrainState.from_json(stored)
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("checkpoint %s is skipped: %s", path, error)
             continue

@@ -15,11 +15,13 @@ from safetensors import SafetensorError
 
 from switchkd.algo import topk_losses
 from switchkd.config.errors import ConfigError, one_line
+from switchkd.config.loader import read_yaml
 from switchkd.config.resources import role_of
 from switchkd.config.schema import Config, ModelConfig, StageConfig, TeacherConfig
 from switchkd.config.teacher_backend import check_backend, positions_beyond
 from switchkd.controller.evaluation import WITH_TEACHER
-from switchkd.data.atomic_files import TEACHER_OUTPUT
+from switchkd.controller.resume import check_format
+from switchkd.data.atomic_files import CONFIG, TEACHER_OUTPUT
 from switchkd.data.prompts import PromptSet, answer_end, eval_data, load_prompts
 from switchkd.data.recorded import HEADS, load_heads
 from switchkd.data.rollout_io import (
@@ -267,6 +269,11 @@ def with_recorded_settings(config: Config) -> Config:
         raise ConfigError(
             "replay.policy=adaptive follows evaluations, but --from-rollouts starts no worker to do them; take fifo"
         )
+    stored = Path(config.rollout.recorded) / CONFIG
+    if stored.is_file():
+        remedy = "train on it with the version that wrote it, or record it again"
+        raw = read_yaml(stored, "config file", "configs/quickstart.yaml")
+        check_format(raw, f"--from-rollouts: {stored.parent}", remedy)
     kinds: set[str] = set()
     age = 0
     for step, path in find_shards(Path(config.rollout.recorded)):

@@ -16,9 +16,10 @@ from typing import Any
 
 import yaml
 
+from switchkd import __version__
 from switchkd.config.errors import ConfigError
-from switchkd.config.loader import dump_yaml, parse, resolved
-from switchkd.config.schema import Config
+from switchkd.config.loader import dump_yaml, parse, read_yaml, resolved
+from switchkd.config.schema import FORMAT, Config
 from switchkd.data.atomic_files import CONFIG, HISTORY, QUARANTINED, TEACHER_OUTPUT, fsync_dir, redact, write_atomic
 
 MAY_CHANGE = (
@@ -58,6 +59,22 @@ MAY_CHANGE = (
 )
 """Keys that say where, how fast or how long, never what is computed: a resume may change them. The last stage's steps
 may grow besides."""
+
+RESUME_REMEDY = "resume with the version that wrote it, or start a new run in another run.dir"
+
+
+def written_format(stored: dict[str, Any]) -> Any:
+    """The format of a run's config.yaml or train state. Format 1 did not name it."""
+    return stored.get("format", 1)
+
+
+def check_format(stored: dict[str, Any], what: str, remedy: str) -> None:
+    """Raise ConfigError for a run (`what`) that a version of switchkd with another format wrote."""
+    if written_format(stored) != FORMAT:
+        raise ConfigError(
+            f"{what} was written in format {written_format(stored)} and switchkd {__version__} reads format {FORMAT}; "
+            f"{remedy}"
+        )
 
 
 def check_same(run_dir: Path, config: Config) -> None:
@@ -117,9 +134,11 @@ def _cut_shards(run_dir: Path, step: int | None) -> int:
 
 def _stored(path: Path) -> dict[str, Any]:
     """The stored config, with the defaults of keys that are newer than it."""
+    raw = read_yaml(path, "config file", "configs/quickstart.yaml")
+    check_format(raw, f"--resume: {path.parent}", RESUME_REMEDY)
     try:
-        return resolved(parse(yaml.safe_load(path.read_text(encoding="utf-8"))))
-    except (ConfigError, yaml.YAMLError) as error:
+        return resolved(parse(raw))
+    except ConfigError as error:
         raise ConfigError(f"{path} cannot be read by this version of switchkd: {error}") from None
 
 

@@ -77,8 +77,8 @@ def fsync_dir(path: Path) -> None:
     os.close(folder)
 
 
-def seal(folder: Path, name: str, told: dict[str, Any]) -> None:
-    """Push all files of a folder to the disk and write `name`: `told`, and by what each file will be known again."""
+def seal(folder: Path, name: str, content: dict[str, Any]) -> None:
+    """Push all files of a folder to the disk and write `name`: `content`, and each file's size and checksum."""
     paths = [path for path in sorted(folder.rglob("*")) if path.name != name]
     files = {}
     for path in paths:
@@ -87,24 +87,24 @@ def seal(folder: Path, name: str, told: dict[str, Any]) -> None:
             files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
     for path in (*(path for path in paths if path.is_dir()), folder):
         fsync_dir(path)
-    told = {"told": json_safe(told), "files": files}
-    write_json_atomic(folder / name, {**told, "checksum": _checksum(told)})
+    sealed = {**json_safe(content), "files": files}
+    write_json_atomic(folder / name, {**sealed, "checksum": _checksum(sealed)})
 
 
 def unseal(folder: Path, name: str) -> dict[str, Any]:
-    """What `seal` was told. Raises ValueError or OSError when anything in the folder is not as it was."""
+    """The content that `seal` wrote. Raises ValueError or OSError when anything in the folder is not as it was."""
     sealed = json.loads((folder / name).read_text(encoding="utf-8"))
     if not isinstance(sealed, dict) or sealed.pop("checksum", "") != _checksum(sealed):
         raise ValueError(f"{name} was changed")
-    for file, wanted in sealed["files"].items():
+    for file, expected in sealed.pop("files").items():
         path = folder / file
         if not path.is_file():
             raise ValueError(f"{file} is missing")
-        if path.stat().st_size != wanted["size"]:
-            raise ValueError(f"{file} has {path.stat().st_size} of {wanted['size']} bytes")
-        if _sha256(path) != wanted["sha256"]:
+        if path.stat().st_size != expected["size"]:
+            raise ValueError(f"{file} has {path.stat().st_size} of {expected['size']} bytes")
+        if _sha256(path) != expected["sha256"]:
             raise ValueError(f"{file} does not have the checksum it was saved with")
-    return sealed["told"]
+    return sealed
 
 
 def json_safe(obj: Any) -> Any:
@@ -139,8 +139,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _checksum(told: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+def _checksum(sealed: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()
 
 
 CONFIG = "config.yaml"

@@ -9,14 +9,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import yaml
 
 from switchkd.config.errors import ConfigError, first_line
 from switchkd.config.loader import parse
+from switchkd.config.schema import FORMAT
 from switchkd.controller.metrics import METRICS
 from switchkd.controller.model_card import CARD, write_card
+from switchkd.controller.resume import written_format
 from switchkd.data.atomic_files import CONFIG
 
 _STEP = "step-"
@@ -26,6 +29,7 @@ def export_run(run_dir: Path, *, step: int | None = None, out: Path | None = Non
     """The student of a run (`student/`, or that of checkpoint `step`), copied to `out` and pushed to the hub repository
     `push` where given. Returns the folder. Raises ConfigError."""
     folder = find_student(run_dir) if step is None else _student_of_step(run_dir, step)
+    _note_format(run_dir)
     token = os.environ.get("HF_TOKEN")
     if push and not token:
         raise ConfigError(f"--push {push} needs a token; set HF_TOKEN in the environment")
@@ -36,6 +40,19 @@ def export_run(run_dir: Path, *, step: int | None = None, out: Path | None = Non
     if push:
         _push(folder, push, str(token))
     return folder
+
+
+def _note_format(run_dir: Path) -> None:
+    try:  # any folder with a student may be exported
+        stored = yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return
+    if isinstance(stored, dict) and written_format(stored) != FORMAT:
+        print(
+            f"switchkd: {run_dir} was written in format {written_format(stored)}, this is format {FORMAT}: the student "
+            "is exported, a model card is not made",
+            file=sys.stderr,
+        )
 
 
 def find_student(run_dir: Path) -> Path:

@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from switchkd.config.schema import FORMAT
+from switchkd.controller.resume import written_format
 from switchkd.tools.report.tally import RolloutStatistics
 
 CONFIG, METRICS, ROLLOUTS, SUMMARY = "config.yaml", "metrics.jsonl", "rollouts.jsonl", "summary.json"
@@ -70,6 +72,11 @@ def _read_config(run: RunData) -> None:
         told = None
     if isinstance(told, dict):
         run.config = told
+        if written_format(told) != FORMAT:
+            run.missing.append(
+                f"the run was written in format {written_format(told)}, this page is made for format {FORMAT}: metrics "
+                "that have another name since are not drawn"
+            )
     else:
         run.missing.append(f"{CONFIG} cannot be read: the settings cannot be shown")
 
