@@ -41,7 +41,7 @@ from switchkd.controller.recovery import RestartPolicy, restore_last_checkpoint,
 from switchkd.controller.schedule import Schedule
 from switchkd.controller.step_metrics import step_row
 from switchkd.controller.summary import Summary, student_step, summarize
-from switchkd.controller.watchdog import LOOK_S, Stalled, Watchdog
+from switchkd.controller.watchdog import POLL_S, Stalled, Watchdog
 from switchkd.data.atomic_files import replace_dir, write_json_atomic
 from switchkd.learner.batching import assign_batch
 from switchkd.types import CompletionSource, Entry, StateLost, StepResult, Unreachable, WeightRef, WorkerLost
@@ -67,11 +67,11 @@ class Trainer:
         self.log, self.evaluator, self.watchdog = log, evaluator, watchdog
         self.state = TrainState()
         self.quarantine = Quarantine(folder.path, config.data.max_quarantined_frac, schedule.num_tasks)
-        self.dispatch = TaskDispatcher(config, schedule, handles, log, watchdog, self.quarantine)
+        self.dispatcher = TaskDispatcher(config, schedule, handles, log, watchdog, self.quarantine)
         self.restarts = RestartPolicy(config.run.max_restarts, log.info)
         self.weights: WeightRef | None = None  # of state.version, once somebody needed them
-        self.whole = True  # learner and replay stand where `state` says
-        self.watch = self._new_watch()
+        self.consistent = True  # learner and replay stand where `state` says
+        self.alerts = self._new_alerts()
         self.num_skipped = 0  # steps in a row
         self.stop_signal = 0
         self.saved_step = -1
@@ -86,9 +86,9 @@ class Trainer:
         load = self.handles.learner.load(checkpoint.learner_folder, checkpoint.tag)
         self.watchdog.wait_for(load, "the learner to load its state")
         self.quarantine.load_state_dict(state.extra)
-        started = self.dispatch.next_id = state.extra["num_started"]
+        started = self.dispatcher.next_id = state.extra["num_started"]
         missing = self.handles.replay.restore(checkpoint.replay_file, started)
-        self.dispatch.missing.extend(self.watchdog.wait_for(missing, "the replay to load its state"))
+        self.dispatcher.missing.extend(self.watchdog.wait_for(missing, "the replay to load its state"))
         self._load_state(state, state.incarnation + 1)
         self.started -= state.elapsed_s
 
@@ -97,14 +97,14 @@ class Trainer:
         stopped = enough is not None and state.evals_since_best >= enough
         self.state = replace(state, incarnation=incarnation, stopped_early=stopped)
         self.saved_step = state.step if "num_started" in state.extra else -1
-        self.weights, self.whole, self.num_skipped = None, True, 0
-        self.watch = self._new_watch()
+        self.weights, self.consistent, self.num_skipped = None, True, 0
+        self.alerts = self._new_alerts()
         if self.schedule.adaptive:
             self.schedule.adaptive.load_state_dict(state.extra.get("adaptive"))
         for _, scores in state.stage_scores:
-            self.watch.evaluation(scores)
+            self.alerts.evaluation(scores)
 
-    def _new_watch(self) -> MetricAlerts:
+    def _new_alerts(self) -> MetricAlerts:
         """Text from the replay buffer is old by intention."""
         replay = self.config.replay
         return MetricAlerts(math.inf if replay.policy == "adaptive" else replay.max_staleness)
@@ -118,20 +118,20 @@ class Trainer:
             while True:
                 try:
                     if lost is not None:
-                        self._go_back(lost)
-                    self._to_the_end()
+                        self._restore_last_checkpoint(lost)
+                    self._run_to_end()
                     return self.state
                 except StateLost as error:
                     lost = error
                     if self.stop_signal:
                         raise RuntimeError(f"{lost} while the run was stopping; --resume goes on") from None
         except Stalled:
-            self._save_what_stands()
+            self._save_if_consistent()
             raise
         finally:
             signal.signal(signal.SIGTERM, previous)
 
-    def _to_the_end(self) -> None:
+    def _run_to_end(self) -> None:
         if self.state.step == 0 and not self.state.stage_scores:
             self._evaluate("start")
         while not self.finished and not self.stop_signal:
@@ -141,13 +141,13 @@ class Trainer:
             best = self.config.train.select_by and self.state.best is not None
             self._export("student-last" if best else "student")
 
-    def _go_back(self, lost: StateLost) -> None:
+    def _restore_last_checkpoint(self, lost: StateLost) -> None:
         """To the last checkpoint, in this process: as a resume does it, but what lives goes on living."""
         self.restarts.begin(lost)
         began, step = time.monotonic(), self.state.step
-        self.whole = False
+        self.consistent = False
         self.log.close()
-        state = restore_last_checkpoint(self.handles, self.folder, self.dispatch, self.watchdog)
+        state = restore_last_checkpoint(self.handles, self.folder, self.dispatcher, self.watchdog)
         self.log.open(self.folder.path, self.schedule.num_steps, state)
         self._load_state(state, self.state.incarnation + 1)
         again = step - state.step
@@ -156,9 +156,9 @@ class Trainer:
             f"{again} step{'s are' if again != 1 else ' is'} trained again"
         )
 
-    def _save_what_stands(self) -> None:
+    def _save_if_consistent(self) -> None:
         """The run has stalled. Whoever it waits for cannot be asked; the others may still answer."""
-        if not self.whole or "the learner" in self.watchdog.waits_for:
+        if not self.consistent or "the learner" in self.watchdog.waits_for:
             self.log.info("the state of the step at hand cannot be saved; the last checkpoint stands")
             return
         self.watchdog.reset()
@@ -181,7 +181,7 @@ class Trainer:
     def _one_step(self) -> None:
         """Gather one step's rollouts, train on them, hand out the new weights, look and save where it is time."""
         waited = time.monotonic()
-        entries = self._gather()
+        entries = self._next_batch()
         if entries is None:
             return
         waited = time.monotonic() - waited
@@ -190,15 +190,15 @@ class Trainer:
         step = self.state.step
         self._commit(step, [entry.rollout_id for entry in entries])
         if self.schedule.reuses(step):  # nobody waits for rollouts of its own
-            self._asked(self.handles.replay.quarantine(list(self.schedule.rollout_ids(step))))
+            self._wait_for_replay(self.handles.replay.quarantine(list(self.schedule.rollout_ids(step))))
         else:
             self.quarantine.num_passed += self.schedule.batch_size(step) - len(entries)
         self.state = replace(
             self.state, step=step + 1, version=result.version, elapsed_s=time.monotonic() - self.started
         )
-        self.weights, self.whole = None, True
+        self.weights, self.consistent = None, True
         if self.config.rollout.on_new_weights == "reprefill":
-            self.dispatch.push_weights(self._current_weights)
+            self.dispatcher.push_weights(self._current_weights)
         self._log_step(step, entries, staleness, result, waited)
         self._count_skipped(step, entries, result)
         last_of_stage = self.state.step in self.schedule.stage_ends
@@ -211,46 +211,46 @@ class Trainer:
         elif self.state.step % self.config.train.checkpoint_every == 0:
             self._checkpoint()
 
-    def _gather(self) -> list[Entry] | None:
+    def _next_batch(self) -> list[Entry] | None:
         """Keep the workers busy until this step's rollouts are all in the replay; None when told to stop."""
         step = self.state.step
         stage = self.schedule.stage_index(step)
         self.log.now(learner=f"waits for the rollouts of step {step + 1}", replay=f"gathers step {step + 1}")
         while not self.stop_signal:
-            self._feed()
+            self._dispatch()
             num, version = self.schedule.batch_size(step), self.state.version
             if self.schedule.reuses(step):
-                return self._asked(self.handles.replay.draw(step, num, version))
+                return self._wait_for_replay(self.handles.replay.draw(step, num, version))
             num -= self.quarantine.num_missing(self.schedule.step_of, step)
-            entries = self._asked(self.handles.replay.take(step, num, version, stage))
+            entries = self._wait_for_replay(self.handles.replay.take(step, num, version, stage))
             if entries is not None:
                 self._check_staleness(entries)
                 return entries
-            if self.dispatch.working:
-                self.dispatch.wait([])
+            if self.dispatcher.working:
+                self.dispatcher.wait([])
             else:
-                self._look_for_missing(step)
+                self._requeue_missing(step)
         return None
 
-    def _asked(self, answer: Future[Any]) -> Any:
+    def _wait_for_replay(self, answer: Future[Any]) -> Any:
         """Of the replay, whom the loop asks all the time: its answers alone do not mean that the run gets on."""
-        waits_for = f"step {self.state.step}: {self.dispatch.told() or 'the replay'}"
+        waits_for = f"step {self.state.step}: {self.dispatcher.describe() or 'the replay'}"
         self.watchdog.waiting(waits_for)
         while not answer.done():
             self.watchdog.check()
-            wait([answer], timeout=LOOK_S)
+            wait([answer], timeout=POLL_S)
         return answer.result()
 
-    def _look_for_missing(self, step: int) -> None:
+    def _requeue_missing(self, step: int) -> None:
         """All that was started was written, but some of it went down with a replay that died."""
-        missing = self.dispatch.lost(self._asked(self.handles.replay.missing(self.dispatch.next_id)))
+        missing = self.dispatcher.unwritten(self._wait_for_replay(self.handles.replay.missing(self.dispatcher.next_id)))
         if not missing:
             raise RuntimeError(f"step {step} lacks rollouts, but no worker has a task; this is a bug, please report")
         self.log.info(f"rollouts {id_range(missing)} never arrived; they are written again")
-        self.dispatch.missing.extend(i for i in missing if i not in self.dispatch.missing)
+        self.dispatcher.missing.extend(i for i in missing if i not in self.dispatcher.missing)
 
-    def _feed(self) -> None:
-        self.dispatch.feed(self.state.step, self._current_weights, bool(self.stop_signal))
+    def _dispatch(self) -> None:
+        self.dispatcher.feed(self.state.step, self._current_weights, bool(self.stop_signal))
 
     def _commit(self, step: int, rollout_ids: list[int]) -> None:
         commit = self.handles.replay.commit
@@ -276,21 +276,21 @@ class Trainer:
         loss = self.schedule.stage(step).loss
         hard_frac = (0.5 if loss.hard_frac is None else loss.hard_frac) if loss.type == "atkd" else None
         batch = assign_batch(step, self.schedule.stage_index(step), entries, self.config.learner.num_ranks, hard_frac)
-        self.whole = False
+        self.consistent = False
         self.log.now(learner=f"trains on step {step + 1}")
         learning = self.handles.learner.step(batch, self.schedule.lr_at(step))
         waits_for = f"the learner at step {step}"
         self.watchdog.progress(waits_for)
         while not learning.done():
-            self._feed()
-            self.dispatch.wait([learning], waits_for)
+            self._dispatch()
+            self.dispatcher.wait([learning], waits_for)
         return self.watchdog.wait_for(learning, waits_for)
 
     def _staleness(self, entries: list[Entry]) -> list[int]:
         """Ages, in versions, of the rollouts that the student wrote at: data-set and teacher text does not age."""
-        return [self.state.version - entry.oldest_version for entry in self._written(entries)]
+        return [self.state.version - entry.oldest_version for entry in self._written_by_rule(entries)]
 
-    def _written(self, entries: list[Entry]) -> list[Entry]:
+    def _written_by_rule(self, entries: list[Entry]) -> list[Entry]:
         return [
             entry for entry in entries if self.schedule.completion_source(entry.rollout_id) == CompletionSource.ROLLOUT
         ]
@@ -305,10 +305,10 @@ class Trainer:
         """The learner's, packed once per version; None while the student's folder is all there is."""
         version, incarnation = self.state.version, self.state.incarnation
         if self.weights is None and (version > 0 or incarnation > 0):
-            self.weights = WeightRef(version=version, ref=self._published(version), incarnation=incarnation)
+            self.weights = WeightRef(version=version, ref=self._publish(version), incarnation=incarnation)
         return self.weights
 
-    def _published(self, version: int) -> Any:
+    def _publish(self, version: int) -> Any:
         """Without room for it the run ends, but not without what it has learnt."""
         publish, what = self.handles.learner.publish, f"the learner to publish version {version}"
         try:
@@ -325,43 +325,43 @@ class Trainer:
     def _log_step(
         self, step: int, entries: list[Entry], staleness: list[int], result: StepResult, waited: float
     ) -> None:
-        self.dispatch.collect()
+        self.dispatcher.collect()
         now = time.monotonic()
         step_s = now - self.last_step_end
-        reports, self.dispatch.reports = self.dispatch.reports, []
+        reports, self.dispatcher.reports = self.dispatcher.reports, []
         row = {
             "stage": self.schedule.stage(step).name,
             **step_row(result, entries, reports, staleness),
-            **self._queue(),
-            **self._phi(step),
+            **self._queue_metrics(),
+            **self._adaptive_metrics(step),
             "time/step_s": step_s,
             "time/wait_rollouts_s": waited,
             **({"rollout/num_quarantined": len(self.quarantine.ids)} if self.quarantine.ids else {}),
         }
         self.last_step_end = now
         self.log.step(step, row)
-        self._warn(self.watch.step(row, self._written(entries), self.schedule.stage(step).rule))
+        self._warn(self.alerts.step(row, self._written_by_rule(entries), self.schedule.stage(step).rule))
         for told in self.handles.autoscale(waited, step_s):
             self.log.info(told)
 
-    def _phi(self, step: int) -> dict[str, float]:
+    def _adaptive_metrics(self, step: int) -> dict[str, float]:
         """What DistiLLM's replay decided on, and whether this step was one of the buffer's."""
         if self.schedule.adaptive is None:
             return {}
         return {"replay/phi": self.schedule.adaptive.phi, "replay/reused": float(self.schedule.reuses(step))}
 
-    def _hear(self, loss: float) -> None:
+    def _update_adaptive_schedule(self, loss: float) -> None:
         adaptive, step = self.schedule.adaptive, self.state.step
         if adaptive is None:
             return
         before, counts = adaptive.reference, step > 0 and self.schedule.stage(step - 1).mix.rollout > 0
-        if adaptive.hear(loss, counts=counts):
+        if adaptive.record_loss(loss, counts=counts):
             self.log.info(f"validation loss {loss:.4g}, {before:.4g} before: phi rises to {adaptive.phi:g}")
 
-    def _queue(self) -> dict[str, float]:
+    def _queue_metrics(self) -> dict[str, float]:
         """What waits for the learner, and what is being written."""
-        stats = self._asked(self.handles.replay.stats())
-        in_flight = sum(len(tasks) for _, tasks in self.dispatch.working.values())
+        stats = self._wait_for_replay(self.handles.replay.stats())
+        in_flight = sum(len(tasks) for _, tasks in self.dispatcher.working.values())
         return {
             "replay/waiting": stats["num_waiting"],
             "replay/bytes": stats["bytes"],
@@ -395,13 +395,13 @@ class Trainer:
         """Evaluate the published weights. A barrier: what runs is finished first, so that numbers repeat."""
         if not self.evaluator.prompts:
             return
-        self.dispatch.drain()
+        self.dispatcher.drain()
         self.log.now(rollout=f"examination on {len(self.evaluator.prompts)} prompts", learner="waits for it")
         scores = self._scores()
         self.log.now(rollout="", learner="")
         self.log.evaluation(self.state.step, stage_end, scores)
-        self._warn(self.watch.evaluation(scores))
-        self._hear(scores.get("eval/loss", math.nan))
+        self._warn(self.alerts.evaluation(scores))
+        self._update_adaptive_schedule(scores.get("eval/loss", math.nan))
         self.last_step_end = time.monotonic()
         self._select(scores)
         if stage_end:
@@ -443,9 +443,9 @@ class Trainer:
         if self.saved_step == self.state.step:
             return
         self.log.now(learner=f"saves checkpoint {self.state.step}")
-        extra = {"num_started": self.dispatch.next_id, **self.quarantine.state_dict}
+        extra = {"num_started": self.dispatcher.next_id, **self.quarantine.state_dict()}
         if self.schedule.adaptive:
-            extra["adaptive"] = self.schedule.adaptive.state
+            extra["adaptive"] = self.schedule.adaptive.state_dict()
         self.state = replace(self.state, elapsed_s=time.monotonic() - self.started, extra=extra)
         save_checkpoint(self.handles, self.folder, self.state, self.watchdog, self.log.info)
         self.saved_step = self.state.step

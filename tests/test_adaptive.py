@@ -54,11 +54,11 @@ def test_schedule_is_algorithm_1(seed):
     coins = [rng.random() for _ in range(T)]
     losses = {t: 2.0 + 1.5 * t / T + rng.uniform(-0.1, 0.1) for t in range(0, T, every)}
     told = list(algorithm_1(T, B, coins, losses, eps=0.1, N_phi=10, capacity=capacity))
-    ours = AdaptiveSchedule(numbers=AdaptiveScheduleConfig(), capacity=capacity, every=every)
+    ours = AdaptiveSchedule(settings=AdaptiveScheduleConfig(), capacity=capacity, every=every)
     names = {GENERATED: "generate", BUFFERED: "replay", FIXED: "fixed"}
     for t in range(T):
         if t in losses:
-            ours.hear(losses[t], counts=t > 0)
+            ours.record_loss(losses[t], counts=t > 0)
         ours.decide(coins[t], t / T, B)
         assert (pytest.approx(ours.phi), names[ours.sources[t]]) == told[t]
     assert {source for _, source in told} == set(names.values()) and told[-1][0] > 0.5
@@ -66,12 +66,12 @@ def test_schedule_is_algorithm_1(seed):
 
 def test_phi_without_a_better_loss():
     """`no_better`: phi rises wherever the loss is not `margin` below the best one, up to 1."""
-    phi = AdaptiveSchedule(numbers=AdaptiveScheduleConfig(rises="no_better", step=0.4), capacity=1, every=1)
-    found = [(phi.hear(loss, counts=True), phi.phi) for loss in (3.0, 2.9, 2.85, 2.7, 2.0, 2.1, 2.1)]
+    phi = AdaptiveSchedule(settings=AdaptiveScheduleConfig(rises="no_better", step=0.4), capacity=1, every=1)
+    found = [(phi.record_loss(loss, counts=True), phi.phi) for loss in (3.0, 2.9, 2.85, 2.7, 2.0, 2.1, 2.1)]
     assert found == [
         (False, 0.0), (False, 0.0), (True, 0.4), (False, 0.4), (False, 0.4), (True, 0.8), (True, 1.0),
     ]  # fmt: skip
-    assert not phi.hear(5.0, counts=True) and phi.phi == 1.0
+    assert not phi.record_loss(5.0, counts=True) and phi.phi == 1.0
 
 
 def plan(adaptive: AdaptiveSchedule | None, *stages: StageConfig) -> Schedule:
@@ -85,7 +85,7 @@ BOTH = MixConfig(rollout=1, dataset=1)
 def test_shares_over_a_long_run():
     """At a constant phi, phi of all steps are the student's, with new ones falling linearly to none."""
     run = plan(
-        AdaptiveSchedule(numbers=AdaptiveScheduleConfig(start=0.6), capacity=8, every=4),
+        AdaptiveSchedule(settings=AdaptiveScheduleConfig(start=0.6), capacity=8, every=4),
         StageConfig(steps=4000, batch_size=2, mix=BOTH),
     )
     kinds = ["b" if run.reuses(step) else run.completion_source(2 * step).name for step in range(4000)]
@@ -99,18 +99,18 @@ def test_plan_waits_for_evaluations():
     """A step is open once no evaluation before it is missing; a stage without rollouts has its own mix; what was
     decided stays when a checkpoint is taken up again, in this process or with more steps in another."""
     stages = StageConfig(steps=3, batch_size=2, mix=MixConfig(dataset=1)), StageConfig(steps=9, batch_size=2, mix=BOTH)
-    run = plan(AdaptiveSchedule(numbers=AdaptiveScheduleConfig(start=0.9), capacity=2, every=4), *stages)
+    run = plan(AdaptiveSchedule(settings=AdaptiveScheduleConfig(start=0.9), capacity=2, every=4), *stages)
     assert [run.open_until(step) for step in range(12)] == [3, 3, 3, 4, 8, 8, 8, 8, 12, 12, 12, 12]
     assert not run.reuses(2) and run.adaptive.sources == "---"
     run.reuses(7)
-    state = run.adaptive.state
-    run.adaptive.hear(1.0, counts=True)
+    state = run.adaptive.state_dict()
+    run.adaptive.record_loss(1.0, counts=True)
     run.reuses(11)
     decided = run.adaptive.sources
     run.adaptive.load_state_dict(state)
     assert run.adaptive.sources == decided and run.adaptive.reference is None
     longer = plan(
-        AdaptiveSchedule(numbers=AdaptiveScheduleConfig(start=0.9), capacity=2, every=4),
+        AdaptiveSchedule(settings=AdaptiveScheduleConfig(start=0.9), capacity=2, every=4),
         stages[0],
         StageConfig(**{**dict(stages[1]), "steps": 99}),
     )

@@ -18,7 +18,7 @@ ROW = {
 
 def drawn(view: LiveView) -> str:
     console = Console(file=io.StringIO(), width=140)
-    console.print(view._drawn())
+    console.print(view._render())
     return console.file.getvalue()
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from switchkd.controller.handles import Heartbeat
 from switchkd.controller.recovery import RestartPolicy, retry
-from switchkd.controller.watchdog import Stalled, Watchdog, all_of
+from switchkd.controller.watchdog import Stalled, Watchdog, wait_for_all
 from switchkd.types import StateLost
 
 
@@ -38,9 +38,9 @@ def test_a_stall_is_told_and_raised(tmp_path):
     ]
     watchdog.progress("step 5: rollouts 20 to 23 from rollout worker 0")
     clock.now = 9.9
-    assert not watchdog.look() and not said
+    assert not watchdog.detect_stall() and not said
     clock.now = 10
-    assert watchdog.look()
+    assert watchdog.detect_stall()
     (told,) = said
     assert told.splitlines()[:3] == [
         "no progress for 10 s (run.watchdog_s), waiting for step 5: rollouts 20 to 23 from rollout worker 0",
@@ -61,16 +61,16 @@ def test_beats_are_progress(tmp_path):
     for _ in range(10):
         clock.now += 6
         progress_counter[0] += 1
-        assert not watchdog.look()
+        assert not watchdog.detect_stall()
     clock.now += 10
-    assert watchdog.look()
+    assert watchdog.detect_stall()
 
 
 def test_a_loop_that_does_not_come_back_is_ended(tmp_path):
     """Where nobody hears of the stall, the thread ends the process; where somebody does, it does not."""
     left: list[int] = []
     said: list[str] = []
-    watchdog = Watchdog(0.2, tmp_path, said.append, leave=left.append)
+    watchdog = Watchdog(0.2, tmp_path, said.append, exit_process=left.append)
     watchdog.start()
     watchdog.progress("the first step")
     deadline = time.monotonic() + 20
@@ -79,7 +79,7 @@ def test_a_loop_that_does_not_come_back_is_ended(tmp_path):
     watchdog.stop()
     assert left[0] == 1 and "did not end by itself" in said[1]
     heard: list[int] = []
-    watchdog = Watchdog(0.3, tmp_path, said.append, leave=heard.append)
+    watchdog = Watchdog(0.3, tmp_path, said.append, exit_process=heard.append)
     watchdog.start()
     with pytest.raises(Stalled):
         watchdog.wait_for(Future(), "nobody")
@@ -93,11 +93,11 @@ def test_actors_that_never_become_ready(tmp_path):
     ready: Future[None] = Future()
     threading.Timer(0.05, ready.set_result, [None]).start()
     with pytest.raises(Stalled, match="still starting: teacher 1; either"):
-        all_of({"teacher 0": ready, "teacher 1": Future()}, 0.3)
+        wait_for_all({"teacher 0": ready, "teacher 1": Future()}, 0.3)
     broken: Future[None] = Future()
     broken.set_exception(ValueError("no such model"))
     with pytest.raises(ValueError, match="no such model"):
-        all_of({"teacher 0": broken, "teacher 1": Future()}, 5)
+        wait_for_all({"teacher 0": broken, "teacher 1": Future()}, 5)
 
 
 def test_restarts_are_counted_and_slow_down():

@@ -38,7 +38,7 @@ from switchkd.config import resources
 from switchkd.config.schema import Config, ReplicaRange
 from switchkd.controller.handles import ActorHandles
 from switchkd.controller.metrics import MetricsLog
-from switchkd.controller.watchdog import START_S, all_of
+from switchkd.controller.watchdog import START_S, wait_for_all
 from switchkd.data.recorded import heads_for
 
 
@@ -106,13 +106,13 @@ def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int], log: M
             return {"replay": replay, **teachers, **named}
 
         patience = max(config.run.watchdog_s, START_S)
-        all_of({pool.role: retry_until_alive(pool.actor.ready.remote) for pool in pools.values()}, patience)
+        wait_for_all({pool.role: retry_until_alive(pool.actor.ready.remote) for pool in pools.values()}, patience)
         told = {name: pool.head() for name, pool in pools.items()}
         heads = heads_for(config, run_dir, {name: head for name, head in told.items() if head is not None})
         waited_for = {"replay": replay, **{f"rollout worker {i}": each.actor for i, each in enumerate(workers.actors)}}
         awaited = {name: retry_until_alive(actor.ready.remote) for name, actor in waited_for.items()}
         awaited["learner"] = learner.start(heads)
-        all_of(awaited, patience)
+        wait_for_all(awaited, patience)
         retry_until_alive(lambda: replay.restore.remote(None, 0)).result()
         if config.metrics.prometheus:
             log.export(Exporter(run_dir.resolve().name))

@@ -28,7 +28,7 @@ class AdaptiveSchedule:
     What is decided stays: its tasks may have been started, and a resume with more steps changes T.
     """
 
-    numbers: AdaptiveScheduleConfig
+    settings: AdaptiveScheduleConfig
     capacity: int  # rollouts that the buffer holds
     every: int  # steps between evaluations
     phi: float = field(init=False)
@@ -37,7 +37,7 @@ class AdaptiveSchedule:
     stored: int = 0  # rollouts put into the buffer before the next step to be decided, at most `capacity`
 
     def __post_init__(self) -> None:
-        self.phi = self.numbers.start
+        self.phi = self.settings.start
 
     def decide(self, coin: float, progress: float, batch_size: int) -> None:
         """Of the next step; `progress` is t/T."""
@@ -47,18 +47,18 @@ class AdaptiveSchedule:
         else:
             self.sources += BUFFERED if coin < self.phi else FIXED
 
-    def pass_over(self) -> None:
+    def skip(self) -> None:
         """The next step belongs to a stage without rollouts."""
         self.sources += MIXED
 
-    def hear(self, loss: float, *, counts: bool) -> bool:
+    def record_loss(self, loss: float, *, counts: bool) -> bool:
         """The validation loss of an evaluation; did phi rise? One that does not count (before the first step, and in
         stages without rollouts) is what later ones are held against."""
-        reference, margin = self.reference, self.numbers.margin
+        reference, margin = self.reference, self.settings.margin
         if reference is None or not counts:
             self.reference = loss
             return False
-        if self.numbers.rises == "worse":
+        if self.settings.rises == "worse":
             rises = loss >= reference + margin
             moves = rises  # as in the authors' code: the next rise takes another `margin`
         else:
@@ -68,17 +68,16 @@ class AdaptiveSchedule:
         if not rises:
             return False
         before = self.phi
-        self.phi = min(round(self.phi + self.numbers.step, 12), 1.0)
+        self.phi = min(round(self.phi + self.settings.step, 12), 1.0)
         return self.phi > before
 
-    @property
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint: plain JSON values."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain JSON values for a checkpoint."""
         return {"phi": self.phi, "reference": self.reference, "sources": self.sources, "stored": self.stored}
 
-    def load_state_dict(self, told: dict[str, Any] | None) -> None:
-        """A checkpoint's state (None: of the start). What this process decided since stays decided."""
-        told = told or {"phi": self.numbers.start, "reference": None, "sources": "", "stored": 0}
-        self.phi, self.reference = told["phi"], told["reference"]
-        if not self.sources.startswith(told["sources"]):
-            self.sources, self.stored = told["sources"], told["stored"]
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Take a checkpoint's values (None: those of the start). What this process decided since stays decided."""
+        state = state or {"phi": self.settings.start, "reference": None, "sources": "", "stored": 0}
+        self.phi, self.reference = state["phi"], state["reference"]
+        if not self.sources.startswith(state["sources"]):
+            self.sources, self.stored = state["sources"], state["stored"]

@@ -16,7 +16,7 @@ def build_schedule(ready: PreparedRun, stages: tuple[StageConfig, ...] | None = 
     stream = PromptStream(ready.prompts.prompts, seed=config.seed, shuffle=config.data.shuffle)
     samples, replay, adaptive = config.rollout.samples_per_prompt, config.replay, None
     if replay.policy == "adaptive" and stages is None:  # other stages are looked at, not trained
-        adaptive = AdaptiveSchedule(numbers=replay.adaptive, capacity=replay.capacity, every=config.eval.every)
+        adaptive = AdaptiveSchedule(settings=replay.adaptive, capacity=replay.capacity, every=config.eval.every)
     return Schedule(
         stages or config.train.stages, stream, seed=config.seed, samples_per_prompt=samples, adaptive=adaptive
     )

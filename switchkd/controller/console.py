@@ -27,7 +27,7 @@ class LiveView:
         self._now: dict[str, tuple[str, float]] = {}  # what a role does, and since when
         self._row: Mapping[str, Any] = {}
         self._over = False
-        self._live = Live(console=console, get_renderable=self._drawn, refresh_per_second=4)
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
 
     def start(self) -> None:
         self._live.start()
@@ -48,7 +48,7 @@ class LiveView:
         self._bar.update(self._task, completed=num_done, line=line)
         self._live.refresh()
 
-    def _drawn(self) -> Group:
+    def _render(self) -> Group:
         table = Table.grid(padding=(0, 2))
         for _ in range(4):
             table.add_column(overflow="ellipsis", no_wrap=True)

@@ -40,7 +40,7 @@ PREFETCH = 2
 """Steps that completions which do not need the student (data set, teacher) may run ahead."""
 MAX_TRIES = 5
 """Times that a task is given out before the run ends."""
-REST_S = 0.5
+BACKOFF_S = 0.5
 """How long a worker rests whom somebody did not answer; each time twice as long."""
 
 
@@ -66,7 +66,7 @@ class TaskDispatcher:
         )
         self.next_id = 0
         self.missing: deque[int] = deque()  # started once, never arrived
-        self.again: deque[list[RolloutTask]] = deque()
+        self.retries: deque[list[RolloutTask]] = deque()
         self.tries: dict[int, int] = {}
         self.trials, self.deaths = IsolationRetries(), CrashAttribution()
         self.working: dict[int, tuple[Future[Any], list[RolloutTask]]] = {}
@@ -77,18 +77,18 @@ class TaskDispatcher:
         for index in range(len(self.handles.workers)):
             if index in self.working:
                 continue
-            tasks = self._next_again(step) or self._next_tasks(step, stopping)
+            tasks = self._next_retry(step) or self._next_tasks(step, stopping)
             if not tasks:
                 return
             try:
-                given = weights() if writes(tasks) else None
+                given = weights() if needs_student(tasks) else None
             except BaseException:
-                self.again.appendleft(tasks)
+                self.retries.appendleft(tasks)
                 raise
-            self.show(tasks)
+            self.show_progress(tasks)
             self.working[index] = (self.handles.workers[index].generate(tasks, given), tasks)
 
-    def show(self, more: Iterable[RolloutTask] = ()) -> None:
+    def show_progress(self, more: Iterable[RolloutTask] = ()) -> None:
         """Who is at work, for whoever looks at the terminal; `more` are about to go out."""
         groups = [tasks for tasks in (list(more), *(tasks for _, tasks in self.working.values())) if tasks]
         scored = any(self.schedule.stages[task.stage].needs_teacher for tasks in groups for task in tasks)
@@ -98,11 +98,11 @@ class TaskDispatcher:
             teacher=f"answers {workers}" if scored else "",
         )
 
-    def _next_again(self, step: int) -> list[RolloutTask]:
+    def _next_retry(self, step: int) -> list[RolloutTask]:
         """Also a second time nothing is written with weights that are too old: the run may have gone back."""
-        for tasks in self.again:
+        for tasks in self.retries:
             if all(self._may_start(task.rollout_id, step) for task in tasks):
-                self.again.remove(tasks)
+                self.retries.remove(tasks)
                 return tasks
         return []
 
@@ -123,7 +123,7 @@ class TaskDispatcher:
     def _next_admitted(self, step: int) -> int | None:
         """The next one to start, if it may. New ones must find room in the replay: nobody who waits for the workers
         shall wait for ever."""
-        self._pass_over(step)
+        self._skip_reused_steps(step)
         if self.missing:
             return self.missing[0] if self._may_start(self.missing[0], step) else None
         crowded = self.next_id >= self.schedule.first_id(step) + self.config.replay.capacity
@@ -131,17 +131,17 @@ class TaskDispatcher:
             return None
         return self.next_id if self._may_start(self.next_id, step) else None
 
-    def _pass_over(self, step: int) -> None:
+    def _skip_reused_steps(self, step: int) -> None:
         """Of steps that draw from the replay buffer nothing is written."""
         if self.missing:
-            self.missing = deque(self.lost(self.missing))
+            self.missing = deque(self.unwritten(self.missing))
         last = self.schedule.num_tasks - 1
         while self.next_id <= last and (ahead := self.schedule.step_of(self.next_id)) < self.schedule.open_until(step):
             if not self.schedule.reuses(ahead):
                 return
             self.next_id = self.schedule.first_id(ahead + 1)
 
-    def lost(self, missing: Iterable[int]) -> list[int]:
+    def unwritten(self, missing: Iterable[int]) -> list[int]:
         """Of started ids that never arrived, those that somebody was to write."""
         return [
             i for i in missing if i not in self.quarantine.ids and not self.schedule.reuses(self.schedule.step_of(i))
@@ -160,19 +160,19 @@ class TaskDispatcher:
     def push_weights(self, weights: Callable[[], WeightRef | None]) -> None:
         """Newer weights for what is being written."""
         for index, (_, tasks) in self.working.items():
-            if writes(tasks) and (given := weights()):
+            if needs_student(tasks) and (given := weights()):
                 self.handles.workers[index].push_weights(given)
 
     def wait(self, others: list[Future[Any]], waits_for: str = "") -> None:
         """Until something ends, at most a second (so that a signal is seen); finished work is taken in."""
         futures = [*others, *(future for future, _ in self.working.values())]
-        self.watchdog.waiting(waits_for or self.told())
+        self.watchdog.waiting(waits_for or self.describe())
         self.watchdog.check()
         if wait(futures, timeout=1.0, return_when=FIRST_COMPLETED).done:
-            self.watchdog.progress(waits_for or self.told())
+            self.watchdog.progress(waits_for or self.describe())
         self.collect()
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """Who works on what, in words."""
         return ", ".join(
             f"rollouts {id_range(task.rollout_id for task in tasks)} from rollout worker {index}"
@@ -190,7 +190,7 @@ class TaskDispatcher:
             if not future.done():
                 continue
             del self.working[index]
-            self.show()
+            self.show_progress()
             try:
                 report: WorkReport = future.result()
             except WorkerLost:
@@ -198,10 +198,10 @@ class TaskDispatcher:
                 self.working[index] = (self.handles.workers[index].back(), [])
             except TeacherLost as error:
                 tries = self._died(index, tasks, TeacherLost, f"rollout worker {index} could not go on ({error})")
-                self.working[index] = (_rest(REST_S * 2**tries), [])
+                self.working[index] = (_pause(BACKOFF_S * 2**tries), [])
             except Unreachable as error:
                 tries = self._give_again([tasks], f"rollout worker {index} could not go on ({error})")
-                self.working[index] = (_rest(REST_S * 2**tries), [])
+                self.working[index] = (_pause(BACKOFF_S * 2**tries), [])
             except ConfigError:
                 raise
             except Exception as error:
@@ -236,7 +236,7 @@ class TaskDispatcher:
             raise RuntimeError(f"{which} given out {tries} times in vain; {told}; see its log")
         num = f"its {len(ids)} rollouts are" if len(ids) > 1 else "its rollout is"
         self.log.info(f"{told}; {num} written again{', each alone' if len(groups) > 1 else ''}")
-        self.again.extend(groups)
+        self.retries.extend(groups)
         return tries
 
     def _broke(self, tasks: list[RolloutTask], error: Exception) -> None:
@@ -250,7 +250,7 @@ class TaskDispatcher:
         ids = id_range(task.rollout_id for task in tasks)
         self.log.info(f"writing rollouts {ids} failed ({with_type(error)}); each is tried alone")
         self.trials.begin(tasks)
-        self.again.extend([task] for task in tasks)
+        self.retries.extend([task] for task in tasks)
 
     def _blame(self, tasks: list[RolloutTask], error: Exception | None) -> None:
         for task, reason in self.trials.hear(tasks, error):
@@ -263,19 +263,19 @@ class TaskDispatcher:
                 self.handles.replay.quarantine([task.rollout_id]), "the replay to set a rollout aside"
             )
 
-    def start_over(self, missing: Iterable[int]) -> None:
+    def reset(self, missing: Iterable[int]) -> None:
         """The replay is another one: these started rollouts are missing in it. Those that are being written will come,
         or fail and go out again."""
-        missing = self.lost(missing)
+        missing = self.unwritten(missing)
         flying = {task.rollout_id for _, tasks in self.working.values() for task in tasks}
-        self.again.clear()
+        self.retries.clear()
         self.tries.clear()
         self.trials.clear()
         self.deaths.clear()
         self.missing = deque(i for i in missing if i not in flying)
 
 
-def writes(tasks: Iterable[RolloutTask]) -> bool:
+def needs_student(tasks: Iterable[RolloutTask]) -> bool:
     """Does the student have a hand in any of them?"""
     return any(task.completion_source == CompletionSource.ROLLOUT for task in tasks)
 
@@ -285,7 +285,7 @@ def id_range(ids: Iterable[int]) -> str:
     return f"{found[0]} to {found[-1]}" if len(found) > 1 else str(found[0])
 
 
-def _rest(seconds: float) -> Future[None]:
+def _pause(seconds: float) -> Future[None]:
     done: Future[None] = Future()
     timer = Timer(seconds, done.set_result, [None])
     timer.daemon = True

@@ -25,7 +25,7 @@ class Evaluator:
         self.prompts = list(prompts[: settings.num_prompts])
         self.has_teacher = has_teacher
 
-    def shares(self, num_workers: int) -> list[EvalShard]:
+    def shards(self, num_workers: int) -> list[EvalShard]:
         """Every n-th prompt for each worker, so that lengths are spread evenly."""
         numbered = list(enumerate(self.prompts))
         settings = self.settings
@@ -57,7 +57,7 @@ class Evaluator:
         answer: Callable[[Future[list[EvalRow]]], list[EvalRow]] = Future.result,
     ) -> list[EvalRow]:
         """As `evaluate`, text by text, by seed and prompt."""
-        shares = self.shares(len(workers))
+        shares = self.shards(len(workers))
         futures = [worker.evaluate(shard, weights) for worker, shard in zip(workers, shares, strict=False)]
         rows: list[EvalRow] = [row for future in futures for row in answer(future)]
         return sorted(rows, key=lambda row: (row.seed, row.index))

@@ -33,13 +33,12 @@ class Quarantine:
         self.num_passed = 0  # of them, those that earlier steps did without
 
     def load_state_dict(self, extra: dict[str, Any], keep: bool = False) -> None:
-        """Of a checkpoint. `keep`: with what was found since, which would break again."""
+        """Take a checkpoint's values. `keep` adds the ids quarantined since: they would fail again."""
         self.ids = set(extra.get("quarantined", ())) | (self.ids if keep else set())
         self.num_passed = extra.get("num_passed", 0)
 
-    @property
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return plain JSON values for a checkpoint."""
         return {"quarantined": sorted(self.ids), "num_passed": self.num_passed}
 
     def add(self, task: RolloutTask, error: BaseException) -> None:

@@ -22,14 +22,13 @@ RETRY_S = (1.0, 4.0, 16.0)
 MAX_PAUSE_S = 60.0
 
 T = TypeVar("T")
-Log = Callable[[str], None]
 
 
 class RestartPolicy:
     """How often in a row, and how fast, a run goes back to the same checkpoint."""
 
-    def __init__(self, limit: int, say: Log, sleep: Callable[[float], None] = time.sleep) -> None:
-        self.limit, self._say, self._sleep = limit, say, sleep
+    def __init__(self, limit: int, log: Callable[[str], None], sleep: Callable[[float], None] = time.sleep) -> None:
+        self.limit, self._log, self._sleep = limit, log, sleep
         self.num = 0
 
     def begin(self, lost: StateLost) -> None:
@@ -41,7 +40,7 @@ class RestartPolicy:
             )
         self.num += 1
         pause = min(2.0 ** (self.num - 2), MAX_PAUSE_S) if self.num > 1 else 0.0
-        self._say(f"{lost}; going back to the last checkpoint (restart {self.num} of {self.limit})")
+        self._log(f"{lost}; going back to the last checkpoint (restart {self.num} of {self.limit})")
         self._sleep(pause)
 
     def saved(self) -> None:
@@ -49,20 +48,27 @@ class RestartPolicy:
         self.num = 0
 
 
-def retry(what: str, ask: Callable[[], T], say: Log, sleep: Callable[[float], None] = time.sleep) -> T:
-    """The answer of a call that may be repeated, though the disk is full for a while. Raises its last error."""
+def retry(
+    description: str,
+    call: Callable[[], T],
+    log: Callable[[str], None],
+    sleep: Callable[[float], None] = time.sleep,
+) -> T:
+    """Return the result of `call`, which may be repeated: a full disk may have room later. Raises its last error."""
     for pause in RETRY_S:
         try:
-            return ask()
+            return call()
         except (StateLost, Stalled):
             raise
         except Exception as error:
-            say(f"warning: {what} failed ({with_type(error)}); trying again in {pause:g} s")
+            log(f"warning: {description} failed ({with_type(error)}); trying again in {pause:g} s")
         sleep(pause)
-    return ask()
+    return call()
 
 
-def save_checkpoint(handles: ActorHandles, folder: RunFolder, state: TrainState, watchdog: Watchdog, say: Log) -> None:
+def save_checkpoint(
+    handles: ActorHandles, folder: RunFolder, state: TrainState, watchdog: Watchdog, log: Callable[[str], None]
+) -> None:
     """Learner, replay and counters, whole or not at all. Raises what the last try raised."""
 
     def attempt() -> None:
@@ -77,12 +83,12 @@ def save_checkpoint(handles: ActorHandles, folder: RunFolder, state: TrainState,
             folder.drop(draft)
             raise
 
-    retry(f"saving checkpoint {state.step} under {folder.path}", attempt, say)
+    retry(f"saving checkpoint {state.step} under {folder.path}", attempt, log)
     watchdog.wait_for(handles.replay.release_before(state.step), "the replay")
 
 
 def restore_last_checkpoint(
-    handles: ActorHandles, folder: RunFolder, dispatch: TaskDispatcher, watchdog: Watchdog
+    handles: ActorHandles, folder: RunFolder, dispatcher: TaskDispatcher, watchdog: Watchdog
 ) -> TrainState:
     """A new gang, and the state of the last checkpoint everywhere (without one: of the start). A replay that lives
     keeps what was written, and gives each step since the same rollouts again; one that died is filled from the
@@ -94,11 +100,11 @@ def restore_last_checkpoint(
         watchdog.wait_for(
             handles.learner.load(checkpoint.learner_folder, checkpoint.tag), "the learner to load its state"
         )
-    started = dispatch.next_id
+    started = dispatcher.next_id
     if not watchdog.wait_for(handles.replay.rewind(state.step, started), "the replay to go back"):
         path = checkpoint.replay_file if checkpoint else None
         missing = watchdog.wait_for(handles.replay.restore(path, started), "the replay to load its state")
-        dispatch.start_over(missing)
-    dispatch.quarantine.load_state_dict(state.extra, keep=True)
-    watchdog.wait_for(handles.replay.quarantine(sorted(dispatch.quarantine.ids)), "the replay")
+        dispatcher.reset(missing)
+    dispatcher.quarantine.load_state_dict(state.extra, keep=True)
+    watchdog.wait_for(handles.replay.quarantine(sorted(dispatcher.quarantine.ids)), "the replay")
     return state

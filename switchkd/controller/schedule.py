@@ -101,8 +101,8 @@ class Schedule:
         if source != MIXED:
             return CompletionSource.ROLLOUT if source == GENERATED else CompletionSource.DATASET
         if mix.drawn == "per_batch":
-            return _drawn(mix, _coin(self.seed, step, ORIGIN_OF_BATCH))
-        return _drawn(mix, _coin(self.seed, rollout_id, ORIGIN_OF_ROLLOUT))
+            return _draw_source(mix, _coin(self.seed, step, ORIGIN_OF_BATCH))
+        return _draw_source(mix, _coin(self.seed, rollout_id, ORIGIN_OF_ROLLOUT))
 
     def reuses(self, step: int) -> bool:
         """Does a step train on the replay buffer? Its own ids then stand for nothing."""
@@ -122,7 +122,7 @@ class Schedule:
         for undecided in range(len(self.adaptive.sources), step + 1):
             stage = self.stage(undecided)
             if not stage.mix.rollout:
-                self.adaptive.pass_over()
+                self.adaptive.skip()
                 continue
             done = undecided - (self.stage_ends[self.stage_index(undecided)] - stage.steps)
             coin = _coin(self.seed, undecided, ORIGIN_OF_BATCH)
@@ -145,7 +145,7 @@ class Schedule:
             raise IndexError(f"step {step} is outside this run's 0 to {self.num_steps - 1}")
 
 
-def _drawn(mix: MixConfig, coin: float) -> CompletionSource:
+def _draw_source(mix: MixConfig, coin: float) -> CompletionSource:
     shares = {
         CompletionSource.ROLLOUT: mix.rollout,
         CompletionSource.DATASET: mix.dataset,

@@ -23,7 +23,7 @@ from switchkd.data.atomic_files import redact
 
 START_S = 300.0
 """An actor may take so long to become ready after the one before, though `run.watchdog_s` be shorter."""
-LOOK_S = 0.5
+POLL_S = 0.5
 """At most so long until somebody who waits hears that the run has stalled."""
 EXIT_CODE = 1
 
@@ -39,20 +39,20 @@ class Watchdog:
         self,
         limit_s: float,
         run_dir: Path,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         *,
         clock: Callable[[], float] = time.monotonic,
-        leave: Callable[[int], Any] = os._exit,
+        exit_process: Callable[[int], Any] = os._exit,
     ) -> None:
-        self.limit_s, self.run_dir, self.say = limit_s, run_dir, say
+        self.limit_s, self.run_dir, self.log = limit_s, run_dir, log
         self.heartbeats: Callable[[], list[Heartbeat]] = list
         """Of the actors, once there are any."""
         self.stalled = ""  # why, once it has
-        self._clock, self._leave = clock, leave
+        self._clock, self._exit_process = clock, exit_process
         self._waits_for = "the start"
         self._last, self._beats = clock(), 0
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> None:
         """Models are loaded now: until the first `progress` there is more time."""
@@ -75,7 +75,7 @@ class Watchdog:
         self.progress(waits_for)
         self.check()
         while not future.done():
-            wait([future], timeout=LOOK_S)
+            wait([future], timeout=POLL_S)
             self.check()
         self.progress("the loop itself")
         return future.result()
@@ -93,7 +93,7 @@ class Watchdog:
         self.progress("saving")
         self.stalled = ""
 
-    def look(self) -> bool:
+    def detect_stall(self) -> bool:
         """Has the run stalled? Beats of actors count as getting on."""
         idle = self._clock() - self._last
         if idle < self.limit_s / 2:
@@ -114,18 +114,18 @@ class Watchdog:
         except Exception as error:
             return [Heartbeat(name="the house", where=f"cannot be asked ({type(error).__name__}: {error})")]
 
-    def _watch(self) -> None:
+    def _run(self) -> None:
         step = min(max(self.limit_s / 20, 0.05), 15.0)
         while not self._stop.wait(step):
-            if self.look() and not self._ended():
-                self.say(f"the run did not end by itself; ending it with exit code {EXIT_CODE}")
-                self._leave(EXIT_CODE)
+            if self.detect_stall() and not self._loop_ends():
+                self.log(f"the run did not end by itself; ending it with exit code {EXIT_CODE}")
+                self._exit_process(EXIT_CODE)
 
-    def _ended(self) -> bool:
+    def _loop_ends(self) -> bool:
         """Once told, the loop has as long again to raise, and each time that it gets on meanwhile."""
         self.progress(self._waits_for)
         while self._clock() - self._last < self.limit_s:
-            if self._stop.wait(LOOK_S / 10) or not self.stalled:
+            if self._stop.wait(POLL_S / 10) or not self.stalled:
                 return True
         return False
 
@@ -134,7 +134,7 @@ class Watchdog:
         lines = [f"  {heartbeat.name} {heartbeat.where or 'has no work'}" for heartbeat in seen]
         told = f"no progress for {self.limit_s:g} s (run.watchdog_s), waiting for {self._waits_for}"
         busy = "; ".join(f"{heartbeat.name} {heartbeat.where}" for heartbeat in seen if heartbeat.where)
-        self.say("\n".join([told, *lines, f"stacks of all threads: {path}"]))
+        self.log("\n".join([told, *lines, f"stacks of all threads: {path}"]))
         try:  # the disk may be what the run waits for
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("w", encoding="utf-8") as file:
@@ -143,11 +143,11 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
                 file.writelines(redact(f"\n== {heartbeat.name}\n{heartbeat.stacks}\n") for heartbeat in seen)
         except OSError as error:
-            self.say(f"the stacks could not be written: {error}")
+            self.log(f"the stacks could not be written: {error}")
         self.stalled = f"{told}{f' ({busy})' if busy else ''}; stacks in {path}; --resume goes on from the checkpoint"
 
 
-def all_of(awaited: Mapping[str, Future[Any]], limit_s: float) -> None:
+def wait_for_all(awaited: Mapping[str, Future[Any]], limit_s: float) -> None:
     """Wait for all actors of a start; raise the first error, or Stalled with the names of the rest when no other one
     became ready for `limit_s`."""
     left = dict(awaited)
