@@ -291,9 +291,7 @@ class Trainer:
         return [self.state.version - entry.oldest_version for entry in self._written_by_rule(entries)]
 
     def _written_by_rule(self, entries: list[Entry]) -> list[Entry]:
-        return [
-            entry for entry in entries if self.schedule.completion_source(entry.rollout_id) == CompletionSource.ROLLOUT
-        ]
+        return [entry for entry in entries if entry.completion_source == CompletionSource.ROLLOUT]
 
     def _check_staleness(self, entries: list[Entry]) -> None:
         """Admission bounds it; a violation is our error, and a wrong number in a paper would be worse than a stop."""

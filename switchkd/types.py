@@ -316,9 +316,10 @@ class Entry:
     rollout_id: int
     batch: int
     stage: int
+    completion_source: CompletionSource
     num_tokens: int
+    num_teacher_tokens: int
     oldest_version: int
-    teacher_frac: float
     repeat_frac: float
     divergence_mean: float
     finish_reason: str

@@ -26,7 +26,8 @@ def opened(run_dir, num_steps=4, step=0, console=None, **settings) -> MetricsLog
 
 
 def row(stage="warm", **more):
-    return {"stage": stage, "loss/total": 0.5, "rollout/teacher_frac": 0.25, "rollout/tokens_per_s": 1234.5, **more}
+    numbers = {"loss/total": 0.5, "rollout/teacher_token_frac": 0.25, "rollout/tokens_per_s": 1234.5}
+    return {"stage": stage, **numbers, **more}
 
 
 def lines(run_dir) -> list[dict]:
@@ -102,7 +103,7 @@ def test_summary_shows_each_stage_before_and_after(tmp_path):
     """The table has a row for the start and one per stage: scores with their deviation, means over its steps."""
     log = opened(tmp_path)
     log.step(0, row())
-    log.step(1, row(**{"rollout/teacher_frac": 0.75}))
+    log.step(1, row(**{"rollout/teacher_token_frac": 0.75}))
     log.step(2, row("main"))
     scores = [
         ("start", {"eval/kl": 2.0, "eval/rouge_l": 11.1, "eval/rouge_l_std": 0.5}),
@@ -110,7 +111,7 @@ def test_summary_shows_each_stage_before_and_after(tmp_path):
         ("main", {"eval/kl": 0.5, "eval/rouge_l": 33.3}),
     ]
     rows = summary_rows(scores, log_file := tmp_path / "metrics.jsonl")
-    assert [(one["name"], one.get("rollout/teacher_frac")) for one in rows] == [
+    assert [(one["name"], one.get("rollout/teacher_token_frac")) for one in rows] == [
         ("start", None),
         ("warm", 0.5),
         ("main", 0.25),
@@ -168,7 +169,7 @@ def test_wandb_goes_on_under_its_old_id(tmp_path, monkeypatch):
         log.close()
     assert [call["id"] for call in calls] == [None, "abc123"]
     assert calls[0]["project"] == "kd" and calls[0]["config"] == {"run": {"dir": "x"}}
-    assert rows[0] == {"step": 0, "loss/total": 0.5, "rollout/teacher_frac": 0.25, "rollout/tokens_per_s": 1234.5}
+    assert rows[0] == {"step": 0, "loss/total": 0.5, "rollout/teacher_token_frac": 0.25, "rollout/tokens_per_s": 1234.5}
     assert rows.count("finished") == 2
 
 
@@ -213,5 +214,5 @@ def test_more_sinks(tmp_path):
     log.step(2, row())
     log.evaluation(3, "warm", {"eval/kl": 1.0})
     log.close()
-    numbers = {"loss/total": 0.5, "rollout/teacher_frac": 0.25, "rollout/tokens_per_s": 1234.5}
+    numbers = {"loss/total": 0.5, "rollout/teacher_token_frac": 0.25, "rollout/tokens_per_s": 1234.5}
     assert got == [(2, numbers), (2, {"eval/kl": 1.0})]

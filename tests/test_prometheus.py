@@ -63,7 +63,7 @@ def seen(port, run) -> dict[str, float]:
 def test_the_port_shows_the_last_step(seen, run):
     """Every number of the last step's line stands there, with its value, under the run's name."""
     last = [row for row in lines(run / "metrics.jsonl") if "stage" in row][-1]
-    for key in ("loss/total", "rollout/teacher_frac", "weight_version", "replay/staleness_max", "time/learn_s"):
+    for key in ("loss/total", "rollout/teacher_token_frac", "weight_version", "replay/staleness_max", "time/learn_s"):
         assert seen["ray_switchkd_" + key.replace("/", "_")] == pytest.approx(last[key]), key
 
 

@@ -70,7 +70,7 @@ def test_entry_describes_its_rollout():
     (entry,) = replay.take(3, 1, 9, 2)
     told = (entry.batch, entry.stage, entry.num_tokens, entry.oldest_version, entry.finish_reason)
     assert told == (3, 2, 3, 7, "eos")
-    assert entry.teacher_frac == pytest.approx(2 / 3)
+    assert (entry.completion_source, entry.num_teacher_tokens) == (CompletionSource.ROLLOUT, 2)
     np.testing.assert_array_equal(entry.uncertainty, np.full(3, 0.25, np.float32))
 
 

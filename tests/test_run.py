@@ -72,8 +72,10 @@ def test_three_stages(whole):
     assert [row["step"] for row in steps(run)] == list(range(10))
     assert [row["stage"] for row in steps(run)] == [stage["name"] for stage in STAGES for _ in range(stage["steps"])]
     assert [row["weight_version"] for row in steps(run)] == list(range(1, 11))
-    promised = {"step", "weight_version", "loss/total", "rollout/teacher_frac", "rollout/tokens_per_s", "time/step_s"}
+    promised = {"step", "weight_version", "loss/total", "rollout/len_mean", "rollout/tokens_per_s", "time/step_s"}
     assert all(promised <= row.keys() and row["replay/staleness_max"] == 0 for row in steps(run))
+    together = {row["step"] for row in lines(run / "rollouts.jsonl") if row["origin"] == "rollout"}
+    assert together == {row["step"] for row in steps(run) if "rollout/teacher_token_frac" in row}
     assert sorted(rollouts(run)) == list(range(NUM_ROLLOUTS))
     assert all(step == rollout_id // 4 for rollout_id, (_, _, step) in rollouts(run).items())
     told = json.loads((run / "summary.json").read_text())
@@ -304,7 +306,7 @@ def test_own_rule_and_loss(place, monkeypatch):
     assert 0 < sum(row["teacher_frac"] for row in rows) < len(rows)
     (step,) = steps(place / "run")
     assert step["loss/total"] > 2, "sums of squares are below 2"
-    assert step["rollout/tokens_per_s"] > 0 and step["rollout/teacher_frac"] > 0
+    assert step["rollout/tokens_per_s"] > 0 and step["rollout/teacher_token_frac"] > 0
 
 
 def test_fine_tuning_needs_no_teacher(place, monkeypatch):

@@ -14,11 +14,17 @@ SWITCH = RuleConfig(type="jsd_threshold")
 
 
 def entry(
-    length: int = 40, share: float = 0.3, repeats: float = 0.0, divergence: float = 0.1, end: str = "eos"
+    length: int = 40,
+    share: float = 0.3,
+    repeats: float = 0.0,
+    divergence: float = 0.1,
+    end: str = "eos",
+    source: CompletionSource = CompletionSource.ROLLOUT,
 ) -> Entry:
     return Entry(
-        rollout_id=0, batch=0, stage=0, num_tokens=length, oldest_version=0, teacher_frac=share, repeat_frac=repeats,
-        divergence_mean=divergence, finish_reason=end, uncertainty=np.zeros(length, np.float32),
+        rollout_id=0, batch=0, stage=0, completion_source=source, num_tokens=length,
+        num_teacher_tokens=round(length * share), oldest_version=0, repeat_frac=repeats, divergence_mean=divergence,
+        finish_reason=end, uncertainty=np.zeros(length, np.float32),
     )  # fmt: skip
 
 
@@ -78,10 +84,20 @@ def test_rollout_metrics():
     """Means over completions; the divergence over those that have one."""
     found = rollout_metrics([entry(10, 0.5, 0.2, 0.4), entry(30, 0.0, 0.0, math.nan, end="length")])
     assert found == pytest.approx({
-        "rollout/teacher_frac": 0.25, "rollout/len_mean": 20, "rollout/eos_frac": 0.5, "rollout/repeat_frac": 0.1,
-        "rollout/divergence_mean": 0.4,
+        "rollout/teacher_token_frac": 0.125, "rollout/len_mean": 20, "rollout/eos_frac": 0.5,
+        "rollout/repeat_frac": 0.1, "rollout/divergence_mean": 0.4,
     })  # fmt: skip
     assert math.isnan(rollout_metrics([entry(divergence=math.nan)])["rollout/divergence_mean"])
+
+
+def test_teacher_token_frac():
+    """Teacher-written over generated tokens, of the completions that both models generated: a ratio of sums, to which
+    data-set and teacher-only completions do not count; absent where there are no others."""
+    alone = [entry(50, 1.0, source=CompletionSource.TEACHER), entry(50, 0.0, source=CompletionSource.DATASET)]
+    together = [entry(10, 1.0), entry(90, 0.0)]
+    assert rollout_metrics([*together, *alone])["rollout/teacher_token_frac"] == 0.1
+    assert rollout_metrics([entry(9, 0.0)])["rollout/teacher_token_frac"] == 0
+    assert "rollout/teacher_token_frac" not in rollout_metrics(alone)
 
 
 # --- warnings --------------------------------------------------------------------------------------------------------

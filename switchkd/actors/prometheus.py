@@ -1,6 +1,6 @@
 """A run's numbers for Prometheus, through Ray: every node's metrics port shows them as `ray_switchkd_...`.
 
-In: the rows that go to metrics.jsonl. Out: gauges with the tag `run`, such as `switchkd_rollout_teacher_frac`.
+In: the rows that go to metrics.jsonl. Out: gauges with the tag `run`, such as `switchkd_rollout_teacher_token_frac`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ray.util.metrics import Gauge
 
 
 def metric_name(key: str) -> str:
-    """`rollout/teacher_frac` is `switchkd_rollout_teacher_frac`."""
+    """`rollout/teacher_token_frac` is `switchkd_rollout_teacher_token_frac`."""
     return "switchkd_" + re.sub(r"[^a-zA-Z0-9_]", "_", key)
 
 

@@ -52,7 +52,7 @@ class MetricAlerts:
         if not written:
             return lines
         seen = rollout_metrics(written)
-        lines += self._share(seen["rollout/teacher_frac"], rule)
+        lines += self._share(seen["rollout/teacher_token_frac"], rule)
         lines += self._length(seen["rollout/len_mean"])
         return lines + self._repeats(seen["rollout/repeat_frac"])
 

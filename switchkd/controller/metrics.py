@@ -36,14 +36,14 @@ COLUMNS = {
     "ROUGE-L": "eval/rouge_l",
     "exact match": "eval/exact_match",
     "validation loss": "eval/loss",
-    "teacher share": "rollout/teacher_frac",
+    "teacher share": "rollout/teacher_token_frac",
     "tokens/s": "rollout/tokens_per_s",
 }
 """The final table: titles and metrics. One that no row has is left out."""
 
 SHORT = {
     "loss/total": "loss",
-    "rollout/teacher_frac": "teacher",
+    "rollout/teacher_token_frac": "teacher",
     "rollout/tokens_per_s": "tokens/s",
 }
 """What a console line shows of a step."""

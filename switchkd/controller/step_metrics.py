@@ -9,7 +9,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from switchkd.types import Entry, StepResult, WorkReport
+from switchkd.types import CompletionSource, Entry, StepResult, WorkReport
 
 
 def step_row(
@@ -66,9 +66,13 @@ def _output_metrics(reports: Sequence[WorkReport]) -> dict[str, float]:
 
 
 def rollout_metrics(entries: Sequence[Entry]) -> dict[str, float]:
-    """Means over completions, each counting once; NaN where none has the number."""
+    """Means over completions, each counting once; NaN where none has the number. `rollout/teacher_token_frac` is the
+    teacher's share of all tokens of the completions that both models generated together; absent without any."""
+    together = [entry for entry in entries if entry.completion_source == CompletionSource.ROLLOUT]
+    num_tokens = sum(entry.num_tokens for entry in together)
+    num_teacher_tokens = sum(entry.num_teacher_tokens for entry in together)
     return {
-        "rollout/teacher_frac": _mean([entry.teacher_frac for entry in entries]),
+        **({"rollout/teacher_token_frac": num_teacher_tokens / num_tokens} if num_tokens else {}),
         "rollout/len_mean": _mean([entry.num_tokens for entry in entries]),
         "rollout/eos_frac": _mean([entry.finish_reason == "eos" for entry in entries]),
         "rollout/repeat_frac": _mean([entry.repeat_frac for entry in entries]),

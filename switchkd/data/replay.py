@@ -21,7 +21,7 @@ import numpy as np
 
 from switchkd.data.reuse_buffer import Buffer
 from switchkd.data.rollout_io import append_rows, load_replay_state, save_replay_state, save_rollouts, shard
-from switchkd.types import Entry, ReplayFull, Rollout
+from switchkd.types import Entry, ReplayFull, Rollout, TokenSource
 
 
 class _Retired:
@@ -313,9 +313,10 @@ def entry_of(rollout: Rollout) -> Entry:
         rollout_id=rollout.rollout_id,
         batch=rollout.batch,
         stage=rollout.stage,
+        completion_source=rollout.completion_source,
         num_tokens=rollout.num_tokens,
+        num_teacher_tokens=int((rollout.sources == TokenSource.TEACHER).sum()),
         oldest_version=rollout.oldest_version,
-        teacher_frac=rollout.teacher_frac,
         repeat_frac=rollout.repeat_frac,
         divergence_mean=rollout.divergence_mean,
         finish_reason=rollout.finish_reason,
