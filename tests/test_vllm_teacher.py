@@ -486,7 +486,7 @@ def test_the_newer_model_runners_shapes(monkeypatch):
     runner.execute_model(scheduled)
     runner.execute_model_state = SimpleNamespace(hidden_states=hidden, input_batch=batch)
     assert runner.sample_tokens(None) == "sampled"
-    first, rows = watch.taken("k")
+    first, rows = watch.pop_rows("k")
     assert first == 9 and torch.equal(rows, hidden[3:])
     assert torch.equal(watch.last[5], hidden[1]) and torch.equal(watch.last[2], hidden[5])
 

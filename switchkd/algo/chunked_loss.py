@@ -49,11 +49,11 @@ def chunked_loss(
         raise ValueError(f"chunk is {chunk}: give a number of positions, at least 1")
 
     def of_rows(rows: slice, p_logits: Tensor | TopK | None, product: Tensor) -> Tensor:
-        own = {name: tensor[rows] for name, tensor in extras.items()}
+        row_extras = {name: tensor[rows] for name, tensor in extras.items()}
         q_logits = logits_of(product)
         if q_logits is product:  # a loss may work in place, and keep what it saw
             q_logits = product.clone()
-        per_token = loss(p_logits, q_logits, labels[rows], mask[rows], **own)
+        per_token = loss(p_logits, q_logits, labels[rows], mask[rows], **row_extras)
         return (weights[rows] * per_token).sum()
 
     total: Tensor = _GradientsAhead.apply(of_rows, teacher_logits, chunk, student_hidden, weight, bias)  # type: ignore[no-untyped-call]

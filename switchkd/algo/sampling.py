@@ -309,8 +309,8 @@ def draw_there(
     back."""
     keys = to_device(np.stack([np.asarray(key, np.int64) for key in (rollout_ids, positions)]), logits.device)
     tokens, lead = draw_on_device(logits, run_seed, keys[0], keys[1], purpose=purpose, sampling=sampling)
-    found = to_host(torch.stack([tokens.double(), lead])).numpy()  # float64 holds every token id exactly
-    return found[0].astype(np.int64), found[1]
+    drawn = to_host(torch.stack([tokens.double(), lead])).numpy()  # float64 holds every token id exactly
+    return drawn[0].astype(np.int64), drawn[1]
 
 
 def draw_on_device(

@@ -44,7 +44,7 @@ def model_card(run_dir: Path, config: Config, scores: StageScores, steps: int) -
         "## Results",
         _results(run_dir, scores),
         "## Versions",
-        _list([f"{name} {found}" for name, found in versions().items()]),
+        _list([f"{name} {number}" for name, number in versions().items()]),
         f"<details><summary>config.yaml</summary>\n\n```yaml\n{dump_yaml(config)}```\n\n</details>",
     ]
     return "\n\n".join(sections) + "\n"
@@ -52,13 +52,13 @@ def model_card(run_dir: Path, config: Config, scores: StageScores, steps: int) -
 
 def versions() -> dict[str, str]:
     """Of Python and of what computes; packages that are not installed are left out."""
-    found = {"Python": platform.python_version()}
+    numbers = {"Python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            numbers[name] = version(name)
         except PackageNotFoundError:  # run from a checkout, or a part that is not needed
             continue
-    return found
+    return numbers
 
 
 def _origin(config: Config, steps: int) -> list[str]:

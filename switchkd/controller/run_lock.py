@@ -115,10 +115,10 @@ class RunLock:
 def _read(path: Path) -> dict[str, Any]:
     """Empty when there is no lock, or one that is just being written."""
     try:
-        told = json.loads(path.read_text())
+        owner = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return owner if isinstance(owner, dict) else {}
 
 
 def _machine() -> str:

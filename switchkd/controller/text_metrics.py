@@ -29,8 +29,8 @@ def final_number(text: str) -> str | None:
     of the text. None where there is none, as in "#### None".
     """
     _, mark, answer = text.partition("####")
-    found = _NUMBER.findall(_FRAC.sub(r"\1/\2", answer.partition("\n")[0] if mark else text))
-    return _canonical(found[0 if mark else -1]) if found else None
+    numbers = _NUMBER.findall(_FRAC.sub(r"\1/\2", answer.partition("\n")[0] if mark else text))
+    return _canonical(numbers[0 if mark else -1]) if numbers else None
 
 
 def exact_match(prediction: str, answer: str) -> bool:
@@ -40,7 +40,7 @@ def exact_match(prediction: str, answer: str) -> bool:
     Its own script also takes any text that lacks `####`, which a model earns by not coming to an end; we do not.
     """
     if answer.strip() != "None":
-        return (wanted := final_number(answer)) is not None and final_number(prediction) == wanted
+        return (expected := final_number(answer)) is not None and final_number(prediction) == expected
     if "####" in prediction:
         return final_number(prediction) is None
     return _UNANSWERABLE.search(prediction.replace("\u2019", "'")) is not None

@@ -110,11 +110,11 @@ def _fetch(name: str) -> Path:
     """A file of a data set on the hub, fetched or found in the cache. Raises ConfigError."""
     from huggingface_hub import hf_hub_download
 
-    found = _HUB_FILE.fullmatch(name)
-    if found is None:
+    match = _HUB_FILE.fullmatch(name)
+    if match is None:
         raise ConfigError(f"data {name!r} is not of the form hf://datasets/owner/name/file.jsonl")
     try:  # the network
-        fetched = hf_hub_download(found[1], found[2], repo_type="dataset", token=os.environ.get("HF_TOKEN") or False)
+        fetched = hf_hub_download(match[1], match[2], repo_type="dataset", token=os.environ.get("HF_TOKEN") or False)
     except Exception as error:
         raise ConfigError(
             f"data {name!r} cannot be had from the hub: {first_line(error)[:200]}; check the name, set HF_TOKEN for a "

@@ -54,8 +54,8 @@ class PromptSet:
 
 def eval_data(config: Config) -> DataConfig:
     """The `data` section as evaluation reads it: same fields and template, its own file and number of rows."""
-    own = {"path": config.eval.data, "split": config.eval.split, "num_rows": config.eval.num_prompts}
-    return config.data.model_copy(update=own)
+    overrides = {"path": config.eval.data, "split": config.eval.split, "num_rows": config.eval.num_prompts}
+    return config.data.model_copy(update=overrides)
 
 
 def load_prompts(
@@ -216,10 +216,10 @@ def _templated(row: _Row, data: DataConfig, tokenizer: Any) -> str:
     if not row.text.strip():
         return ""
     if data.template is not None:
-        prompt, given = row.parts
-        if data.template_with_input is None or not given.strip():
+        prompt, input_text = row.parts
+        if data.template_with_input is None or not input_text.strip():
             return data.template.replace("{prompt}", row.text)
-        texts = {"{prompt}": prompt, "{input}": given}
+        texts = {"{prompt}": prompt, "{input}": input_text}
         return re.sub(r"\{prompt\}|\{input\}", lambda name: texts[name[0]], data.template_with_input)
     if not _uses_chat(data, tokenizer):
         return row.text

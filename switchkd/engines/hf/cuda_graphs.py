@@ -117,35 +117,35 @@ class CudaCapture:
         return replay
 
     def _record(self, step: Step) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        own = torch.cuda.current_stream()
+        current = torch.cuda.current_stream()
         graph = torch.cuda.CUDAGraph()
         try:
-            self._stream.wait_stream(own)
+            self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):  # libraries allocate on their first call of a kind: not in a graph
                 for _ in range(2):
                     step()
-            own.wait_stream(self._stream)
+            current.wait_stream(self._stream)
             # thread_local: what other threads do meanwhile (a teacher or a learner in this process) is their business
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 out = step()
         finally:
-            torch.cuda.set_stream(own)  # a recording that fails leaves its stream behind as the current one
+            torch.cuda.set_stream(current)  # a recording that fails leaves its stream behind as the current one
         return graph, out
 
 
 def capture_for(
-    model: Any, wanted: Literal["auto", "on", "off"], *, key: str, whole_rows: bool = False
+    model: Any, switch: Literal["auto", "on", "off"], *, key: str, whole_rows: bool = False
 ) -> Capture | None:
     """How the steps of a model are recorded; None: not at all. `key` is where the user said what is `wanted`,
     `whole_rows` a model that answers with logits.
 
     Raises ConfigError where graphs are demanded and cannot be.
     """
-    if wanted == "off":
+    if switch == "off":
         return None
     if (why := _why_not(model, whole_rows)) is None:
         return CudaCapture(model.device)
-    if wanted == "on":
+    if switch == "on":
         raise ConfigError(f"{key}=on, but {why}; set {key}: auto")
     return None
 
@@ -164,14 +164,14 @@ def _why_not(model: Any, whole_rows: bool) -> str | None:
 def _checked(shape: Hashable, replay: Step, step: Step) -> torch.Tensor:
     """The step's own answer, which the replay must give too. Both write the same into the cache."""
     replayed = replay().clone()
-    own = step()
-    error = float((replayed.float() - own.float()).norm() / own.float().norm())
-    if not error <= _TOLERANCE.get(own.dtype, 0.1):
+    eager = step()
+    error = float((replayed.float() - eager.float()).norm() / eager.float().norm())
+    if not error <= _TOLERANCE.get(eager.dtype, 0.1):
         raise RuntimeError(
             f"the CUDA graph of forward pass {shape} does not repeat the model (relative error {error:.2g}); set "
             f"student.graphs and teacher.graphs to off"
         )
-    return own
+    return eager
 
 
 # --- shapes that repeat ----------------------------------------------------------------------------------------------

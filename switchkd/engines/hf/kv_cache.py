@@ -134,11 +134,11 @@ def build_masks(windows: dict[str, int], positions: torch.Tensor, length: int, a
     behind = positions[:, None, :, None] - columns  # how far behind the query a column lies
     masks: dict[str, torch.Tensor] = {}
     for kind, window in windows.items():
-        seen = (behind >= 0) & (behind < window) if window else behind >= 0
+        visible = (behind >= 0) & (behind < window) if window else behind >= 0
         if additive is not None:
             lowest = torch.finfo(additive).min
-            seen = torch.zeros_like(seen, dtype=additive).masked_fill_(~seen, lowest)
-        masks[kind] = seen
+            visible = torch.zeros_like(visible, dtype=additive).masked_fill_(~visible, lowest)
+        masks[kind] = visible
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 

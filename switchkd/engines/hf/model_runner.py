@@ -103,8 +103,8 @@ class ModelRunner:
         *inputs, places = (_spread(values, at, shape, fill).ravel() for values, fill in parts)
         if shape.first >= 0:
             inputs[-1] = shape.first + np.arange(shape.rows)
-        wanted = np.flatnonzero(places >= 0)
-        return _Part(places[wanted], self._values(shape, np.concatenate([*inputs, wanted])))
+        real = np.flatnonzero(places >= 0)
+        return _Part(places[real], self._values(shape, np.concatenate([*inputs, real])))
 
     def _shape(self, slots: np.ndarray, width: int, length: int) -> tuple[_Shape, np.ndarray]:
         """The shape of the forward pass for some ascending slots, and which of its rows each of them gets."""
@@ -178,9 +178,9 @@ class ModelRunner:
         whole = torch.from_numpy(ids)[None].to(self.model.device)
         ones = torch.ones_like(whole)  # without it GPT-2 warns of padding
         tail_rows = torch.arange(num - 3, num, device=whole.device)
-        own = self._read(tail_rows, input_ids=whole, attention_mask=ones, use_cache=False)
-        own = own.float().repeat(rows, 1)
-        error = float((tail.float() - own).norm() / own.norm())
+        expected = self._read(tail_rows, input_ids=whole, attention_mask=ones, use_cache=False)
+        expected = expected.float().repeat(rows, 1)
+        error = float((tail.float() - expected).norm() / expected.norm())
         if not error <= (1e-3 if self.model.dtype == torch.float32 else 0.1):
             raise ConfigError(
                 f"model type {self.model.config.model_type} reads wrongly from a cache with a length per row "

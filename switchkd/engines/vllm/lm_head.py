@@ -25,49 +25,49 @@ def output_layer(
     files hold no such matrix."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    given: dict[str, Any] = {"revision": revision, "token": os.environ.get("HF_TOKEN") or False}
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **given)
+    hub_args: dict[str, Any] = {"revision": revision, "token": os.environ.get("HF_TOKEN") or False}
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub_args)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     layer = model.get_output_embeddings()
     shared = dict(model.named_parameters(remove_duplicate=False))
-    files = _files(name, given)
-    weight = _read(name, files, [*_names(shared, getattr(layer, "weight", None)), *_OLD_NAMES], given)
+    files = _files(name, hub_args)
+    weight = _read(name, files, [*_names(shared, getattr(layer, "weight", None)), *_OLD_NAMES], hub_args)
     if weight is None:
         raise ConfigError(
             f"the safetensors files of {name} hold no output matrix by its name; take teacher.backend: hf, or "
             "teacher.interface: public with teacher.output: top_logprobs"
         )
-    bias = _read(name, files, _names(shared, getattr(layer, "bias", None)), given)
+    bias = _read(name, files, _names(shared, getattr(layer, "bias", None)), hub_args)
     return weight, bias, config.get_text_config()
 
 
-def _names(parameters: dict[str, torch.Tensor], wanted: torch.Tensor | None) -> list[str]:
+def _names(parameters: dict[str, torch.Tensor], target: torch.Tensor | None) -> list[str]:
     """All names of a parameter: a tied output matrix is stored as the embedding."""
-    return [name for name, parameter in parameters.items() if wanted is not None and parameter is wanted]
+    return [name for name, parameter in parameters.items() if target is not None and parameter is target]
 
 
-def _files(name: str, given: dict[str, Any]) -> dict[str, str]:
+def _files(name: str, hub_args: dict[str, Any]) -> dict[str, str]:
     """Tensor name -> the file that holds it."""
     from safetensors import safe_open
     from transformers.utils import cached_file
 
-    index = cached_file(name, _INDEX, _raise_exceptions_for_missing_entries=False, **given)
+    index = cached_file(name, _INDEX, _raise_exceptions_for_missing_entries=False, **hub_args)
     if index is not None:
         with open(index) as file:
             return json.load(file)["weight_map"]
-    with safe_open(cached_file(name, _SINGLE, **given), framework="pt") as file:
+    with safe_open(cached_file(name, _SINGLE, **hub_args), framework="pt") as file:
         return dict.fromkeys(file.keys(), _SINGLE)
 
 
-def _read(name: str, files: dict[str, str], names: list[str], given: dict[str, Any]) -> torch.Tensor | None:
+def _read(name: str, files: dict[str, str], names: list[str], hub_args: dict[str, Any]) -> torch.Tensor | None:
     """The first of the names that the files know; older files leave a prefix out, newer ones put one before it."""
     from safetensors import safe_open
     from transformers.utils import cached_file
 
-    for wanted in names:
+    for parameter in names:
         for key, file in files.items():
-            if key == wanted or wanted.endswith(f".{key}") or key.endswith(f".{wanted}"):
-                with safe_open(cached_file(name, file, **given), framework="pt") as tensors:
+            if key == parameter or parameter.endswith(f".{key}") or key.endswith(f".{parameter}"):
+                with safe_open(cached_file(name, file, **hub_args), framework="pt") as tensors:
                     return tensors.get_tensor(key)
     return None

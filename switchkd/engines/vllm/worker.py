@@ -50,14 +50,14 @@ class HiddenStateCapture:
         self.head: LMHead | None = None
         self.rows: dict[str, list[tuple[int, torch.Tensor]]] = defaultdict(list)  # by key: first position, [n, D]
         self.last: dict[int, torch.Tensor] = {}  # by slot: the hidden state that this step's token is drawn from
-        self._wanted: dict[str, dict[str, Any]] = {}  # by vLLM's own request id
+        self._requests: dict[str, dict[str, Any]] = {}  # by vLLM's own request id
         self._spans: dict[str, tuple[int, int]] = {}  # positions of this step: first, how many
         self._execute, self._sample = runner.execute_model, runner.sample_tokens
         runner.execute_model, runner.sample_tokens = self.execute, self.sample
 
     def execute(self, scheduled: Any, *args: Any, **kwargs: Any) -> Any:
         for gone in scheduled.finished_req_ids:
-            self._wanted.pop(gone, None)
+            self._requests.pop(gone, None)
         starts = dict(
             zip(scheduled.scheduled_cached_reqs.req_ids, scheduled.scheduled_cached_reqs.num_computed_tokens,
                 strict=True)
@@ -65,7 +65,7 @@ class HiddenStateCapture:
         for new in scheduled.scheduled_new_reqs:
             starts[new.req_id] = new.num_computed_tokens
             if new.sampling_params is not None and (ours := (new.sampling_params.extra_args or {}).get(OURS)):
-                self._wanted[new.req_id] = ours
+                self._requests[new.req_id] = ours
         self._spans = {i: (starts[i], num) for i, num in scheduled.num_scheduled_tokens.items()}
         return self._execute(scheduled, *args, **kwargs)
 
@@ -85,12 +85,14 @@ class HiddenStateCapture:
             rows = state.hidden_states[start : start + num]
             start += num
             self.last[slot] = rows[-1]
-            wanted = self._wanted.get(request)
-            skipped = 0 if wanted is None else max(wanted["first"] - first, 0)
-            if wanted is not None and self.keeps and skipped < num:
-                self.rows[wanted["key"]].append((first + skipped, rows[skipped:].clone()))  # the buffer is used again
+            request_rows = self._requests.get(request)
+            skipped = 0 if request_rows is None else max(request_rows["first"] - first, 0)
+            if request_rows is not None and self.keeps and skipped < num:
+                self.rows[request_rows["key"]].append(
+                    (first + skipped, rows[skipped:].clone())
+                )  # the buffer is used again
 
-    def taken(self, key: str) -> tuple[int, torch.Tensor] | None:
+    def pop_rows(self, key: str) -> tuple[int, torch.Tensor] | None:
         """First position and rows [n, D] of a request; of positions that were read twice, the later."""
         parts = self.rows.pop(key, [])
         if not parts:
@@ -133,13 +135,13 @@ class RowReader:
         that hold none."""
         assert _capture is not None
         # of all requests, before one answers nothing: margins are counted on every worker
-        taken = [(_capture.taken(key), _margins.pop(key, {})) for key in keys]
-        found = [
+        captured = [(_capture.pop_rows(key), _margins.pop(key, {})) for key in keys]
+        answers = [
             (rows[0], *to_numpy(rows[1]), [margins[i] for i in sorted(margins)])
-            for rows, margins in taken
+            for rows, margins in captured
             if rows is not None
         ]
-        return pickle.dumps(found) if len(found) == len(keys) else b""
+        return pickle.dumps(answers) if len(answers) == len(keys) else b""
 
     @torch.inference_mode()
     def switchkd_logits(self, rows: bytes) -> bytes:
@@ -217,11 +219,11 @@ class _Draw:
     """What one request's draws need."""
 
     def __init__(self, ours: dict[str, Any], output: list[int] | None) -> None:
-        given = ours["draw"]
+        draw = ours["draw"]
         self.key: str = ours["key"]
-        self.law = tuple(given[name] for name in ("run_seed", "purpose", "temperature", "top_p", "top_k"))
-        self.rollout_id, self.position = given["rollout_id"], given["position"]
-        self.vocab_size, self.num_prompt = given["vocab_size"], given["num_prompt"]
+        self.law = tuple(draw[name] for name in ("run_seed", "purpose", "temperature", "top_p", "top_k"))
+        self.rollout_id, self.position = draw["rollout_id"], draw["position"]
+        self.vocab_size, self.num_prompt = draw["vocab_size"], draw["num_prompt"]
         self._output = output
 
     @classmethod
