@@ -29,7 +29,7 @@ from switchkd.actors.placement_group import (
 from switchkd.actors.process_setup import Secrets
 from switchkd.actors.prometheus import Exporter
 from switchkd.actors.ray_futures import retry_until_alive, shut_down
-from switchkd.actors.replay_actor import ReplayActor
+from switchkd.actors.replay_actor import RayReplayHandle, ReplayActor
 from switchkd.actors.rollout_actor import RolloutActor
 from switchkd.actors.shared_teacher import PoolHandle, attach
 from switchkd.actors.teacher_pool import TeacherPoolActor
@@ -52,17 +52,6 @@ def join(config: Config, log: MetricsLog) -> None:
         for name in config.teacher_names:
             if (own := config.of_teacher(name)).teacher.attach:
                 rehearsal.callback(attach(own, resources.role_of(name)).close)
-
-
-class RayReplayHandle:
-    """The replay actor's handle: while Ray starts it again its calls wait."""
-
-    def __init__(self, actor: Any) -> None:
-        self.actor = actor
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self.actor, name)
-        return lambda *args: retry_until_alive(lambda: method.remote(*args))
 
 
 def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int], log: MetricsLog) -> ActorHandles:
@@ -113,12 +102,13 @@ def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int], log: M
         awaited = {name: retry_until_alive(actor.ready.remote) for name, actor in waited_for.items()}
         awaited["learner"] = learner.start(heads)
         wait_for_all(awaited, patience)
-        retry_until_alive(lambda: replay.restore.remote(None, 0)).result()
+        replay_handle = RayReplayHandle(replay)
+        replay_handle.restore(None, 0).result()
         if config.metrics.prometheus:
             log.export(Exporter(run_dir.resolve().name))
         return ActorHandles(
             workers=workers,
-            replay=RayReplayHandle(replay),
+            replay=replay_handle,
             learner=learner,
             heartbeats=lambda: heartbeats(actors()),
             close=opened.pop_all().close,

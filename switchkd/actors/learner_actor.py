@@ -10,7 +10,6 @@ import errno
 import socket
 from collections.abc import Callable
 from concurrent.futures import Future
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 
 from switchkd.actors.heartbeat import GROUP, Health
 from switchkd.actors.process_setup import Secrets, prepare
-from switchkd.actors.ray_futures import gather_ranks, retry_until_alive, run_in_thread
+from switchkd.actors.ray_futures import gather_ranks, run_in_thread
+from switchkd.actors.replay_actor import RayReplayHandle
 from switchkd.config.schema import Config
 from switchkd.engines.models.lm_head import LMHeadState
 from switchkd.learner.rank import LearnerRank, RankInfo
@@ -35,7 +35,7 @@ class LearnerActor(Health):
     def __init__(self, config: dict[str, Any], replay: Any, secrets: Secrets, working_dir: str) -> None:
         prepare(secrets, working_dir)
         self.config = Config.model_validate(config)
-        self.replay = replay
+        self.replay = RayReplayHandle(replay)
         # what `start` needs and takes seconds, while the teacher, whose output head `start` waits for, is loading
         import_module("transformers.models.auto.modeling_auto")
 
@@ -50,8 +50,8 @@ class LearnerActor(Health):
         self.rank = LearnerRank(self.config, gang, heads, self._fetch)
 
     def _fetch(self, rollout_ids: list[int]) -> list[Rollout]:
-        found: list[Rollout] = retry_until_alive(partial(self.replay.fetch.remote, rollout_ids)).result()
-        return found
+        rollouts: list[Rollout] = self.replay.fetch(rollout_ids).result()
+        return rollouts
 
     def step(self, assignment: BatchAssignment, lr: float) -> StepResult:
         return self.rank.step(assignment, lr)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import partial
 from typing import Any
 
 import ray
@@ -12,7 +11,7 @@ from ray import cloudpickle
 from switchkd.actors.heartbeat import GROUP, Health
 from switchkd.actors.pool_client import PoolClient
 from switchkd.actors.process_setup import Secrets, prepare
-from switchkd.actors.ray_futures import retry_until_alive
+from switchkd.actors.replay_actor import RayReplayHandle
 from switchkd.actors.teacher_router import TeacherRouter
 from switchkd.config.schema import Config
 from switchkd.rollout.build import make_worker
@@ -34,7 +33,8 @@ class RolloutActor(Health):
     ) -> None:
         """`handles`: of the teachers' pools, each with the run's number there, and of the replay, pickled."""
         prepare(secrets, working_dir)
-        pools, self.replay = cloudpickle.loads(handles)
+        pools, replay = cloudpickle.loads(handles)
+        self.replay = RayReplayHandle(replay)
         routers = {name: _router(pool, namespace, index) for name, (pool, namespace) in pools.items()}
         self.loaded = self.pushed_order = (0, 0)  # as Weights.key
         self.pushed: PackedWeights | None = None
@@ -79,7 +79,7 @@ class RolloutActor(Health):
         """Back-pressure: a full replay makes the worker wait. So does one that is being started again."""
         while rollouts:
             try:
-                retry_until_alive(partial(self.replay.put.remote, rollouts)).result()
+                self.replay.put(rollouts).result()
                 return
             except ReplayFull as full:
                 refused = set(full.refused)

@@ -8,23 +8,27 @@ from pathlib import Path
 from switchkd.config.schema import Config
 from switchkd.data.atomic_files import TEACHER_OUTPUT
 from switchkd.data.recorded import RecordedRollouts
-from switchkd.data.replay import Replay, ReplayService
+from switchkd.data.replay import Replay
 from switchkd.data.reuse_buffer import Buffer
 from switchkd.engines.models.loading import load_tokenizer
 
 
-def make_replay(config: Config, run_dir: Path) -> ReplayService | RecordedRollouts:
-    """The replay of one run, or what another run recorded in its place."""
+def make_replay(config: Config, run_dir: Path) -> Replay | RecordedRollouts:
+    """The replay of one run, or the rollouts that another run recorded."""
     section = config.replay
-    adaptive = section.policy == "adaptive"
-    policy = "fifo" if adaptive else section.policy
-    replay = Replay(capacity=section.capacity, policy=policy, lease_s=section.lease_s, seed=config.seed)
-    buffer = Buffer(section.capacity, config.seed) if adaptive else None
     tokenizer = load_tokenizer(config.student.path, trust_remote_code=config.student.trust_remote_code)
     decode = partial(tokenizer.decode, skip_special_tokens=False)
     rollouts_file = run_dir / "rollouts.jsonl" if config.rollout.save else None
     if config.rollout.recorded:
         sizes = [stage.batch_size for stage in config.train.stages for _ in range(stage.steps)]
         return RecordedRollouts(Path(config.rollout.recorded), sizes, rollouts_file, decode)
-    teacher_output_dir = run_dir / TEACHER_OUTPUT if config.rollout.save_teacher_output else None
-    return ReplayService(replay, rollouts_file, decode, teacher_output_dir, buffer)
+    adaptive = section.policy == "adaptive"
+    return Replay(
+        capacity=section.capacity,
+        policy="fifo" if adaptive else section.policy,
+        lease_s=section.lease_s,
+        rollouts_file=rollouts_file,
+        decode=decode,
+        teacher_output_dir=run_dir / TEACHER_OUTPUT if config.rollout.save_teacher_output else None,
+        buffer=Buffer(section.capacity, config.seed) if adaptive else None,
+    )

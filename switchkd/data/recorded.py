@@ -1,8 +1,8 @@
 """Rollouts that a run recorded with `rollout.save_teacher_output` stand in for workers and teacher in another run.
 
-In: `<run>/signal/`: a shard per optimizer step (tokens, who wrote them, the teacher's signal) and the teachers' output
-heads. Out: the heads, and what `replay_service.ReplayService` answers to the same calls. The rollouts
-come in the order in which they were trained on, and again from the first on when they run out.
+In: `<run>/teacher_output/`: a shard per optimizer step (tokens, who wrote them, the teacher's output) and the teachers'
+LM heads. Out: the heads, and a replay that answers the same calls as `replay.Replay`. The rollouts come in the order in
+which they were trained on, and again from the first on when they run out.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ def load_heads(path: Path) -> dict[str, LMHeadState]:
 class RecordedRollouts:
     """A replay that another run has filled. Step s of this run gets the next `batch_sizes[s]` rollouts; they take this
     run's ids, stages and weight versions (their age stays what it was)."""
+
+    num_put = 0
 
     def __init__(
         self,

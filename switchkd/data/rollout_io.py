@@ -69,7 +69,7 @@ def load_rollouts(path: Path) -> list[Rollout]:
 
 
 def save_replay_state(path: Path, state: dict[str, Any]) -> None:
-    """What `Replay.state` returns, in one file."""
+    """What `Replay.state_dict` returns, in one file."""
     _save(path, state["rollouts"], {key: value for key, value in state.items() if key != "rollouts"})
 
 

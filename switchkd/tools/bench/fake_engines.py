@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from switchkd.config.schema import Config
-from switchkd.data.replay import Replay, ReplayService
+from switchkd.data.replay import Replay
 from switchkd.engines.models.lm_head import LMHead, LMHeadState
 from switchkd.engines.weights import pack
 from switchkd.learner.rank import RankInfo
@@ -155,11 +155,10 @@ def make_worker(
     return RolloutWorker({"": rollouts}, build_rollout_params(config), str, index=index)
 
 
-def make_replay(config: Config, run_dir: Path) -> ReplayService:
+def make_replay(config: Config, run_dir: Path) -> Replay:
     """As `data.build.make_replay`, without a tokenizer: nothing is written to rollouts.jsonl."""
     section = config.replay
-    replay = Replay(capacity=section.capacity, policy=section.policy, lease_s=section.lease_s, seed=config.seed)
-    return ReplayService(replay, None, str)
+    return Replay(capacity=section.capacity, policy=section.policy, lease_s=section.lease_s)
 
 
 class FakeRank:
