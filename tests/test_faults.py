@@ -46,6 +46,7 @@ from switchkd.controller import recovery
 from switchkd.controller.metrics import MetricsLog
 from switchkd.controller.watchdog import Stalled
 from switchkd.train import train
+from switchkd.types import PackedWeights
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -275,16 +276,17 @@ def test_a_rank_says_that_there_is_no_room(monkeypatch):
     from switchkd.actors.ray_futures import _spoils
 
     rank = object.__new__(learner_actor.LearnerActor.__ray_metadata__.modified_class)
-    bundle = SimpleNamespace(buckets=(np.zeros(3_000_000, np.uint8), np.zeros(2_000_000, np.uint8)))
+    buckets = (np.zeros(3_000_000, np.uint8), np.zeros(2_000_000, np.uint8))
+    bundle = PackedWeights(version=1, manifest=(), buckets=buckets, checksum="")
     rank.rank = SimpleNamespace(publish=lambda version: bundle if version else None)
 
     def put(value: Any) -> None:
         raise OutOfDiskError("Local disk is full")
 
     monkeypatch.setattr(learner_actor.ray, "put", put)
-    assert rank.publish(0) == []  # another rank's part: it puts nothing
+    assert rank.call("publish", 0) is None  # another rank's part: it puts nothing
     with pytest.raises(OSError, match=r"a version of 0\.005 GB.*free some, or give more memory") as caught:
-        rank.publish(1)
+        rank.call("publish", 1)
     assert caught.value.errno == errno.ENOSPC and not _spoils(caught.value)
 
 

@@ -150,7 +150,7 @@ def hear_at_once(patch: pytest.MonkeyPatch) -> None:
         ray.wait([pool._asked], timeout=60)
         return events(pool)
 
-    patch.setattr(PoolHandle, "news", heard)
+    patch.setattr(PoolHandle, "events", heard)
 
 
 def same_rollouts(run: Path, other: Path) -> None:

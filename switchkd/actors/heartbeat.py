@@ -1,4 +1,4 @@
-"""How an actor is, told by itself on a thread of its own: it answers while it works, and while it hangs.
+"""Every actor reports on a thread of its own where its work is: it answers while it computes, and while it hangs.
 
 In: the actors' handles by name. Out: a `Heartbeat` of each; one that does not answer says so.
 """
@@ -9,7 +9,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,79 +21,69 @@ from ray.exceptions import RayError
 from switchkd.controller.handles import Heartbeat
 
 ANSWER_S = 5.0
-GROUP = {"health": 1}
+HEARTBEAT_GROUP = {"heartbeat": 1}
 """Goes into `concurrency_groups` of every actor."""
-WAITS = {
-    "teacher_router.py": "waits for a teacher",
-    "directory.py": "waits for a teacher",
-    "_put": "waits for the replay",
-    "_fetch": "waits for the replay",
-    "pulled": "waits for weights",
-}
-"""Files or functions that do nothing but wait for somebody, and what it is."""
-_ROOT = Path(__file__).parents[1]
+_PACKAGE = Path(__file__).parents[1]
+_waiting: dict[int, str] = {}  # by thread
 
 
-class Health:
-    """What every actor can say of itself."""
+@contextmanager
+def waiting_for(what: str) -> Iterator[None]:
+    """This thread waits for an answer of another process; its heartbeat says so."""
+    thread = threading.get_ident()
+    outer = _waiting.get(thread)
+    _waiting[thread] = what
+    try:
+        yield
+    finally:
+        if outer is None:
+            del _waiting[thread]
+        else:
+            _waiting[thread] = outer
+
+
+class HeartbeatActor:
+    """What every actor answers beside its own calls."""
+
+    def ready(self) -> bool:
+        """Answers once the actor has started."""
+        return True
 
     def progress_counter(self) -> int:
-        """Grows while the actor gets on with one long call."""
+        """Grows while the actor makes progress within one long call."""
         return 0
 
-    @ray.method(concurrency_group="health")
+    @ray.method(concurrency_group="heartbeat")
     def heartbeat(self) -> tuple[int, str, str]:
-        return self.progress_counter(), current_location(), stacks()
+        """The progress counter, where the call at hand is (empty without one), and the stacks of all threads."""
+        frames = sys._current_frames()
+        del frames[threading.get_ident()]
+        where = next(filter(None, (self._location(thread, frame) for thread, frame in frames.items())), "")
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        stacks = (f"thread {names.get(i, i)}:\n{''.join(traceback.format_stack(frame))}" for i, frame in frames.items())
+        return self.progress_counter(), where, "\n".join(stacks)
 
-
-def current_location() -> str:
-    """Where the thread that serves a call is; empty where none is served."""
-    own = threading.get_ident()
-    for ident, frame in sys._current_frames().items():
-        ours = [one for one in _outwards(frame) if _is_ours(one)]
-        if ident == own or not ours or not ours[-1].f_code.co_filename.endswith("_actor.py"):
-            continue
-        path, line, name = ours[0].f_code.co_filename, ours[0].f_lineno, ours[0].f_code.co_name
-        reason = WAITS.get(Path(path).name) or WAITS.get(name)
-        placement = f"{Path(path).relative_to(_ROOT)}:{line}, {name}"
-        return f"{reason} ({placement})" if reason else f"is at {placement}"
-    return ""
-
-
-def stacks() -> str:
-    """Of all threads, the most recent call last."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    return "\n".join(
-        f"thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame))
-        for ident, frame in sys._current_frames().items()
-        if ident != threading.get_ident()
-    )
-
-
-def _outwards(frame: FrameType | None) -> list[FrameType]:
-    found = []
-    while frame is not None:
-        found.append(frame)
-        frame = frame.f_back
-    return found
-
-
-def _is_ours(frame: FrameType) -> bool:
-    return frame.f_code.co_filename.startswith(str(_ROOT)) and not frame.f_code.co_filename.endswith("health.py")
+    def _location(self, thread: int, frame: FrameType) -> str:
+        """The innermost line of this package, where the thread serves a call of this actor."""
+        inner = [one for one, _ in traceback.walk_stack(frame) if one.f_code.co_filename.startswith(f"{_PACKAGE}/")]
+        if not inner or inner[-1].f_locals.get("self") is not self:
+            return ""
+        code = inner[0].f_code
+        place = f"{Path(code.co_filename).relative_to(_PACKAGE)}:{inner[0].f_lineno}, {code.co_name}"
+        reason = _waiting.get(thread)
+        return f"waits for {reason} ({place})" if reason else f"is at {place}"
 
 
 def heartbeats(actors: Mapping[str, Any]) -> list[Heartbeat]:
-    """Of all of them, after `ANSWER_S` at most."""
-    asked = {}
-    for name, actor in actors.items():
-        asked[name] = actor.heartbeat.remote()
+    """The heartbeat of each actor, after `ANSWER_S` at most."""
+    refs = {name: actor.heartbeat.remote() for name, actor in actors.items()}
     deadline = time.monotonic() + ANSWER_S
-    return [_heartbeat(name, ref, deadline) for name, ref in asked.items()]
+    return [_heartbeat(name, ref, deadline) for name, ref in refs.items()]
 
 
 def _heartbeat(name: str, ref: Any, deadline: float) -> Heartbeat:
     try:
-        progress_counter, current_location, stacks = ray.get(ref, timeout=max(deadline - time.monotonic(), 0.01))
+        progress_counter, where, stacks = ray.get(ref, timeout=max(deadline - time.monotonic(), 0.01))
     except RayError as error:
         return Heartbeat(name=name, where=f"does not answer ({type(error).__name__})")
-    return Heartbeat(name=name, progress_counter=progress_counter, where=current_location, stacks=stacks)
+    return Heartbeat(name=name, progress_counter=progress_counter, where=where, stacks=stacks)

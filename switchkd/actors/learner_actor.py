@@ -1,7 +1,7 @@
-"""One learner rank behind Ray, and the gang of them as one handle.
+"""One learner rank behind Ray, and all ranks as one handle.
 
-A gang lives and dies together: when a rank is lost its peers cannot continue. `restart` ends them and brings a new gang
-together on another port; the run goes on from its last checkpoint.
+When a rank is lost its peers cannot continue. `restart` ends them and starts new ranks, which meet on another port; the
+run goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -11,82 +11,70 @@ import socket
 from collections.abc import Callable
 from concurrent.futures import Future
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 
-from switchkd.actors.heartbeat import GROUP, Health
+from switchkd.actors.heartbeat import HEARTBEAT_GROUP, HeartbeatActor, waiting_for
 from switchkd.actors.process_setup import Secrets, prepare
 from switchkd.actors.ray_futures import gather_ranks, run_in_thread
 from switchkd.actors.replay_actor import RayReplayHandle
 from switchkd.config.schema import Config
 from switchkd.engines.models.lm_head import LMHeadState
 from switchkd.learner.rank import LearnerRank, RankInfo
-from switchkd.types import BatchAssignment, Rollout, StateLost, StepResult
+from switchkd.types import PackedWeights, Rollout, StateLost
 
 MAX_RENDEZVOUS = 3
-"""So many gangs are brought together until one stays whole."""
+"""Tries to bring all ranks together."""
 
 
-@ray.remote(max_restarts=0, concurrency_groups=GROUP)
-class LearnerActor(Health):
+@ray.remote(max_restarts=0, concurrency_groups=HEARTBEAT_GROUP)
+class LearnerActor(HeartbeatActor):
     def __init__(self, config: dict[str, Any], replay: Any, secrets: Secrets, working_dir: str) -> None:
         prepare(secrets, working_dir)
         self.config = Config.model_validate(config)
         self.replay = RayReplayHandle(replay)
-        # what `start` needs and takes seconds, while the teacher, whose output head `start` waits for, is loading
+        # what `start` needs and takes seconds, while the teacher, whose LM head `start` waits for, is loading
         import_module("transformers.models.auto.modeling_auto")
 
     def address(self) -> tuple[str, int]:
-        """Where rank 0 can be met: this node's address and a free port."""
+        """Where the other ranks can reach rank 0: this node's address and a free port."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def start(self, gang: RankInfo, heads: dict[str, LMHeadState]) -> None:
+    def start(self, rank_info: RankInfo, heads: dict[str, LMHeadState]) -> None:
         """Meet the other ranks and load the student."""
-        self.rank = LearnerRank(self.config, gang, heads, self._fetch)
+        self.rank = LearnerRank(self.config, rank_info, heads, self._fetch)
 
     def _fetch(self, rollout_ids: list[int]) -> list[Rollout]:
-        rollouts: list[Rollout] = self.replay.fetch(rollout_ids).result()
+        with waiting_for("the replay"):
+            rollouts: list[Rollout] = self.replay.fetch(rollout_ids).result()
         return rollouts
 
-    def step(self, assignment: BatchAssignment, lr: float) -> StepResult:
-        return self.rank.step(assignment, lr)
-
-    def publish(self, version: int) -> list[Any]:
-        """Rank 0 puts the weights into the object store once; the others only take part in gathering them. Raises
-        OSError where there is no room."""
-        packed = self.rank.publish(version)
-        if packed is None:
-            return []
+    def call(self, method: str, *args: Any) -> Any:
+        """Call a method of `learner.rank.LearnerRank`. Packed weights are answered by a reference to the object store,
+        in a list. Raises OSError where they do not fit."""
+        answer = getattr(self.rank, method)(*args)
+        if not isinstance(answer, PackedWeights):
+            return answer
         try:
-            return [ray.put(packed)]
+            return [ray.put(answer)]
         except (OutOfDiskError, ObjectStoreFullError) as error:  # the rank lives, and can be asked again
-            size = sum(bucket.nbytes for bucket in packed.buckets) / 1e9
+            size = sum(bucket.nbytes for bucket in answer.buckets) / 1e9
             raise OSError(
                 errno.ENOSPC,
                 f"no room in Ray's object store for a version of {size:.3g} GB, and less than 5% of the disk behind it "
                 "is free: free some, or give more memory (cluster.object_store_gb, or ray start --object-store-memory)",
             ) from error
 
-    def save(self, folder: Path, tag: str) -> None:
-        self.rank.save(folder, tag)
-
-    def load(self, folder: Path, tag: str) -> None:
-        self.rank.load(folder, tag)
-
-    def export(self, folder: Path) -> None:
-        self.rank.export(folder)
-
 
 class LearnerGroup:
-    """All ranks as one `house.LearnerHandle`: every call enters every rank, rank 0 answers."""
+    """All ranks as one `handles.LearnerHandle`: every call enters every rank, rank 0 answers. `make` starts the actors
+    of all ranks."""
 
     def __init__(self, make: Callable[[], list[Any]]) -> None:
-        """`make` places the actors of a gang."""
         self.make = make
         self.ranks: list[Any] = make()
         self.heads: dict[str, LMHeadState] = {}
@@ -108,11 +96,11 @@ class LearnerGroup:
         address, port = gather_ranks([self.ranks[0].address.remote()]).result()
         world = len(self.ranks)
         heads = ray.put(self.heads)
-        gangs = [
+        infos = [
             RankInfo(rank=i, local_rank=i, world_size=world, master_addr=address, master_port=port)
             for i in range(world)
         ]
-        gather_ranks([rank.start.remote(gang, heads) for rank, gang in zip(self.ranks, gangs, strict=True)]).result()
+        gather_ranks([rank.start.remote(info, heads) for rank, info in zip(self.ranks, infos, strict=True)]).result()
 
     def restart(self) -> Future[None]:
         self._respawn()
@@ -127,20 +115,6 @@ class LearnerGroup:
             ray.kill(rank)
         self.ranks = []
 
-    def _all(self, method: str, *args: Any) -> Future[Any]:
-        return gather_ranks([getattr(rank, method).remote(*args) for rank in self.ranks])
-
-    def step(self, assignment: BatchAssignment, lr: float) -> Future[StepResult]:
-        return self._all("step", assignment, lr)
-
-    def publish(self, version: int) -> Future[Any]:
-        return self._all("publish", version)
-
-    def save(self, folder: Path, tag: str) -> Future[None]:
-        return self._all("save", folder, tag)
-
-    def load(self, folder: Path, tag: str) -> Future[None]:
-        return self._all("load", folder, tag)
-
-    def export(self, folder: Path) -> Future[None]:
-        return self._all("export", folder)
+    def __getattr__(self, method: str) -> Callable[..., Future[Any]]:
+        """A method of `learner.rank.LearnerRank` that every rank enters."""
+        return lambda *args: gather_ranks([rank.call.remote(method, *args) for rank in self.ranks])

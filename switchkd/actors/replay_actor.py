@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from switchkd.actors.heartbeat import GROUP, Health
+from switchkd.actors.heartbeat import HEARTBEAT_GROUP, HeartbeatActor
 from switchkd.actors.process_setup import Secrets, prepare
 from switchkd.actors.ray_futures import retry_until_alive
 from switchkd.config.schema import Config
@@ -19,15 +19,12 @@ from switchkd.data.build import make_replay
 from switchkd.types import StateLost
 
 
-@ray.remote(max_restarts=-1, max_task_retries=0, num_cpus=0, concurrency_groups=GROUP)
-class ReplayActor(Health):
+@ray.remote(max_restarts=-1, max_task_retries=0, num_cpus=0, concurrency_groups=HEARTBEAT_GROUP)
+class ReplayActor(HeartbeatActor):
     def __init__(self, config: dict[str, Any], run_dir: str, secrets: Secrets, working_dir: str) -> None:
         prepare(secrets, working_dir)
         self.replay = make_replay(Config.model_validate(config), Path(run_dir))
         self.restored = False
-
-    def ready(self) -> bool:
-        return True
 
     def progress_counter(self) -> int:
         return self.replay.num_put

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray import cloudpickle
 
-from switchkd.actors.heartbeat import GROUP, Health
+from switchkd.actors.heartbeat import HEARTBEAT_GROUP, HeartbeatActor, waiting_for
 from switchkd.actors.pool_client import PoolClient
 from switchkd.actors.process_setup import Secrets, prepare
 from switchkd.actors.replay_actor import RayReplayHandle
@@ -18,8 +18,8 @@ from switchkd.rollout.build import make_worker
 from switchkd.types import EvalRow, EvalShard, PackedWeights, ReplayFull, Rollout, RolloutTask, WeightRef, WorkReport
 
 
-@ray.remote(max_restarts=-1, max_task_retries=0, concurrency_groups={"weights": 1, **GROUP})
-class RolloutActor(Health):
+@ray.remote(max_restarts=-1, max_task_retries=0, concurrency_groups={"weights": 1, **HEARTBEAT_GROUP})
+class RolloutActor(HeartbeatActor):
     """Calls of the default group run one after another; `push_weights` comes in between (`reprefill`)."""
 
     def __init__(
@@ -40,9 +40,6 @@ class RolloutActor(Health):
         self.pushed: PackedWeights | None = None
         teachers = {name: (router, router.head()) for name, router in routers.items()}
         self.worker = make_worker(Config.model_validate(config), index, teachers, stop_ids, self._newer)
-
-    def ready(self) -> bool:
-        return True
 
     @ray.method(concurrency_group="weights")
     def push_weights(self, weights: WeightRef) -> None:
@@ -77,20 +74,21 @@ class RolloutActor(Health):
 
     def _put(self, rollouts: list[Rollout]) -> None:
         """Back-pressure: a full replay makes the worker wait. So does one that is being started again."""
-        while rollouts:
-            try:
-                self.replay.put(rollouts).result()
-                return
-            except ReplayFull as full:
-                refused = set(full.refused)
-                rollouts = [rollout for rollout in rollouts if rollout.rollout_id in refused]
-                time.sleep(0.2)
+        with waiting_for("the replay"):
+            while rollouts:
+                try:
+                    self.replay.put(rollouts).result()
+                    return
+                except ReplayFull as full:
+                    rollouts = [rollout for rollout in rollouts if rollout.rollout_id in full.refused]
+                    time.sleep(0.2)
 
 
 def _router(pool: Any, namespace: int, index: int) -> TeacherRouter:
     return TeacherRouter(PoolClient(pool, f"{namespace}/{index}"), namespace=namespace, first=index)
 
 
+@waiting_for("weights")
 def fetch_weights(weights: WeightRef) -> PackedWeights:
     """`ref` holds one object reference: this process pulls the weights once, straight from the store."""
     packed: PackedWeights = ray.get(weights.ref[0])

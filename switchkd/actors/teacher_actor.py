@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from switchkd.actors.heartbeat import GROUP, Health
+from switchkd.actors.heartbeat import HEARTBEAT_GROUP, HeartbeatActor
 from switchkd.actors.process_setup import Secrets, prepare
 from switchkd.config.schema import Config
 from switchkd.types import Blocks, Positions, Sessions, TeacherOutput, WriteRequest, Written
@@ -31,8 +31,8 @@ class ReplicaLoad:
     busy_s: float
 
 
-@ray.remote(max_restarts=-1, max_task_retries=0, concurrency_groups=GROUP)
-class TeacherActor(Health):
+@ray.remote(max_restarts=-1, max_task_retries=0, concurrency_groups=HEARTBEAT_GROUP)
+class TeacherActor(HeartbeatActor):
     def __init__(self, config: dict[str, Any], secrets: Secrets, working_dir: str) -> None:
         prepare(secrets, working_dir)
         # here, not above: the pool, which imports this class to start it, has no need of torch
@@ -41,9 +41,6 @@ class TeacherActor(Health):
         self.teacher = make_teacher(Config.model_validate(config))
         self.held: set[int] = set()  # sessions that were opened and not closed
         self.calls, self.busy_s = 0, 0.0
-
-    def ready(self) -> bool:
-        return True
 
     def load(self) -> ReplicaLoad:
         """Stands in the same line as every other call: how long the answer takes is how long calls wait."""

@@ -18,6 +18,7 @@ import numpy as np
 import ray
 from ray.exceptions import ActorDiedError, RayActorError
 
+from switchkd.actors.heartbeat import waiting_for
 from switchkd.actors.replicas import ReplicaView
 from switchkd.engines.base import TeacherBusy, UnknownSession
 from switchkd.types import (
@@ -77,6 +78,7 @@ class TeacherRouter:
 
     # ── the Teacher protocol ───────────────────────────────────────────────────────────────────────────────────────
 
+    @waiting_for("a teacher")
     def open(self, sessions: Sessions) -> None:
         self._refresh()
         tokens = ragged(sessions.token_ids, sessions.lengths)
@@ -86,6 +88,7 @@ class TeacherRouter:
         self._place(wanted)
         self._tokens.update(wanted)
 
+    @waiting_for("a teacher")
     def score(self, blocks: Blocks) -> TeacherOutput:
         """Split by replica, ask all at once, put together in the order asked. Lost sessions are opened again."""
         blocks = self._own(blocks)
@@ -94,6 +97,7 @@ class TeacherRouter:
         self._remember(blocks, parts)
         return _joined(answers)
 
+    @waiting_for("a teacher")
     def exact(self, question: Positions) -> TeacherOutput:
         """As `score`; a lost session is opened elsewhere with all its tokens."""
         question = replace(question, session_ids=question.session_ids + self._offset)
@@ -118,6 +122,7 @@ class TeacherRouter:
 
         return _joined(self._until_answered(whole, ask))
 
+    @waiting_for("a teacher")
     def write(self, request: WriteRequest) -> Written:
         """As `score`. A repeated request gives the same tokens, so a lost replica costs time only."""
         blocks = self._own(request.blocks)
@@ -157,6 +162,7 @@ class TeacherRouter:
             if (handle := self._handle(replica_of)) is not None:
                 handle.close.remote(np.array(ids, np.int64))  # nobody waits for it
 
+    @waiting_for("a teacher")
     def head(self) -> LMHeadState | None:
         """The teacher's output head, from whichever replica answers; None when it sends whole rows. Waits for the pool
         to start."""
