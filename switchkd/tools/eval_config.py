@@ -55,13 +55,13 @@ def eval_config(
     return parse(raw)
 
 
-def _metrics(wanted: Sequence[str] | None, default: Sequence[str], compared: bool) -> list[str]:
-    if wanted is None:
+def _metrics(requested: Sequence[str] | None, default: Sequence[str], compared: bool) -> list[str]:
+    if requested is None:
         return [name for name in default if compared or name not in WITH_TEACHER]
-    alone = [name for name in wanted if name in WITH_TEACHER]
+    alone = [name for name in requested if name in WITH_TEACHER]
     if alone and not compared:
         raise ConfigError(f"--metric {alone[0]} compares with a teacher; give --teacher MODEL")
-    return list(wanted)
+    return list(requested)
 
 
 def _minimal(model: str, overrides: Sequence[str]) -> Config:

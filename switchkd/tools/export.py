@@ -77,12 +77,12 @@ def _student_of_step(run_dir: Path, step: int) -> Path:
 
 def _steps(run_dir: Path) -> dict[int, Path]:
     """Checkpoints that hold a student, by step. Half-written ones have another name."""
-    found = {}
+    folders = {}
     for path in (run_dir / "checkpoints").glob(f"{_STEP}*/student/config.json"):
         number = path.parents[1].name.removeprefix(_STEP)
         if number.isdigit():
-            found[int(number)] = path.parent
-    return found
+            folders[int(number)] = path.parent
+    return folders
 
 
 def _copy(folder: Path, out: Path) -> Path:

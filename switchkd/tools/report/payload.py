@@ -50,7 +50,7 @@ def rollout(row: dict[str, Any]) -> dict[str, Any]:
     pieces = row.get("pieces")
     by_token = isinstance(pieces, list) and len(pieces) == row["num_tokens"]
     sources = [[part["source"], part["num_tokens"] if by_token else 1] for part in row["segments"]]
-    found = {
+    record = {
         "id": row.get("rollout_id"),
         "step": row["step"],
         "stage": row.get("stage"),
@@ -66,7 +66,7 @@ def rollout(row: dict[str, Any]) -> dict[str, Any]:
         "blocks": row["stats"].get("block_lengths", []) if by_token else [],
     }
     if by_token:
-        found |= {
+        record |= {
             "ids": row.get("token_ids"),
             "statistic": _short(row.get("statistic")),
             "threshold": _short(row.get("threshold")),
@@ -74,7 +74,7 @@ def rollout(row: dict[str, Any]) -> dict[str, Any]:
             "versions": row.get("versions"),
             "candidates": row.get("candidates"),
         }
-    return found
+    return record
 
 
 def _short(values: Any) -> list[float | None] | None:

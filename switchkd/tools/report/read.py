@@ -39,8 +39,8 @@ class RunData:
 
     def section(self, name: str) -> dict[str, Any]:
         """Of the config; empty where it is missing."""
-        found = self.config.get(name)
-        return found if isinstance(found, dict) else {}
+        section = self.config.get(name)
+        return section if isinstance(section, dict) else {}
 
     @property
     def stage_scores(self) -> list[tuple[str, dict[str, float]]]:
@@ -64,17 +64,17 @@ def read_run(path: Path, name: str, max_rollouts: int) -> RunData:
 def _read_config(run: RunData) -> None:
     try:  # it may be anything
         run.config_text = (run.path / CONFIG).read_text(encoding="utf-8")
-        told = yaml.safe_load(run.config_text)
+        config = yaml.safe_load(run.config_text)
     except FileNotFoundError:
         run.missing.append(f"{CONFIG} is missing: the settings cannot be shown")
         return
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        told = None
-    if isinstance(told, dict):
-        run.config = told
-        if written_format(told) != FORMAT:
+        config = None
+    if isinstance(config, dict):
+        run.config = config
+        if written_format(config) != FORMAT:
             run.missing.append(
-                f"the run was written in format {written_format(told)}, this page is made for format {FORMAT}: metrics "
+                f"the run was written in format {written_format(config)}, this page is made for format {FORMAT}: metrics "
                 "that have another name since are not drawn"
             )
     else:
@@ -118,8 +118,8 @@ def _read_rollouts(run: RunData, limit: int) -> None:
 
 def _read_summary(run: RunData) -> None:
     try:
-        told = json.loads((run.path / SUMMARY).read_text(encoding="utf-8"))
-        run.summary = told if isinstance(told, dict) else {}
+        summary = json.loads((run.path / SUMMARY).read_text(encoding="utf-8"))
+        run.summary = summary if isinstance(summary, dict) else {}
     except FileNotFoundError:
         run.missing.append(f"{SUMMARY} is missing: the run is still going on, or was killed{_since(run.path)}")
         return

@@ -128,8 +128,8 @@ def _differences(runs: Sequence[RunData]) -> list[list[str]]:
     """Keys in which the runs' configs differ, with each run's value."""
     trees = [dict(flatten_keys(run.config)) for run in runs]
     keys = dict.fromkeys(key for tree in trees for key in tree if key != "run.dir")
-    told = [[key, *(_value(tree.get(key)) for tree in trees)] for key in keys]
-    return [row for row in told if len(set(row[1:])) > 1] if all(trees) else []
+    rows = [[key, *(_value(tree.get(key)) for tree in trees)] for key in keys]
+    return [row for row in rows if len(set(row[1:])) > 1] if all(trees) else []
 
 
 def _value(value: Any) -> str:

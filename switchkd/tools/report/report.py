@@ -44,8 +44,8 @@ def _names(paths: Sequence[Path]) -> list[str]:
         names = ["/".join(path.resolve().parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):
             return names
-    seen: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for i, name in enumerate(names):
-        seen[name] += 1
-        names[i] = f"{name} ({seen[name]})"
+        counts[name] += 1
+        names[i] = f"{name} ({counts[name]})"
     return names

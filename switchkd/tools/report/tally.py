@@ -62,10 +62,10 @@ class RolloutStatistics:
         for t, source in enumerate(sources):
             sums.tokens[t] += 1
             sums.by_teacher[t] += source == "teacher"
-        for t, (seen, limit) in enumerate(zip(statistic, threshold, strict=False)):
-            if t < len(sources) and _finite(seen) and _finite(limit):
+        for t, (measured, limit) in enumerate(zip(statistic, threshold, strict=False)):
+            if t < len(sources) and _finite(measured) and _finite(limit):
                 sums.looked[t] += 1
-                sums.statistic[t] += seen
+                sums.statistic[t] += measured
                 sums.threshold[t] += limit
 
     def share_by_position(self) -> dict[int, list[list[float]]]:
