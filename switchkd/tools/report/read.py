@@ -74,8 +74,8 @@ def _read_config(run: RunData) -> None:
         run.config = config
         if written_format(config) != FORMAT:
             run.missing.append(
-                f"the run was written in format {written_format(config)}, this page is made for format {FORMAT}: metrics "
-                "that have another name since are not drawn"
+                f"the run was written in format {written_format(config)}, this page is made for format {FORMAT}: "
+                "metrics that have another name since are not drawn"
             )
     else:
         run.missing.append(f"{CONFIG} cannot be read: the settings cannot be shown")
