@@ -30,7 +30,7 @@ from switchkd.controller import local
 from switchkd.controller.alerts import MetricAlerts
 from switchkd.controller.build import build_evaluator, build_schedule
 from switchkd.controller.checkpoint import Checkpoint, RunFolder, TrainState, open_run
-from switchkd.controller.dispatcher import MAX_TRIES, TaskDispatcher, id_range
+from switchkd.controller.dispatcher import NothingFinishes, TaskDispatcher, id_range
 from switchkd.controller.evaluation import Evaluator
 from switchkd.controller.handles import ActorHandles
 from switchkd.controller.metrics import MetricsLog
@@ -48,6 +48,8 @@ from switchkd.types import CompletionSource, Entry, StateLost, StepResult, Unrea
 
 MAX_SKIPPED = 3
 """Steps in a row without a finite loss that end a run."""
+MAX_EVALUATIONS = 5
+"""Times that one evaluation may begin again because a rollout worker was lost."""
 
 
 class Trainer:
@@ -125,7 +127,7 @@ class Trainer:
                     lost = error
                     if self.stop_signal:
                         raise RuntimeError(f"{lost} while the run was stopping; --resume goes on") from None
-        except Stalled:
+        except (Stalled, NothingFinishes):
             self._save_if_consistent()
             raise
         finally:
@@ -157,7 +159,7 @@ class Trainer:
         )
 
     def _save_if_consistent(self) -> None:
-        """The run has stalled. Whoever it waits for cannot be asked; the others may still answer."""
+        """Before the run ends: an actor that it waits for in vain cannot be asked; the others may still answer."""
         if not self.consistent or "the learner" in self.watchdog.waits_for:
             self.log.info("the state of the step at hand cannot be saved; the last checkpoint stands")
             return
@@ -217,6 +219,8 @@ class Trainer:
         stage = self.schedule.stage_index(step)
         self.log.now(learner=f"waits for the rollouts of step {step + 1}", replay=f"gathers step {step + 1}")
         while not self.stop_signal:
+            if self.dispatcher.failure:
+                raise self.dispatcher.failure
             self._dispatch()
             num, version = self.schedule.batch_size(step), self.state.version
             if self.schedule.reuses(step):
@@ -263,7 +267,7 @@ class Trainer:
     def _learn(self, entries: list[Entry]) -> StepResult:
         """One optimizer step; workers go on meanwhile as far as admission lets them."""
         step = self.state.step
-        if not entries:  # all set aside
+        if not entries:  # all are quarantined
             return StepResult(
                 step=step,
                 version=step + 1,
@@ -359,12 +363,11 @@ class Trainer:
     def _queue_metrics(self) -> dict[str, float]:
         """What waits for the learner, and what is being written."""
         stats = self._wait_for_replay(self.handles.replay.stats())
-        in_flight = sum(len(tasks) for _, tasks in self.dispatcher.working.values())
         return {
             "replay/waiting": stats["num_waiting"],
             "replay/bytes": stats["bytes"],
             **({"replay/buffered": stats["num_buffered"]} if "num_buffered" in stats else {}),
-            "rollout/in_flight": in_flight,
+            "rollout/in_flight": sum(map(len, self.dispatcher.in_flight)),
         }
 
     def _warn(self, lines: list[str]) -> None:
@@ -406,7 +409,7 @@ class Trainer:
             self.state = replace(self.state, stage_scores=(*self.state.stage_scores, (stage_end, scores)))
 
     def _scores(self) -> dict[str, float]:
-        for _ in range(MAX_TRIES):
+        for _ in range(MAX_EVALUATIONS):
             try:
                 return self.evaluator.evaluate(
                     self.handles.workers,
@@ -420,7 +423,7 @@ class Trainer:
                     self.watchdog.wait_for(worker.back(), "a rollout worker to come back")
                 if isinstance(error, Unreachable):
                     self.weights = None  # they may be what could not be reached
-        raise RuntimeError(f"{MAX_TRIES} evaluations lost a rollout worker; see its log")
+        raise RuntimeError(f"{MAX_EVALUATIONS} evaluations lost a rollout worker; see its log")
 
     def _select(self, scores: dict[str, float]) -> None:
         """Keep the best student so far, by `train.select_by`, and stop early when it no longer improves."""

@@ -1,5 +1,5 @@
-"""A prompt that breaks its worker, or kills it, is set aside with the reason; the others are trained on as if it were
-not there. What dies or fails for other reasons is tried again, and not for ever."""
+"""A prompt that raises in its worker or kills it is quarantined with the reason; the others are trained on as if it
+were not there. What fails for other reasons is tried again, and not for ever."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import signal
 from collections.abc import Callable
 from concurrent.futures import Future
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +16,10 @@ from runs import NUM_ROLLOUTS, STAGES, command, config, config_file, distance, l
 from switchkd.controller import dispatcher
 from switchkd.controller.local import LocalWorkerHandle
 from switchkd.controller.metrics import MetricsLog
-from switchkd.controller.quarantine import CrashAttribution
+from switchkd.controller.quarantine import MAX_FAILURES, MAX_STRIKES, Strikes
 from switchkd.rollout.generator import SwitchingGenerator
 from switchkd.train import train
-from switchkd.types import MAX_DEATHS, TeacherLost, Unreachable, WorkerLost
+from switchkd.types import TeacherLost, Unreachable, WorkerLost
 
 
 def break_rollouts(patch: pytest.MonkeyPatch, broken: set[int]) -> None:
@@ -59,8 +58,8 @@ def test_two_prompts_break(place, monkeypatch, capsys):
         patch.setattr(MetricsLog, "step", stop)
         code, out, err = command(patch, capsys, "train", "config.yaml")
     assert code == 143, err
-    assert "failed (ValueError: cannot write 17); each is tried alone" in out
-    assert "warning: rollout 17 is set aside: its prompt" in out
+    assert "failed (ValueError: cannot write 17); its 4 rollouts are written again, each alone" in out
+    assert "warning: rollout 17 is quarantined: its prompt" in out
     code, out, err = command(monkeypatch, capsys, "train", "config.yaml", "--resume")
     assert code == 0, err
     run, sound = place / "run", place / "sound"
@@ -108,27 +107,28 @@ def test_more_than_the_budget(place, monkeypatch, capsys):
 
 
 def test_an_error_of_the_run_itself(place, monkeypatch, capsys):
-    """A worker that can write none of several rollouts has another fault than its prompts: its own error ends the run,
-    and nothing is set aside."""
+    """Where no rollout can be written the fault is not a prompt's: the last error ends the run, nothing is
+    quarantined."""
     config_file(place, STAGES, data={"path": "./data.jsonl", "max_prompt_tokens": 64, "max_quarantined_frac": 1.0})
     break_rollouts(monkeypatch, set(range(NUM_ROLLOUTS)))
     code, _, err = command(monkeypatch, capsys, "train", "config.yaml")
-    assert code == 1 and "ValueError: cannot write" in err
+    assert code == 1 and "5 failures in a row and no rollout finished in between" in err
+    assert "rollout worker 0 failed (ValueError: cannot write 15) at rollout 15" in err
     assert not (place / "run" / "quarantined.jsonl").exists()
 
 
-def test_state_holds_what_was_set_aside(place, monkeypatch):
-    """A checkpoint knows its set-aside rollouts, and how many earlier steps did without."""
+def test_state_holds_what_was_quarantined(place, monkeypatch):
+    """A checkpoint knows its quarantined rollouts, and how many earlier steps did without."""
     break_rollouts(monkeypatch, {13})
     train(config(place, STAGES, data={"path": "./data.jsonl", "max_prompt_tokens": 64, "max_quarantined_frac": 0.1}))
-    told = json.loads((place / "run" / "checkpoints" / "step-00000010" / "state.json").read_text())["told"]["extra"]
+    told = json.loads((place / "run" / "checkpoints" / "step-00000010" / "state.json").read_text())["extra"]
     assert told == {"num_started": 40, "quarantined": [13], "num_passed": 1}
 
 
-# --- deaths ----------------------------------------------------------------------------------------------------------
+# --- deaths and outages ----------------------------------------------------------------------------------------------
 
 Fault = Callable[[list[int], int], Exception | None]
-"""(rollouts of a call, how many calls there were before) -> what becomes of it; None: it is written."""
+"""(rollouts of a call, how many calls there were before) -> how it fails; None: it is written."""
 
 
 def calls_of(patch: pytest.MonkeyPatch, fault: Fault) -> list[list[int]]:
@@ -150,81 +150,101 @@ def calls_of(patch: pytest.MonkeyPatch, fault: Fault) -> list[list[int]]:
 
 
 def kills(*deadly: int) -> Fault:
-    return lambda ids, num: WorkerLost() if set(deadly).intersection(ids) else None
+    return lambda ids, num: WorkerLost("exit code 1") if set(deadly).intersection(ids) else None
 
 
-def rests(patch: pytest.MonkeyPatch) -> list[float]:
-    """How long workers rest; nobody waits for it."""
-    found: list[float] = []
+def pauses(patch: pytest.MonkeyPatch) -> list[float]:
+    """How long workers would pause; they do not."""
+    lengths: list[float] = []
 
-    def rest(seconds: float) -> Future[None]:
-        found.append(seconds)
+    def pause(seconds: float) -> Future[None]:
+        lengths.append(seconds)
         over: Future[None] = Future()
         over.set_result(None)
         return over
 
-    patch.setattr(dispatcher, "_rest", rest)
-    return found
+    patch.setattr(dispatcher, "_pause", pause)
+    return lengths
 
 
 SOME = {"path": "./data.jsonl", "max_prompt_tokens": 64, "max_reference_tokens": 32, "max_quarantined_frac": 0.1}
+NOTHING = r"5 failures in a row and no rollout finished in between; the last: "
 
 
 def test_a_prompt_kills(alone, place, monkeypatch, notes):
-    """A call whose worker died twice is taken apart; whose worker then dies alone too, three times while the others are
-    written, is set aside. Every other rollout is trained on once."""
+    """After a worker's death each rollout of its call is written alone; the one whose worker dies alone too, while
+    others finish, is quarantined at the third death. Every other rollout is trained on once."""
     calls = calls_of(monkeypatch, kills(17))
     assert train(config(place, STAGES, data=SOME)).finished
     group = [16, 17, 18, 19]
-    assert [ids for ids in calls if set(ids) & set(group)] == [group, group, [16], [17], [18], [19], [17], [17]]
+    assert [ids for ids in calls if set(ids) & set(group)] == [group, [16], [17], [18], [19], [17]]
     (row,) = lines(place / "run" / "quarantined.jsonl")
-    assert (row["rollout_id"], row["step"]) == (17, 4)
-    assert row["reason"] == "WorkerLost: its worker died 3 times while it was written alone"
-    assert "rollout worker 0 died; its 4 rollouts are written again" in notes
+    assert (row["rollout_id"], row["step"], row["reason"]) == (17, 4, "WorkerLost: exit code 1")
     assert "rollout worker 0 died; its 4 rollouts are written again, each alone" in notes
-    assert any(note.startswith("warning: rollout 17 is set aside: its prompt") for note in notes)
+    assert "rollout worker 0 died; its rollout is written again" in notes
+    assert any(note.startswith("warning: rollout 17 is quarantined: its prompt") for note in notes)
     ours, sound = rollouts(place / "run"), rollouts(alone)
     assert sorted(ours) == [i for i in range(NUM_ROLLOUTS) if i != 17]
     assert [i for i in ours if i < 20 and ours[i] != sound[i]] == []
 
 
 def test_two_prompts_kill(place, monkeypatch):
-    """Also where nothing is left to be written beside them: what was written since they first died speaks for it."""
+    """Where nothing else is left to be written, a rollout that finished is written again as a control and dropped."""
     calls = calls_of(monkeypatch, kills(18, 19))
     assert train(config(place, STAGES, data=SOME)).finished
-    assert [ids[0] for ids in calls if len(ids) == 1] == [16, 17, 18, 19, 18, 19, 18, 19]
+    assert [ids[0] for ids in calls if len(ids) == 1] == [16, 17, 18, 19, 17, 18, 19]
     assert [row["rollout_id"] for row in lines(place / "run" / "quarantined.jsonl")] == [18, 19]
+    assert sorted(rollouts(place / "run")) == [i for i in range(NUM_ROLLOUTS) if i not in (18, 19)]
 
 
 def test_calls_of_one_rollout(place, monkeypatch):
-    """Where each rollout has a call of its own, those before it are the witnesses; without any it is not to blame."""
+    """Where each rollout has a call of its own, those before it are the control; without any it is not quarantined."""
     stage = {"name": "single", "steps": 3, "batch_size": 1}
     with monkeypatch.context() as patch:
         calls = calls_of(patch, kills(1))
         assert train(config(place, [stage], data={**SOME, "max_quarantined_frac": 0.5})).finished
-    assert calls == [[0], [1], [1], [1], [2]] and sorted(rollouts(place / "run")) == [0, 2]
+    assert calls == [[0], [1], [0], [1], [0], [1], [2]] and sorted(rollouts(place / "run")) == [0, 2]
     calls_of(monkeypatch, kills(0))
-    with pytest.raises(RuntimeError, match="rollout 0 was given out 5 times in vain; rollout worker 0 died"):
+    with pytest.raises(RuntimeError, match=NOTHING + "rollout worker 0 died at rollout 0;"):
         train(config(place, [stage], run={"dir": "first"}, data={**SOME, "max_quarantined_frac": 0.5}))
     assert not (place / "first" / "quarantined.jsonl").exists()
 
 
-def test_workers_die_whatever_they_write(place, monkeypatch, capsys):
-    """From some time on every worker dies: no prompt is blamed, and the run ends with one line."""
+def test_workers_die_whatever_they_write(alone, place, monkeypatch, capsys):
+    """From some time on every worker dies: nothing is quarantined, the state is saved and the run ends with one line;
+    --resume completes it."""
     config_file(place, STAGES, data={**SOME, "max_quarantined_frac": 1.0})
-    calls = calls_of(monkeypatch, kills(*range(16, NUM_ROLLOUTS)))
-    code, _, err = command(monkeypatch, capsys, "train", "config.yaml")
-    assert code == 1 and "rollout 16 was given out 5 times in vain; rollout worker 0 died; see its log" in err
+    with monkeypatch.context() as patch:
+        calls = calls_of(patch, kills(*range(16, NUM_ROLLOUTS)))
+        code, out, err = command(patch, capsys, "train", "config.yaml")
+    last = err.strip().splitlines()[-1]
+    assert code == 1 and "saved checkpoint 4" in out
+    assert "5 failures in a row" in last and "rollout worker 0 died at rollout 19; see its log" in last
     assert max(map(max, calls)) == 19 and not (place / "run" / "quarantined.jsonl").exists()
+    code, _, err = command(monkeypatch, capsys, "train", "config.yaml", "--resume")
+    assert code == 0 and rollouts(place / "run") == rollouts(alone), err
+
+
+def test_an_outage_after_a_death(place, monkeypatch):
+    """A rollout that died by chance is not quarantined when, from then on, nothing else can be written either."""
+
+    def fault(ids: list[int], num: int) -> Exception | None:
+        return WorkerLost() if ids == [16, 17, 18, 19] or num > 7 else None
+
+    calls = calls_of(monkeypatch, fault)
+    with pytest.raises(RuntimeError, match=NOTHING + "rollout worker 0 died at rollout 18;"):
+        train(config(place, STAGES, data=SOME))
+    assert [ids[0] for ids in calls[5:]] == [16, 17, 18, 19, 18, 18, 18, 18]
+    assert not (place / "run" / "quarantined.jsonl").exists()
 
 
 def test_workers_die_by_chance(alone, place, monkeypatch):
-    """Two deaths of every call, and two of each rollout alone, blame nobody: the run is the one that nothing befell."""
+    """A death of a call, and one of a rollout alone, quarantine nothing: the run is the one without deaths."""
     num: dict[int, int] = {}
 
     def fault(ids: list[int], calls: int) -> Exception | None:
         num[ids[0]] = num.get(ids[0], 0) + 1
-        return WorkerLost() if num[ids[0]] <= (4 if ids[0] % 8 == 0 else 0) else None
+        return WorkerLost() if num[ids[0]] <= (2 if ids[0] % 8 == 0 else 0) else None
 
     calls_of(monkeypatch, fault)
     assert train(config(place, STAGES)).finished
@@ -238,70 +258,65 @@ def test_deaths_beyond_the_budget(place, monkeypatch, capsys):
     config_file(place, STAGES, data={**SOME, "max_quarantined_frac": 0.03})
     calls_of(monkeypatch, kills(17, 22))
     code, _, err = command(monkeypatch, capsys, "train", "config.yaml")
-    said = err.strip().splitlines()[-1]
-    assert (
-        code == 1
-        and "2 of the run's 40 rollouts could not be written, more than data.max_quarantined_frac=0.03" in said
-    )
-    assert "WorkerLost: its worker died 3 times while it was written alone" in said
+    last = err.strip().splitlines()[-1]
+    assert code == 1 and "2 of the run's 40 rollouts could not be written" in last
+    assert "more than data.max_quarantined_frac=0.03" in last and "WorkerLost: exit code 1" in last
 
 
-def test_teachers_die_of_a_prompt(place, monkeypatch):
-    """That they died so often in a row counts as so many deaths: the call is taken apart at once, and who is alone
-    with it is set aside at once."""
-    rested = rests(monkeypatch)
-    calls = calls_of(monkeypatch, lambda ids, num: TeacherLost("3 in a row") if 18 in ids else None)
+def test_a_prompt_kills_its_teacher(place, monkeypatch):
+    """In a call of several the death is no strike, but each rollout goes out alone, after a pause; alone it is one."""
+    lengths = pauses(monkeypatch)
+    calls = calls_of(monkeypatch, lambda ids, num: TeacherLost("teacher 0 died") if 18 in ids else None)
     assert train(config(place, STAGES, data=SOME)).finished
-    assert [ids for ids in calls if 15 < ids[0] < 20] == [[16, 17, 18, 19], [16], [17], [18], [19]]
+    assert [ids for ids in calls if 15 < ids[0] < 20] == [
+        [16, 17, 18, 19], [16], [17], [18], [19], [18], [19], [18],
+    ]  # fmt: skip
     (row,) = lines(place / "run" / "quarantined.jsonl")
-    assert row["reason"] == "TeacherLost: teachers died 3 times while it was written alone" and len(rested) == 2
+    assert row["reason"] == "TeacherLost: teacher 0 died" and lengths == [1.0] * 4
 
 
-def test_whose_worker_died():
-    """A rollout is to blame if others were written meanwhile, and not always the same one of several workers died."""
-    first, last, other = ([SimpleNamespace(rollout_id=i)] for i in range(3))
-    deaths = CrashAttribution()
-    deaths.written(other, asked=True)
-    for time in range(MAX_DEATHS):
-        deaths.hear(first, WorkerLost, time % 2)
-        deaths.hear(last, WorkerLost, 0)
-    assert not deaths.blame(first, WorkerLost, 2), "both died, and nothing was written since"
-    deaths.written(other, asked=False)
-    assert deaths.blame(first, WorkerLost, 2)
-    assert not deaths.blame(last, WorkerLost, 2) and deaths.blame(last, WorkerLost, 1)
-
-
-def test_whose_teachers_died():
-    """Workers share them: where several calls died, none is to blame until the others are written. What died with
-    teachers does not count where a worker dies."""
-    first, last = ([SimpleNamespace(rollout_id=i)] for i in range(2))
-    deaths = CrashAttribution()
-    for tasks in (first, last):
-        deaths.hear(tasks, TeacherLost, 0)
-        assert not deaths.split(tasks, TeacherLost)
-    deaths.written([SimpleNamespace(rollout_id=2)], asked=True)
-    assert not deaths.blame(first, TeacherLost, 1)
-    deaths.written(last, asked=True)
-    assert deaths.blame(first, TeacherLost, 1)
-    deaths.hear(last, TeacherLost, 0)
-    deaths.hear(last, WorkerLost, 0)
-    assert not deaths.blame(last, WorkerLost, 1)
-
-
-def test_somebody_does_not_answer(alone, place, monkeypatch, notes):
-    """A worker whom somebody did not answer rests, each time twice as long; the call goes out as it was; when it went
-    out in vain so often, the run ends with one line that says who. Nobody is set aside."""
-    rested = rests(monkeypatch)
+def test_something_does_not_answer(alone, place, monkeypatch, notes):
+    """A worker that could not reach something pauses, each time twice as long; the call goes out as it was; after five
+    failures in a row the run ends with one line that says what failed. Nothing is quarantined."""
+    lengths = pauses(monkeypatch)
     away = Unreachable("RayError: no route")
     with monkeypatch.context() as patch:
         calls = calls_of(patch, lambda ids, num: away if num in (2, 3, 7) else None)
         assert train(config(place, STAGES)).finished
-    assert calls[2] == calls[3] == calls[4] and len(calls) == 13 and rested == [1.0, 2.0, 1.0]
+    assert calls[2] == calls[3] == calls[4] and len(calls) == 13 and lengths == [1.0, 2.0, 1.0]
     assert "rollout worker 0 could not go on (RayError: no route); its 4 rollouts are written again" in notes
     assert rollouts(place / "run") == rollouts(alone)
-    rested.clear()
+    lengths.clear()
     calls = calls_of(monkeypatch, lambda ids, num: away if 9 in ids else None)
-    with pytest.raises(RuntimeError, match=r"rollouts 8 to 11 were given out 5 times in vain; .* \(RayError: no route"):
+    with pytest.raises(RuntimeError, match=NOTHING + r"rollout worker 0 .* \(RayError: no route\) at rollouts 8 to 11"):
         train(config(place, STAGES, run={"dir": "second"}))
-    assert calls[2:] == [[8, 9, 10, 11]] * dispatcher.MAX_TRIES and rested == [1.0, 2.0, 4.0, 8.0]
+    assert calls[2:] == [[8, 9, 10, 11]] * MAX_FAILURES and lengths == [1.0, 2.0, 4.0, 8.0, 16.0]
     assert not (place / "second" / "quarantined.jsonl").exists()
+
+
+def test_strikes_need_evidence():
+    """A failure counts against a task if another rollout has finished since its last one; finishing clears them."""
+    strikes = Strikes()
+    assert not any(strikes.fail(strikes.start_call(), [0], strike=True) for _ in range(MAX_STRIKES))
+    for _ in range(MAX_STRIKES - 1):
+        strikes.finish([7])
+        assert strikes.fail(strikes.start_call(), [0, 1], strike=True) == []
+    assert strikes.fail(strikes.start_call(), [0], strike=True) == []
+    strikes.finish([1])
+    assert strikes.fail(strikes.start_call(), [1], strike=True) == []
+    assert strikes.fail(strikes.start_call(), [0], strike=False) == []
+    strikes.finish([8])
+    assert strikes.fail(strikes.start_call(), [0], strike=True) == [0]
+
+
+def test_failures_in_a_row():
+    """Calls that were out together fail once; a rollout that finishes begins the count anew."""
+    strikes = Strikes()
+    for num in (1, 2):
+        for call in [strikes.start_call() for _ in range(8)]:
+            strikes.fail(call, [call], strike=True)
+        assert strikes.num_failures == num
+    late = strikes.start_call()
+    strikes.finish([1])
+    strikes.fail(late, [2], strike=True)
+    assert strikes.num_failures == 1

@@ -176,7 +176,7 @@ def test_one_of_each_and_all_of_them_die(cluster, alone, place, monkeypatch, not
     wait_until(lambda: not actors(), "the run left actors behind")
     assert [note for note in notes if " died" in note] == [
         "a rollout worker died; the evaluation begins again",
-        "rollout worker 0 died; its 4 rollouts are written again",
+        "rollout worker 0 died; its 4 rollouts are written again, each alone",
         "teacher replica 0 died and is started again",
     ]
     assert "teacher replica 0 works" in notes
@@ -194,7 +194,7 @@ def test_two_of_each_and_one_of_them_dies(cluster, alone, place, monkeypatch, no
     murder = Murder(monkeypatch, at_batch={4: "TeacherActor", 6: "RolloutActor"}, at_examination=None)
     summary = train(config(place, STAGES, run=ON_RAY, **TWO_OF_ALL))
     assert murder.victims == ["TeacherActor", "RolloutActor"] and summary.finished
-    assert [note for note in notes if re.fullmatch(r"rollout worker \d died; its 2 rollouts are written again", note)]
+    assert [note for note in notes if re.match(r"rollout worker \d died; its 2 rollouts are written again", note)]
     same_rollouts(place / "run", alone[0])
     same_numbers(place / "run", alone[0], 1e-5)
 

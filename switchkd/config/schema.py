@@ -172,9 +172,8 @@ class DataConfig(Section):
     max_reference_tokens: PositiveInt = 512
     max_skipped_frac: Frac = 0.1
     max_quarantined_frac: Frac = 0.01
-    """A rollout whose writing fails also alone, on a sound worker, or kills its worker or teacher three times while
-    others are written, is set aside (`quarantined.jsonl` says why). More of them than this share of the run's rollouts
-    end the run."""
+    """A rollout that fails three times while others finish is quarantined (`quarantined.jsonl` says why). More of them
+    than this share of the run's rollouts end the run."""
     num_rows: PositiveInt | None = None
     shuffle: bool = True
 

@@ -1,13 +1,16 @@
-"""Tasks go out to the rollout workers, and go out again where they come back undone.
+"""Tasks go out to the rollout workers, and go out again after a failed call.
 
-In: the plan's tasks, as far as admission lets them start; answers of workers. Out: rollouts (the workers put them into
-the replay themselves), reports, tasks set aside. What failed decides:
+In: the schedule's tasks, as far as admission lets them start; the workers' results. Out: rollouts (the workers put them
+into the replay themselves), reports, quarantined tasks. What a failed call does:
 
-    the worker died                 its tasks go to whoever is free first; it gets new ones when it is back
-    somebody it asked (Unreachable) the same, and it rests for a while
-    its work raised an error        its tasks are tried one by one; those that fail alone are set aside
-    the worker died again,          the same: whose worker or teachers die alone too, MAX_DEATHS times while others are
-    or the teachers (TeacherLost)   written, is set aside (`set_aside.Deaths`)
+    its work raised, or the worker died   each task goes out alone; a dead worker gets new tasks when it is back
+    its teacher died (TeacherLost)        the same, after a pause of the worker that doubles from failure to failure
+    it could not reach something else     the tasks go out again as they were, after the same pause
+       (Unreachable)
+
+A task that failed alone goes out again once another rollout has finished. Where no other can, one that finished before
+is written again as a control, and the replay drops it: it shows whether anything can be written at all. What counts
+against a task, and when the run ends, is decided in `quarantine.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
 from threading import Timer
 from typing import Any
 
@@ -22,11 +26,10 @@ from switchkd.config.errors import ConfigError, with_type
 from switchkd.config.schema import Config
 from switchkd.controller.handles import ActorHandles
 from switchkd.controller.metrics import MetricsLog
-from switchkd.controller.quarantine import CrashAttribution, IsolationRetries, Quarantine
+from switchkd.controller.quarantine import MAX_FAILURES, Quarantine, Strikes
 from switchkd.controller.schedule import Schedule
 from switchkd.controller.watchdog import Watchdog
 from switchkd.types import (
-    MAX_DEATHS,
     CompletionSource,
     RolloutTask,
     TeacherLost,
@@ -38,14 +41,25 @@ from switchkd.types import (
 
 PREFETCH = 2
 """Steps that completions which do not need the student (data set, teacher) may run ahead."""
-MAX_TRIES = 5
-"""Times that a task is given out before the run ends."""
 BACKOFF_S = 0.5
-"""How long a worker rests whom somebody did not answer; each time twice as long."""
+"""Half of a worker's first pause; it doubles with each failure in a row."""
+
+
+class NothingFinishes(RuntimeError):
+    """MAX_FAILURES calls in a row failed: the run cannot go on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """One call to a rollout worker. Without tasks the worker is restarting or pausing."""
+
+    result: Future[Any]
+    tasks: list[RolloutTask]
+    number: int = 0
 
 
 class TaskDispatcher:
-    """Who works on what. A lost worker has no tasks."""
+    """Knows which worker has which tasks."""
 
     def __init__(
         self,
@@ -56,41 +70,46 @@ class TaskDispatcher:
         watchdog: Watchdog,
         quarantine: Quarantine,
     ) -> None:
-        self.config, self.schedule, self.handles, self.log, self.watchdog, self.quarantine = (
-            config,
-            schedule,
-            handles,
-            log,
-            watchdog,
-            quarantine,
-        )
+        self.config = config
+        self.schedule = schedule
+        self.handles = handles
+        self.log = log
+        self.watchdog = watchdog
+        self.quarantine = quarantine
+        self.strikes = Strikes()
         self.next_id = 0
         self.missing: deque[int] = deque()  # started once, never arrived
-        self.retries: deque[list[RolloutTask]] = deque()
-        self.tries: dict[int, int] = {}
-        self.trials, self.deaths = IsolationRetries(), CrashAttribution()
-        self.working: dict[int, tuple[Future[Any], list[RolloutTask]]] = {}
+        self.retries: deque[tuple[list[RolloutTask], int]] = deque()  # tasks, rollouts that must have finished before
+        self.control: RolloutTask | None = None  # finished last
+        self.working: dict[int, Call] = {}  # by worker
         self.reports: list[WorkReport] = []
+        self.failure: NothingFinishes | None = None  # the loop raises it where its state can be saved
 
     def feed(self, step: int, weights: Callable[[], WeightRef | None], stopping: bool) -> None:
         """Give every idle worker the next tasks that may start now."""
         for index in range(len(self.handles.workers)):
-            if index in self.working:
+            if index in self.working or self.failure:
                 continue
-            tasks = self._next_retry(step) or self._next_tasks(step, stopping)
+            tasks = self._next_retry(step) or self._next_tasks(step, stopping) or self._next_control(step)
             if not tasks:
                 return
             try:
-                given = weights() if needs_student(tasks) else None
+                needed = weights() if needs_student(tasks) else None
             except BaseException:
-                self.retries.appendleft(tasks)
+                self.retries.appendleft((tasks, 0))
                 raise
             self.show_progress(tasks)
-            self.working[index] = (self.handles.workers[index].generate(tasks, given), tasks)
+            result = self.handles.workers[index].generate(tasks, needed)
+            self.working[index] = Call(result=result, tasks=tasks, number=self.strikes.start_call())
 
-    def show_progress(self, more: Iterable[RolloutTask] = ()) -> None:
-        """Who is at work, for whoever looks at the terminal; `more` are about to go out."""
-        groups = [tasks for tasks in (list(more), *(tasks for _, tasks in self.working.values())) if tasks]
+    @property
+    def in_flight(self) -> list[list[RolloutTask]]:
+        """The tasks of each call."""
+        return [call.tasks for call in self.working.values() if call.tasks]
+
+    def show_progress(self, starting: Iterable[RolloutTask] = ()) -> None:
+        """Show on a terminal how many workers are busy; `starting` are about to go out."""
+        groups = [*self.in_flight, *([list(starting)] if starting else [])]
         scored = any(self.schedule.stages[task.stage].needs_teacher for tasks in groups for task in tasks)
         workers = f"{len(groups)} of {len(self.handles.workers)} workers"
         self.log.now(
@@ -99,12 +118,21 @@ class TaskDispatcher:
         )
 
     def _next_retry(self, step: int) -> list[RolloutTask]:
-        """Also a second time nothing is written with weights that are too old: the run may have gone back."""
-        for tasks in self.retries:
-            if all(self._may_start(task.rollout_id, step) for task in tasks):
-                self.retries.remove(tasks)
+        """Admission holds for retries too: the run may have gone back to an earlier step."""
+        for index, (tasks, num_finished) in enumerate(self.retries):
+            if self.strikes.num_finished >= num_finished and self._all_may_start(tasks, step):
+                del self.retries[index]
                 return tasks
         return []
+
+    def _next_control(self, step: int) -> list[RolloutTask]:
+        """Only tasks that failed alone may start, and no call is out that could finish before them."""
+        if self.in_flight or not any(self._all_may_start(tasks, step) for tasks, _ in self.retries):
+            return []
+        return [self.control] if self.control else self.retries.popleft()[0]
+
+    def _all_may_start(self, tasks: list[RolloutTask], step: int) -> bool:
+        return all(self._may_start(task.rollout_id, step) for task in tasks)
 
     def _next_tasks(self, step: int, stopping: bool) -> list[RolloutTask]:
         """What one worker may start now: at most its share of a batch."""
@@ -158,14 +186,14 @@ class TaskDispatcher:
         return self.schedule.step_of(rollout_id) - step <= limit
 
     def push_weights(self, weights: Callable[[], WeightRef | None]) -> None:
-        """Newer weights for what is being written."""
-        for index, (_, tasks) in self.working.items():
-            if needs_student(tasks) and (given := weights()):
-                self.handles.workers[index].push_weights(given)
+        """Send newer weights for the rollouts that are being written."""
+        for index, call in self.working.items():
+            if needs_student(call.tasks) and (newest := weights()):
+                self.handles.workers[index].push_weights(newest)
 
     def wait(self, others: list[Future[Any]], waits_for: str = "") -> None:
-        """Until something ends, at most a second (so that a signal is seen); finished work is taken in."""
-        futures = [*others, *(future for future, _ in self.working.values())]
+        """Wait until a call or one of `others` ends, at most a second (so that a signal is noticed); collect calls."""
+        futures = [*others, *(call.result for call in self.working.values())]
         self.watchdog.waiting(waits_for or self.describe())
         self.watchdog.check()
         if wait(futures, timeout=1.0, return_when=FIRST_COMPLETED).done:
@@ -173,12 +201,12 @@ class TaskDispatcher:
         self.collect()
 
     def describe(self) -> str:
-        """Who works on what, in words."""
+        """Say in words what the workers do."""
         return ", ".join(
-            f"rollouts {id_range(task.rollout_id for task in tasks)} from rollout worker {index}"
-            if tasks
+            f"{rollouts_of(call.tasks)} from rollout worker {index}"
+            if call.tasks
             else f"rollout worker {index} to come back"
-            for index, (_, tasks) in self.working.items()
+            for index, call in self.working.items()
         )
 
     def drain(self) -> None:
@@ -186,103 +214,92 @@ class TaskDispatcher:
             self.wait([])
 
     def collect(self) -> None:
-        for index, (future, tasks) in list(self.working.items()):
-            if not future.done():
+        """Take the results of the calls that ended. Raises what is no rollout's fault."""
+        for index, call in list(self.working.items()):
+            if not call.result.done():
                 continue
             del self.working[index]
             self.show_progress()
-            try:
-                report: WorkReport = future.result()
-            except WorkerLost:
-                self._died(index, tasks, WorkerLost, f"rollout worker {index} died")
-                self.working[index] = (self.handles.workers[index].back(), [])
-            except TeacherLost as error:
-                tries = self._died(index, tasks, TeacherLost, f"rollout worker {index} could not go on ({error})")
-                self.working[index] = (_pause(BACKOFF_S * 2**tries), [])
-            except Unreachable as error:
-                tries = self._give_again([tasks], f"rollout worker {index} could not go on ({error})")
-                self.working[index] = (_pause(BACKOFF_S * 2**tries), [])
-            except ConfigError:
-                raise
-            except Exception as error:
-                self._broke(tasks, error)
-            else:
-                if tasks:  # else somebody is back
-                    self.reports.append(report)
-                    self.deaths.written(tasks, report.num_teacher_calls > 0)
-                    self._blame(tasks, None)
+            error = call.result.exception()
+            if error is None and call.tasks:
+                self.reports.append(call.result.result())
+                self.strikes.finish(task.rollout_id for task in call.tasks)
+                self.control = call.tasks[-1]
+            elif error is not None:
+                if isinstance(error, ConfigError) or not call.tasks:
+                    raise error
+                self._fail(index, call, error)
 
-    def _died(self, index: int, tasks: list[RolloutTask], kind: type[Exception], told: str) -> int:
-        """A worker, or teachers, died over these tasks: was it one of them? Which time they go out again."""
-        self.deaths.hear(tasks, kind, index)
-        if self.deaths.blame(tasks, kind, len(self.handles.workers)):
-            self.log.info(told)
-            who = "its worker" if kind is WorkerLost else "teachers"
-            self._blame(tasks, kind(f"{who} died {MAX_DEATHS} times while it was written alone"))
-            return 0
-        if not self.deaths.split(tasks, kind):
-            return self._give_again([tasks], told)
-        for task in tasks:  # alone each has all its tries
-            self.tries.pop(task.rollout_id, None)
-        return self._give_again([[task] for task in tasks], told)
-
-    def _give_again(self, groups: list[list[RolloutTask]], told: str) -> int:
-        """To whoever is free first: puts are idempotent. Which time it is."""
-        ids = [task.rollout_id for tasks in groups for task in tasks]
-        self.tries.update((rollout_id, self.tries.get(rollout_id, 0) + 1) for rollout_id in ids)
-        tries = max(self.tries[rollout_id] for rollout_id in ids)
-        if tries >= MAX_TRIES:
-            which = f"rollouts {id_range(ids)} were" if len(ids) > 1 else f"rollout {id_range(ids)} was"
-            raise RuntimeError(f"{which} given out {tries} times in vain; {told}; see its log")
-        num = f"its {len(ids)} rollouts are" if len(ids) > 1 else "its rollout is"
-        self.log.info(f"{told}; {num} written again{', each alone' if len(groups) > 1 else ''}")
-        self.retries.extend(groups)
-        return tries
-
-    def _broke(self, tasks: list[RolloutTask], error: Exception) -> None:
-        """An error of the work itself: which of the tasks is it?"""
-        if not tasks:  # a worker could not come back
-            raise error
-        self.deaths.forget(task.rollout_id for task in tasks)
-        if len(tasks) == 1:
-            self._blame(tasks, error)
-            return
-        ids = id_range(task.rollout_id for task in tasks)
-        self.log.info(f"writing rollouts {ids} failed ({with_type(error)}); each is tried alone")
-        self.trials.begin(tasks)
-        self.retries.extend([task] for task in tasks)
-
-    def _blame(self, tasks: list[RolloutTask], error: Exception | None) -> None:
-        for task, reason in self.trials.hear(tasks, error):
-            self.log.info(
-                f"warning: rollout {task.rollout_id} is set aside: its prompt {task.prompt.prompt_id} breaks a worker "
-                f"({type(reason).__name__}: {next(iter(str(reason).splitlines()), '')})"
+    def _fail(self, index: int, call: Call, error: BaseException) -> None:
+        alone, teacher_died = len(call.tasks) == 1, isinstance(error, TeacherLost)
+        unreachable = isinstance(error, Unreachable) and not teacher_died
+        rollout_ids = [task.rollout_id for task in call.tasks]
+        strike = not unreachable and (alone or not teacher_died)
+        struck_out = self.strikes.fail(call.number, rollout_ids, strike=strike)
+        message = self._recover(index, error)
+        if self.strikes.num_failures >= MAX_FAILURES:
+            self.failure = NothingFinishes(
+                f"{MAX_FAILURES} failures in a row and no rollout finished in between; the last: {message} at "
+                f"{rollouts_of(call.tasks)}; see its log, mend the cause and go on with --resume"
             )
-            self.quarantine.add(task, reason)
-            self.watchdog.wait_for(
-                self.handles.replay.quarantine([task.rollout_id]), "the replay to set a rollout aside"
-            )
+        elif call.tasks[0] is self.control:
+            self.log.info(f"{message}; it wrote rollout {rollout_ids[0]} again, as a control")
+        elif struck_out:
+            self.log.info(message)
+            self._quarantine(call.tasks[0], error)
+        else:
+            num = "its rollout is" if alone else f"its {len(rollout_ids)} rollouts are"
+            self.log.info(f"{message}; {num} written again{'' if alone or unreachable else ', each alone'}")
+            self._retry(call.tasks, unreachable)
+
+    def _recover(self, index: int, error: BaseException) -> str:
+        """Let the worker of a failed call restart or pause; say what happened."""
+        if isinstance(error, WorkerLost):
+            self.working[index] = Call(result=self.handles.workers[index].back(), tasks=[])
+            return f"rollout worker {index} died"
+        if isinstance(error, Unreachable):
+            self.working[index] = Call(result=_pause(BACKOFF_S * 2**self.strikes.num_failures), tasks=[])
+            return f"rollout worker {index} could not go on ({error})"
+        return f"rollout worker {index} failed ({with_type(error)})"
+
+    def _retry(self, tasks: list[RolloutTask], unreachable: bool) -> None:
+        """Any worker may write them: the replay takes each rollout once."""
+        if unreachable:
+            self.retries.append((tasks, 0))
+        elif len(tasks) > 1:
+            self.retries.extend(([task], 0) for task in tasks)
+        else:
+            self.retries.append((tasks, self.strikes.num_finished + 1))
+
+    def _quarantine(self, task: RolloutTask, error: BaseException) -> None:
+        self.log.info(
+            f"warning: rollout {task.rollout_id} is quarantined: its prompt {task.prompt.prompt_id} fails "
+            f"({with_type(error)})"
+        )
+        self.quarantine.add(task, error)
+        self.watchdog.wait_for(self.handles.replay.quarantine([task.rollout_id]), "the replay to quarantine a rollout")
 
     def reset(self, missing: Iterable[int]) -> None:
-        """The replay is another one: these started rollouts are missing in it. Those that are being written will come,
-        or fail and go out again."""
-        missing = self.unwritten(missing)
-        flying = {task.rollout_id for _, tasks in self.working.values() for task in tasks}
+        """The replay is a new one and lacks these started rollouts. Those that are being written will arrive, or fail
+        and go out again."""
+        in_flight = {task.rollout_id for tasks in self.in_flight for task in tasks}
         self.retries.clear()
-        self.tries.clear()
-        self.trials.clear()
-        self.deaths.clear()
-        self.missing = deque(i for i in missing if i not in flying)
+        self.strikes = Strikes()
+        self.missing = deque(i for i in self.unwritten(missing) if i not in in_flight)
 
 
 def needs_student(tasks: Iterable[RolloutTask]) -> bool:
-    """Does the student have a hand in any of them?"""
+    """Whether the student writes a part of any of them."""
     return any(task.completion_source == CompletionSource.ROLLOUT for task in tasks)
 
 
+def rollouts_of(tasks: list[RolloutTask]) -> str:
+    return f"rollout{'s' if len(tasks) > 1 else ''} {id_range(task.rollout_id for task in tasks)}"
+
+
 def id_range(ids: Iterable[int]) -> str:
-    found = sorted(ids)
-    return f"{found[0]} to {found[-1]}" if len(found) > 1 else str(found[0])
+    first, *others = sorted(ids)
+    return f"{first} to {others[-1]}" if others else str(first)
 
 
 def _pause(seconds: float) -> Future[None]:
