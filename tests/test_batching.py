@@ -82,7 +82,7 @@ def test_bfloat16_travels_as_uint16() -> None:
 def test_missing_signals_are_errors() -> None:
     """A loss with a teacher refuses a rollout without its rows, naming it; a loss without one does not look."""
     rollout = make_rollouts(1)[0]
-    with pytest.raises(ValueError, match="rollout 0 carries no teacher signal"):
+    with pytest.raises(ValueError, match="rollout 0 carries no teacher output"):
         collate([replace(rollout, teacher_output=None)], PAD)
     short = replace(rollout.teacher_output, values=rollout.teacher_output.values[:-1])
     with pytest.raises(ValueError, match="rows"):

@@ -1,6 +1,6 @@
 """Rollouts become batches: which rank trains on which, in which micro-batches, and as which tensors.
 
-In: finished rollouts (or what is known of them), a loss. Out: a BatchPlan that all ranks agree on, and padded Batches.
+In: finished rollouts or their entries, and a loss. Out: a BatchAssignment that all ranks agree on, and padded Batches.
 
 Shapes: B sequences, T positions (prompt and completion, padded on the right), N loss tokens of all B sequences, flat,
 D the teacher's hidden width, V the shared vocabulary.
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from switchkd.algo.losses import atkd_threshold
 from switchkd.engines.wire import from_numpy
-from switchkd.types import BatchAssignment, Rollout, TeacherOutput
+from switchkd.types import BatchAssignment, Entry, Rollout, TeacherOutput
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,20 +30,20 @@ class LossSpec:
     per_token: Callable[..., Tensor]  # (p_logits [N, V], q_logits [N, V], labels [N], mask [N], **numbers) -> [N]
     numbers: dict[str, Any] = field(default_factory=dict)
     hard_frac: float | None = None  # ATKD: the share of hard tokens; the loss then takes `hard` bool [N]
-    lm_coef: float = 0.0  # this much cross-entropy is added on tokens of Source.DATA, over the same denominator
+    lm_coef: float = 0.0  # this much cross-entropy is added on tokens of TokenSource.DATA, over the same denominator
     needs_teacher: bool = True
-    tail: Callable[..., Tensor] | None = None  # of compressed rows: a TopK in the place of p_logits
+    tail: Callable[..., Tensor] | None = None  # for top-k rows: takes a TopK in the place of p_logits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherRows:
-    """The signal of one teacher for loss tokens `start` to `stop` of a batch."""
+    """One teacher's output for loss tokens `start` to `stop` of a batch."""
 
     teacher: str
-    kind: str  # as Signal.kind
+    kind: str  # as TeacherOutput.kind
     start: int
     stop: int
-    values: Tensor  # [stop - start, D] in the teacher's dtype, float32 [stop - start, V], or int32 (compressed rows)
+    values: Tensor  # [stop - start, D] in the teacher's dtype, float32 [stop - start, V], or int32 (top-k rows)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +56,7 @@ class Batch:
     rows: Tensor  # int64 [N], the sequence of the state that predicts the token
     positions: Tensor  # int64 [N], its position there: one before the token's own
     labels: Tensor  # int64 [N]
-    sources: Tensor  # uint8 [N], of Source
+    sources: Tensor  # uint8 [N], of TokenSource
     uncertainty: Tensor  # float32 [N]
     teacher: tuple[TeacherRows, ...]  # covers all N in order, or is empty
 
@@ -65,15 +65,14 @@ class Batch:
         return Batch(**tensors, teacher=tuple(replace(rows, values=rows.values.to(device)) for rows in self.teacher))
 
 
-_TENSORS = (
-    "input_ids", "attention_mask", "position_ids", "rows", "positions", "labels", "sources", "uncertainty",
-)  # fmt: skip
+_TENSORS = ("input_ids", "attention_mask", "position_ids", "rows", "positions", "labels", "sources", "uncertainty")
 
 
 def collate(rollouts: Sequence[Rollout], pad_id: int, *, needs_teacher: bool = True) -> Batch:
     """Pad on the right; token t of a completion after P prompt tokens is predicted by the state at P - 1 + t.
 
-    No rollouts at all give one sequence of one padding token and N = 0. Raises ValueError where a signal is missing.
+    Without any rollout: one sequence of one padding token, and N = 0. Raises ValueError where a teacher's output is
+    missing.
     """
     sequences = [np.concatenate([r.prompt_ids, r.token_ids]) for r in rollouts]
     width = max((len(s) for s in sequences), default=1)
@@ -101,38 +100,26 @@ def collate(rollouts: Sequence[Rollout], pad_id: int, *, needs_teacher: bool = T
 def split_micro(rollouts: Sequence[Rollout], max_tokens: int) -> list[list[Rollout]]:
     """Micro-batches of similar lengths with at most `max_tokens` positions each, padding included (one rollout may have
     more). The longest come first: if memory is short, the first one says so."""
-    ordered = sorted(rollouts, key=lambda r: (-_length(r), r.rollout_id))
-    micro: list[list[Rollout]] = []
-    for rollout in ordered:
-        if micro and (len(micro[-1]) + 1) * _length(micro[-1][0]) <= max_tokens:
-            micro[-1].append(rollout)
+    micro_batches: list[list[Rollout]] = []
+    for rollout in sorted(rollouts, key=lambda r: (-_length(r), r.rollout_id)):
+        if micro_batches and (len(micro_batches[-1]) + 1) * _length(micro_batches[-1][0]) <= max_tokens:
+            micro_batches[-1].append(rollout)
         else:
-            micro.append([rollout])
-    return micro
+            micro_batches.append([rollout])
+    return micro_batches
 
 
 def _length(rollout: Rollout) -> int:
     return len(rollout.prompt_ids) + rollout.num_tokens
 
 
-class PlanEntry(Protocol):
-    """What planning needs to know of a rollout; a Rollout will do."""
-
-    @property
-    def rollout_id(self) -> int: ...
-    @property
-    def num_tokens(self) -> int: ...
-    @property
-    def uncertainty(self) -> np.ndarray: ...
-
-
 def assign_batch(
-    step: int, stage: int, entries: Sequence[PlanEntry], num_ranks: int, hard_frac: float | None = None
+    step: int, stage: int, entries: Sequence[Entry | Rollout], num_ranks: int, hard_frac: float | None = None
 ) -> BatchAssignment:
-    """Deal rollouts out by length, and count what the loss divides by. The order of `entries` does not matter.
+    """Deal rollouts out to ranks by length, and count what the loss divides by. The order of `entries` does not matter.
 
     Dealing goes there and back again (0, 1, 1, 0, ...): totals are near each other, and so are the lengths of the
-    ranks' n-th rollouts, for whose micro-batches they wait on each other. Counts differ by one at most.
+    ranks' n-th rollouts, at whose micro-batches ranks wait for each other. Counts differ by one at most.
     """
     ordered = sorted(entries, key=lambda e: (-e.num_tokens, e.rollout_id))
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
@@ -150,7 +137,7 @@ def assign_batch(
     )
 
 
-def _hard_split(entries: Sequence[PlanEntry], hard_frac: float) -> tuple[int, float]:
+def _hard_split(entries: Sequence[Entry | Rollout], hard_frac: float) -> tuple[int, float]:
     """ATKD's split over the whole optimizer step: (hard tokens, the UnC from which a token is hard)."""
     for entry in entries:
         if np.isnan(entry.uncertainty).any():
@@ -164,12 +151,12 @@ def _hard_split(entries: Sequence[PlanEntry], hard_frac: float) -> tuple[int, fl
 
 
 def _teacher_rows(rollouts: Sequence[Rollout]) -> tuple[TeacherRows, ...]:
-    """One entry for each run of neighbours with the same teacher."""
+    """One entry for each run of neighbours with the same teacher and kind of output."""
     segments: list[TeacherRows] = []
     start = 0
     for (teacher, kind), group in groupby(rollouts, key=lambda r: (r.teacher, _teacher_output(r).kind)):
-        teacher_outputs = [_teacher_output(r) for r in group]
-        values = torch.cat([from_numpy(s.values, s.dtype) for s in teacher_outputs])
+        outputs = [_teacher_output(r) for r in group]
+        values = torch.cat([from_numpy(output.values, output.dtype) for output in outputs])
         stop = start + len(values)
         segments.append(TeacherRows(teacher=teacher, kind=kind, start=start, stop=stop, values=values))
         start = stop
@@ -178,11 +165,11 @@ def _teacher_rows(rollouts: Sequence[Rollout]) -> tuple[TeacherRows, ...]:
 
 def _teacher_output(rollout: Rollout) -> TeacherOutput:
     if rollout.teacher_output is None:
-        raise ValueError(f"rollout {rollout.rollout_id} carries no teacher signal, but the loss needs one")
+        raise ValueError(f"rollout {rollout.rollout_id} carries no teacher output, but the loss needs one")
     if len(rollout.teacher_output.values) != rollout.num_tokens:
         raise ValueError(
             f"rollout {rollout.rollout_id} has {rollout.num_tokens} tokens, "
-            f"but its teacher signal has {len(rollout.teacher_output.values)} rows"
+            f"but its teacher output has {len(rollout.teacher_output.values)} rows"
         )
     return rollout.teacher_output
 

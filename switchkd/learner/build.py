@@ -1,19 +1,26 @@
-"""The stage's loss, by its name in the config."""
+"""The loss of a stage, by its name in the config."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from switchkd.algo import losses, topk_losses
 from switchkd.config.schema import StageConfig
 from switchkd.config.user_code import check_params, given_params, load_user_function
 from switchkd.learner.batching import LossSpec
 
-if TYPE_CHECKING:
-    pass
-
+_LOSSES: dict[str, Callable[..., Any]] = {
+    "forward_kl": losses.forward_kl,
+    "reverse_kl": losses.reverse_kl,
+    "jsd": losses.jsd,
+    "skew_kl": losses.skew_kl,
+    "skew_reverse_kl": losses.skew_reverse_kl,
+    "tvd": losses.tvd,
+    "cross_entropy": losses.cross_entropy,
+    "atkd": losses.atkd_tokens,
+}
 
 _LOSS_KEYS = {
     "jsd": ("beta",),
@@ -26,10 +33,10 @@ _LOSS_KEYS = {
 def build_loss(stage: StageConfig) -> LossSpec:
     """The stage's loss. Raises ConfigError naming the parameter that it refuses."""
     kind = stage.loss.type
-    every = sorted({key for keys in _LOSS_KEYS.values() for key in keys})
-    params = given_params(stage.loss, kind, _LOSS_KEYS.get(kind, ()), every) | stage.loss.params
+    all_keys = sorted({key for keys in _LOSS_KEYS.values() for key in keys})
+    params = given_params(stage.loss, kind, _LOSS_KEYS.get(kind, ()), all_keys) | stage.loss.params
     hard_frac = params.pop("hard_frac", 0.5) if kind == "atkd" else None
-    per_token = _loss_function(kind)
+    per_token = _LOSSES.get(kind) or load_user_function(kind, "loss")
     check_params(per_token, f"loss {kind}", params)
     return LossSpec(
         name=kind,
@@ -40,25 +47,3 @@ def build_loss(stage: StageConfig) -> LossSpec:
         needs_teacher=kind != "cross_entropy",
         tail=topk_losses.atkd_tokens if kind == "atkd" else partial(topk_losses.coarse, per_token),
     )
-
-
-def _loss_function(kind: str) -> Callable[..., Any]:
-    match kind:
-        case "forward_kl":
-            return losses.forward_kl
-        case "reverse_kl":
-            return losses.reverse_kl
-        case "jsd":
-            return losses.jsd
-        case "skew_kl":
-            return losses.skew_kl
-        case "skew_reverse_kl":
-            return losses.skew_reverse_kl
-        case "tvd":
-            return losses.tvd
-        case "cross_entropy":
-            return losses.cross_entropy
-        case "atkd":
-            return losses.atkd_tokens
-        case _:
-            return load_user_function(kind, "loss")

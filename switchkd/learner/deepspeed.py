@@ -1,7 +1,7 @@
 """One rank of the learner: DeepSpeed trains the student on rollouts. The only file that imports deepspeed.
 
-In: a BatchPlan and this rank's rollouts. Out: a StepResult, packed weights, checkpoints, a transformers folder.
-All methods are collective: every rank of the gang calls them in the same order. After any error the gang is spoiled:
+In: a BatchAssignment and this rank's rollouts. Out: a StepResult, packed weights, checkpoints, a transformers folder.
+All methods are collective: every rank calls them in the same order. After any error the process group cannot be used:
 end all its processes, start new ones with a new port and load the last checkpoint.
 """
 
@@ -31,7 +31,7 @@ from switchkd.types import BatchAssignment, PackedWeights, Rollout, StepResult
 
 
 class DeepSpeedLearner:
-    """One rank. `teacher_lm_heads` by teacher name, for rollouts whose signal is hidden states."""
+    """One rank. `teacher_lm_heads` by teacher name, for rollouts that carry hidden states."""
 
     def __init__(
         self,
@@ -44,7 +44,9 @@ class DeepSpeedLearner:
         master_port: int,
         teacher_lm_heads: Mapping[str, LMHeadState],
     ) -> None:
-        self.settings, self.rank, self.world_size = settings, rank, world_size
+        self.settings = settings
+        self.rank = rank
+        self.world_size = world_size
         self.device = _device(settings.device, local_rank)
         _set_environment(self.device, rank, world_size, master_addr, master_port)
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
@@ -57,30 +59,30 @@ class DeepSpeedLearner:
         self.engine = _initialize(self.module, settings, config)
         _limit_waits(settings.timeout_s)
         self.engine.train()
-        self.heads: dict[str, LMHead] = {
+        self.teacher_lm_heads: dict[str, LMHead] = {
             name: LMHead.from_arrays(arrays, self.device) for name, arrays in teacher_lm_heads.items()
         }
 
     def step(
         self, assignment: BatchAssignment, rollouts: Sequence[Rollout], *, loss: LossSpec, lr: float, version_after: int
     ) -> StepResult:
-        """One optimizer step on this rank's share of the plan, in any number of micro-batches.
+        """One optimizer step on this rank's share of the assignment, in any number of micro-batches.
 
-        The loss is one sum over the tokens of all ranks with the plan's denominators. Where it, or the gradient, is not
-        finite, all ranks skip: all that the next step depends on, random numbers included, stays as it was.
+        The loss is one sum over the tokens of all ranks with the assignment's denominators. Where it, or the gradient,
+        is not finite, all ranks skip: all that the next step depends on, random numbers included, stays as it was.
         """
         start = time.monotonic()
         self._check_share(assignment, rollouts)
         before = _random_state(self.device)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        micro = split_micro(rollouts, self.settings.micro_batch_tokens)
-        num_micro = self._most(max(1, len(micro)))
-        tally = LossMetrics(self.device)
-        for i in range(num_micro):
-            share = micro[i] if i < len(micro) else []
-            batch = collate(share, self.settings.pad_id, needs_teacher=loss.needs_teacher).to(self.device)
-            self._backward(batch, StepLoss(loss, assignment, batch), tally, last=i == num_micro - 1)
+        micro_batches = split_micro(rollouts, self.settings.micro_batch_tokens)
+        num_micro_batches = self._max_over_ranks(max(1, len(micro_batches)))
+        metrics = LossMetrics(self.device)
+        for i in range(num_micro_batches):
+            micro_batch = micro_batches[i] if i < len(micro_batches) else []
+            batch = collate(micro_batch, self.settings.pad_id, needs_teacher=loss.needs_teacher).to(self.device)
+            self._backward(batch, StepLoss(loss, assignment, batch), metrics, last=i == num_micro_batches - 1)
         grad_norm = self._update()
         skipped = not math.isfinite(grad_norm)
         if skipped:
@@ -88,14 +90,14 @@ class DeepSpeedLearner:
         return StepResult(
             step=assignment.step,
             version=version_after,
-            loss=tally.loss,
+            loss=metrics.loss,
             grad_norm=grad_norm,
             lr=lr,
             num_loss_tokens=assignment.num_loss_tokens,
             time_s=time.monotonic() - start,
             skipped=skipped,
             metrics={
-                **tally.metrics(),
+                **metrics.means(),
                 "loss/grad_norm": grad_norm,
                 "loss/skipped": float(skipped),
                 **_memory(self.device),
@@ -120,7 +122,7 @@ class DeepSpeedLearner:
         torch.save(_random_state(self.device), folder / tag / f"random_rank{self.rank}.pt")
 
     def load(self, folder: Path, tag: str) -> None:
-        """Continue exactly where `save` stood, on as many ranks as it had."""
+        """Continue exactly where `save` was called, on as many ranks as it had."""
         states = sorted((folder / tag).glob("random_rank*.pt"))
         if len(states) != self.world_size:
             raise ValueError(
@@ -140,23 +142,23 @@ class DeepSpeedLearner:
         export_student(self.module.model, folder, self.settings.model, self._gather, write=self.rank == 0)
 
     def close(self) -> None:
-        """Leave the gang. A process of world size 1 keeps its group of one, so that it can build another learner."""
+        """Leave the process group. World size 1 keeps its group of one, so that another learner can be built."""
         self.engine.destroy()
         if self.world_size > 1:
             import deepspeed.comm
 
             deepspeed.comm.destroy_process_group()
 
-    def _backward(self, batch: Batch, objective: StepLoss, tally: LossMetrics, *, last: bool) -> None:
+    def _backward(self, batch: Batch, step_loss: StepLoss, metrics: LossMetrics, *, last: bool) -> None:
         """Before the step's last backward call its loss is known. DeepSpeed drops a gradient that is not finite from
         the buffers of every stage, so a loss that is not finite is given one, whatever its own derivative."""
         self.engine.set_gradient_accumulation_boundary(last)
-        total = self.engine(batch, objective, self.heads)
-        tally.add(batch, objective, total)
+        total = self.engine(batch, step_loss, self.teacher_lm_heads)
+        metrics.add(batch, step_loss, total)
         factor = float(self.world_size)
         if last:
-            tally.sum_over_ranks()
-            factor = factor if math.isfinite(tally.loss) else math.nan
+            metrics.sum_over_ranks()
+            factor = factor if math.isfinite(metrics.loss) else math.nan
         self.engine.backward(total * factor)
 
     def _update(self) -> float:
@@ -185,21 +187,23 @@ class DeepSpeedLearner:
 
         return deepspeed.zero.GatheredParameters(list(parameters))
 
-    def _most(self, num: int) -> int:
-        """The largest of all ranks: each makes so many backward calls, with empty micro-batches if it has fewer."""
-        found = torch.tensor(num, device=self.device)
+    def _max_over_ranks(self, num: int) -> int:
+        """Each rank makes so many backward calls, with empty micro-batches if it has fewer."""
+        largest = torch.tensor(num, device=self.device)
         if self.world_size > 1:
-            torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
-        return int(found)
+            torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        return int(largest)
 
     def _check_share(self, assignment: BatchAssignment, rollouts: Sequence[Rollout]) -> None:
         if len(assignment.rollout_ids) != self.world_size:
             raise ValueError(
                 f"step {assignment.step} is planned for {len(assignment.rollout_ids)} ranks of {self.world_size}"
             )
-        given, planned = sorted(r.rollout_id for r in rollouts), sorted(assignment.rollout_ids[self.rank])
-        if given != planned:
-            raise ValueError(f"step {assignment.step}: rank {self.rank} got rollouts {given}, the plan says {planned}")
+        received, planned = sorted(r.rollout_id for r in rollouts), sorted(assignment.rollout_ids[self.rank])
+        if received != planned:
+            raise ValueError(
+                f"step {assignment.step}: rank {self.rank} got rollouts {received}, the plan says {planned}"
+            )
 
 
 def _initialize(student: torch.nn.Module, settings: LearnerSettings, config: dict[str, Any]) -> Any:
@@ -252,8 +256,8 @@ def _join(device: torch.device, timeout_s: float) -> None:
 
 
 def _rendezvous(url: str, *, timeout: timedelta, **_: object) -> Iterator[tuple[torch.distributed.Store, int, int]]:
-    """As torch's `env://`, but the store by which ranks find each other listens on MASTER_ADDR alone: torch's own
-    listens on every interface, and asks nobody for a token."""
+    """Like torch's `env://`, but the store by which ranks find each other listens on MASTER_ADDR alone: torch's own
+    listens on every interface, without authentication."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     addr, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     family = socket.AF_INET6 if ":" in addr else socket.AF_INET
@@ -262,7 +266,7 @@ def _rendezvous(url: str, *, timeout: timedelta, **_: object) -> Iterator[tuple[
         addr, port, world_size, is_master=rank == 0, timeout=timeout, master_listen_fd=fd
     )
     yield store, rank, world_size
-    raise RuntimeError("a gang that was lost is started anew, in new processes")
+    raise RuntimeError("ranks that were lost start again in new processes")
 
 
 def _limit_waits(timeout_s: float) -> None:

@@ -1,7 +1,7 @@
 """The student as one module whose forward is the loss, so that ZeRO's hooks see every use of a weight.
 
-In: a Batch, the step's plan, the loss. Out: the micro-batch's share of the step's loss, a scalar to run backward from;
-and the way back, the plain weights. Nothing here knows of DeepSpeed.
+In: a Batch, the step's assignment, the loss. Out: the micro-batch's share of the step's loss, a scalar to run backward
+from; and the plain weights of the trained student. Nothing here knows of DeepSpeed.
 
 Shapes: N loss tokens, D the student's hidden width, V the shared vocabulary.
 """
@@ -20,7 +20,7 @@ from switchkd.algo.chunked_loss import chunked_loss
 from switchkd.algo.losses import atkd_weights, cross_entropy, forward_kl, token_weights
 from switchkd.algo.topk import TopK, concatenated, unpack
 from switchkd.algo.topk_losses import coarse
-from switchkd.engines.models.lm_head import LMHead, final_hidden, finished
+from switchkd.engines.models.lm_head import LMHead, final_hidden, scaled_logits
 from switchkd.learner.batching import Batch, LossSpec
 from switchkd.types import BatchAssignment, TokenSource
 
@@ -41,28 +41,40 @@ class OutputLayer(nn.Module):
         super().__init__()
         self.weight = layer.weight
         self.bias = getattr(layer, "bias", None)
-        self.vocab_size, self.scale, self.softcap, self.chunk = vocab_size, scale, softcap, chunk
+        self.vocab_size = vocab_size
+        self.scale = scale
+        self.softcap = softcap
+        self.chunk = chunk
 
-    def forward(self, hidden: Tensor, *, teacher: Callable[[slice], Tensor | TopK | None], batch: Batch,
-                objective: StepLoss) -> Tensor:  # fmt: skip
+    def forward(
+        self, hidden: Tensor, *, teacher: Callable[[slice], Tensor | TopK | None], batch: Batch, step_loss: StepLoss
+    ) -> Tensor:
         """[N, D] to the weighted sum of the losses."""
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         if len(weight) > self.vocab_size:  # rows beyond the shared vocabulary do not exist
             weight, bias = weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
         return chunked_loss(
-            hidden, weight, bias, partial(finished, scale=self.scale, softcap=self.softcap), teacher, batch.labels,
-            torch.ones_like(batch.labels, dtype=torch.bool), objective.weights, objective.per_token, objective.extras,
+            hidden,
+            weight,
+            bias,
+            partial(scaled_logits, scale=self.scale, softcap=self.softcap),
+            teacher,
+            batch.labels,
+            torch.ones_like(batch.labels, dtype=torch.bool),
+            step_loss.weights,
+            step_loss.per_token,
+            step_loss.extras,
             self.chunk,
-        )  # fmt: skip
+        )
 
 
 class StepLoss:
-    """The loss of one micro-batch: weights that hold the whole step's denominators, and what is seen on the way."""
+    """The loss of one micro-batch: weights that hold the whole step's denominators, and per-token values by name."""
 
     def __init__(self, spec: LossSpec, assignment: BatchAssignment, batch: Batch) -> None:
         self.spec = spec
-        self.seen: dict[str, list[Tensor]] = {"loss": [], "kl": [], "lm": []}
+        self._recorded: dict[str, list[Tensor]] = {"loss": [], "kl": [], "lm": []}
         mask = torch.ones_like(batch.labels, dtype=torch.bool)
         self.weights = token_weights(mask, num_loss_tokens=assignment.num_loss_tokens)
         self.extras: dict[str, Tensor] = {}
@@ -73,22 +85,30 @@ class StepLoss:
             self.extras["hard"] = hard
             self.extras["unc"] = batch.uncertainty
         if spec.lm_coef:
-            # over all tokens of the step, whatever the other loss divides by
+            # divided by all tokens of the step, whatever the other loss divides by
             share = spec.lm_coef / max(assignment.num_loss_tokens, 1) / self.weights
             self.extras["lm_weight"] = torch.where(batch.sources == TokenSource.DATA, share, 0.0)
 
-    def per_token(self, p_logits: Tensor | TopK | None, q_logits: Tensor, labels: Tensor, mask: Tensor,
-                  *, lm_weight: Tensor | None = None, **extras: Tensor) -> Tensor:  # fmt: skip
-        """What chunked_loss calls for a few rows at a time."""
+    def per_token(
+        self,
+        p_logits: Tensor | TopK | None,
+        q_logits: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        *,
+        lm_weight: Tensor | None = None,
+        **extras: Tensor,
+    ) -> Tensor:
+        """The loss of each token; chunked_loss calls it for a few rows at a time."""
         loss = self._distance(p_logits, q_logits, labels, mask, extras)
-        if not loss.requires_grad:  # a constant, of a user's own: ranks wait for each other in every backward pass
+        if not loss.requires_grad:  # a user's constant: ranks wait for each other in every backward pass
             loss = loss + 0 * q_logits.sum(-1)
         self._record("loss", loss)
         if p_logits is not None:
             with torch.no_grad():
                 if self.spec.name == "forward_kl":
                     kl = loss
-                elif isinstance(p_logits, TopK):  # of the coarse-grained laws: from below
+                elif isinstance(p_logits, TopK):  # between the coarse-grained distributions: a lower bound
                     kl = coarse(forward_kl, p_logits, q_logits, labels, mask)
                 else:
                     kl = forward_kl(p_logits, q_logits, labels, mask)
@@ -109,16 +129,16 @@ class StepLoss:
         whole = {name: tensor for name, tensor in extras.items() if name != "unc"}
         return self.spec.per_token(p, q_logits, labels, mask, **self.spec.numbers, **whole)
 
-    def of(self, name: str) -> Tensor | None:
-        """Per-token numbers seen in the forward pass, [N]: `loss`, `kl` (with a teacher), `lm` (with lm_coef)."""
-        return torch.cat(self.seen[name]) if self.seen[name] else None
+    def recorded(self, name: str) -> Tensor | None:
+        """Per-token values of the forward pass, [N]: `loss`, `kl` (with a teacher), `lm` (with lm_coef)."""
+        return torch.cat(self._recorded[name]) if self._recorded[name] else None
 
     def _record(self, name: str, values: Tensor) -> None:
-        self.seen[name].append(values.detach())
+        self._recorded[name].append(values.detach())
 
 
 class StudentModule(nn.Module):
-    """What DeepSpeed wraps: model, output layer, loss."""
+    """Model, output layer and loss: the module that DeepSpeed wraps."""
 
     def __init__(self, model: nn.Module, *, vocab_size: int, scale: float, softcap: float, chunk: int) -> None:
         super().__init__()
@@ -127,54 +147,53 @@ class StudentModule(nn.Module):
         _check_output_layer(causal_model(model), layer)
         self.output = OutputLayer(layer, vocab_size=vocab_size, scale=scale, softcap=softcap, chunk=chunk)
 
-    def forward(self, batch: Batch, objective: StepLoss, heads: Mapping[str, LMHead]) -> Tensor:
+    def forward(self, batch: Batch, step_loss: StepLoss, teacher_lm_heads: Mapping[str, LMHead]) -> Tensor:
         """The micro-batch's share of the step's loss. Already divided: shares of all micro-batches and ranks add up."""
         hidden = final_hidden(
-            causal_model(self.model), input_ids=batch.input_ids, attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids, use_cache=False,
-        )  # fmt: skip
+            causal_model(self.model),
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        )
         states = hidden[batch.rows, batch.positions]
-        teacher = teacher_rows(batch, heads, self.output.vocab_size)
-        return self.output(states, teacher=teacher, batch=batch, objective=objective)
+        return self.output(states, teacher=teacher_rows(batch, teacher_lm_heads), batch=batch, step_loss=step_loss)
 
 
-def teacher_rows(batch: Batch, heads: Mapping[str, LMHead], vocab_size: int) -> Callable[[slice], Tensor | TopK | None]:
-    """The teacher's logits for a slice of the loss tokens, float32 [n, V], made when asked for; compressed rows as they
-    are."""
+def teacher_rows(batch: Batch, lm_heads: Mapping[str, LMHead]) -> Callable[[slice], Tensor | TopK | None]:
+    """A function that makes the teacher's logits, float32 [n, V], for a slice of the loss tokens; top-k rows stay as
+    they are; None where the batch has no teacher."""
     kinds = {segment.kind for segment in batch.teacher}
     if "top_logprobs" in kinds and len(kinds) > 1:
         raise ValueError(
-            f"signals of kinds {sorted(kinds)} came in one batch; resume with the teacher.output of before"
+            f"one batch holds teacher outputs of kinds {sorted(kinds)}; resume with the teacher.output of before"
         )
     for segment in batch.teacher:
-        if segment.kind == "hidden_states" and segment.teacher not in heads:
+        if segment.kind == "hidden_states" and segment.teacher not in lm_heads:
             raise ValueError(
-                f"hidden states of teacher {segment.teacher!r} came in, the learner has heads of {sorted(heads)}"
+                f"the batch holds hidden states of teacher {segment.teacher!r}, the learner has LM heads of "
+                f"{sorted(lm_heads)}"
             )
 
-    def values_of(tokens: slice) -> Tensor | TopK:
-        """Compressed rows."""
-        parts = [
-            unpack(segment.values[max(tokens.start - segment.start, 0) : tokens.stop - segment.start])
-            for segment in batch.teacher
-            if max(tokens.start, segment.start) < min(tokens.stop, segment.stop)
-        ]
-        return concatenated(parts)
-
-    def rows_of(tokens: slice) -> Tensor | None:
-        parts = []
+    def rows_of(tokens: slice) -> Tensor | TopK:
+        parts: list[Any] = []
         for segment in batch.teacher:
             start, stop = max(tokens.start, segment.start), min(tokens.stop, segment.stop)
-            if start < stop:
-                values = segment.values[start - segment.start : stop - segment.start]
-                parts.append(values.float() if segment.kind == "logits" else heads[segment.teacher].logits(values))
-        if parts:
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
-        return None if batch.teacher else torch.zeros(0, vocab_size, device=batch.labels.device)
+            if start >= stop:
+                continue
+            values = segment.values[start - segment.start : stop - segment.start]
+            match segment.kind:
+                case "hidden_states":
+                    parts.append(lm_heads[segment.teacher].logits(values))
+                case "top_logprobs":
+                    parts.append(unpack(values))
+                case _:
+                    parts.append(values.float())
+        if len(parts) == 1:
+            return parts[0]
+        return concatenated(parts) if "top_logprobs" in kinds else torch.cat(parts)
 
-    if "top_logprobs" in kinds:
-        return values_of
-    return rows_of if batch.teacher or not len(batch.labels) else lambda _: None
+    return rows_of if batch.teacher else lambda _: None
 
 
 def causal_model(model: Any) -> Any:
@@ -188,27 +207,24 @@ def full_tensors(model: nn.Module, gather: Gather) -> Iterator[tuple[str, Tensor
     `gather(parameters)` makes whole tensors of partitioned ones while it is open: use each tensor before asking for the
     next one. All ranks must run to the end.
     """
-    seen: set[int] = set()
-    inside: str | None = None  # an adapter layer, whose parts are not weights of their own
+    yielded: set[int] = set()
+    adapter_prefix: str | None = None  # of an adapter layer, whose parts are not weights of their own
     for prefix, module in causal_model(model).named_modules():
-        if inside and prefix.startswith(inside):
+        if adapter_prefix and prefix.startswith(adapter_prefix):
             continue
-        adapter = hasattr(module, "get_delta_weight")
-        own = [p for _, p in module.named_parameters(recurse=adapter)]
-        layer = module.base_layer if adapter else module
-        with torch.no_grad(), gather(own):
+        is_adapter = hasattr(module, "get_delta_weight")
+        layer = module.base_layer if is_adapter else module
+        with torch.no_grad(), gather(list(module.parameters(recurse=is_adapter))):
             for name, parameter in layer.named_parameters(recurse=False):
-                if id(parameter) in seen:
+                if id(parameter) in yielded:
                     continue
-                seen.add(id(parameter))
-                delta = adapter and name == "weight"
-                yield f"{prefix}.{name}".lstrip("."), (parameter + _delta(module) if delta else parameter).detach()
-        if adapter:
-            inside = f"{prefix}."
-
-
-def _delta(adapter: Any) -> Tensor:
-    return sum(adapter.get_delta_weight(name) for name in adapter.active_adapters)
+                yielded.add(id(parameter))
+                merged = parameter
+                if is_adapter and name == "weight":
+                    merged = parameter + sum(module.get_delta_weight(active) for active in module.active_adapters)
+                yield f"{prefix}.{name}".lstrip("."), merged.detach()
+        if is_adapter:
+            adapter_prefix = f"{prefix}."
 
 
 def _check_output_layer(causal: Any, layer: nn.Module) -> None:

@@ -1,6 +1,6 @@
-"""What one optimizer step reports, summed over micro-batches and ranks.
+"""The loss metrics of one optimizer step, summed over micro-batches and ranks.
 
-In: each micro-batch with its objective after the forward pass. Out: the loss and named means.
+In: each micro-batch with its StepLoss after the forward pass. Out: the loss and named means.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class LossMetrics:
     def loss(self) -> float:
         return float(self._sums[0, 0])
 
-    def add(self, batch: Batch, objective: StepLoss, total: Tensor) -> None:
+    def add(self, batch: Batch, step_loss: StepLoss, total: Tensor) -> None:
         self._put("loss/total", total.detach()[None])
         self._put("loss/padding_frac", batch.attention_mask == 0)
-        per_token, kl, lm = objective.of("loss"), objective.of("kl"), objective.of("lm")
+        per_token, kl, lm = (step_loss.recorded(name) for name in ("loss", "kl", "lm"))
         if per_token is not None:
             for source, name in _SOURCES.items():
                 self._put(name, per_token, batch.sources == source)
@@ -42,7 +42,7 @@ class LossMetrics:
         torch.distributed.all_reduce(self._sums)
         self._sums = self._sums.cpu()
 
-    def metrics(self) -> dict[str, float]:
+    def means(self) -> dict[str, float]:
         """Means over the step's tokens, the total as it is; names without a token are left out."""
         sums, counts = self._sums.tolist()
         means = {name: total / n for name, total, n in zip(self._names, sums, counts, strict=True) if n}

@@ -22,12 +22,12 @@ from switchkd.types import (
 )
 
 if TYPE_CHECKING:
-    from switchkd.learner.deepspeed import DeepSpeedLearner, LearnerSettings
+    from switchkd.learner.deepspeed import LearnerSettings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankInfo:
-    """Where a learner rank stands among its peers."""
+    """A rank's number and how it finds the others."""
 
     rank: int = 0
     local_rank: int = 0
@@ -71,19 +71,21 @@ Fetch = Callable[[list[int]], list[Rollout]]
 class LearnerRank:
     """One rank of the learner: fetches its rollouts itself, so that the driver never touches them."""
 
-    def __init__(self, config: Config, rank_info: RankInfo, heads: dict[str, LMHeadState], fetch: Fetch) -> None:
+    def __init__(self, config: Config, rank_info: RankInfo, lm_heads: dict[str, LMHeadState], fetch: Fetch) -> None:
         from switchkd.learner.deepspeed import DeepSpeedLearner
 
-        self.config, self.rank_info, self.fetch = config, rank_info, fetch
+        self.config = config
+        self.rank_info = rank_info
+        self.fetch = fetch
         self.losses: list[LossSpec] = [build_loss(stage) for stage in config.train.stages]
-        self.learner: DeepSpeedLearner = DeepSpeedLearner(
+        self.learner = DeepSpeedLearner(
             learner_settings(config),
             rank=rank_info.rank,
             local_rank=rank_info.local_rank,
             world_size=rank_info.world_size,
             master_addr=rank_info.master_addr,
             master_port=rank_info.master_port,
-            teacher_lm_heads=heads,
+            teacher_lm_heads=lm_heads,
         )
 
     def step(self, assignment: BatchAssignment, lr: float) -> StepResult:
@@ -99,7 +101,7 @@ class LearnerRank:
     def save(self, folder: Path, tag: str) -> None:
         try:
             self.learner.save(folder, tag)
-        except RuntimeError as error:  # torch's word for a disk that takes no more
+        except RuntimeError as error:  # torch raises it for a full disk
             raise OSError(f"{folder} could not be written: {error}") from error
 
     def load(self, folder: Path, tag: str) -> None:

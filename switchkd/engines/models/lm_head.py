@@ -60,7 +60,7 @@ class LMHead:
             out = self._packed.product(hidden)
         else:
             out = torch.nn.functional.linear(hidden, self.weight, self.bias)
-        return finished(out, scale=self.scale, softcap=self.softcap)
+        return scaled_logits(out, scale=self.scale, softcap=self.softcap)
 
     def copy_from(self, model: Any) -> None:
         """Take the model's present weights, in place: who holds this head sees the new ones."""
@@ -92,7 +92,7 @@ class LMHead:
         return cls(weight, bias, scale=arrays.scale, softcap=arrays.softcap)
 
 
-def finished(product: torch.Tensor, *, scale: float, softcap: float) -> torch.Tensor:
+def scaled_logits(product: torch.Tensor, *, scale: float, softcap: float) -> torch.Tensor:
     """float32 logits of what the output layer's matrix gave, row by row: what a `LMHead` does after the product."""
     out = product.float()
     if scale != 1.0:
