@@ -40,7 +40,7 @@ from learning import (
 )
 from tiny import tiny_model
 
-from switchkd.engines.weights import unpack, unpack_into
+from switchkd.engines.weights import load_into, unpack
 from switchkd.learner.batching import LossSpec, assign_batch
 from switchkd.types import StepResult
 
@@ -334,7 +334,7 @@ def test_a_worker_takes_what_two_ranks_publish(gang: dict[str, Any]) -> None:
 
     for name in ("zero3", "lora3", "tied3"):
         model = tiny_model(CASES[name].family, seed=9)
-        unpack_into(model, pack(gang[name].weights.items(), 1))
+        load_into(model, pack(gang[name].weights.items(), 1))
         assert distance(dict(model.named_parameters()), gang[name].weights) == 0
 
 

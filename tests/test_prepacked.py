@@ -13,7 +13,7 @@ from tiny import NUM_TOKENS, tiny_model
 from switchkd.config.errors import ConfigError
 from switchkd.engines.hf.student import HFStudent
 from switchkd.engines.models import cpu_prepack
-from switchkd.engines.models.cpu_prepack import FusedLinear, Prepacked, can_pack, prepack
+from switchkd.engines.models.cpu_prepack import FusedLinear, PackedLinear, can_pack, prepack
 from switchkd.engines.models.lm_head import LMHead, final_hidden
 from switchkd.engines.weights import pack
 
@@ -38,7 +38,7 @@ def test_the_same_product(dtype, limit, biased, rows):
     weight, bias = matrix(130, 72, dtype=dtype), matrix(130, dtype=dtype) if biased else None
     x = matrix(rows, 72, dtype=dtype)
     wanted = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    found = Prepacked(weight, bias).product(x)
+    found = PackedLinear(weight, bias).forward(x)
     assert found.dtype == dtype and found.shape == (rows, 130)
     assert float((found.double() - wanted).norm() / wanted.norm()) < limit
 
@@ -46,11 +46,11 @@ def test_the_same_product(dtype, limit, biased, rows):
 @needs_onednn
 def test_gradients_and_empty_rows_take_the_plain_product():
     weight = matrix(64, 32)
-    packed = Prepacked(weight)
+    packed = PackedLinear(weight)
     x = matrix(3, 32).requires_grad_()
-    packed.product(x).sum().backward()
+    packed.forward(x).sum().backward()
     torch.testing.assert_close(x.grad, weight.sum(0).expand(3, -1))
-    assert packed.product(torch.empty(0, 32)).shape == (0, 64)
+    assert packed.forward(torch.empty(0, 32)).shape == (0, 64)
 
 
 @needs_onednn
@@ -75,16 +75,16 @@ def test_layers_that_read_the_same(order):
     with torch.inference_mode():
         for x in (*inputs, inputs[0]):
             for index in order:
-                found, wanted = together.product(index, x), layers[index](x)
+                found, wanted = together.forward(index, x), layers[index](x)
                 torch.testing.assert_close(found, wanted, atol=2e-5, rtol=0)
-                other = together.product(index, inputs[1])
+                other = together.forward(index, inputs[1])
                 torch.testing.assert_close(other, layers[index](inputs[1]), atol=2e-5, rtol=0)
         for layer in layers:
             layer.weight.mul_(2)
         together.refresh()
-        torch.testing.assert_close(together.product(1, x), layers[1](x), atol=2e-5, rtol=0)
+        torch.testing.assert_close(together.forward(1, x), layers[1](x), atol=2e-5, rtol=0)
         x.mul_(3)  # the first layer asked never trusts what it saw
-        torch.testing.assert_close(together.product(0, x), layers[0](x), atol=4e-5, rtol=0)
+        torch.testing.assert_close(together.forward(0, x), layers[0](x), atol=4e-5, rtol=0)
 
 
 @needs_onednn

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from switchkd.engines.weights import pack, unpack, unpack_into
+from switchkd.engines.weights import load_into, pack, unpack
 from switchkd.types import PackedWeights
 
 torch.set_num_threads(1)
@@ -92,7 +92,7 @@ def test_a_model_takes_another_ones_weights(family: str, dtype: torch.dtype) -> 
     for named in (source.state_dict().items(), source.named_parameters()):
         bundle = _read_only(pack(named, 0))
         assert len(bundle.manifest) == len({t.data_ptr() for t in source.state_dict().values()})
-        unpack_into(target, bundle)
+        load_into(target, bundle)
         wanted = source.state_dict()
         assert all(torch.equal(t, wanted[n].to(t.dtype)) for n, t in target.state_dict().items())
 
@@ -109,5 +109,5 @@ def test_another_students_weights_are_refused_whole() -> None:
     }
     for message, given in wrong.items():
         with pytest.raises(ValueError, match=message):
-            unpack_into(model, pack(given.items(), 0))
+            load_into(model, pack(given.items(), 0))
     assert all(torch.equal(t, before[n]) for n, t in model.named_parameters())

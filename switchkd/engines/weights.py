@@ -1,7 +1,7 @@
-"""A student weight version is packed into flat buckets, travels, and is unpacked into another model.
+"""A student weight version is packed into flat buckets, and loaded from them into another model.
 
 In: named tensors, of any device, one after the other (a generator may free each one before it makes the next).
-Out: a WeightBundle: uint8 buckets in host memory, a manifest (name, dtype, shape, bucket, offset, nbytes), a checksum.
+Out: PackedWeights: uint8 buckets in host memory, a manifest (name, dtype, shape, bucket, offset, nbytes), a checksum.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 import weakref
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -35,28 +35,41 @@ def pack(
     `dtype` casts the floating ones, such as fp32 masters to the rollout workers' bfloat16. Of tensors that share their
     memory (tied weights) the first name is packed.
     """
-    writer, tied = _Writer(bucket_bytes), _Tied()
+    cast_to = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    writer = _BucketWriter(bucket_bytes)
+    packed_before: dict[tuple, weakref.ref[Tensor]] = {}
     for name, tensor in named_tensors:
-        if not tied.seen_before(tensor):
-            writer.write(name, tensor, _dtype(dtype))
+        place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        earlier = packed_before.get(place, lambda: None)()  # None too where another tensor got a freed one's memory
+        if earlier is None or tensor.numel() == 0:
+            packed_before[place] = weakref.ref(tensor)
+            writer.write(name, tensor, cast_to)
     buckets = writer.finish()
     manifest = tuple(writer.manifest)
     return PackedWeights(version=version, manifest=manifest, buckets=buckets, checksum=_checksum(manifest, buckets))
 
 
-def unpack(packed: PackedWeights) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors, as views of the buckets: not to be written to. Checks the sum first."""
-    found = _checksum(packed.manifest, packed.buckets)
-    if found != packed.checksum:
+def unpack(packed: PackedWeights) -> list[tuple[str, Tensor]]:
+    """Names and tensors, as views of the buckets: not to be written to. Raises ValueError for another checksum."""
+    checksum = _checksum(packed.manifest, packed.buckets)
+    if checksum != packed.checksum:
         raise ValueError(
-            f"weights of version {packed.version} are damaged (checksum {found}, not {packed.checksum}): publish again"
+            f"weights of version {packed.version} are damaged (checksum {checksum}, not {packed.checksum}): publish "
+            "again"
         )
-    return _views(packed)
+    named_tensors = []
+    with warnings.catch_warnings():  # arrays out of an object store are read-only, and torch warns of that
+        warnings.simplefilter("ignore", UserWarning)
+        for name, dtype, shape, bucket, offset, nbytes in packed.manifest:
+            flat = torch.from_numpy(packed.buckets[bucket][offset : offset + nbytes])
+            named_tensors.append((name, flat.view(getattr(torch, dtype)).reshape(shape)))
+    return named_tensors
 
 
 @torch.no_grad()
-def unpack_into(module: nn.Module, packed: PackedWeights) -> None:
-    """Overwrite all weights of `module`, cast to its dtypes. Either everything fits or nothing is written.
+def load_into(module: nn.Module, packed: PackedWeights) -> None:
+    """Overwrite all weights of `module`, cast to its dtypes. Raises ValueError, before anything is written, where a
+    weight is missing, unknown or of another shape.
 
     Each parameter is needed under one of its names (tied weights have several); persistent buffers may be left out.
     """
@@ -69,7 +82,7 @@ def unpack_into(module: nn.Module, packed: PackedWeights) -> None:
 
 
 def _check_fit(packed: PackedWeights, targets: dict[str, Tensor], needed: set[int]) -> None:
-    given = set()
+    covered = set()
     for name, _, shape, *_ in packed.manifest:
         if name not in targets:
             raise ValueError(f"weights of version {packed.version} hold {name}, the model does not: another student?")
@@ -77,13 +90,13 @@ def _check_fit(packed: PackedWeights, targets: dict[str, Tensor], needed: set[in
             raise ValueError(
                 f"weights of version {packed.version}: {name} is {list(shape)}, the model's {list(targets[name].shape)}"
             )
-        given.add(id(targets[name]))
-    missing = next((name for name, tensor in targets.items() if id(tensor) in needed - given), None)
+        covered.add(id(targets[name]))
+    missing = next((name for name, tensor in targets.items() if id(tensor) in needed - covered), None)
     if missing is not None:
         raise ValueError(f"weights of version {packed.version} lack {missing}, the model does not: another student?")
 
 
-class _Writer:
+class _BucketWriter:
     """Fills one bucket after the other."""
 
     def __init__(self, bucket_bytes: int) -> None:
@@ -100,8 +113,8 @@ class _Writer:
         offset = self._reserve(nbytes)
         target = torch.from_numpy(self._buckets[-1][offset : offset + nbytes])
         target.copy_(flat.view(torch.uint8))  # raw bytes, since NumPy has no bfloat16
-        text = str(tensor.dtype).removeprefix("torch.")
-        self.manifest.append((name, text, tuple(tensor.shape), len(self._buckets) - 1, offset, nbytes))
+        dtype_name = str(tensor.dtype).removeprefix("torch.")
+        self.manifest.append((name, dtype_name, tuple(tensor.shape), len(self._buckets) - 1, offset, nbytes))
 
     def finish(self) -> tuple[np.ndarray, ...]:
         self._close()
@@ -124,38 +137,9 @@ class _Writer:
             self._buckets[-1] = self._buckets[-1][: self._used]
 
 
-class _Tied:
-    """Tells a second name of the same memory from other tensors that merely came to lie where a freed one lay."""
-
-    def __init__(self) -> None:
-        self._seen: dict[tuple, weakref.ref[Tensor]] = {}
-
-    def seen_before(self, tensor: Tensor) -> bool:
-        if tensor.numel() == 0:
-            return False
-        key = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        earlier = self._seen.get(key)
-        if earlier is not None and earlier() is not None:
-            return True
-        self._seen[key] = weakref.ref(tensor)
-        return False
-
-
-def _views(packed: PackedWeights) -> Iterator[tuple[str, Tensor]]:
-    for name, dtype, shape, bucket, offset, nbytes in packed.manifest:
-        with warnings.catch_warnings():  # what comes out of an object store is read-only, and torch warns of that
-            warnings.simplefilter("ignore", UserWarning)
-            flat = torch.from_numpy(packed.buckets[bucket][offset : offset + nbytes])
-        yield name, flat.view(getattr(torch, dtype)).reshape(shape)
-
-
 def _checksum(manifest: tuple[ManifestEntry, ...], buckets: tuple[np.ndarray, ...]) -> str:
     """CRC-32 of manifest and buckets: 2.6 GB/s on one core, four times a cryptographic one."""
     crc = zlib.crc32(repr(manifest).encode())
     for bucket in buckets:
         crc = zlib.crc32(bucket.data, crc)
     return f"{crc:08x}"
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from switchkd.engines.models.lm_head import _scales, lm_head_of
+from switchkd.engines.models.lm_head import lm_head_of, logit_scales
 from switchkd.engines.models.loading import load_model
 from switchkd.learner.loss_module import Gather, StudentModule, causal_model, full_tensors
 from switchkd.learner.settings import LearnerSettings
@@ -22,11 +22,17 @@ def build_student(
 ) -> StudentModule:
     """The student on `device`, in training mode: dropout is what its config says (0 in most current models).
 
-    With `zero3_config` no rank ever holds all of it, unless its config scales the logits, which takes a look.
+    With `zero3_config` no rank ever holds all of it, unless its config scales the logits: then the scale is probed.
     """
     if zero3_config is None:
-        model = load_model(settings.model, dtype=settings.dtype, device=str(device), attn=settings.attn,
-                           trust_remote_code=settings.trust_remote_code, revision=settings.revision)  # fmt: skip
+        model = load_model(
+            settings.model,
+            dtype=settings.dtype,
+            device=str(device),
+            attn=settings.attn,
+            trust_remote_code=settings.trust_remote_code,
+            revision=settings.revision,
+        )
     else:
         model = _load_partitioned(settings, zero3_config)
     scale, softcap = _logit_numbers(model, settings, gather, partitioned=zero3_config is not None)
@@ -93,7 +99,7 @@ def _load_partitioned(settings: LearnerSettings, config: dict[str, Any]) -> Any:
 
 def _restore_buffers(model: Any, settings: LearnerSettings) -> None:
     """Trap: loading in parts makes *every* new tensor in the training dtype, rotary frequencies included: in bfloat16 a
-    far position turns by the wrong angle, and the student that learns is not the one that writes."""
+    far position turns by the wrong angle, and the trained student is not the one that generates."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -109,13 +115,13 @@ def _restore_buffers(model: Any, settings: LearnerSettings) -> None:
 
 
 def _logit_numbers(model: Any, settings: LearnerSettings, gather: Gather, *, partitioned: bool) -> tuple[float, float]:
-    """Scale and soft-cap of the student's logits (see heads.LinearHead)."""
+    """Scale and soft-cap of the student's logits (see LMHead)."""
     config = model.config.get_text_config()
-    if partitioned and len(_scales(config)) == 1:
+    if partitioned and len(logit_scales(config)) == 1:
         return 1.0, float(getattr(config, "final_logit_softcapping", None) or 0.0)
     with torch.no_grad(), gather(list(model.parameters())):
-        head = lm_head_of(model, settings.vocab_size)
-    return head.scale, head.softcap
+        lm_head = lm_head_of(model, settings.vocab_size)
+    return lm_head.scale, lm_head.softcap
 
 
 def _with_adapters(model: Any, lora: dict[str, Any]) -> Any:

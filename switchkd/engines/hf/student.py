@@ -35,9 +35,9 @@ class HFStudent:
 
     def load_weights(self, packed: PackedWeights) -> None:
         """See StudentEngine. Every slot is empty afterwards; `head` stays the same object."""
-        from switchkd.engines.weights import unpack_into
+        from switchkd.engines.weights import load_into
 
-        unpack_into(self.model, packed)
+        load_into(self.model, packed)
         self._refresh()
         self.head.copy_from(self.model)
         self._slots.reset()

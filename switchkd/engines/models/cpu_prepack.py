@@ -25,12 +25,12 @@ from switchkd.config.errors import ConfigError
 MAX_BYTES = 4 * 2**30
 """`auto` packs no model with more than this: the copy is as large as the weights."""
 _ROWS = 256  # what the order is chosen for; measured equally good from 1 to 512 rows
-_MIN_SIZE = 32  # of either dimension; below, the call costs more than the product
+MIN_SIZE = 32  # of either dimension; below, the call costs more than the product
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-class Prepacked:
-    """`product(x)` = x @ weight.T + bias for a weight that changes only before `refresh`."""
+class PackedLinear:
+    """`forward(x)` = x @ weight.T + bias for a weight that changes only before `refresh`."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
@@ -40,9 +40,11 @@ class Prepacked:
         """Take the weight as it is now."""
         self._packed = _reordered(self.weight)
 
-    def product(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out], both in the weight's dtype."""
-        return linear(x, self.weight, self.bias) if _is_plain(x) else _times(x, self._packed, self.bias)
+        if _needs_plain(x):
+            return linear(x, self.weight, self.bias)
+        return _packed_linear(x, self._packed, self.bias)
 
 
 class FusedLinear:
@@ -54,7 +56,7 @@ class FusedLinear:
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = layers
         self._sizes = [layer.weight.shape[0] for layer in layers]
-        self._seen: Tensor | None = None
+        self._last_input: Tensor | None = None
         self._parts: Sequence[Tensor] = ()
         self.refresh()
 
@@ -63,18 +65,18 @@ class FusedLinear:
             biases = [layer.bias for layer in self.layers]
             self._bias = None if biases[0] is None else torch.cat(biases)
             self._packed = _reordered(torch.cat([layer.weight for layer in self.layers]))
-        self._seen, self._parts = None, ()
+        self._last_input, self._parts = None, ()
 
-    def product(self, index: int, x: Tensor) -> Tensor:
-        """What layer `index` makes of x [..., in]: a part of [..., all outputs], so not contiguous."""
+    def forward(self, index: int, x: Tensor) -> Tensor:
+        """Layer `index` of x [..., in]: a part of [..., all outputs], so not contiguous."""
         layer = self.layers[index]
-        if _is_plain(x):
+        if _needs_plain(x):
             return linear(x, layer.weight, layer.bias)
-        if index == 0 or x is not self._seen:
-            self._seen, self._parts = x, _times(x, self._packed, self._bias).split(self._sizes, -1)
+        if index == 0 or x is not self._last_input:
+            self._last_input, self._parts = x, _packed_linear(x, self._packed, self._bias).split(self._sizes, -1)
         part = self._parts[index]
         if index == len(self.layers) - 1:
-            self._seen, self._parts = None, ()  # keeps no activation alive
+            self._last_input, self._parts = None, ()  # keeps no activation alive
         return part
 
 
@@ -84,13 +86,13 @@ def _reordered(weight: Tensor) -> Tensor:
     return packed
 
 
-def _times(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+def _packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return out
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Nothing to compute, or a gradient to pass: oneDNN's operators do neither."""
+def _needs_plain(x: Tensor) -> bool:
+    """No rows, or a gradient to pass: oneDNN's operators support neither."""
     return x.numel() == 0 or (torch.is_grad_enabled() and x.requires_grad)
 
 
@@ -98,7 +100,7 @@ def can_pack(weight: Tensor) -> bool:
     return (
         weight.device.type == "cpu"
         and weight.ndim == 2
-        and min(weight.shape) >= _MIN_SIZE
+        and min(weight.shape) >= MIN_SIZE
         and weight.is_contiguous()
         and _works(weight.dtype)
     )
@@ -113,34 +115,34 @@ def _works(dtype: torch.dtype) -> bool:
     weight, x = (torch.randn(n, 64, generator=generator).to(dtype) for n in (48, 5))
     bias = torch.randn(48, generator=generator).to(dtype)
     try:
-        found = Prepacked(weight, bias).product(x)
+        product = PackedLinear(weight, bias).forward(x)
     except (AttributeError, RuntimeError):
         return False
-    wanted = linear(x.double(), weight.double(), bias.double())
-    return bool((found.double() - wanted).norm() <= _TOLERANCE[dtype] * wanted.norm())
+    exact = linear(x.double(), weight.double(), bias.double())
+    return bool((product.double() - exact).norm() <= _TOLERANCE[dtype] * exact.norm())
 
 
 def prepack(model: Any, switch: str = "auto", *, key: str = "prepack") -> Callable[[], None]:
-    """Let a model's linear layers, the output layer left out (see `LinearHead.prepack`), use packed copies of their
-    weights. Returns what is to be called after the weights were changed.
+    """Let a model's linear layers, the output layer left out (see `LMHead.prepack`), use packed copies of their
+    weights. Returns a function to call after the weights were changed.
 
-    `switch`: `on`, `off`, `auto` (a model on a CPU with at most MAX_BYTES of weights). Raises ConfigError for `on`
-    where it cannot work; `key` is named then.
+    `switch`: `on`, `off`, `auto` (a model on a CPU with at most MAX_BYTES of weights). Raises ConfigError, which names
+    `key`, for `on` where it cannot work.
     """
-    head = model.get_output_embeddings()
-    layers: list[Any] = [layer for layer in model.modules() if type(layer) is torch.nn.Linear and layer is not head]
+    lm_head = model.get_output_embeddings()
+    layers: list[Any] = [layer for layer in model.modules() if type(layer) is torch.nn.Linear and layer is not lm_head]
     size = sum(layer.weight.nbytes for layer in layers)
     if switch == "off" or (switch == "auto" and size > MAX_BYTES):
         return lambda: None
-    packed: list[Prepacked | FusedLinear] = []
-    for group in _sharing(model):
-        packed.append(together := FusedLinear(group))
+    packed: list[PackedLinear | FusedLinear] = []
+    for group in _groups_with_one_input(model):
+        packed.append(fused := FusedLinear(group))
         for index, layer in enumerate(group):
-            layer.forward = partial(together.product, index)
+            layer.forward = partial(fused.forward, index)
     for layer in layers:
         if can_pack(layer.weight) and "forward" not in vars(layer):
-            packed.append(alone := Prepacked(layer.weight, layer.bias))
-            layer.forward = alone.product
+            packed.append(single := PackedLinear(layer.weight, layer.bias))
+            layer.forward = single.forward
     if switch == "on" and not packed:
         raise ConfigError(
             f"{key}: on, but no layer of this {model.dtype} model on {model.device} can be packed; it takes a CPU with "
@@ -148,8 +150,8 @@ def prepack(model: Any, switch: str = "auto", *, key: str = "prepack") -> Callab
         )
 
     def refresh() -> None:
-        for copied in packed:
-            copied.refresh()
+        for copy in packed:
+            copy.refresh()
 
     return refresh
 
@@ -157,13 +159,12 @@ def prepack(model: Any, switch: str = "auto", *, key: str = "prepack") -> Callab
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def _sharing(model: Any) -> Iterator[list[Any]]:
+def _groups_with_one_input(model: Any) -> Iterator[list[Any]]:
     """Groups of linear layers that transformers' models call with the same input, and that can be one matrix."""
     for module in model.modules():
         for names in _SAME_INPUT:
             group: list[Any] = [getattr(module, name, None) for name in names]
             if not all(type(layer) is torch.nn.Linear for layer in group) or not can_pack(group[0].weight):
                 continue
-            alike = {(x.weight.device, x.weight.dtype, x.weight.shape[1], x.bias is None) for x in group}
-            if len(alike) == 1:
+            if len({(x.weight.device, x.weight.dtype, x.weight.shape[1], x.bias is None) for x in group}) == 1:
                 yield group

@@ -133,14 +133,14 @@ def _output_layer(model: Any, section: ModelConfig, key: str) -> tuple[int, int]
 
 
 def _products(model: Any) -> int:
-    """As `engines/prepacked.py` takes them."""
+    """As `cpu_prepack.py` takes them."""
     from torch.nn import Linear
 
-    from switchkd.engines.models.cpu_prepack import _MIN_SIZE
+    from switchkd.engines.models.cpu_prepack import MIN_SIZE
 
     head = model.get_output_embeddings()
     weights = [layer.weight for layer in model.modules() if type(layer) is Linear and layer is not head]
-    return sum(weight.numel() for weight in weights if min(weight.shape) >= _MIN_SIZE)
+    return sum(weight.numel() for weight in weights if min(weight.shape) >= MIN_SIZE)
 
 
 def _ffn(text: Any) -> int:

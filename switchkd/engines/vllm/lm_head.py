@@ -1,7 +1,7 @@
 """A model's output layer read from its files alone, for a model that another engine holds.
 
 In: a folder or a hub name. Out: the output matrix and bias as they stand in the safetensors files. Which tensors those
-are is asked of transformers (a model without weights), not guessed; whether they fit is for `heads.fitted_head` to say.
+are is asked of transformers (a model without weights), not guessed; whether they fit is checked by `fit_lm_head`.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import torch
 
 from switchkd.algo.topk import TopK, pack
 from switchkd.config.errors import ConfigError
-from switchkd.engines.models.lm_head import LMHead, LMHeadState, fitted_head
+from switchkd.engines.models.lm_head import LMHead, LMHeadState, fit_lm_head
 from switchkd.engines.sessions import Session
 from switchkd.engines.vllm.engine import RowRequest
 from switchkd.engines.vllm.lm_head import output_layer
@@ -82,7 +82,7 @@ class HiddenRows:
         logits = _first_of(self.engine.call("switchkd_logits", pickle.dumps(to_numpy(hidden))))
         weight = weight[:vocab_size].to(hidden.dtype).float()
         bias = None if bias is None else bias[:vocab_size].to(hidden.dtype).float()
-        return fitted_head(
+        return fit_lm_head(
             weight, bias, config, hidden, torch.from_numpy(logits), dtype=self.engine.dtype, name=self.engine.path,
             remedy=_OTHER_WAYS,
         )  # fmt: skip
