@@ -234,30 +234,14 @@ def plan(
     config: ConfigFile,
     overrides: Overrides = None,
     stage: Annotated[str | None, typer.Option(help="Of this stage; else the last that writes.")] = None,
-    calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure the models on this machine.")] = False,
-    costs: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON with costs, or an earlier plan's.")] = None,
-    student_ms: Annotated[float | None, typer.Option(help="One token for every row of a worker.")] = None,
-    teacher_ms: Annotated[float | None, typer.Option(help="The teacher reading one block of every row.")] = None,
-    learner_ms: Annotated[float | None, typer.Option(help="One optimizer step on one rank.")] = None,
-    rejection_rate: Annotated[float | None, typer.Option(help="Share of tokens at which a block breaks.")] = None,
-    tokens: Annotated[float | None, typer.Option(help="Mean length of a completion.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Memory, bytes on the wire, tokens per second, and what one more GPU should be."""
+    """Memory, bytes on the wire, and what each role gets of the machines."""
     wanted = _load(config, overrides)
     index = _stage_index(wanted, stage)
-    from switchkd.tools.plan.calibrate import gather
     from switchkd.tools.plan.plan import make_plan, show
 
-    given = {
-        "student_ms": student_ms,
-        "teacher_ms": teacher_ms,
-        "learner_ms": learner_ms,
-        "rejection_rate": rejection_rate,
-        "tokens": tokens,
-    }
-    measured = gather(wanted, index, calibrate=calibrate, file=costs, given=given)
-    made = make_plan(wanted, wanted.train.stages[index], measured)
+    made = make_plan(wanted, wanted.train.stages[index])
     if as_json:
         _print_json(made.to_json())
     else:

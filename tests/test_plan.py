@@ -1,4 +1,4 @@
-"""`switchkd plan`: numbers against ones worked out by hand, and against the tensors that tiny engines hold."""
+"""`switchkd plan`: bytes against ones worked out by hand, and against the tensors that tiny engines hold."""
 
 from __future__ import annotations
 
@@ -18,12 +18,9 @@ from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config, LoraConfig, ModelConfig
 from switchkd.engines.models.shape import Shape, read_shape, shapes
 from switchkd.engines.models.sources import num_params
-from switchkd.tools.plan.costs import Costs, parse_costs
 from switchkd.tools.plan.memory import layer_activations, memory, states
 from switchkd.tools.plan.plan import make_plan
-from switchkd.tools.plan.speed import bottleneck, kept, one_more, ratio, speed
 
-COSTS = Costs(student_ms=10, teacher_ms={4: 20}, learner_ms=1000, rejection_rate=0.0, tokens=32)
 LLAMA_7B = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": 4096,
     "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -48,21 +45,6 @@ def run(monkeypatch, capsys):
 
 def planned(place: Path, stages: list[dict] | None = None, **sections: Any) -> Config:
     return config(place, stages or [SWITCH], **sections)
-
-
-STAGE = {"name": "s", "steps": 4, "batch_size": 8, "mix": {"rollout": 1.0}}
-BAD = {
-    "half of the costs": (["--student-ms", 5], "costs need --teacher-ms too"),
-    "no file": (["--costs", "none.json"], "--costs none.json: there is no such file"),
-    "no JSON": (["--costs", "config.yaml"], "--costs config.yaml cannot be read as JSON"),
-    "no costs": (["--costs", "list.json"], "--costs list.json holds no costs"),
-    "unknown cost": (["--costs", "odd.json"], "--costs odd.json: student: unknown key; known here: student_ms"),
-    "negative": (["--student-ms", -1, "--teacher-ms", 1], "student_ms=-1.0: input should be greater than 0"),
-    "twice": (["--calibrate", "--costs", "odd.json"], "--calibrate and --costs: take one of them"),
-    "no stage": (["--stage", "third"], "--stage third: there is no such stage"),
-    "no model": (["teacher.path=/none"], "teacher.path=/none"),
-    "no teacher": (["--calibrate", "--stage", "alone"], "stage alone has no teacher"),
-}
 
 
 class TestShape:
@@ -257,168 +239,80 @@ class TestWire:
     @pytest.mark.parametrize(
         ("teacher", "row"),
         [({}, 4 * 32), ({"dtype": "bfloat16"}, 2 * 32), ({"output": "logits"}, 4 * 120),
-         ({"output": "top_logprobs", "num_top_logprobs": 8, "decide": "coarse"}, 8 * 8 + 8)],
+         ({"output": "top_logprobs", "num_top_logprobs": 8}, 8 * 8 + 8)],
     )  # fmt: skip
     def test_rows(self, here, teacher, row):
-        """Of each signal; a rollout's token brings its row and 21 bytes of records."""
+        """Each kind of teacher output; a token of a rollout brings its row and 21 bytes of records."""
         stage = {**SWITCH, "loss": {"type": "forward_kl"}}
         wire = make_plan(planned(here, [stage], teacher=teacher), planned(here, [stage]).train.stages[0]).wire
-        assert wire.row_bytes == row and wire.rollout_per_token == row + 21
-
-    def test_rows_for_each_token_kept(self, here):
-        """Blocks of four that break at each token with 0.5: 1 + 1/2 + 1/4 + 1/8 tokens stand, and five rows are sent
-        save where the block before stood whole. Data-set tokens need one."""
-        wanted = planned(here, rollout={"drafter": "student"})
-        costs = Costs(student_ms=1, teacher_ms={4: 1}, rejection_rate=0.5)
-        wire = make_plan(wanted, wanted.train.stages[0], costs).wire
-        assert wire.rows_per_token == pytest.approx(0.75 * (5 - 0.5**4) / 1.875 + 0.25)
+        assert wire.teacher_row == row and wire.rollout_token == row + 21
 
     def test_steps(self, here):
-        """Weights go to each worker, gradients round the ranks."""
-        wanted = planned(here, rollout={"num_workers": 3}, learner={"num_ranks": 2}, run={"mode": "ray"})
-        plan = make_plan(wanted, wanted.train.stages[0], COSTS)
+        """Weights go to each worker, gradients round the ranks, the teacher's output matrix to all of them."""
+        settings = planned(here, rollout={"num_workers": 3}, learner={"num_ranks": 2}, run={"mode": "ray"})
+        plan = make_plan(settings, settings.train.stages[0])
         params = plan.shapes["student"].params
         assert plan.wire.weights_per_step == 4 * params * 3 and plan.wire.gradients_per_step == 2 * 4 * params
-        assert plan.speed is not None
-        assert plan.wire.per_s["weights"] == pytest.approx(plan.wire.weights_per_step / plan.speed.step_s)
+        assert plan.wire.lm_head_at_start == 4 * 120 * 32 * (3 + 2)
 
 
-class TestSpeed:
-    """Tokens per second, by hand: 4 rows, blocks of 4 that never break, 10 ms a student's token, 20 ms a block."""
+class TestStores:
+    """What waits, and how many processes work on it."""
 
-    def of(self, here: Path, numbers: dict[str, int], costs: Costs = COSTS, how: dict | None = None, **sections: Any):
-        wanted = planned(here, [STAGE], rollout={"drafter": "student"}, **sections)
-        return speed(wanted, wanted.train.stages[0], costs, numbers, **(how or {}))
+    def test_replay(self, here):
+        """Two batches of data may be ready ahead, and three trained ones wait for a checkpoint; each of 12 tokens."""
+        settings = planned(here)
+        plan = make_plan(settings, settings.train.stages[0])
+        assert plan.replay_rollouts == (1 + 2) * 4 + 3 * 4
+        assert plan.replay_bytes == plan.replay_rollouts * 12 * (4 * 32 + 21)
+        stage = {**SWITCH, "mix": {"rollout": 1}}
+        strict = planned(here, [stage], replay={"max_staleness": 0})
+        assert make_plan(strict, strict.train.stages[0]).replay_rollouts == 4 + 3 * 4
 
-    @pytest.mark.parametrize(("block", "rate"), [(1, 0.3), (4, 0.3), (8, 0.0), (32, 0.9), (3, 1.0)])
-    def test_kept(self, block, rate):
-        """The sum over k of the chance that the first k tokens did not break."""
-        assert kept(block, rate) == pytest.approx(sum((1 - rate) ** k for k in range(block)))
+    def test_shares(self, here):
+        """A batch of four over two workers is two rows each, though either has room for four."""
+        settings = planned(here, rollout={"num_workers": 2}, run={"mode": "ray"})
+        plan = make_plan(settings, settings.train.stages[0])
+        assert plan.rows_per_worker == 2 and plan.shares["rollout"].num_processes == 2
+        assert {share.threads for share in plan.shares.values()} == {1}
 
-    def test_one_of_each(self, here):
-        """8 rollouts of 32 tokens: two waves of 8 rounds of 60 ms, then a second of learning."""
-        found = self.of(here, {"teacher": 1, "rollout": 1, "learner": 1})
-        assert found.write_s == pytest.approx(2 * 8 * 0.06) and found.learn_s == pytest.approx(1.0)
-        assert found.tokens_per_s == pytest.approx(256 / 1.96)
-        assert found.limits == pytest.approx({"rollout": 256 / 0.96, "teacher": 256 / 0.32, "learner": 256})
-
-    def test_asynchronous(self, here):
-        """With staleness the longer part decides."""
-        found = self.of(here, {"teacher": 1, "rollout": 1, "learner": 1}, replay={"max_staleness": 1})
-        assert found.step_s == pytest.approx(1.0)
-
-    def test_a_teacher_saturates(self, here):
-        """Eight workers ask one teacher: one wave of 8 calls of 20 ms each."""
-        found = self.of(here, {"teacher": 1, "rollout": 8, "learner": 1})
-        assert found.write_s == pytest.approx(8 * 8 * 0.02)
-        assert self.of(here, {"teacher": 4, "rollout": 8, "learner": 1}).write_s == pytest.approx(8 * 0.06)
-
-    def test_two_halves(self, here):
-        """With overlap a round of both halves takes as long as the worker drafts twice."""
-        found = self.of(here, {"teacher": 1, "rollout": 1, "learner": 1}, how={"overlap": True})
-        assert found.write_s == pytest.approx(2 * 8 * 0.08)
-
-    def test_shared_cores(self, here):
-        """Four workers on two cores, one thread each: all their seconds are divided by two."""
-        costs = COSTS.model_copy(update={"learner_ms": 0.0})
-        found = self.of(here, {"teacher": 4, "rollout": 4, "learner": 1}, costs, how={"cores": 2})
-        assert found.write_s == pytest.approx(4 * 8 * 0.06 / 2)
-
-    def test_the_better_lead_is_taken(self, here):
-        """`auto` compares: a student that never breaks is worth long blocks, one that always breaks none, unless
-        the teacher's stand."""
-        stage = {**STAGE, "rule": {"type": "switch"}}
-        wanted = planned(here, [stage], rollout={"drafter": "auto", "max_draft_tokens": 8})
-        costs = Costs(student_ms=1, teacher_ms={1: 10, 4: 11, 8: 12}, teacher_step_ms=10, student_block_ms={8: 2})
-        numbers = {"teacher": 1, "rollout": 1, "learner": 1}
-        taken = {}
-        for student, teacher in ((0.0, 1.0), (1.0, 1.0), (1.0, 0.0)):
-            given = costs.model_copy(update={"rejection_rate": student, "teacher_rejection_rate": teacher})
-            way = speed(wanted, wanted.train.stages[0], given, numbers).way
-            taken[student, teacher] = (way.drafter, way.block)
-        assert taken == {(0.0, 1.0): ("student", 8), (1.0, 1.0): ("none", 1), (1.0, 0.0): ("teacher", 8)}
-
-    @pytest.mark.parametrize(
-        ("numbers", "learner_ms", "worst"),
-        [
-            ({"teacher": 1, "rollout": 1, "learner": 1}, 5000, "learner"),
-            ({"teacher": 1, "rollout": 1, "learner": 1}, 10, "rollout"),
-            ({"teacher": 1, "rollout": 8, "learner": 1}, 10, "teacher"),
-        ],
-    )
-    def test_bottleneck(self, here, numbers, learner_ms, worst):
-        """The role of which one more helps most."""
-        wanted = planned(here, [STAGE], rollout={"drafter": "student"}, replay={"max_staleness": 1})
-        costs, stage = COSTS.model_copy(update={"learner_ms": learner_ms}), wanted.train.stages[0]
-        gains = one_more(wanted, stage, costs, numbers)
-        assert bottleneck(speed(wanted, stage, costs, numbers), gains, 0) == worst
-        assert gains[worst] == max(gains.values()) > 0.1
-
-    def test_ratio(self, here):
-        """A round takes three times the teacher's part: three workers keep one teacher busy."""
-        wanted = planned(here, [STAGE], rollout={"drafter": "student"})
-        found = ratio(wanted, wanted.train.stages[0], COSTS, {"teacher": 1, "rollout": 9, "learner": 1})
-        assert found["rollout"] / found["teacher"] == pytest.approx(3) and min(found.values()) == 1.0
+    def test_object_store(self, here):
+        """Two versions of the student beside 0.5 GB, or the size in the config."""
+        settings = planned(here)
+        plan = make_plan(settings, settings.train.stages[0])
+        assert plan.object_store_bytes == int(5e8) + 2 * 4 * plan.shapes["student"].params
+        limited = planned(here, cluster={"object_store_gb": 2})
+        assert make_plan(limited, limited.train.stages[0]).object_store_bytes == 2_000_000_000
 
 
 class TestCommand:
     """What the user types."""
 
-    def test_without_costs(self, here, run):
-        """Memory and wire; speed is said not to be known."""
+    def test_tables_and_json(self, here, run):
+        """The terminal shows three tables; JSON has the parts of each role's memory and their sum."""
         code, out, err = run("plan", config_file(here, [WARM_UP, SWITCH]))
         assert code == 0, err
-        assert "Memory of one process" in out and "Speed: not known without costs" in out
-        told = json.loads(run("plan", "config.yaml", "--json")[1])
-        assert told["speed"] is None and told["costs"] is None and told["stage"] == "switch"
-        assert told["memory"]["learner"]["total"] == pytest.approx(
-            sum(value for name, value in told["memory"]["learner"].items() if name != "total")
-        )
+        assert all(title in out for title in ("What each process gets", "Memory of one process", "Bytes on the wire"))
+        plan = json.loads(run("plan", "config.yaml", "--json")[1])
+        assert plan["stage"] == "switch" and plan["shares"]["learner"]["num_processes"] == 1
+        parts = plan["memory"]["learner"]
+        assert parts.pop("total") == pytest.approx(sum(parts.values()))
+        assert json.loads(run("plan", "config.yaml", "--json", "--stage", "warm-up")[1])["stage"] == "warm-up"
 
-    def test_with_costs(self, here, run, tmp_path):
-        """As options, as a file, and as what an earlier plan printed: the same speed."""
-        given = ["plan", config_file(here, [SWITCH]), "--json"]
-        code, out, err = run(*given, "--student-ms", 10, "--teacher-ms", 20, "--learner-ms", 500, "--rejection-rate", 0)
-        assert code == 0, err
-        told = json.loads(out)
-        assert told["speed"]["tokens_per_s"] > 0 and told["bottleneck"] == "learner"
-        (tmp_path / "earlier.json").write_text(out)
-        (tmp_path / "own.json").write_text(json.dumps(told["costs"]))
-        for name in ("earlier.json", "own.json"):
-            assert json.loads(run(*given, "--costs", tmp_path / name)[1])["speed"] == told["speed"]
-        code, _, err = run("plan", "config.yaml", "--calibrate", "teacher.backend=vllm")
-        assert code == 2 and "add --learner-ms" in err
-        code, out, _ = run("plan", "config.yaml", "--costs", tmp_path / "own.json", "--tokens", 6)
-        assert code == 0 and "Bottleneck: learner rank" in out and "should be a learner rank" in out
-
-    def test_calibrated(self, here, run):
-        """The run's own models are measured: every cost is there, and nothing is left behind."""
-        path = config_file(here, [SWITCH], rollout={"drafter": "auto"})
-        before = sorted(file.name for file in here.iterdir())
-        code, out, err = run("plan", path, "--calibrate", "--json")
-        assert code == 0, err
-        costs = json.loads(out)["costs"]
-        assert set(costs["teacher_ms"]) == set(costs["student_block_ms"]) == {"1", "2", "3", "4"}
-        for key in ("student_ms", "teacher_step_ms", "settle_ms", "prompt_ms", "learner_ms", "publish_ms"):
-            assert costs[key] > 0
-        assert 0 < costs["tokens"] <= 32 and costs["rows_per_token"] >= 1 and 0 < costs["rejection_rate"] < 1
-        assert sorted(file.name for file in here.iterdir()) == before
-
-    @pytest.mark.parametrize("name", BAD)
-    def test_bad_input(self, here, run, name):
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            (["--stage", "third"], "--stage third: there is no such stage"),
+            (["teacher.path=/none"], "teacher.path=/none"),
+            (["teacher.attach=shared", "cluster.address=auto", "run.mode=ray"], "a plan counts the run's own only"),
+        ],
+    )
+    def test_bad_input(self, here, run, args, message):
         """One line, exit code 2."""
-        alone = {"name": "alone", "steps": 1, "mix": {"dataset": 1}, "loss": {"type": "cross_entropy"}}
-        config_file(here, [alone, SWITCH])
-        (here / "list.json").write_text("[1]")
-        (here / "odd.json").write_text('{"student_ms": 1, "teacher_ms": 1, "student": 2}')
-        args, message = BAD[name]
+        config_file(here, [SWITCH])
         code, out, err = run("plan", "config.yaml", *args)
         errors = [line for line in err.splitlines() if line.startswith("switchkd: error: ")]
         assert code == 2 and len(errors) == 1 and message in errors[0] and not out, err
-
-    def test_one_number_for_every_block(self):
-        """A single number stands for a block of any size."""
-        assert parse_costs({"student_ms": 1, "teacher_ms": 3}, 8, "costs").teacher_ms == {1: 3, 8: 3}
 
 
 def test_shape_of_head():
