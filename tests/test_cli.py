@@ -114,6 +114,7 @@ BAD = {
     "export nothing": (["export", "/none"], "run folder /none does not exist"),
     "export too early": (["export", "used"], "has no student yet"),
     "export step": (["export", "used", "--step", "3"], "no checkpoint of step 3 with a student; there is none"),
+    "cut where": (["init-student", "a", "b", "--layers", "x"], "--layers 'x': give a number such as 12 or a list"),
     "cut into use": (["init-student", "{models}/teacher", "used", "--layers", "2"], "used exists and is not empty"),
     "cut too deep": (["init-student", "{models}/teacher", "new", "--layers", "0,9"], "list some of 0 to 3"),
 }
@@ -144,7 +145,7 @@ def test_bad_input(name, place, models, run):
 
 
 @pytest.mark.parametrize(
-    "args", [["train"], ["init-student", "a"], ["eval"], ["init-student", "a", "b", "--layers", "x"]]
+    "args", [["train"], ["init-student", "a"], ["eval"], ["serve-teacher"], ["fetch-demo", "--source", "ftp"]]
 )
 def test_usage(args, run):
     """A command line that is no command line: exit code 2."""

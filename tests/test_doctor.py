@@ -52,22 +52,22 @@ def run(monkeypatch, capfd):
     return partial(command, monkeypatch, capfd)
 
 
-def wanted(here: Path, **sections: Any) -> Config:
+def a_config(here: Path, **sections: Any) -> Config:
     return config(here, [WARM_UP, SWITCH], **sections)
 
 
 def quick(here: Path, **sections: Any) -> list[CheckResult]:
-    return doctor.run_checks(wanted(here, **sections), quick=True)
+    return list(doctor.run_checks(a_config(here, **sections), quick=True))
 
 
-def one(found: list[CheckResult], check: str, status: str) -> CheckResult:
-    """The one finding of that check and status."""
-    (finding,) = [each for each in found if (each.check, each.status) == (check, status)]
-    return finding
+def one(results: list[CheckResult], check: str, status: str) -> CheckResult:
+    """The one result of that check and status."""
+    (result,) = [each for each in results if (each.check, each.status) == (check, status)]
+    return result
 
 
 def of(act: Callable[..., Any], *args: Any) -> list[CheckResult]:
-    return run_check("x", lambda: act(*args))
+    return list(run_check("x", lambda: act(*args)))
 
 
 class TestWhole:
@@ -88,16 +88,16 @@ class TestWhole:
         assert tree(here) == before and not (here / "run").exists()
 
     def test_as_json(self, here, run):
-        """One object; exit code 2 where something fails, with every other finding beside it."""
+        """One object; exit code 2 where something fails, with every other result beside it."""
         args = ["doctor", config_file(here, [SWITCH]), "--json", "--quick"]
         code, out, err = run(*args)
         told = json.loads(out)
         assert code == 0 and told["ok"], err
-        checks = {finding["check"] for finding in told["findings"]}
+        checks = {result["check"] for result in told["checks"]}
         assert {"versions", "data"} <= checks and not {"determinism", "dry pass"} & checks
         code, out, _ = run(*args, "teacher.path=/none")
         told = json.loads(out)
-        (failed,) = [finding for finding in told["findings"] if finding["status"] == "fail"]
+        (failed,) = [result for result in told["checks"] if result["status"] == "fail"]
         assert code == 2 and not told["ok"] and "teacher.path=/none: there is no such folder" in failed["text"]
         assert failed["remedy"].startswith("give the one that save_pretrained wrote")
 
@@ -138,13 +138,13 @@ class TestMachine:
     def test_processors(self, here, monkeypatch):
         """GPUs that are asked for and not there; a device without a GPU; GPUs that nobody asks for."""
         monkeypatch.setattr(machine, "_this_machine", lambda: {"CPU": 2.0, "GPU": 0.0})
-        found = quick(here, run={"mode": "ray"}, resources={"learner": {"num_gpus": 3}})
-        assert "3 for learner.num_ranks=1" in one(found, "processors", "fail").text
-        found = of(machine.processors, wanted(here, teacher={"device": "cuda"}))
-        assert one(found, "processors", "fail").text == "teacher.device=cuda, torch sees no CUDA device"
+        results = quick(here, run={"mode": "ray"}, resources={"learner": {"num_gpus": 3}})
+        assert "3 for learner.num_ranks=1" in one(results, "processors", "fail").text
+        results = of(machine.processors, a_config(here, teacher={"device": "cuda"}))
+        assert one(results, "processors", "fail").text == "teacher.device=cuda, torch sees no CUDA device"
         monkeypatch.setattr(machine, "_this_machine", lambda: {"CPU": 2.0, "GPU": 2.0})
-        found = of(machine.processors, wanted(here, run={"mode": "ray"}))
-        assert one(found, "processors", "warn").remedy == "set resources.*.num_gpus"
+        results = of(machine.processors, a_config(here, run={"mode": "ray"}))
+        assert one(results, "processors", "warn").remedy == "set resources.*.num_gpus"
 
     def test_ports(self, here):
         """Somebody answers at the cluster's address, or nobody does."""
@@ -152,17 +152,17 @@ class TestMachine:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
             away = {**ON_CLUSTER, "cluster": {"address": f"127.0.0.1:{port}"}}
-            found = of(machine.ports, wanted(here, **away))
-            assert one(found, "ports", "fail").remedy == "start it with `ray start --head`"
+            results = of(machine.ports, a_config(here, **away))
+            assert one(results, "ports", "fail").remedy == "start it with `ray start --head`"
             listener.listen()
-            found = of(machine.ports, wanted(here, **away))
-            assert one(found, "ports", "ok").text == f"127.0.0.1:{port} answers"
-        assert one(of(machine.ports, wanted(here)), "ports", "ok")
+            results = of(machine.ports, a_config(here, **away))
+            assert one(results, "ports", "ok").text == f"127.0.0.1:{port} answers"
+        assert one(of(machine.ports, a_config(here)), "ports", "ok")
 
     def test_a_cluster_out_of_reach_is_not_joined(self, here):
         """Nobody there: that is said, and what needs the cluster is left out."""
-        found = quick(here, **ON_CLUSTER)
-        assert one(found, "ports", "fail") and one(found, "cluster", "warn").text == "not looked at"
+        results = quick(here, **ON_CLUSTER)
+        assert one(results, "ports", "fail") and one(results, "cluster", "warn").text == "not checked"
 
     @pytest.mark.parametrize(("mode", "status"), [(0o600, "ok"), (0o644, "fail"), (0o640, "fail")])
     def test_token_file(self, here, mode, status):
@@ -171,31 +171,31 @@ class TestMachine:
         path.parent.mkdir()
         path.write_text("a secret word")
         path.chmod(mode)
-        found = of(machine.tokens, wanted(here, **ON_CLUSTER))
-        (finding,) = [each for each in found if str(path) in each.text]
-        assert finding.status == status and "secret word" not in finding.line
-        assert status == "ok" or finding.remedy == f"chmod 600 {path}"
+        results = of(machine.tokens, a_config(here, **ON_CLUSTER))
+        (result,) = [each for each in results if str(path) in each.text]
+        assert result.status == status and "secret word" not in result.line
+        assert status == "ok" or result.remedy == f"chmod 600 {path}"
         assert stat.S_IMODE(path.stat().st_mode) == mode
-        mild = [each.status for each in of(machine.tokens, wanted(here)) if str(path) in each.text]
+        mild = [each.status for each in of(machine.tokens, a_config(here)) if str(path) in each.text]
         assert mild == ["ok" if status == "ok" else "warn"]
 
     def test_no_token(self, here, monkeypatch):
         """On a cluster a token is expected, from a file or the environment."""
-        found = of(machine.tokens, wanted(here, **ON_CLUSTER))
-        assert [each.status for each in found] == ["warn", "warn"] and "RAY_AUTH_MODE=token" in found[0].remedy
+        results = of(machine.tokens, a_config(here, **ON_CLUSTER))
+        assert [each.status for each in results] == ["warn", "warn"] and "RAY_AUTH_MODE=token" in results[0].remedy
         monkeypatch.setenv("RAY_AUTH_MODE", "token")
         monkeypatch.setenv("RAY_AUTH_TOKEN", "word")
-        assert not of(machine.tokens, wanted(here, **ON_CLUSTER))
+        assert not of(machine.tokens, a_config(here, **ON_CLUSTER))
 
     def test_secrets(self, here, monkeypatch):
         """HF_TOKEN for names of the hub, a key for W&B; their values are never told."""
-        assert one(of(machine.secrets, wanted(here)), "secrets", "ok").text == "none is needed"
-        hub = wanted(here, student={"path": "owner/name"})
-        found = one(of(machine.secrets, hub), "secrets", "warn")
-        assert "student.path=owner/name" in found.text and "gated" in found.remedy
+        assert one(of(machine.secrets, a_config(here)), "secrets", "ok").text == "none is needed"
+        hub = a_config(here, student={"path": "owner/name"})
+        results = one(of(machine.secrets, hub), "secrets", "warn")
+        assert "student.path=owner/name" in results.text and "gated" in results.remedy
         monkeypatch.setenv("HF_TOKEN", "hush")
         assert "hush" not in one(of(machine.secrets, hub), "secrets", "ok").line
-        logged = wanted(here, metrics={"wandb": "mine"})
+        logged = a_config(here, metrics={"wandb": "mine"})
         monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
         assert one(of(machine.secrets, logged), "secrets", "fail").remedy == "pip install 'switchkd[wandb]'"
         monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: object())
@@ -207,13 +207,13 @@ class TestMachine:
         """Too little for the checkpoints, scarcely enough, enough."""
         from switchkd.engines.models.shape import shapes
 
-        found = shapes(wanted(here))
-        params = found["student"].params
+        sizes = shapes(a_config(here))
+        params = sizes["student"].params
         needed = 3 * params * (4 + 4 + 8 + 4) + 2 * 4 * params  # two kept and one being written; two students
         for free, status in ((0.9, "fail"), (1.5, "warn"), (2.5, "ok")):
             monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: Usage(0, 0, int(free * needed)))
-            finding = one(of(machine.disk, wanted(here), found), "disk", status)
-            assert (status == "fail") == ("keep_last" in finding.remedy)
+            result = one(of(machine.disk, a_config(here), sizes), "disk", status)
+            assert (status == "fail") == ("keep_last" in result.remedy)
 
     def test_memory(self, here, monkeypatch):
         """All processes of one machine together."""
@@ -221,16 +221,16 @@ class TestMachine:
 
         for free, status in ((1e9, "warn"), (1e12, "ok")):
             monkeypatch.setattr(machine, "_available", lambda free=free: free)
-            one(of(machine.room, wanted(here), shapes(wanted(here))), "memory", status)
+            one(of(machine.host_memory, a_config(here), shapes(a_config(here))), "memory", status)
 
     def test_object_store(self, here, monkeypatch):
         """A private cluster's must fit into shared memory: the size that was given, or two versions of the student."""
         from switchkd.engines.models.shape import shapes
 
-        on_ray = wanted(here, run={"mode": "ray"}, cluster={"object_store_gb": 2})
+        on_ray = a_config(here, run={"mode": "ray"}, cluster={"object_store_gb": 2})
         sizes = shapes(on_ray)
         large = {"student": replace(sizes["student"], params=500_000_000)}
-        by_default = wanted(here, run={"mode": "ray"})
+        by_default = a_config(here, run={"mode": "ray"})
         for asked, shape, free, status in (
             (on_ray, large, 1e9, "warn"), (on_ray, large, 3e9, "ok"), (by_default, sizes, 6e8, "ok"),
             (by_default, large, 4.4e9, "warn"), (by_default, large, 4.6e9, "ok"),
@@ -240,22 +240,22 @@ class TestMachine:
 
     def test_run_dir(self, here, monkeypatch):
         """Writable, free, absolute on a cluster; the probe is gone afterwards."""
-        assert one(of(machine.run_dir, wanted(here)), "run.dir", "ok")
+        assert one(of(machine.run_dir, a_config(here)), "run.dir", "ok")
         (here / "run").mkdir()
         (here / "run" / "config.yaml").write_text("{}")
         (here / "run" / "run.lock").write_text('{"pid": 7, "host": "elsewhere"}')
-        held, used, fine = of(machine.run_dir, wanted(here))
+        held, used, fine = of(machine.run_dir, a_config(here))
         assert "process 7 on elsewhere" in held.text and "--resume" in used.remedy and fine.status == "ok"
         assert sorted(path.name for path in (here / "run").iterdir()) == ["config.yaml", "run.lock"]
-        found = of(machine.run_dir, wanted(here, **ON_CLUSTER))
-        assert "shared storage" in one(found, "run.dir", "fail").remedy
+        results = of(machine.run_dir, a_config(here, **ON_CLUSTER))
+        assert "shared storage" in one(results, "run.dir", "fail").remedy
 
         def refuse(self: Path, text: str) -> None:
             raise PermissionError(13, "Permission denied")
 
         monkeypatch.setattr(Path, "write_text", refuse)
-        finding = machine.run_dir(Config.model_validate({"run": {"dir": "new"}, "train": {}}))
-        assert one(list(finding), "run.dir", "fail").text.endswith("cannot be written to (Permission denied)")
+        result = machine.run_dir(Config.model_validate({"run": {"dir": "new"}, "train": {}}))
+        assert one(list(result), "run.dir", "fail").text.endswith("cannot be written to (Permission denied)")
 
 
 class TestModels:
@@ -266,14 +266,14 @@ class TestModels:
         other = tiny_tokenizer()
         other.add_tokens(["more"])
         other.save_pretrained(save_tiny(here / "other"))
-        found = quick(here, teacher={"path": "./other"})
-        assert "need one tokenizer: the tokenizers have 121 and 120 tokens" in one(found, "models", "fail").text
+        results = quick(here, teacher={"path": "./other"})
+        assert "need one tokenizer: the tokenizers have 121 and 120 tokens" in one(results, "models", "fail").text
         assert "one tokenizer, 120 ids" in one(quick(here), "tokenizers", "ok").text
 
     def test_too_long(self, here):
         """More positions than a model has."""
-        finding = one(quick(here, data={"max_prompt_tokens": 1000}), "models", "fail")
-        assert "has 1024 positions" in finding.text and "lower data.max_prompt_tokens" in finding.remedy
+        result = one(quick(here, data={"max_prompt_tokens": 1000}), "models", "fail")
+        assert "has 1024 positions" in result.text and "lower data.max_prompt_tokens" in result.remedy
 
     @pytest.mark.parametrize(
         ("student", "teacher", "status", "said"),
@@ -295,17 +295,17 @@ class TestModels:
             (folder / "chat_template.jinja").unlink()
             tokenizer.save_pretrained(folder)
         paths = {role: {"path": f"./own-{role}"} for role in ("student", "teacher")}
-        finding = one(of(model_checks.chat_templates, wanted(here, **paths)), "chat templates", status)
-        assert said in finding.text and (status == "ok" or "data.template" in finding.remedy)
-        own = wanted(here, **paths, data={"template": "Q: {prompt}"})
+        result = one(of(model_checks.chat_templates, a_config(here, **paths)), "chat templates", status)
+        assert said in result.text and (status == "ok" or "data.template" in result.remedy)
+        own = a_config(here, **paths, data={"template": "Q: {prompt}"})
         assert one(of(model_checks.chat_templates, own), "chat templates", "ok").text.startswith("data.template")
 
     def test_data(self, here):
         """A broken line, too many prompts over the limit, a few of them."""
         (here / "broken.jsonl").write_text('{"prompt": "a", "reference": "b"}\n{"prompt": \n')
         assert "broken.jsonl:2: not JSON" in one(quick(here, data={"path": "./broken.jsonl"}), "models", "fail").text
-        finding = one(quick(here, data={"max_prompt_tokens": 5}), "models", "fail")
-        assert "over max_prompt_tokens" in finding.text and "longest prompt" in finding.remedy
+        result = one(quick(here, data={"max_prompt_tokens": 5}), "models", "fail")
+        assert "over max_prompt_tokens" in result.text and "longest prompt" in result.remedy
         few = quick(here, data={"max_prompt_tokens": 16, "max_skipped_frac": 0.9})
         assert "skipped" in one(few, "data", "warn").text
 
@@ -318,8 +318,8 @@ class TestModels:
 
     def test_a_cut_is_not_made(self, here):
         """--quick looks at the teacher's tokenizer in place of a student that is still to be cut."""
-        found = quick(here, student={"path": "student", "prune": {"num_layers": 2}})
-        assert one(found, "tokenizers", "ok") and not Path(here.parent / "cache").exists()
+        results = quick(here, student={"path": "student", "prune": {"num_layers": 2}})
+        assert one(results, "tokenizers", "ok") and not Path(here.parent / "cache").exists()
 
 
 class Unsteady:
@@ -356,26 +356,26 @@ class TestWithWeights:
 
         if kind == "top_logprobs" and by:
             pytest.skip("its packed ids cannot be shaken")
-        settings = wanted(here, teacher={"output": kind, "num_top_logprobs": 8, "decide": "coarse"})
+        settings = a_config(here, teacher={"output": kind, "num_top_logprobs": 8, "decide": "coarse"})
         teacher = make_teacher(settings)
         arrays = teacher.lm_head_state()
         head = None if arrays is None else LMHead.from_arrays(arrays)
-        finding = model_checks.determinism(settings, Unsteady(teacher, by) if by else teacher, head, np.arange(5, 25))
-        assert finding.status == status and said in finding.line
+        result = model_checks.determinism(settings, Unsteady(teacher, by) if by else teacher, head, np.arange(5, 25))
+        assert result.status == status and said in result.line
         assert teacher.num_sessions == 0
 
     def test_the_dry_pass_breaks(self, here, monkeypatch):
-        """Whatever an engine raises is a finding, and what was seen before it stays."""
+        """Whatever an engine raises is a result, and what was seen before it stays."""
         import switchkd.rollout.worker
 
         def fail(self: Any, tasks: Any, put: Any) -> None:
             raise RuntimeError("out of everything")
 
         monkeypatch.setattr(switchkd.rollout.worker.RolloutWorker, "generate", fail)
-        found = doctor.run_checks(wanted(here))
-        assert one(found, "determinism", "ok")
-        finding = one(found, "dry pass", "fail")
-        assert finding.text == "RuntimeError: out of everything" and "rollout CONFIG" in finding.remedy
+        results = list(doctor.run_checks(a_config(here)))
+        assert one(results, "determinism", "ok")
+        result = one(results, "dry pass", "fail")
+        assert result.text == "RuntimeError: out of everything" and "rollout CONFIG" in result.remedy
 
     def test_a_loss_that_is_no_number(self, here, monkeypatch):
         """The learner's part of the dry pass."""
@@ -383,16 +383,16 @@ class TestWithWeights:
             "def broken(p_logits, q_logits, labels, mask): return (q_logits.sum(-1) - q_logits.sum(-1)) / 0\n"
         )
         stage = {**SWITCH, "loss": {"type": "my_losses:broken"}}
-        found = doctor.run_checks(config(here, [stage]))
-        finding = one(found, "dry pass", "fail")
-        assert "loss on it is nan" in finding.text and "rollout CONFIG" in finding.remedy
+        results = list(doctor.run_checks(config(here, [stage])))
+        result = one(results, "dry pass", "fail")
+        assert "loss on it is nan" in result.text and "rollout CONFIG" in result.remedy
 
     def test_without_a_teacher(self, here):
         """Fine-tuning: no teacher is looked at."""
         alone = {"name": "alone", "steps": 1, "mix": {"dataset": 1}, "loss": {"type": "cross_entropy"}}
-        found = doctor.run_checks(config(here, [alone], teacher={"path": "/none"}))
-        assert all(each.status == "ok" for each in found), [each.line for each in found]
-        assert not [each for each in found if each.check == "determinism"]
+        results = list(doctor.run_checks(config(here, [alone], teacher={"path": "/none"})))
+        assert all(each.status == "ok" for each in results), [each.line for each in results]
+        assert not [each for each in results if each.check == "determinism"]
 
 
 @pytest.mark.ray
@@ -407,7 +407,7 @@ def test_every_node_sees_the_folder(here, monkeypatch):
 
         sections = {**ON_CLUSTER, "run": {"dir": str(here / "run"), "mode": "ray"}}
         monkeypatch.setenv("RAY_JOB_ID", "1")
-        settings = wanted(here, **sections)
+        settings = a_config(here, **sections)
         with machine.probe(settings) as (file, nonce):
             told, looks = node_check.look(settings, str(file), nonce)
             assert told.startswith("1 nodes, 4 CPUs") and [each.sees for each in looks] == [True]
@@ -416,8 +416,8 @@ def test_every_node_sees_the_folder(here, monkeypatch):
             assert [each.sees for each in other] == [False]
         assert ray.is_initialized(), "a cluster that was joined before is not left"
         assert not list(here.glob(f"{machine.PROBE}*"))
-        found = list(doctor._cluster(settings))
-        assert [each.status for each in found] == ["ok", "ok"] and "all 1 nodes see" in found[1].text
+        results = list(doctor._cluster(settings))
+        assert [each.status for each in results] == ["ok", "ok"] and "all 1 nodes see" in results[1].text
         looks = [
             node_check.Look(name="a", versions=node_check.versions()),
             node_check.Look(name="b", error="no module"),
@@ -425,6 +425,6 @@ def test_every_node_sees_the_folder(here, monkeypatch):
         monkeypatch.setattr(node_check, "look", lambda *args: ("", looks))
         statuses = {each.check: each for each in doctor._cluster(settings) if each.status == "fail"}
         assert "no module" in statuses["cluster"].text and "mount the same storage" in statuses["shared run.dir"].remedy
-        small = wanted(here, **sections, resources={"learner": {"num_gpus": 7}})
+        small = a_config(here, **sections, resources={"learner": {"num_gpus": 7}})
         monkeypatch.undo()
         assert "7 for learner.num_ranks=1" in one(of(doctor._cluster, small), "x", "fail").text

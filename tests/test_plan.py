@@ -244,13 +244,13 @@ class TestWire:
     def test_rows(self, here, teacher, row):
         """Each kind of teacher output; a token of a rollout brings its row and 21 bytes of records."""
         stage = {**SWITCH, "loss": {"type": "forward_kl"}}
-        wire = make_plan(planned(here, [stage], teacher=teacher), planned(here, [stage]).train.stages[0]).wire
+        wire = make_plan(planned(here, [stage], teacher=teacher)).wire
         assert wire.teacher_row == row and wire.rollout_token == row + 21
 
     def test_steps(self, here):
         """Weights go to each worker, gradients round the ranks, the teacher's output matrix to all of them."""
         settings = planned(here, rollout={"num_workers": 3}, learner={"num_ranks": 2}, run={"mode": "ray"})
-        plan = make_plan(settings, settings.train.stages[0])
+        plan = make_plan(settings)
         params = plan.shapes["student"].params
         assert plan.wire.weights_per_step == 4 * params * 3 and plan.wire.gradients_per_step == 2 * 4 * params
         assert plan.wire.lm_head_at_start == 4 * 120 * 32 * (3 + 2)
@@ -262,27 +262,27 @@ class TestStores:
     def test_replay(self, here):
         """Two batches of data may be ready ahead, and three trained ones wait for a checkpoint; each of 12 tokens."""
         settings = planned(here)
-        plan = make_plan(settings, settings.train.stages[0])
+        plan = make_plan(settings)
         assert plan.replay_rollouts == (1 + 2) * 4 + 3 * 4
         assert plan.replay_bytes == plan.replay_rollouts * 12 * (4 * 32 + 21)
         stage = {**SWITCH, "mix": {"rollout": 1}}
         strict = planned(here, [stage], replay={"max_staleness": 0})
-        assert make_plan(strict, strict.train.stages[0]).replay_rollouts == 4 + 3 * 4
+        assert make_plan(strict).replay_rollouts == 4 + 3 * 4
 
     def test_shares(self, here):
         """A batch of four over two workers is two rows each, though either has room for four."""
         settings = planned(here, rollout={"num_workers": 2}, run={"mode": "ray"})
-        plan = make_plan(settings, settings.train.stages[0])
+        plan = make_plan(settings)
         assert plan.rows_per_worker == 2 and plan.shares["rollout"].num_processes == 2
         assert {share.threads for share in plan.shares.values()} == {1}
 
     def test_object_store(self, here):
         """Two versions of the student beside 0.5 GB, or the size in the config."""
         settings = planned(here)
-        plan = make_plan(settings, settings.train.stages[0])
+        plan = make_plan(settings)
         assert plan.object_store_bytes == int(5e8) + 2 * 4 * plan.shapes["student"].params
         limited = planned(here, cluster={"object_store_gb": 2})
-        assert make_plan(limited, limited.train.stages[0]).object_store_bytes == 2_000_000_000
+        assert make_plan(limited).object_store_bytes == 2_000_000_000
 
 
 class TestCommand:

@@ -1,16 +1,44 @@
-"""Without a run: an evaluation, a few rollouts to look at."""
+"""Parts of a run without the run: its checks, an evaluation, a few rollouts.
+
+In: a config. Out: scores or rollouts, computed in this process.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
+
 from switchkd.config.errors import ConfigError
+from switchkd.config.loader import dump_yaml
 from switchkd.config.schema import Config
 from switchkd.controller import local
 from switchkd.controller.build import build_evaluator, build_schedule
 from switchkd.controller.evaluation import aggregate
 from switchkd.controller.preflight import PreparedRun, prepare
+from switchkd.data.atomic_files import json_safe
 from switchkd.rollout.build import make_worker
 from switchkd.rollout.worker import RolloutWorker
 from switchkd.types import EvalRow, Prompt, Rollout
+
+
+def show_dry_run(config: Config) -> None:
+    """Print the config with all its defaults on stdout, and on stderr what models and data hold. Raises ConfigError."""
+    ready = prepare(config)
+    print(dump_yaml(config), end="")
+    held_out = f"; held out: {ready.eval_prompts.report()}" if ready.eval_prompts else ""
+    steps = f"{config.num_steps} steps in {len(config.train.stages)} stages"
+    data = config.rollout.recorded or ready.prompts.report()
+    print(f"switchkd: this can run: {steps}; {data}{held_out}", file=sys.stderr)
+
+
+def stage_index(config: Config, name: str | None) -> int:
+    """The stage of that name; without one the last that writes rollouts. Raises ConfigError."""
+    names = [stage.name for stage in config.train.stages]
+    if name is None:
+        return max((i for i, stage in enumerate(config.train.stages) if stage.mix.rollout > 0), default=len(names) - 1)
+    if name not in names:
+        raise ConfigError(f"--stage {name}: there is no such stage; choose one of {', '.join(names)}")
+    return names.index(name)
 
 
 def evaluate(config: Config) -> dict[str, float]:
@@ -22,7 +50,7 @@ def evaluate(config: Config) -> dict[str, float]:
 
 
 def evaluate_rows(config: Config) -> tuple[list[EvalRow], list[Prompt]]:
-    """What that student wrote on `eval.data`, text by text, and the prompts that `EvalRow.index` counts."""
+    """Each completion of that student on `eval.data`, and the prompts that `EvalRow.index` counts."""
     if not config.eval.data:
         raise ConfigError("eval.data is empty; name a JSONL or parquet file with prompts and references")
     ready = prepare(config)
@@ -30,9 +58,18 @@ def evaluate_rows(config: Config) -> tuple[list[EvalRow], list[Prompt]]:
     return evaluator.rows([local.LocalWorkerHandle(_local_worker(ready), None)]), evaluator.prompts
 
 
+def show_scores(scores: dict[str, float], as_json: bool) -> None:
+    """Print one JSON object, or one score a line."""
+    if as_json:
+        print(json.dumps(json_safe(scores)))
+        return
+    for name, value in scores.items():
+        print(f"{name:<28} {value:.4f}" if isinstance(value, float) else f"{name:<28} {value}")
+
+
 def sample_rollouts(config: Config, num: int, stage: int) -> tuple[list[tuple[Prompt, Rollout]], RolloutWorker]:
-    """The first rollouts of a stage, each with its prompt, and who wrote them. In this process, and written anew also
-    where the run trains on recorded ones."""
+    """The first rollouts of a stage, each with its prompt, and the worker that generated them. They are generated anew
+    also where the run trains on recorded ones."""
     anew = config.rollout.model_copy(update={"recorded": ""})
     ready = prepare(config.model_copy(update={"rollout": anew}))
     worker = _local_worker(ready)
@@ -40,19 +77,19 @@ def sample_rollouts(config: Config, num: int, stage: int) -> tuple[list[tuple[Pr
 
 
 def first_rollouts(ready: PreparedRun, worker: RolloutWorker, num: int, stage: int) -> list[tuple[Prompt, Rollout]]:
-    """The first rollouts of a stage as a run with the student's present weights makes them (more of them where the
-    stage is shorter), each with its prompt."""
+    """The first rollouts of a stage as a run with the student's present weights generates them, each with its prompt.
+    A stage with fewer rollouts is made longer."""
     stages = ready.config.train.stages[: stage + 1]
     steps = max(stages[-1].steps, -(-num // stages[-1].batch_size))
     schedule = build_schedule(ready, (*stages[:-1], stages[-1].model_copy(update={"steps": steps})))
     tasks = [schedule.task(schedule.first_id(schedule.num_steps - steps) + i) for i in range(num)]
-    found: dict[int, Rollout] = {}
-    worker.generate(tasks, lambda rollouts: found.update({rollout.rollout_id: rollout for rollout in rollouts}))
-    return [(task.prompt, found[task.rollout_id]) for task in tasks]
+    by_id: dict[int, Rollout] = {}
+    worker.generate(tasks, lambda rollouts: by_id.update({rollout.rollout_id: rollout for rollout in rollouts}))
+    return [(task.prompt, by_id[task.rollout_id]) for task in tasks]
 
 
 def _local_worker(ready: PreparedRun) -> RolloutWorker:
-    """One that has this process, and with it all cores, to itself."""
+    """A worker with teachers in this process, which may use all cores."""
     run = ready.config.run.model_copy(update={"mode": "inprocess"})
     config = ready.config.model_copy(update={"run": run})
     return make_worker(config, 0, local.make_teachers(config), ready.stop_ids)

@@ -1,6 +1,6 @@
-"""Rollouts as the user sees them: on the terminal, coloured by who wrote what, or as JSON lines.
+"""`switchkd rollout`: rollouts on the terminal, coloured by who wrote what, or as JSON lines.
 
-In: Rollouts and a decoder. Out: records of plain values, printed or written.
+In: a config and a number. Out: records of plain values, printed or written.
 """
 
 from __future__ import annotations
@@ -11,11 +11,28 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from switchkd.config.errors import ConfigError
+from switchkd.config.schema import Config
+from switchkd.tools.offline import sample_rollouts, stage_index
 from switchkd.types import Prompt, Rollout, TokenSource
 
 STYLES = {TokenSource.STUDENT: "green", TokenSource.TEACHER: "bold magenta", TokenSource.DATA: "cyan"}
 
 Decode = Callable[[Sequence[int]], str]
+
+
+def show_rollouts(config: Config, num: int, stage: str | None, out: Path | None) -> None:
+    """Generate the first rollouts of a stage; print them, or write them to `out`. Raises ConfigError."""
+    index = stage_index(config, stage)
+    if out is not None and not out.resolve().parent.is_dir():
+        raise ConfigError(f"--out {out}: the folder {out.resolve().parent} does not exist; make it first")
+    rollouts, worker = sample_rollouts(config, num, index)
+    records = [record(prompt, rollout, worker.decode) for prompt, rollout in rollouts]
+    if out is None:
+        show(records, worker.decode)
+    else:
+        write_lines(records, out)
+        print(out)
 
 
 def record(prompt: Prompt, rollout: Rollout, decode: Decode) -> dict[str, Any]:

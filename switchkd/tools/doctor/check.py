@@ -1,25 +1,23 @@
-"""What `switchkd doctor` found: one line per check, with the remedy where something is wrong."""
+"""The result of one of `switchkd doctor`'s checks: a line, with the remedy where something is wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+import sys
+from collections.abc import Callable, Generator, Iterable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from typing import Literal
 
 from switchkd.config.errors import ConfigError, one_line, with_type
-
-Status = Literal["ok", "warn", "fail"]
+from switchkd.data.atomic_files import redact
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckResult:
     check: str
-    status: Status
+    status: Literal["ok", "warn", "fail"]
     text: str
     remedy: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     @property
     def line(self) -> str:
@@ -40,20 +38,22 @@ def fail(check: str, text: str, remedy: str) -> CheckResult:
 
 
 def from_config_error(check: str, error: ConfigError) -> CheckResult:
-    """A ConfigError says what is wrong and, behind its first semicolon, what to do."""
+    """The text before the error's first semicolon says what is wrong, the text behind it what to do."""
     text, _, remedy = one_line(error).partition("; ")
     return fail(check, text, remedy or "change it in the config")
 
 
-def run_check(check: str, look: Callable[[], Iterable[CheckResult]]) -> list[CheckResult]:
-    """What a check found. Whatever it raises is a finding too: one check that breaks must not hide the others."""
-    from switchkd.data.atomic_files import redact
-
-    found: list[CheckResult] = []
-    try:
-        found.extend(look())
-    except ConfigError as error:
-        found.append(from_config_error(check, error))
-    except Exception as error:
-        found.append(fail(check, redact(with_type(error)), "see the traceback of `switchkd --debug rollout CONFIG`"))
-    return found
+def run_check(check: str, act: Callable[[], Iterable[CheckResult]]) -> Generator[CheckResult, None, bool]:
+    """Yield a check's results and return whether none failed. An exception is a failed result: one check that breaks
+    must not hide the others. What libraries print goes to stderr."""
+    results: list[CheckResult] = []
+    with redirect_stdout(sys.stderr):
+        try:
+            results.extend(act())
+        except ConfigError as error:
+            results.append(from_config_error(check, error))
+        except Exception as error:
+            remedy = "see the traceback of `switchkd --debug rollout CONFIG`"
+            results.append(fail(check, redact(with_type(error)), remedy))
+    yield from results
+    return all(result.status != "fail" for result in results)

@@ -1,102 +1,76 @@
-"""`switchkd doctor`: everything that a run needs is looked at, one line each, every failure with its remedy.
+"""`switchkd doctor`: check everything that a run needs, one line each, every failure with its remedy.
 
-In: a checked config. Out: findings, ok, warn or fail. Cheap checks come first, what loads models last; one that fails
-does not stop the others, only those that need what it looked for. Nothing is written into `run.dir` but a probe that is
-removed.
+In: a checked config. Out: check results. Cheap checks come first, what loads models last; one that fails does not stop
+the others, only those that need what it checked. Nothing is written into `run.dir` but a probe that is removed.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import redirect_stdout
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 
 from switchkd.config import resources
 from switchkd.config.schema import Config
-from switchkd.controller.preflight import check, prepare
+from switchkd.controller.preflight import PreparedRun, check, prepare
 from switchkd.engines.models.demo import NAME, cache_dir
 from switchkd.engines.models.resolve import reads_teacher
 from switchkd.tools.doctor import machine
 from switchkd.tools.doctor.check import CheckResult, fail, ok, run_check, warn
+from switchkd.tools.offline import stage_index
 
-OnResult = Callable[[CheckResult], None]
 
-
-def run_checks(config: Config, *, quick: bool = False, tell: OnResult | None = None) -> list[CheckResult]:
-    """All findings; `tell` hears each as soon as it is made. `quick` leaves out what loads models."""
-    found: list[CheckResult] = []
-    out = sys.stdout
-
-    def look(name: str, act: Callable[[], Iterable[CheckResult]]) -> bool:
-        """False where it failed."""
-        with redirect_stdout(sys.stderr):  # libraries say things
-            new = run_check(name, act)
-        found.extend(new)
-        for finding in new if tell else ():
-            with redirect_stdout(out):
-                tell(finding)  # type: ignore[misc]
-        return all(finding.status != "fail" for finding in new)
-
-    look("versions", machine.versions)
-    whole = look("config", lambda: _config(config))
-    fits = look("processors", lambda: machine.processors(config))
-    reached = look("ports", lambda: machine.ports(config))
-    look("tokens", lambda: machine.tokens(config))
-    look("secrets", lambda: machine.secrets(config))
-    writable = look("run.dir", lambda: machine.run_dir(config))
+def run_checks(config: Config, *, quick: bool = False) -> Iterator[CheckResult]:
+    """Yield each result as soon as its check has ended. `quick` leaves out what loads models."""
+    yield from run_check("versions", machine.versions)
+    config_passed = yield from run_check("config", lambda: _config(config))
+    processors_passed = yield from run_check("processors", lambda: machine.processors(config))
+    ports_passed = yield from run_check("ports", lambda: machine.ports(config))
+    yield from run_check("tokens", lambda: machine.tokens(config))
+    yield from run_check("secrets", lambda: machine.secrets(config))
+    run_dir_passed = yield from run_check("run.dir", lambda: machine.run_dir(config))
     if not resources.is_private(config):
-        if reached and writable:
-            look("cluster", lambda: _cluster(config))
+        if ports_passed and run_dir_passed:
+            yield from run_check("cluster", lambda: _cluster(config))
         else:
-            look("cluster", lambda: [_left_out("cluster", "ports and run.dir")])
-    if not whole:
-        look("models", lambda: [_left_out("models", "config")])
-        return found
-    _look_at_models(config, quick, fits, look)
-    return found
+            yield _left_out("cluster", "ports and run.dir")
+    if not config_passed:
+        yield _left_out("models", "config")
+    elif quick and _is_demo_missing(config):
+        yield warn("models", f"{NAME} is not fetched yet: models are not checked", "switchkd fetch-demo")
+    else:
+        yield from _check_models(config, quick, processors_passed)
 
 
-def _look_at_models(
-    config: Config, quick: bool, fits: bool, look: Callable[[str, Callable[[], Iterable[CheckResult]]], bool]
-) -> None:
-    if quick and (waiting := _waiting(config)):
-        look("models", lambda: [waiting])
-        return
-    look("disk", lambda: _sizes(config))
-    if quick:
-        config = _uncut(config)
-    holder = []
-
-    def tokenizers_and_data() -> Iterator[CheckResult]:
-        from switchkd.tools.doctor import models
-
-        ready = prepare(config)
-        holder.append(ready)
-        yield from models.tokenizers(ready.config, len(ready.tokenizer))
-        yield from models.data(ready)
-
-    if not look("models", tokenizers_and_data):
-        return
+def _check_models(config: Config, quick: bool, processors_passed: bool) -> Iterator[CheckResult]:
     from switchkd.tools.doctor import models
 
-    ready = holder[0]
-    look("chat templates", lambda: models.chat_templates(ready.config))
+    prepared: list[PreparedRun] = []
+
+    def tokenizers_and_data() -> Iterator[CheckResult]:
+        prepared.append(prepare(_without_pruning(config) if quick else config))
+        yield from models.tokenizers(prepared[0])
+        yield from models.data(prepared[0])
+
+    yield from run_check("disk", lambda: _sizes(config))
+    models_passed = yield from run_check("models", tokenizers_and_data)
+    if not models_passed:
+        return
+    yield from run_check("chat templates", lambda: models.chat_templates(prepared[0].config))
     if quick:
         return
-    if not fits:
-        look("dry pass", lambda: [_left_out("dry pass", "processors")])
+    if not processors_passed:
+        yield _left_out("dry pass", "processors")
         return
-    stages = config.train.stages
-    index = max((i for i, stage in enumerate(stages) if stage.mix.rollout > 0), default=len(stages) - 1)
-    look("dry pass", lambda: models.with_weights(ready, index))
+    yield from run_check("dry pass", lambda: models.with_weights(prepared[0], stage_index(config, None)))
 
 
-def _left_out(name: str, why: str) -> CheckResult:
-    return warn(name, "not looked at", f"mend {why} first")
+def _left_out(name: str, needed: str) -> CheckResult:
+    return warn(name, "not checked", f"correct {needed} first")
 
 
 def _config(config: Config) -> Iterator[CheckResult]:
-    """Rules, losses, folders and files, as `train` checks them first."""
+    """Check rules, losses, folders and files as `train` does first."""
     check(config)
     stages = ", ".join(f"{stage.name} ({stage.steps} steps)" for stage in config.train.stages)
     yield ok("config", f"rules, losses and files are there; stages {stages}")
@@ -105,23 +79,22 @@ def _config(config: Config) -> Iterator[CheckResult]:
 def _sizes(config: Config) -> Iterator[CheckResult]:
     from switchkd.engines.models.shape import shapes
 
-    found = shapes(config)
-    yield from machine.disk(config, found)
-    yield from machine.room(config, found)
-    yield from machine.object_store(config, found)
+    sizes = shapes(config)
+    yield from machine.disk(config, sizes)
+    yield from machine.host_memory(config, sizes)
+    yield from machine.object_store(config, sizes)
 
 
-def _waiting(config: Config) -> CheckResult | None:
-    """A model that would have to be fetched first."""
-    used = [config.student.path] if config.student.prune is None else []
-    used += [config.teacher.path] if reads_teacher(config) else []
-    if "demo" in used and not (cache_dir() / NAME).is_dir():
-        return warn("models", f"{NAME} is not fetched yet: models are not looked at", "switchkd fetch-demo")
-    return None
+def _is_demo_missing(config: Config) -> bool:
+    """Whether the demo model is needed and would have to be fetched first."""
+    paths = [config.student.path] if config.student.prune is None else []
+    paths += [config.teacher.path] if reads_teacher(config) else []
+    return "demo" in paths and not (cache_dir() / NAME).is_dir()
 
 
-def _uncut(config: Config) -> Config:
-    """Cutting a student loads its teacher: looked at instead is the teacher's folder, whose tokenizer it will have."""
+def _without_pruning(config: Config) -> Config:
+    """The config with the teacher's folder for a student that is still to be pruned, which would load the teacher. The
+    student will have that folder's tokenizer."""
     if config.student.prune is None:
         return config
     student = config.student.model_copy(update={"path": config.teacher.path, "prune": None})
@@ -129,35 +102,42 @@ def _uncut(config: Config) -> Config:
 
 
 def _cluster(config: Config) -> Iterator[CheckResult]:
-    """Joined, large enough, the same software everywhere, and every node sees the run's folder."""
+    """Check that Ray is reached and large enough, has the same software, and that every node sees the run's folder."""
     from switchkd.actors import node_check
 
     with machine.probe(config) as (file, nonce):
-        told, looks = node_check.look(config, str(file), nonce)
-    yield ok("cluster", told)
-    for each in looks:
-        if each.error:
-            yield fail("cluster", f"node {each.name}: {each.error}", "install the same switchkd there as here")
-        elif each.versions != node_check.versions():
-            text = f"node {each.name} has {each.versions}, here is {node_check.versions()}"
+        text, nodes = node_check.look(config, str(file), nonce)
+    yield ok("cluster", text)
+    for node in nodes:
+        if node.error:
+            yield fail("cluster", f"node {node.name}: {node.error}", "install the same switchkd there as here")
+        elif node.versions != node_check.versions():
+            text = f"node {node.name} has {node.versions}, here is {node_check.versions()}"
             yield warn("cluster", text, "install the same there")
-    blind = [each.name for each in looks if not each.error and not each.sees]
+    blind = [node.name for node in nodes if not node.error and not node.sees]
     if blind:
         yield fail(
             "shared run.dir",
-            f"{len(blind)} of {len(looks)} nodes do not see {file.parent}: {', '.join(blind[:5])}",
+            f"{len(blind)} of {len(nodes)} nodes do not see {file.parent}: {', '.join(blind[:5])}",
             "mount the same storage at the same path on every node, or give another run.dir",
         )
-    elif looks:
-        yield ok("shared run.dir", f"all {len(looks)} nodes see {file.parent}")
+    elif nodes:
+        yield ok("shared run.dir", f"all {len(nodes)} nodes see {file.parent}")
 
 
-def show(finding: CheckResult) -> None:
-    """One line on the terminal."""
+def show(results: Iterable[CheckResult], as_json: bool) -> bool:
+    """Print each result as it comes, or all of them as one JSON object. Returns whether none failed."""
     from rich.console import Console
     from rich.text import Text
 
-    colour = {"ok": "green", "warn": "yellow", "fail": "red"}[finding.status]
-    text = Text(finding.line)
-    text.stylize(colour, 0, 5)
-    Console().print(text, highlight=False, soft_wrap=True)
+    printed = []
+    for result in results:
+        printed.append(result)
+        text = Text(result.line)
+        text.stylize({"ok": "green", "warn": "yellow", "fail": "red"}[result.status], 0, 5)
+        if not as_json:
+            Console().print(text, highlight=False, soft_wrap=True)
+    passed = all(result.status != "fail" for result in printed)
+    if as_json:
+        print(json.dumps({"ok": passed, "checks": [asdict(result) for result in printed]}))
+    return passed

@@ -1,6 +1,6 @@
-"""What of a run's needs can be seen without a model: packages, processors, ports, tokens, disk, the run's folder.
+"""Checks that need no model: packages, processors, ports, tokens, memory, disk, the run's folder.
 
-In: a config. Out: findings. Writes nothing but a probe beside or in `run.dir`, which is removed again.
+In: a config. Out: check results. Writes nothing but a probe beside or in `run.dir`, which is removed again.
 """
 
 from __future__ import annotations
@@ -32,54 +32,54 @@ PROBE = ".switchkd-doctor-"
 DASHBOARD_PORT = 8265
 CONNECT_S = 3.0
 LIBRARIES = 0.6 * GIB
-"""What torch, transformers and Ray take in every process."""
+"""Memory that torch, transformers and Ray take in every process."""
 
 
 def versions() -> Iterator[CheckResult]:
-    """Installed packages against the ranges that switchkd was published with."""
+    """Compare installed packages with the ranges that switchkd was published with."""
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 
     try:
-        told, python = metadata.requires("switchkd") or [], metadata.metadata("switchkd")["Requires-Python"]
+        requirements, python = metadata.requires("switchkd") or [], metadata.metadata("switchkd")["Requires-Python"]
     except metadata.PackageNotFoundError:
         yield warn("versions", "switchkd is not installed, its ranges are not known", "pip install it")
         return
     if python and platform.python_version() not in SpecifierSet(python, prereleases=True):
         yield fail("versions", f"Python {platform.python_version()} is outside {python}", "take another Python")
-    needed = [Requirement(line) for line in told]
-    needed = [each for each in needed if each.marker is None or each.marker.evaluate({"extra": ""})]
-    wrong = [finding for each in needed if (finding := _version(each.name, str(each.specifier)))]
+    needed = [Requirement(line) for line in requirements]
+    needed = [package for package in needed if package.marker is None or package.marker.evaluate({"extra": ""})]
+    wrong = [result for package in needed if (result := _version(package.name, str(package.specifier)))]
     yield from wrong
     if not wrong:
         main = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "ray", "deepspeed"))
         yield ok("versions", f"{len(needed)} packages within their ranges ({main})")
 
 
-def _version(name: str, wanted: str) -> CheckResult | None:
+def _version(name: str, specifier: str) -> CheckResult | None:
     from packaging.specifiers import SpecifierSet
 
-    remedy = f"pip install '{name}{wanted}'"
+    remedy = f"pip install '{name}{specifier}'"
     try:
-        found = metadata.version(name)
+        installed = metadata.version(name)
     except metadata.PackageNotFoundError:
         return fail("versions", f"{name} is not installed", remedy)
-    if SpecifierSet(wanted, prereleases=True).contains(found):
+    if SpecifierSet(specifier, prereleases=True).contains(installed):
         return None
-    return fail("versions", f"{name} {found} is outside {wanted}", remedy)
+    return fail("versions", f"{name} {installed} is outside {specifier}", remedy)
 
 
 def processors(config: Config) -> Iterator[CheckResult]:
-    """CPUs and GPUs that the roles ask for; on a cluster that is asked of Ray (actors/probe.py)."""
+    """Compare the CPUs and GPUs that the roles ask for with this machine's; on a cluster Ray knows (node_check.py)."""
     here = _this_machine()
     if config.run.mode == "inprocess":
         local.check_single(config)
     if resources.is_private(config):
         resources.check(config, here)
         asked = resources.total(config)
-        told = ", ".join(f"{role} {each['CPU']:g} CPUs {each['GPU']:g} GPUs" for role, each in asked.items())
-        yield ok("processors", f"{told}, of {here['CPU']:g} and {here['GPU']:g}")
-        if here["GPU"] and not any(each["GPU"] for each in asked.values()) and config.run.mode == "ray":
+        shares = ", ".join(f"{role} {share['CPU']:g} CPUs {share['GPU']:g} GPUs" for role, share in asked.items())
+        yield ok("processors", f"{shares}, of {here['CPU']:g} and {here['GPU']:g}")
+        if here["GPU"] and not any(share["GPU"] for share in asked.values()) and config.run.mode == "ray":
             yield warn("processors", f"{here['GPU']:g} GPUs here and no role asks for one", "set resources.*.num_gpus")
     for role, section in (("teacher", config.teacher), ("student", config.student)):
         if section.device.startswith("cuda") and not here["GPU"] and resources.is_private(config):
@@ -87,7 +87,7 @@ def processors(config: Config) -> Iterator[CheckResult]:
 
 
 def ports(config: Config) -> Iterator[CheckResult]:
-    """The named cluster's, else loopback."""
+    """Connect to the named cluster; a private one needs a port on loopback."""
     address = os.environ.get("RAY_ADDRESS") or config.cluster.address
     if resources.is_private(config):
         with socket.socket() as probe:
@@ -100,7 +100,7 @@ def ports(config: Config) -> Iterator[CheckResult]:
         return
     host = host.strip("[]")
     if not _reached(host, int(port)):
-        yield fail("ports", f"nobody answers at cluster.address={address}", "start it with `ray start --head`")
+        yield fail("ports", f"no answer at cluster.address={address}", "start it with `ray start --head`")
         return
     yield ok("ports", f"{host}:{port} answers")
     if not _reached(host, DASHBOARD_PORT):
@@ -120,14 +120,14 @@ def _reached(host: str, port: int) -> bool:
 
 
 def tokens(config: Config) -> Iterator[CheckResult]:
-    """Ray's token: there, and readable by its owner only. Its file is looked at, never read."""
+    """Check that Ray's token is there, and that only its owner may read it. The file itself is never read."""
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token").expanduser()
     private, mode = resources.is_private(config), None
     if path.is_file():
         mode = stat.S_IMODE(path.stat().st_mode)
     if mode is not None and mode & 0o077:
-        say = warn if private else fail
-        yield say("tokens", f"{path} has mode {mode:04o}: others can read Ray's token", f"chmod 600 {path}")
+        result = warn if private else fail
+        yield result("tokens", f"{path} has mode {mode:04o}: others can read Ray's token", f"chmod 600 {path}")
     elif mode is not None:
         yield ok("tokens", f"{path} is its owner's alone ({mode:04o})")
     if private:
@@ -140,12 +140,16 @@ def tokens(config: Config) -> Iterator[CheckResult]:
 
 
 def secrets(config: Config) -> Iterator[CheckResult]:
-    """Set where a name of the hub or W&B is used. Their values are not looked at."""
+    """Check that tokens are set where a name of the hub or W&B is used. Their values are never read."""
     names = {"teacher.path": config.teacher.path if config.needs_teacher else "", "student.path": config.student.path}
     names |= {"data.path": config.data.path, "eval.data": config.eval.data}
     if config.student.prune is not None:
         names["student.path"] = ""
-    hub = [f"{key}={name}" for key, name in names.items() if name and name != "demo" and not _here(name)]
+    hub = [
+        f"{key}={name}"
+        for key, name in names.items()
+        if name and name != "demo" and not looks_local(name) and not Path(name).exists()
+    ]
     if hub and not os.environ.get("HF_TOKEN"):
         yield warn("secrets", f"HF_TOKEN is not set, {', '.join(hub)} is the hub's", "set it for gated or private ones")
     if config.metrics.wandb:
@@ -154,10 +158,6 @@ def secrets(config: Config) -> Iterator[CheckResult]:
         yield ok("secrets", "none is needed")
     elif hub and os.environ.get("HF_TOKEN"):
         yield ok("secrets", f"HF_TOKEN is set, for {', '.join(hub)}")
-
-
-def _here(name: str) -> bool:
-    return looks_local(name) or Path(name).exists()
 
 
 def _wandb(project: str) -> Iterator[CheckResult]:
@@ -176,7 +176,7 @@ def _wandb(project: str) -> Iterator[CheckResult]:
 
 
 def run_dir(config: Config) -> Iterator[CheckResult]:
-    """Absolute where other machines must find it; writable; free."""
+    """Check that the folder is absolute where other machines must find it, free of another run, and writable."""
     path = Path(config.run.dir).expanduser()
     if not resources.is_private(config) and not path.is_absolute():
         yield fail("run.dir", f"run.dir={config.run.dir} is relative", "give an absolute path on shared storage")
@@ -185,7 +185,7 @@ def run_dir(config: Config) -> Iterator[CheckResult]:
         yield warn(
             "run.dir",
             f"{path} is held by process {owner.get('pid', '?')} on {owner.get('host', '?')}",
-            "wait for it, or give another run.dir (a dead holder's lock is taken over)",
+            "wait for it, or give another run.dir (the lock of an ended process does not count)",
         )
     if (path / CONFIG).exists():
         yield warn("run.dir", f"{path} holds a run", "go on with --resume, or give run.overwrite=true or another one")
@@ -198,8 +198,8 @@ def run_dir(config: Config) -> Iterator[CheckResult]:
 
 @contextmanager
 def probe(config: Config) -> Iterator[tuple[Path, str]]:
-    """A file in `run.dir` (or, while that is not there, in the nearest folder above it) and what stands in it. Removed
-    at the end."""
+    """Write a file in `run.dir` (or, while that is not there, in the nearest folder above it); yield its path and its
+    content, and remove it at the end."""
     nonce = uuid.uuid4().hex
     file = _nearest(Path(config.run.dir).expanduser().resolve()) / f"{PROBE}{nonce}"
     try:
@@ -214,48 +214,48 @@ def _nearest(path: Path) -> Path:
 
 
 def disk(config: Config, shapes: dict[str, Shape]) -> Iterator[CheckResult]:
-    """Room for the checkpoints that are kept, one that is being written, and two students."""
-    each = checkpoint_bytes(config, shapes["student"])
+    """Compare the free space with the checkpoints that are kept, one that is being written, and two students."""
+    one = checkpoint_bytes(config, shapes["student"])
     student = shapes["student"].params * 4.0
-    needed = each * (config.checkpoint.keep_last + 1) + 2 * student
+    needed = one * (config.checkpoint.keep_last + 1) + 2 * student
     folder = _nearest(Path(config.run.dir).expanduser())
     free = shutil.disk_usage(folder).free
-    told = f"{free / GIB:.3g} GiB free at {folder}, checkpoints need {needed / GIB:.3g} ({each / GIB:.3g} each)"
+    text = f"{free / GIB:.3g} GiB free at {folder}, checkpoints need {needed / GIB:.3g} ({one / GIB:.3g} each)"
     if free < needed:
-        yield fail("disk", told, "free some, lower checkpoint.keep_last, or give another run.dir")
+        yield fail("disk", text, "free some, lower checkpoint.keep_last, or give another run.dir")
     elif free < 2 * needed:
-        yield warn("disk", told, "rollouts and metrics come on top: free some")
+        yield warn("disk", text, "rollouts and metrics come on top: free some")
     else:
-        yield ok("disk", told)
+        yield ok("disk", text)
 
 
-def room(config: Config, shapes: dict[str, Shape]) -> Iterator[CheckResult]:
-    """All processes of a private cluster in this machine's memory, by the formulas of `plan`."""
-    parts, numbers = memory(config, shapes), resources.counts(config)
+def host_memory(config: Config, shapes: dict[str, Shape]) -> Iterator[CheckResult]:
+    """Compare the memory of all processes of a private cluster, by the formulas of `plan`, with this machine's."""
     if not resources.is_private(config):
         return
+    parts, numbers = memory(config, shapes), resources.counts(config)
     on_gpus = {role for role in parts if getattr(config.resources, role).num_gpus}
     needed = sum((total(parts[role]) + LIBRARIES) * numbers.get(role, 0) for role in parts if role not in on_gpus)
     there = _available()
-    told = f"about {needed / GIB:.3g} GiB of {there / GIB:.3g} free"
+    text = f"about {needed / GIB:.3g} GiB of {there / GIB:.3g} free"
     remedy = "lower learner.micro_batch_tokens, teacher.max_sessions or rollout.batch_size (see `switchkd plan`)"
-    yield ok("memory", told) if needed <= there else warn("memory", told, remedy)
+    yield ok("memory", text) if needed <= there else warn("memory", text, remedy)
 
 
 def _available() -> float:
     path = Path("/proc/meminfo")
     lines = path.read_text().splitlines() if path.exists() else []
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return float(found[0]) * 1024 if found else float("inf")
+    kilobytes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return float(kilobytes[0]) * 1024 if kilobytes else float("inf")
 
 
 def object_store(config: Config, shapes: dict[str, Shape]) -> Iterator[CheckResult]:
-    """A private cluster's, in shared memory."""
+    """Compare the size of a private cluster's object store with the shared memory that is free."""
     shm = Path("/dev/shm")
     if not resources.is_private(config) or config.run.mode == "inprocess" or not shm.is_dir():
         return
-    wanted, free = object_store_bytes(config, shapes["student"].params) / 1e9, shutil.disk_usage(shm).free / 1e9
+    needed, free = object_store_bytes(config, shapes["student"].params) / 1e9, shutil.disk_usage(shm).free / 1e9
     key = "cluster.object_store_gb" + (" by default" if config.cluster.object_store_gb is None else "")
-    told = f"{free:.3g} GB free in {shm}, {key}={wanted:.3g}"
+    text = f"{free:.3g} GB free in {shm}, {key}={needed:.3g}"
     remedy = "Ray would use the disk: enlarge it (docker run --shm-size), or lower cluster.object_store_gb"
-    yield ok("object store", told) if free >= wanted else warn("object store", told, remedy)
+    yield ok("object store", text) if free >= needed else warn("object store", text, remedy)

@@ -1,6 +1,6 @@
-"""What of a run's needs can be seen with its models: tokenizers, templates, data, the teacher's numbers, a dry pass.
+"""Checks that read the models: tokenizers, templates, data, the teacher's determinism, a dry pass.
 
-In: a config. Out: findings. What loads weights runs in this process, one model after the other.
+In: a config. Out: check results. What loads weights runs in this process, one model after the other.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 
 from switchkd.config.schema import Config, ModelConfig
 from switchkd.controller.preflight import PreparedRun
-from switchkd.data.prompts import PromptSet
 from switchkd.engines.base import Teacher
 from switchkd.engines.build import make_teacher, max_len
 from switchkd.engines.models.lm_head import LMHead
@@ -29,19 +28,20 @@ from switchkd.tools.offline import first_rollouts
 from switchkd.types import Blocks, Positions, Rollout, Sessions, TokenSource
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
-"""Of a log-probability between batch shapes: rounding of the dtype."""
+"""Difference of a log-probability between batch shapes that the rounding of the dtype explains."""
 _SESSION = 1 << 50
 _MOST_TOKENS = 64
 
 
-def tokenizers(config: Config, num_ids: int) -> Iterator[CheckResult]:
-    """`preflight.check_models` has compared them."""
+def tokenizers(ready: PreparedRun) -> Iterator[CheckResult]:
+    """Name what `preflight.check_models` has compared."""
+    config, num_ids = ready.config, len(ready.tokenizer)
     who = "teacher and student have one tokenizer" if config.needs_teacher else "the student has a tokenizer"
     yield ok("tokenizers", f"{who}, {num_ids:,} ids, and room for {max_len(config)} tokens")
 
 
 def chat_templates(config: Config) -> Iterator[CheckResult]:
-    """Prompts take the student's. The teacher reads them as they are."""
+    """Compare the templates: prompts are written with the student's, the teacher reads them as they are."""
     student = _template(config.student)
     if config.data.template is not None:
         yield ok("chat templates", "data.template is used instead")
@@ -79,10 +79,9 @@ def _template(section: ModelConfig) -> str:
         return ""
     talk = [{"role": "user", "content": "question"}]
     try:  # templates are programs of their own
-        told: str = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+        return str(tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True))
     except Exception as error:
         return f"an error ({' '.join(str(error).split())[:80]})"
-    return told
 
 
 def _short(text: str) -> str:
@@ -90,49 +89,48 @@ def _short(text: str) -> str:
 
 
 def data(ready: PreparedRun) -> Iterator[CheckResult]:
-    """`preflight.prepare` has read it."""
+    """Report what `preflight.prepare` has read."""
+    limit = ready.config.data.max_prompt_tokens
     for key, prompts in (("data.path", ready.prompts), ("eval.data", ready.eval_prompts)):
-        if prompts is not None:
-            yield _data(ready.config, key, prompts)
-
-
-def _data(config: Config, key: str, prompts: PromptSet) -> CheckResult:
-    limit = config.data.max_prompt_tokens
-    told = f"{key}: {prompts.report()}; longest prompt {prompts.longest_prompt} of {limit} tokens"
-    if prompts.num_skipped or prompts.num_cut:
-        return warn("data", told, "raise data.max_prompt_tokens or data.max_reference_tokens, or mend those rows")
-    return ok("data", told)
+        if prompts is None:
+            continue
+        text = f"{key}: {prompts.report()}; longest prompt {prompts.longest_prompt} of {limit} tokens"
+        if prompts.num_skipped or prompts.num_cut:
+            remedy = "raise data.max_prompt_tokens or data.max_reference_tokens, or correct those rows"
+            yield warn("data", text, remedy)
+        else:
+            yield ok("data", text)
 
 
 # --- with weights ----------------------------------------------------------------------------------------------------
 
 
 def with_weights(ready: PreparedRun, index: int) -> Iterator[CheckResult]:
-    """The teacher's numbers; then one prompt through teacher, student and learner, as stage `index` has it."""
+    """Check each teacher's determinism, then take one prompt of stage `index` through teacher, student and learner."""
     run = ready.config.run.model_copy(update={"mode": "inprocess"})
     learner = ready.config.learner.model_copy(update={"num_ranks": 1})
     config = ready.config.model_copy(update={"run": run, "learner": learner})
     teachers: dict[str, Any] = {}
     for name in config.teacher_names:
-        own = config.of_teacher(name)
-        teacher = make_teacher(own)
+        alone = config.of_teacher(name)
+        teacher = make_teacher(alone)
         head = teacher.lm_head_state()
         tokens = ready.prompts.prompts[0].token_ids[:_MOST_TOKENS]
-        yield determinism(own, teacher, None if head is None else LMHead.from_arrays(head), tokens)
+        yield determinism(alone, teacher, None if head is None else LMHead.from_arrays(head), tokens)
         teachers[name] = (teacher, head)
     heads = {name: head for name, (_, head) in teachers.items() if head is not None}
     worker = make_worker(config, 0, teachers, ready.stop_ids)
     started = time.perf_counter()
     ((_, rollout),) = first_rollouts(ready, worker, 1, index)
     yield _written(rollout, time.perf_counter() - started)
-    if config.teacher.backend == "vllm" and config.needs_teacher:  # it and DeepSpeed do not bear each other
+    if config.teacher.backend == "vllm" and config.needs_teacher:  # vLLM and DeepSpeed cannot share a process
         yield ok("dry pass", "the learner is left out: it has a process of its own beside vLLM's")
         return
     yield _trained(config, index, heads, rollout)
 
 
 def determinism(config: Config, teacher: Teacher, head: LMHead | None, tokens: np.ndarray) -> CheckResult:
-    """The same tokens twice, and once more beside other sessions: the largest distance of a log-probability."""
+    """Score the same tokens twice, and once more beside other sessions: the largest difference of a log-probability."""
     reader = TeacherLogits(head)
     limit = TOLERANCE[config.teacher.dtype]
     first, again = (_logprobs(teacher, reader, [tokens], i) for i in (0, 1))
@@ -140,13 +138,13 @@ def determinism(config: Config, teacher: Teacher, head: LMHead | None, tokens: n
     beside = _logprobs(teacher, reader, others, 2)
     if not bool(torch.isfinite(first).all()):
         return fail("determinism", "the teacher's rows are not finite", "load it in another teacher.dtype")
-    twice, shape = (float((first - other).abs().max()) for other in (again, beside))
-    told = f"the same rows twice differ by {twice:.2g}, in another batch by {shape:.2g} (log-probability)"
-    if not max(twice, shape) <= limit:
-        return fail("determinism", f"{told}, above {limit:g}", "set teacher.graphs: off and teacher.attn: eager")
+    twice, in_batch = (float((first - other).abs().max()) for other in (again, beside))
+    text = f"the same rows twice differ by {twice:.2g}, in another batch by {in_batch:.2g} (log-probability)"
+    if not max(twice, in_batch) <= limit:
+        return fail("determinism", f"{text}, above {limit:g}", "set teacher.graphs: off and teacher.attn: eager")
     if twice > 0:
-        return warn("determinism", told, "rollouts may not repeat bit for bit; set teacher.graphs: off to compare")
-    return ok("determinism", told)
+        return warn("determinism", text, "rollouts may not repeat bit for bit; set teacher.graphs: off to compare")
+    return ok("determinism", text)
 
 
 def _logprobs(teacher: Teacher, reader: TeacherLogits, sequences: list[np.ndarray], turn: int) -> torch.Tensor:
@@ -169,8 +167,8 @@ def _written(rollout: Rollout, took_s: float) -> CheckResult:
     num, by_teacher = rollout.num_tokens, int((rollout.sources == TokenSource.TEACHER).sum())
     if not num:
         return fail("dry pass", "a rollout came out empty", "look at it with `switchkd rollout CONFIG --num 1`")
-    told = f"one rollout of {num} tokens ({by_teacher} by the teacher) in {took_s:.3g} s, {rollout.finish_reason}"
-    return ok("dry pass", told)
+    text = f"one rollout of {num} tokens ({by_teacher} by the teacher) in {took_s:.3g} s, {rollout.finish_reason}"
+    return ok("dry pass", text)
 
 
 def _trained(config: Config, index: int, heads: dict[str, Any], rollout: Rollout) -> CheckResult:

@@ -12,6 +12,7 @@ worker, and the gradients of T trainable parameters among G learner ranks, 2 (G 
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config, StageConfig
 from switchkd.controller.dispatcher import PREFETCH
 from switchkd.engines.models.shape import BYTES, Shape, object_store_bytes, shapes
+from switchkd.tools.offline import stage_index
 from switchkd.tools.plan.memory import GIB, Parts, memory, total
 
 RECORD_BYTES = 21
@@ -65,8 +67,9 @@ class Plan:
         return {**asdict(self), "memory": totals}
 
 
-def make_plan(config: Config, stage: StageConfig) -> Plan:
-    """Raises ConfigError for models whose config cannot be read."""
+def make_plan(config: Config, stage_name: str | None = None) -> Plan:
+    """The plan of a stage, by default the last that writes rollouts. Raises ConfigError."""
+    stage = config.train.stages[stage_index(config, stage_name)]
     num_processes = resources.counts(config)
     if config.needs_teacher and "teacher" not in num_processes:
         raise ConfigError(
@@ -132,8 +135,11 @@ def replay_rollouts(config: Config, stage: StageConfig) -> int:
     return untrained + trained + (config.replay.capacity if config.replay.policy == "adaptive" else 0)
 
 
-def show(plan: Plan) -> None:
-    """Print the tables."""
+def show(plan: Plan, as_json: bool) -> None:
+    """Print one JSON object, or the tables."""
+    if as_json:
+        print(json.dumps(plan.to_json()))
+        return
     from rich.console import Console
 
     console = Console()
