@@ -141,31 +141,31 @@ def nodes_of(role: str) -> set[str]:
 def test_workers_come_and_go(cluster, alone, place, notes, monkeypatch):
     """A run that begins with one worker, goes on with three and ends with two writes the rollouts of a run with one
     (tests/test_scaling.py says when that happens; here it is told to)."""
-    import ray
-
-    from switchkd.actors import autoscaling
+    from switchkd.actors import pool
     from switchkd.actors.worker_pool import WorkerPool
 
     sizes: list[int] = []
     plan = {1: 1, 3: 1, 6: -1}  # decision at the so manieth look
     autoscale = WorkerPool.autoscale
 
-    def told(loads: Any, span: Any) -> int:
+    def decide(loads: Any, limits: Any) -> int:
         return plan.pop(len(sizes), 0)
 
-    def tended(pool: Any, waited_s: float, elapsed_s: float) -> list[str]:
-        found = autoscale(pool, waited_s, elapsed_s)
-        sizes.append(len(pool))
-        if pool._coming:
-            ray.wait([pool._coming.ready], timeout=120)  # tiny steps are over before a process has started
-        return found
+    def autoscale_and_wait(workers: Any, waited_s: float, elapsed_s: float) -> list[str]:
+        events = autoscale(workers, waited_s, elapsed_s)
+        sizes.append(len(workers))
+        for member in workers._pool.within(pool.State.STARTING).values():
+            # tiny steps are over before a process has started
+            wait_until(lambda member=member: member.probe.answered, "the worker did not start", 120)
+        return events
 
-    monkeypatch.setattr(autoscaling, "decide", told)
-    monkeypatch.setattr(WorkerPool, "autoscale", tended)
+    monkeypatch.setattr(pool, "decide", decide)
+    monkeypatch.setattr(WorkerPool, "autoscale", autoscale_and_wait)
     writers = {"num_workers": {"min": 1, "max": 3}, "batch_size": 4, "max_new_tokens": 12, "drafter": "student"}
     train(config(place, STAGES, **JOINED, rollout={**writers, "max_draft_tokens": 4}))
     assert sizes == [1, 1, 2, 2, 3, 3, 2, 2, 2, 2] and not plan
-    assert [note for note in notes if note.endswith("one is added")] and "2 rollout workers" in notes
+    assert [note for note in notes if note.endswith("one is added")] and "rollout worker 1 works" in notes
+    assert "rollout worker 2 is drained and has ended" in notes
     same_rollouts(place / "run", alone)
     same_losses(place / "run", alone)
     nobody_left()

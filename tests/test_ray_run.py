@@ -87,7 +87,7 @@ class Murder:
     teacher dies while a worker waits for its answer about a block: `in_flight`."""
 
     def __init__(self, patch: pytest.MonkeyPatch, *, at_batch: dict[int, str], at_examination: int | None) -> None:
-        from switchkd.actors.launch import RayWorkerHandle
+        from switchkd.actors.worker_pool import RayWorkerHandle
 
         self.at_batch, self.at_examination = dict(at_batch), at_examination
         self.generate, self.evaluate = RayWorkerHandle.generate, RayWorkerHandle.evaluate
@@ -146,8 +146,8 @@ def hear_at_once(patch: pytest.MonkeyPatch) -> None:
     def heard(pool: Any) -> list[str]:
         import ray
 
-        pool._asked = pool._asked or pool.actor.events.remote(pool._told)
-        ray.wait([pool._asked], timeout=60)
+        pool._events = pool._events or pool.actor.events.remote(pool._cursor)
+        ray.wait([pool._events], timeout=60)
         return events(pool)
 
     patch.setattr(PoolHandle, "events", heard)

@@ -1,4 +1,4 @@
-"""A router and its pool's book, with replicas of this process: who gets a session, and what a lost replica costs."""
+"""A router with replicas of this process: which gets a session, and what a lost replica costs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from pools import Still, Thunks, fetch
 from toy import ToyTeacher, pair
 
-from switchkd.actors.replicas import DRAIN_S, FORGET_S, ReplicaRegistry, ReplicaView, State
+from switchkd.actors.replicas import ReplicaView
 from switchkd.engines.base import TeacherBusy, UnknownSession
 from switchkd.types import Blocks, Sessions, TeacherLost
 
@@ -291,77 +291,6 @@ def test_what_a_router_gave_up_on(rooms):
     failed.set_exception(raised.as_instanceof_cause())
     found = worker_future(SimpleNamespace(future=lambda: failed)).exception()
     assert type(found) is TeacherLost and str(found) == "3 times"
-
-
-class TestPool:
-    def test_a_replica_that_dies_whenever_it_starts(self, monkeypatch):
-        """It is replaced after a time, and the third of them ends the pool, with the reason."""
-        from switchkd.actors import teacher_pool
-
-        monkeypatch.setattr(teacher_pool.ray, "kill", lambda handle: None)
-        actor = teacher_pool.TeacherPoolActor.__ray_metadata__.modified_class
-        pool = object.__new__(actor)
-        pool.roster, pool.watches, pool.log, pool.loads = ReplicaRegistry(), {}, [], []
-        pool.ever_ready, pool.num_failed = True, 0
-        handle = SimpleNamespace(ready=SimpleNamespace(remote=lambda: None))
-        monkeypatch.setattr(teacher_pool, "Probe", lambda ref: None)
-        for number in range(3):
-            pool._register(handle, SimpleNamespace(free=lambda: None), 0.0)
-            pool._restarting(number, teacher_pool.RESTART_S - 1)
-            assert number in pool.watches and not pool.roster.broken
-            pool._restarting(number, teacher_pool.RESTART_S + 1)
-            assert number not in pool.watches
-        assert pool.roster.broken == "it dies whenever it is started, for 600 s now; see its log"
-        assert pool.log[0] == f"teacher replica 0 is lost: {pool.roster.broken}"
-
-
-class TestRoster:
-    def book(self, num: int) -> ReplicaRegistry:
-        roster = ReplicaRegistry()
-        for i in range(num):
-            roster.set_state(roster.add(f"handle {i}", 0.0), State.READY, 0.0)
-        return roster
-
-    def test_what_a_router_sees(self):
-        """Ready and draining ones, and the load that the others make."""
-        roster = self.book(2)
-        late = roster.add("handle 2", 0.0)
-        roster.report("a", {0: 3}, 0.0)
-        roster.report("b", {0: 1, 1: 4}, 0.0)
-        roster.set_state(1, State.DRAINING, 1.0)
-        seen = roster.members("a", 2.0)
-        assert (dict(seen.ready), dict(seen.draining)) == ({0: "handle 0"}, {1: "handle 1"})
-        assert dict(seen.sessions) == {0: 1, 1: 4, late: 0} and seen.num_starting == 1
-
-    def test_drain(self):
-        """It ends when every router has heard of it and nobody has a session there, or when its time is up."""
-        roster = self.book(2)
-        roster.report("a", {0: 1}, 0.0)
-        roster.set_state(0, State.DRAINING, 0.0)
-        assert roster.drained(4.0, seen_s=5.0) == [] == roster.drained(6.0, seen_s=5.0)
-        roster.report("a", {}, 7.0)
-        assert roster.drained(8.0, seen_s=5.0) == [0]
-        roster.report("a", {0: 2}, DRAIN_S)
-        assert roster.drained(DRAIN_S, seen_s=5.0) == [] and roster.drained(DRAIN_S + 1, seen_s=5.0) == [0]
-
-    def test_a_router_that_died_counts_no_more(self):
-        roster = self.book(1)
-        roster.report("a", {0: 7}, 0.0)
-        assert roster.sessions(0, FORGET_S) == 7 and roster.sessions(0, FORGET_S + 1) == 0
-
-    def test_numbers_are_not_used_again(self):
-        roster = self.book(2)
-        roster.remove(1)
-        assert roster.add("another", 0.0) == 2
-
-    def test_the_emptiest_is_drained(self):
-        """The one with the fewest sessions, the youngest of equal ones."""
-        roster = self.book(3)
-        assert roster.to_drain(0.0) == 2
-        roster.report("a", {0: 3, 1: 1, 2: 1}, 0.0)
-        assert roster.to_drain(0.0) == 2
-        roster.report("a", {0: 0, 1: 1, 2: 1}, 0.0)
-        assert roster.to_drain(0.0) == 0
 
 
 class TestDirectory:

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from switchkd.actors.autoscaling import ADD_LOOKS, DRAIN_LOOKS, Load, decide, of_calls, of_tasks
+from switchkd.actors.autoscaling import ADD_LOOKS, DRAIN_LOOKS, Load, decide
 from switchkd.config.errors import ConfigError
 from switchkd.config.loader import parse
 from switchkd.config.schema import ReplicaRange
@@ -55,14 +55,14 @@ def test_bounds(one: Load, step: int):
 
 def test_measures():
     """Little's law for calls; tasks that wait for a row for workers; nothing at all is no load."""
-    calls = of_calls(num=2, elapsed_s=10.0, busy_s=18.0, calls=36, wait_s=0.25)
+    calls = Load.from_calls(num=2, elapsed_s=10.0, busy_s=18.0, calls=36, wait_s=0.25)
     assert calls == Load(num=2, busy_frac=0.9, queue=0.25 * 36 / 10 / 2, wait_frac=1 / 3)
-    assert of_calls(num=2, elapsed_s=10.0, busy_s=0.0, calls=0, wait_s=0.0) == Load(
+    assert Load.from_calls(num=2, elapsed_s=10.0, busy_s=0.0, calls=0, wait_s=0.0) == Load(
         num=2, busy_frac=0.0, queue=0.0, wait_frac=0.0
     )
-    tasks = of_tasks(num=2, elapsed_s=4.0, busy_s=4.0, waited_s=3.0, tasks=[12, 4, 8], rows=8)
+    tasks = Load.from_tasks(num=2, elapsed_s=4.0, busy_s=4.0, waited_s=3.0, tasks=[12, 4, 8], rows=8)
     assert tasks == Load(num=2, busy_frac=0.5, queue=0.5 / 3, wait_frac=0.75)
-    assert of_tasks(num=1, elapsed_s=1.0, busy_s=0.0, waited_s=0.0, tasks=[], rows=8).queue == 0.0
+    assert Load.from_tasks(num=1, elapsed_s=1.0, busy_s=0.0, waited_s=0.0, tasks=[], rows=8).queue == 0.0
 
 
 def queue(rate: float, num: int, elapsed: float, rng: np.random.Generator, service: float = 0.1) -> Load:
@@ -74,7 +74,7 @@ def queue(rate: float, num: int, elapsed: float, rng: np.random.Generator, servi
         start = max(arrival, free[i])
         waits.append(start - arrival)
         free[i] = start + service
-    return of_calls(
+    return Load.from_calls(
         num=num, elapsed_s=elapsed, busy_s=min(len(arrivals) * service, num * elapsed), calls=len(arrivals),
         wait_s=float(np.mean(waits)) if waits else 0.0,
     )  # fmt: skip

@@ -33,9 +33,9 @@ from switchkd.actors.replay_actor import RayReplayHandle, ReplayActor
 from switchkd.actors.rollout_actor import RolloutActor
 from switchkd.actors.shared_teacher import PoolHandle, attach
 from switchkd.actors.teacher_pool import TeacherPoolActor
-from switchkd.actors.worker_pool import RayWorkerHandle, WorkerPool
+from switchkd.actors.worker_pool import WorkerPool
 from switchkd.config import resources
-from switchkd.config.schema import Config, ReplicaRange
+from switchkd.config.schema import Config
 from switchkd.controller.handles import ActorHandles
 from switchkd.controller.metrics import MetricsLog
 from switchkd.controller.watchdog import START_S, wait_for_all
@@ -71,25 +71,18 @@ def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int], log: M
         # trap: as they are, handles would go into the object store, where the restart of a worker may not find them
         handles = cloudpickle.dumps(({name: (pool.actor, pool.namespace) for name, pool in pools.items()}, replay))
 
-        def worker(index: int) -> RayWorkerHandle:
-            waiting = placements["rollout"]
-            placement = waiting.pop(0) if waiting else ProcessPlacement(resources.of_role(config, "rollout"))
-            actor = cast(Any, RolloutActor).options(**placement.options())
-            return RayWorkerHandle(actor.remote(plain, index, handles, stop_ids, *common), placement)
+        def create_worker(index: int, options: dict[str, Any]) -> Any:
+            return cast(Any, RolloutActor).options(**options).remote(plain, index, handles, stop_ids, *common)
 
-        span = ReplicaRange.of(config.rollout.num_workers)
-        workers = WorkerPool(
-            [worker(i) for i in range(0 if config.rollout.recorded else span.min)], span, worker,
-            rows=config.rollout.batch_size, wait_s=config.cluster.wait_s,
-        )  # fmt: skip
+        workers = WorkerPool(config, placements.get("rollout", []), create_worker)
         opened.callback(workers.close)
-        # a gang that is started again stands where the first one stood
+        # ranks that are started again take the placements of the first ones
         ranks = [cast(Any, LearnerActor).options(**placement.options()) for placement in placements["learner"]]
         learner = LearnerGroup(lambda: [rank.remote(plain, replay, *common) for rank in ranks])
         opened.callback(learner.close)
 
         def actors() -> dict[str, Any]:
-            groups = {"rollout worker": [each.actor for each in workers.actors], "learner rank": learner.ranks}
+            groups = {"rollout worker": workers.actors, "learner rank": learner.ranks}
             named = {f"{role} {i}": actor for role, group in groups.items() for i, actor in enumerate(group)}
             teachers = {name: actor for pool in pools.values() for name, actor in pool.replicas().items()}
             return {"replay": replay, **teachers, **named}
@@ -98,7 +91,7 @@ def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int], log: M
         wait_for_all({pool.role: retry_until_alive(pool.actor.ready.remote) for pool in pools.values()}, patience)
         told = {name: pool.head() for name, pool in pools.items()}
         heads = heads_for(config, run_dir, {name: head for name, head in told.items() if head is not None})
-        waited_for = {"replay": replay, **{f"rollout worker {i}": each.actor for i, each in enumerate(workers.actors)}}
+        waited_for = {"replay": replay, **{f"rollout worker {i}": actor for i, actor in enumerate(workers.actors)}}
         awaited = {name: retry_until_alive(actor.ready.remote) for name, actor in waited_for.items()}
         awaited["learner"] = learner.start(heads)
         wait_for_all(awaited, patience)

@@ -56,10 +56,12 @@ ANSWER_S = 60.0
 class PoolHandle:
     """A run's hold on a pool: its own (namespace 0), or a served one that it leaves as it found it."""
 
-    def __init__(self, actor: Any, name: str, namespace: int = 0, told: EventCursor = NO_EVENTS) -> None:
-        self.actor, self.name, self.namespace = actor, name, namespace
-        self._told = told
-        self._asked: Any = None
+    def __init__(self, actor: Any, name: str, namespace: int = 0, cursor: EventCursor = NO_EVENTS) -> None:
+        self.actor = actor
+        self.name = name
+        self.namespace = namespace
+        self._cursor = cursor
+        self._events: Any = None  # the question that is out
         self._directory = PoolClient(actor, "driver")
         self._members: ReplicaView | None = None
 
@@ -80,16 +82,16 @@ class PoolHandle:
 
     def events(self) -> list[str]:
         """What happened there since the last time, as far as it has been heard of. Never waits."""
-        if self._asked is None:
-            self._asked = self.actor.events.remote(self._told)
-        if not ray.wait([self._asked], timeout=0)[0]:
+        if self._events is None:
+            self._events = self.actor.events.remote(self._cursor)
+        if not ray.wait([self._events], timeout=0)[0]:
             return []
-        asked, self._asked = self._asked, None
+        answer, self._events = self._events, None
         try:
-            self._told, told = ray.get(asked)
+            self._cursor, lines = ray.get(answer)
         except RayError:
             return []
-        return [f"{self.name}: {line}" if self.name else line for line in told]
+        return [f"{self.name}: {line}" if self.name else line for line in lines]
 
     def close(self) -> None:
         """End the run's own pool; take the run's sessions out of a served one."""
@@ -131,11 +133,11 @@ def attach(config: Config, key: str) -> PoolHandle:
     namespace, there = _answer(pool.attach.remote(), key, name)
     try:
         _check_same(config, key, there)
-        told, _ = _answer(pool.events.remote(NO_EVENTS), key, name)
+        cursor, _ = _answer(pool.events.remote(NO_EVENTS), key, name)
     except BaseException:
         pool.detach.remote(namespace)
         raise
-    return PoolHandle(pool, name, namespace, told)
+    return PoolHandle(pool, name, namespace, cursor)
 
 
 def _answer(asked: Any, key: str, name: str) -> Any:

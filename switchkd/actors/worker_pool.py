@@ -1,8 +1,8 @@
 """The rollout workers as `train.py` sees them: a sequence that grows and shrinks at its end, between two steps.
 
-In: how to start worker number i, and how many there may be. Out: handles. A worker that is let go gets no new task,
-ends the one it has, and is then gone; its number stays valid until that. What a worker writes depends on its tasks
-alone, so neither changes a token.
+In: how to start worker number i, and the config. Out: handles. A worker that is drained gets no new task, ends the one
+it has, and is then gone; its number stays valid until that. What a worker writes depends on its tasks alone, so neither
+changes a token.
 """
 
 from __future__ import annotations
@@ -10,196 +10,141 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, overload
 
-import ray
-
-from switchkd.actors import autoscaling
+from switchkd.actors.autoscaling import Load
 from switchkd.actors.placement_group import ProcessPlacement
+from switchkd.actors.pool import Member, ProcessPool, State
 from switchkd.actors.ray_futures import retry_until_alive, worker_future
-from switchkd.config.errors import last_line
-from switchkd.config.schema import ReplicaRange
+from switchkd.config import resources
+from switchkd.config.schema import Config, ReplicaRange
 from switchkd.controller.handles import WorkerHandle
 from switchkd.types import EvalShard, RolloutTask, WeightRef
-
-ROOM_S = 60.0
-"""How long an additional worker may wait for its place before the pool gives up on it."""
 
 
 class RayWorkerHandle:
     """A rollout actor's handle. Ray restarts a dead one by itself; its calls in flight end with WorkerLost."""
 
-    def __init__(self, actor: Any, placement: ProcessPlacement) -> None:
-        self.actor, self.placement = actor, placement
-        self.leaving = self.seen_idle = False
-        self.busy_s, self.given = 0.0, list[int]()  # since the last look
-        self._out: Future[Any] | None = None
+    def __init__(self, member: Member) -> None:
+        self.actor = member.handle
+        self.was_idle = False  # at the last look, since it is draining
+        self._member = member
+        self._busy_s = 0.0  # since the last measurement
+        self._num_tasks = list[int]()  # of each call since then
+        self._call: Future[Any] | None = None
         self._since = 0.0
 
     def generate(self, tasks: list[RolloutTask], weights: WeightRef | None) -> Future[Any]:
-        self.given.append(len(tasks))
-        return self._watched(worker_future(self.actor.generate.remote(tasks, weights)))
+        self._num_tasks.append(len(tasks))
+        return self._timed(worker_future(self.actor.generate.remote(tasks, weights)))
 
     def push_weights(self, weights: WeightRef) -> None:
         self.actor.push_weights.remote(weights)
 
     def evaluate(self, shard: EvalShard, weights: WeightRef | None) -> Future[Any]:
-        return self._watched(worker_future(self.actor.evaluate.remote(shard, weights)))
+        return self._timed(worker_future(self.actor.evaluate.remote(shard, weights)))
 
     def back(self) -> Future[None]:
-        if self.leaving:  # nobody waits for it to come back
-            gone: Future[None] = Future()
-            gone.set_result(None)
-            return gone
-        return self._watched(retry_until_alive(self.actor.ready.remote))
+        if self._member.state is State.DRAINING:  # it is not waited for
+            ended: Future[None] = Future()
+            ended.set_result(None)
+            return ended
+        return self._timed(retry_until_alive(self.actor.ready.remote))
 
     @property
     def idle(self) -> bool:
-        return self._out is None or self._out.done()
+        return self._call is None or self._call.done()
 
-    def _watched(self, future: Future[Any]) -> Future[Any]:
-        self._out, self._since = future, time.monotonic()
+    def measure(self) -> tuple[float, list[int]]:
+        """Seconds at work and the sizes of its calls, since the last measurement."""
+        if not self.idle:
+            self._count()
+        measured = self._busy_s, self._num_tasks
+        self._busy_s, self._num_tasks = 0.0, []
+        return measured
+
+    def _timed(self, future: Future[Any]) -> Future[Any]:
+        self._call, self._since = future, time.monotonic()
         future.add_done_callback(lambda _: self._count())
         return future
 
     def _count(self) -> None:
         now = time.monotonic()
-        self.busy_s, self._since = self.busy_s + now - self._since, now
-
-    def look(self) -> tuple[float, list[int]]:
-        """Seconds at work and the sizes of its calls, since the last look."""
-        if not self.idle:
-            self._count()
-        found = self.busy_s, self.given
-        self.busy_s, self.given = 0.0, []
-        return found
-
-    def end(self) -> None:
-        ray.kill(self.actor)
-        self.placement.free()
-
-
-@dataclass(slots=True)
-class StartingWorker:
-    """A worker that is being started."""
-
-    worker: RayWorkerHandle
-    ready: Any
-    since: float
+        self._busy_s, self._since = self._busy_s + now - self._since, now
 
 
 class WorkerPool(Sequence[WorkerHandle]):
-    """`len` and iteration are of those that take new tasks; those that leave stand behind them, by their number."""
+    """`len` and iteration are of those that take new tasks; draining ones follow them, by their number. `create`
+    starts a worker with its number and an actor's options; one for each of `placements` is started at once."""
 
     def __init__(
-        self,
-        workers: Sequence[RayWorkerHandle],
-        span: ReplicaRange,
-        start: Callable[[int], RayWorkerHandle],
-        *,
-        rows: int,
-        wait_s: float = 0.0,
+        self, config: Config, placements: Sequence[ProcessPlacement], create: Callable[[int, dict[str, Any]], Any]
     ) -> None:
-        self._workers, self._span, self._start, self._rows = list(workers), span, start, rows
-        self._patience = max(ROOM_S, wait_s)
-        self._coming: StartingWorker | None = None
-        self._loads: list[autoscaling.Load] = []
-        self._hold_until = 0.0
+        self.create = create
+        self._config = config
+        self._step = (0.0, 0.0)  # seconds that the learner waited, and that the step took
+        limits = ReplicaRange.of(config.rollout.num_workers)
+        self._pool = ProcessPool(self, "rollout worker", limits, placements=placements, wait_s=config.cluster.wait_s)
+        for _ in placements:
+            self._pool.start(time.monotonic(), State.READY)
+        self._handles = {number: RayWorkerHandle(member) for number, member in self._pool.members.items()}
 
     def __len__(self) -> int:
-        return sum(not worker.leaving for worker in self._workers)
+        return len(self._pool.within(State.READY))
 
     @overload
     def __getitem__(self, index: int) -> WorkerHandle: ...
     @overload
     def __getitem__(self, index: slice) -> list[WorkerHandle]: ...
     def __getitem__(self, index: int | slice) -> WorkerHandle | list[WorkerHandle]:
-        return list(self)[index] if isinstance(index, slice) else self._workers[index]
+        return list(self)[index] if isinstance(index, slice) else self._handles[index]
 
     def __iter__(self) -> Iterator[WorkerHandle]:
-        return iter(self._workers[: len(self)])
+        return iter([self._handles[number] for number in self._pool.within(State.READY)])
 
     @property
-    def actors(self) -> list[RayWorkerHandle]:
-        return list(self._workers)
+    def actors(self) -> list[Any]:
+        return [member.handle for member in self._pool.within(State.READY, State.DRAINING).values()]
 
     def autoscale(self, waited_s: float, elapsed_s: float) -> list[str]:
         """After a step that took `elapsed_s`, for `waited_s` of which the learner waited: what changed, in words."""
-        if self._span.min == self._span.max or not self._workers:
+        pool = self._pool
+        if pool.limits.min == pool.limits.max or not pool.members:
             return []
-        told = [*self._end_leaving(), *self._take_in()]
-        load = self._load(waited_s, elapsed_s)
-        if self._coming is not None:
-            return told
-        self._loads = [*self._loads, load][-autoscaling.DRAIN_LOOKS :]
-        step = autoscaling.decide(self._loads, self._span)
-        if step:
-            self._loads = []
-            told += self._grow(load) if step > 0 else self._shrink(load)
-        return told
+        self._step = waited_s, max(elapsed_s, 1e-6)
+        pool.reconcile(time.monotonic())
+        pool.next_number = len(pool.members)  # numbers are positions
+        self._handles = {i: self._handles.get(i) or RayWorkerHandle(member) for i, member in pool.members.items()}
+        events, pool.events = pool.events, []
+        return events
 
     def close(self) -> None:
-        for worker in self._workers:
-            worker.end()
-        if self._coming is not None:
-            self._coming.worker.end()
+        self._pool.close()
 
-    def _load(self, waited_s: float, elapsed_s: float) -> autoscaling.Load:
-        looks = [worker.look() for worker in self._workers]
-        return autoscaling.of_tasks(
+    def place(self, number: int) -> ProcessPlacement:
+        return ProcessPlacement(resources.of_role(self._config, "rollout"))
+
+    def measure(self, now: float) -> Load | None:
+        """None while one is draining: another one would come behind it."""
+        waited_s, elapsed_s = self._step
+        measured = [self._handles[number].measure() for number in self._pool.within(State.READY, State.DRAINING)]
+        if self._pool.within(State.DRAINING):
+            return None
+        return Load.from_tasks(
             num=len(self),
-            elapsed_s=max(elapsed_s, 1e-6),
-            busy_s=sum(busy for busy, _ in looks),
+            elapsed_s=elapsed_s,
+            busy_s=sum(busy_s for busy_s, _ in measured),
             waited_s=waited_s,
-            tasks=[num for _, given in looks for num in given],
-            rows=self._rows,
+            tasks=[num for _, sizes in measured for num in sizes],
+            rows=self._config.rollout.batch_size,
         )
 
-    def _grow(self, load: autoscaling.Load) -> list[str]:
-        why = f"the learner waits {load.wait_frac:.0%} of the time for {load.num} rollout workers"
-        if len(self) < len(self._workers):
-            stays = self._workers[len(self)]
-            stays.leaving = stays.seen_idle = False
-            return [f"{why}: the last one stays"]
-        if time.monotonic() < self._hold_until:
-            return []
-        worker = self._start(len(self._workers))
-        self._coming = StartingWorker(worker, worker.actor.ready.remote(), time.monotonic())
-        return [f"{why}: one is added"]
+    def num_sessions(self, number: int, now: float) -> int:
+        """None is moved: the last worker is drained."""
+        return 0
 
-    def _shrink(self, load: autoscaling.Load) -> list[str]:
-        self._workers[len(self) - 1].leaving = True
-        return [f"{load.num} rollout workers are busy {load.busy_frac:.0%}: one is let go"]
-
-    def _take_in(self) -> list[str]:
-        coming = self._coming
-        if coming is None:
-            return []
-        if not ray.wait([coming.ready], timeout=0)[0]:
-            if time.monotonic() - coming.since < self._patience or coming.worker.placement.wait(0):
-                return []
-            return self._give_up("the cluster has no room for one more rollout worker")
-        try:
-            ray.get(coming.ready)
-        except ray.exceptions.RayError as error:
-            return self._give_up(f"one more rollout worker could not start: {last_line(error)}")
-        self._workers.append(coming.worker)
-        self._coming = None
-        return [f"{len(self)} rollout workers"]
-
-    def _give_up(self, why: str) -> list[str]:
-        assert self._coming is not None
-        self._coming.worker.end()
-        self._coming, self._hold_until = None, time.monotonic() + 10 * self._patience
-        return [why]
-
-    def _end_leaving(self) -> list[str]:
-        """From the last on, so that numbers stay; one step after its last call, so that its answer has been taken."""
-        told = []
-        while self._workers[-1].leaving and self._workers[-1].seen_idle:
-            self._workers.pop().end()
-            told.append(f"{len(self._workers)} rollout workers")
-        for worker in self._workers[len(self) :]:
-            worker.seen_idle = worker.idle
-        return told
+    def is_drained(self, number: int, now: float) -> bool:
+        """One step after its last call, so that its answer has been taken."""
+        handle = self._handles[number]
+        was_idle, handle.was_idle = handle.was_idle, handle.idle
+        return was_idle

@@ -1,0 +1,233 @@
+"""A pool of processes without a cluster: what it starts, adds, drains, gives up and ends, and what a router sees."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from threading import RLock
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray import cloudpickle
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+
+from switchkd.actors import pool as pool_module
+from switchkd.actors.autoscaling import ADD_LOOKS, DRAIN_LOOKS, Load
+from switchkd.actors.pool import MAX_FAILURES, PATIENCE_S, ProcessPool, State
+from switchkd.actors.ray_futures import RESTART_S
+from switchkd.actors.replicas import DRAIN_S, FORGET_S, NOTICE_S, SessionReports
+from switchkd.config.schema import ReplicaRange
+
+CROWDED = Load(num=1, busy_frac=1.0, queue=2.0, wait_frac=0.5)
+IDLE = Load(num=3, busy_frac=0.1, queue=0.0, wait_frac=0.0)
+
+
+class Process:
+    """A handle: each call is a future that a test answers."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Future[Any]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def remote() -> Any:
+            self.calls.append((name, Future()))
+            future = self.calls[-1][1]
+            return SimpleNamespace(future=lambda: future)
+
+        return SimpleNamespace(remote=remote)
+
+    def answer(self, value: Any = None, error: Exception | None = None) -> None:
+        future = self.calls[-1][1]
+        if error is None:
+            future.set_result(value)
+        else:
+            future.set_exception(error)
+
+
+class Owner:
+    """Starts `Process`es, and answers what a test sets. A placement is there unless `full`."""
+
+    def __init__(self) -> None:
+        self.load: Load | None = None
+        self.full = False
+        self.sessions: dict[int, int] = {}
+        self.freed = 0
+
+    def place(self, number: int) -> Any:
+        return SimpleNamespace(options=dict, wait=lambda timeout_s: not self.full, free=self.free)
+
+    def free(self) -> None:
+        self.freed += 1
+
+    def create(self, number: int, options: dict[str, Any]) -> Process:
+        return Process()
+
+    def measure(self, now: float) -> Load | None:
+        return self.load
+
+    def num_sessions(self, number: int, now: float) -> int:
+        return self.sessions.get(number, 0)
+
+    def is_drained(self, number: int, now: float) -> bool:
+        return not self.sessions.get(number)
+
+
+@pytest.fixture
+def killed(monkeypatch) -> list[Process]:
+    """What was ended; the pool's Ray is a double."""
+    handles: list[Process] = []
+    double = SimpleNamespace(get=lambda ref: ref.future().result(), kill=handles.append)
+    monkeypatch.setattr(pool_module, "ray", double)
+    return handles
+
+
+def made(num: int, most: int) -> tuple[ProcessPool, Owner]:
+    """A pool of at least one process in which `num` are ready."""
+    owner = Owner()
+    pool = ProcessPool(owner, "teacher replica", ReplicaRange(min=1, max=most), question="load")
+    for number in range(num):
+        pool.start(0.0)
+        pool.members[number].handle.answer(True)
+    pool.reconcile(0.0)
+    assert list(pool.within(State.READY)) == list(range(num))
+    return pool, owner
+
+
+def test_grows_when_requests_queue(killed):
+    """After several crowded measurements one is added, which counts once it is ready; up to the largest number."""
+    pool, owner = made(1, 2)
+    owner.load = CROWDED
+    for _ in range(ADD_LOOKS):
+        assert len(pool.members) == 1
+        pool.reconcile(1.0)
+    assert list(pool.within(State.STARTING)) == [1] and pool.events[-1].endswith("one is added")
+    assert pool.events[-1].startswith("2.0 requests wait for each of 1 teacher replicas, 50% of the time")
+    pool.members[1].handle.answer(True)
+    owner.load = Load(num=2, busy_frac=1.0, queue=2.0, wait_frac=0.5)
+    for _ in range(2 * ADD_LOOKS):
+        pool.reconcile(2.0)
+    assert list(pool.within(State.READY)) == [0, 1] and pool.events[-1] == "teacher replica 1 works"
+
+
+def test_shrinks_when_idle_and_drains_before_it_ends(killed):
+    """The emptiest is drained, the youngest of equal ones; it ends when its work has. Numbers are not used again."""
+    pool, owner = made(3, 3)
+    owner.load, owner.sessions = IDLE, {0: 3, 1: 1, 2: 1}
+    for _ in range(DRAIN_LOOKS):
+        assert list(pool.within(State.READY)) == [0, 1, 2]
+        pool.reconcile(1.0)
+    assert list(pool.within(State.DRAINING)) == [2]
+    assert pool.events[-1] == "3 teacher replicas are busy 10%: teacher replica 2 is drained"
+    owner.load = None
+    pool.reconcile(2.0)
+    assert 2 in pool.members and not killed
+    handle = pool.members[2].handle
+    owner.sessions = {0: 1, 1: 0}
+    pool.reconcile(3.0)
+    assert 2 not in pool.members and killed == [handle] and owner.freed == 1
+    assert pool.events[-1] == "teacher replica 2 is drained and has ended"
+    owner.load = IDLE
+    for _ in range(DRAIN_LOOKS):
+        pool.reconcile(4.0)
+    assert list(pool.within(State.DRAINING)) == [1]
+    pool.start(5.0)
+    assert list(pool.within(State.STARTING)) == [3]
+
+
+def test_gives_up_on_a_process_without_a_placement(killed):
+    """An additional one waits for its placement for a while, and the pool does not ask again soon."""
+    pool, owner = made(1, 2)
+    owner.load = CROWDED
+    for _ in range(ADD_LOOKS):
+        pool.reconcile(0.0)
+    pool.reconcile(PATIENCE_S + 1)
+    assert 1 in pool.members, "its placement is there, it only starts slowly"
+    owner.full = True
+    pool.reconcile(PATIENCE_S + 1)
+    assert list(pool.members) == [0] and pool.events[-1] == "the cluster has no room for one more teacher replica"
+    for _ in range(ADD_LOOKS):
+        pool.reconcile(2 * PATIENCE_S)
+    assert list(pool.members) == [0]
+    pool.reconcile(12 * PATIENCE_S)
+    assert list(pool.members) == [0, 2]
+
+
+def test_one_that_died_is_started_again(killed):
+    """Ray does so; until it answers it takes no session. One that is lost for good is replaced."""
+    pool, _ = made(1, 1)
+    pool.members[0].handle.answer(error=ActorUnavailableError("not now", None))
+    pool.reconcile(1.0)
+    assert list(pool.within(State.STARTING)) == [0]
+    pool.members[0].handle.answer(True)
+    pool.reconcile(2.0)
+    assert pool.events == ["teacher replica 0 died and is started again", "teacher replica 0 works"]
+    pool.members[0].handle.answer(error=ActorDiedError())
+    pool.reconcile(3.0)
+    assert list(pool.within(State.STARTING)) == [1] and pool.events[2].startswith("teacher replica 0 is lost: ")
+
+
+def test_one_that_dies_whenever_it_starts(killed):
+    """It is replaced after a time, and the third of them ends the pool, with the reason."""
+    pool, _ = made(1, 1)
+    pool.members[0].handle.answer(error=ActorDiedError())
+    now = 0.0
+    for number in range(1, MAX_FAILURES + 1):
+        pool.reconcile(now)
+        assert list(pool.members) == [number] and not pool.broken
+        for later in (RESTART_S - 1, RESTART_S + 1):
+            assert number in pool.members
+            pool.members[number].handle.answer(error=ActorUnavailableError("not now", None))
+            pool._poll(number, now + later)
+        now += RESTART_S + 1
+    pool.reconcile(now)
+    assert not pool.members
+    assert pool.broken == "it dies whenever it is started, for 600 s now; see its log"
+    assert pool.events[1] == f"teacher replica 1 is lost: {pool.broken}"
+
+
+def test_the_first_one_that_cannot_start_ends_the_pool(killed):
+    """With what its start raised."""
+    pool = ProcessPool(Owner(), "teacher replica", ReplicaRange(min=1, max=1))
+    pool.reconcile(0.0)
+    raised = RayTaskError("__init__", "Traceback ...\nValueError: no such model", ValueError("no such model"))
+    raised._actor_id = "0"
+    pool.members[0].handle.answer(error=ActorDiedError(raised))
+    pool.reconcile(1.0)
+    assert not pool.members and pool.broken == "an actor could not start: ValueError: no such model"
+
+
+# --- what a router sees ----------------------------------------------------------------------------------------------
+
+
+def test_what_a_router_sees(killed):
+    """Ready and draining replicas, and the load that the other routers make."""
+    from switchkd.actors.teacher_pool import TeacherPoolActor
+
+    actor = object.__new__(TeacherPoolActor.__ray_metadata__.modified_class)
+    actor.lock, actor.reports = RLock(), SessionReports()
+    actor.pool, _ = made(2, 3)
+    actor.pool.start(0.0)
+    for member, handle in zip(actor.pool.members.values(), "xyz", strict=True):
+        member.handle = handle
+    actor.pool.drain(1, 0.0, "by hand")
+    actor.members("b", {0: 1, 1: 4})
+    view = cloudpickle.loads(actor.members("a", {0: 3}))
+    assert (dict(view.ready), dict(view.draining)) == ({0: "x"}, {1: "y"})
+    assert dict(view.sessions) == {0: 1, 1: 4, 2: 0} and view.num_starting == 1
+
+
+def test_drained():
+    """A replica ends when every router knows of the drain and none has a session there, or when its time is up."""
+    reports = SessionReports()
+    reports.add("a", {0: 1}, 0.0)
+    assert not reports.is_drained(0, 0.0, NOTICE_S - 1) and not reports.is_drained(0, 0.0, NOTICE_S + 1)
+    reports.add("a", {}, 7.0)
+    assert not reports.is_drained(0, 4.0, 8.0) and reports.is_drained(0, 0.0, 8.0)
+    reports.add("a", {0: 2}, DRAIN_S)
+    assert not reports.is_drained(0, 0.0, DRAIN_S) and reports.is_drained(0, 0.0, DRAIN_S + 1)
+
+
+def test_a_router_that_died_counts_no_more():
+    reports = SessionReports()
+    reports.add("a", {0: 7}, 0.0)
+    assert reports.count(0, FORGET_S) == 7 and reports.count(0, FORGET_S + 1) == 0
