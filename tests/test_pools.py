@@ -40,6 +40,7 @@ def cluster() -> Iterator[Any]:
     from switchkd.actors.ray_futures import shut_down
 
     folder = tempfile.mkdtemp(prefix="skd-", dir="/tmp")  # a socket's path must be short
+    os.makedirs("/tmp/ray", exist_ok=True)  # the cluster's address is written there
     small = {"object_store_memory": 80_000_000}
     made = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False, "temp_dir": folder, **small}
