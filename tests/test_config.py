@@ -319,7 +319,7 @@ def test_shipped_configs(path, tmp_path, monkeypatch):
     config = load(path)
     if config.teacher.path.startswith("runs/"):  # what another recipe leaves behind
         Path(config.teacher.path).mkdir(parents=True)
-        for file in ("config.json", "model.safetensors", "tokenizer.json"):
+        for file in ("config.json", "model.safetensors", "tokenizer_config.json"):
             (Path(config.teacher.path) / file).touch()
     check(config)
     assert parse(yaml.safe_load(dump_yaml(config))) == config

@@ -35,13 +35,13 @@ def test_a_saved_folder(tmp_path):
 def test_what_is_missing_is_named(tmp_path):
     """No folder, no config, no safetensors, no tokenizer: the folder and the remedy in one line."""
     folder = save_tiny(tmp_path / "m", "llama")
-    with pytest.raises(ConfigError, match=r"nowhere does not exist"):
+    with pytest.raises(ConfigError, match=r"nowhere: there is no such folder"):
         load_model(str(tmp_path / "nowhere"), dtype="float32")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match=r"holds no \*.safetensors weights \(only pytorch_model.bin\); .*save_pretr"):
+    with pytest.raises(ConfigError, match=r"no \*.safetensors \(only pytorch_model.bin: .*save_pretr"):
         load_model(str(folder), dtype="float32")
     (folder / "config.json").unlink()
-    with pytest.raises(ConfigError, match=r"holds no config.json; "):
+    with pytest.raises(ConfigError, match=r"the folder has no config.json; "):
         load_model(str(folder), dtype="float32")
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(ConfigError, match="tokenizer"):

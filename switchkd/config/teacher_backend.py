@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 from switchkd.config.errors import ConfigError
-from switchkd.config.schema import Config, ModelConfig, TeacherConfig
+from switchkd.config.schema import Config, TeacherConfig
 
 _OURS = {
     "model": "teacher.path",
@@ -67,11 +67,6 @@ def engine_facts(teacher: TeacherConfig) -> dict[str, Any]:
     """The engine arguments that rows depend on (quantization, a cache of another dtype, ...), by their keys."""
     given = sorted(teacher.engine.items())
     return {f"engine.{name}": value for name, value in given if name not in _SAME_ROWS and value is not None}
-
-
-def positions_beyond(section: ModelConfig) -> int:
-    """Positions that an engine wants besides the longest sequence: vLLM, one token that it may write."""
-    return int(isinstance(section, TeacherConfig) and section.backend == "vllm")
 
 
 def _check_keys(teacher: TeacherConfig) -> None:

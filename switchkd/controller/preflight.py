@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -18,7 +18,7 @@ from switchkd.config.errors import ConfigError, one_line
 from switchkd.config.loader import read_yaml
 from switchkd.config.resources import role_of
 from switchkd.config.schema import Config, ModelConfig, StageConfig, TeacherConfig
-from switchkd.config.teacher_backend import check_backend, positions_beyond
+from switchkd.config.teacher_backend import check_backend
 from switchkd.controller.evaluation import WITH_TEACHER
 from switchkd.controller.resume import check_format
 from switchkd.data.atomic_files import CONFIG, TEACHER_OUTPUT
@@ -30,14 +30,18 @@ from switchkd.data.rollout_io import (
     read_records,
 )
 from switchkd.engines.build import max_len
-from switchkd.engines.models.loading import same_tokenizer, shared_vocab, stop_ids
+from switchkd.engines.models.loading import (
+    check_attention,
+    read_config,
+    read_tokenizer,
+    same_tokenizer,
+    shared_vocab,
+    stop_ids,
+)
 from switchkd.engines.models.resolve import reads_teacher, resolve_models
-from switchkd.engines.models.sources import _read_config, _tokenizer, check_model_folder
+from switchkd.engines.models.sources import check_model_folder
 from switchkd.learner.build import build_loss
 from switchkd.rollout.build import build_rule
-
-if TYPE_CHECKING:
-    pass
 
 _JOB_VARIABLES = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_ID")
 
@@ -94,8 +98,8 @@ def prepare_teacher(config: Config) -> tuple[Config, int]:
     check_backend(config)
     _check_teacher_folder(config.teacher, "teacher")
     config = resolve_models(config)
-    tokenizer = _tokenizer(config.teacher, "teacher.path")
-    _check_model(config, _read_config(config.teacher, "teacher.path"), config.teacher, "teacher")
+    tokenizer = read_tokenizer(config.teacher, "teacher.path")
+    _check_model(config, read_config(config.teacher, "teacher.path"), config.teacher, "teacher")
     return config, shared_vocab(tokenizer)
 
 
@@ -201,20 +205,20 @@ def _check_data(config: Config) -> None:
 def check_models(config: Config) -> tuple[Any, frozenset[int]]:
     """The student's tokenizer and the stop ids of both models, from their small files alone. Raises ConfigError where
     the tokenizers differ or the run needs more positions than a model has."""
-    student = _tokenizer(config.student, "student.path")
+    student = read_tokenizer(config.student, "student.path")
     ends: frozenset[int] = frozenset()
     roles: list[tuple[str, ModelConfig]] = [("student", config.student)]
     for name in config.teacher_names:
         role, teacher = role_of(name), config.of_teacher(name).teacher
         roles.append((role, teacher))
-        difference = same_tokenizer(_tokenizer(teacher, f"{role}.path"), student)
+        difference = same_tokenizer(read_tokenizer(teacher, f"{role}.path"), student)
         if difference:
             raise ConfigError(
                 f"{role}.path={teacher.path} and student.path={config.student.path} need one tokenizer: "
                 f"{difference}; choose models of one family"
             )
     for role, section in roles:
-        model = _read_config(section, f"{role}.path")
+        model = read_config(section, f"{role}.path")
         _check_model(config, model, section, role)
         ends |= stop_ids(model, student)
     return student, ends
@@ -222,20 +226,17 @@ def check_models(config: Config) -> tuple[Any, frozenset[int]]:
 
 def _check_model(config: Config, model: Any, section: ModelConfig, role: str) -> None:
     text = model.config.get_text_config(decoder=True)
-    limit, wanted, prompt = (
-        getattr(text, "max_position_embeddings", None),
-        max_len(config) + positions_beyond(section),
-        config.data.max_prompt_tokens,
-    )
-    if limit and wanted > limit:
+    on_vllm = isinstance(section, TeacherConfig) and section.backend == "vllm"
+    limit, prompt = getattr(text, "max_position_embeddings", None), config.data.max_prompt_tokens
+    needed = max_len(config) + on_vllm  # vLLM needs a position for the token that it may write
+    if limit and needed > limit:
         raise ConfigError(
             f"{role}.path={section.path} has {limit} positions, but data.max_prompt_tokens={prompt} and the longest "
-            f"completion ({wanted - prompt}) need {wanted}; lower data.max_prompt_tokens, data.max_reference_tokens or "
+            f"completion ({needed - prompt}) need {needed}; lower data.max_prompt_tokens, data.max_reference_tokens or "
             "max_new_tokens"
         )
-    own_attention = isinstance(section, TeacherConfig) and section.backend == "vllm"
-    if not own_attention and section.attn == "sdpa" and getattr(text, "attn_logit_softcapping", None):
-        raise ConfigError(f"{role}.attn=sdpa leaves out the soft-cap of {section.path}'s attention; set it to eager")
+    if not on_vllm:
+        check_attention(model.config, section.attn, section.path, f"{role}.attn")
 
 
 def check_topk(stage: StageConfig, teacher: TeacherConfig) -> None:

@@ -1,7 +1,7 @@
-"""Cuts a student out of a teacher by depth: some of its layers, everything else as it is.
+"""Prunes a teacher by depth to a student: some of its layers, everything else as it is.
 
 In: the folder (or hub name) of a decoder-only transformers model. Out: an ordinary model folder with the same
-tokenizer, chat template and generation config. Such a cut writes noise until it has been trained on reference text.
+tokenizer, chat template and generation config. A pruned model writes noise until it is trained on references.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from switchkd.config.errors import ConfigError, first_line
+from switchkd.config.errors import ConfigError
+from switchkd.config.schema import ModelConfig
+from switchkd.engines.models.loading import read_config
 from switchkd.engines.models.sources import check_model_folder
 
 
@@ -41,7 +43,7 @@ def prune_depth(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Write the cut model to `out_folder`, which must not hold anything yet. Give `layers` or `num_layers`.
+    """Write the pruned model to `out_folder`, which must not hold anything yet. Give `layers` or `num_layers`.
 
     Raises ConfigError for layers that the teacher does not have, and for models whose layers cannot be taken apart.
     """
@@ -51,20 +53,18 @@ def prune_depth(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty; remove it or choose another folder")
     check_model_folder(str(teacher_folder), "teacher")
-    given = {"revision": revision, "trust_remote_code": trust_remote_code}
-    config = _config(teacher_folder, given)
-    kept = _checked(layers, num_layers, config.get_text_config(decoder=True).num_hidden_layers)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = read_config(ModelConfig(path=str(teacher_folder), **options), "teacher").config
+    kept = chosen_layers(layers, num_layers, config.get_text_config(decoder=True).num_hidden_layers)
     teacher = AutoModelForCausalLM.from_pretrained(
-        teacher_folder, config=config, dtype="auto", use_safetensors=True, **given
+        teacher_folder, config=config, dtype="auto", use_safetensors=True, **options
     )
-    student = keep_layers(teacher, kept)
-    tokenizer = AutoTokenizer.from_pretrained(teacher_folder, **given)
-    _save(out, student, tokenizer)
+    _save(out, keep_layers(teacher, kept), AutoTokenizer.from_pretrained(teacher_folder, **options))
     return out
 
 
 def _save(out: Path, *parts: Any) -> None:
-    """Beside, then renamed: a folder of that name is always whole."""
+    """Write beside, then rename: a folder of that name is always whole."""
     making = out.with_name(f".{out.name}.making")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
@@ -79,18 +79,8 @@ def _save(out: Path, *parts: Any) -> None:
         shutil.rmtree(making, ignore_errors=True)
 
 
-def _config(folder: str | Path, given: dict[str, Any]) -> Any:
-    from transformers import AutoConfig
-
-    try:  # other people's files, or the hub
-        return AutoConfig.from_pretrained(folder, **given)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"teacher {str(folder)!r} is not a model folder or hub name that can be read: {first_line(error)}"
-        ) from None
-
-
-def _checked(layers: Sequence[int] | None, num_layers: int | None, of: int) -> tuple[int, ...]:
+def chosen_layers(layers: Sequence[int] | None, num_layers: int | None, of: int) -> tuple[int, ...]:
+    """The indices of the layers to keep of `of`. Raises ConfigError."""
     if (layers is None) == (num_layers is None):
         raise ConfigError("give exactly one of layers and num_layers")
     if num_layers is not None:
@@ -109,20 +99,21 @@ def keep_layers(teacher: Any, layers: Sequence[int]) -> Any:
     pattern = re.compile(rf"^{re.escape(path)}\.(\d+)\.")
     state = {}
     for name, tensor in teacher.state_dict().items():
-        found = pattern.match(name)
-        if found and int(found[1]) not in new_index:
-            continue
-        state[pattern.sub(f"{path}.{new_index[int(found[1])]}.", name) if found else name] = tensor.clone()
+        match = pattern.match(name)
+        if match is None:
+            state[name] = tensor.clone()
+        elif (old := int(match[1])) in new_index:
+            state[pattern.sub(f"{path}.{new_index[old]}.", name)] = tensor.clone()
     student, report = type(teacher).from_pretrained(
         None,
-        config=_pruned_config(teacher.config, layers),
+        config=pruned_config(teacher.config, layers),
         state_dict=state,
         dtype=teacher.dtype,
         output_loading_info=True,
     )
     wrong = {what: sorted(names) for what, names in report.items() if names}
     if wrong:  # layers that differ in shape, or share weights with other layers
-        raise ConfigError(f"{type(teacher).__name__} cannot be cut to layers {list(layers)}: {str(wrong)[:200]}")
+        raise ConfigError(f"{type(teacher).__name__} cannot be pruned to layers {list(layers)}: {str(wrong)[:200]}")
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.eval()
 
@@ -132,16 +123,16 @@ def layer_list(model: Any) -> str:
     from torch.nn import ModuleList
 
     depth = model.config.get_text_config(decoder=True).num_hidden_layers
-    found = [name for name, part in model.named_modules() if isinstance(part, ModuleList) and len(part) == depth]
-    outer = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+    lists = [name for name, module in model.named_modules() if isinstance(module, ModuleList) and len(module) == depth]
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     if len(outer) != 1:
         what = "no list" if not outer else f"several lists ({', '.join(outer)})"
-        raise ConfigError(f"{type(model).__name__} has {what} of {depth} layers; it cannot be cut by depth")
+        raise ConfigError(f"{type(model).__name__} has {what} of {depth} layers; it cannot be pruned by depth")
     return outer[0]
 
 
-def _pruned_config(config: Any, layers: Sequence[int]) -> Any:
-    """The config of the cut model: fewer layers, and every list with one entry a layer cut alike."""
+def pruned_config(config: Any, layers: Sequence[int]) -> Any:
+    """The config with these layers only; of every list with one entry a layer, their entries are kept."""
     config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)
     depth = text.num_hidden_layers

@@ -7,12 +7,15 @@ Weights are read from safetensors only: loading a checkpoint must not run code. 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from switchkd.config.errors import ConfigError, first_line
+from switchkd.config.schema import ModelConfig
+from switchkd.engines.models.demo import HUB_TIMEOUT_S
+from switchkd.engines.models.sources import check_model_folder, looks_local
 
 # Where tokenizers differ although their vocabularies are equal: merges, normalizers, splitting, special tokens.
 PROBES = (
@@ -32,6 +35,7 @@ PROBES = (
     "antidisestablishmentarianism supercalifragilistic",
 )
 
+_SMALL_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "*.py"]
 _REMEDY = "(give a folder, or check the hub name, the network and, for gated models, HF_TOKEN)"
 
 
@@ -51,8 +55,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    _check_folder(name, "config.json", "give the folder that save_pretrained wrote, or a hub name")
-    _check_weights(name)
+    check_model_folder(name, "model", "config", "weights")
     if device_map is None:
         device_map = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
@@ -71,7 +74,7 @@ def load_model(
     except ValueError as error:
         refuse_own_code(error, f"model {name!r}")
         raise
-    _check_attention(model, name, attn)
+    check_attention(model.config, attn, name)
     return model.eval().requires_grad_(False)
 
 
@@ -79,7 +82,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str 
     """The model's tokenizer. Raises ConfigError for a folder that holds none."""
     from transformers import AutoTokenizer
 
-    _check_folder(name, "tokenizer_config.json", "save the tokenizer beside the model with save_pretrained")
+    check_model_folder(name, "tokenizer", "tokenizer")
     try:
         return AutoTokenizer.from_pretrained(
             name, trust_remote_code=trust_remote_code, revision=revision, token=_token()
@@ -92,13 +95,13 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str 
 
 
 def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Every id that ends a text: of the generation config, the model's config and the tokenizer together. Chat models
-    end a turn with another id than a document, and say so in only one of the three."""
-    found: set[int] = set()
+    """Every id that ends a completion: of the generation config, the model's config and the tokenizer together. Chat
+    models end a turn with another id than a document, and name it in only one of the three."""
+    stops: set[int] = set()
     for config in (getattr(model, "generation_config", None), model.config, model.config.get_text_config(), tokenizer):
         ids = getattr(config, "eos_token_id", None)
-        found.update(ids if isinstance(ids, list | tuple) else () if ids is None else (ids,))
-    return frozenset(int(i) for i in found if 0 <= i < shared_vocab(tokenizer))
+        stops.update(ids if isinstance(ids, list | tuple) else () if ids is None else (ids,))
+    return frozenset(int(i) for i in stops if 0 <= i < shared_vocab(tokenizer))
 
 
 def shared_vocab(tokenizer: Any) -> int:
@@ -131,7 +134,7 @@ def same_tokenizer(a: Any, b: Any) -> str:
 
 
 def _token() -> str | bool:
-    """The environment's, never a file's: what a job may read is decided where it is started."""
+    """From the environment, never from a file: what a job may read is decided where it is started."""
     return os.environ.get("HF_TOKEN") or False
 
 
@@ -144,30 +147,53 @@ def refuse_own_code(error: Exception, what: str) -> None:
         ) from error
 
 
-def _check_folder(name: str, file: str, remedy: str) -> None:
-    folder = Path(name)
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if folder.is_dir() and not (folder / file).exists():
-        raise ConfigError(f"folder {name} holds no {file}; {remedy}")
-    if looks_local and not folder.is_dir():
-        raise ConfigError(f"folder {name} does not exist; {remedy}")
-
-
-def _check_weights(name: str) -> None:
-    folder = Path(name)
-    if folder.is_dir() and not list(folder.glob("*.safetensors")):
-        others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in folder.glob(pattern))
-        found = f" (only {', '.join(others[:3])})" if others else ""
-        raise ConfigError(
-            f"folder {name} holds no *.safetensors weights{found}; load the model once with transformers where you "
-            f"trust it and write it again with save_pretrained"
-        )
-
-
-def _check_attention(model: Any, name: str, attn: str) -> None:
-    """transformers' sdpa attention ignores Gemma-2's soft-cap of the attention scores without a word."""
-    cap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+def check_attention(config: Any, attn: str, name: str, key: str = "attn") -> None:
+    """Raise ConfigError where transformers' sdpa would silently leave out Gemma-2's soft-cap of attention scores."""
+    cap = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
     if attn == "sdpa" and cap:
-        raise ConfigError(
-            f"model {name!r} soft-caps its attention scores at {cap}, which attn: sdpa leaves out; set attn: eager"
+        raise ConfigError(f"{key}=sdpa leaves out the soft-cap ({cap}) of {name}'s attention scores; set attn: eager")
+
+
+def read_tokenizer(section: ModelConfig, key: str) -> Any:
+    """The tokenizer of a config's model; `key` names its path. Raises ConfigError, soon where there is no network."""
+    _reach_hub(section, key)
+    return load_tokenizer(section.path, trust_remote_code=section.trust_remote_code, revision=section.revision)
+
+
+def read_config(section: ModelConfig, key: str) -> Any:
+    """The model's config and generation config, under the names that a model has them. Raises ConfigError."""
+    from transformers import AutoConfig, GenerationConfig
+
+    options: dict[str, Any] = {"revision": section.revision, "token": _token()}
+    try:  # other people's files, or the hub
+        config = AutoConfig.from_pretrained(section.path, trust_remote_code=section.trust_remote_code, **options)
+    except (OSError, ValueError) as error:
+        refuse_own_code(error, f"{key}={section.path}")
+        raise ConfigError(f"{key}={section.path}: its config cannot be read: {first_line(error)}") from None
+    try:
+        generation = GenerationConfig.from_pretrained(section.path, **options)
+    except OSError:  # many models have none
+        generation = None
+    return SimpleNamespace(config=config, generation_config=generation)
+
+
+def _reach_hub(section: ModelConfig, key: str) -> None:
+    """Fetch a hub name's small files, or find them in the cache. transformers by itself would try each for half a
+    minute where there is no network."""
+    from huggingface_hub import snapshot_download
+
+    if looks_local(section.path):
+        return
+    try:  # the network
+        snapshot_download(
+            section.path,
+            revision=section.revision,
+            allow_patterns=_SMALL_FILES,
+            etag_timeout=HUB_TIMEOUT_S,
+            token=_token(),
         )
+    except Exception as error:
+        raise ConfigError(
+            f"{key}={section.path} is no folder here, and the hub does not give it: {first_line(error)}; check the "
+            "name, set HF_TOKEN for a gated model, or give a folder"
+        ) from None

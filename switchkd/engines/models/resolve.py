@@ -1,6 +1,7 @@
-"""`demo` and `cut` in a config become model folders, made once in the user's cache.
+"""`demo` and `student.prune` in a config become model folders, made once in the user's cache.
 
-In: a config. Out: the same with folders in their place, so that no process after this one fetches or cuts anything."""
+In: a config. Out: the same with folders in their place: later processes fetch and prune nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,43 +15,43 @@ from switchkd.engines.models.sources import looks_local
 
 
 def reads_teacher(config: Config) -> bool:
-    """Does the run need the teacher's folder, be it only to cut the student out of it?"""
+    """Does the run need the teacher's folder, be it only to prune the student from it?"""
     return config.needs_teacher or config.student.prune is not None
 
 
 def resolve_models(config: Config) -> Config:
-    """The config with `demo` replaced by the fetched folder and a `cut` made (once, in the user's cache). Both stay on
-    this machine: on a cluster without a shared home set $SWITCHKD_CACHE to shared storage."""
+    """The config with `demo` replaced by the fetched folder, and the student pruned (once, in the user's cache). Both
+    stay on this machine: on a cluster without a shared home set $SWITCHKD_CACHE to shared storage."""
     teacher, student = config.teacher, config.student
-    several = dict(config.teachers)
-    for name, each in several.items():
-        if config.needs_teacher and each.path == "demo":
-            several[name] = each.model_copy(update={"path": str(fetch_demo())})
-    only = not several or student.prune is not None  # else nobody reads it
-    if reads_teacher(config) and only and teacher.path == "demo":
+    teachers = dict(config.teachers)
+    for name, named in teachers.items():
+        if config.needs_teacher and named.path == "demo":
+            teachers[name] = named.model_copy(update={"path": str(fetch_demo())})
+    is_read = not teachers or student.prune is not None
+    if reads_teacher(config) and is_read and teacher.path == "demo":
         teacher = teacher.model_copy(update={"path": str(fetch_demo())})
     if student.prune is not None:
         student = student.model_copy(update={"path": str(prune_student(teacher, student.prune)), "prune": None})
     elif student.path == "demo":
         student = student.model_copy(update={"path": str(fetch_demo())})
-    return config.model_copy(update={"teacher": teacher, "teachers": several, "student": student})
+    return config.model_copy(update={"teacher": teacher, "teachers": teachers, "student": student})
 
 
-def prune_student(teacher: ModelConfig, cut: DepthPruneConfig) -> Path:
-    """The folder of the cut, made if need be. Its name holds a digest of what it was made from."""
+def prune_student(teacher: ModelConfig, prune: DepthPruneConfig) -> Path:
+    """The folder of the pruned teacher, made if need be. Its name holds a digest of what it was made from."""
     from filelock import FileLock
 
-    which = hashlib.sha256(f"{_fingerprint(teacher)} {cut.layers} {cut.num_layers}".encode()).hexdigest()[:12]
-    num = cut.num_layers or len(cut.layers or ())
-    folder = cache_dir() / "cuts" / f"{Path(teacher.path).name}-{num}-layers-{which}"
+    digest = hashlib.sha256(f"{_fingerprint(teacher)} {prune.layers} {prune.num_layers}".encode()).hexdigest()[:12]
+    num = prune.num_layers or len(prune.layers or ())
+    folder = cache_dir() / "cuts" / f"{Path(teacher.path).name}-{num}-layers-{digest}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if not folder.exists():
             prune_depth(
                 teacher.path,
                 folder,
-                layers=cut.layers,
-                num_layers=cut.num_layers,
+                layers=prune.layers,
+                num_layers=prune.num_layers,
                 revision=teacher.revision,
                 trust_remote_code=teacher.trust_remote_code,
             )

@@ -12,9 +12,8 @@ from typing import Any
 
 from switchkd.config.errors import ConfigError, first_line
 from switchkd.config.schema import Config, LoraConfig, ModelConfig
-from switchkd.engines.models.depth_prune import _checked, _pruned_config
-from switchkd.engines.models.loading import shared_vocab
-from switchkd.engines.models.sources import _read_config, _tokenizer
+from switchkd.engines.models.depth_prune import chosen_layers, pruned_config
+from switchkd.engines.models.loading import read_config, read_tokenizer, shared_vocab
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Of one number."""
@@ -74,9 +73,9 @@ def read_shape(
     lora: LoraConfig | None = None,
 ) -> Shape:
     """`cut`: (layers, num_layers) that are left of it. Raises ConfigError for a config that cannot be read or built."""
-    config = _read_config(section, key).config
+    config = read_config(section, key).config
     if cut is not None:
-        config = _pruned_config(config, _checked(*cut, config.get_text_config(decoder=True).num_hidden_layers))
+        config = pruned_config(config, chosen_layers(*cut, config.get_text_config(decoder=True).num_hidden_layers))
     model = _hollow(config, section, key)
     params = sum(parameter.numel() for parameter in model.parameters())
     rows, head_width = _output_layer(model, section, key)
@@ -152,7 +151,7 @@ def _ffn(text: Any) -> int:
 def _vocab(section: ModelConfig, key: str, rows: int) -> int:
     """The tokenizer's; where a folder holds nothing but a config, all rows of the output matrix."""
     try:
-        return min(shared_vocab(_tokenizer(section, key)), rows)
+        return min(shared_vocab(read_tokenizer(section, key)), rows)
     except ConfigError:
         return rows
 
