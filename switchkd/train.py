@@ -71,7 +71,7 @@ class Trainer:
         self.quarantine = Quarantine(folder.path, config.data.max_quarantined_frac, schedule.num_tasks)
         self.dispatcher = TaskDispatcher(config, schedule, handles, log, watchdog, self.quarantine)
         self.restarts = RestartPolicy(config.run.max_restarts, log.info)
-        self.weights: WeightRef | None = None  # of state.version, once somebody needed them
+        self.weights: WeightRef | None = None  # of state.version, where a call needs them
         self.consistent = True  # learner and replay stand where `state` says
         self.alerts = self._new_alerts()
         self.num_skipped = 0  # steps in a row
@@ -99,7 +99,7 @@ class Trainer:
         stopped = enough is not None and state.evals_since_best >= enough
         self.state = replace(state, incarnation=incarnation, stopped_early=stopped)
         self.saved_step = state.step if "num_started" in state.extra else -1
-        self.weights, self.consistent, self.num_skipped = None, True, 0
+        self.consistent, self.num_skipped = True, 0
         self.alerts = self._new_alerts()
         if self.schedule.adaptive:
             self.schedule.adaptive.load_state_dict(state.extra.get("adaptive"))
@@ -134,7 +134,9 @@ class Trainer:
             signal.signal(signal.SIGTERM, previous)
 
     def _run_to_end(self) -> None:
-        if self.state.step == 0 and not self.state.stage_scores:
+        starts = bool(self.evaluator.prompts) and self.state.step == 0 and not self.state.stage_scores
+        self._publish(evaluates=starts)
+        if starts:
             self._evaluate("start")
         while not self.finished and not self.stop_signal:
             self._one_step()
@@ -198,14 +200,15 @@ class Trainer:
         self.state = replace(
             self.state, step=step + 1, version=result.version, elapsed_s=time.monotonic() - self.started
         )
-        self.weights, self.consistent = None, True
-        if self.config.rollout.on_new_weights == "reprefill":
-            self.dispatcher.push_weights(self._current_weights)
+        self.consistent = True
         self._log_step(step, entries, staleness, result, waited)
         self._count_skipped(step, entries, result)
         last_of_stage = self.state.step in self.schedule.stage_ends
         every = self.config.eval.every
-        if last_of_stage or (every and self.state.step % every == 0):
+        due = last_of_stage or (every > 0 and self.state.step % every == 0)
+        evaluates = bool(self.evaluator.prompts) and due
+        self._publish(evaluates=evaluates)
+        if evaluates:
             self._evaluate(self.schedule.stage(step).name if last_of_stage else "")
         if not self.config.train.checkpoint_every:
             # no checkpoint is to come before the end: to go back is to begin anew, without these rollouts
@@ -221,7 +224,7 @@ class Trainer:
         while not self.stop_signal:
             if self.dispatcher.failure:
                 raise self.dispatcher.failure
-            self._dispatch()
+            self.dispatcher.feed(self.state.step, self.weights)
             num, version = self.schedule.batch_size(step), self.state.version
             if self.schedule.reuses(step):
                 return self._wait_for_replay(self.handles.replay.draw(step, num, version))
@@ -253,9 +256,6 @@ class Trainer:
         self.log.info(f"rollouts {id_range(missing)} never arrived; they are written again")
         self.dispatcher.missing.extend(i for i in missing if i not in self.dispatcher.missing)
 
-    def _dispatch(self) -> None:
-        self.dispatcher.feed(self.state.step, self._current_weights, bool(self.stop_signal))
-
     def _commit(self, step: int, rollout_ids: list[int]) -> None:
         commit = self.handles.replay.commit
         retry(
@@ -286,7 +286,8 @@ class Trainer:
         waits_for = f"the learner at step {step}"
         self.watchdog.progress(waits_for)
         while not learning.done():
-            self._dispatch()
+            if not self.stop_signal:
+                self.dispatcher.feed(self.state.step, self.weights)
             self.dispatcher.wait([learning], waits_for)
         return self.watchdog.wait_for(learning, waits_for)
 
@@ -303,24 +304,30 @@ class Trainer:
         if self.config.replay.policy == "fifo" and worst > limit:
             raise RuntimeError(f"staleness {worst} above replay.max_staleness={limit}; please report this")
 
-    def _current_weights(self) -> WeightRef | None:
-        """The learner's, packed once per version; None while the student's folder is all there is."""
-        version, incarnation = self.state.version, self.state.incarnation
-        if self.weights is None and (version > 0 or incarnation > 0):
-            self.weights = WeightRef(version=version, ref=self._publish(version), incarnation=incarnation)
-        return self.weights
+    def _publish(self, *, evaluates: bool) -> None:
+        """Publish the current weights if a call before the next step needs them. At first the student's folder will do.
 
-    def _publish(self, version: int) -> Any:
-        """Without room for it the run ends, but not without what it has learnt."""
-        publish, what = self.handles.learner.publish, f"the learner to publish version {version}"
+        Without room for them the run ends, but not without what it has learnt.
+        """
+        self.weights = None
+        version, incarnation = self.state.version, self.state.incarnation
+        needed = evaluates or (not self.stop_signal and self.dispatcher.needs_weights(self.state.step))
+        if version == incarnation == 0 or not needed:
+            return
+        publish, waits_for = self.handles.learner.publish, f"the learner to publish version {version}"
         try:
-            return retry(
-                f"publishing version {version}", lambda: self.watchdog.wait_for(publish(version), what), self.log.info
+            ref = retry(
+                f"publishing version {version}",
+                lambda: self.watchdog.wait_for(publish(version), waits_for),
+                self.log.info,
             )
         except OSError:
             self._checkpoint()
             self.log.info(f"saved checkpoint {self.state.step}; --resume goes on from there")
             raise
+        self.weights = WeightRef(version=version, ref=ref, incarnation=incarnation)
+        if self.config.rollout.on_new_weights == "reprefill":
+            self.dispatcher.push_weights(self.weights)
 
     # ── look and save ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -394,8 +401,6 @@ class Trainer:
 
     def _evaluate(self, stage_end: str) -> None:
         """Evaluate the published weights. A barrier: what runs is finished first, so that numbers repeat."""
-        if not self.evaluator.prompts:
-            return
         self.dispatcher.drain()
         self.log.now(rollout=f"examination on {len(self.evaluator.prompts)} prompts", learner="waits for it")
         scores = self._scores()
@@ -413,7 +418,7 @@ class Trainer:
             try:
                 return self.evaluator.evaluate(
                     self.handles.workers,
-                    self._current_weights(),
+                    self.weights,
                     lambda future: self.watchdog.wait_for(future, "an evaluation by the rollout workers"),
                 )
             except (WorkerLost, Unreachable) as error:
@@ -422,7 +427,7 @@ class Trainer:
                 for worker in self.handles.workers:
                     self.watchdog.wait_for(worker.back(), "a rollout worker to come back")
                 if isinstance(error, Unreachable):
-                    self.weights = None  # they may be what could not be reached
+                    self._publish(evaluates=True)  # the weights may be what could not be reached
         raise RuntimeError(f"{MAX_EVALUATIONS} evaluations lost a rollout worker; see its log")
 
     def _select(self, scores: dict[str, float]) -> None:

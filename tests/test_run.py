@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +39,7 @@ from switchkd.config.errors import ConfigError
 from switchkd.config.loader import load
 from switchkd.controller.metrics import MetricsLog
 from switchkd.controller.summary import Summary
+from switchkd.learner.rank import LearnerRank
 from switchkd.train import train
 
 EVAL = {"data": "./data.jsonl", "num_prompts": 6, "max_new_tokens": 12}
@@ -121,6 +123,21 @@ def test_commands_on_a_run(whole, models, monkeypatch, capsys):
     assert code == 0, err
     assert distance(models / "ninth", run / "student") > 0
     assert distance(run / "checkpoints" / "step-00000010" / "student", run / "student") == 0
+
+
+@pytest.mark.parametrize(("max_staleness", "published"), [(0, [3, 4]), (1, [2, 3, 4])])
+def test_which_versions_are_published(place, monkeypatch, max_staleness, published):
+    """A version is published once, right after its step, where the student writes before the next one."""
+    publish, versions = LearnerRank.publish, []
+
+    def counted(rank: LearnerRank, version: int) -> Any:
+        versions.append(version)
+        return publish(rank, version)
+
+    monkeypatch.setattr(LearnerRank, "publish", counted)
+    stages = [WARM_UP, {**SWITCH, "steps": 2, "mix": {"rollout": 1}}]
+    assert train(config(place, stages, replay={"max_staleness": max_staleness})).finished
+    assert versions == published
 
 
 # --- stopped and taken up again --------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ against a task, and when the run ends, is decided in `quarantine.py`.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from threading import Timer
@@ -85,21 +85,16 @@ class TaskDispatcher:
         self.reports: list[WorkReport] = []
         self.failure: NothingFinishes | None = None  # the loop raises it where its state can be saved
 
-    def feed(self, step: int, weights: Callable[[], WeightRef | None], stopping: bool) -> None:
-        """Give every idle worker the next tasks that may start now."""
+    def feed(self, step: int, weights: WeightRef | None) -> None:
+        """Give every idle worker the next tasks that may start now. `weights` were published where `needs_weights`."""
         for index in range(len(self.handles.workers)):
             if index in self.working or self.failure:
                 continue
-            tasks = self._next_retry(step) or self._next_tasks(step, stopping) or self._next_control(step)
+            tasks = self._next_retry(step) or self._next_tasks(step) or self._next_control(step)
             if not tasks:
                 return
-            try:
-                needed = weights() if needs_student(tasks) else None
-            except BaseException:
-                self.retries.appendleft((tasks, 0))
-                raise
             self.show_progress(tasks)
-            result = self.handles.workers[index].generate(tasks, needed)
+            result = self.handles.workers[index].generate(tasks, weights if needs_student(tasks) else None)
             self.working[index] = Call(result=result, tasks=tasks, number=self.strikes.start_call())
 
     @property
@@ -134,10 +129,18 @@ class TaskDispatcher:
     def _all_may_start(self, tasks: list[RolloutTask], step: int) -> bool:
         return all(self._may_start(task.rollout_id, step) for task in tasks)
 
-    def _next_tasks(self, step: int, stopping: bool) -> list[RolloutTask]:
+    def needs_weights(self, step: int) -> bool:
+        """Whether the student writes in a call that may go out before the end of `step`."""
+        if not self.handles.workers or step >= self.schedule.num_steps:
+            return False
+        end = min(step + self.config.replay.max_staleness + 1, self.schedule.open_until(step))
+        started = [*(tasks for tasks, _ in self.retries), *self.in_flight, map(self.schedule.task, self.missing)]
+        return any(map(needs_student, started)) or any(map(self.schedule.student_writes, range(step, end)))
+
+    def _next_tasks(self, step: int) -> list[RolloutTask]:
         """What one worker may start now: at most its share of a batch."""
         tasks: list[RolloutTask] = []
-        while not stopping and (rollout_id := self._next_admitted(step)) is not None:
+        while (rollout_id := self._next_admitted(step)) is not None:
             share = -(-self.schedule.batch_size(self.schedule.step_of(rollout_id)) // len(self.handles.workers))
             if len(tasks) >= share:
                 break
@@ -185,11 +188,11 @@ class TaskDispatcher:
             limit = max(limit, PREFETCH)
         return self.schedule.step_of(rollout_id) - step <= limit
 
-    def push_weights(self, weights: Callable[[], WeightRef | None]) -> None:
+    def push_weights(self, weights: WeightRef) -> None:
         """Send newer weights for the rollouts that are being written."""
         for index, call in self.working.items():
-            if needs_student(call.tasks) and (newest := weights()):
-                self.handles.workers[index].push_weights(newest)
+            if needs_student(call.tasks):
+                self.handles.workers[index].push_weights(weights)
 
     def wait(self, others: list[Future[Any]], waits_for: str = "") -> None:
         """Wait until a call or one of `others` ends, at most a second (so that a signal is noticed); collect calls."""

@@ -104,6 +104,12 @@ class Schedule:
             return _draw_source(mix, _coin(self.seed, step, ORIGIN_OF_BATCH))
         return _draw_source(mix, _coin(self.seed, rollout_id, ORIGIN_OF_ROLLOUT))
 
+    def student_writes(self, step: int) -> bool:
+        """Whether the student takes part in writing any completion of a step."""
+        if not self.stage(step).mix.rollout:
+            return False
+        return any(self.completion_source(i) == CompletionSource.ROLLOUT for i in self.rollout_ids(step))
+
     def reuses(self, step: int) -> bool:
         """Does a step train on the replay buffer? Its own ids then stand for nothing."""
         return self._source(step) == BUFFERED
