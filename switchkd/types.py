@@ -87,21 +87,12 @@ class Blocks:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Positions:
-    """A question for exact rows at single positions of what sessions hold. It changes nothing."""
-
-    session_ids: np.ndarray  # int64 [B], each once
-    positions: np.ndarray  # int32 [N], flat; the row of position i is the distribution of token i + 1
-    lengths: np.ndarray  # int32 [B], >= 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherOutput:
     """What the teacher says about some positions: its final hidden states, whole rows of logits, or their top k.
 
     `kind` "hidden_states": values [N, D] in the teacher's dtype, to be multiplied with the teacher's output head.
     `kind` "logits": values [N, V] float32 logits.
-    `kind` "top_logprobs": values int32 [N, 2 k + 2], ids and float32 bits (`algo/compressed.py`): 8 k + 8 bytes a row.
+    `kind` "top_logprobs": values int32 [N, 2 k + 2], ids and float32 bits (`algo/topk.py`): 8 k + 8 bytes a row.
     """
 
     kind: str
@@ -154,12 +145,8 @@ class RolloutStats:
     num_rejections: int = 0  # blocks cut short by a token that differs from the proposed one
     num_near_ties: int = 0  # tokens whose two best scores lie within the stated tolerance
     teacher_positions: int = 0  # positions the teacher read, prompt excluded
-    output_bytes: int = 0  # bytes the teacher sent for it, rejected positions and answers to questions included
-    num_scored_rows: int = 0  # rows the teacher sent for it unasked, rejected positions included
-    num_undecided: int = (
-        0  # `teacher.output: top_logprobs`: exact rows asked for because an interval did not decide, ...
-    )
-    num_asked: int = 0  # ... and those asked for to draw the teacher's token, or for a token's own probability
+    output_bytes: int = 0  # bytes the teacher sent for it, rejected positions included
+    num_scored_rows: int = 0  # rows the teacher sent for it, rejected positions included
     tail_mass: float = 0.0  # `teacher.output: top_logprobs`: the mean over its tokens of what the top k leave out
     block_lengths: tuple[int, ...] = ()  # tokens that each block settled
     time_s: float = 0.0
@@ -194,7 +181,7 @@ class Rollout:
     uncertainty: np.ndarray  # float32 [T], 1 - p(token) of the teacher: ATKD's UnC; NaN without a teacher
     teacher_output: TeacherOutput | None  # T rows; None when the stage needs no teacher
     finish_reason: str  # "eos" (a stop id was written) or "length"
-    approximate: bool = False
+    approximate: bool = False  # the teacher sent the top k of its rows: decisions and draws are made from those
     teacher: str = ""  # which teacher, when there are several
     stats: RolloutStats = RolloutStats()
     top_logprobs: TopLogprobs | None = None  # to be looked at; nothing is computed from them
@@ -285,8 +272,6 @@ class WorkReport:
     time_s: float
     num_student_tokens: int = 0  # what neither wrote is the data set's
     num_scored_rows: int = 0
-    num_undecided: int = 0
-    num_asked: int = 0
     tail_mass: float = 0.0  # summed over `num_topk_tokens` ...
     num_topk_tokens: int = 0  # ... that carry a compressed row
     num_blocks: int = 0

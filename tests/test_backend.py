@@ -13,7 +13,6 @@ from switchkd.controller import local
 from switchkd.controller.preflight import _check_model, check
 
 VLLM = {"backend": "vllm"}
-THIN = {"interface": "public", "output": "top_logprobs", "decide": "coarse"}
 
 
 def config(teacher, **sections):
@@ -30,24 +29,15 @@ def installed(monkeypatch):
     ("teacher", "message"),
     [
         ({"engine": {"seed": 1}}, r"^teacher.engine is for vLLM; set teacher.backend: vllm, or remove it$"),
-        ({"interface": "public"}, r"^teacher.interface is for vLLM; "),
         (
             VLLM | {"output": "logits"},
-            r"^teacher.output=logits is not for teacher.backend=vllm; take hidden .* or topk",
+            r"^teacher.output=logits is not for teacher.backend=vllm; take hidden_states .* or top_logprobs",
         ),
         (VLLM | {"device_map": "auto"}, r"^teacher.device_map=auto .*teacher.engine.tensor_parallel_size"),
         (VLLM | {"device": "cuda:1"}, r"^teacher.device=cuda:1 .* resources.teacher.num_gpus"),
         (VLLM | {"attn": "eager"}, r"^teacher.attn=eager is not for teacher.backend=vllm; remove it"),
         (VLLM | {"graphs": "on"}, r"^teacher.graphs=on .* teacher.engine.enforce_eager"),
         (VLLM | {"prepack": "on"}, r"^teacher.prepack=on is not for teacher.backend=vllm; remove it"),
-        (
-            VLLM | {"interface": "public"},
-            r"teacher.output=hidden_states, teacher.decide=interval take interface=extension",
-        ),
-        (
-            VLLM | THIN | {"decide": "interval"},
-            r"teacher.output=top_logprobs, teacher.decide=interval take interface=extension",
-        ),
         (
             VLLM | {"engine": {"dtype": "half"}},
             r"^teacher.engine.dtype has a key of its own; set teacher.dtype instead$",
@@ -82,7 +72,7 @@ def test_refused(installed, teacher, message):
         VLLM,
         VLLM | {"engine": {"quantization": "fp8"}, "graphs": "off"},
         VLLM | {"engine": {"load_format": "runai_streamer"}},
-        VLLM | THIN,
+        VLLM | {"output": "top_logprobs"},
     ],
 )
 def test_accepted(installed, teacher):

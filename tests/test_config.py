@@ -253,7 +253,7 @@ SURFACE = """
     student.path=a student.dtype=bfloat16 student.temperature=0 student.top_p=0.9
     teacher.path=b teacher.dtype=bfloat16 teacher.temperature=0.2 teacher.top_p=0.5
     teacher.backend=hf teacher.backend=vllm teacher.engine={tensor_parallel_size:2,gpu_memory_utilization:0.9}
-    teacher.interface=extension teacher.output=hidden_states teacher.output=logits
+    teacher.output=top_logprobs teacher.num_top_logprobs=32 teacher.output=hidden_states teacher.output=logits
     rollout.rule.type=switch rollout.rule.tau0=0.5 rollout.rule.decay=0.1 rollout.rule.half_life=8
     rollout.rule.schedule=linear rollout.rule.log_base=2 rollout.rule.window=10 rollout.rule.factor=3
     rollout.rule.divergence=jsd rollout.rule.warm_up=available rollout.rule.top_k=25 rollout.rule.prob=0.5

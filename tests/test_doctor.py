@@ -356,7 +356,7 @@ class TestWithWeights:
 
         if kind == "top_logprobs" and by:
             pytest.skip("its packed ids cannot be shaken")
-        settings = a_config(here, teacher={"output": kind, "num_top_logprobs": 8, "decide": "coarse"})
+        settings = a_config(here, teacher={"output": kind, "num_top_logprobs": 8})
         teacher = make_teacher(settings)
         arrays = teacher.lm_head_state()
         head = None if arrays is None else LMHead.from_arrays(arrays)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_bounds import cases
+from test_topk import cases
 
 from switchkd.algo import losses, topk_losses
 from switchkd.algo.topk import TopK, compress, pack, unpack

@@ -1,283 +1,360 @@
-"""`teacher.output: top_logprobs`: the tokens are those of whole rows, and what is asked for is counted."""
+"""`teacher.output: top_logprobs`: rows cut to their top k, and rollouts that are decided and drawn from them."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pytest
 import test_exact
 import torch
-from test_rollout import MAX_NEW, RULES, SAMPLINGS, params
+from test_rollout import MAX_NEW, RULES, SAMPLINGS, _pick, params
 from test_rollout import write as write_full
-from tiny import EOS, NUM_TOKENS
-from toy import STOP, ToyStudent, ToyTeacher, pair, rows_of, task
+from tiny import NUM_TOKENS
+from toy import STOP, VOCAB, ToyStudent, ToyTeacher, pair, rows_of, task
 
-from switchkd.algo import switching
+from switchkd.algo import divergence, switching
 from switchkd.algo.losses import uncertainty
-from switchkd.algo.switching import Rule
-from switchkd.algo.topk import compress, pack, unpack
-from switchkd.engines.base import UnknownSession
-from switchkd.engines.hf.student import HFStudent
+from switchkd.algo.sampling import Purpose, SamplingParams, coin, gumbel, noise_bits
+from switchkd.algo.topk import compress, kept, pack, spread, unpack
 from switchkd.engines.hf.teacher import HFTeacher
 from switchkd.rollout.generator import GenerationRequest, SwitchingGenerator
 from switchkd.rollout.state import RolloutParams
-from switchkd.types import Blocks, CompletionSource, Positions, Rollout, Sessions, TeacherOutput, Written
+from switchkd.rollout.worker import RolloutWorker
+from switchkd.types import (
+    Blocks,
+    CompletionSource,
+    EvalShard,
+    Rollout,
+    TeacherOutput,
+    TokenSource,
+    WriteRequest,
+    Written,
+)
 
 torch.set_num_threads(1)
 
 
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def cases(seed: int = 0, num: int = 400, vocab: int = 300) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs of float32 rows [num, vocab]: peaked, flat, near each other, equal, far apart, with flat tails."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    p = normal(num, vocab) * (6 * torch.rand(num, 1, generator=generator) ** 2)
+    near = torch.rand(num, 1, generator=generator) ** 2
+    q = p * (1 - near) + near * normal(num, vocab) * 3
+    kind = torch.arange(num) % 8
+    q[kind == 1] = p[kind == 1]  # equal
+    p[kind == 2], q[kind == 2] = 30 * normal(vocab), 30 * normal(vocab)  # one-hot, on different ids
+    p[kind == 3] = 0.01 * normal(int((kind == 3).sum()), vocab)  # flat
+    q[kind == 4] = 0.01 * normal(int((kind == 4).sum()), vocab)
+    p[kind == 5, 20:] = -1.0  # flat tails, with ties
+    half = vocab // 2  # (nearly) disjoint
+    p[kind == 6, :half] -= 12
+    q[kind == 6, half:] -= 12
+    return p, q
+
+
+@pytest.mark.parametrize("k", [1, 5, 24, 30])
+def test_first_ids_in_order(k: int) -> None:
+    """The k first by value, equal values by id: a sort of the whole row says the same. Tail sums as in float64."""
+    generator = torch.Generator().manual_seed(k)
+    logits = torch.randint(0, 6, (200, 24), generator=generator).float()  # full of ties
+    row = compress(logits, k)
+    log_p = logits.double().log_softmax(-1)
+    for n in range(len(logits)):
+        order = np.lexsort((np.arange(24), -logits[n].numpy()))
+        assert row.ids[n].tolist() == order[:k].tolist()
+        rest = log_p[n][torch.from_numpy(order[k:].copy())]
+        assert float(row.tail_mass[n]) == pytest.approx(float(rest.exp().sum()), rel=1e-6, abs=1e-12)
+        assert float(row.tail_entropy[n]) == pytest.approx(float(-(rest.exp() * rest).sum()), rel=1e-6, abs=1e-12)
+        assert torch.allclose(row.logprobs[n].double(), log_p[n][row.ids[n]], atol=1e-6)
+
+
+def test_packing_keeps_every_bit() -> None:
+    """Words are integers: ids and float32 bits come back as they were, through NumPy too."""
+    row = compress(cases()[0], 16)
+    words = pack(row)
+    assert words.dtype == torch.int32 and words.shape == (400, 2 * 16 + 2)
+    back = unpack(torch.from_numpy(words.numpy().copy()))
+    for name in ("ids", "logprobs", "tail_mass", "tail_entropy"):
+        assert torch.equal(getattr(back, name), getattr(row, name))
+
+
+@pytest.mark.parametrize("k", [1, 8, 299, 300])
+def test_whole_rows_from_compressed_ones(k: int) -> None:
+    """`spread` is a law of the same mass, the tail even and behind the kept ids; `kept` has the kept ids alone."""
+    p, _ = cases()
+    row = compress(p, k)
+    whole, alone = spread(row, 300), kept(row)
+    torch.testing.assert_close(whole.exp().sum(1), torch.ones(400), atol=1e-4, rtol=0)
+    for n in range(400):
+        tail = np.setdiff1d(np.arange(300), row.ids[n].numpy())
+        assert torch.equal(whole[n, row.ids[n]], row.logprobs[n]) and torch.equal(alone[n, row.ids[n]], row.logprobs[n])
+        assert len(set(whole[n, tail].tolist())) <= 1 and (whole[n, tail] < row.logprobs[n, -1]).all()
+        assert torch.isneginf(alone[n, tail[tail < alone.shape[1]]]).all()
+
+
+# --- rollouts on toy chains ------------------------------------------------------------------------------------------
+
+
 class BriefTeacher(ToyTeacher):
-    """Sends the top k, and whole rows where it is asked."""
+    """Sends the top k, and draws from them."""
 
     def __init__(self, chain: torch.Tensor, k: int) -> None:
         super().__init__(chain)
-        self.k, self.asked = k, 0
+        self.k = k
 
     def score(self, blocks: Blocks) -> TeacherOutput:
         return self._brief(super().score(blocks))
 
-    def write(self, request) -> Written:  # type: ignore[no-untyped-def]
+    def write(self, request: WriteRequest) -> Written:
         whole = ToyTeacher(self.chain)
         whole.sessions = self.sessions
-        written = whole.write(request)
+        top_k = min(request.top_k or self.k, self.k)
+        fields = {name: getattr(request, name) for name in WriteRequest.__slots__}
+        written = whole.write(WriteRequest(**fields | {"top_k": top_k}))
         return Written(
             token_ids=written.token_ids, lengths=written.lengths, margins=written.margins,
             teacher_output=self._brief(written.teacher_output),
         )  # fmt: skip
-
-    def exact(self, question: Positions) -> TeacherOutput:
-        self.asked += len(question.positions)
-        parts = np.split(question.positions, np.cumsum(question.lengths)[:-1])
-        rows = []
-        for session, positions in zip(question.session_ids.tolist(), parts, strict=True):
-            assert len(set(positions.tolist())) == len(positions), "nothing is asked for twice"
-            rows.append(rows_of(self.chain, self.sessions[session])[torch.from_numpy(positions.astype(np.int64))])
-        return TeacherOutput(kind="logits", dtype="float32", values=torch.cat(rows).numpy(), lengths=question.lengths)
 
     def _brief(self, output: TeacherOutput) -> TeacherOutput:
         words = pack(compress(torch.from_numpy(output.values), self.k)).numpy()
         return TeacherOutput(kind="top_logprobs", dtype="int32", values=words, lengths=output.lengths)
 
 
-def write(a_mode: RolloutParams, ids, *, k: int, max_draft_tokens: int = 4, slots: int = 4, **more):  # type: ignore[no-untyped-def]
-    """Rollouts by id from compressed rows, and the teacher that was asked."""
+def generator(k: int, *, slots: int = 4, max_draft_tokens: int = 4, **more) -> SwitchingGenerator:  # type: ignore[no-untyped-def]
     p, q = pair()
-    teacher = BriefTeacher(p, k)
-    worker = SwitchingGenerator(
-        student=ToyStudent(q, slots), teacher=teacher, head=None, stop_ids=frozenset({STOP}),
+    return SwitchingGenerator(
+        student=ToyStudent(q, slots), teacher=BriefTeacher(p, k), head=None, stop_ids=frozenset({STOP}),
         max_draft_tokens=max_draft_tokens, **more,
     )  # fmt: skip
-    found: dict[int, Rollout] = {}
-    worker.run(
-        [GenerationRequest(task=task(i), params=a_mode) for i in ids],
-        lambda done: found.update({r.rollout_id: r for r in done}),
-    )
-    return found, teacher
 
 
-def assert_equal(wanted: dict[int, Rollout], found: dict[int, Rollout]) -> None:
-    for i, rollout in wanted.items():
-        assert found[i].token_ids.tolist() == rollout.token_ids.tolist()
-        assert found[i].sources.tolist() == rollout.sources.tolist()
-        assert not found[i].approximate
+def write(a_mode: RolloutParams, ids, *, k: int, **more) -> dict[int, Rollout]:  # type: ignore[no-untyped-def]
+    """Rollouts by id, from compressed rows."""
+    done: list[Rollout] = []
+    generator(k, **more).run([GenerationRequest(task=task(i), params=a_mode) for i in ids], done.extend)
+    return {rollout.rollout_id: rollout for rollout in done}
 
 
-MORE_RULES: dict[str, Rule] = {
-    **{name: rule for name, rule in RULES.items() if name != "adaswitch-available"},  # the reverse KL has no upper end
-    "ada-available": switching.kl_spike(K=1.5, L=3, warm_up="available"),
-    "ada-jsd": switching.kl_spike(K=1.2, L=2, divergence="jsd", warm_up="available"),
-    "ada-long": switching.kl_spike(K=2.0, L=10),
-    "scheduled": switching.with_step_schedule(RULES["switch-constant"], start=0.5, end=1.5, steps=3),
-}
-
-
-@pytest.mark.parametrize("k", [1, 6, 24])
-@pytest.mark.parametrize("name", MORE_RULES)
-def test_decisions_equal_those_of_full_rows(name: str, k: int) -> None:
-    """Owners and tokens are those of whole rows for every rule, k, block size, batch, sampling and lead."""
-    for sampling in SAMPLINGS:
-        a_mode = params(MORE_RULES[name], sampling)
-        wanted, _ = write_full(a_mode, range(6), max_draft_tokens=4, slots=6)
-        ways = [(1, 6, "none"), (5, 3, "student"), (4, 6, "teacher"), (8, 3, "auto")]
-        for max_draft_tokens, slots, drafter in ways if sampling == "sampled" else ways[1:3]:
-            found, _ = write(a_mode, range(6), k=k, max_draft_tokens=max_draft_tokens, slots=slots, drafter=drafter)
-            assert_equal(wanted, found)
-
-
-@pytest.mark.parametrize("drafter", ["student", "teacher"])
-def test_same_in_two_half_batches(drafter: str) -> None:
-    """Questions wait for the flight that is up; the tokens stay the same."""
-    for name in ("switch", "ada-available", "skd"):
-        wanted, _ = write_full(params(MORE_RULES[name]), range(9), max_draft_tokens=4, slots=4)
-        found, _ = write(params(MORE_RULES[name]), range(9), k=6, drafter=drafter, overlap=True)
-        assert_equal(wanted, found)
-
-
-def test_what_is_asked_is_counted() -> None:
-    """Rows that were asked for add up to what the teacher was asked; bytes to what it sent; tails to their mean."""
-    k = 8
-    found, teacher = write(params(RULES["switch-constant"]), range(12), k=k)
-    stats = [rollout.stats for rollout in found.values()]
-    assert sum(s.num_undecided + s.num_asked for s in stats) == teacher.asked > 0
-    assert 0 < sum(s.num_undecided for s in stats) < sum(r.num_tokens for r in found.values())
-    for rollout in found.values():
-        s = rollout.stats
-        assert s.output_bytes == s.num_scored_rows * (8 * k + 8) + (s.num_undecided + s.num_asked) * 24 * 4
-        assert rollout.teacher_output is not None and rollout.teacher_output.values.shape == (
-            rollout.num_tokens,
-            2 * k + 2,
-        )
-        tail = unpack(torch.from_numpy(rollout.teacher_output.values)).tail_mass
-        assert s.tail_mass == pytest.approx(float(tail.mean()), rel=1e-6)
-
-
-def test_fewer_questions_with_more_ids() -> None:
-    """All ids leave nothing open; few ids leave more open than many."""
-    asked = {}
-    for k in (2, 8, 16, 24):
-        found, _ = write(params(RULES["switch-constant"]), range(12), k=k)
-        asked[k] = sum(rollout.stats.num_undecided for rollout in found.values())
-    assert asked[24] == 0 and asked[2] > asked[8] > asked[16]
-
-
-def test_skd_needs_no_question_to_decide() -> None:
-    """Whether an id is among the first K is certain where at least K ids travel; with the paper's sampling the
-    replacement can be drawn from them too."""
-    rule = switching.outside_top_k(k=5)
-    found, _ = write(params(rule), range(12), k=8)
-    assert sum(r.stats.num_undecided for r in found.values()) == 0
-    found, teacher = write(params(rule, "greedy"), range(12), k=8)
-    assert teacher.asked == 0
-
-
-def test_teacher_leads_without_questions_to_draw() -> None:
-    """Its own tokens come with its text."""
-    found, teacher = write(params(RULES["random"]), range(8), k=4, drafter="teacher")
-    assert teacher.asked == 0
-    found, teacher = write(params(RULES["random"]), range(8), k=4, drafter="student")
-    assert teacher.asked == sum(int((r.sources == 1).sum()) for r in found.values())
-
-
-def test_coarse_asks_nothing_to_decide_and_says_so() -> None:
-    """`decide: coarse`: no question to decide, tokens near those of full rows, every rollout marked."""
-    a_mode = params(RULES["switch-constant"])
-    wanted, _ = write_full(a_mode, range(12), max_draft_tokens=4, slots=4)
-    found, _ = write(a_mode, range(12), k=16, coarse=True)
-    assert all(r.approximate and r.stats.num_undecided == 0 for r in found.values())
-    same = [found[i].sources[0] == wanted[i].sources[0] for i in wanted]
-    assert np.mean(same) > 0.7
-    for name in ("random", "student", "teacher"):  # nothing is decided from rows
-        assert not any(r.approximate for r in write(params(RULES[name]), range(4), k=4, coarse=True)[0].values())
-    reverse = switching.kl_spike(K=1.5, L=3, divergence="reverse_kl")  # has no interval form
-    assert all(r.approximate for r in write(params(reverse), range(4), k=8, coarse=True)[0].values())
-
-
-@pytest.mark.parametrize("drafter", ["student", "teacher"])
-@pytest.mark.parametrize("name", ["switch", "ada-available", "student", "teacher"])
-def test_uncertainty_is_exact(name: str, drafter: str) -> None:
-    """ATKD's UnC is that of full rows for every token, also where the token lies in the tail."""
-    p, _ = pair()
-    found, _ = write(params(MORE_RULES[name], wants_uncertainty=True), range(8), k=3, drafter=drafter)
-    for rollout in found.values():
-        whole = [*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]
-        rows = rows_of(p, whole)[len(rollout.prompt_ids) - 1 : -1]
-        exact = uncertainty(rows.double(), torch.from_numpy(rollout.token_ids.astype(np.int64)))
-        np.testing.assert_allclose(rollout.uncertainty, exact.numpy(), rtol=2e-6)
-
-
-def test_references_and_their_uncertainty() -> None:
-    """A data-set answer carries compressed rows; UnC outside the top k is asked for where the loss wants it."""
+def literal(a_mode: RolloutParams, rollout_id: int, k: int) -> tuple[list[int], list[int]]:
+    """Token by token in float64: the rule's statistic of the laws on the teacher's k first ids and one bin for all
+    others; then the student's draw, or the teacher's from those k ids."""
     p, q = pair()
-    teacher = BriefTeacher(p, 3)
-    worker = SwitchingGenerator(
-        student=ToyStudent(q, 2), teacher=teacher, head=None, stop_ids=frozenset({STOP}), max_draft_tokens=4
+    rule = a_mode.rule
+    tokens, sources = task(rollout_id).prompt.token_ids.tolist(), []
+    num_prompt, memory = len(tokens), switching.init_memory(rule, 1)
+    while len(tokens) - num_prompt < MAX_NEW:
+        t = len(tokens) - num_prompt
+        p_row, q_row = rows_of(p, tokens)[-1].double(), rows_of(q, tokens)[-1].double()
+        first = np.lexsort((np.arange(VOCAB), -p_row.numpy()))[:k].copy()
+        drafted = _pick(q_row, a_mode.student, gumbel(noise_bits(a_mode.seed, rollout_id, t, Purpose.GUMBEL, VOCAB)))
+        p_bins, q_bins = (_bins(row.softmax(0).numpy(), first) for row in (p_row, q_row))
+        if rule.needs_draft:  # the rank: behind all kept ids where the id is not one of them
+            rank = int(np.flatnonzero(first == drafted)[0]) + 1 if drafted in first else k + 1
+            statistic = torch.tensor([float(rank)])
+        else:
+            statistic = rule.statistic(
+                p_logits=torch.from_numpy(p_bins).log()[None],
+                q_logits=torch.from_numpy(q_bins).log()[None],
+                drafted=torch.tensor([drafted]),
+                coins=torch.from_numpy(coin(a_mode.seed, [rollout_id], [t])),
+            )
+        threshold = rule.threshold(torch.tensor([t]), 0, memory)
+        memory = rule.update(memory, statistic, threshold)
+        owner = TokenSource.TEACHER if bool(statistic > threshold) else TokenSource.STUDENT
+        token = drafted
+        if owner == TokenSource.TEACHER:
+            noise = gumbel(noise_bits(a_mode.seed, rollout_id, t, rule.replacement, VOCAB))
+            alone = torch.full_like(p_row, -math.inf)
+            alone[first] = p_row[first]
+            token = _pick(alone, a_mode.teacher, noise)
+        tokens.append(token)
+        sources.append(owner)
+        if token == STOP:
+            break
+    return tokens[num_prompt:], sources
+
+
+def _bins(law: np.ndarray, first: np.ndarray) -> np.ndarray:
+    rest = np.delete(law, first).sum()
+    return np.append(law[first], rest) if len(first) < VOCAB else law[first]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("k", [6, 12])
+@pytest.mark.parametrize("name", RULES)
+def test_decisions_are_those_of_the_coarse_statistic(name: str, k: int, sampling: str) -> None:
+    """Owners and tokens equal a float64 loop over laws with one bin for the tail, for every rule and sampling."""
+    a_mode = params(RULES[name], sampling)
+    for rollout_id, rollout in write(a_mode, range(6), k=k).items():
+        tokens, sources = literal(a_mode, rollout_id, k)
+        assert rollout.token_ids.tolist() == tokens
+        assert rollout.sources.tolist() == sources
+
+
+def test_all_ids_are_whole_rows() -> None:
+    """Where all ids travel the rollouts are those of whole rows; the rank of SKD needs its own k alone."""
+    for name, k, sampling in (("switch", VOCAB, "sampled"), ("adaswitch", VOCAB, "mixed"), ("skd", 5, "greedy")):
+        exact, _ = write_full(params(RULES[name], sampling), range(8), max_draft_tokens=4, slots=4)
+        assert_equal(exact, write(params(RULES[name], sampling), range(8), k=k))
+
+
+def assert_equal(some: dict[int, Rollout], others: dict[int, Rollout]) -> None:
+    for i, rollout in some.items():
+        assert others[i].token_ids.tolist() == rollout.token_ids.tolist()
+        assert others[i].sources.tolist() == rollout.sources.tolist()
+
+
+@pytest.mark.parametrize("sampling", ["sampled", "mixed"])
+@pytest.mark.parametrize("name", RULES)
+def test_same_for_every_block_batch_and_drafter(name: str, sampling: str) -> None:
+    """From the same top k rows the same rollouts: block size, batch, drafter and overlap change the speed only."""
+    a_mode = params(RULES[name], sampling)
+    single = write(a_mode, range(8), k=4, max_draft_tokens=1, slots=2, drafter="none")
+    for max_draft_tokens, slots, drafter, overlap in [
+        (5, 3, "student", False),
+        (4, 6, "student", True),
+        (4, 6, "teacher", False),
+        (8, 3, "auto", True),
+    ]:
+        how = {"max_draft_tokens": max_draft_tokens, "slots": slots, "drafter": drafter, "overlap": overlap}
+        assert_equal(single, write(a_mode, range(8), k=4, **how))
+
+
+def test_marked_approximate() -> None:
+    """Every rollout that the teacher scored, whoever wrote it; none without a teacher's rows, none from whole rows."""
+    for name in ("random", "student", "teacher", "switch", "skd"):
+        assert all(rollout.approximate for rollout in write(params(RULES[name]), range(4), k=4).values())
+    assert not any(r.approximate for r in write(params(RULES["student"], scored=False), range(4), k=4).values())
+    exact, _ = write_full(params(RULES["switch"]), range(4), max_draft_tokens=4, slots=4)
+    assert not any(rollout.approximate for rollout in exact.values())
+
+
+def test_what_a_rollout_cost() -> None:
+    """Bytes are those of the compressed rows, the tail's mass is the mean over the rollout's own."""
+    k = 8
+    for rollout in write(params(RULES["switch-constant"]), range(12), k=k).values():
+        assert rollout.stats.output_bytes == rollout.stats.num_scored_rows * (8 * k + 8)
+        assert rollout.teacher_output is not None
+        assert rollout.teacher_output.values.shape == (rollout.num_tokens, 2 * k + 2)
+        tail = unpack(torch.from_numpy(rollout.teacher_output.values)).tail_mass
+        assert rollout.stats.tail_mass == pytest.approx(float(tail.mean()), rel=1e-6)
+
+
+def check_uncertainty(rollout: Rollout, k: int) -> bool:
+    """Exact for a kept id, for another one that of an even tail. Returns whether there was one."""
+    p, _ = pair()
+    whole = [*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]
+    rows = rows_of(p, whole)[len(rollout.prompt_ids) - 1 : -1]
+    exact = uncertainty(rows.double(), torch.from_numpy(rollout.token_ids.astype(np.int64)))
+    top = compress(rows, k)
+    inside = (top.ids.numpy() == rollout.token_ids[:, None]).any(1)
+    np.testing.assert_allclose(rollout.uncertainty[inside], exact.numpy()[inside], rtol=2e-5)
+    even = 1 - top.tail_mass.numpy() / (VOCAB - k)
+    np.testing.assert_allclose(rollout.uncertainty[~inside], even[~inside], rtol=2e-5)
+    return bool((~inside).any())
+
+
+@pytest.mark.parametrize("drafter", ["student", "teacher"])
+@pytest.mark.parametrize("name", ["switch", "adaswitch", "student", "teacher"])
+def test_uncertainty(name: str, drafter: str) -> None:
+    """ATKD's UnC of every token."""
+    done = write(params(RULES[name], wants_uncertainty=True), range(8), k=3, drafter=drafter)
+    outside = [check_uncertainty(rollout, 3) for rollout in done.values()]
+    assert any(outside) == (name != "teacher"), "the teacher draws no token outside of what it sends"
+
+
+def test_references() -> None:
+    """A data-set answer carries compressed rows, its UnC, what they cost, and the mark."""
+    ids = [np.array(each, np.int32) for each in ([5, 6, 11, STOP], [4], [9, 9, 9, 9, STOP])]
+    tasks = [task(i, completion_source=CompletionSource.DATASET, reference_ids=each) for i, each in enumerate(ids)]
+    done: list[Rollout] = []
+    generator(3, slots=2).run([GenerationRequest(task=each, params=None) for each in tasks], done.extend)
+    for rollout in done:
+        check_uncertainty(rollout, 3)
+        assert rollout.approximate and rollout.stats.output_bytes == rollout.num_tokens * 32
+        assert rollout.stats.tail_mass > 0
+
+
+def test_evaluation_reads_the_first_id_and_coarse_laws() -> None:
+    """Agreement is that of whole rows; KL is that of laws with one bin for the tail, at most the whole one."""
+    p, q = pair()
+    prompts = tuple((i, task(i, reference_ids=np.array([5, 6, 11, STOP], np.int32)).prompt) for i in range(4))
+    shard = EvalShard(prompts=prompts, seeds=(), temperature=0.0, max_new_tokens=MAX_NEW, with_teacher=True)
+    whole = SwitchingGenerator(
+        student=ToyStudent(q, 4), teacher=ToyTeacher(p), head=None, stop_ids=frozenset({STOP}), max_draft_tokens=4
     )
-    references = [np.array(ids, np.int32) for ids in ([5, 6, 11, STOP], [4], [9, 9, 9, 9, STOP])]
-    tasks = [task(i, completion_source=CompletionSource.DATASET, reference_ids=ids) for i, ids in enumerate(references)]
-    found: list[Rollout] = []
-    worker.run([GenerationRequest(task=t, params=None, wants_uncertainty=False) for t in tasks], found.extend)
-    assert teacher.asked == 0
-    worker.run([GenerationRequest(task=t, params=None) for t in tasks], found.extend)
-    assert teacher.asked == sum(r.stats.num_asked for r in found) > 0
-    for rollout in found[3:]:
+    exact, brief = (RolloutWorker({"": each}, [], str).evaluate(shard) for each in (whole, generator(4)))
+    for one, other, (_, prompt) in zip(exact, brief, prompts, strict=True):
+        assert one.reference_agree == other.reference_agree and one.greedy_agree == other.greedy_agree
+        assert 0 < other.reference_kl < one.reference_kl and 0 < other.greedy_kl < one.greedy_kl
+        tokens = [*prompt.token_ids.tolist(), *prompt.reference_ids.tolist()]
+        kl = 0.0
+        for row, other_row in zip(rows_of(p, tokens)[1:-1], rows_of(q, tokens)[1:-1], strict=True):
+            first = row.topk(4).indices.numpy()
+            a, b = (_bins(each.double().softmax(0).numpy(), first) for each in (row, other_row))
+            kl += float((a * np.log(a / b)).sum())
+        assert other.reference_kl == pytest.approx(kl, rel=1e-5)
+
+
+def test_top_logprobs_beside_tokens() -> None:
+    """`rollout.save_top_logprobs` shows the teacher's first ids as far as they travel, and no more."""
+    a_mode = params(RULES["switch-constant"], top_logprobs=5)
+    for rollout in write(a_mode, range(4), k=3, top_logprobs=5).values():
+        seen = rollout.top_logprobs
+        assert seen is not None and (seen.teacher_ids[:, 3:] == -1).all() and (seen.student_ids >= 0).all()
         whole = [*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]
-        rows = rows_of(p, whole)[len(rollout.prompt_ids) - 1 : -1]
-        exact = uncertainty(rows.double(), torch.from_numpy(rollout.token_ids.astype(np.int64)))
-        np.testing.assert_allclose(rollout.uncertainty, exact.numpy(), rtol=2e-6)
-    exact = worker.reference_scorer.exact(tasks[0])
-    whole = [*tasks[0].prompt.token_ids.tolist(), *references[0].tolist()]
-    assert torch.equal(torch.from_numpy(exact.values), rows_of(p, whole)[len(tasks[0].prompt.token_ids) - 1 : -1])
+        rows = rows_of(pair()[0], whole)[len(rollout.prompt_ids) - 1 : -1]
+        assert (seen.teacher_ids[:, :3] == rows.topk(3).indices.numpy()).all()
+
+
+def test_a_statistic_of_its_own() -> None:
+    """A rule without a known form gets the coarse laws, one that looks at the drafted id whole rows."""
+    shapes = []
+
+    def statistic(*, p_logits, q_logits, drafted, coins):  # type: ignore[no-untyped-def]
+        shapes.append(p_logits.shape[1])
+        return divergence.per_row(divergence.tvd, p_logits, q_logits)
+
+    for needs_draft in (False, True):
+        rule = switching.Rule(
+            name="own", statistic=statistic, needs_draft=needs_draft,
+            threshold=lambda t, step, memory: torch.full(t.shape, 0.4, dtype=torch.float64),
+        )  # fmt: skip
+        write(params(rule), range(3), k=6)
+    assert set(shapes) == {7, VOCAB}
 
 
 # --- real (tiny) models ----------------------------------------------------------------------------------------------
 
 
-def write_real(models, a_mode: RolloutParams, *, k: int, max_draft_tokens: int, slots: int, drafter: str = "student"):  # type: ignore[no-untyped-def]
+def write_real(models, a_mode: RolloutParams, k: int, **more) -> dict[int, Rollout]:  # type: ignore[no-untyped-def]
     """As test_exact.write, from compressed rows."""
-    teacher, student = models
-    served = HFTeacher(teacher, vocab_size=NUM_TOKENS, max_sessions=8, max_len=100, output="top_logprobs", top_k=k)
-    worker = SwitchingGenerator(
-        student=HFStudent(student, num_slots=slots, max_len=100, vocab_size=NUM_TOKENS), teacher=served,
-        head=served.head(), stop_ids=frozenset({EOS}), max_draft_tokens=max_draft_tokens, drafter=drafter,
-    )  # fmt: skip
-    found: list[Rollout] = []
-    worker.run([GenerationRequest(task=task, params=a_mode) for task in test_exact.tasks()], found.extend)
-    return {rollout.rollout_id: rollout for rollout in found}
+    teacher = HFTeacher(models[0], vocab_size=NUM_TOKENS, max_sessions=8, max_len=100, output="top_logprobs", top_k=k)
+    return test_exact.write(models, a_mode, served=teacher, **more)
 
 
-@pytest.fixture(scope="module")
-def real():  # type: ignore[no-untyped-def]
-    return {family: test_exact.pair(family) for family in ("llama", "gpt2")}
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize(
-    "name", ["switch", "switch-constant", "adaswitch", "ada-available", "ada-jsd", "skd", "random"]
-)
-def test_decisions_equal_on_real_rows(real, name: str, family: str) -> None:  # type: ignore[no-untyped-def]
-    """The same for transformers models, whoever leads: tokens and owners of `teacher.output: hidden_states`."""
-    student, teacher = SAMPLINGS["papers" if name in ("skd", "adaswitch") else "sampled"]
-    a_mode = RolloutParams(rule=MORE_RULES[name], student=student, teacher=teacher, max_new_tokens=MAX_NEW, seed=11)
-    wanted = test_exact.write(real[family], a_mode, max_draft_tokens=4, slots=5)
-    excused = 0
-    for k, max_draft_tokens, slots, drafter in [(16, 5, 3, "student"), (40, 4, 5, "teacher")]:
-        found = write_real(real[family], a_mode, k=k, max_draft_tokens=max_draft_tokens, slots=slots, drafter=drafter)
-        excused += test_exact.assert_same(wanted, found)
-    assert excused <= 1
-
-
-def test_questions_cost_no_forward_pass(real) -> None:  # type: ignore[no-untyped-def]
-    """The rows last answered are kept: they come back exactly, at once, as often as asked; older ones are read again,
-    lost sessions named, impossible positions refused."""
-    teacher = HFTeacher(
-        real["llama"][0], vocab_size=NUM_TOKENS, max_sessions=2, max_len=100, output="top_logprobs", top_k=8
+@pytest.mark.parametrize("name", ["switch-constant", "adaswitch", "skd", "random", "teacher"])
+def test_same_on_real_rows(name: str) -> None:
+    """transformers models: from the top 16 the same rollouts whoever drafts; from all ids those of hidden states."""
+    models = test_exact.pair("llama")
+    a_mode = RolloutParams(
+        rule=RULES[name], student=SamplingParams(), teacher=SamplingParams(), max_new_tokens=MAX_NEW, seed=11
     )
-    whole = HFTeacher(real["llama"][0], vocab_size=NUM_TOKENS, max_sessions=2, max_len=100)
-    ids = np.random.default_rng(0).integers(5, NUM_TOKENS, 90).astype(np.int32)
-    rows = []
-    for one in (teacher, whole):
-        one.open(Sessions(session_ids=np.array([3]), token_ids=ids[:80], lengths=np.array([80], np.int32)))
-        for base, first, stop in ((80, 75, 85), (83, 82, 90)):
-            block = Blocks(
-                session_ids=np.array([3]), base_lens=np.array([base], np.int32), first_rows=np.array([first], np.int32),
-                token_ids=ids[base:stop], lengths=np.array([stop - base], np.int32),
-            )  # fmt: skip
-            rows.append(one.score(block))
-    assert rows[0].kind == "top_logprobs" and rows[0].values.shape == (10, 18)
-    read = teacher.num_positions_read
-
-    def ask(*positions: int) -> np.ndarray:
-        answer = teacher.exact(
-            Positions(session_ids=np.array([3]), positions=np.array(positions), lengths=np.array([len(positions)]))
-        )
-        assert answer.kind == "hidden_states"
-        return answer.values
-
-    for _ in range(2):
-        np.testing.assert_allclose(ask(89, 83, 76), np.stack([rows[3].values[i] for i in (7, 1)] + [rows[2].values[1]]),
-                                   atol=1e-5)  # fmt: skip
-    assert teacher.num_positions_read == read, "no forward pass"
-    assert ask(10).shape == (1, 32) and teacher.num_positions_read == read + 80
-    with pytest.raises(ValueError, match="no row"):
-        ask(90)
-    with pytest.raises(UnknownSession):
-        teacher.exact(Positions(session_ids=np.array([4]), positions=np.array([1]), lengths=np.array([1])))
+    single = write_real(models, a_mode, 16, max_draft_tokens=1, slots=1, drafter="none")
+    excused = 0
+    for max_draft_tokens, slots, drafter in [(5, 3, "student"), (4, 5, "teacher")]:
+        how = {"max_draft_tokens": max_draft_tokens, "slots": slots, "drafter": drafter}
+        excused += test_exact.assert_same(single, write_real(models, a_mode, 16, **how))
+    exact = test_exact.write(models, a_mode, max_draft_tokens=4, slots=5)
+    every = write_real(models, a_mode, NUM_TOKENS, max_draft_tokens=4, slots=5)
+    assert excused + test_exact.assert_same(exact, every) <= 1
+    assert all(rollout.approximate for rollout in [*single.values(), *every.values()])

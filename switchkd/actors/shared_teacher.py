@@ -112,7 +112,6 @@ def facts(config: Config, vocab_size: int) -> dict[str, Any]:
         "revision": teacher.revision,
         "dtype": teacher.dtype,
         "backend": teacher.backend,
-        "interface": teacher.interface,
         "output": teacher.output,
         "vocabulary": vocab_size,
         **engine_facts(teacher),

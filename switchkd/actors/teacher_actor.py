@@ -17,7 +17,7 @@ import ray
 from switchkd.actors.heartbeat import HEARTBEAT_GROUP, HeartbeatActor
 from switchkd.actors.process_setup import Secrets, prepare
 from switchkd.config.schema import Config
-from switchkd.types import Blocks, Positions, Sessions, TeacherOutput, WriteRequest, Written
+from switchkd.types import Blocks, Sessions, TeacherOutput, WriteRequest, Written
 
 if TYPE_CHECKING:
     from switchkd.engines.models.lm_head import LMHeadState
@@ -56,9 +56,6 @@ class TeacherActor(HeartbeatActor):
 
     def score(self, blocks: Blocks) -> TeacherOutput:
         return self._timed(self.teacher.score, blocks)
-
-    def exact(self, question: Positions) -> TeacherOutput:
-        return self._timed(self.teacher.exact, question)
 
     def write(self, request: WriteRequest) -> Written:
         return self._timed(self.teacher.write, request)

@@ -24,7 +24,6 @@ from switchkd.engines.base import TeacherBusy, UnknownSession
 from switchkd.types import (
     MAX_DEATHS,
     Blocks,
-    Positions,
     Sessions,
     TeacherLost,
     TeacherOutput,
@@ -96,31 +95,6 @@ class TeacherRouter:
         answers = self._until_answered(blocks, lambda replica, some: replica.score.remote(_select(blocks, parts, some)))
         self._remember(blocks, parts)
         return _joined(answers)
-
-    @waiting_for("a teacher")
-    def exact(self, question: Positions) -> TeacherOutput:
-        """As `score`; a lost session is opened elsewhere with all its tokens."""
-        question = replace(question, session_ids=question.session_ids + self._offset)
-        parts = ragged(question.positions, question.lengths)
-        held = [len(self._tokens[session]) for session in question.session_ids.tolist()]
-        whole = Blocks(
-            session_ids=question.session_ids,
-            base_lens=np.array(held, np.int32),
-            first_rows=np.zeros(len(held), np.int32),
-            token_ids=np.zeros(0, np.int32),
-            lengths=np.zeros(len(held), np.int32),
-        )
-
-        def ask(replica: Any, some: list[int]) -> Any:
-            return replica.exact.remote(
-                Positions(
-                    session_ids=question.session_ids[some],
-                    positions=np.concatenate([parts[i] for i in some]).astype(np.int32),
-                    lengths=question.lengths[some],
-                )
-            )
-
-        return _joined(self._until_answered(whole, ask))
 
     @waiting_for("a teacher")
     def write(self, request: WriteRequest) -> Written:

@@ -9,7 +9,7 @@ In: logits [N, V] and the key of each row. Out: token ids [N]. Equal values are 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Literal, overload
 
@@ -57,6 +57,12 @@ class SamplingParams:
             raise ValueError(f"top_p is {self.top_p}: choose a share in (0, 1]; 1 cuts nothing")
         if self.top_k < 0 or self.top_k != int(self.top_k):
             raise ValueError(f"top_k is {self.top_k}: choose a whole number of ids, 0 cuts nothing")
+
+
+def within_top(sampling: SamplingParams, k: int) -> SamplingParams:
+    """`sampling` of the k most likely ids, renormalised: how a model draws of which only these are known. The same law
+    where `sampling` keeps at most k ids by its top_k or temperature 0."""
+    return replace(sampling, top_k=min(sampling.top_k or k, k))
 
 
 # --- noise -----------------------------------------------------------------------------------------------------------

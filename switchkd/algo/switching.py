@@ -27,13 +27,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from switchkd.algo import bounds, divergence
+from switchkd.algo import divergence
 from switchkd.algo.sampling import Purpose
-from switchkd.algo.topk import TopK
 
 _DIVERGENCES = {"kl": divergence.forward_kl, "reverse_kl": divergence.reverse_kl, "jsd": divergence.jsd}
 _SCHEDULES = ("exponential", "linear", "constant", "exponential_growth")
 _WARM_UPS = ("full_window", "available")
+SKD_TOP_K = 25
 
 
 def no_update(memory: Tensor, statistic: Tensor, threshold: Tensor) -> Tensor:
@@ -54,13 +54,8 @@ class Rule:
     needs_rows: bool = True  # False: p_logits and q_logits may be None
     needs_draft: bool = False  # True: the statistic looks at the drafted id
     student_only: bool = False  # True: the teacher owns no token at all; nothing is measured
-    teacher_only: Callable[[Tensor], Tensor] | None = (
-        None  # memory [B, M] -> bool [B]: the teacher owns all that follows,
-    )
-    # whatever the statistic; nothing is measured any more
-    interval: Callable[..., tuple[Tensor, Tensor]] | None = None  # of the statistic, from compressed rows (`signal:
-    # topk`): (row=TopK, q_logits=, drafted=, tight=bool) -> (low, high). For a rule whose threshold does not fall where
-    # a remembered statistic rises, and whose memory depends on the last memory_size statistics only
+    teacher_only: Callable[[Tensor], Tensor] | None = None
+    """memory [B, M] -> bool [B]: the teacher owns all that follows, whatever the statistic, which is not computed."""
 
 
 def init_memory(rule: Rule, num: int) -> Tensor:
@@ -156,18 +151,12 @@ def jsd_threshold(
     return Rule(
         name="jsd_threshold",
         statistic=partial(_jsd, log_base=log_base),
-        interval=partial(_jsd_ends, log_base=log_base),
         threshold=partial(_tau, schedule=schedule, tau_0=tau_0, decay=decay, max_new_tokens=max_new_tokens or 0),
     )
 
 
 def _jsd(*, p_logits: Tensor, q_logits: Tensor, drafted: Tensor, coins: Tensor, log_base: float) -> Tensor:
     return divergence.per_row(divergence.jsd, p_logits, q_logits, log_base=log_base)
-
-
-def _jsd_ends(*, row: TopK, q_logits: Tensor, drafted: Tensor, tight: bool, log_base: float) -> tuple[Tensor, Tensor]:
-    low, high = bounds.jsd_interval(row, q_logits, tight=tight)
-    return low / math.log(log_base), high / math.log(log_base)
 
 
 def _tau(
@@ -204,7 +193,6 @@ def kl_spike(*, K: float = 3.0, L: int = 10, divergence: str = "kl", warm_up: st
     return Rule(
         name="kl_spike",
         statistic=partial(_divergence, name=divergence),
-        interval=_ENDS.get(divergence),
         threshold=partial(_spike, K=K, num_needed=L if warm_up == "full_window" else 1),
         update=_remember,
         memory_size=L + 2,
@@ -214,14 +202,6 @@ def kl_spike(*, K: float = 3.0, L: int = 10, divergence: str = "kl", warm_up: st
 
 def _divergence(*, p_logits: Tensor, q_logits: Tensor, drafted: Tensor, coins: Tensor, name: str) -> Tensor:
     return divergence.per_row(_DIVERGENCES[name], p_logits, q_logits)
-
-
-def _kl_ends(*, row: TopK, q_logits: Tensor, drafted: Tensor, tight: bool) -> tuple[Tensor, Tensor]:
-    return bounds.forward_kl_interval(row, q_logits)
-
-
-_ENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"kl": _kl_ends, "jsd": partial(_jsd_ends, log_base=math.e)}
-"""The reverse KL has no upper end."""
 
 
 def _spike(t: Tensor, step: int, memory: Tensor, *, K: float, num_needed: int) -> Tensor:
@@ -241,7 +221,7 @@ def _remember(memory: Tensor, statistic: Tensor, threshold: Tensor) -> Tensor:
 # --- SKD -------------------------------------------------------------------------------------------------------------
 
 
-def outside_top_k(*, k: int = 25) -> Rule:
+def outside_top_k(*, k: int = SKD_TOP_K) -> Rule:
     """SKD (Xu et al., arXiv 2410.11325): the teacher writes where the drafted id is not among its k most likely.
 
     The statistic is the id's rank in p, 1 for the first, equal logits ordered by id. It looks at the drafted id, hence
@@ -252,7 +232,6 @@ def outside_top_k(*, k: int = 25) -> Rule:
     return Rule(
         name="outside_top_k",
         statistic=_rank,
-        interval=_rank_ends,
         threshold=partial(_fixed, value=float(k)),
         replacement=Purpose.SKD,
         needs_draft=True,
@@ -266,10 +245,6 @@ def _rank(*, p_logits: Tensor, q_logits: Tensor | None, drafted: Tensor, coins: 
     lower_id = torch.arange(p_logits.shape[1], device=p_logits.device) < drafted
     before = (p_logits > own) | ((p_logits == own) & lower_id)
     return 1 + before.sum(dim=-1).double()
-
-
-def _rank_ends(*, row: TopK, q_logits: Tensor, drafted: Tensor, tight: bool) -> tuple[Tensor, Tensor]:
-    return bounds.rank_interval(row, drafted.to(row.ids.device), q_logits.shape[1])
 
 
 # --- over the training -----------------------------------------------------------------------------------------------

@@ -36,11 +36,6 @@ class TopK:
         return TopK(*(part.to(device) for part in parts))
 
 
-def num_words(k: int) -> int:
-    """Four-byte words of a packed row: k ids, k log-probs, tail mass and tail entropy."""
-    return 2 * k + 2
-
-
 @torch.no_grad()
 def compress(logits: Tensor, k: int) -> TopK:
     """Float rows [N, V] to their top min(k, V). Sums run in float64, so that the tail keeps its digits."""
@@ -83,50 +78,18 @@ def place_of(rows: TopK, token_ids: Tensor) -> Tensor:
     return torch.where(hit.any(dim=1), hit.int().argmax(dim=1), rows.ids.shape[1])
 
 
-def uncertainty(rows: TopK, token_ids: Tensor) -> Tensor:
-    """ATKD's UnC = 1 - p(token), summed over the other ids, float64 [N]; NaN where the token lies in the tail."""
-    place = place_of(rows, token_ids)
-    p = rows.logprobs.double().exp()
-    inside = place < p.shape[1]
-    others = p.scatter(1, place.clamp(max=p.shape[1] - 1)[:, None], 0.0).sum(dim=1) + rows.tail_mass.double()
-    return others.masked_fill(~inside, math.nan)
-
-
-def smeared(rows: TopK, width: int = 0) -> Tensor:
-    """Float32 log-probs [N, at least width] with the tail's mass spread evenly over the other places: for draws that
-    do not reach it (`draws_inside`), whose nucleus is cut by the whole row's mass. Wide enough for all ids, and for
-    the tail to stay below the k-th id."""
-    k = rows.ids.shape[1]
-    needed = (rows.tail_mass.double() / rows.logprobs[:, -1].double().exp().clamp(min=1e-12)).max()
-    width = max(width, int(rows.ids.max()) + 1, k + min(int(needed) + 2, 2**20) if bool(needed > 0) else 0)
-    level = (rows.tail_mass.double() / max(width - k, 1)).log() - 1e-6
-    out = level.float()[:, None].repeat(1, width)
+def spread(rows: TopK, vocab_size: int) -> Tensor:
+    """Float32 log-probs [N, V] with the tail's mass spread evenly over its ids, each below the K-th kept one."""
+    last = rows.logprobs[:, -1].double()
+    level = (rows.tail_mass.double() / max(vocab_size - rows.ids.shape[1], 1)).log()
+    out = torch.minimum(level, last - 1e-6).float()[:, None].repeat(1, vocab_size)
     return out.scatter(1, rows.ids, rows.logprobs.float())
 
 
-def draws_inside(rows: TopK, *, temperature: float, top_p: float, top_k: int) -> Tensor:
-    """Where the shaped distribution is certain to lie within the kept ids with every cut known, bool [N].
-
-    Tempered, the tail's mass sum_T p^(1/T) lies between 0 and c^(1/T - 1) P (T <= 1), c = the smallest kept p. The
-    nucleus is certain where both ends cut at the same id, no cut within rounding.
-    """
-    num, k = rows.ids.shape
-    device = rows.ids.device
-    if temperature == 0 or bool((rows.tail_mass == 0).all()):
-        return torch.ones(num, dtype=torch.bool, device=device)
-    if 0 < top_k <= k and top_p == 1:
-        return torch.ones(num, dtype=torch.bool, device=device)
-    if top_p == 1 or top_k > k or temperature > 1:
-        return torch.zeros(num, dtype=torch.bool, device=device)
-    log_p = rows.logprobs.double()
-    mass = (log_p / temperature).exp()[:, : top_k or k]
-    before = mass.cumsum(dim=1) - mass
-    low = mass.sum(dim=1, keepdim=True)
-    extra = 0.0 if top_k else (log_p[:, -1:] * (1 / temperature - 1)).exp() * rows.tail_mass.double()[:, None]
-    lowest = low if temperature < 1 or top_k else low + extra  # at temperature 1 the tail's mass is known
-    sizes = [(before < top_p * total * (1 + slack)).sum(1) for total, slack in ((lowest, -1e-5), (low + extra, 1e-5))]
-    reached = (low >= top_p * (low + extra) * (1 + 1e-5))[:, 0]
-    return (sizes[0] == sizes[1]) & (reached | torch.tensor(bool(top_k), device=device))
+def kept(rows: TopK) -> Tensor:
+    """Float32 log-probs [N, largest kept id + 1], -inf outside the kept ids: to draw from those, renormalised."""
+    out = rows.logprobs.new_full((len(rows), int(rows.ids.max()) + 1), -math.inf)
+    return out.scatter(1, rows.ids, rows.logprobs)
 
 
 def coarse_grain(rows: TopK, q_logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,9 @@ factor * p_i in size, and the coarse gradient moves a_T within T and shifts the 
     skew_kl           at most 3 P
     jsd               at most 3 beta P
     tvd               at most 3 P (not at its kinks, p_i = q_i, where a gradient is any of many)
-    atkd (forward)    UnC, the split and TKD are exact (the label's own probability travels as UnC); DKD is the forward
-                      KL of the laws without the label: off by at most 2 P' / UnC, P' = P less the label's part
+    atkd (forward)    UnC, the split and TKD are exact for a label in S; for one in T the rollout's UnC takes the mean
+                      over T as its p, and TKD is exact for that; DKD is the forward KL of the laws without the label:
+                      off by at most 2 P' / UnC, P' = P less the label's part
     skew_reverse_kl   at most 0.65 (1 - alpha) / alpha P: 5.9 P at alpha = 0.1, too much to pass unasked
 
 reverse_kl, atkd's reverse direction and losses of a user's own have no bound: a tail id's p may be any number near 0.

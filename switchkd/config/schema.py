@@ -106,17 +106,12 @@ class TeacherConfig(ModelConfig):
     engine: dict[str, Any] = {}
     """With `vllm`: its engine arguments, passed on as they are (`tensor_parallel_size`, `gpu_memory_utilization`,
     `quantization`, ...)."""
-    interface: Literal["extension", "public"] = "extension"
-    """With `vllm`: `extension` takes exact hidden states out of its workers; `public` the top k from its log-probs, for
-    approximate rollouts where that cannot be had."""
     output: Literal["hidden_states", "logits", "top_logprobs"] = "hidden_states"
-    """What it sends for each position: its hidden state, all its logits, or (for thin networks) its most likely ids,
-    with the mass and the entropy of the rest."""
+    """What it sends for each position: its hidden state, all its logits, or (approximate) its most likely ids with the
+    mass and the entropy of the rest. Then rules see the rest as one bin, the teacher draws from those ids alone, and
+    every rollout is marked approximate."""
     num_top_logprobs: PositiveInt = 64
-    """With `topk`: how many ids."""
-    decide: Literal["interval", "coarse"] = "interval"
-    """With `topk`: `interval` decides what is certain and asks for the hidden state of the rest, so that the tokens are
-    those of whole rows; `coarse` takes the tail as one bin, asks nothing, and marks rollouts approximate."""
+    """With `top_logprobs`: how many ids."""
     replicas: Count = 1
     """A number, or `{min: 1, max: 4}`: one is added while calls wait for it, one is drained while the others would
     do."""

@@ -17,10 +17,10 @@ _OURS = {
     "dtype": "teacher.dtype",
     "revision": "teacher.revision",
     "trust_remote_code": "teacher.trust_remote_code",
-    "worker_extension_cls": "teacher.interface",
 }
 """vLLM's name for what has a key of its own here."""
 _NOT_THERE = {
+    "worker_extension_cls": "hidden states are read by one",
     "async_scheduling": "keyed draws count the tokens before them",
     "logits_processors": "keyed draws are one",
     "speculative_config": "rows of drafted tokens have no place in a session",
@@ -50,9 +50,8 @@ def check_backend(config: Config) -> None:
     """Raises ConfigError for keys of the other backend, and for a vLLM that is not installed."""
     teacher = config.teacher
     if teacher.backend == "hf":
-        for key in ("engine", "interface"):
-            if getattr(teacher, key) != TeacherConfig.model_fields[key].default:
-                raise ConfigError(f"teacher.{key} is for vLLM; set teacher.backend: vllm, or remove it")
+        if teacher.engine:
+            raise ConfigError("teacher.engine is for vLLM; set teacher.backend: vllm, or remove it")
         return
     _check_keys(teacher)
     _check_engine(config)
@@ -86,13 +85,8 @@ def _check_keys(teacher: TeacherConfig) -> None:
             )
     if teacher.output == "logits":
         raise ConfigError(
-            "teacher.output=logits is not for teacher.backend=vllm; take hidden (exact) or topk, or teacher.backend=hf"
-        )
-    if teacher.interface == "public" and (teacher.output != "top_logprobs" or teacher.decide != "coarse"):
-        raise ConfigError(
-            "teacher.interface=public knows the top k alone, and that not exactly: with "
-            f"teacher.output={teacher.output}, teacher.decide={teacher.decide} take interface=extension, or "
-            "signal=top_logprobs and decide=coarse for approximate rollouts"
+            "teacher.output=logits is not for teacher.backend=vllm; take hidden_states (exact) or top_logprobs, or "
+            "teacher.backend=hf"
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from switchkd.algo import topk_losses
+from switchkd.algo import switching, topk_losses
 from switchkd.config.errors import ConfigError, one_line
 from switchkd.config.loader import read_yaml
 from switchkd.config.resources import role_of
@@ -243,12 +243,11 @@ def check_topk(stage: StageConfig, teacher: TeacherConfig) -> None:
     """Raises ConfigError for what compressed rows (`teacher.output: top_logprobs`) can neither decide nor train."""
     if teacher.output != "top_logprobs" or not stage.needs_teacher:
         return
-    rule, loss = build_rule(stage), stage.loss
-    if teacher.decide == "interval" and stage.mix.rollout > 0 and rule.needs_rows and rule.interval is None:
-        what = f" (divergence {stage.rule.divergence})" if stage.rule.divergence else ""
+    loss, num_ids = stage.loss, teacher.num_top_logprobs
+    if stage.rule.type == "outside_top_k" and (stage.rule.top_k or switching.SKD_TOP_K) > num_ids:
         raise ConfigError(
-            f"teacher.output=top_logprobs cannot decide rule {stage.rule.type}{what} with certainty: it has no "
-            "interval; take teacher.output=hidden_states, or teacher.decide=coarse for approximate rollouts"
+            f"rule outside_top_k asks for the teacher's first {stage.rule.top_k or switching.SKD_TOP_K} ids, "
+            f"teacher.num_top_logprobs={num_ids} sends fewer; raise it, or take teacher.output=hidden_states"
         )
     if not loss.approximate and not topk_losses.is_bounded(loss.type, loss.direction):
         what = f" (direction {loss.direction})" if loss.direction else ""
@@ -288,7 +287,7 @@ def with_recorded_settings(config: Config) -> Config:
             f"--from-rollouts {config.rollout.recorded}: its rollouts carry no teacher output, but the loss needs one; "
             "record them with a loss that has a teacher, or take learner.loss.type=cross_entropy"
         )
-    teacher_output = {"output": sorted(kinds)[0], "decide": "coarse"} if kinds else {}  # nothing is decided any more
+    teacher_output = {"output": sorted(kinds)[0]} if kinds else {}
     staleness = max(config.replay.max_staleness, age)
     return config.model_copy(
         update={

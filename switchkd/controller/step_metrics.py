@@ -50,8 +50,7 @@ def _blocks(reports: Sequence[WorkReport]) -> dict[str, float]:
 
 
 def _output_metrics(reports: Sequence[WorkReport]) -> dict[str, float]:
-    """What the teacher's signal cost, and (`teacher.output: top_logprobs`) what it left out: the share of tokens whose
-    exact row was needed to decide, that of exact rows for other ends, and the mean mass outside the top k."""
+    """Bytes that the teacher sent, and (`teacher.output: top_logprobs`) the mean mass outside the top k."""
     rows, tokens = sum(report.num_scored_rows for report in reports), sum(report.num_tokens for report in reports)
     bytes_sent = sum(report.output_bytes for report in reports)
     found = {}
@@ -59,8 +58,6 @@ def _output_metrics(reports: Sequence[WorkReport]) -> dict[str, float]:
         found = {"teacher/bytes_per_row": bytes_sent / rows, "teacher/bytes_per_token": bytes_sent / max(tokens, 1)}
     num = sum(report.num_topk_tokens for report in reports)
     if num:
-        found["teacher/undecided_frac"] = sum(report.num_undecided for report in reports) / num
-        found["teacher/asked_frac"] = sum(report.num_asked for report in reports) / num
         found["teacher/tail_mass"] = sum(report.tail_mass for report in reports) / num
     return found
 

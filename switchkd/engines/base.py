@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from switchkd.types import Blocks, PackedWeights, Positions, Sessions, TeacherOutput, WriteRequest, Written
+from switchkd.types import Blocks, PackedWeights, Sessions, TeacherOutput, WriteRequest, Written
 
 if TYPE_CHECKING:
     import torch
@@ -38,11 +38,8 @@ class Teacher(Protocol):
         """Read the blocks (see types.Blocks). Raises UnknownSession before anything is computed."""
 
     def write(self, request: WriteRequest) -> Written:
-        """Go on alone (see types.WriteRequest). Raises UnknownSession before anything is computed."""
-
-    def exact(self, question: Positions) -> TeacherOutput:
-        """Hidden states or whole rows of single positions, where `teacher.output: top_logprobs` leaves something open.
-        Raises UnknownSession before anything is computed, ValueError for a position that a session does not hold."""
+        """Go on alone (see types.WriteRequest), with `top_logprobs` by draws from the ids that are sent. Raises
+        UnknownSession before anything is computed."""
 
     def close(self, session_ids: np.ndarray) -> None:
         """Forget sessions; unknown ones are ignored."""

@@ -90,7 +90,6 @@ def _vllm_teacher(config: Config) -> VLLMTeacher:
         max_sessions=section.max_sessions,
         revision=section.revision,
         trust_remote_code=section.trust_remote_code,
-        interface=section.interface,
         arguments=section.engine,
     )
     return VLLMTeacher(

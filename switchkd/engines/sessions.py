@@ -14,10 +14,7 @@ import numpy as np
 import torch
 
 from switchkd.engines.base import TeacherBusy, UnknownSession
-from switchkd.types import Blocks, Positions, Sessions, WriteRequest, ragged
-
-KEPT_ROWS = 64
-"""Of each session, besides the last answer: AdaSwitch asks about the tokens of its window."""
+from switchkd.types import Blocks, Sessions, WriteRequest, ragged
 
 
 @dataclass(slots=True)
@@ -28,14 +25,6 @@ class Session:
     num_read: int = 0  # so many of them are in the cache of the slot, where a backend has one
     first: int = 0  # position of the first of `rows`
     rows: torch.Tensor | None = None  # [n, D], what was last answered
-
-    def keep(self, first: int, rows: torch.Tensor) -> None:
-        """Rows from position `first` on were answered; earlier ones that adjoin them stay."""
-        num = len(rows)
-        if self.rows is not None and self.first <= first <= self.first + len(self.rows):
-            rows, first = torch.cat([self.rows[: first - self.first], rows]), self.first
-        surplus = max(len(rows) - max(KEPT_ROWS, num), 0)
-        self.first, self.rows = first + surplus, rows[surplus:]
 
     def kept(self, first: int, end: int) -> torch.Tensor | None:
         """Rows of positions first .. end - 1 as far as they are here, if the first one is."""
@@ -109,18 +98,6 @@ class SessionTable:
                 raise ValueError(f"session {session_id} is asked to write {count} tokens; ask for 1 or more")
             if end > self.max_len:
                 raise ValueError(f"session {session_id} would have {end} tokens; it takes {self.max_len}")
-
-    def of_question(self, question: Positions) -> list[tuple[int, Session, np.ndarray]]:
-        """Id, session and positions of a question for exact rows. Raises UnknownSession, ValueError."""
-        now = self._evict()
-        ids = question.session_ids.tolist()
-        if unknown := [i for i in ids if i not in self._sessions]:
-            raise UnknownSession(unknown)
-        found = list(zip(ids, self._touched(ids, now), split(question.positions, question.lengths), strict=True))
-        for session_id, session, positions in found:
-            if positions.min() < 0 or positions.max() >= len(session.tokens):
-                raise ValueError(f"session {session_id} has {len(session.tokens)} tokens, no row {positions.tolist()}")
-        return found
 
     def close(self, session_ids: np.ndarray) -> None:
         """Forget sessions; unknown ones are ignored."""

@@ -171,7 +171,6 @@ def make_worker(
             drafter=config.rollout.drafter,
             overlap=_overlaps(own),
             device=device,
-            coarse=own.teacher.decide == "coarse",
             top_logprobs=config.rollout.save_top_logprobs,
             new_weights=new_weights if config.rollout.on_new_weights == "reprefill" else None,
         )

@@ -17,7 +17,7 @@ import torch
 from switchkd.engines.base import StudentEngine
 from switchkd.rollout.speculation import LatencyModel
 from switchkd.rollout.state import RolloutState
-from switchkd.rollout.teacher_logits import TeacherLogits, lazy_logits
+from switchkd.rollout.teacher_logits import TeacherLogits, lazy
 from switchkd.rollout.top_logprobs import TopTokens
 from switchkd.rollout.verify import DraftBlock, draws
 from switchkd.types import Blocks, TokenSource, WriteRequest, Written
@@ -92,7 +92,7 @@ class Drafter:
             tokens=draft.tokens,
             counts=draft.counts,
             by_teacher=False,
-            p_rows=lazy_logits(self.reader, row_pieces, draft.counts),
+            **self._teacher_rows(row_pieces, draft.counts),
             q_rows=q_rows,
         )
 
@@ -112,9 +112,17 @@ class Drafter:
             tokens=tokens,
             counts=counts,
             by_teacher=True,
-            p_rows=lazy_logits(self.reader, row_pieces, counts),
+            **self._teacher_rows(row_pieces, counts),
             q_rows=lambda r, k: self.student.head.logits(_taken(hidden, ends[r] - counts[r] + k)),
         )
+
+    def _teacher_rows(self, row_pieces: Sequence[np.ndarray], counts: np.ndarray) -> dict[str, Any]:
+        """The teacher's side of a `DraftBlock`."""
+        brief = self.reader.kind == "top_logprobs"
+        return {
+            "p_rows": lazy(self.reader.logits, row_pieces, counts),
+            "top_rows": lazy(self.reader.top_rows, row_pieces, counts) if brief else None,
+        }
 
     def _read(self, rows: Sequence[RolloutState], starts: np.ndarray, tokens: Sequence[list[int]]) -> torch.Tensor:
         """Read tokens into the rows' slots: the hidden state after each, [N, D]."""

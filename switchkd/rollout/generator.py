@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,6 @@ import numpy as np
 
 from switchkd.engines.base import OutputHead, StudentEngine, Teacher, TeacherBusy
 from switchkd.rollout.draft import Drafter, grouped, write_request
-from switchkd.rollout.questions import Briefs
 from switchkd.rollout.score_references import ReferenceScorer
 from switchkd.rollout.speculation import NO_DRAFT, DraftPlan, SpeculationPolicy
 from switchkd.rollout.state import RolloutParams, RolloutState
@@ -76,19 +75,17 @@ class SwitchingGenerator:
         drafter: str = "student",
         overlap: bool = False,
         device: str = "cpu",
-        coarse: bool = False,
         top_logprobs: int = 0,
         new_weights: Callable[[], PackedWeights | None] | None = None,
     ) -> None:
         self.student = student
-        self.calls = TeacherClient(teacher, head, device)
+        self.calls = TeacherClient(teacher, head, device, student.head.vocab_size)
         self.reader = self.calls.reader
         self.reference_scorer = ReferenceScorer(
             self.calls, at_once=student.num_slots, stop_ids=stop_ids, top_logprobs=top_logprobs
         )
         self.stop_ids = stop_ids
         self.overlap = overlap
-        self.coarse = coarse  # `teacher.decide`
         self.parks = drafter != "none"  # one token of each model at a time, whatever the rule says
         self.version = 0
         self.num_rounds = 0
@@ -252,7 +249,7 @@ class SwitchingGenerator:
                 for row, teacher_rows in zip(rows, split(teacher_output), strict=True)
             ]
             prev_lens = [len(row.tokens) for row in rows]
-            num_accepted = self._walk(rows, self.drafter.student_block(draft, row_pieces), row_pieces)
+            num_accepted = self._walk(rows, self.drafter.student_block(draft, row_pieces))
             for r, row in enumerate(rows):
                 settled = len(row.tokens) - prev_lens[r]
                 row.student_len = min(prev_lens[r] + int(num_accepted[r]), int(draft.read[r]))
@@ -277,7 +274,7 @@ class SwitchingGenerator:
             self._count_ties(rows, written)
             row_pieces, prev_lens = split(written.teacher_output), [len(row.tokens) for row in rows]
             block = self.drafter.teacher_block(rows, written, row_pieces)
-            num_accepted = self._walk(rows, block, row_pieces)
+            num_accepted = self._walk(rows, block)
             for r, row in enumerate(rows):
                 # neither model has read the last proposed token
                 read = prev_lens[r] + min(int(num_accepted[r]), int(block.counts[r]) - 1)
@@ -287,10 +284,7 @@ class SwitchingGenerator:
 
         return self._call_teacher(rows, "write", len(rows), on_result, request, plan)
 
-    def _walk(self, rows: list[RolloutState], block: DraftBlock, row_pieces: Sequence[np.ndarray]) -> np.ndarray:
-        if self.reader.kind == "top_logprobs":
-            briefs = self._briefs(rows, row_pieces)
-            block = replace(block, p_rows=briefs.to_draw, briefs=briefs)
+    def _walk(self, rows: list[RolloutState], block: DraftBlock) -> np.ndarray:
         num_accepted = np.zeros(len(rows), np.int64)
         kind = "walk teacher" if block.by_teacher else "walk student"
         with self.speculation.costs.timed(kind, int(block.counts.sum())):
@@ -309,11 +303,6 @@ class SwitchingGenerator:
                 )
         return num_accepted
 
-    def _briefs(self, rows: list[RolloutState], row_pieces: Sequence[np.ndarray]) -> Briefs:
-        """Compressed rows of each row's next tokens, and the way to the exact ones."""
-        first_positions = [len(row.tokens) - 1 for row in rows]
-        return Briefs.of_pieces(rows, row_pieces, first_positions, self.reader, self.calls.exact, coarse=self.coarse)
-
     # ── only one of the models writes ──────────────────────────────────────────────────────────────────────────────
 
     def _write_on(self, rows: list[RolloutState]) -> PendingCall:
@@ -326,12 +315,10 @@ class SwitchingGenerator:
         def on_result(written: Written) -> None:
             self._count(rows, new_tokens, written.teacher_output)
             self._count_ties(rows, written)
-            row_pieces, tokens_of = split(written.teacher_output), split(written)
-            self._take_uncertainty(rows, row_pieces, tokens_of)
-            for row, tokens, teacher_rows in zip(rows, tokens_of, row_pieces, strict=True):
+            for row, tokens, teacher_rows in zip(rows, split(written), split(written.teacher_output), strict=True):
                 row.write(tokens.tolist(), self.version, self.stop_ids)
                 row.teacher_len = len(row.tokens) - 1
-                self._read_alone(row, teacher_rows)
+                self._read_alone(row, tokens, teacher_rows)
 
         return self._call_teacher(rows, "write", len(rows), on_result, request, None)
 
@@ -344,44 +331,23 @@ class SwitchingGenerator:
 
         def on_result(teacher_output: TeacherOutput) -> None:
             self._count(pending, new_tokens, teacher_output)
-            row_pieces = split(teacher_output)
-            self._take_uncertainty(
-                pending, row_pieces, [np.array(row.tokens[row.prompt_len :]) for row in pending], first_positions
-            )
-            for row, teacher_rows in zip(pending, row_pieces, strict=True):
-                self._read_alone(row, teacher_rows)
+            for row, teacher_rows in zip(pending, split(teacher_output), strict=True):
+                self._read_alone(row, np.array(row.tokens[row.prompt_len :]), teacher_rows)
 
         first_positions = [row.prompt_len - 1 for row in pending]
         return self._call_teacher(
             pending, "read", sum(map(len, new_tokens)), on_result, blocks_of(pending, new_tokens, first_positions), None
         )
 
-    def _read_alone(self, row: RolloutState, teacher_rows: np.ndarray) -> None:
+    def _read_alone(self, row: RolloutState, tokens: np.ndarray, teacher_rows: np.ndarray) -> None:
         """The teacher's rows of tokens that no walk has settled."""
         row.append_teacher_rows(teacher_rows)
+        if row.params.wants_uncertainty:
+            row.uncertainty.extend(self.reader.uncertainty(teacher_rows, tokens).tolist())
         if row.params.top_logprobs:
             row.teacher_top.append(self.reader.top(teacher_rows, row.params.top_logprobs))
             if not row.student_only:  # the student never read them
                 row.student_top.append(TopTokens.unknown(len(teacher_rows), row.params.top_logprobs))
-
-    def _take_uncertainty(
-        self,
-        rows: list[RolloutState],
-        row_pieces: Sequence[np.ndarray],
-        tokens: Sequence[np.ndarray],
-        first_positions: Sequence[int] | None = None,
-    ) -> None:
-        """ATKD's UnC of tokens that nobody decided; `first_positions` are the positions of their first rows."""
-        first_positions = [len(row.tokens) - 1 for row in rows] if first_positions is None else first_positions
-        wanted = [
-            each
-            for each in zip(rows, row_pieces, tokens, first_positions, strict=True)
-            if each[0].params.wants_uncertainty
-        ]
-        if wanted:
-            own, briefs, ids, starts = (list(column) for column in zip(*wanted, strict=True))
-            for row, part in zip(own, self.calls.uncertainty(own, briefs, ids, starts), strict=True):
-                row.uncertainty.extend(part.tolist())
 
     # ── teacher calls ──────────────────────────────────────────────────────────────────────────────────────────────
 

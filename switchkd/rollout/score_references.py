@@ -9,11 +9,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from switchkd.rollout.questions import Reference
 from switchkd.rollout.state import mean_tail_mass
 from switchkd.rollout.teacher_client import TeacherClient, split
 from switchkd.rollout.top_logprobs import top_logprobs
-from switchkd.types import Blocks, Positions, Rollout, RolloutStats, RolloutTask, TeacherOutput, TokenSource
+from switchkd.types import Blocks, Rollout, RolloutStats, RolloutTask, TeacherOutput, TokenSource
 
 Emit = Callable[[list[Rollout]], None]
 
@@ -45,23 +44,11 @@ class ReferenceScorer:
             self.read(part, on_scored)
             emit(done)
 
-    def exact(self, task: RolloutTask) -> TeacherOutput:
-        """The teacher's exact rows for every reference token: hidden states, or whole rows."""
-        found: list[TeacherOutput] = []
-
-        def on_scored(tasks: Sequence[RolloutTask], teacher_output: TeacherOutput) -> None:
-            if teacher_output.kind == "top_logprobs":
-                num, first = len(teacher_output.values), len(task.prompt.token_ids) - 1
-                question = Positions(
-                    session_ids=np.array([task.rollout_id]),
-                    positions=first + np.arange(num, dtype=np.int32),
-                    lengths=np.array([num], np.int32),
-                )
-                teacher_output = self.calls.exact(question)
-            found.append(teacher_output)
-
-        self.read([task], on_scored)
-        return found[0]
+    def rows(self, task: RolloutTask) -> TeacherOutput:
+        """The teacher's row for every reference token of one task."""
+        outputs: list[TeacherOutput] = []
+        self.read([task], lambda _, teacher_output: outputs.append(teacher_output))
+        return outputs[0]
 
     def read(self, tasks: Sequence[RolloutTask], take: Callable[[Sequence[RolloutTask], TeacherOutput], None]) -> None:
         """The teacher reads all references; `score` gets its signal for every token while the sessions are open."""
@@ -84,36 +71,25 @@ class ReferenceScorer:
     def _scored(
         self, tasks: Sequence[RolloutTask], teacher_output: TeacherOutput, wants_uncertainty: bool
     ) -> list[Rollout]:
-        row_pieces, ids = split(teacher_output), [task.prompt.reference_ids for task in tasks]
-        asked = [Reference(task) for task in tasks]
-        unc: list[np.ndarray | None] = [None] * len(tasks)
-        if wants_uncertainty:
-            unc = list(
-                self.calls.uncertainty(asked, row_pieces, ids, [len(task.prompt.token_ids) - 1 for task in tasks])
-            )
-        return [self._rollout(*each) for each in zip(tasks, row_pieces, unc, asked, strict=True)]
+        rollouts = []
+        for task, rows in zip(tasks, split(teacher_output), strict=True):
+            reader, ids = self.calls.reader, task.prompt.reference_ids
+            rollouts.append(self._rollout(task, rows, reader.uncertainty(rows, ids) if wants_uncertainty else None))
+        return rollouts
 
     def _rollout(
-        self,
-        task: RolloutTask,
-        teacher_rows: np.ndarray | None = None,
-        unc: np.ndarray | None = None,
-        asked: Reference | None = None,
+        self, task: RolloutTask, teacher_rows: np.ndarray | None = None, unc: np.ndarray | None = None
     ) -> Rollout:
-        ids = task.prompt.reference_ids
+        ids, reader = task.prompt.reference_ids, self.calls.reader
         num = len(ids)
         nan = np.full(num, np.nan, np.float32)
         stats = RolloutStats()
-        if teacher_rows is not None and asked is not None and self.calls.reader.kind == "top_logprobs":
-            stats = RolloutStats(
-                output_bytes=teacher_rows.nbytes + asked.output_bytes, num_scored_rows=num, num_asked=asked.num_asked,
-                tail_mass=mean_tail_mass(teacher_rows),
-            )  # fmt: skip
-        seen = (
-            []
-            if teacher_rows is None or not self.top_logprobs
-            else [self.calls.reader.top(teacher_rows, self.top_logprobs)]
-        )
+        tops = []
+        if teacher_rows is not None:
+            tail_mass = mean_tail_mass(teacher_rows) if reader.kind == "top_logprobs" else 0.0
+            stats = RolloutStats(output_bytes=teacher_rows.nbytes, num_scored_rows=num, tail_mass=tail_mass)
+            if self.top_logprobs:
+                tops.append(reader.top(teacher_rows, self.top_logprobs))
         return Rollout(
             rollout_id=task.rollout_id,
             batch=task.batch,
@@ -127,9 +103,10 @@ class ReferenceScorer:
             statistic=nan,
             threshold=nan,
             uncertainty=nan if unc is None else unc,
-            teacher_output=None if teacher_rows is None else self.calls.reader.teacher_output(teacher_rows),
+            teacher_output=None if teacher_rows is None else reader.teacher_output(teacher_rows),
             finish_reason="eos" if num and int(ids[-1]) in self.stop_ids else "length",
+            approximate=teacher_rows is not None and reader.kind == "top_logprobs",
             teacher=task.prompt.teacher,
             stats=stats,
-            top_logprobs=top_logprobs(seen, [], num, self.top_logprobs),
+            top_logprobs=top_logprobs(tops, [], num, self.top_logprobs),
         )

@@ -39,37 +39,6 @@ class RolloutParams:
 
 
 @dataclass(slots=True)
-class Unsure:
-    """A settled token whose statistic lies in an interval."""
-
-    position: int  # in the session, of the teacher's row
-    low: float
-    high: float
-    forced: float  # the threshold that makes the rule remember what was decided
-    q_logits: torch.Tensor | None  # [V], the student's row, kept only while low < high
-
-    @property
-    def unsure(self) -> bool:
-        return self.low < self.high
-
-
-@dataclass(slots=True)
-class Past:
-    """A rule's memory as an interval, and the last few tokens that it is made of. Their exact statistics turn it into
-    the one memory that full rows would have given. All float64 [1, M]."""
-
-    low: torch.Tensor
-    high: torch.Tensor
-    base_low: torch.Tensor  # before `tokens`
-    base_high: torch.Tensor
-    tokens: list[Unsure] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, memory: torch.Tensor) -> Past:
-        return cls(memory, memory, memory, memory)
-
-
-@dataclass(slots=True)
 class RolloutState:
     """A completion in the making. `tokens` is prompt and completion; a model has read `*_len` of them."""
 
@@ -103,10 +72,6 @@ class RolloutState:
     teacher_positions: int = 0
     output_bytes: int = 0
     num_scored_rows: int = 0
-    num_undecided: int = 0
-    num_asked: int = 0
-    past: Past | None = None  # `teacher.output: top_logprobs`, a rule with memory: what of it is not exact
-    approximate: bool = False
 
     @classmethod
     def start(cls, task: RolloutTask, params: RolloutParams, slot: int) -> RolloutState:
@@ -205,7 +170,7 @@ class RolloutState:
             uncertainty=_floats(self.uncertainty, num),
             teacher_output=teacher_output,
             finish_reason=self.finish_reason,
-            approximate=self.approximate,
+            approximate=teacher_output is not None and output_kind == "top_logprobs",
             teacher=self.task.prompt.teacher,
             stats=RolloutStats(
                 num_rounds=self.num_rounds,
@@ -215,8 +180,6 @@ class RolloutState:
                 teacher_positions=self.teacher_positions,
                 output_bytes=self.output_bytes,
                 num_scored_rows=self.num_scored_rows,
-                num_undecided=self.num_undecided,
-                num_asked=self.num_asked,
                 block_lengths=tuple(self.block_lengths),
                 tail_mass=mean_tail_mass(values) if values is not None and output_kind == "top_logprobs" else 0.0,
                 time_s=time.monotonic() - self.started,

@@ -15,19 +15,18 @@ from typing import Any
 import numpy as np
 
 from switchkd.engines.base import OutputHead, Teacher, TeacherBusy
-from switchkd.rollout.questions import Asker, Briefs
 from switchkd.rollout.state import RolloutState
 from switchkd.rollout.teacher_logits import TeacherLogits
-from switchkd.types import Blocks, Positions, RolloutTask, Sessions, TeacherOutput, Written, ragged
+from switchkd.types import Blocks, RolloutTask, Sessions, TeacherOutput, Written, ragged
 
 BUSY_S = 0.05
 """How long a worker waits before it asks a busy teacher again."""
 
 
 class TeacherClient:
-    def __init__(self, teacher: Teacher | None, head: OutputHead | None, device: str) -> None:
+    def __init__(self, teacher: Teacher | None, head: OutputHead | None, device: str, vocab_size: int) -> None:
         self._teacher = teacher
-        self.reader = TeacherLogits(head, device)
+        self.reader = TeacherLogits(head, device, vocab_size)
         self.num_calls = 0
         self.wait_s = 0.0  # that the caller has waited for answers
         self._thread: ThreadPoolExecutor | None = None
@@ -95,31 +94,6 @@ class TeacherClient:
         teacher_output: TeacherOutput = self.result(self.submit(self.teacher.score, blocks))
         self.reader.set_format(teacher_output)
         return teacher_output
-
-    def exact(self, question: Positions) -> TeacherOutput:
-        """Exact rows of positions that the teacher has read (`teacher.output: top_logprobs`)."""
-        self.num_calls += 1
-        answer: TeacherOutput = self.result(self.submit(self.teacher.exact, question))
-        return answer
-
-    def uncertainty(
-        self,
-        rows: Sequence[Asker],
-        row_pieces: Sequence[np.ndarray],
-        tokens: Sequence[np.ndarray],
-        first_positions: Sequence[int],
-    ) -> list[np.ndarray]:
-        """1 - p(token) of each row's tokens; what the top k leave out is asked for in one call."""
-        if self.reader.kind != "top_logprobs":
-            return [
-                self.reader.uncertainty(teacher_rows, ids) for teacher_rows, ids in zip(row_pieces, tokens, strict=True)
-            ]
-        briefs = Briefs.of_pieces(rows, row_pieces, first_positions, self.reader, self.exact)
-        sizes = [len(ids) for ids in tokens]
-        which = np.repeat(np.arange(len(rows)), sizes)
-        places = np.concatenate([np.arange(size) for size in sizes])
-        unc = briefs.uncertainty(which, places, np.concatenate(tokens)).cpu().numpy().astype(np.float32)
-        return ragged(unc, np.array(sizes))
 
 
 def sessions_of(tasks: Sequence[RolloutTask]) -> Sessions:

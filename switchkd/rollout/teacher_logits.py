@@ -7,25 +7,30 @@ for the positions that are asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from switchkd.algo.losses import uncertainty
-from switchkd.algo.topk import unpack
+from switchkd.algo.topk import TopK, spread, unpack
 from switchkd.engines.base import OutputHead
 from switchkd.engines.wire import from_numpy
 from switchkd.rollout.top_logprobs import TopTokens
 from switchkd.types import TeacherOutput
 
+T = TypeVar("T")
+
 
 class TeacherLogits:
-    """Knows the kind of the signals that arrive and holds the teacher's output head (None for kind "logits")."""
+    """Knows the kind of the outputs that arrive and holds the teacher's output head (for kind "hidden_states").
+    `vocab_size`: of whole rows that are made from kind "top_logprobs"."""
 
-    def __init__(self, head: OutputHead | None, device: str | torch.device = "cpu") -> None:
+    def __init__(self, head: OutputHead | None, device: str | torch.device = "cpu", vocab_size: int = 0) -> None:
         self.head = head
         self.device = torch.device(device)
+        self.vocab_size = vocab_size
         self.kind = "hidden_states"
         self.dtype = "float32"
 
@@ -33,22 +38,19 @@ class TeacherLogits:
         self.kind, self.dtype = teacher_output.kind, teacher_output.dtype
 
     def logits(self, values: np.ndarray) -> Tensor:
-        """Signal rows [n, D] (or [n, V]) to float32 logits [n, V]."""
-        return self._logits(values, self.kind, self.dtype)
-
-    def logits_of(self, answer: TeacherOutput) -> Tensor:
-        """Float32 logits [n, V] of an answer to a question, whose kind is not that of the signals."""
-        return self._logits(answer.values, answer.kind, answer.dtype)
-
-    def _logits(self, values: np.ndarray, kind: str, dtype: str) -> Tensor:
-        if kind == "top_logprobs":
-            raise RuntimeError("the top k of a row are not the row: ask the teacher for it (Teacher.exact)")
-        rows = from_numpy(values, dtype, self.device)
-        if kind == "logits":
+        """Rows as they travelled, [n, ...], to float32 logits [n, V]. Of `top_logprobs` the tail is spread evenly."""
+        if self.kind == "top_logprobs":
+            return spread(self.top_rows(values), self.vocab_size)
+        rows = from_numpy(values, self.dtype, self.device)
+        if self.kind == "logits":
             return rows.float()
         if self.head is None:
             raise RuntimeError("the teacher sends hidden states, but this process holds no output head of its")
         return self.head.logits(rows)
+
+    def top_rows(self, values: np.ndarray) -> TopK:
+        """Rows [n, 2 k + 2] of kind "top_logprobs"."""
+        return unpack(from_numpy(values, "int32", self.device))
 
     def uncertainty(self, values: np.ndarray, token_ids: np.ndarray, chunk: int = 64) -> np.ndarray:
         """ATKD's UnC = 1 - p(token) of given tokens: float32 [n]."""
@@ -63,7 +65,7 @@ class TeacherLogits:
     def top(self, values: np.ndarray, k: int, chunk: int = 64) -> TopTokens:
         """The k most likely ids of signal rows [n, D] (with `teacher.output: top_logprobs` no more than it has)."""
         if self.kind == "top_logprobs":
-            rows = unpack(from_numpy(values, "int32", self.device))
+            rows = self.top_rows(values)
             return TopTokens.padded(rows.ids[:, :k], rows.logprobs[:, :k], k)
         parts = [TopTokens.of(self.logits(values[i : i + chunk]), k) for i in range(0, len(values), chunk)]
         return TopTokens.joined(parts, k)
@@ -72,17 +74,17 @@ class TeacherLogits:
         return TeacherOutput(kind=self.kind, dtype=self.dtype, values=values, lengths=np.array([len(values)], np.int32))
 
 
-def lazy_logits(
-    reader: TeacherLogits, row_pieces: Sequence[np.ndarray], counts: np.ndarray
-) -> Callable[[np.ndarray, np.ndarray], Tensor]:
-    """A function (rows, positions) -> float32 logits [n, V] of position `positions[i]` of piece `rows[i]`. Only what is
+def lazy(
+    read: Callable[[np.ndarray], T], row_pieces: Sequence[np.ndarray], counts: np.ndarray
+) -> Callable[[np.ndarray, np.ndarray], T]:
+    """A function (rows, positions) -> what `read` makes of position `positions[i]` of piece `rows[i]`. Only what is
     asked for meets the output head."""
     values = np.concatenate([teacher_rows[:num] for teacher_rows, num in zip(row_pieces, counts, strict=True)])
     offsets = np.cumsum(counts) - counts
 
-    def rows_of(rows: np.ndarray, positions: np.ndarray) -> Tensor:
+    def rows_of(rows: np.ndarray, positions: np.ndarray) -> T:
         flat = offsets[rows] + positions
         everything = len(flat) == len(values) and (flat == np.arange(len(flat))).all()
-        return reader.logits(values if everything else values[flat])
+        return read(values if everything else values[flat])
 
     return rows_of

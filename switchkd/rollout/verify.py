@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +23,8 @@ from torch import Tensor
 
 from switchkd.algo.losses import uncertainty
 from switchkd.algo.sampling import Purpose, SamplingParams, coin, draw
-from switchkd.rollout.certify import Verdict, certified, coarse_statistic
-from switchkd.rollout.questions import Briefs
+from switchkd.algo.switching import Rule
+from switchkd.algo.topk import TopK, coarse_grain, kept, spread
 from switchkd.rollout.state import RolloutState
 from switchkd.rollout.top_logprobs import TopTokens
 from switchkd.types import TokenSource
@@ -36,6 +37,7 @@ VERIFY_COLUMNS = 4
 
 Rows = Callable[[np.ndarray, np.ndarray], Tensor]
 """Float32 logits [n, V] of proposed position `positions[i]` of row `rows[i]`."""
+TopRows = Callable[[np.ndarray, np.ndarray], TopK]
 RecordOutcome = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 """Hears of settled positions: t int [n], owned by the teacher bool [n], whether both models' draws differ: 1, 0, or -1
 where only one of them was made."""
@@ -48,23 +50,22 @@ class DraftBlock:
     tokens: np.ndarray
     counts: np.ndarray
     by_teacher: bool
-    p_rows: Rows  # `teacher.output: top_logprobs`: made to draw from
+    p_rows: Rows
     q_rows: Rows
-    briefs: Briefs | None = None  # `teacher.output: top_logprobs`: what of the teacher's rows is known
+    top_rows: TopRows | None = None  # `teacher.output: top_logprobs`: all that is known of the teacher's rows
 
     def of(self, members: list[int]) -> DraftBlock:
         """Of some rows only."""
         if len(members) == len(self.tokens):
             return self
-        index = np.array(members)
-        briefs = None if self.briefs is None else self.briefs.of(index)
+        index, top_rows = np.array(members), self.top_rows
         return DraftBlock(
             tokens=self.tokens[index],
             counts=self.counts[index],
             by_teacher=self.by_teacher,
-            p_rows=(lambda r, k: self.p_rows(index[r], k)) if briefs is None else briefs.to_draw,
+            p_rows=lambda r, k: self.p_rows(index[r], k),
             q_rows=lambda r, k: self.q_rows(index[r], k),
-            briefs=briefs,
+            top_rows=None if top_rows is None else lambda r, k: top_rows(index[r], k),
         )
 
 
@@ -113,8 +114,8 @@ def _settle(
     """Settle position k of rows `alive`: whether each settled token is the proposed one, bool [n]."""
     params, block = rows[0].params, span.block
     t = np.array([rows[r].t for r in alive])
-    verdict = certified(rows, span, alive, k) if span.certifies else _measured(rows, span, alive, k)
-    owned = np.array([bool(want) and rows[r].teacher_may_write for r, want in zip(alive, verdict.wants, strict=True)])
+    decision = _decide(rows, span, alive, k)
+    owned = decision.wants & np.array([rows[r].teacher_may_write for r in alive])
     proposed = block.tokens[alive, k]
     tokens, differ = _tokens(rows, span, alive, k, owned, probe=record_outcome is not None and k == 0)
     if record_outcome is not None:
@@ -122,34 +123,52 @@ def _settle(
     if params.wants_uncertainty:
         for r, value in zip(alive, span.uncertainty(alive, k, tokens).tolist(), strict=True):
             rows[r].uncertainty.append(value)
-    near = (verdict.gap < NEAR_TIE).numpy()
+    near = ((decision.statistic - decision.threshold).abs() < NEAR_TIE).numpy()
     if params.top_logprobs:
         for r, p, q in zip(alive, *span.tops(alive, k, params.top_logprobs), strict=True):
             rows[r].teacher_top.append(p)
             rows[r].student_top.append(q)
     for i, r in enumerate(alive):
         row = rows[r]
-        row.memory = verdict.memory[i : i + 1]
-        row.statistic.append(float(verdict.seen[i]))
-        row.threshold.append(float(verdict.threshold[i]))
+        row.memory = decision.memory[i : i + 1]
+        row.statistic.append(float(decision.statistic[i]))
+        row.threshold.append(float(decision.threshold[i]))
         row.num_near_ties += int(near[i])
         row.accept(int(tokens[i]), TokenSource.TEACHER if owned[i] else TokenSource.STUDENT, version, stop_ids)
     return tokens == proposed
 
 
-def _measured(rows: list[RolloutState], span: _Window, alive: np.ndarray, k: int) -> Verdict:
-    """Decide by the statistic itself."""
+class _Decision(NamedTuple):
+    """Which model writes one token of n rows, and why."""
+
+    wants: np.ndarray  # bool [n], the teacher
+    statistic: Tensor  # float64 [n], NaN where it was not computed
+    threshold: Tensor  # float64 [n]
+    memory: Tensor  # float64 [n, M], the rule's, after this token
+
+
+def _decide(rows: list[RolloutState], span: _Window, alive: np.ndarray, k: int) -> _Decision:
     rule = rows[0].params.rule
     memory = torch.cat([rows[r].memory for r in alive])
     t = torch.tensor([rows[r].t for r in alive])
-    statistic = seen = span.statistic[alive, k - span.first]
+    statistic = shown = span.statistic[alive, k - span.first]
     if rule.teacher_only is not None:  # where nothing is decided any more, nothing is measured, whoever proposed
         settled = rule.teacher_only(memory)
-        statistic, seen = statistic.masked_fill(settled, 0.0), seen.masked_fill(settled, torch.nan)
+        statistic, shown = statistic.masked_fill(settled, 0.0), shown.masked_fill(settled, torch.nan)
     threshold = rule.threshold(t, rows[alive[0]].step, memory)
     memory = rule.update(memory, statistic, threshold)
-    wants = (statistic > threshold).numpy()
-    return Verdict(wants=wants, seen=seen, threshold=threshold, gap=(seen - threshold).abs(), memory=memory)
+    return _Decision((statistic > threshold).numpy(), shown, threshold, memory)
+
+
+def _coarse_statistic(rule: Rule, row: TopK, q_logits: Tensor, drafted: Tensor, coins: Tensor) -> Tensor:
+    """The rule's statistic from compressed rows, [n]: that of both laws on the kept ids and one bin for the tail. A
+    rule that looks at the drafted id gets whole rows, the tail spread evenly: an id of the tail ranks behind all kept
+    ones."""
+    if rule.needs_draft:
+        p_logits = spread(row, q_logits.shape[1])
+    else:
+        p_logits, q_logits = coarse_grain(row, q_logits)
+    return rule.statistic(p_logits=p_logits, q_logits=q_logits, drafted=drafted, coins=coins)
 
 
 def _tokens(
@@ -171,7 +190,7 @@ def _tokens(
         if replaced and owned.any():
             tokens[owned] = _teacher_draws(rows, span, alive[owned], k, params.rule.replacement)
     else:
-        drawn = owned | (probe and not replaced and block.briefs is None)  # no question for curiosity's sake
+        drawn = owned | (probe and not replaced)
         other = _teacher_draws(rows, span, alive[drawn], k, params.rule.replacement if replaced else params.purpose)
         tokens[owned] = other[owned[drawn]]
     differ[drawn] = other != own[drawn]
@@ -181,7 +200,8 @@ def _tokens(
 def _teacher_draws(rows: list[RolloutState], span: _Window, which: np.ndarray, k: int, purpose: Purpose) -> np.ndarray:
     if len(which) == 0:
         return np.zeros(0, np.int64)
-    return draws(rows, which, np.zeros(len(which), int), span.p_rows(which, k), rows[0].params.teacher, purpose)
+    logits = span.rows_to_draw(which, k)
+    return draws(rows, which, np.zeros(len(which), int), logits, rows[0].params.teacher, purpose)
 
 
 def draws(
@@ -209,8 +229,7 @@ def draws(
 
 class _Window:
     """Both distributions of the live rows at the columns `first` to `first + SPAN`, and the rule's statistic there:
-    float64 [R, SPAN], NaN where nothing was proposed. A rule that reads no rows gets none. From compressed rows the
-    statistic lies between `low` and `high` (`certifies`), unless rollouts may be approximate."""
+    float64 [R, SPAN], NaN where nothing was proposed. A rule that reads no rows gets none."""
 
     def __init__(self, rows: list[RolloutState], block: DraftBlock, alive: np.ndarray, first: int) -> None:
         self.rows, self.block, self.first = rows, block, first
@@ -221,8 +240,7 @@ class _Window:
         r, k = np.nonzero(live)
         self._place = np.full(live.shape, -1)
         self._place[r, k] = np.arange(len(r))
-        brief = block.briefs is not None and rule.needs_rows
-        self._p = block.p_rows(r, first + k) if rule.needs_rows and not brief else None
+        self._p = block.p_rows(r, first + k) if rule.needs_rows and block.top_rows is None else None
         self._q = block.q_rows(r, first + k) if rule.needs_rows else None
         self._drawn: dict[int, int] = {}
         drafted = block.tokens[r, first + k]
@@ -231,69 +249,34 @@ class _Window:
             drafted = draws(rows, r, k, logits, params.student, params.purpose)
             self._drawn = dict(zip(self._place[r, k].tolist(), drafted.tolist(), strict=True))
         coins = coin(params.seed, [rows[i].task.rollout_id for i in r], np.array([rows[i].t for i in r], int) + k)
-        self._drafted, self._coins = torch.from_numpy(drafted), torch.from_numpy(coins)
-        self.statistic = torch.full(live.shape, torch.nan, dtype=torch.float64)
-        self.certifies = brief and not self.briefs.coarse
-        if self.certifies:
-            self.low, self.high = self.statistic.clone(), self.statistic.clone()
-            self._place_ends(r, k)
-            return
-        for i in r if brief else ():
-            rows[i].approximate = True
-        if brief and self._q is not None:
-            row = self.briefs.briefs(r, first + k).to(self._q.device)
-            values = coarse_statistic(rule, row, self._q, self._drafted, self._coins)
+        inputs = {"drafted": torch.from_numpy(drafted), "coins": torch.from_numpy(coins)}
+        if block.top_rows is not None and self._q is not None:
+            top = block.top_rows(r, first + k).to(self._q.device)
+            values = _coarse_statistic(rule, top, self._q, **inputs)
         else:
-            values = rule.statistic(p_logits=self._p, q_logits=self._q, drafted=self._drafted, coins=self._coins)
+            values = rule.statistic(p_logits=self._p, q_logits=self._q, **inputs)
+        self.statistic = torch.full(live.shape, torch.nan, dtype=torch.float64)
         self.statistic[r, k] = values.double().cpu()
 
-    @property
-    def briefs(self) -> Briefs:
-        assert self.block.briefs is not None
-        return self.block.briefs
-
-    def _place_ends(self, r: np.ndarray, k: np.ndarray) -> None:
-        """The cheap interval at every proposed position."""
-        rule = self.rows[0].params.rule
-        assert rule.interval is not None, f"rule {rule.name} has no interval form: build.check_topk refuses it"
-        assert self._q is not None, "a rule with an interval reads rows"
-        row = self.briefs.briefs(r, self.first + k).to(self._q.device)
-        ends = rule.interval(row=row, q_logits=self._q, drafted=self._drafted, tight=False)
-        self.low[r, k], self.high[r, k] = (end.double().cpu() for end in ends)
-
-    def ends(self, which: np.ndarray, k: int, *, tight: bool) -> tuple[Tensor, Tensor]:
-        """Between what the statistic of rows `which` at position k lies, float64 [n]."""
-        if not tight:
-            return self.low[which, k - self.first], self.high[which, k - self.first]
-        rule = self.rows[0].params.rule
-        assert rule.interval is not None
-        q_logits = self.q_rows(which, k)
-        row = self.briefs.briefs(which, np.full(len(which), k)).to(q_logits.device)
-        low, high = rule.interval(row=row, q_logits=q_logits, drafted=self._drafted[self._at(which, k)], tight=True)
-        return low.cpu(), high.cpu()
-
-    def measure(self, which: np.ndarray, k: int) -> Tensor:
-        """The statistic itself, from exact rows, float64 [n]."""
-        p_logits = self.briefs.exact(which, np.full(len(which), k), "undecided")
-        place = self._at(which, k)
-        statistic = self.rows[0].params.rule.statistic(
-            p_logits=p_logits, q_logits=self.q_rows(which, k), drafted=self._drafted[place], coins=self._coins[place]
-        )
-        return statistic.double().cpu()
+    def rows_to_draw(self, which: np.ndarray, k: int) -> Tensor:
+        """Logits [n, V] from which the teacher draws at position k of rows `which`. Of a compressed row these are the
+        kept ids, renormalised, as a teacher that sends such rows draws itself (`within_top`): exact where the
+        teacher's top_k ends within them, or its temperature is 0."""
+        if self.block.top_rows is None:
+            return self.p_rows(which, k)
+        return kept(self.block.top_rows(which, np.full(len(which), k)))
 
     def uncertainty(self, which: np.ndarray, k: int, tokens: np.ndarray) -> Tensor:
         """ATKD's UnC of the settled tokens, [n]."""
-        if self.block.briefs is not None:
-            return self.briefs.uncertainty(which, np.full(len(which), k), tokens)
         p_logits = self.p_rows(which, k)
         return uncertainty(p_logits, torch.from_numpy(tokens).to(p_logits.device))
 
     def tops(self, which: np.ndarray, k: int, num: int) -> tuple[list[TopTokens], list[TopTokens]]:
         """Each model's `num` most likely ids at position k of rows `which`, one piece a row."""
         student = TopTokens.of(self.q_rows(which, k), num)
-        if self.block.briefs is None:
+        if self.block.top_rows is None:
             return TopTokens.of(self.p_rows(which, k), num).split(), student.split()
-        rows = self.briefs.briefs(which, np.full(len(which), k))
+        rows = self.block.top_rows(which, np.full(len(which), k))
         return TopTokens.padded(rows.ids[:, :num], rows.logprobs[:, :num], num).split(), student.split()
 
     def q_rows(self, which: np.ndarray, k: int) -> Tensor:

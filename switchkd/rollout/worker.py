@@ -8,12 +8,12 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
 
 from switchkd.algo.divergence import agreement, forward_kl, per_row
+from switchkd.algo.topk import coarse_grain
 from switchkd.rollout.evaluate import eval_params
 from switchkd.rollout.generator import GenerationRequest, SwitchingGenerator
 from switchkd.rollout.state import StageRolloutParams
@@ -87,8 +87,6 @@ class RolloutWorker:
                 stats = rollout.stats
                 tally["bytes"] += stats.output_bytes
                 tally["rows"] += stats.num_scored_rows
-                tally["undecided"] += stats.num_undecided
-                tally["asked"] += stats.num_asked
                 tally["blocks"] += len(stats.block_lengths)
                 tally["in blocks"] += sum(stats.block_lengths)
                 if rollout.teacher_output is not None and rollout.teacher_output.kind == "top_logprobs":
@@ -124,8 +122,6 @@ class RolloutWorker:
             output_bytes=tally["bytes"],
             time_s=self._free_since - started,
             num_scored_rows=tally["rows"],
-            num_undecided=tally["undecided"],
-            num_asked=tally["asked"],
             tail_mass=tail,
             num_topk_tokens=tally["top_logprobs"],
             num_blocks=tally["blocks"],
@@ -224,17 +220,24 @@ class RolloutWorker:
         return rows
 
     def _compare(self, task: RolloutTask, chunk: int = 64) -> tuple[int, int, float]:
-        """Both models read a given completion: number of tokens, of equal arg maxes, and the sum of KL(p||q)."""
+        """Both models read a given completion: number of tokens, of equal arg maxes, and the sum of KL(p||q), with
+        `teacher.output: top_logprobs` that of both laws with one bin for the tail."""
         num = len(task.prompt.reference_ids)
         if num == 0:
             return 0, 0, 0.0
         writer = self._of(task.prompt.teacher)
-        teacher_output = writer.reference_scorer.exact(task)
+        values = writer.reference_scorer.rows(task).values
         agree, divergence = 0, 0.0
         for i, q_logits in self._student_rows(task.prompt, chunk):
-            p_logits = writer.reader.logits_of(replace(teacher_output, values=teacher_output.values[i : i + chunk]))
-            agree += int(agreement(p_logits, q_logits).sum())
-            divergence += float(per_row(forward_kl, p_logits, q_logits).sum())
+            rows = values[i : i + chunk]
+            if writer.reader.kind == "top_logprobs":
+                top = writer.reader.top_rows(rows)
+                agree += int((top.ids[:, 0] == q_logits.argmax(dim=-1)).sum())
+                divergence += float(per_row(forward_kl, *coarse_grain(top, q_logits)).sum())
+            else:
+                p_logits = writer.reader.logits(rows)
+                agree += int(agreement(p_logits, q_logits).sum())
+                divergence += float(per_row(forward_kl, p_logits, q_logits).sum())
         return num, agree, divergence
 
     def _reference_loss(self, index: int, prompt: Prompt) -> EvalRow:

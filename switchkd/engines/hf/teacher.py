@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from switchkd.algo.sampling import SamplingParams, draw
+from switchkd.algo.sampling import SamplingParams, draw, within_top
 from switchkd.algo.topk import compress, pack
 from switchkd.engines.hf.cuda_graphs import Capture
 from switchkd.engines.hf.model_runner import ModelRunner
@@ -21,7 +21,7 @@ from switchkd.engines.models import cpu_prepack
 from switchkd.engines.models.lm_head import LMHead, LMHeadState, lm_head_of
 from switchkd.engines.sessions import Session, SessionTable, split
 from switchkd.engines.wire import to_numpy
-from switchkd.types import Blocks, Positions, Sessions, TeacherOutput, WriteRequest, Written
+from switchkd.types import Blocks, Sessions, TeacherOutput, WriteRequest, Written
 
 _ROWS_AT_ONCE = 64
 """Whole rows that exist at the same time while they are compressed."""
@@ -65,8 +65,8 @@ class HFTeacher:
         return lm_head_of(self.model, self.vocab_size)
 
     def lm_head_state(self) -> LMHeadState | None:
-        """The head as it travels to everybody who rebuilds rows; None where whole rows travel."""
-        return None if self.kind == "logits" else self.head().to_arrays()
+        """The head as it travels to every process that rebuilds rows; None unless hidden states travel."""
+        return self.head().to_arrays() if self.kind == "hidden_states" else None
 
     def open(self, sessions: Sessions) -> None:
         """See Teacher. A session that is already held keeps what was read of a common beginning."""
@@ -74,45 +74,8 @@ class HFTeacher:
 
     def score(self, blocks: Blocks) -> TeacherOutput:
         """See Teacher. A session that does not reach `base_lens` counts as unknown."""
-        sessions, rows, lengths = self._read(blocks)
-        self._keep(sessions, rows, lengths, blocks)
+        _, rows, lengths = self._read(blocks)
         return self._teacher_output(rows, lengths)
-
-    def exact(self, question: Positions) -> TeacherOutput:
-        """See Teacher. What was answered last is still here; older rows are read again."""
-        found = []
-        for session_id, session, positions in self._sessions.of_question(question):
-            last = session.first + (0 if session.rows is None else len(session.rows))
-            if session.rows is None or positions.min() < session.first or positions.max() >= last:
-                self._read_again(session_id, session, int(positions.min()))
-            assert session.rows is not None
-            found.append(session.rows[torch.from_numpy(positions - session.first).to(session.rows.device)])
-        rows = torch.cat(found)
-        if self.kind == "logits":
-            return self._teacher_output(rows, question.lengths)
-        values, dtype = to_numpy(rows)
-        return TeacherOutput(
-            kind="hidden_states", dtype=dtype, values=values, lengths=question.lengths.astype(np.int32)
-        )
-
-    def _read_again(self, session_id: int, session: Session, first: int) -> None:
-        """All rows from `first` on, of the session as it stands."""
-        blocks = Blocks(
-            session_ids=np.array([session_id]), base_lens=np.array([len(session.tokens)]), first_rows=np.array([first]),
-            token_ids=np.zeros(0, np.int32), lengths=np.array([0]),
-        )  # fmt: skip
-        _, rows, _ = self._read(blocks)
-        session.first, session.rows = first, rows
-
-    def _keep(
-        self, sessions: list[Session], rows: torch.Tensor, lengths: Sequence[int] | np.ndarray, blocks: Blocks
-    ) -> None:
-        """Questions come for compressed rows only, and mostly for what was just answered."""
-        if self.kind != "top_logprobs":
-            return
-        parts = rows.split(list(map(int, lengths)))
-        for session, part, first in zip(sessions, parts, blocks.first_rows, strict=True):
-            session.keep(int(first), part)
 
     def write(self, request: WriteRequest) -> Written:
         """See Teacher."""
@@ -120,6 +83,8 @@ class HFTeacher:
         self._sessions.check_write(request)
         sessions, rows, lengths = self._read(blocks)
         sampling = SamplingParams(temperature=request.temperature, top_p=request.top_p, top_k=request.top_k)
+        if self.kind == "top_logprobs":
+            sampling = within_top(sampling, self.top_k)
         alive = np.arange(len(sessions))
         hidden = [list(part.unbind(0)) for part in rows.split(lengths.tolist())]
         last = rows[torch.from_numpy(np.cumsum(lengths) - 1).to(rows.device)]
@@ -147,14 +112,13 @@ class HFTeacher:
                 hidden[b].append(row)
         for session, part in zip(sessions, tokens, strict=True):
             session.tokens = np.append(session.tokens, part[-1])  # not read
-        answered, sizes = torch.stack([row for part in hidden for row in part]), [len(part) for part in hidden]
-        self._keep(sessions, answered, sizes, blocks)
-        teacher_output = self._teacher_output(answered, sizes)
         return Written(
             token_ids=np.concatenate([np.array(part, np.int32) for part in tokens]),
             lengths=np.array([len(part) for part in tokens], np.int32),
             margins=np.concatenate([np.array(part, np.float32) for part in margins]),
-            teacher_output=teacher_output,
+            teacher_output=self._teacher_output(
+                torch.stack([row for part in hidden for row in part]), [len(part) for part in hidden]
+            ),
         )
 
     def _read(self, blocks: Blocks) -> tuple[list[Session], torch.Tensor, np.ndarray]:
@@ -166,7 +130,6 @@ class HFTeacher:
         new = split(blocks.token_ids, blocks.lengths)
         for session, base, start, tokens in zip(sessions, bases, starts, new, strict=True):
             session.tokens = np.concatenate([session.tokens[:base], tokens])
-            session.cut_rows(int(base))
             session.num_read = int(start)  # true even if reading fails
         slots = np.array([s.slot for s in sessions], np.int64)
         unread = np.concatenate([s.tokens[s.num_read :] for s in sessions])
@@ -178,9 +141,10 @@ class HFTeacher:
     def _teacher_output(self, rows: torch.Tensor, lengths: Sequence[int] | np.ndarray) -> TeacherOutput:
         if self.kind == "top_logprobs":
             words = [pack(compress(self._logits(part), self.top_k)) for part in rows.split(_ROWS_AT_ONCE)]
-            values, dtype = to_numpy(torch.cat(words))
-            return TeacherOutput(kind=self.kind, dtype=dtype, values=values, lengths=np.asarray(lengths, np.int32))
-        values, dtype = to_numpy(rows if self.kind == "hidden_states" else rows[:, : self.vocab_size].contiguous())
+            rows = torch.cat(words)
+        elif self.kind == "logits":
+            rows = rows[:, : self.vocab_size].contiguous()
+        values, dtype = to_numpy(rows)
         return TeacherOutput(kind=self.kind, dtype=dtype, values=values, lengths=np.asarray(lengths, np.int32))
 
     def _logits(self, rows: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,17 +32,18 @@ _CPU_CACHE_BYTES = 2**30
 
 
 class Engine:
-    """vLLM itself, one per process. `arguments` are vLLM's own and pass through as they are."""
+    """vLLM itself, one per process. `arguments` are vLLM's own and pass through as they are. Without the workers'
+    extension (`extended` False) it gives its public log-probs alone."""
 
     def __init__(self, path: str, *, dtype: str, max_len: int, max_sessions: int, revision: str | None = None,
-                 trust_remote_code: bool = False, interface: Literal["extension", "public"] = "extension",
+                 trust_remote_code: bool = False, extended: bool = True,
                  arguments: dict[str, Any] | None = None) -> None:  # fmt: skip
         for name, value in _SETTINGS.items():
             os.environ.setdefault(name, value)
         from vllm import LLM, SamplingParams
 
         self.path, self.revision, self.trust_remote_code = path, revision, trust_remote_code
-        self.dtype, self.max_len, self.extended = getattr(torch, dtype), max_len, interface == "extension"
+        self.dtype, self.max_len, self.extended = getattr(torch, dtype), max_len, extended
         self.num_positions_read = 0
         given = dict(arguments or {})
         _check_arguments(given)

@@ -35,8 +35,7 @@ def output_layer(
     weight = _read(name, files, [*_names(shared, getattr(layer, "weight", None)), *_OLD_NAMES], hub_args)
     if weight is None:
         raise ConfigError(
-            f"the safetensors files of {name} hold no output matrix by its name; take teacher.backend: hf, or "
-            "teacher.interface: public with teacher.output: top_logprobs"
+            f"the safetensors files of {name} hold no output matrix by its name; take teacher.backend: hf"
         )
     bias = _read(name, files, _names(shared, getattr(layer, "bias", None)), hub_args)
     return weight, bias, config.get_text_config()

@@ -19,7 +19,6 @@ import torch
 from switchkd.algo.topk import TopK, pack
 from switchkd.config.errors import ConfigError
 from switchkd.engines.models.lm_head import LMHead, LMHeadState, fit_lm_head
-from switchkd.engines.sessions import Session
 from switchkd.engines.vllm.engine import RowRequest
 from switchkd.engines.vllm.lm_head import output_layer
 from switchkd.engines.wire import from_numpy, to_numpy
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from switchkd.engines.vllm.engine import Engine
 
 _PROBE = 8  # tokens
-_OTHER_WAYS = "take teacher.backend: hf, or teacher.interface: public with teacher.output: top_logprobs"
+_OTHER_WAY = "take teacher.backend: hf"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,9 +47,6 @@ class Rows(Protocol):
 
     def teacher_output(self, rows: torch.Tensor, lengths: np.ndarray) -> TeacherOutput:
         """Rows as they travel."""
-
-    def exact(self, found: list[tuple[Session, np.ndarray]], lengths: np.ndarray) -> TeacherOutput:
-        """Exact rows of single positions of sessions."""
 
     def lm_head_state(self) -> LMHeadState | None: ...
 
@@ -84,7 +80,7 @@ class HiddenRows:
         bias = None if bias is None else bias[:vocab_size].to(hidden.dtype).float()
         return fit_lm_head(
             weight, bias, config, hidden, torch.from_numpy(logits), dtype=self.engine.dtype, name=self.engine.path,
-            remedy=_OTHER_WAYS,
+            remedy=_OTHER_WAY,
         )  # fmt: skip
 
     def ask(self, jobs: Sequence[RowRequest]) -> list[Answer]:
@@ -108,25 +104,8 @@ class HiddenRows:
             values, dtype = _first_of(words), "int32"
         return TeacherOutput(kind=self.kind, dtype=dtype, values=values, lengths=lengths.astype(np.int32))
 
-    def exact(self, found: list[tuple[Session, np.ndarray]], lengths: np.ndarray) -> TeacherOutput:
-        parts: list[torch.Tensor | None] = []
-        for session, positions in found:
-            kept = session.kept(int(positions.min()), int(positions.max()) + 1)
-            complete = kept is not None and len(kept) > positions.max() - positions.min()
-            parts.append(kept if complete else None)
-        jobs = [
-            RowRequest(tokens=session.tokens[: positions.max() + 1], first=int(positions.min()))
-            for (session, positions), part in zip(found, parts, strict=True)
-            if part is None
-        ]
-        fresh = iter(self.ask(jobs) if jobs else [])
-        rows = [next(fresh).rows if part is None else part for part in parts]
-        picked = [part[positions - positions.min()] for (_, positions), part in zip(found, rows, strict=True)]
-        values, dtype = to_numpy(torch.cat(picked))
-        return TeacherOutput(kind="hidden_states", dtype=dtype, values=values, lengths=lengths.astype(np.int32))
-
-    def lm_head_state(self) -> LMHeadState:
-        return self.head.to_arrays()
+    def lm_head_state(self) -> LMHeadState | None:
+        return self.head.to_arrays() if self.kind == "hidden_states" else None
 
 
 class PublicRows:
@@ -165,7 +144,7 @@ class PublicRows:
         if ids.max() >= self.vocab_size:
             raise ValueError(
                 f"id {ids.max()} is among the {self.top_k} most likely, the tokenizer has {self.vocab_size} tokens; "
-                "take teacher.interface: extension"
+                "take teacher.output: hidden_states"
             )
         order = np.lexsort((ids, -logprobs))
         tail = max(1.0 - float(np.exp(logprobs).sum()), 0.0)
@@ -179,20 +158,6 @@ class PublicRows:
 
     def teacher_output(self, rows: torch.Tensor, lengths: np.ndarray) -> TeacherOutput:
         return TeacherOutput(kind="top_logprobs", dtype="int32", values=rows.numpy(), lengths=lengths.astype(np.int32))
-
-    def exact(self, found: list[tuple[Session, np.ndarray]], lengths: np.ndarray) -> TeacherOutput:
-        """Whole rows of log-probs, one request a position: slow, and rarely asked for."""
-        jobs = [
-            RowRequest(tokens=session.tokens[: position + 1], first=int(position))
-            for session, positions in found
-            for position in positions.tolist()
-        ]
-        rows = np.full((len(jobs), self.vocab_size), -np.inf, np.float32)
-        for row, (_, output) in zip(rows, self.engine.run(jobs, logprobs=-1, flat_logprobs=True), strict=True):
-            entry = output.outputs[0].logprobs
-            ids, values = np.array(entry.token_ids), np.array(entry.logprobs, np.float32)
-            row[ids[ids < self.vocab_size]] = values[ids < self.vocab_size]
-        return TeacherOutput(kind="logits", dtype="float32", values=rows, lengths=lengths.astype(np.int32))
 
     def lm_head_state(self) -> None:
         return None
@@ -212,7 +177,7 @@ def _first_of(answers: list[bytes]) -> Any:
     """What the one worker said that had something to say."""
     found = [answer for answer in answers if answer]
     if not found:
-        raise RuntimeError(f"vLLM's workers gave no hidden states; {_OTHER_WAYS}")
+        raise RuntimeError(f"vLLM's workers gave no hidden states; {_OTHER_WAY}")
     return pickle.loads(found[0])
 
 

@@ -1,28 +1,29 @@
 """The production teacher: vLLM behind the Teacher protocol, with paged caches, tensor parallelism and its own kernels.
 
-In: sessions and blocks. Out: `teacher.output: hidden_states` or `topk`. A session is nothing but its tokens: vLLM's
-prefix cache holds what was read, by content, so a block at the end of a long prefix costs its own tokens and at most
-one cache block more.
+In: sessions and blocks. Out: `teacher.output: hidden_states` or `top_logprobs`. A session is nothing but its tokens:
+vLLM's prefix cache holds what was read, by content, so a block at the end of a long prefix costs its own tokens and at
+most one cache block more.
 
-`interface: extension` (exact) takes final hidden states out of vLLM's workers, see vllm_worker.py. `public` reads the
-top k from `prompt_logprobs`, for a vLLM whose workers cannot be extended: the tail's entropy is not known there.
+Rows come from final hidden states, which the workers' extension takes out of vLLM (`worker.py`). An engine without the
+extension gives the top k of its public `prompt_logprobs`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Literal
 
 import numpy as np
 import torch
 
+from switchkd.algo.sampling import SamplingParams, within_top
 from switchkd.engines.models.lm_head import LMHeadState
 from switchkd.engines.sessions import Session, SessionTable, split
 from switchkd.engines.vllm.engine import Engine, RowRequest
 from switchkd.engines.vllm.outputs import Answer, HiddenRows, PublicRows, Rows
-from switchkd.types import Blocks, Positions, Sessions, TeacherOutput, WriteRequest, Written
+from switchkd.types import Blocks, Sessions, TeacherOutput, WriteRequest, Written
 
 
 class VLLMTeacher:
@@ -33,6 +34,7 @@ class VLLMTeacher:
                  output: Literal["hidden_states", "top_logprobs"] = "hidden_states", top_k: int = 64,
                  clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
         self.engine, self.vocab_size = engine, vocab_size
+        self._output, self._top_k = output, top_k
         self._sessions = SessionTable(max_sessions=max_sessions, max_len=max_len, lease_s=lease_s, clock=clock)
         self._rows: Rows = (
             HiddenRows(engine, vocab_size=vocab_size, kind=output, top_k=top_k)
@@ -50,7 +52,7 @@ class VLLMTeacher:
         return len(self._sessions)
 
     def lm_head_state(self) -> LMHeadState | None:
-        """The head as it travels to everybody who rebuilds rows; None where no hidden states travel."""
+        """The head as it travels to every process that rebuilds rows; None unless hidden states travel."""
         return self._rows.lm_head_state()
 
     def open(self, sessions: Sessions) -> None:
@@ -71,7 +73,10 @@ class VLLMTeacher:
         """See Teacher. The draws are made inside vLLM, see vllm_worker.KeyedDraws."""
         self._sessions.check_write(request)
         sessions = self._appended(request.blocks)
-        law = {name: getattr(request, name) for name in ("run_seed", "purpose", "temperature", "top_p", "top_k")}
+        sampling = SamplingParams(temperature=request.temperature, top_p=request.top_p, top_k=request.top_k)
+        if self._output == "top_logprobs":
+            sampling = within_top(sampling, self._top_k)
+        law = {"run_seed": request.run_seed, "purpose": request.purpose, **asdict(sampling)}
         jobs = [
             RowRequest(
                 tokens=s.tokens, first=int(first), count=int(count), stop_ids=tuple(request.stop_ids.tolist()),
@@ -92,11 +97,6 @@ class VLLMTeacher:
             margins=np.concatenate([np.array(answer.margins, np.float32) for answer in answers]),
             teacher_output=self._rows.teacher_output(torch.cat([answer.rows for answer in answers]), lengths),
         )
-
-    def exact(self, question: Positions) -> TeacherOutput:
-        """See Teacher. What was answered last is still here; older rows are read again."""
-        found = [(session, positions) for _, session, positions in self._sessions.of_question(question)]
-        return self._rows.exact(found, question.lengths)
 
     def close(self, session_ids: np.ndarray) -> None:
         """See Teacher."""
@@ -123,7 +123,7 @@ class VLLMTeacher:
             answer = fresh.get(i) or Answer(first=len(job.tokens), rows=_none_of(kept[i]), token_ids=[], margins=[])
             rows = answer.rows[rest[i].first - answer.first :] if i in fresh else answer.rows
             rows = rows if kept[i] is None else torch.cat([kept[i], rows])  # type: ignore[list-item]
-            session.keep(job.first, rows)
+            session.first, session.rows = job.first, rows
             answers.append(replace(answer, first=job.first, rows=rows))
         return answers
 

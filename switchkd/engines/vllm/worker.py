@@ -44,7 +44,7 @@ class HiddenStateCapture:
             if not hasattr(runner, name):
                 raise RuntimeError(
                     f"vLLM's model runner {type(runner).__name__} has no {name}: it hands out no hidden states; "
-                    "take teacher.interface: public with teacher.output: top_logprobs, or teacher.backend: hf"
+                    "take teacher.backend: hf"
                 )
         self.runner, self.keeps = runner, keeps
         self.head: LMHead | None = None
@@ -152,7 +152,7 @@ class RowReader:
 
     @torch.inference_mode()
     def switchkd_compress(self, rows: bytes, k: int) -> bytes:
-        """Hidden states to packed top-k rows (`algo/compressed.py`); on the first worker only."""
+        """Hidden states to packed top-k rows (`algo/topk.py`); on the first worker only."""
         assert _capture is not None
         if not _capture.keeps or _capture.head is None:
             return b""

@@ -281,7 +281,8 @@ def agreements(pair: Pair, rollouts: Sequence[Rollout], params: RolloutParams) -
         hidden = pair.student.extend(np.array([0]), np.array([0], np.int32), ids, np.array([len(ids)], np.int32))
         q_logits = pair.student.head.logits(hidden[-num:])
         assert rollout.teacher_output is not None
-        p_logits = reader.logits_of(rollout.teacher_output)
+        reader.set_format(rollout.teacher_output)
+        p_logits = reader.logits(rollout.teacher_output.values)
         key = {"run_seed": params.seed, "rollout_ids": [rollout.rollout_id] * num, "positions": range(num)}
         purposes = (params.rule.replacement, Purpose.GUMBEL)
         teachers, students = (

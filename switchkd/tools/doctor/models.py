@@ -25,7 +25,7 @@ from switchkd.rollout.build import make_worker
 from switchkd.rollout.teacher_logits import TeacherLogits
 from switchkd.tools.doctor.check import CheckResult, fail, ok, warn
 from switchkd.tools.offline import first_rollouts
-from switchkd.types import Blocks, Positions, Rollout, Sessions, TokenSource
+from switchkd.types import Blocks, Rollout, Sessions, TokenSource
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
 """Difference of a log-probability between batch shapes that the rounding of the dtype explains."""
@@ -148,7 +148,8 @@ def determinism(config: Config, teacher: Teacher, head: LMHead | None, tokens: n
 
 
 def _logprobs(teacher: Teacher, reader: TeacherLogits, sequences: list[np.ndarray], turn: int) -> torch.Tensor:
-    """Log-probabilities [T, V] of the first sequence, read in one call with the others, in sessions of their own."""
+    """Log-probabilities [T, V] (with `top_logprobs` [T, k], of the kept ids) of the first sequence, read in one call
+    with the others, in sessions of their own."""
     ids = np.array([_SESSION + 8 * turn + i for i in range(len(sequences))], np.int64)
     lengths = np.array([len(tokens) for tokens in sequences], np.int32)
     teacher.open(Sessions(session_ids=ids, token_ids=np.concatenate(sequences).astype(np.int32), lengths=lengths))
@@ -156,11 +157,12 @@ def _logprobs(teacher: Teacher, reader: TeacherLogits, sequences: list[np.ndarra
     teacher_output = teacher.score(
         Blocks(session_ids=ids, base_lens=lengths, first_rows=nothing, token_ids=nothing[:0], lengths=nothing)
     )
-    if teacher_output.kind == "top_logprobs":
-        every = np.arange(lengths[0], dtype=np.int32)
-        teacher_output = teacher.exact(Positions(session_ids=ids[:1], positions=every, lengths=lengths[:1]))
     teacher.close(ids)
-    return reader.logits_of(teacher_output)[: lengths[0]].double().log_softmax(-1).clamp(min=-30)
+    reader.set_format(teacher_output)
+    rows = teacher_output.values[: lengths[0]]
+    if teacher_output.kind == "top_logprobs":
+        return reader.top_rows(rows).logprobs.double().clamp(min=-30)
+    return reader.logits(rows).double().log_softmax(-1).clamp(min=-30)
 
 
 def _written(rollout: Rollout, took_s: float) -> CheckResult:

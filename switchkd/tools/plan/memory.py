@@ -63,12 +63,7 @@ def teacher_memory(config: Config, shape: Shape) -> Parts:
         return {name: parts[name] for name in ("weights", "kv cache")}
     if section.output != "logits" and each < 4:
         parts["output matrix, float32"] = 4.0 * shape.head_params
-    parts |= _packed(config, "teacher", shape, 4.0 * shape.head_params)
-    if section.output == "top_logprobs":
-        from switchkd.engines.sessions import KEPT_ROWS
-
-        parts["kept rows"] = float(each * section.max_sessions * KEPT_ROWS * shape.head_width)
-    return parts
+    return parts | _packed(config, "teacher", shape, 4.0 * shape.head_params)
 
 
 def worker_memory(config: Config, shapes: dict[str, Shape]) -> Parts:
@@ -81,7 +76,7 @@ def worker_memory(config: Config, shapes: dict[str, Shape]) -> Parts:
     }
     if each < 4:
         parts["output matrix, float32"] = 4.0 * shape.head_params
-    if "teacher" in shapes and config.teacher.output != "logits":
+    if "teacher" in shapes and config.teacher.output == "hidden_states":
         parts["teacher's output matrix"] = 4.0 * shapes["teacher"].head_params
     heads = 4.0 * shape.head_params + parts.get("teacher's output matrix", 0.0)
     parts |= _packed(config, "rollout", shape, heads)
@@ -128,8 +123,7 @@ def forward_pass(shape: Shape, num_columns: int, each: int, most: int | None = N
 def learner_memory(config: Config, shapes: dict[str, Shape]) -> Parts:
     learner, shape = config.learner, shapes["student"]
     parts = {**states(config, shape), "activations": activations(config, shape)}
-    output = config.teacher.output
-    if "teacher" in shapes and output != "logits":
+    if "teacher" in shapes and config.teacher.output == "hidden_states":
         parts["teacher's output matrix"] = 4.0 * shapes["teacher"].head_params
     parts["rows of a chunk"] = _chunk_space(config, shape)
     if not shape.trainable:  # summed over chunks in float32; of a short type also one chunk's

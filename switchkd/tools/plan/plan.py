@@ -107,7 +107,7 @@ def wire(config: Config, stage: StageConfig, sizes: dict[str, Shape], num_proces
     teacher = sizes["teacher"] if stage.needs_teacher else None
     row = row_bytes(config, teacher) if teacher else 0.0
     num_workers, num_ranks = num_processes.get("rollout", 0), num_processes["learner"]
-    takes_lm_head = teacher is not None and config.teacher.output != "logits"
+    takes_lm_head = teacher is not None and config.teacher.output == "hidden_states"
     return Wire(
         teacher_row=row,
         rollout_token=row + RECORD_BYTES,
