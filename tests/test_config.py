@@ -66,7 +66,7 @@ def written(folder: Path, raw: object) -> Path:
         (tree(train={"stages": [{"steps": 1, "loss": {"type": "kl"}}]}), r"loss.type='kl' is not known; .*forward_kl"),
         (tree(train={"stages": [{"steps": 1, "batch_size": 3}]}, learner={"num_ranks": 2}), r"no multiple .* take 4"),
         (tree(train={"stages": [{"steps": 1, "mix": {"rollout": 0}}]}), r"at least one of rollout, dataset, teacher"),
-        (tree(train={"stages": [{"steps": 1, "name": "a"}] * 2}), r"name 'a' stands twice"),
+        (tree(train={"stages": [{"steps": 1, "name": "a"}] * 2}), r"two stages have the name 'a'"),
         (tree(train={"stages": [{"steps": 1}], "select_by": "rouge_l"}), r"need eval.data"),
         (tree(student={"prune": {}}), r"exactly one of layers and num_layers"),
         (tree(learner={"zero_stage": 0, "dtype": "bfloat16"}), r"take stage 1"),

@@ -1,6 +1,6 @@
-"""What an error says, cut to what fits into a line of ours.
+"""ConfigError, and the message of any exception as one line.
 
-In: an exception. Out: text without line breaks; never empty: an error without a message is named by its type.
+In: an exception. Out: text without line breaks, never empty: an error without a message is named by its type.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ def first_line(error: BaseException) -> str:
 
 
 def last_line(error: BaseException) -> str:
-    """Where other people's errors carry a traceback, the last line is the one that tells."""
+    """The line that names the error where its message carries a traceback."""
     return _lines(error)[-1]
 
 
 def one_line(error: BaseException) -> str:
-    """All of it."""
+    """The whole message, joined."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -31,4 +31,4 @@ def _lines(error: BaseException) -> list[str]:
 
 
 class ConfigError(Exception):
-    """What is wrong with the user's input and what to do about it, in one line."""
+    """A mistake in the user's input. Its message is one line: the key, the value, and the remedy."""

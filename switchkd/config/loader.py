@@ -1,7 +1,7 @@
-"""What the user may say: one YAML file with dotted overrides becomes one checked `Config`.
+"""Loads one YAML file with dotted overrides into one checked `Config`.
 
-In: a path and overrides such as `rollout.num_workers=2`. Out: a frozen tree of sections (`sections.py`), or a
-ConfigError whose text names the key, the value and the remedy. Imports nothing heavy: a typo is answered in a blink.
+In: a path and overrides such as `rollout.num_workers=2`. Out: a frozen tree of sections (`schema.py`), or a ConfigError
+whose text names the key, the value and the remedy. Imports nothing heavy, so that a typo is answered at once.
 
 Defaults that come from a paper are those of the rule (see `SAMPLING_OF_RULE`); `resolved()` shows them filled in.
 """
@@ -44,7 +44,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
 
 
 def read_yaml(path: Path, what: str, example: str) -> dict[str, Any]:
-    """The keys of a file. Raises ConfigError, in which the file is a `what`, and `example` one that is right."""
+    """The keys of a file. Raises ConfigError, which calls the file a `what` and names `example` as a valid one."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -70,11 +70,11 @@ def parse(raw: dict[str, Any]) -> Config:
 
 
 def _with_teachers(raw: dict[str, Any]) -> dict[str, Any]:
-    """Each of `teachers` with what it leaves out taken from `teacher`."""
-    shared, several = raw.get("teacher") or {}, raw.get("teachers")
-    if not isinstance(shared, dict) or not isinstance(several, dict):
+    """Fill in what each of `teachers` leaves out from `teacher`."""
+    shared, teachers = raw.get("teacher") or {}, raw.get("teachers")
+    if not isinstance(shared, dict) or not isinstance(teachers, dict):
         return raw
-    filled = {name: {**shared, **own} if isinstance(own, dict) else own for name, own in several.items()}
+    filled = {name: {**shared, **keys} if isinstance(keys, dict) else keys for name, keys in teachers.items()}
     return {**raw, "teachers": filled}
 
 
@@ -84,8 +84,8 @@ _FROM_TRAIN = ("batch_size", "mix")
 
 
 def _with_stages(raw: dict[str, Any]) -> dict[str, Any]:
-    """Every stage with what it leaves out filled in from `rollout`, `learner` and `train`; one stage where none is
-    given. `train.num_steps` sets the last one's steps. What is not a section is left for pydantic to name."""
+    """Fill in what each stage leaves out from `rollout`, `learner` and `train`; without stages there is one.
+    `train.num_steps` sets the last one's steps. What is not a section is left for pydantic to name."""
     train = raw.get("train")
     if not isinstance(train, dict):
         return raw
@@ -96,24 +96,23 @@ def _with_stages(raw: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError("train.num_steps: this key is required where train.stages does not say the steps; add it")
     shared: dict[str, Any] = {}
     for section, keys in (("rollout", _FROM_ROLLOUT), ("learner", _FROM_LEARNER), ("train", _FROM_TRAIN)):
-        given = raw.get(section)
-        shared |= {key: given[key] for key in keys if isinstance(given, dict) and key in given}
-    filled = [{**shared, **{key: _over(shared, key, value) for key, value in stage.items()}} for stage in stages]
+        values = raw.get(section)
+        shared |= {key: values[key] for key in keys if isinstance(values, dict) and key in values}
+    filled = [{**shared, **{key: _merged(shared.get(key), key, stage[key]) for key in stage}} for stage in stages]
     if train.get("num_steps") is not None:
         filled[-1]["steps"] = train["num_steps"]
     return {**raw, "train": {**train, "stages": filled}}
 
 
-def _over(shared: dict[str, Any], key: str, own: Any) -> Any:
+def _merged(shared: Any, key: str, value: Any) -> Any:
     """A stage's rule or loss that names no type changes single keys of the shared one."""
-    base = shared.get(key)
-    if key in ("rule", "loss") and isinstance(base, dict) and isinstance(own, dict) and "type" not in own:
-        return {**base, **own}
-    return own
+    if key in ("rule", "loss") and isinstance(shared, dict) and isinstance(value, dict) and "type" not in value:
+        return {**shared, **value}
+    return value
 
 
 def resolved(config: Config) -> dict[str, Any]:
-    """Every key with the value it has, as plain values: what is written into the run folder."""
+    """Every key with its value, as plain values."""
     return config.model_dump(mode="json")
 
 
@@ -153,32 +152,31 @@ def _index(node: list, part: str, key: str) -> int:
 
 
 def _complete_stage(config: Config, index: int, stage: StageConfig) -> StageConfig:
-    """Fill in names and sampling (the stage's, else the model's, else the rule's own), so that the resolved config
-    shows what will happen."""
+    """Fill in names and sampling (the stage's, else the model's, else the rule's own), so that the resolved config is
+    complete."""
     rule = stage.rule
     kind = ALIASES.get(rule.type, rule.type)
     if ":" not in kind and kind not in RULES:
-        key = _said(config.rollout.rule.type, rule.type, "rollout.rule.type", index, "rule.type")
+        key = _key_of(config.rollout.rule.type, rule.type, "rollout.rule.type", index, "rule.type")
         raise ConfigError(_unknown(key, rule.type, (*RULES, *ALIASES), "my_file:my_rule"))
     if ":" not in stage.loss.type and stage.loss.type not in LOSSES:
-        key = _said(config.learner.loss.type, stage.loss.type, "learner.loss.type", index, "loss.type")
+        key = _key_of(config.learner.loss.type, stage.loss.type, "learner.loss.type", index, "loss.type")
         raise ConfigError(_unknown(key, stage.loss.type, LOSSES, "my_file:my_loss"))
-    papers = SAMPLING_OF_RULE.get(kind, {})
     filled = {}
-    for side, given, model in (("student", rule.student, config.student), ("teacher", rule.teacher, config.teacher)):
-        temperature, top_p = papers.get(side, (1.0, 1.0))
-        filled[side] = SamplingConfig(
-            temperature=_first(given.temperature, model.temperature, temperature),
-            top_p=_first(given.top_p, model.top_p, top_p),
-            top_k=_first(given.top_k, model.top_k, 0),
+    for role, sampling, model in (("student", rule.student, config.student), ("teacher", rule.teacher, config.teacher)):
+        temperature, top_p = SAMPLING_OF_RULE.get(kind, {}).get(role, (1.0, 1.0))
+        filled[role] = SamplingConfig(
+            temperature=_first(sampling.temperature, model.temperature, temperature),
+            top_p=_first(sampling.top_p, model.top_p, top_p),
+            top_k=_first(sampling.top_k, model.top_k, 0),
         )
     rule = rule.model_copy(update={"type": kind, **filled})
     return stage.model_copy(update={"rule": rule, "name": stage.name or f"stage-{index + 1}"})
 
 
-def _said(shared: Any, value: Any, key: str, index: int, own: str) -> str:
-    """The key under which a stage's value was given: the shared one, or the stage's own."""
-    return key if shared == value else f"train.stages.{index}.{own}"
+def _key_of(shared_value: Any, value: Any, shared_key: str, index: int, key: str) -> str:
+    """The key that a stage's value comes from: the shared one, or the stage's own."""
+    return shared_key if shared_value == value else f"train.stages.{index}.{key}"
 
 
 def _first(*values: Any) -> Any:
@@ -190,14 +188,14 @@ def _check_across(config: Config) -> None:
     names = [stage.name for stage in stages]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"train.stages: the name {name!r} stands twice; give each stage its own")
+            raise ConfigError(f"train.stages: two stages have the name {name!r}; give each its own")
     ranks = config.learner.num_ranks
     for i, stage in enumerate(stages):
-        key = _said(config.train.batch_size, stage.batch_size, "train.batch_size", i, "batch_size")
+        key = _key_of(config.train.batch_size, stage.batch_size, "train.batch_size", i, "batch_size")
         if stage.batch_size % ranks:
             raise ConfigError(
-                f"{key}={stage.batch_size} is no multiple of learner.num_ranks={ranks}; "
-                f"take {-(-stage.batch_size // ranks) * ranks}"
+                f"{key}={stage.batch_size} is no multiple of learner.num_ranks={ranks}; take "
+                f"{-(-stage.batch_size // ranks) * ranks}"
             )
         if stage.batch_size > config.replay.capacity:
             raise ConfigError(
@@ -220,13 +218,13 @@ def _check_across(config: Config) -> None:
         raise ConfigError("train.select_by and train.early_stop need eval.data; name a file or remove them")
     if config.train.early_stop and not config.train.select_by:
         raise ConfigError("train.early_stop needs train.select_by; name a metric such as rouge_l")
-    by = config.train.select_by
-    if by and by not in config.eval.metrics:
-        raise ConfigError(_unknown("train.select_by", by, config.eval.metrics, "one of eval.metrics"))
+    metric = config.train.select_by
+    if metric and metric not in config.eval.metrics:
+        raise ConfigError(_unknown("train.select_by", metric, config.eval.metrics, "one of eval.metrics"))
 
 
 def _check_adaptive(config: Config) -> None:
-    """DistiLLM's replay lives on evaluations, and draws between rollouts and the data set."""
+    """DistiLLM's replay needs evaluations, and draws between rollouts and the data set."""
     replay, policy = config.replay, "replay.policy=adaptive"
     if replay.policy != "adaptive":
         if replay.adaptive != AdaptiveScheduleConfig():
@@ -240,10 +238,10 @@ def _check_adaptive(config: Config) -> None:
     for i, stage in enumerate(config.train.stages):
         mix = stage.mix
         if mix.rollout and (not mix.dataset or mix.teacher):
-            key = _said(config.train.mix, mix, "train.mix", i, "mix")
-            told = f"rollout {mix.rollout:g}, dataset {mix.dataset:g}, teacher {mix.teacher:g}"
+            key = _key_of(config.train.mix, mix, "train.mix", i, "mix")
+            shares = f"rollout {mix.rollout:g}, dataset {mix.dataset:g}, teacher {mix.teacher:g}"
             raise ConfigError(
-                f"{key} ({told}): {policy} draws between rollouts and the data set; take {{rollout: 1, dataset: 1}} "
+                f"{key} ({shares}): {policy} draws between rollouts and the data set; take {{rollout: 1, dataset: 1}} "
                 "(phi decides), or a mix without rollouts for a stage of its own"
             )
     if not any(stage.mix.rollout and stage.steps for stage in config.train.stages):
@@ -258,7 +256,7 @@ def _check_teachers(config: Config) -> None:
         for key in ("temperature", "top_p", "top_k"):
             if getattr(teacher, key) != getattr(shared, key):
                 raise ConfigError(
-                    f"teachers.{name}.{key}={getattr(teacher, key)}: all teachers of a run draw alike; set "
+                    f"teachers.{name}.{key}={getattr(teacher, key)}: all teachers of a run sample alike; set "
                     f"teacher.{key} or rollout.rule.teacher"
                 )
     for name in config.resources.teachers:
@@ -270,12 +268,13 @@ def _check_teachers(config: Config) -> None:
 
 
 def _anchor_data(config: Config, folder: Path) -> Config:
-    """Paths that exist beside the config file become absolute; other names are left for the hub."""
+    """Make paths of files absolute, relative to `folder`; other names are left for the hub."""
 
     def anchored(name: str) -> str:
-        looks_local = name.startswith((".", "/", "~")) or Path(name).suffix in (".jsonl", ".json", ".parquet")
-        looks_local = looks_local and not name.startswith("hf://")
-        return str((folder / Path(name).expanduser()).resolve()) if name and looks_local else name
+        is_file = name.startswith((".", "/", "~")) or Path(name).suffix in (".jsonl", ".json", ".parquet")
+        if not is_file or name.startswith("hf://"):
+            return name
+        return str((folder / Path(name).expanduser()).resolve())
 
     data = config.data.model_copy(update={"path": anchored(config.data.path)})
     evaluation = config.eval.model_copy(update={"data": anchored(config.eval.data)})
@@ -294,10 +293,10 @@ _KINDS = {"tuple_type": "give a list", "model_type": "give a group of keys", "di
 
 
 def explain(error: ValidationError, root: type[Section] = Config) -> str:
-    """The first thing that is wrong, in one line: key, value, remedy. `root` is the section that was read."""
-    own = [repr(each["input"]) for each in error.errors() if each["loc"][:2] != _STAGES]
+    """The first mistake in one line: key, value, remedy. `root` is the section that was read."""
     # what stages inherit is wrong once, not once a stage
-    errors = [each for each in error.errors() if each["loc"][:2] != _STAGES or repr(each["input"]) not in own]
+    shared = [repr(mistake["input"]) for mistake in error.errors() if mistake["loc"][:2] != _STAGES]
+    errors = [m for m in error.errors() if m["loc"][:2] != _STAGES or repr(m["input"]) not in shared]
     first = errors[0]
     key = ".".join(str(part) for part in first["loc"] if part not in _TAGS)
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
@@ -310,8 +309,8 @@ def explain(error: ValidationError, root: type[Section] = Config) -> str:
         return f"{key}: unknown key (value {_short(first['input'])}); {hint}{more}"
     if first["type"] == "missing":
         return f"{key}: this key is required; add it{more}"
-    text = _KINDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
-    return f"{key}={_short(first['input'])}: {text[0].lower()}{text[1:]}{more}"
+    message = _KINDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
+    return f"{key}={_short(first['input'])}: {message[0].lower()}{message[1:]}{more}"
 
 
 def _known_keys(loc: tuple[Any, ...], root: type[Section]) -> list[str]:

@@ -1,4 +1,4 @@
-"""A user's own rule or loss: found by name, its parameters checked."""
+"""Loads a user's own rule or loss by name, and checks its parameters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from switchkd.config.schema import LossConfig, RuleConfig
 
 
 def load_user_function(name: str, what: str) -> Callable[..., Any]:
-    """`my_file:my_name` from the working directory (or PYTHONPATH). Raises ConfigError, also for a function of Python's
-    or of an installed package: a config alone must not name `os:system`."""
+    """`my_file:my_name` from the working directory (or PYTHONPATH). Raises ConfigError, also for a function of the
+    standard library or of an installed package: a config alone must not name `os:system`."""
     module, _, attribute = name.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:
@@ -24,20 +24,20 @@ def load_user_function(name: str, what: str) -> Callable[..., Any]:
     if _installed(module):
         raise ConfigError(f"{what} {name!r} is installed, not yours; name a file in {here}, such as my_file:my_{what}")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        function = getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"{what} {name!r}: no module {error.name!r} in {here}; start where {module}.py lies"
+            f"{what} {name!r}: no module {error.name!r} in {here}; start in the folder of {module}.py"
         ) from None
     except AttributeError:
         raise ConfigError(f"{what} {name!r}: {module}.py has no {attribute!r}") from None
-    if not callable(found):
-        raise ConfigError(f"{what} {name!r} is a {type(found).__name__}, not a function")
-    return found
+    if not callable(function):
+        raise ConfigError(f"{what} {name!r} is a {type(function).__name__}, not a function")
+    return function
 
 
 def _installed(module: str) -> bool:
-    """Does Python or a package bring its top-level module? Decided without running any of it."""
+    """Does its top-level module belong to Python or an installed package? Decided without running any of it."""
     spec = importlib.util.find_spec(module.partition(".")[0]) if module else None
     if spec is None:
         return False
@@ -49,17 +49,16 @@ def _installed(module: str) -> bool:
 
 
 def given_params(
-    section: RuleConfig | LossConfig, kind: str, known: Iterable[str], every: Iterable[str]
+    section: RuleConfig | LossConfig, kind: str, known: Collection[str], all_keys: Iterable[str]
 ) -> dict[str, Any]:
-    """The keys that the user set. Raises ConfigError for one that this rule or loss does not know."""
+    """Those of `all_keys` that the user set. Raises ConfigError for one that is not `known` to this rule or loss."""
     what = "rule" if isinstance(section, RuleConfig) else "loss"
-    takes = set(known)
-    found = {key: value for key in every if (value := getattr(section, key)) is not None}
-    for key, value in found.items():
-        if key not in takes:
-            choices = ", ".join(sorted(takes)) or ("its own, under params" if ":" in kind else "none")
+    params = {key: value for key in all_keys if (value := getattr(section, key)) is not None}
+    for key, value in params.items():
+        if key not in known:
+            choices = ", ".join(sorted(known)) or ("its own, under params" if ":" in kind else "none")
             raise ConfigError(f"{what} {kind}: unknown parameter {key!r} (value {value!r}); it takes {choices}")
-    return found
+    return params
 
 
 def call_constructor(function: Callable[..., Any], what: str, params: dict[str, Any]) -> Any:
@@ -76,9 +75,9 @@ def check_params(function: Callable[..., Any], what: str, params: dict[str, Any]
     known = inspect.signature(function).parameters
     if any(p.kind is p.VAR_KEYWORD for p in known.values()):
         return
-    given = {"p_logits", "q_logits", "labels", "mask", "hard"}  # what the learner itself passes to a loss
-    free = [name for name in known if name not in given]
+    from_learner = {"p_logits", "q_logits", "labels", "mask", "hard"}
+    settable = [name for name in known if name not in from_learner]
     for name in params:
-        if name not in free:
-            choices = ", ".join(free) or "none"
+        if name not in settable:
+            choices = ", ".join(settable) or "none"
             raise ConfigError(f"{what}: unknown parameter {name!r} (value {params[name]!r}); it takes {choices}")
