@@ -124,7 +124,7 @@ def test_keys():
     assert both.of_teacher("b").teacher.path == "c" and both.of_teacher("b").teacher_names == ("",)
     assert both.teacher_names == ("a", "b") and parse(BASE).teacher_names == ("",)
     for sections, said in (
-        ({"teachers": {"a": {"temperature": 0.5}}}, r"teachers.a.temperature=0.5: all teachers of a run draw alike"),
+        ({"teachers": {"a": {"temperature": 0.5}}}, r"teachers.a.temperature=0.5: all teachers of a run sample alike"),
         ({"teachers": {"a b": {}}}, r"teachers: the name 'a b' is not made of letters"),
         ({"teachers": {"a": {"pth": "x"}}}, r"teachers.a.pth: unknown key .*did you mean 'path'"),
         ({"resources": {"teachers": {"a": {}}}}, r"resources.teachers.a: there is no such teacher; teachers has none"),

@@ -27,6 +27,8 @@ VALUES = {
 """By the present key: the old value and the new one."""
 
 REMOVED = {
+    "teacher.decide": "remove it: with teacher.output=top_logprobs every rollout is approximate",
+    "teacher.interface": "remove it: vLLM teachers always send through the worker extension",
     "replay.policy=uniform": "take replay.policy=adaptive with replay.adaptive={start: 1, step: 0}",
 }
 """A key, or a key with one of its values, and what to do instead."""

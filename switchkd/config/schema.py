@@ -1,6 +1,6 @@
 """The keys of a config file: one class per section, each key with its default and what it means.
 
-Imports nothing heavy. `config.py` reads files into these classes and says what is wrong with them.
+Imports nothing heavy. `loader.py` reads files into these classes and names mistakes in them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Section(BaseModel):
 
 
 class ReplicaRange(Section):
-    """A pool that grows and shrinks between two numbers of processes (see `scaling.py`)."""
+    """A pool that grows and shrinks between two numbers of processes (see `actors/autoscaling.py`)."""
 
     min: PositiveInt = 1
     max: PositiveInt
@@ -88,8 +88,8 @@ class ModelConfig(Section):
     """`auto` (a GPU when the process sees one), `cpu`, `cuda`, `cuda:1`."""
     attn: Literal["sdpa", "eager"] = "sdpa"
     graphs: Switch = "auto"
-    """Record short forward passes as CUDA graphs. `auto`: where the model is on one GPU (a teacher: with signal
-    `hidden`)."""
+    """Record short forward passes as CUDA graphs. `auto`: where the model is on one GPU (a teacher: with output
+    `hidden_states`)."""
     prepack: Switch = "auto"
     """On a CPU: keep a second copy of the weights, in the order that its matrix unit reads. `auto`: models up to
     4 GB."""
@@ -125,7 +125,7 @@ class TeacherConfig(ModelConfig):
 
 
 class DepthPruneConfig(Section):
-    """Cut the student out of the teacher by depth, once, before training (see `switchkd init-student`)."""
+    """Prune the teacher by depth to the student, once, before training (see `switchkd init-student`)."""
 
     layers: tuple[NonNegativeInt, ...] | None = None
     num_layers: PositiveInt | None = None
@@ -140,7 +140,7 @@ class DepthPruneConfig(Section):
 
 class StudentConfig(ModelConfig):
     prune: DepthPruneConfig | None = None
-    """When set, `path` is not read: the student is cut out of the teacher."""
+    """When set, `path` is not read: the student is pruned from the teacher."""
 
 
 class DataConfig(Section):
@@ -258,7 +258,7 @@ Scheduler = Literal["constant", "linear", "cosine"]
 
 
 class StageConfig(Section):
-    """A part of the run. What it leaves out it takes from `rollout`, `learner` and `train` (see `config.py`)."""
+    """A part of the run. What it leaves out it takes from `rollout`, `learner` and `train` (see `loader.py`)."""
 
     name: str = ""
     steps: NonNegativeInt
@@ -332,7 +332,7 @@ class RolloutConfig(Section):
     max_new_tokens: PositiveInt = 128
     samples_per_prompt: PositiveInt = 1
     max_draft_tokens: PositiveInt = 8
-    """Tokens that one model proposes before the other reads them; with lead `auto` the most."""
+    """Tokens that one model drafts before the other reads them; with drafter `auto` the most."""
     drafter: Literal["auto", "student", "teacher", "none"] = "auto"
     """Who takes the next step. `auto` measures what is faster. Speed only: the tokens are the same."""
     overlap: bool | None = None
@@ -344,9 +344,9 @@ class RolloutConfig(Section):
     save_top_logprobs: NonNegativeInt = 0
     """So many of each model's most likely tokens go into rollouts.jsonl beside every token, for `switchkd report`."""
     save_teacher_output: bool = False
-    """Keep what was trained on, with the teacher's signal, in `signal/`, for `switchkd train --from-rollouts`."""
+    """Keep what was trained on, with the teacher's output, in `teacher_output/`, for `train --from-rollouts`."""
     recorded: str = ""
-    """A run folder with a `signal/`: train on its rollouts; neither teacher nor rollout workers are started."""
+    """A run folder with `teacher_output/`: train on its rollouts, without a teacher and rollout workers."""
 
 
 class AdaptiveScheduleConfig(Section):
@@ -468,7 +468,7 @@ class Config(Section):
 
     @property
     def needs_teacher(self) -> bool:
-        """Is one started? Recorded rollouts bring its signal with them."""
+        """Is one started? Recorded rollouts carry its output."""
         return not self.rollout.recorded and any(stage.needs_teacher for stage in self.train.stages)
 
     @property

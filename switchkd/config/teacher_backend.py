@@ -1,4 +1,4 @@
-"""What each teacher backend takes, from the config alone: keys that would be ignored are errors.
+"""Checks the keys of a teacher backend, from the config alone: keys that would be ignored are errors.
 
 In: a config. Out: nothing, or a ConfigError of one line.
 """
@@ -12,14 +12,14 @@ from typing import Any
 from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config, TeacherConfig
 
-_OURS = {
+_OWN_KEYS = {
     "model": "teacher.path",
     "dtype": "teacher.dtype",
     "revision": "teacher.revision",
     "trust_remote_code": "teacher.trust_remote_code",
 }
-"""vLLM's name for what has a key of its own here."""
-_NOT_THERE = {
+"""vLLM's arguments that have a key of their own here."""
+_NOT_SUPPORTED = {
     "worker_extension_cls": "hidden states are read by one",
     "async_scheduling": "keyed draws count the tokens before them",
     "logits_processors": "keyed draws are one",
@@ -30,7 +30,7 @@ _NOT_THERE = {
 }
 SPLITS = ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size")
 """vLLM's arguments that give an engine more than one worker."""
-_LOADS = (
+_SAFE_LOAD_FORMATS = (
     "safetensors", "fastsafetensors", "instanttensor", "mistral", "runai_streamer", "runai_streamer_sharded",
     "sharded_state",
 )  # fmt: skip
@@ -64,8 +64,8 @@ def check_backend(config: Config) -> None:
 
 def engine_facts(teacher: TeacherConfig) -> dict[str, Any]:
     """The engine arguments that rows depend on (quantization, a cache of another dtype, ...), by their keys."""
-    given = sorted(teacher.engine.items())
-    return {f"engine.{name}": value for name, value in given if name not in _SAME_ROWS and value is not None}
+    arguments = sorted(teacher.engine.items())
+    return {f"engine.{name}": value for name, value in arguments if name not in _SAME_ROWS and value is not None}
 
 
 def _check_keys(teacher: TeacherConfig) -> None:
@@ -77,11 +77,11 @@ def _check_keys(teacher: TeacherConfig) -> None:
         value = getattr(teacher, key)
         if value != TeacherConfig.model_fields[key].default:
             raise ConfigError(f"teacher.{key}={value} is not for teacher.backend=vllm; remove it: {remedy}")
-    for key, own in (("graphs", "enforce_eager"), ("prepack", "linear_backend")):
+    for key, argument in (("graphs", "enforce_eager"), ("prepack", "linear_backend")):
         if getattr(teacher, key) == "on":
             raise ConfigError(
                 f"teacher.{key}=on is not for teacher.backend=vllm; remove it: vLLM has its own way, see "
-                f"teacher.engine.{own}"
+                f"teacher.engine.{argument}"
             )
     if teacher.output == "logits":
         raise ConfigError(
@@ -93,22 +93,23 @@ def _check_keys(teacher: TeacherConfig) -> None:
 def _check_engine(config: Config) -> None:
     engine, num_gpus = config.teacher.engine, config.resources.teacher.num_gpus
     for name in engine:
-        if name in _OURS:
-            raise ConfigError(f"teacher.engine.{name} has a key of its own; set {_OURS[name]} instead")
-        if name in _NOT_THERE:
-            raise ConfigError(f"teacher.engine.{name} cannot be set: {_NOT_THERE[name]}; remove it")
-    if (load := engine.get("load_format", "safetensors")) not in _LOADS:
+        if name in _OWN_KEYS:
+            raise ConfigError(f"teacher.engine.{name} has a key of its own; set {_OWN_KEYS[name]} instead")
+        if name in _NOT_SUPPORTED:
+            raise ConfigError(f"teacher.engine.{name} cannot be set: {_NOT_SUPPORTED[name]}; remove it")
+    if (load := engine.get("load_format", "safetensors")) not in _SAFE_LOAD_FORMATS:
         raise ConfigError(
             f"teacher.engine.load_format={load}: only safetensors are read, a pickle runs code; remove it, or take "
-            f"one of {', '.join(_LOADS)}"
+            f"one of {', '.join(_SAFE_LOAD_FORMATS)}"
         )
     sizes = {name: engine[name] for name in SPLITS if name in engine}
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise ConfigError(f"teacher.engine.{name}={size!r}: give a whole number of 1 or more")
-    if num_gpus and prod(sizes.values()) > max(num_gpus, 1):
-        told = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    needed = prod(sizes.values())
+    if num_gpus and needed > max(num_gpus, 1):
+        splits = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise ConfigError(
-            f"teacher.engine ({told}) needs {prod(sizes.values())} GPUs, resources.teacher.num_gpus is {num_gpus:g}; "
-            f"set it to {prod(sizes.values())}"
+            f"teacher.engine ({splits}) needs {needed} GPUs, resources.teacher.num_gpus is {num_gpus:g}; set it to "
+            f"{needed}"
         )
