@@ -427,4 +427,5 @@ def test_every_node_sees_the_folder(here, monkeypatch):
         assert "no module" in statuses["cluster"].text and "mount the same storage" in statuses["shared run.dir"].remedy
         small = a_config(here, **sections, resources={"learner": {"num_gpus": 7}})
         monkeypatch.undo()
-        assert "7 for learner.num_ranks=1" in one(of(doctor._cluster, small), "x", "fail").text
+        result = one(of(doctor._cluster, small), "x", "fail")
+        assert "learner.num_ranks=1: 1 cannot be placed, each needs 1 CPUs and 7 GPUs on one node" in result.text

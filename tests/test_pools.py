@@ -261,8 +261,9 @@ def test_several_teachers(cluster, place):
 
 
 def test_no_room(cluster, place, notes, monkeypatch):
-    """A cluster that is large enough but full, one without such labels, and processes that fit one by one but not
-    together: each is said in a line, before any actor starts and any folder is made."""
+    """A cluster that is large enough but full, one without such labels, processes that fit one by one but not together,
+    GPUs that do not lie on one node: each is said in a line that names who lacks what and what is free, before any
+    actor starts and any folder is made."""
     import ray
 
     from switchkd.actors import placement_group
@@ -276,12 +277,16 @@ def test_no_room(cluster, place, notes, monkeypatch):
     held = [ray.remote(Holder).options(num_cpus=2).remote() for _ in range(4)]
     ray.get([each.here.remote() for each in held], timeout=60)
     wait_until(lambda: ray.available_resources().get("CPU", 0) <= 1, "the cluster did not fill")
-    with pytest.raises(ConfigError, match=r"needs 3 CPUs \(.*\), and of the cluster's 9 only 1 are free: other runs"):
+    full = r"teacher.replicas=1|rollout.num_workers=1|learner.num_ranks=1"
+    with pytest.raises(
+        ConfigError, match=rf"^({full}): 1 cannot be placed, each needs 1 CPUs on one node, .* at most 0 CPUs are free"
+    ):
         train(config(place, [SWITCH], **JOINED))
+    assert any("learner.num_ranks" in note and re.search(r"\b0 of 2\b", note) for note in notes)
     waiting = {**JOINED, "cluster": {"address": "auto", "wait_s": 3}}
-    with pytest.raises(ConfigError, match=r"raise cluster.wait_s=3, or ask for less"):
+    with pytest.raises(ConfigError, match=r"or raise cluster.wait_s=3"):
         train(config(place, [SWITCH], **waiting))
-    assert [note for note in notes if note.startswith("waiting up to 3 s: the run needs 3 CPUs")]
+    assert [note for note in notes if re.match(rf"waiting up to 3 s: ({full}): 1 cannot be placed", note)]
     for each in held:
         ray.kill(each)
     wait_until(lambda: ray.available_resources().get("CPU", 0) >= 9, "the cluster did not empty")
@@ -290,8 +295,19 @@ def test_no_room(cluster, place, notes, monkeypatch):
     monkeypatch.setattr(placement_group, "RELEASE_S", 8.0)
     wide = {"teacher": {"num_cpus": 2, "labels": TEACH}, "rollout": {"num_cpus": 1.5, "labels": TEACH}}
     several = {"rollout": {"num_workers": 1}, "teacher": {"path": "teacher", "replicas": 2}}
-    with pytest.raises(ConfigError, match=r"no node of the cluster has room for 1 of rollout.num_workers beside the"):
+    with pytest.raises(
+        ConfigError, match=r"rollout.num_workers=1: 1 cannot be placed, each needs 1.5 CPUs .* with labels pool=teach"
+    ):
         train(config(place, [SWITCH], **JOINED, resources=wide, **several))
+    gpus = [cluster.add_node(num_cpus=0, num_gpus=1, object_store_memory=80_000_000) for _ in range(2)]
+    monkeypatch.setattr(placement_group, "RELEASE_S", 3.0)
+    with pytest.raises(ConfigError, match=r"each needs 2 GPUs on one node, .* at most 1 GPUs are free on one"):
+        train(config(place, [SWITCH], **JOINED, resources={"teacher": {"num_cpus": 0, "num_gpus": 2}}))
+    thirds = {"teacher": {"num_cpus": 0, "num_gpus": 0.6}}
+    with pytest.raises(ConfigError, match=r"teacher.replicas=3: 1 cannot be placed, each needs 0.6 of one GPU on one"):
+        train(config(place, [SWITCH], **JOINED, resources=thirds, teacher={"path": "teacher", "replicas": 3}))
+    for node in gpus:
+        cluster.remove_node(node)
     assert not actors() and not (place / "run").exists()
 
 

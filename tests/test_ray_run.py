@@ -330,18 +330,24 @@ cli.main()
 def test_more_than_the_cluster_has(cluster, place, monkeypatch):
     """A joined cluster that is too small is refused by one line that names what is missing, after `cluster.wait_s`;
     no actor was started and no run folder made."""
+    from switchkd.actors import placement_group
+
+    monkeypatch.setattr(placement_group, "RELEASE_S", 2.0)
     notes: list[str] = []
     monkeypatch.setattr(MetricsLog, "info", lambda self, text: notes.append(text))
     too_many = {"rollout": {"num_workers": 9}, "cluster": {"address": "auto"}}
     started = time.monotonic()
-    with pytest.raises(ConfigError, match=r"needs 11 CPUs .*9 for rollout.num_workers=9.* has 8"):
+    lacking = r"(rollout.num_workers=9: [23]|learner.num_ranks=1: 1|teacher.replicas=1: 1) cannot be placed"
+    with pytest.raises(ConfigError, match=rf"^{lacking}, each needs 1 CPUs on one node, .* at most 0 CPUs are free"):
         train(config(place, STAGES, run=ON_RAY, **too_many))
     assert time.monotonic() - started < 10 and not any("waiting" in note for note in notes)
+    (table,) = [note for note in notes if note.startswith("role")]
+    assert all(role in table for role in ("rollout.num_workers", "teacher.replicas", "learner.num_ranks", "0 of 8"))
     too_many["cluster"]["wait_s"] = 2.5
-    with pytest.raises(ConfigError, match=r"has 8; lower them"):
+    with pytest.raises(ConfigError, match=r"or raise cluster.wait_s=2.5$"):
         train(config(place, STAGES, run=ON_RAY, **too_many))
     (waiting,) = [note for note in notes if "waiting" in note]
-    assert waiting.startswith("waiting up to 2.5 s: the run needs 11 CPUs")
+    assert re.match(rf"waiting up to 2.5 s: {lacking}", waiting)
     assert not actors() and not (place / "run").exists()
 
 

@@ -21,9 +21,7 @@ from switchkd.actors.learner_actor import LearnerActor, LearnerGroup
 from switchkd.actors.placement_group import (
     ProcessPlacement,
     beside_driver,
-    nodes,
     resolve_resources,
-    wait_for_capacity,
     wait_for_placements,
 )
 from switchkd.actors.process_setup import Secrets
@@ -43,15 +41,14 @@ from switchkd.data.recorded import heads_for
 
 
 def join(config: Config, log: MetricsLog) -> None:
-    """Join the job's or the named cluster and wait until it has room for all at once; are the teachers there that are
-    served elsewhere? Raises ConfigError."""
+    """Join the job's or the named cluster, and check that all processes can be placed at once and that the shared
+    teachers are there. Raises ConfigError."""
     connect(config.cluster.address)
-    wait_for_capacity(config, nodes, log.info)
     with ExitStack() as rehearsal:
-        _reserve(resolve_resources(config), rehearsal)
+        _reserve(resolve_resources(config), rehearsal, log)
         for name in config.teacher_names:
-            if (own := config.of_teacher(name)).teacher.attach:
-                rehearsal.callback(attach(own, resources.role_of(name)).close)
+            if (teacher_config := config.of_teacher(name)).teacher.attach:
+                rehearsal.callback(attach(teacher_config, resources.role_of(name)).close)
 
 
 def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int], log: MetricsLog) -> ActorHandles:
@@ -65,7 +62,7 @@ def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int], log: M
             _start_private(config)
             opened.callback(shut_down)
         start = partial(_start, opened)
-        placements = _reserve(config, opened)
+        placements = _reserve(config, opened, log)
         replay = start(ReplayActor, beside_driver(), plain, str(run_dir), *common)
         pools = {name: _pool(opened, config, name, placements, *common) for name in config.teacher_names}
         # trap: as they are, handles would go into the object store, where the restart of a worker may not find them
@@ -109,15 +106,15 @@ def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int], log: M
         )
 
 
-def _reserve(config: Config, opened: ExitStack) -> dict[str, list[ProcessPlacement]]:
-    """A place for every process that the run starts with, before any of them starts. Raises ConfigError."""
+def _reserve(config: Config, opened: ExitStack, log: MetricsLog) -> dict[str, list[ProcessPlacement]]:
+    """A placement for every process that the run starts with, before any of them starts. Raises ConfigError."""
     placements = {
         role: [ProcessPlacement(resources.of_role(config, role)) for _ in range(span.min)]
         for role, span in resources.spans(config).items()
     }
     for placement in chain.from_iterable(placements.values()):
         opened.callback(placement.free)
-    wait_for_placements(config, [(role, placement) for role, some in placements.items() for placement in some])
+    wait_for_placements(config, placements, log.info)
     return placements
 
 

@@ -1,33 +1,33 @@
-"""Room on a cluster, set aside for each process before any actor starts.
+"""Resources of a cluster, reserved for each process before any actor starts.
 
 In: what a process takes. Out: a `ProcessPlacement`, a placement group of one bundle (STRICT_PACK): all GPUs of a
-process lie on one node that has the labels of its role, and a process that is restarted finds its place again.
+process lie on one node that has the labels of its role, and a process that is restarted gets its placement again.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.util import get_placement_group, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from switchkd.actors import room
-from switchkd.actors.room import Node
 from switchkd.config import resources
 from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config, ResourcesConfig, RoleResourcesConfig
 
 
 class ProcessPlacement:
-    """Room for one process. Empty where the process takes nothing and may stand anywhere."""
+    """The resources of one process. Empty where it takes nothing and may run anywhere."""
 
     def __init__(self, each: ResourcesConfig, *, name: str = "", detached: bool = False) -> None:
-        self.taken = {"num_cpus": float(each.num_cpus or 0), "num_gpus": float(each.num_gpus)}
-        packed = {key: num for key, num in (("CPU", self.taken["num_cpus"]), ("GPU", self.taken["num_gpus"])) if num}
+        self.amounts = {"num_cpus": float(each.num_cpus or 0), "num_gpus": float(each.num_gpus)}
+        bundle = {"CPU": self.amounts["num_cpus"], "GPU": self.amounts["num_gpus"]}
+        packed = {key: num for key, num in bundle.items() if num}
         self.labels = dict(each.labels)
         self.group: Any = None
         if packed:
@@ -43,8 +43,8 @@ class ProcessPlacement:
     def named(cls, each: ResourcesConfig, name: str) -> ProcessPlacement:
         """One that was made under this name."""
         placement = cls(ResourcesConfig())
-        placement.taken = {"num_cpus": float(each.num_cpus or 0), "num_gpus": float(each.num_gpus)}
-        if any(placement.taken.values()):
+        placement.amounts = {"num_cpus": float(each.num_cpus or 0), "num_gpus": float(each.num_gpus)}
+        if any(placement.amounts.values()):
             placement.group = get_placement_group(name)
         return placement
 
@@ -53,11 +53,11 @@ class ProcessPlacement:
         return self.group.id.hex() if self.group is not None else ""
 
     def alive(self) -> bool:
-        """Has nobody given it back?"""
+        """It was not freed."""
         return self.group is None or self._state() != "REMOVED"
 
     def wait(self, timeout_s: float) -> bool:
-        """Is the room there, at the latest after so long?"""
+        """Returns whether the resources are reserved, after so long at most."""
         if self.group is not None and timeout_s > 0:
             self.group.wait(timeout_s)
         return self.group is None or self._state() == "CREATED"
@@ -66,55 +66,144 @@ class ProcessPlacement:
         return str(placement_group_table(self.group).get("state"))
 
     def options(self) -> dict[str, Any]:
-        """For the actor that takes the place."""
+        """Options of the actor that runs there."""
         if self.group is None:
-            return {**self.taken, "label_selector": self.labels} if self.labels else dict(self.taken)
+            return {**self.amounts, "label_selector": self.labels} if self.labels else dict(self.amounts)
         strategy = PlacementGroupSchedulingStrategy(placement_group=self.group, placement_group_bundle_index=0)
-        return {**self.taken, "scheduling_strategy": strategy}
+        return {**self.amounts, "scheduling_strategy": strategy}
 
     def free(self) -> None:
-        """Who still stands there is ended."""
+        """Ends the process that still runs there."""
         if self.group is not None and ray.is_initialized():
             remove_placement_group(self.group)
 
 
 def free_all(prefix: str) -> None:
-    """Places under such names, made by a process that died: Ray keeps them until the job ends."""
-    for each in placement_group_table().values():
-        if each["name"].startswith(prefix) and each["state"] != "REMOVED":
-            with suppress(ValueError):  # somebody was faster
-                remove_placement_group(get_placement_group(each["name"]))
+    """Free placements under such names, made by a process that died: Ray keeps them until the job ends."""
+    for group in placement_group_table().values():
+        if group["name"].startswith(prefix) and group["state"] != "REMOVED":
+            with suppress(ValueError):  # it was freed meanwhile
+                remove_placement_group(get_placement_group(group["name"]))
 
 
 def beside_driver() -> dict[str, Any]:
-    """For an actor that takes nothing and whose death would cost more than its part: where Ray would put it by chance,
-    it would die with any node of the cluster; here it dies only with the driver's, and then starts elsewhere."""
+    """Options of an actor that takes nothing and whose death would cost more than its own work: where Ray puts it by
+    chance, it dies with any node of the cluster; here it dies only with the driver's, and then starts elsewhere."""
     here = ray.get_runtime_context().get_node_id()
     return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=here, soft=True)}
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Node:
+    """A living machine of the cluster, as Ray counts it."""
+
+    name: str
+    labels: Mapping[str, str]  # without those that Ray gives every node
+    total: Mapping[str, float]
+    free: Mapping[str, float]
+
+
 def nodes() -> list[Node]:
-    """The living nodes of the cluster that was joined."""
+    """The nodes of the cluster that was joined."""
     free = ray._private.state.available_resources_per_node()
     return [
-        Node(labels=node.get("Labels", {}), total=node["Resources"], free=free.get(node["NodeID"], {}))
+        Node(
+            name=node["NodeManagerHostname"],
+            labels={key: value for key, value in node.get("Labels", {}).items() if not key.startswith("ray.io/")},
+            total=node["Resources"],
+            free=free.get(node["NodeID"], {}),
+        )
         for node in ray.nodes()
         if node["Alive"]
     ]
 
 
-def wait_for_placements(config: Config, placements: Sequence[tuple[str, ProcessPlacement]]) -> None:
-    """All of them, or a ConfigError that names those who found no room: processes that fit one by one need not fit
-    together, and another run may have been faster."""
-    deadline = time.monotonic() + max(config.cluster.wait_s, RELEASE_S)
-    without = [role for role, placement in placements if not placement.wait(deadline - time.monotonic())]
-    if without:
-        who = ", ".join(f"{without.count(role)} of {resources.key_of(role)}" for role in dict.fromkeys(without))
-        raise room.full(config, f"no node of the cluster has room for {who} beside the rest of the run")
-
-
 RELEASE_S = 15.0
-"""How long what a run that has just ended had may take to come back."""
+"""How long the placements of a run that has just ended may take to come back."""
+
+
+def wait_for_placements(
+    config: Config, placements: Mapping[str, Sequence[ProcessPlacement]], log: Callable[[str], None]
+) -> None:
+    """Wait until each process of each role has its placement: `cluster.wait_s`, at least RELEASE_S. Raises ConfigError
+    that names a role which lacks some, after a table of what is asked and what each node has free."""
+    wait_s = config.cluster.wait_s
+    deadline = time.monotonic() + max(wait_s, RELEASE_S)
+    if not wait_s:
+        check_labels(config, placements, nodes())
+    first_look = min(time.monotonic() + 1.0, deadline)
+    if wait_s and (lacking := _lacking(placements, first_look)):
+        log(f"waiting up to {wait_s:g} s: {shortage(config, placements, lacking, nodes())}")
+    lacking = _lacking(placements, deadline)
+    if lacking:
+        there = nodes()
+        check_labels(config, placements, there)
+        log(table(config, placements, lacking, there))
+        raise ConfigError(shortage(config, placements, lacking, there))
+
+
+def _lacking(placements: Mapping[str, Sequence[ProcessPlacement]], deadline: float) -> dict[str, int]:
+    """Processes of each role that have no placement at the deadline, where there are any."""
+    num = {
+        role: sum(not placement.wait(deadline - time.monotonic()) for placement in members)
+        for role, members in placements.items()
+    }
+    return {role: lacking for role, lacking in num.items() if lacking}
+
+
+def check_labels(config: Config, roles: Iterable[str], there: Sequence[Node]) -> None:
+    """Raises ConfigError for labels that no node has."""
+    for role in roles:
+        labels = resources.of_role(config, role).labels
+        if not any(labels.items() <= node.labels.items() for node in there):
+            known = "; ".join(sorted({_listed(node.labels) or "none" for node in there}))
+            raise ConfigError(
+                f"resources.{role}.labels={_listed(labels)}: no node of the cluster has these (labels there: {known}); "
+                f"start one with `ray start --labels=...`, or raise cluster.wait_s={config.cluster.wait_s:g}"
+            )
+
+
+def shortage(
+    config: Config, placements: Mapping[str, Sequence[object]], lacking: Mapping[str, int], there: Sequence[Node]
+) -> str:
+    """Which role lacks placements, what each of its processes needs, what is free, and what can be done."""
+    role, num = next(iter(lacking.items()))
+    each = resources.of_role(config, role)
+    suited = [node for node in there if each.labels.items() <= node.labels.items()]
+    most = " and ".join(
+        f"{max((node.free.get(name, 0.0) for node in suited), default=0.0):g} {name}s"
+        for name, asked in (("CPU", each.num_cpus), ("GPU", each.num_gpus))
+        if asked
+    )
+    gpus = f"{each.num_gpus:g} GPUs" if each.num_gpus >= 1 else f"{each.num_gpus:g} of one GPU"
+    needs = " and ".join([f"{each.num_cpus:g} CPUs"] * bool(each.num_cpus) + [gpus] * bool(each.num_gpus))
+    labels = f" with labels {_listed(each.labels)}" if each.labels else ""
+    return (
+        f"{resources.key_of(role)}={len(placements[role])}: {num} cannot be placed, each needs {needs} on one node"
+        f"{labels}, and beside the rest of the run at most {most} are free on one; wait until other runs end, ask for "
+        f"less (resources.{role}), add nodes, or raise cluster.wait_s={config.cluster.wait_s:g}"
+    )
+
+
+def table(
+    config: Config, placements: Mapping[str, Sequence[object]], lacking: Mapping[str, int], there: Sequence[Node]
+) -> str:
+    """What each role asks for and lacks, and what each node has free beside the placements of this run."""
+    rows = [("role", "number", "CPUs each", "GPUs each", "labels", "not placed")]
+    for role, members in placements.items():
+        each = resources.of_role(config, role)
+        amounts = (str(len(members)), f"{each.num_cpus:g}", f"{each.num_gpus:g}")
+        rows.append((resources.key_of(role), *amounts, _listed(each.labels), str(lacking.get(role, 0))))
+    rows.append(("node", "", "CPUs free", "GPUs free", "labels", ""))
+    for node in there:
+        cpus, gpus = (f"{node.free.get(name, 0.0):g} of {node.total.get(name, 0.0):g}" for name in ("CPU", "GPU"))
+        rows.append((node.name, "", cpus, gpus, _listed(node.labels), ""))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _listed(labels: Mapping[str, str]) -> str:
+    return ",".join(f"{key}={value}" for key, value in sorted(labels.items()))
 
 
 def resolve_resources(config: Config) -> Config:
@@ -123,29 +212,3 @@ def resolve_resources(config: Config) -> Config:
     roles = {role: resources.of_role(config, role) for role in resources.ROLES}
     each = {name: resources.of_role(config, resources.role_of(name)) for name in config.teachers}
     return config.model_copy(update={"resources": RoleResourcesConfig(**roles, teachers=each)})
-
-
-def wait_for_capacity(
-    config: Config, look: Callable[[], Sequence[Node]], say: Callable[[str], None], poll_s: float = 1.0
-) -> None:
-    """Wait up to `cluster.wait_s` for the cluster to grow, or for others to leave it (a moment in any case), saying who
-    lacks what. Raises ConfigError."""
-    started, told = time.monotonic(), ""
-    while True:
-        found = look()
-        waited = time.monotonic() - started
-        try:
-            room.check(config, found)
-            waiting = room.waits_for(config, found)
-            if not waiting:
-                return
-            if waited >= max(config.cluster.wait_s, RELEASE_S):
-                raise room.full(config, waiting)
-        except ConfigError as missing:
-            if waited >= config.cluster.wait_s:
-                raise
-            waiting = str(missing)
-        if waiting != told and waited < config.cluster.wait_s:
-            told = waiting
-            say(f"waiting up to {config.cluster.wait_s:g} s: {told}")
-        time.sleep(poll_s)

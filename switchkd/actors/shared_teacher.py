@@ -19,9 +19,7 @@ from switchkd.actors.cluster import connect
 from switchkd.actors.placement_group import (
     ProcessPlacement,
     free_all,
-    nodes,
     resolve_resources,
-    wait_for_capacity,
     wait_for_placements,
 )
 from switchkd.actors.pool_client import PoolClient
@@ -187,7 +185,7 @@ def _pool_name(name: str) -> str:
     return f"teacher-pool/{name}"
 
 
-def serve(config: Config, name: str, vocab_size: int, say: Callable[[str], None]) -> int:
+def serve(config: Config, name: str, vocab_size: int, log: Callable[[str], None]) -> int:
     """Start the named pool on the joined cluster and wait until it works: its replicas. Raises ConfigError."""
     if find(name) is not None:
         raise ConfigError(
@@ -195,14 +193,13 @@ def serve(config: Config, name: str, vocab_size: int, say: Callable[[str], None]
             f"another name, or end it with `switchkd serve-teacher --stop {name}`"
         )
     config = resolve_resources(config)
-    alone, patience = _alone(config), max(config.run.watchdog_s, START_S)
-    wait_for_capacity(alone, nodes, say)
+    patience = max(config.run.watchdog_s, START_S)
     each = resources.of_role(config, "teacher")
     span = ReplicaRange.of(config.teacher.replicas)
     placements = [ProcessPlacement(each, name=replica_name(name, i), detached=True) for i in range(span.min)]
     pool = None
     try:
-        wait_for_placements(alone, [("teacher", placement) for placement in placements])
+        wait_for_placements(config, {"teacher": placements}, log)
         known = {**facts(config, vocab_size), "max_len": max_len(config)}
         options = {"name": _pool_name(name), "namespace": NAMESPACE, "lifetime": "detached"}
         pool = cast(Any, TeacherPoolActor).options(**options).remote(
@@ -221,13 +218,6 @@ def serve(config: Config, name: str, vocab_size: int, say: Callable[[str], None]
                 "them, or raise run.watchdog_s"
             ) from None
         raise cause_of(error) from None
-
-
-def _alone(config: Config) -> Config:
-    """As far as room is asked for: the teacher and nothing else."""
-    nothing = resources.ResourcesConfig(num_cpus=0.0)
-    roles = config.resources.model_copy(update={"rollout": nothing, "learner": nothing})
-    return config.model_copy(update={"resources": roles})
 
 
 def stop(name: str) -> None:

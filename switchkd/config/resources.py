@@ -1,8 +1,8 @@
-"""What each process of a run gets of the machines: CPUs and GPUs as Ray counts them, and CPU threads.
+"""The CPUs and GPUs of each process of a run, as Ray counts them, and its CPU threads.
 
 In: a config. Out: plain numbers. On a private cluster (one's own machine) the roles share the cores. Ray is asked for
-no more than there are; teachers and workers divide the threads; the learner, while nobody else works
-(`replay.max_staleness: 0`), has all of them.
+no more than there are; teachers and workers divide the threads; the learner, while it works alone
+(`replay.max_staleness: 0`), has all of them. On another cluster placement groups answer whether a run fits.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ def spans(config: Config) -> dict[str, ReplicaRange]:
     """Processes of each role that the run starts itself: none of a teacher that runs already (`teacher.attach`) or that
     no stage needs, no worker where rollouts were recorded. One of several teachers is a role of its own,
     `teachers.NAME`."""
-    found = {}
+    ranges = {}
     for name in config.teacher_names:
         teacher = config.of_teacher(name).teacher
         if not teacher.attach:
-            found[role_of(name)] = ReplicaRange.of(teacher.replicas)
+            ranges[role_of(name)] = ReplicaRange.of(teacher.replicas)
     if not config.rollout.recorded:
-        found["rollout"] = ReplicaRange.of(config.rollout.num_workers)
-    return {**found, "learner": ReplicaRange.of(config.learner.num_ranks)}
+        ranges["rollout"] = ReplicaRange.of(config.rollout.num_workers)
+    return {**ranges, "learner": ReplicaRange.of(config.learner.num_ranks)}
 
 
 def role_of(teacher: str) -> str:
@@ -40,46 +40,46 @@ def key_of(role: str) -> str:
 
 
 def counts(config: Config) -> dict[str, int]:
-    """Processes of each role that there must be room for: as many as it starts with; on a private cluster, whose cores
-    are shared out once, as many as it may become."""
+    """Processes of each role that have to fit: as many as it starts with; on a private cluster, whose cores are shared
+    out once, as many as it may become."""
     private = is_private(config)
     return {role: span.max if private else span.min for role, span in spans(config).items()}
 
 
 def is_private(config: Config) -> bool:
-    """Does this run have the machine to itself, as far as Ray knows? Not inside a submitted job."""
+    """Returns whether this run has the machine to itself, as far as Ray knows: not inside a submitted job."""
     in_job = os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID")
     return config.run.mode == "inprocess" or not (config.cluster.address or in_job)
 
 
 def of_role(config: Config, role: str, cores: int | None = None) -> ResourcesConfig:
     """One process's share, with nothing left null. `cores` is for tests."""
-    given = _given(config, role)
+    section = _section(config, role)
     cores = cores or os.cpu_count() or 1
-    num_cpus = given.num_cpus
+    num_cpus = section.num_cpus
     if num_cpus is None:
         num_cpus = min(1.0, _even_share(config, cores)) if is_private(config) else 1.0
-    threads = given.threads or _threads(config, role, num_cpus, cores)
-    return ResourcesConfig(num_cpus=num_cpus, num_gpus=given.num_gpus, threads=threads, labels=given.labels)
+    threads = section.threads or _threads(config, role, num_cpus, cores)
+    return ResourcesConfig(num_cpus=num_cpus, num_gpus=section.num_gpus, threads=threads, labels=section.labels)
 
 
-def _given(config: Config, role: str) -> ResourcesConfig:
+def _section(config: Config, role: str) -> ResourcesConfig:
     if role in ROLES:
-        found: ResourcesConfig = getattr(config.resources, role)
-        return found
+        section: ResourcesConfig = getattr(config.resources, role)
+        return section
     return config.of_teacher(role.removeprefix("teachers.")).resources.teacher
 
 
 def _even_share(config: Config, cores: int) -> float:
-    """Of what the roles that say how many CPUs they want leave to the processes of the others; Ray counts hundredths
+    """What the roles with a number of CPUs of their own leave to each process of the others; Ray counts hundredths
     exactly."""
     left, sharing = float(cores), 0
     for role, number in counts(config).items():
-        each = _given(config, role).num_cpus
-        if each is None:
+        num_cpus = _section(config, role).num_cpus
+        if num_cpus is None:
             sharing += number
         else:
-            left -= number * each
+            left -= number * num_cpus
     return max(0, int(100 * left / sharing + 1e-6)) / 100
 
 
@@ -97,40 +97,34 @@ def _threads(config: Config, role: str, num_cpus: float, cores: int) -> int:
 
 def total(config: Config, cores: int | None = None) -> dict[str, dict[str, float]]:
     """CPUs and GPUs that each role asks for, all its processes together."""
-    found = {}
+    shares = {}
     for role, number in counts(config).items():
         each = of_role(config, role, cores)
-        found[role] = {"CPU": number * float(each.num_cpus or 0), "GPU": number * each.num_gpus}
-    return found
+        shares[role] = {"CPU": number * float(each.num_cpus or 0), "GPU": number * each.num_gpus}
+    return shares
 
 
 def check(config: Config, available: Mapping[str, float]) -> None:
-    """Raise ConfigError when the roles ask for more than there is, naming who asks for what.
+    """Raise ConfigError when the roles ask for more than this machine has, naming each role's share.
 
-    Roles that share a machine's cores take turns, so each may be as many processes as there are cores, no more.
+    Roles that share its cores take turns, so each may be as many processes as there are cores, no more.
     """
     cores = int(available.get("CPU", 0.0))
     asked = total(config, cores or None)
-    for role, number in counts(config).items() if is_private(config) else ():
-        if _given(config, role).num_cpus is None and number > cores:
-            raise ConfigError(_missing(config, "CPU", number, cores, {role: {"CPU": float(number)}}))
+    for role, number in counts(config).items():
+        if _section(config, role).num_cpus is None and number > cores:
+            _check_sum(config, "CPU", {role: float(number)}, cores)
     for resource in ("CPU", "GPU"):
-        there = available.get(resource, 0.0)
-        needed = sum(part[resource] for part in asked.values())
-        if needed > there + 1e-6:
-            raise ConfigError(_missing(config, resource, needed, there, asked))
+        shares = {role: share[resource] for role, share in asked.items()}
+        _check_sum(config, resource, shares, available.get(resource, 0.0))
 
 
-def _missing(
-    config: Config, resource: str, needed: float, there: float, asked: Mapping[str, Mapping[str, float]]
-) -> str:
-    number = counts(config)
-    listed = ", ".join(
-        f"{part[resource]:g} for {key_of(role)}={number[role]}" for role, part in asked.items() if part[resource]
-    )
-    where = "machine" if is_private(config) else "cluster"
-    waiting = "" if is_private(config) else f", add nodes, or raise cluster.wait_s={config.cluster.wait_s:g}"
-    return (
-        f"the run needs {needed:g} {resource}s ({listed}) and the {where} has {there:g}; lower them, or "
-        f"resources.*.num_{resource.lower()}s{waiting}"
-    )
+def _check_sum(config: Config, resource: str, asked: Mapping[str, float], available: float) -> None:
+    needed = sum(asked.values())
+    if needed > available + 1e-6:
+        number = counts(config)
+        listed = ", ".join(f"{num:g} for {key_of(role)}={number[role]}" for role, num in asked.items() if num)
+        raise ConfigError(
+            f"the run needs {needed:g} {resource}s ({listed}) and the machine has {available:g}; lower them, or "
+            f"resources.*.num_{resource.lower()}s"
+        )

@@ -1,0 +1,166 @@
+"""What a run that does not fit a cluster says: which role lacks what, and what is free. (Placements are doubles.)"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from switchkd.actors import placement_group
+from switchkd.actors.placement_group import Node, wait_for_placements
+from switchkd.config import resources
+from switchkd.config.errors import ConfigError
+from switchkd.config.loader import parse
+from switchkd.config.schema import Config
+from switchkd.train import _check_private
+
+ROLES = ("teacher", "rollout", "learner")
+
+
+@pytest.fixture(autouse=True)
+def outside_of_jobs(monkeypatch):
+    for name in ("RAY_ADDRESS", "RAY_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def config(teacher: dict | None = None, workers: object = 1, **sections) -> Config:
+    base = {"run": {"dir": "x"}, "train": {"num_steps": 1}, "cluster": {"address": "1.2.3.4:6379"}}
+    return parse({**base, "teacher": teacher or {}, "rollout": {"num_workers": workers}, **sections})
+
+
+def node(cpu: float, gpu: float = 0.0, free: tuple[float, float] | None = None, **labels: str) -> Node:
+    left = (cpu, gpu) if free is None else free
+    return Node(name="n", labels=labels, total={"CPU": cpu, "GPU": gpu}, free={"CPU": left[0], "GPU": left[1]})
+
+
+class Placement:
+    """Reserved from the start, never, or after so many questions."""
+
+    def __init__(self, after: float = 0) -> None:
+        self.left = after
+
+    def wait(self, timeout_s: float) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.fixture
+def there(monkeypatch) -> list[Node]:
+    """The nodes of the cluster. Nothing is waited for."""
+    found: list[Node] = []
+    monkeypatch.setattr(placement_group, "nodes", lambda: found)
+    monkeypatch.setattr(placement_group, "RELEASE_S", 0.0)
+    return found
+
+
+def refused(wanted: Config, placements: dict[str, list[Placement]]) -> tuple[str, list[str]]:
+    """The one line of the error, and what was said before."""
+    notes: list[str] = []
+    with pytest.raises(ConfigError) as error:
+        wait_for_placements(wanted, placements, notes.append)
+    assert "\n" not in str(error.value)
+    return str(error.value), notes
+
+
+def placements(**never: int) -> dict[str, list[Placement]]:
+    """One for the teacher, two for workers and one for the learner, of which so many never come."""
+    num = {"teacher": 1, "rollout": 2, "learner": 1}
+    return {role: [Placement(math.inf if i < never.get(role, 0) else 0) for i in range(num[role])] for role in num}
+
+
+def test_fits(there):
+    """What finds its place is not refused, and nothing is said; also where that takes a moment."""
+    there.append(node(4))
+    notes: list[str] = []
+    wait_for_placements(config(workers=2), placements(), notes.append)
+    wait_for_placements(config(workers=2), {"teacher": [Placement(0)], "learner": [Placement(0)]}, notes.append)
+    assert notes == []
+
+
+def test_says_who_lacks_what(there):
+    """The line names the role, its number, what each process needs, what is free and what can be done; the table what
+    all roles ask for and what each node has free."""
+    there += [node(8, free=(0, 0)), node(8, 1, free=(0.5, 1), pool="write")]
+    line, (shown,) = refused(config(workers=2), placements(rollout=1, learner=1))
+    assert line == (
+        "rollout.num_workers=2: 1 cannot be placed, each needs 1 CPUs on one node, and beside the rest of the run at "
+        "most 0.5 CPUs are free on one; wait until other runs end, ask for less (resources.rollout), add nodes, or "
+        "raise cluster.wait_s=0"
+    )
+    assert [row.split() for row in shown.splitlines()] == [
+        ["role", "number", "CPUs", "each", "GPUs", "each", "labels", "not", "placed"],
+        ["teacher.replicas", "1", "1", "0", "0"],
+        ["rollout.num_workers", "2", "1", "0", "1"],
+        ["learner.num_ranks", "1", "1", "0", "1"],
+        ["node", "CPUs", "free", "GPUs", "free", "labels"],
+        ["n", "0", "of", "8", "0", "of", "0"],
+        ["n", "0.5", "of", "8", "1", "of", "1", "pool=write"],
+    ]
+
+
+def test_gpus_of_one_process_lie_on_one_node(there):
+    """Eight GPUs in two nodes are no place for a replica of eight: the line says what one node has."""
+    there += [node(8, 4), node(8, 4)]
+    line, _ = refused(config(resources={"teacher": {"num_gpus": 8}}), placements(teacher=1))
+    assert "teacher.replicas=1: 1 cannot be placed, each needs 1 CPUs and 8 GPUs on one node, and beside" in line
+    assert "at most 8 CPUs and 4 GPUs are free on one" in line
+
+
+def test_fractions_are_of_one_gpu(there):
+    there.append(node(8, 2, free=(5, 0.8)))
+    line, _ = refused(config(resources={"teacher": {"num_gpus": 0.6}}), placements(teacher=1))
+    assert "each needs 1 CPUs and 0.6 of one GPU on one node" in line and "5 CPUs and 0.8 GPUs are free on one" in line
+    with pytest.raises(ConfigError, match=r"resources.teacher.num_gpus=1.5: above 1 it must be a whole number"):
+        config(resources={"teacher": {"num_gpus": 1.5}})
+
+
+def test_labels(there):
+    """Labels that no node has are said at once, or after the wait for such a node; where the nodes that have them are
+    too small, only those count."""
+    wanted = {"resources": {"rollout": {"labels": {"pool": "write"}}}}
+    there += [node(4), node(4, pool="train")]
+    line, notes = refused(config(**wanted), placements())
+    assert line.startswith(
+        "resources.rollout.labels=pool=write: no node of the cluster has these (labels there: none; pool=train); start "
+        "one with `ray start --labels=...`, or raise cluster.wait_s=0"
+    )
+    assert notes == []
+    late = config(**wanted, cluster={"address": "1.2.3.4:6379", "wait_s": 0.01})
+    line, notes = refused(late, placements(rollout=1))
+    assert "no node of the cluster has these" in line
+    assert notes[0].startswith("waiting up to 0.01 s: rollout.num_workers=2: 1 cannot be placed")
+    there.append(node(2, pool="write"))
+    line, _ = refused(config(workers=2, **wanted), placements(rollout=1))
+    assert "each needs 1 CPUs on one node with labels pool=write, and beside the rest of the run at most 2 CPUs" in line
+
+
+def test_pools_ask_for_their_smallest_number():
+    """A joined cluster must fit the smallest pools; one's own machine is shared out for the largest."""
+    spans = {"teacher": {"replicas": {"min": 2, "max": 6}}, "workers": {"max": 3}}
+    assert resources.counts(config(**spans)) == {"teacher": 2, "rollout": 1, "learner": 1}
+    assert resources.counts(config(**spans, cluster={})) == {"teacher": 6, "rollout": 3, "learner": 1}
+
+
+def test_several_teachers(there):
+    """Each is a role of its own with resources of its own; one that is served elsewhere asks for nothing."""
+    wanted = config(
+        teachers={"math": {"path": "m", "replicas": 2}, "chat": {"path": "c"}, "far": {"path": "f", "attach": "big"}},
+        resources={"teacher": {"num_cpus": 2}, "teachers": {"math": {"num_gpus": 1, "labels": {"gen": "b"}}}},
+    )
+    assert resources.counts(wanted) == {"teachers.math": 2, "teachers.chat": 1, "rollout": 1, "learner": 1}
+    assert resources.of_role(wanted, "teachers.chat").num_cpus == 2
+    assert resources.of_role(wanted, "teachers.math").labels == {"gen": "b"}
+    there.append(node(9, 1, gen="b"))
+    line, _ = refused(wanted, {"teachers.math": [Placement(), Placement(math.inf)]})
+    assert "teachers.math.replicas=2: 1 cannot be placed, each needs 1 CPUs and 1 GPUs on one node with labels" in line
+    assert resources.counts(config({"attach": "big"})) == {"rollout": 1, "learner": 1}
+
+
+def test_labels_need_a_joined_cluster():
+    """A private cluster has one node without labels: said at once."""
+    with pytest.raises(
+        ConfigError, match=r"resources.learner.labels=.*pool.*: .* a private cluster has none; set cluster"
+    ):
+        _check_private(config(cluster={}, resources={"learner": {"labels": {"pool": "x"}}}))
+    with pytest.raises(ConfigError, match=r"teacher.attach=big needs the cluster on which that teacher is served"):
+        _check_private(config({"attach": "big"}, cluster={}))
