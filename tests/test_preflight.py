@@ -11,7 +11,7 @@ from tiny import NUM_TOKENS, save_tiny, tiny_tokenizer
 from switchkd.config.errors import ConfigError
 from switchkd.config.loader import parse
 from switchkd.controller.preflight import check, check_models, prepare
-from switchkd.engines.models import demo, resolve
+from switchkd.engines.models import demo
 from switchkd.engines.models.resolve import resolve_models
 
 
@@ -289,7 +289,7 @@ def test_no_teacher_is_looked_at_when_none_is_needed(config):
 
 
 class TestResolve:
-    """`demo` and `cut` become folders."""
+    """`demo` and `student.prune` become folders."""
 
     def test_cut_is_made_once(self, config, teacher, tmp_path, monkeypatch):
         """The cut lies in the cache, is found again, and another cut is another folder."""
@@ -313,7 +313,7 @@ class TestResolve:
     def test_demo_is_fetched_where_it_is_used(self, config, student, monkeypatch):
         """`demo` is fetched for the role that uses it, and not at all when no role does."""
         calls = []
-        monkeypatch.setattr(resolve, "fetch_demo", lambda: calls.append(1) or student)
+        monkeypatch.setattr(demo, "fetch_demo", lambda: calls.append(1) or student)
         assert resolve_models(config(teacher={"path": "demo"})).teacher.path == str(student)
         resolve_models(config())
         stage = {"mix": {"dataset": 1}, "loss": {"type": "cross_entropy"}}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from switchkd.config import resources
 from switchkd.config.schema import Config
@@ -14,15 +13,10 @@ from switchkd.engines.models.lm_head import LMHeadState
 from switchkd.engines.models.loading import load_tokenizer, pad_id, shared_vocab
 from switchkd.learner.batching import LossSpec
 from switchkd.learner.build import build_loss
-from switchkd.types import (
-    BatchAssignment,
-    PackedWeights,
-    Rollout,
-    StepResult,
-)
+from switchkd.learner.settings import LearnerSettings
+from switchkd.types import BatchAssignment, PackedWeights, Rollout, StepResult
 
-if TYPE_CHECKING:
-    from switchkd.learner.deepspeed import LearnerSettings
+Fetch = Callable[[list[int]], list[Rollout]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +31,7 @@ class RankInfo:
 
 
 def learner_settings(config: Config) -> LearnerSettings:
-    from switchkd.learner.deepspeed import LearnerSettings
-
+    """The settings of every rank, from the config and the student's tokenizer."""
     tokenizer = load_tokenizer(config.student.path, trust_remote_code=config.student.trust_remote_code)
     learner, student = config.learner, config.student
     return LearnerSettings(
@@ -63,9 +56,6 @@ def learner_settings(config: Config) -> LearnerSettings:
         seed=config.seed,
         device=device_of(student),
     )
-
-
-Fetch = Callable[[list[int]], list[Rollout]]
 
 
 class LearnerRank:

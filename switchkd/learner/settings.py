@@ -1,6 +1,6 @@
-"""What a learner rank is told: one record of plain values, and what follows from it for DeepSpeed and the optimizer.
+"""The settings of a learner rank: one record of plain values, and what follows from it for DeepSpeed and the optimizer.
 
-Nothing here imports deepspeed, so that a driver can make the record and ship it.
+Nothing here imports deepspeed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class LearnerSettings:
 
 
 def deepspeed_config(settings: LearnerSettings, world_size: int) -> dict[str, Any]:
-    """What DeepSpeed is told. Accumulation is ours: we set the boundary at each micro-batch."""
+    """DeepSpeed's config. It does not count accumulation steps: the learner sets the boundary at each micro-batch."""
     bf16 = settings.dtype == "bfloat16"
     # trap: stage 0 with bf16 has a wrong first Adam step; stage 1 computes what stage 0 should
     stage = max(settings.zero_stage, 1) if bf16 else settings.zero_stage

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from switchkd.config.errors import ConfigError
-from switchkd.engines.models.demo import fetch_demo
+from switchkd.engines.models.demo import resolve_path
 from switchkd.engines.models.depth_prune import prune_depth
 
 
@@ -18,7 +18,7 @@ def init_student(teacher: str, out: Path, layers: str | None) -> Path:
     if not numbers or not all(number.isdigit() for number in numbers):
         raise ConfigError(f"--layers {layers!r}: give a number such as 12 or a list such as 0,1,4,29")
     which = [int(number) for number in numbers]
-    folder = fetch_demo() if teacher == "demo" else teacher
+    folder = resolve_path(teacher)
     if layers and "," in layers:
         return prune_depth(folder, out, layers=which)
     return prune_depth(folder, out, num_layers=which[0])

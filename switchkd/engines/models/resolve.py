@@ -9,7 +9,7 @@ import hashlib
 from pathlib import Path
 
 from switchkd.config.schema import Config, DepthPruneConfig, ModelConfig
-from switchkd.engines.models.demo import cache_dir, fetch_demo
+from switchkd.engines.models.demo import cache_dir, resolve_path
 from switchkd.engines.models.depth_prune import prune_depth
 from switchkd.engines.models.sources import looks_local
 
@@ -22,18 +22,13 @@ def reads_teacher(config: Config) -> bool:
 def resolve_models(config: Config) -> Config:
     """The config with `demo` replaced by the fetched folder, and the student pruned (once, in the user's cache). Both
     stay on this machine: on a cluster without a shared home set $SWITCHKD_CACHE to shared storage."""
-    teacher, student = config.teacher, config.student
-    teachers = dict(config.teachers)
-    for name, named in teachers.items():
-        if config.needs_teacher and named.path == "demo":
-            teachers[name] = named.model_copy(update={"path": str(fetch_demo())})
-    is_read = not teachers or student.prune is not None
-    if reads_teacher(config) and is_read and teacher.path == "demo":
-        teacher = teacher.model_copy(update={"path": str(fetch_demo())})
-    if student.prune is not None:
-        student = student.model_copy(update={"path": str(prune_student(teacher, student.prune)), "prune": None})
-    elif student.path == "demo":
-        student = student.model_copy(update={"path": str(fetch_demo())})
+    teacher, teachers, student = config.teacher, config.teachers, config.student
+    if config.needs_teacher:
+        teachers = {name: each.model_copy(update={"path": resolve_path(each.path)}) for name, each in teachers.items()}
+    if reads_teacher(config) and (not teachers or student.prune is not None):
+        teacher = teacher.model_copy(update={"path": resolve_path(teacher.path)})
+    folder = resolve_path(student.path) if student.prune is None else str(prune_student(teacher, student.prune))
+    student = student.model_copy(update={"path": folder, "prune": None})
     return config.model_copy(update={"teacher": teacher, "teachers": teachers, "student": student})
 
 

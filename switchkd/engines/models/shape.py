@@ -6,17 +6,17 @@ Reads config.json and the tokenizer's files, nothing else. torch and transformer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from switchkd.config.errors import ConfigError, first_line
-from switchkd.config.schema import Config, LoraConfig, ModelConfig
+from switchkd.config.schema import Config, DepthPruneConfig, LoraConfig, ModelConfig
+from switchkd.engines.models.demo import resolve_path
 from switchkd.engines.models.depth_prune import chosen_layers, pruned_config
 from switchkd.engines.models.loading import read_config, read_tokenizer, shared_vocab
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Of one number."""
+"""Bytes of one number."""
 _FFN = ("intermediate_size", "ffn_dim", "n_inner")
 
 
@@ -33,49 +33,41 @@ class Shape:
     heads: int
     ffn: int  # between the two products of a layer's MLP (of the experts that a token meets)
     gated: bool  # two products before the activation, as in Llama
-    head_width: int  # what goes into the output layer, and travels as the signal "hidden_states"
+    head_width: int  # input of the output layer, which is what a teacher sends as `hidden_states`
     vocab: int  # ids that teacher and student share
     products: int = 0  # weights of its linear layers, the output layer left out: what a CPU may keep a copy of
     trainable: int = 0  # 0: all; with LoRA the adapters' parameters
 
     @property
     def head_params(self) -> int:
-        """Of the output matrix, cut to the shared vocabulary."""
+        """Parameters of the output matrix, cut to the shared vocabulary."""
         return self.vocab * self.head_width
 
 
 def shapes(config: Config) -> dict[str, Shape]:
-    """Of `student`, and of `teacher` where a stage needs one. `demo` is fetched; a student that is still to be cut is
-    cut in its config only. Raises ConfigError."""
-    from switchkd.engines.models.demo import fetch_demo
-
-    teacher, student = config.teacher, config.student
-    if teacher.path == "demo" and (config.needs_teacher or student.prune is not None):
-        teacher = teacher.model_copy(update={"path": str(fetch_demo())})
-    found: dict[str, Shape] = {}
+    """The shape of `student`, and of `teacher` where a stage needs one. `demo` is fetched; a student that is still to
+    be pruned is pruned in its config only. Raises ConfigError."""
+    prune, lora = config.student.prune, config.learner.lora
+    shapes_by_role: dict[str, Shape] = {}
     if config.needs_teacher:
-        found["teacher"] = read_shape(teacher, "teacher.path")
-    if student.prune is not None:
-        cut = (student.prune.layers, student.prune.num_layers)
-        found["student"] = read_shape(teacher, "teacher.path", cut=cut, lora=config.learner.lora)
-        return found
-    if student.path == "demo":
-        student = student.model_copy(update={"path": str(fetch_demo())})
-    found["student"] = read_shape(student, "student.path", lora=config.learner.lora)
-    return found
+        shapes_by_role["teacher"] = read_shape(config.teacher, "teacher.path")
+    if prune is not None:
+        shapes_by_role["student"] = read_shape(config.teacher, "teacher.path", prune=prune, lora=lora)
+    else:
+        shapes_by_role["student"] = read_shape(config.student, "student.path", lora=lora)
+    return shapes_by_role
 
 
 def read_shape(
-    section: ModelConfig,
-    key: str,
-    *,
-    cut: tuple[Sequence[int] | None, int | None] | None = None,
-    lora: LoraConfig | None = None,
+    section: ModelConfig, key: str, *, prune: DepthPruneConfig | None = None, lora: LoraConfig | None = None
 ) -> Shape:
-    """`cut`: (layers, num_layers) that are left of it. Raises ConfigError for a config that cannot be read or built."""
+    """The shape of a model, pruned first where `prune` says so. `demo` is fetched. Raises ConfigError for a config that
+    cannot be read or built."""
+    section = section.model_copy(update={"path": resolve_path(section.path)})
     config = read_config(section, key).config
-    if cut is not None:
-        config = pruned_config(config, chosen_layers(*cut, config.get_text_config(decoder=True).num_hidden_layers))
+    if prune is not None:
+        num_layers = config.get_text_config(decoder=True).num_hidden_layers
+        config = pruned_config(config, chosen_layers(prune.layers, prune.num_layers, num_layers))
     model = _hollow(config, section, key)
     params = sum(parameter.numel() for parameter in model.parameters())
     rows, head_width = _output_layer(model, section, key)
@@ -101,8 +93,8 @@ def read_shape(
 
 
 def object_store_bytes(config: Config, student_params: int) -> int:
-    """What a private cluster keeps in shared memory: a version that is loaded while the next one is published, beside
-    rollouts. From a store that is too small Ray goes to the disk, and refuses once 95% of that are used."""
+    """Shared memory of a private cluster: a version that is loaded while the next one is published, beside rollouts.
+    With too small a store Ray spills to the disk, and refuses once 95% of that are used."""
     if config.cluster.object_store_gb is not None:
         return int(config.cluster.object_store_gb * 1e9)
     return int(5e8) + 2 * BYTES[config.student.dtype] * student_params
@@ -132,13 +124,13 @@ def _output_layer(model: Any, section: ModelConfig, key: str) -> tuple[int, int]
 
 
 def _products(model: Any) -> int:
-    """As `cpu_prepack.py` takes them."""
+    """Weights that `cpu_prepack.py` may copy."""
     from torch.nn import Linear
 
     from switchkd.engines.models.cpu_prepack import MIN_SIZE
 
-    head = model.get_output_embeddings()
-    weights = [layer.weight for layer in model.modules() if type(layer) is Linear and layer is not head]
+    lm_head = model.get_output_embeddings()
+    weights = [layer.weight for layer in model.modules() if type(layer) is Linear and layer is not lm_head]
     return sum(weight.numel() for weight in weights if min(weight.shape) >= MIN_SIZE)
 
 
@@ -157,7 +149,7 @@ def _vocab(section: ModelConfig, key: str, rows: int) -> int:
 
 
 def _adapters(model: Any, lora: LoraConfig) -> int:
-    """As the learner builds them (engines/student_build.py)."""
+    """Parameters of the adapters that the learner builds (`learner/student.py`)."""
     from peft import LoraConfig, get_peft_model
 
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from switchkd.config.errors import ConfigError
 from switchkd.config.schema import DepthPruneConfig, TeacherConfig
+from switchkd.engines.models.demo import resolve_path
 from switchkd.engines.models.sources import check_model_folder
 
 _TOPICS = (
@@ -31,11 +32,8 @@ class Pair:
 
 
 def resolve(teacher: str, student: str) -> Pair:
-    """Folders, fetched and cut where need be. Raises ConfigError for a model that is not there."""
-    if teacher == "demo":
-        from switchkd.engines.models.demo import fetch_demo
-
-        teacher = str(fetch_demo())
+    """Folders, fetched and pruned where need be. Raises ConfigError for a model that is not there."""
+    teacher = resolve_path(teacher)
     check_model_folder(teacher, "--teacher")
     if student.isdigit():
         from switchkd.engines.models.resolve import prune_student
