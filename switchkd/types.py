@@ -348,11 +348,7 @@ class Unreachable(Exception):
 
 
 class TeacherLost(Unreachable):
-    """Teachers died MAX_DEATHS times in a row while a worker asked them about the same rollout."""
-
-
-MAX_DEATHS = 3
-"""So often a worker, or teachers, may die of a rollout that is written alone before it is to blame."""
+    """Teachers died several times in a row over one call of a worker."""
 
 
 class StateLost(Exception):

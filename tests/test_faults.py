@@ -155,7 +155,7 @@ def arm():
     from switchkd.actors.teacher_router import SESSION_BITS, TeacherRouter
     from switchkd.rollout.generator import SwitchingGenerator
 
-    start, place = SwitchingGenerator._start, TeacherRouter._place
+    start, place = SwitchingGenerator._start, TeacherRouter._open_somewhere
 
     def started(job, slot):
         if job.task.rollout_id == KILLS:
@@ -169,7 +169,7 @@ def arm():
         return place(self, {i: empty if i == BREAKS_THE_TEACHER else ids for i, ids in sessions.items()})
 
     SwitchingGenerator._start = staticmethod(started)
-    TeacherRouter._place = placed
+    TeacherRouter._open_somewhere = placed
 """
 """A rule that is the user's own code, and what it may do to a process: end it, or raise; the last one sends a session
 without tokens, at which the teacher raises."""

@@ -195,10 +195,10 @@ class TestRouter:
         monkeypatch.setattr(pool_client, "poll", lambda sessions: None)
         monkeypatch.setattr(rooms, "RETRY_FOR_S", 0.05)
         pool_client.members = ReplicaView(ready={}, draining={}, sessions={}, num_starting=1)
-        router._members = pool_client.members
+        router._view = pool_client.members
         np.testing.assert_allclose(router.score(block(0)).values, alone((0,), (block(0),)))
         monkeypatch.setattr(pool_client, "ask", lambda sessions: ReplicaView(ready={}, draining={}, sessions={}))
-        router._members = ReplicaView(ready={}, draining={}, sessions={})
+        router._view = ReplicaView(ready={}, draining={}, sessions={})
         with pytest.raises(RuntimeError, match=r"no teacher replica answered for 0\.05 s"):
             router.score(block(0))
 

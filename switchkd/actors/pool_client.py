@@ -1,6 +1,6 @@
-"""Where a router finds the members of its pool: the pool's actor, asked now and then.
+"""Asks the pool's actor now and then which replicas there are.
 
-In: how many sessions the router has at each replica. Out: `ReplicaView`. See `teacher_router.Directory`.
+In: how many sessions the asking router has at each replica. Out: `ReplicaView`.
 """
 
 from __future__ import annotations
@@ -16,46 +16,48 @@ from ray.exceptions import ActorDiedError, RayError
 from switchkd.actors.replicas import ReplicaView
 
 POLL_S = 1.0
-"""How often a router looks who is there and how busy they are."""
+"""How often a router asks for the replicas and their load."""
 ASK_S = 10.0
 """How long the pool may take to answer."""
 
 
 class PoolClient:
-    """`router`: the asker's name, one and the same after a restart."""
+    """`router`: the asking router's name, the same after a restart."""
 
     def __init__(self, pool: Any, router: str) -> None:
-        self._pool, self._router = pool, router
-        self._out: Any = None  # a question that is out
+        self._pool = pool
+        self._router = router
+        self._pending: Any = None  # the question that is out
         self._next = 0.0
 
     def ask(self, sessions: Mapping[int, int]) -> ReplicaView | None:
-        """Waits for the answer; None where the pool is just being started again."""
-        self._out, self._next = None, time.monotonic() + POLL_S
+        """Wait for the answer; None where the pool is just being started again."""
+        self._pending, self._next = None, time.monotonic() + POLL_S
         try:
-            found: ReplicaView = cloudpickle.loads(ray.get(self._question(sessions), timeout=ASK_S))
-            return found
-        except ActorDiedError:  # it always comes back, unless somebody ended it
+            view: ReplicaView = cloudpickle.loads(ray.get(self._question(sessions), timeout=ASK_S))
+            return view
+        except ActorDiedError:  # it always comes back, unless it was ended
             return ReplicaView(ready={}, draining={}, sessions={}, broken="their pool was ended")
         except RayError:
             return None
 
     def poll(self, sessions: Mapping[int, int]) -> ReplicaView | None:
-        """What has come in, if anything. Never waits."""
-        if self._out is None:
+        """The answer to the last question, where it has arrived; asks again where it is time. Never waits."""
+        if self._pending is None:
             if time.monotonic() >= self._next:
-                self._out = self._question(sessions)
+                self._pending = self._question(sessions)
             return None
-        if not ray.wait([self._out], timeout=0)[0]:
+        if not ray.wait([self._pending], timeout=0)[0]:
             return None
-        out, self._out, self._next = self._out, None, time.monotonic() + POLL_S
+        answer, self._pending, self._next = self._pending, None, time.monotonic() + POLL_S
         try:
-            found: ReplicaView = cloudpickle.loads(ray.get(out))
-            return found
+            view: ReplicaView = cloudpickle.loads(ray.get(answer))
+            return view
         except RayError:
             return None
 
     def lost(self) -> None:
+        """Report a replica that died."""
         self._pool.lost.remote()
 
     def _question(self, sessions: Mapping[int, int]) -> Any:

@@ -60,7 +60,7 @@ class PoolHandle:
         self.namespace = namespace
         self._cursor = cursor
         self._events: Any = None  # the question that is out
-        self._directory = PoolClient(actor, "driver")
+        self._client = PoolClient(actor, "driver")
         self._members: ReplicaView | None = None
 
     @property
@@ -70,11 +70,11 @@ class PoolHandle:
     def head(self) -> LMHeadState | None:
         """The output head, once the pool works. Raises RuntimeError where it cannot start."""
         retry_until_alive(self.actor.ready.remote).result()
-        return TeacherRouter(self._directory).head()
+        return TeacherRouter(self._client).head()
 
     def replicas(self) -> dict[str, Any]:
         """Handles of those that work, by name, as last heard. Never waits."""
-        self._members = self._directory.poll({}) or self._members
+        self._members = self._client.poll({}) or self._members
         there = {**self._members.ready, **self._members.draining} if self._members else {}
         return {f"{self.role} {number}": handle for number, handle in there.items()}
 

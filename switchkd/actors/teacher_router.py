@@ -2,27 +2,27 @@
 
 In: the calls of `engines.base.Teacher`. The router keeps every session's tokens, so that a lost replica (or a lost
 session) costs one re-prefill elsewhere and nothing else. One router per rollout worker and pool, in the worker's
-process. It looks up the pool's members between calls, now and then, without waiting for the answer; only where nobody
-can be reached does it wait.
+process. It asks the pool for its replicas now and then, between calls, without waiting for the answer; it waits only
+where no replica can be reached.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 from ray.exceptions import ActorDiedError, RayActorError
 
 from switchkd.actors.heartbeat import waiting_for
+from switchkd.actors.pool_client import PoolClient
 from switchkd.actors.replicas import ReplicaView
 from switchkd.engines.base import TeacherBusy, UnknownSession
 from switchkd.types import (
-    MAX_DEATHS,
     Blocks,
     Sessions,
     TeacherLost,
@@ -42,55 +42,44 @@ RETRY_FOR_S = 300.0
 """How long a router looks for a living replica, while none is being started, before it gives up."""
 QUARANTINE_S = 5.0
 """How long a replica that failed gets no new session."""
-PAUSE_S, MAX_PAUSE_S = 0.2, 3.0
-"""How long a router waits before it asks again; each time twice as long, up to the second."""
+PAUSE_S = 0.2
+"""How long a router waits before it asks again; each time twice as long."""
+MAX_PAUSE_S = 3.0
+MAX_DEATHS = 3
+"""Rounds of one call in which a replica is lost, after which the call fails."""
 SESSION_BITS = 42
-"""Of a session's number; the run's own number stands above them."""
-
-
-class Directory(Protocol):
-    """Where a router finds the members of its pool. `sessions`: how many of its own it has at each."""
-
-    def ask(self, sessions: Mapping[int, int]) -> ReplicaView | None:
-        """Waits for the answer; None where the pool itself cannot be reached just now."""
-
-    def poll(self, sessions: Mapping[int, int]) -> ReplicaView | None:
-        """What has come in since the last time, if anything; asks again where it is time. Never waits."""
-
-    def lost(self) -> None:
-        """A replica is dead for good, as far as can be seen from here."""
+"""The lower bits of a session's number; the run's number is above them."""
 
 
 class TeacherRouter:
-    """`namespace`: of the run, where several share the pool."""
+    """`namespace`: the run's number, where several share the pool. `first`: the replica that is taken first of equally
+    loaded ones, another one for each worker."""
 
-    def __init__(self, directory: Directory, *, namespace: int = 0, first: int = 0) -> None:
-        self._directory = directory
+    def __init__(self, pool: PoolClient, *, namespace: int = 0, first: int = 0) -> None:
+        self._pool = pool
         self._offset = namespace << SESSION_BITS
-        self._members = ReplicaView(ready={}, draining={}, sessions={})
-        self._home: dict[int, int] = {}  # session id -> replica
+        self._first = first
+        self._view = ReplicaView(ready={}, draining={}, sessions={})
+        self._replica_of: dict[int, int] = {}  # session id -> replica
         self._tokens: dict[int, np.ndarray] = {}  # session id -> its tokens, as last sent
         self._quarantined_until: dict[int, float] = {}
-        self._unreachable: set[int] = set()  # replicas that failed and were not seen at work, or starting, since
-        self._crashes: Counter[int] = Counter()  # session id -> replicas lost over its calls since the last answer
-        self._first = first  # workers start at different replicas
+        self._unreachable: set[int] = set()  # replicas that failed, until they answer or were seen to restart
+        self._num_deaths = 0  # rounds of the call at hand in which a replica was lost
 
     # ── the Teacher protocol ───────────────────────────────────────────────────────────────────────────────────────
 
     @waiting_for("a teacher")
     def open(self, sessions: Sessions) -> None:
-        self._refresh()
-        tokens = ragged(sessions.token_ids, sessions.lengths)
+        self._begin_call()
         ids = (sessions.session_ids + self._offset).tolist()
-        wanted = dict(zip(ids, tokens, strict=True))
-        self._answered(ids)
-        self._place(wanted)
-        self._tokens.update(wanted)
+        tokens = dict(zip(ids, ragged(sessions.token_ids, sessions.lengths), strict=True))
+        self._open_somewhere(tokens)
+        self._tokens.update(tokens)
 
     @waiting_for("a teacher")
     def score(self, blocks: Blocks) -> TeacherOutput:
         """Split by replica, ask all at once, put together in the order asked. Lost sessions are opened again."""
-        blocks = self._own(blocks)
+        blocks = self._in_namespace(blocks)
         parts = ragged(blocks.token_ids, blocks.lengths)
         answers = self._until_answered(blocks, lambda replica, some: replica.score.remote(_select(blocks, parts, some)))
         self._remember(blocks, parts)
@@ -99,7 +88,7 @@ class TeacherRouter:
     @waiting_for("a teacher")
     def write(self, request: WriteRequest) -> Written:
         """As `score`. A repeated request gives the same tokens, so a lost replica costs time only."""
-        blocks = self._own(request.blocks)
+        blocks = self._in_namespace(request.blocks)
         parts = ragged(blocks.token_ids, blocks.lengths)
 
         def ask(replica: Any, some: list[int]) -> Any:
@@ -124,127 +113,132 @@ class TeacherRouter:
         )
 
     def close(self, session_ids: np.ndarray) -> None:
-        self._refresh()
+        """Does not wait for the replicas."""
+        self._update(self._pool.poll(self._load()))
         by_replica: dict[int, list[int]] = {}
         for session in (session_ids + self._offset).tolist():
             self._tokens.pop(session, None)
-            self._crashes.pop(session, None)
-            replica_of = self._home.pop(session, None)
-            if replica_of is not None:
-                by_replica.setdefault(replica_of, []).append(session)
-        for replica_of, ids in by_replica.items():
-            if (handle := self._handle(replica_of)) is not None:
-                handle.close.remote(np.array(ids, np.int64))  # nobody waits for it
+            if (number := self._replica_of.pop(session, None)) is not None:
+                by_replica.setdefault(number, []).append(session)
+        for number, ids in by_replica.items():
+            if (handle := self._handle(number)) is not None:
+                handle.close.remote(np.array(ids, np.int64))
 
     @waiting_for("a teacher")
     def head(self) -> LMHeadState | None:
-        """The teacher's output head, from whichever replica answers; None when it sends whole rows. Waits for the pool
-        to start."""
-        patience = self._patience()
+        """The teacher's LM head, from any replica; None when it sends logits. Waits for the pool to start."""
+        retries = self._retries()
         while True:
-            replica_of = self._least_loaded(set())
-            if replica_of is not None:
+            number = self._least_loaded(set())
+            if number is not None:
                 try:
-                    found: LMHeadState | None = ray.get(self._members.ready[replica_of].head.remote())
-                    return found
+                    head: LMHeadState | None = ray.get(self._view.ready[number].head.remote())
+                    return head
                 except RayActorError as error:
-                    self._failed(replica_of, error)
-            next(patience)
+                    self._lose(number, error)
+            next(retries)
 
     # ── replicas ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _own(self, blocks: Blocks) -> Blocks:
-        """With session numbers that no other run uses."""
+    def _in_namespace(self, blocks: Blocks) -> Blocks:
+        """The blocks with session numbers that no other run uses."""
         return replace(blocks, session_ids=blocks.session_ids + self._offset)
 
-    def _refresh(self) -> None:
-        self._take(self._directory.poll(Counter(self._home.values())))
+    def _load(self) -> Counter[int]:
+        """Sessions of this router at each replica."""
+        return Counter(self._replica_of.values())
 
-    def _take(self, members: ReplicaView | None) -> None:
-        if members is None:
+    def _begin_call(self) -> None:
+        self._num_deaths = 0
+        self._update(self._pool.poll(self._load()))
+
+    def _update(self, view: ReplicaView | None) -> None:
+        if view is None:
             return
-        if members.broken and not members.ready:
-            raise RuntimeError(f"there is no teacher any more: {members.broken}")
-        self._members = members
-        self._unreachable.intersection_update(members.ready)  # who was seen to leave and is back is another process
+        if view.broken and not view.ready:
+            raise RuntimeError(f"there is no teacher any more: {view.broken}")
+        self._view = view
+        self._unreachable.intersection_update(view.ready)  # one that left and is back is another process
 
-    def _patience(self, most_s: float = MAX_PAUSE_S) -> Iterator[None]:
-        """Each turn waits, ever longer up to `most_s`, and looks the members up. Raises RuntimeError after RETRY_FOR_S
-        without anybody to wait for."""
+    def _retries(self, most_s: float = MAX_PAUSE_S) -> Iterator[None]:
+        """Each turn waits, ever longer up to `most_s`, and updates the view. Raises RuntimeError after RETRY_FOR_S in
+        which no replica was starting."""
         deadline, pause, hopeful = time.monotonic() + RETRY_FOR_S, PAUSE_S, False
         while True:
             time.sleep(pause)
             pause = min(2 * pause, most_s)
-            self._take(self._directory.ask(Counter(self._home.values())))
-            was_hopeful, hopeful = hopeful, bool(self._members.num_starting) and not self._members.ready
+            self._update(self._pool.ask(self._load()))
+            was_hopeful, hopeful = hopeful, bool(self._view.num_starting) and not self._view.ready
             if hopeful or was_hopeful:
                 deadline = time.monotonic() + RETRY_FOR_S
             if time.monotonic() > deadline:
                 raise RuntimeError(f"no teacher replica answered for {RETRY_FOR_S:g} s; see the teachers' logs")
             yield
 
-    def _handle(self, replica_of: int) -> Any | None:
-        return self._members.ready.get(replica_of) or self._members.draining.get(replica_of)
+    def _handle(self, number: int) -> Any | None:
+        return self._view.ready.get(number) or self._view.draining.get(number)
 
-    def _failed(self, replica_of: int, error: RayActorError, sessions: Collection[int] = ()) -> None:
-        """A call for these sessions got no answer. Raises TeacherLost where one of them met that MAX_DEATHS times in a
-        row, each time with a replica that had been there."""
-        self._quarantined_until[replica_of] = time.monotonic() + QUARANTINE_S
+    def _lose(self, number: int, error: RayActorError) -> bool:
+        """A replica died, or cannot be reached just now: it gets no new session for a while. Returns whether it could
+        be reached before."""
+        self._quarantined_until[number] = time.monotonic() + QUARANTINE_S
         if isinstance(error, ActorDiedError):
-            self._directory.lost()
-        if replica_of not in self._unreachable:
-            self._unreachable.add(replica_of)
-            self._crashes.update(list(sessions))
-        if (num := max((self._crashes[session] for session in sessions), default=0)) >= MAX_DEATHS:
-            self._answered(sessions)
-            raise TeacherLost(f"{num} times in a row its teacher died over the same call")
+            self._pool.lost()
+        was_reachable = number not in self._unreachable
+        self._unreachable.add(number)
+        return was_reachable
 
-    def _answered(self, sessions: Iterable[int]) -> None:
-        for session in sessions:
-            self._crashes.pop(session, None)
+    def _count_death(self) -> None:
+        self._num_deaths += 1
+        if self._num_deaths >= MAX_DEATHS:
+            raise TeacherLost(f"{MAX_DEATHS} times in a row its teacher died over the same call")
 
     def _until_answered(self, blocks: Blocks, ask: Ask) -> list[tuple[Any, int]]:
-        """For every block, in order: the answer that it came in, and its place there."""
-        self._refresh()
+        """For every block, in order: the answer that contains it, and its index there."""
+        self._begin_call()
         answers: dict[int, tuple[Any, int]] = {}
         missing = list(range(len(blocks.session_ids)))
-        patience = self._patience()
+        retries = self._retries()
         at_once = True  # a session that was forgotten has been opened again by then
         while missing:
             answers.update(self._ask_once(blocks, ask, missing))
             missing = [i for i in missing if i not in answers]
             if missing and not at_once:
-                next(patience)
+                next(retries)
             at_once = False
         return [answers[i] for i in range(len(blocks.session_ids))]
 
     def _ask_once(self, blocks: Blocks, ask: Ask, which: list[int]) -> dict[int, tuple[Any, int]]:
-        """One call per replica for the blocks `which`; what failed is missing from the answer and lives elsewhere."""
+        """One call per replica for the blocks `which`. What failed is missing from the answers; its sessions are opened
+        elsewhere. Raises TeacherLost where replicas were lost in MAX_DEATHS rounds of one call."""
         ids = blocks.session_ids.tolist()
-        self._reopen([ids[i] for i in which if self._handle(self._home[ids[i]]) is None], blocks)
+        self._reopen([ids[i] for i in which if self._handle(self._replica_of[ids[i]]) is None], blocks)
         by_replica: dict[int, list[int]] = {}
         for i in which:
-            by_replica.setdefault(self._home[ids[i]], []).append(i)
-        calls = {replica_of: ask(self._handle(replica_of), members) for replica_of, members in by_replica.items()}
+            by_replica.setdefault(self._replica_of[ids[i]], []).append(i)
+        calls = {number: ask(self._handle(number), indices) for number, indices in by_replica.items()}
         answers: dict[int, tuple[Any, int]] = {}
-        for replica_of, call in calls.items():
-            members = by_replica[replica_of]
+        lost: list[int] = []  # sessions
+        died = False
+        for number, call in calls.items():
+            indices = by_replica[number]
             try:
                 answer = ray.get(call)
             except UnknownSession as error:
-                self._reopen(error.session_ids, blocks)
-                continue
-            except RayActorError as error:  # it died, or cannot be reached just now
-                self._failed(replica_of, error, [ids[i] for i in members])
-                self._reopen([ids[i] for i in members], blocks)
-                continue
-            self._unreachable.discard(replica_of)
-            self._answered(ids[i] for i in members)
-            answers.update({i: (answer, placement) for placement, i in enumerate(members)})
+                lost += error.session_ids
+            except RayActorError as error:
+                died |= self._lose(number, error)
+                lost += [ids[i] for i in indices]
+            else:
+                self._unreachable.discard(number)
+                answers.update({i: (answer, index) for index, i in enumerate(indices)})
+        if died:
+            self._count_death()
+        self._reopen(lost, blocks)
         return answers
 
     def _remember(self, blocks: Blocks, parts: Sequence[np.ndarray]) -> None:
-        """What each session holds now, so that it can be opened elsewhere."""
+        """Keep the tokens of each session, so that it can be opened elsewhere."""
         for session, base, part in zip(blocks.session_ids.tolist(), blocks.base_lens, parts, strict=True):
             self._tokens[session] = np.concatenate([self._tokens[session][:base], part])
 
@@ -253,58 +247,51 @@ class TeacherRouter:
         if not session_ids:
             return
         base = dict(zip(blocks.session_ids.tolist(), blocks.base_lens.tolist(), strict=True))
-        wanted = {session: self._tokens[session][: base[session]] for session in session_ids}
-        patience = self._patience(PAUSE_S)  # room comes as soon as a neighbour's row has ended
+        tokens = {session: self._tokens[session][: base[session]] for session in session_ids}
+        retries = self._retries(PAUSE_S)  # slots are free as soon as another rollout has ended
         while True:
             try:
-                return self._place(wanted)
+                return self._open_somewhere(tokens)
             except TeacherBusy:
-                next(patience)
+                next(retries)
 
-    def _place(self, sessions: dict[int, np.ndarray]) -> None:
-        """Give sessions to the replica that holds the fewest of all. Raises TeacherBusy when none has room."""
-        patience = self._patience()
+    def _open_somewhere(self, tokens: dict[int, np.ndarray]) -> None:
+        """Open sessions at the replica that holds the fewest of all. Raises TeacherBusy when none has slots left."""
+        sessions = Sessions(
+            session_ids=np.array(list(tokens), np.int64),
+            token_ids=np.concatenate(list(tokens.values())).astype(np.int32),
+            lengths=np.array([len(part) for part in tokens.values()], np.int32),
+        )
+        retries = self._retries()
         busy: set[int] = set()
         while True:
-            replica_of = self._least_loaded(busy)
-            if replica_of is None:
+            number = self._least_loaded(busy)
+            if number is None:
                 if busy:
-                    raise TeacherBusy(f"no teacher replica has room for {len(sessions)} sessions")
-                next(patience)
+                    raise TeacherBusy(f"no teacher replica has room for {len(tokens)} sessions")
+                next(retries)
                 continue
             try:
-                ray.get(self._members.ready[replica_of].open.remote(_as_sessions(sessions)))
-                self._home.update(dict.fromkeys(sessions, replica_of))
-                self._unreachable.discard(replica_of)
+                ray.get(self._view.ready[number].open.remote(sessions))
+                self._replica_of.update(dict.fromkeys(tokens, number))
+                self._unreachable.discard(number)
                 return
             except TeacherBusy:
-                busy.add(replica_of)
-            except RayActorError as error:  # it died, or cannot be reached just now
-                self._failed(replica_of, error, sessions)
-                next(patience)
+                busy.add(number)
+            except RayActorError as error:
+                if self._lose(number, error):
+                    self._count_death()
+                next(retries)
 
     def _least_loaded(self, without: set[int]) -> int | None:
-        """In order of health, load (that of all workers), and distance from this worker's first."""
-        now, own = time.monotonic(), Counter(self._home.values())
-        num, others = max(1, len(self._members.ready)), self._members.sessions
-        free = [number for number in self._members.ready if number not in without]
-        order = sorted(
-            free,
-            key=lambda i: (
-                self._quarantined_until.get(i, 0.0) > now,
-                own[i] + others.get(i, 0),
-                (i - self._first) % num,
-            ),
-        )
-        return order[0] if order else None
+        """The first by health, load (that of all workers), and distance from this worker's first replica."""
+        now, load, ready = time.monotonic(), self._load(), self._view.ready
 
+        def order(number: int) -> tuple[bool, int, int]:
+            sessions = load[number] + self._view.sessions.get(number, 0)
+            return self._quarantined_until.get(number, 0.0) > now, sessions, (number - self._first) % len(ready)
 
-def _as_sessions(sessions: dict[int, np.ndarray]) -> Sessions:
-    return Sessions(
-        session_ids=np.array(list(sessions), np.int64),
-        token_ids=np.concatenate(list(sessions.values())).astype(np.int32),
-        lengths=np.array([len(part) for part in sessions.values()], np.int32),
-    )
+        return min((number for number in ready if number not in without), key=order, default=None)
 
 
 def _select(blocks: Blocks, parts: Sequence[np.ndarray], members: list[int]) -> Blocks:
