@@ -568,9 +568,9 @@ def test_doctor(tmp_path):
     file = config_file(tmp_path, [SWITCH], run={"dir": "run", "mode": "ray"}, teacher=teacher)
     said = json.loads(finished(tmp_path, COMMAND, "doctor", str(file), "--json"))
     assert said["ok"]
-    steady = next(each for each in said["findings"] if each["check"] == "determinism")
+    steady = next(each for each in said["checks"] if each["check"] == "determinism")
     assert steady["text"].startswith("the same rows twice differ by 0, in another batch by ")
-    passed = [each["text"] for each in said["findings"] if each["check"] == "dry pass"]
+    passed = [each["text"] for each in said["checks"] if each["check"] == "dry pass"]
     assert re.match(r"one rollout of \d+ tokens \(\d+ by the teacher\) in ", passed[0])
     assert passed[1:] == ["the learner is left out: it has a process of its own beside vLLM's"]
     assert not (tmp_path / "run").exists()
