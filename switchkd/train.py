@@ -1,19 +1,20 @@
-"""The loop. START HERE.
+"""The training loop. START HERE.
 
-    tasks ─► workers write rollouts ─► replay ─► plan a batch ─► learner steps ─► new weights ─► workers
-      ▲ admission: no task whose batch lies more than `max_staleness` versions ahead                 │
-      └──────────────────────────────────────────────────────────────────────────────────────────────┘
+    tasks -> workers generate -> replay -> gather a batch -> learner steps -> publish weights -> workers
+      ^ admission: no task whose batch lies more than `max_staleness` versions ahead               |
+      +--------------------------------------------------------------------------------------------+
 
-In: a checked config and a House of handles. Out: a run folder with metrics, rollouts, checkpoints and the student.
-The loop waits for whatever ends first: a worker's call or the learner's step. It touches no tensor. Who works on what
-stands in `dispatch.py`, what becomes of a run that loses a part in `recovery.py`.
+In: a checked config and handles of the actors. Out: a run folder with metrics, rollouts, checkpoints and the student.
+
+`Trainer._one_step` is one turn: gather, step, publish, evaluate, checkpoint. The loop waits for whatever ends first, a
+worker's call or the learner's step, and touches no tensor. `controller/dispatcher.py` gives tasks to workers,
+`controller/recovery.py` saves the state and goes back to it, `controller/step_report.py` writes the metrics.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import shutil
 import signal
 import time
 from concurrent.futures import Future, wait
@@ -27,29 +28,23 @@ from switchkd.config import resources
 from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config
 from switchkd.controller import local
-from switchkd.controller.alerts import MetricAlerts
 from switchkd.controller.build import build_evaluator, build_schedule
 from switchkd.controller.checkpoint import Checkpoint, RunFolder, TrainState, open_run
 from switchkd.controller.dispatcher import NothingFinishes, TaskDispatcher, id_range
-from switchkd.controller.evaluation import Evaluator
+from switchkd.controller.evaluation import Evaluator, evaluate_with_retries, update_best
 from switchkd.controller.handles import ActorHandles
 from switchkd.controller.metrics import MetricsLog
 from switchkd.controller.model_card import write_card
 from switchkd.controller.preflight import PreparedRun, prepare
 from switchkd.controller.quarantine import Quarantine
-from switchkd.controller.recovery import RestartPolicy, restore_last_checkpoint, retry, save_checkpoint
+from switchkd.controller.recovery import Recovery, retry
 from switchkd.controller.schedule import Schedule
-from switchkd.controller.step_metrics import step_row
+from switchkd.controller.step_report import StepReporter
 from switchkd.controller.summary import Summary, student_step, summarize
 from switchkd.controller.watchdog import POLL_S, Stalled, Watchdog
-from switchkd.data.atomic_files import replace_dir, write_json_atomic
+from switchkd.data.atomic_files import write_json_atomic
 from switchkd.learner.batching import assign_batch
-from switchkd.types import CompletionSource, Entry, StateLost, StepResult, Unreachable, WeightRef, WorkerLost
-
-MAX_SKIPPED = 3
-"""Steps in a row without a finite loss that end a run."""
-MAX_EVALUATIONS = 5
-"""Times that one evaluation may begin again because a rollout worker was lost."""
+from switchkd.types import CompletionSource, Entry, StateLost, StepResult, WeightRef
 
 
 class Trainer:
@@ -65,62 +60,48 @@ class Trainer:
         evaluator: Evaluator,
         watchdog: Watchdog,
     ) -> None:
-        self.config, self.schedule, self.handles, self.folder = config, schedule, handles, folder
-        self.log, self.evaluator, self.watchdog = log, evaluator, watchdog
-        self.state = TrainState()
+        self.config = config
+        self.schedule = schedule
+        self.handles = handles
+        self.log = log
+        self.evaluator = evaluator
+        self.watchdog = watchdog
         self.quarantine = Quarantine(folder.path, config.data.max_quarantined_frac, schedule.num_tasks)
         self.dispatcher = TaskDispatcher(config, schedule, handles, log, watchdog, self.quarantine)
-        self.restarts = RestartPolicy(config.run.max_restarts, log.info)
-        self.weights: WeightRef | None = None  # of state.version, where a call needs them
-        self.consistent = True  # learner and replay stand where `state` says
-        self.alerts = self._new_alerts()
-        self.num_skipped = 0  # steps in a row
+        self.recovery = Recovery(self.dispatcher, folder, log, config.run.max_restarts)
+        self.reporter = StepReporter(config.replay, self.dispatcher, log, folder.path)
+        self.state = TrainState()
+        self.weights: WeightRef | None = None  # of `state.version`, where a call needs them
+        self.consistent = True  # learner and replay are at `state`
         self.stop_signal = 0
-        self.saved_step = -1
         self.started = time.monotonic()
-        self.last_step_end = self.started
 
     # ── start and end ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Take up a checkpoint: weights and optimizer, waiting rollouts, counters."""
-        state = checkpoint.state
-        load = self.handles.learner.load(checkpoint.learner_folder, checkpoint.tag)
-        self.watchdog.wait_for(load, "the learner to load its state")
-        self.quarantine.load_state_dict(state.extra)
-        started = self.dispatcher.next_id = state.extra["num_started"]
-        missing = self.handles.replay.restore(checkpoint.replay_file, started)
-        self.dispatcher.missing.extend(self.watchdog.wait_for(missing, "the replay to load its state"))
-        self._load_state(state, state.incarnation + 1)
-        self.started -= state.elapsed_s
+        """Load a checkpoint: weights and optimizer, waiting rollouts, counters."""
+        self._load_state(self.recovery.resume(checkpoint))
+        self.started -= self.state.elapsed_s
 
-    def _load_state(self, state: TrainState, incarnation: int) -> None:
-        enough = self.config.train.early_stop  # may have changed
-        stopped = enough is not None and state.evals_since_best >= enough
+    def _load_state(self, state: TrainState) -> None:
+        early_stop = self.config.train.early_stop  # may have changed
+        stopped = early_stop is not None and state.evals_since_best >= early_stop
+        incarnation = max(self.state.incarnation, state.incarnation) + 1
         self.state = replace(state, incarnation=incarnation, stopped_early=stopped)
-        self.saved_step = state.step if "num_started" in state.extra else -1
-        self.consistent, self.num_skipped = True, 0
-        self.alerts = self._new_alerts()
-        if self.schedule.adaptive:
-            self.schedule.adaptive.load_state_dict(state.extra.get("adaptive"))
-        for _, scores in state.stage_scores:
-            self.alerts.evaluation(scores)
-
-    def _new_alerts(self) -> MetricAlerts:
-        """Text from the replay buffer is old by intention."""
-        replay = self.config.replay
-        return MetricAlerts(math.inf if replay.policy == "adaptive" else replay.max_staleness)
+        self.consistent = True
+        self.reporter.restart(scores for _, scores in state.stage_scores)
 
     def run(self) -> TrainState:
-        """Train to the last step (or to early stop, or to SIGTERM: then the state is saved first). A lost part sends
-        the loop back to the last checkpoint; a stalled run saves what it can and raises Stalled."""
+        """Train to the last step, to early stop, or to SIGTERM; then save. A lost learner or replay sends the loop back
+        to the last checkpoint. A run that stalls or can write no rollout saves what it can and raises."""
         previous = signal.signal(signal.SIGTERM, self._on_signal)
         lost: StateLost | None = None
         try:
             while True:
                 try:
                     if lost is not None:
-                        self._restore_last_checkpoint(lost)
+                        self.consistent = False
+                        self._load_state(self.recovery.go_back(lost, self.state.step))
                     self._run_to_end()
                     return self.state
                 except StateLost as error:
@@ -128,7 +109,7 @@ class Trainer:
                     if self.stop_signal:
                         raise RuntimeError(f"{lost} while the run was stopping; --resume goes on") from None
         except (Stalled, NothingFinishes):
-            self._save_if_consistent()
+            self.recovery.save_before_exit(self.state, self.consistent)
             raise
         finally:
             signal.signal(signal.SIGTERM, previous)
@@ -143,35 +124,7 @@ class Trainer:
         self._checkpoint()
         if self.finished:
             best = self.config.train.select_by and self.state.best is not None
-            self._export("student-last" if best else "student")
-
-    def _restore_last_checkpoint(self, lost: StateLost) -> None:
-        """To the last checkpoint, in this process: as a resume does it, but what lives goes on living."""
-        self.restarts.begin(lost)
-        began, step = time.monotonic(), self.state.step
-        self.consistent = False
-        self.log.close()
-        state = restore_last_checkpoint(self.handles, self.folder, self.dispatcher, self.watchdog)
-        self.log.open(self.folder.path, self.schedule.num_steps, state)
-        self._load_state(state, self.state.incarnation + 1)
-        again = step - state.step
-        self.log.info(
-            f"back at step {state.step} after {time.monotonic() - began:.1f} s; "
-            f"{again} step{'s are' if again != 1 else ' is'} trained again"
-        )
-
-    def _save_if_consistent(self) -> None:
-        """Before the run ends: an actor that it waits for in vain cannot be asked; the others may still answer."""
-        if not self.consistent or "the learner" in self.watchdog.waits_for:
-            self.log.info("the state of the step at hand cannot be saved; the last checkpoint stands")
-            return
-        self.watchdog.reset()
-        try:
-            self._checkpoint()
-        except Exception as error:
-            self.log.info(f"the state could not be saved ({error}); the last checkpoint stands")
-        else:
-            self.log.info(f"saved checkpoint {self.state.step}")
+            self.recovery.export("student-last" if best else "student")
 
     @property
     def finished(self) -> bool:
@@ -183,137 +136,122 @@ class Trainer:
     # ── one step ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _one_step(self) -> None:
-        """Gather one step's rollouts, train on them, hand out the new weights, look and save where it is time."""
-        waited = time.monotonic()
+        started, step = time.monotonic(), self.state.step
         entries = self._next_batch()
-        if entries is None:
+        if entries is None:  # stopped
             return
-        waited = time.monotonic() - waited
-        staleness = self._staleness(entries)
+        wait_s, staleness = time.monotonic() - started, self._staleness(entries)
         result = self._learn(entries)
-        step = self.state.step
-        self._commit(step, [entry.rollout_id for entry in entries])
-        if self.schedule.reuses(step):  # nobody waits for rollouts of its own
-            self._wait_for_replay(self.handles.replay.quarantine(list(self.schedule.rollout_ids(step))))
-        else:
-            self.quarantine.num_passed += self.schedule.batch_size(step) - len(entries)
-        self.state = replace(
-            self.state, step=step + 1, version=result.version, elapsed_s=time.monotonic() - self.started
-        )
-        self.consistent = True
-        self._log_step(step, entries, staleness, result, waited)
-        self._count_skipped(step, entries, result)
-        last_of_stage = self.state.step in self.schedule.stage_ends
-        every = self.config.eval.every
-        due = last_of_stage or (every > 0 and self.state.step % every == 0)
-        evaluates = bool(self.evaluator.prompts) and due
+        self._commit(entries, result)
+        self.reporter.step(step, entries, staleness, result, wait_s)
+        num_done, every = self.state.step, self.config.eval.every
+        stage_end = self.schedule.stage(step).name if num_done in self.schedule.stage_ends else ""
+        evaluates = bool(self.evaluator.prompts) and (stage_end != "" or (every > 0 and num_done % every == 0))
         self._publish(evaluates=evaluates)
         if evaluates:
-            self._evaluate(self.schedule.stage(step).name if last_of_stage else "")
+            self._evaluate(stage_end)
         if not self.config.train.checkpoint_every:
-            # no checkpoint is to come before the end: to go back is to begin anew, without these rollouts
-            self.watchdog.wait_for(self.handles.replay.release_before(self.state.step), "the replay")
-        elif self.state.step % self.config.train.checkpoint_every == 0:
+            # no checkpoint comes before the end: a run that goes back begins anew, without these rollouts
+            self.watchdog.wait_for(self.handles.replay.release_before(num_done), "the replay")
+        elif num_done % self.config.train.checkpoint_every == 0:
             self._checkpoint()
 
     def _next_batch(self) -> list[Entry] | None:
-        """Keep the workers busy until this step's rollouts are all in the replay; None when told to stop."""
-        step = self.state.step
-        stage = self.schedule.stage_index(step)
+        """Keep the workers busy until this step's rollouts are all in the replay; None when the run is to stop."""
+        step, version = self.state.step, self.state.version
         self.log.now(learner=f"waits for the rollouts of step {step + 1}", replay=f"gathers step {step + 1}")
         while not self.stop_signal:
             if self.dispatcher.failure:
                 raise self.dispatcher.failure
-            self.dispatcher.feed(self.state.step, self.weights)
-            num, version = self.schedule.batch_size(step), self.state.version
+            self.dispatcher.feed(step, self.weights)
+            num = self.schedule.batch_size(step)
             if self.schedule.reuses(step):
                 return self._wait_for_replay(self.handles.replay.draw(step, num, version))
             num -= self.quarantine.num_missing(self.schedule.step_of, step)
+            stage = self.schedule.stage_index(step)
             entries = self._wait_for_replay(self.handles.replay.take(step, num, version, stage))
             if entries is not None:
-                self._check_staleness(entries)
                 return entries
             if self.dispatcher.working:
                 self.dispatcher.wait([])
             else:
-                self._requeue_missing(step)
+                self._requeue_missing()
         return None
 
-    def _wait_for_replay(self, answer: Future[Any]) -> Any:
-        """Of the replay, whom the loop asks all the time: its answers alone do not mean that the run gets on."""
-        waits_for = f"step {self.state.step}: {self.dispatcher.describe() or 'the replay'}"
-        self.watchdog.waiting(waits_for)
-        while not answer.done():
+    def _wait_for_replay(self, result: Future[Any]) -> Any:
+        """Wait without resetting the watchdog: replay calls are too frequent to count as progress."""
+        self.watchdog.waiting(f"step {self.state.step}: {self.dispatcher.describe() or 'the replay'}")
+        while not result.done():
             self.watchdog.check()
-            wait([answer], timeout=POLL_S)
-        return answer.result()
+            wait([result], timeout=POLL_S)
+        return result.result()
 
-    def _requeue_missing(self, step: int) -> None:
-        """All that was started was written, but some of it went down with a replay that died."""
+    def _requeue_missing(self) -> None:
+        """All that was started was written, but some of it was lost with a replay that died."""
         missing = self.dispatcher.unwritten(self._wait_for_replay(self.handles.replay.missing(self.dispatcher.next_id)))
         if not missing:
-            raise RuntimeError(f"step {step} lacks rollouts, but no worker has a task; this is a bug, please report")
+            raise RuntimeError(
+                f"step {self.state.step} lacks rollouts, but no worker has a task; this is a bug, please report"
+            )
         self.log.info(f"rollouts {id_range(missing)} never arrived; they are written again")
         self.dispatcher.missing.extend(i for i in missing if i not in self.dispatcher.missing)
 
-    def _commit(self, step: int, rollout_ids: list[int]) -> None:
-        commit = self.handles.replay.commit
-        retry(
-            f"writing the rollouts of step {step}",
-            lambda: self.watchdog.wait_for(commit(step, rollout_ids), "the replay to note the step"),
-            self.log.info,
-        )
+    def _staleness(self, entries: list[Entry]) -> list[int]:
+        """Ages in versions of what the student took part in writing; other text does not age. Admission bounds them: a
+        violation is a bug, and a wrong number in a paper would be worse than a stop."""
+        generated = [entry for entry in entries if entry.completion_source == CompletionSource.ROLLOUT]
+        ages = [self.state.version - entry.oldest_version for entry in generated]
+        worst, limit = max(ages, default=0), self.config.replay.max_staleness
+        if self.config.replay.policy == "fifo" and worst > limit:
+            raise RuntimeError(f"staleness {worst} above replay.max_staleness={limit}; please report this")
+        return ages
 
     def _learn(self, entries: list[Entry]) -> StepResult:
         """One optimizer step; workers go on meanwhile as far as admission lets them."""
-        step = self.state.step
+        step, lr = self.state.step, self.schedule.lr_at(self.state.step)
         if not entries:  # all are quarantined
             return StepResult(
-                step=step,
-                version=step + 1,
-                loss=math.nan,
-                grad_norm=0.0,
-                lr=self.schedule.lr_at(step),
-                num_loss_tokens=0,
-                time_s=0.0,
+                step=step, version=step + 1, loss=math.nan, grad_norm=0.0, lr=lr, num_loss_tokens=0, time_s=0.0
             )
         loss = self.schedule.stage(step).loss
         hard_frac = (0.5 if loss.hard_frac is None else loss.hard_frac) if loss.type == "atkd" else None
         batch = assign_batch(step, self.schedule.stage_index(step), entries, self.config.learner.num_ranks, hard_frac)
         self.consistent = False
         self.log.now(learner=f"trains on step {step + 1}")
-        learning = self.handles.learner.step(batch, self.schedule.lr_at(step))
-        waits_for = f"the learner at step {step}"
+        learning, waits_for = self.handles.learner.step(batch, lr), f"the learner at step {step}"
         self.watchdog.progress(waits_for)
         while not learning.done():
             if not self.stop_signal:
-                self.dispatcher.feed(self.state.step, self.weights)
+                self.dispatcher.feed(step, self.weights)
             self.dispatcher.wait([learning], waits_for)
         return self.watchdog.wait_for(learning, waits_for)
 
-    def _staleness(self, entries: list[Entry]) -> list[int]:
-        """Ages, in versions, of the rollouts that the student wrote at: data-set and teacher text does not age."""
-        return [self.state.version - entry.oldest_version for entry in self._written_by_rule(entries)]
+    def _commit(self, entries: list[Entry], result: StepResult) -> None:
+        """The replay keeps a step's rollouts until a checkpoint is saved; the state moves on."""
+        step, rollout_ids = self.state.step, [entry.rollout_id for entry in entries]
+        commit = self.handles.replay.commit
+        retry(
+            f"writing the rollouts of step {step}",
+            lambda: self.watchdog.wait_for(commit(step, rollout_ids), "the replay to note the step"),
+            self.log.info,
+        )
+        if self.schedule.reuses(step):  # its own rollouts are never written
+            self._wait_for_replay(self.handles.replay.quarantine(list(self.schedule.rollout_ids(step))))
+        else:
+            self.quarantine.num_passed += self.schedule.batch_size(step) - len(entries)
+        self.state = replace(self.state, step=step + 1, version=result.version, elapsed_s=self._elapsed_s())
+        self.consistent = True
 
-    def _written_by_rule(self, entries: list[Entry]) -> list[Entry]:
-        return [entry for entry in entries if entry.completion_source == CompletionSource.ROLLOUT]
+    def _publish(self, *, evaluates: bool) -> WeightRef | None:
+        """Publish the weights if a call before the next step needs them. At the start the student's folder will do.
 
-    def _check_staleness(self, entries: list[Entry]) -> None:
-        """Admission bounds it; a violation is our error, and a wrong number in a paper would be worse than a stop."""
-        worst, limit = max(self._staleness(entries), default=0), self.config.replay.max_staleness
-        if self.config.replay.policy == "fifo" and worst > limit:
-            raise RuntimeError(f"staleness {worst} above replay.max_staleness={limit}; please report this")
-
-    def _publish(self, *, evaluates: bool) -> None:
-        """Publish the current weights if a call before the next step needs them. At first the student's folder will do.
-
-        Without room for them the run ends, but not without what it has learnt.
+        Without room for them the run ends, but saves what it has learnt.
         """
         self.weights = None
         version, incarnation = self.state.version, self.state.incarnation
         needed = evaluates or (not self.stop_signal and self.dispatcher.needs_weights(self.state.step))
         if version == incarnation == 0 or not needed:
-            return
+            return None
         publish, waits_for = self.handles.learner.publish, f"the learner to publish version {version}"
         try:
             ref = retry(
@@ -322,147 +260,42 @@ class Trainer:
                 self.log.info,
             )
         except OSError:
-            self._checkpoint()
-            self.log.info(f"saved checkpoint {self.state.step}; --resume goes on from there")
+            self.recovery.save_before_exit(self.state, self.consistent)
             raise
         self.weights = WeightRef(version=version, ref=ref, incarnation=incarnation)
         if self.config.rollout.on_new_weights == "reprefill":
             self.dispatcher.push_weights(self.weights)
-
-    # ── look and save ──────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _log_step(
-        self, step: int, entries: list[Entry], staleness: list[int], result: StepResult, waited: float
-    ) -> None:
-        self.dispatcher.collect()
-        now = time.monotonic()
-        step_s = now - self.last_step_end
-        reports, self.dispatcher.reports = self.dispatcher.reports, []
-        row = {
-            "stage": self.schedule.stage(step).name,
-            **step_row(result, entries, reports, staleness),
-            **self._queue_metrics(),
-            **self._adaptive_metrics(step),
-            "time/step_s": step_s,
-            "time/wait_rollouts_s": waited,
-            **({"rollout/num_quarantined": len(self.quarantine.ids)} if self.quarantine.ids else {}),
-        }
-        self.last_step_end = now
-        self.log.step(step, row)
-        self._warn(self.alerts.step(row, self._written_by_rule(entries), self.schedule.stage(step).rule))
-        for told in self.handles.autoscale(waited, step_s):
-            self.log.info(told)
-
-    def _adaptive_metrics(self, step: int) -> dict[str, float]:
-        """What DistiLLM's replay decided on, and whether this step was one of the buffer's."""
-        if self.schedule.adaptive is None:
-            return {}
-        return {"replay/phi": self.schedule.adaptive.phi, "replay/reused": float(self.schedule.reuses(step))}
-
-    def _update_adaptive_schedule(self, loss: float) -> None:
-        adaptive, step = self.schedule.adaptive, self.state.step
-        if adaptive is None:
-            return
-        before, counts = adaptive.reference, step > 0 and self.schedule.stage(step - 1).mix.rollout > 0
-        if adaptive.record_loss(loss, counts=counts):
-            self.log.info(f"validation loss {loss:.4g}, {before:.4g} before: phi rises to {adaptive.phi:g}")
-
-    def _queue_metrics(self) -> dict[str, float]:
-        """What waits for the learner, and what is being written."""
-        stats = self._wait_for_replay(self.handles.replay.stats())
-        return {
-            "replay/waiting": stats["num_waiting"],
-            "replay/bytes": stats["bytes"],
-            **({"replay/buffered": stats["num_buffered"]} if "num_buffered" in stats else {}),
-            "rollout/in_flight": sum(map(len, self.dispatcher.in_flight)),
-        }
-
-    def _warn(self, lines: list[str]) -> None:
-        for line in lines:
-            self.log.info(f"warning: {line}")
-
-    def _count_skipped(self, step: int, entries: list[Entry], result: StepResult) -> None:
-        """A step that the learner had to skip is let go; after a few in a row their batch is kept and the run ends."""
-        self.num_skipped = self.num_skipped + 1 if result.skipped else 0
-        if not result.skipped:
-            return
-        what = "gradient" if math.isfinite(result.loss) else "loss"
-        self._warn([f"step {step}: {what} is not finite; step skipped ({self.num_skipped} of {MAX_SKIPPED})"])
-        if self.num_skipped < MAX_SKIPPED:
-            return
-        path = self.folder.path / f"bad-batch-{step}.safetensors"
-        kept = self.handles.replay.save_batch(path, [entry.rollout_id for entry in entries])
-        self.watchdog.wait_for(kept, "the replay to save a batch")
-        raise RuntimeError(
-            f"step {step}: {what} is not finite, as in the {MAX_SKIPPED - 1} steps before; its rollouts are in {path} "
-            "(read them with switchkd.data.rollout_io.load_rollouts); mend the data or the loss and go on with "
-            "--resume, or start anew with a smaller learner.lr"
-        )
+        return self.weights
 
     def _evaluate(self, stage_end: str) -> None:
-        """Evaluate the published weights. A barrier: what runs is finished first, so that numbers repeat."""
+        """Evaluate the published weights. What is being written is finished first, so that numbers repeat."""
         self.dispatcher.drain()
-        self.log.now(rollout=f"examination on {len(self.evaluator.prompts)} prompts", learner="waits for it")
-        scores = self._scores()
+        self.log.now(rollout=f"evaluation on {len(self.evaluator.prompts)} prompts", learner="waits for it")
+        scores = evaluate_with_retries(
+            self.evaluator,
+            self.handles.workers,
+            self.weights,
+            lambda: self._publish(evaluates=True),
+            self.watchdog,
+            self.log,
+        )
         self.log.now(rollout="", learner="")
-        self.log.evaluation(self.state.step, stage_end, scores)
-        self._warn(self.alerts.evaluation(scores))
-        self._update_adaptive_schedule(scores.get("eval/loss", math.nan))
-        self.last_step_end = time.monotonic()
-        self._select(scores)
-        if stage_end:
-            self.state = replace(self.state, stage_scores=(*self.state.stage_scores, (stage_end, scores)))
-
-    def _scores(self) -> dict[str, float]:
-        for _ in range(MAX_EVALUATIONS):
-            try:
-                return self.evaluator.evaluate(
-                    self.handles.workers,
-                    self.weights,
-                    lambda future: self.watchdog.wait_for(future, "an evaluation by the rollout workers"),
-                )
-            except (WorkerLost, Unreachable) as error:
-                what = "died" if isinstance(error, WorkerLost) else f"could not go on ({error})"
-                self.log.info(f"a rollout worker {what}; the evaluation begins again")
-                for worker in self.handles.workers:
-                    self.watchdog.wait_for(worker.back(), "a rollout worker to come back")
-                if isinstance(error, Unreachable):
-                    self._publish(evaluates=True)  # the weights may be what could not be reached
-        raise RuntimeError(f"{MAX_EVALUATIONS} evaluations lost a rollout worker; see its log")
-
-    def _select(self, scores: dict[str, float]) -> None:
-        """Keep the best student so far, by `train.select_by`, and stop early when it no longer improves."""
-        by = self.config.train.select_by
-        if not by or self.state.step == 0:
-            return
-        score = scores[f"eval/{by}"] * (-1 if by in ("kl", "loss") else 1)
-        if self.state.best is None or score > self.state.best:
-            self._export("student")
-            self.state = replace(self.state, best=score, best_step=self.state.step, evals_since_best=0)
-            return
-        since = self.state.evals_since_best + 1
-        stop = self.config.train.early_stop is not None and since >= self.config.train.early_stop
-        self.state = replace(self.state, evals_since_best=since, stopped_early=stop)
+        self.reporter.evaluation(self.state.step, stage_end, scores)
+        if phi_rises := self.schedule.record_validation_loss(self.state.step, scores.get("eval/loss", math.nan)):
+            self.log.info(phi_rises)
+        state = update_best(self.state, scores, self.config.train)
+        if state.best_step == state.step:
+            self.recovery.export("student")
+        ended = ((stage_end, scores),) if stage_end else ()
+        self.state = replace(state, stage_scores=(*state.stage_scores, *ended))
 
     def _checkpoint(self) -> None:
-        """Learner, replay and counters as of now, whole or not at all."""
-        if self.saved_step == self.state.step:
-            return
-        self.log.now(learner=f"saves checkpoint {self.state.step}")
-        extra = {"num_started": self.dispatcher.next_id, **self.quarantine.state_dict()}
-        if self.schedule.adaptive:
-            extra["adaptive"] = self.schedule.adaptive.state_dict()
-        self.state = replace(self.state, elapsed_s=time.monotonic() - self.started, extra=extra)
-        save_checkpoint(self.handles, self.folder, self.state, self.watchdog, self.log.info)
-        self.saved_step = self.state.step
-        self.restarts.saved()
+        self.state = replace(self.state, elapsed_s=self._elapsed_s())
+        self.recovery.save(self.state)
 
-    def _export(self, name: str) -> None:
-        """Beside, then renamed: who reads the folder meets a whole student."""
-        beside = self.folder.path / f"{name}.partial"
-        shutil.rmtree(beside, ignore_errors=True)
-        self.watchdog.wait_for(self.handles.learner.export(beside), "the learner to write the student")
-        replace_dir(beside, self.folder.path / name)
+    def _elapsed_s(self) -> float:
+        """Seconds of training, those before a resume included."""
+        return time.monotonic() - self.started
 
 
 def train(config: Config, *, resume: bool = False) -> Summary:

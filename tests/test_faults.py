@@ -452,7 +452,7 @@ def test_a_teacher_stands_still(cluster, alone, place, monkeypatch, notes):
     (stacks,) = (place / "run" / "logs").glob("stall-*.txt")
     text = stacks.read_text()
     assert all(part in text for part in ("teacher_router.py", "== this process", "train.py", "== learner rank 0"))
-    assert "saved checkpoint 4" in notes
+    assert "saved checkpoint 4; --resume goes on from there" in notes
     wait_until(lambda: not actors(), "the run left actors behind")
     assert train(config(place, STAGES), resume=True).finished
     assert not (place / "run" / "lost").exists()

@@ -337,10 +337,10 @@ def test_every_cell_fails(tmp_path, monkeypatch, capsys):
 
 def test_sigterm_behind_a_runs_last_step(tmp_path, monkeypatch, capsys):
     """The cell is kept; no other one begins."""
-    from switchkd.train import Trainer
+    from switchkd.controller.recovery import Recovery
 
-    save = Trainer._export
-    monkeypatch.setattr(Trainer, "_export", lambda *args: (signal.raise_signal(signal.SIGTERM), save(*args))[1])
+    save = Recovery.export
+    monkeypatch.setattr(Recovery, "export", lambda *args: (signal.raise_signal(signal.SIGTERM), save(*args))[1])
     args = ("bench", "quality", "--study", study_file(tmp_path), "--out", tmp_path / "out")
     code, told, _ = command(monkeypatch, capsys, *args, "--cells", "switch-seed1")
     assert code == 1 and "stopped at switch-seed1;" in told

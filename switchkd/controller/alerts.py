@@ -14,7 +14,7 @@ from typing import Any
 
 from switchkd.config.schema import RuleConfig
 from switchkd.controller.step_metrics import rollout_metrics
-from switchkd.types import Entry
+from switchkd.types import CompletionSource, Entry
 
 STUCK_STEPS = 10
 """So many steps with rollouts in a row make a teacher share a habit."""
@@ -44,17 +44,18 @@ class MetricAlerts:
         self._open: set[str] = set()  # warnings that were given and still hold
         self._begin_stage("")
 
-    def step(self, row: Mapping[str, Any], written: Sequence[Entry], rule: RuleConfig) -> list[str]:
-        """`row` as in metrics.jsonl; `written` are those of its completions that `rule` had a say in, maybe none."""
+    def step(self, row: Mapping[str, Any], entries: Sequence[Entry], rule: RuleConfig) -> list[str]:
+        """Check a step's `row` of metrics.jsonl and, of its batch, the completions that were generated under `rule`."""
         if row["stage"] != self._stage:
             self._begin_stage(row["stage"])
         lines = self._staleness(row["replay/staleness_max"])
-        if not written:
+        generated = [entry for entry in entries if entry.completion_source == CompletionSource.ROLLOUT]
+        if not generated:
             return lines
-        seen = rollout_metrics(written)
-        lines += self._share(seen["rollout/teacher_token_frac"], rule)
-        lines += self._length(seen["rollout/len_mean"])
-        return lines + self._repeats(seen["rollout/repeat_frac"])
+        metrics = rollout_metrics(generated)
+        lines += self._share(metrics["rollout/teacher_token_frac"], rule)
+        lines += self._length(metrics["rollout/len_mean"])
+        return lines + self._repeats(metrics["rollout/repeat_frac"])
 
     def evaluation(self, scores: Mapping[str, float]) -> list[str]:
         now = scores.get("eval/agreement")

@@ -282,6 +282,16 @@ class TaskDispatcher:
         self.quarantine.add(task, error)
         self.watchdog.wait_for(self.handles.replay.quarantine([task.rollout_id]), "the replay to quarantine a rollout")
 
+    def take_reports(self) -> list[WorkReport]:
+        """Return the reports of the calls that ended since the last time."""
+        self.collect()
+        reports, self.reports = self.reports, []
+        return reports
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain JSON values for a checkpoint."""
+        return {"num_started": self.next_id, **self.quarantine.state_dict()}
+
     def reset(self, missing: Iterable[int]) -> None:
         """The replay is a new one and lacks these started rollouts. Those that are being written will arrive, or fail
         and go out again."""

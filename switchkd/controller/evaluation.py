@@ -6,17 +6,21 @@ In: the evaluation prompts and the workers' handles. Out: one flat dict of `eval
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from switchkd.config.schema import EvalConfig
+from switchkd.config.schema import EvalConfig, TrainConfig
+from switchkd.controller.checkpoint import TrainState
 from switchkd.controller.handles import WorkerHandle
+from switchkd.controller.metrics import MetricsLog
 from switchkd.controller.text_metrics import exact_match, rouge_l
-from switchkd.types import GREEDY, EvalRow, EvalShard, Prompt, WeightRef
+from switchkd.controller.watchdog import Watchdog
+from switchkd.types import GREEDY, EvalRow, EvalShard, Prompt, Unreachable, WeightRef, WorkerLost
 
 WITH_TEACHER = ("agreement", "kl")
 """Metrics that need the teacher beside the student."""
+MAX_TRIES = 5
 
 
 class Evaluator:
@@ -61,6 +65,43 @@ class Evaluator:
         futures = [worker.evaluate(shard, weights) for worker, shard in zip(workers, shares, strict=False)]
         rows: list[EvalRow] = [row for future in futures for row in answer(future)]
         return sorted(rows, key=lambda row: (row.seed, row.index))
+
+
+def evaluate_with_retries(
+    evaluator: Evaluator,
+    workers: Sequence[WorkerHandle],
+    weights: WeightRef | None,
+    publish: Callable[[], WeightRef | None],
+    watchdog: Watchdog,
+    log: MetricsLog,
+) -> dict[str, float]:
+    """Evaluate again where a worker died or could not reach something: the weights, maybe, so they are published again.
+    Raises RuntimeError after MAX_TRIES."""
+    for _ in range(MAX_TRIES):
+        try:
+            return evaluator.evaluate(
+                workers, weights, lambda rows: watchdog.wait_for(rows, "an evaluation by the rollout workers")
+            )
+        except (WorkerLost, Unreachable) as error:
+            what = "died" if isinstance(error, WorkerLost) else f"could not go on ({error})"
+            log.info(f"a rollout worker {what}; the evaluation begins again")
+            for worker in workers:
+                watchdog.wait_for(worker.back(), "a rollout worker to come back")
+            if isinstance(error, Unreachable):
+                weights = publish()
+    raise RuntimeError(f"{MAX_TRIES} evaluations lost a rollout worker; see its log")
+
+
+def update_best(state: TrainState, scores: Mapping[str, float], train: TrainConfig) -> TrainState:
+    """Record the best score by `train.select_by` so far, and stop early when it no longer improves."""
+    if not train.select_by or state.step == 0:
+        return state
+    score = scores[f"eval/{train.select_by}"] * (-1 if train.select_by in ("kl", "loss") else 1)
+    if state.best is None or score > state.best:
+        return replace(state, best=score, best_step=state.step, evals_since_best=0)
+    since = state.evals_since_best + 1
+    stop = train.early_stop is not None and since >= train.early_stop
+    return replace(state, evals_since_best=since, stopped_early=stop)
 
 
 @dataclass(frozen=True, slots=True)

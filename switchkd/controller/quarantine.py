@@ -79,9 +79,9 @@ class Quarantine:
         self.ids: set[int] = set()
         self.num_passed = 0  # of them, those that earlier steps did without
 
-    def load_state_dict(self, extra: dict[str, Any], keep: bool = False) -> None:
-        """Take a checkpoint's values. `keep` adds the ids quarantined since: they would fail again."""
-        self.ids = set(extra.get("quarantined", ())) | (self.ids if keep else set())
+    def load_state_dict(self, extra: dict[str, Any]) -> None:
+        """Take a checkpoint's values. What this process quarantined stays so: it would fail again."""
+        self.ids.update(extra.get("quarantined", ()))
         self.num_passed = extra.get("num_passed", 0)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,20 +1,23 @@
-"""Nothing is lost when a part dies: the run saves its state, and goes back to it.
+"""The run saves its state, and goes back to it when the learner or the replay dies.
 
-In: the house, the run's folder. Out: checkpoints, whole or not at all; after a StateLost the state to go on from. What
-fails is tried again, ever more slowly, and not for ever.
+In: the actors' handles, the run's folder, a StateLost. Out: checkpoints, complete or not at all; the state to go on
+from. A write that fails is tried again, each time after a longer pause, before the run ends.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 from switchkd.config.errors import with_type
-from switchkd.controller.checkpoint import RunFolder, TrainState
+from switchkd.controller.checkpoint import Checkpoint, RunFolder, TrainState
 from switchkd.controller.dispatcher import TaskDispatcher
-from switchkd.controller.handles import ActorHandles
-from switchkd.controller.watchdog import Stalled, Watchdog
+from switchkd.controller.metrics import MetricsLog
+from switchkd.controller.watchdog import Stalled
+from switchkd.data.atomic_files import replace_dir
 from switchkd.types import StateLost
 
 RETRY_S = (1.0, 4.0, 16.0)
@@ -44,7 +47,7 @@ class RestartPolicy:
         self._sleep(pause)
 
     def saved(self) -> None:
-        """A checkpoint further: the next loss is a new one."""
+        """A new checkpoint: the next loss is counted from one."""
         self.num = 0
 
 
@@ -66,45 +69,104 @@ def retry(
     return call()
 
 
-def save_checkpoint(
-    handles: ActorHandles, folder: RunFolder, state: TrainState, watchdog: Watchdog, log: Callable[[str], None]
-) -> None:
-    """Learner, replay and counters, whole or not at all. Raises what the last try raised."""
+class Recovery:
+    """Knows which step was saved last."""
 
-    def attempt() -> None:
-        folder.check()
-        draft = folder.begin(state.step)
+    def __init__(self, dispatcher: TaskDispatcher, folder: RunFolder, log: MetricsLog, max_restarts: int) -> None:
+        self.dispatcher = dispatcher
+        self.schedule = dispatcher.schedule
+        self.handles = dispatcher.handles
+        self.watchdog = dispatcher.watchdog
+        self.folder = folder
+        self.log = log
+        self.restarts = RestartPolicy(max_restarts, log.info)
+        self.saved_step = -1
+
+    def save(self, state: TrainState) -> None:
+        """Save learner, replay and counters, completely or not at all, once per step. Raises the last try's error."""
+        if self.saved_step == state.step:
+            return
+        self.log.now(learner=f"saves checkpoint {state.step}")
+        extra = self.dispatcher.state_dict()
+        if self.schedule.adaptive:
+            extra["adaptive"] = self.schedule.adaptive.state_dict()
+        retry(
+            f"saving checkpoint {state.step} under {self.folder.path}",
+            lambda: self._write_checkpoint(replace(state, extra=extra)),
+            self.log.info,
+        )
+        self.watchdog.wait_for(self.handles.replay.release_before(state.step), "the replay")
+        self.saved_step = state.step
+        self.restarts.saved()
+
+    def _write_checkpoint(self, state: TrainState) -> None:
+        learner, replay = self.handles.learner, self.handles.replay
+        draft = self.folder.begin(state.step)
         try:
-            watchdog.wait_for(handles.learner.save(draft.learner_folder, draft.tag), "the learner to save its state")
-            watchdog.wait_for(handles.learner.export(draft.student_folder), "the learner to write the student")
-            watchdog.wait_for(handles.replay.save(draft.replay_file, state.step), "the replay to save its state")
-            folder.finish(draft, state)
+            self.watchdog.wait_for(learner.save(draft.learner_folder, draft.tag), "the learner to save its state")
+            self.watchdog.wait_for(learner.export(draft.student_folder), "the learner to write the student")
+            self.watchdog.wait_for(replay.save(draft.replay_file, state.step), "the replay to save its state")
+            self.folder.finish(draft, state)
         except Exception:
-            folder.drop(draft)
+            self.folder.drop(draft)
             raise
 
-    retry(f"saving checkpoint {state.step} under {folder.path}", attempt, log)
-    watchdog.wait_for(handles.replay.release_before(state.step), "the replay")
+    def save_before_exit(self, state: TrainState, consistent: bool) -> None:
+        """Save what a run that must end has reached. An actor that it waits for in vain may be the learner."""
+        if not consistent or "the learner" in self.watchdog.waits_for:
+            self.log.info("the state of the step at hand cannot be saved; the last checkpoint stands")
+            return
+        self.watchdog.reset()
+        try:
+            self.save(state)
+        except Exception as error:
+            self.log.info(f"the state could not be saved ({error}); the last checkpoint stands")
+        else:
+            self.log.info(f"saved checkpoint {state.step}; --resume goes on from there")
 
+    def export(self, name: str) -> None:
+        """Write the student beside its place, then rename it: a reader of the folder never meets half a student."""
+        partial = self.folder.path / f"{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        self.watchdog.wait_for(self.handles.learner.export(partial), "the learner to write the student")
+        replace_dir(partial, self.folder.path / name)
 
-def restore_last_checkpoint(
-    handles: ActorHandles, folder: RunFolder, dispatcher: TaskDispatcher, watchdog: Watchdog
-) -> TrainState:
-    """A new gang, and the state of the last checkpoint everywhere (without one: of the start). A replay that lives
-    keeps what was written, and gives each step since the same rollouts again; one that died is filled from the
-    checkpoint. Raises StateLost when another part dies meanwhile."""
-    watchdog.wait_for(handles.learner.restart(), "the learner to start again")
-    checkpoint = folder.load_latest()
-    state = checkpoint.state if checkpoint else TrainState()
-    if checkpoint:
-        watchdog.wait_for(
-            handles.learner.load(checkpoint.learner_folder, checkpoint.tag), "the learner to load its state"
+    def resume(self, checkpoint: Checkpoint) -> TrainState:
+        """Load a checkpoint into actors that have just started."""
+        self.dispatcher.next_id = checkpoint.state.extra["num_started"]
+        return self._load(checkpoint, keep_replay=False)
+
+    def go_back(self, lost: StateLost, step: int) -> TrainState:
+        """Start the learner again and load the last checkpoint (without one: the start), as a resume does; the actors
+        that live go on. Raises StateLost when another one dies meanwhile, RuntimeError beyond `run.max_restarts`."""
+        self.restarts.begin(lost)
+        started = time.monotonic()
+        self.log.close()
+        self.watchdog.wait_for(self.handles.learner.restart(), "the learner to start again")
+        state = self._load(self.folder.load_latest(), keep_replay=True)
+        self.log.open(self.folder.path, self.schedule.num_steps, state)
+        again = step - state.step
+        self.log.info(
+            f"back at step {state.step} after {time.monotonic() - started:.1f} s; "
+            f"{again} step{'s are' if again != 1 else ' is'} trained again"
         )
-    started = dispatcher.next_id
-    if not watchdog.wait_for(handles.replay.rewind(state.step, started), "the replay to go back"):
-        path = checkpoint.replay_file if checkpoint else None
-        missing = watchdog.wait_for(handles.replay.restore(path, started), "the replay to load its state")
-        dispatcher.reset(missing)
-    dispatcher.quarantine.load_state_dict(state.extra, keep=True)
-    watchdog.wait_for(handles.replay.quarantine(sorted(dispatcher.quarantine.ids)), "the replay")
-    return state
+        return state
+
+    def _load(self, checkpoint: Checkpoint | None, *, keep_replay: bool) -> TrainState:
+        """A replay that is kept has what was written since, and gives each step the same rollouts again. One that died
+        is filled from the checkpoint, and what it lacks is written again."""
+        learner, replay, wait_for = self.handles.learner, self.handles.replay, self.watchdog.wait_for
+        state = checkpoint.state if checkpoint else TrainState()
+        if checkpoint:
+            wait_for(learner.load(checkpoint.learner_folder, checkpoint.tag), "the learner to load its state")
+        self.saved_step = state.step if checkpoint else -1
+        if self.schedule.adaptive:
+            self.schedule.adaptive.load_state_dict(state.extra.get("adaptive"))
+        quarantine, num_started = self.dispatcher.quarantine, self.dispatcher.next_id
+        quarantine.load_state_dict(state.extra)
+        if not (keep_replay and wait_for(replay.rewind(state.step, num_started), "the replay to go back")):
+            path = checkpoint.replay_file if checkpoint else None
+            missing = wait_for(replay.restore(path, num_started), "the replay to load its state")
+            self.dispatcher.reset(missing)
+        wait_for(replay.quarantine(sorted(quarantine.ids)), "the replay")
+        return state

@@ -135,6 +135,16 @@ class Schedule:
             self.adaptive.decide(coin, done / stage.steps, stage.batch_size)
         return self.adaptive.sources[step]
 
+    def record_validation_loss(self, step: int, loss: float) -> str:
+        """Let an adaptive schedule see the evaluation before `step`; return a line where phi rises."""
+        adaptive = self.adaptive
+        if adaptive is None:
+            return ""
+        before, counts = adaptive.reference, step > 0 and self.stage(step - 1).mix.rollout > 0
+        if not adaptive.record_loss(loss, counts=counts):
+            return ""
+        return f"validation loss {loss:.4g}, {before:.4g} before: phi rises to {adaptive.phi:g}"
+
     def lr_at(self, step: int) -> float:
         """A step's learning rate: warm-up from above 0 to the stage's `lr`, then its schedule down to `min_lr_frac`."""
         stage = self.stage(step)
