@@ -273,7 +273,7 @@ def test_a_rank_says_that_there_is_no_room(monkeypatch):
     from ray.exceptions import OutOfDiskError
 
     from switchkd.actors import learner_actor
-    from switchkd.actors.ray_futures import _spoils
+    from switchkd.actors.ray_futures import _loses_state
 
     rank = object.__new__(learner_actor.LearnerActor.__ray_metadata__.modified_class)
     buckets = (np.zeros(3_000_000, np.uint8), np.zeros(2_000_000, np.uint8))
@@ -287,7 +287,7 @@ def test_a_rank_says_that_there_is_no_room(monkeypatch):
     assert rank.call("publish", 0) is None  # another rank's part: it puts nothing
     with pytest.raises(OSError, match=r"a version of 0\.005 GB.*free some, or give more memory") as caught:
         rank.call("publish", 1)
-    assert caught.value.errno == errno.ENOSPC and not _spoils(caught.value)
+    assert caught.value.errno == errno.ENOSPC and not _loses_state(caught.value)
 
 
 def test_the_newest_checkpoint_is_cut_short(alone, place, monkeypatch, caplog, done_at):
@@ -357,7 +357,7 @@ def test_calls_are_lost_late_and_repeated(alone, place):
 A_NODE_GOES = """
 import os
 from switchkd.actors import process_setup
-environment.for_private_cluster()
+process_setup.for_private_cluster()
 # Ray takes a node for dead after 15 s by default
 os.environ.update(RAY_health_check_period_ms="1000", RAY_health_check_failure_threshold="3")
 import ray

@@ -78,7 +78,7 @@ def test_a_question_that_hangs_keeps_nobody(ray, monkeypatch):
     """Ray goes down though somebody has been asking for too long."""
     from switchkd.actors import ray_futures
 
-    monkeypatch.setattr(ray_futures, "ASKING_S", 0.1)
+    monkeypatch.setattr(ray_futures, "CALL_S", 0.1)
     asking, end = Event(), Event()
     thread = Thread(target=lambda: ray_futures.retry_until_alive(lambda: (asking.set(), end.wait(30))), daemon=True)
     thread.start()

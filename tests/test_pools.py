@@ -332,7 +332,7 @@ def test_serve_attach_stop(cluster, alone, place, notes, pools, monkeypatch, cap
     from switchkd.actors import shared_teacher
 
     file = config_file(place, STAGES, **JOINED, teacher={"path": "teacher", "max_sessions": 12})
-    request.addfinalizer(lambda: shared_teacher.find("big") and shared_teacher.stop("big"))
+    request.addfinalizer(lambda: shared_teacher.find_pool("big") and shared_teacher.stop_teacher("big", "auto"))
     code, out, _ = command(monkeypatch, capsys, "serve-teacher", file, "--name", "big")
     assert (code, out) == (0, "big is served by 1 replica: teacher.attach=big\n")
     replica = actors("TeacherActor")
@@ -365,7 +365,7 @@ def test_serve_attach_stop(cluster, alone, place, notes, pools, monkeypatch, cap
     assert not (place / "no").exists()
 
     code, out, _ = command(monkeypatch, capsys, "serve-teacher", "--stop", "big")
-    assert (code, out) == (0, "big is no longer served\n") and shared_teacher.served() == []
+    assert (code, out) == (0, "big is no longer served\n") and shared_teacher.list_shared() == []
     nobody_left()
     code, _, said = command(monkeypatch, capsys, "serve-teacher", "--stop", "big")
     assert code == 2 and "--stop big: no teacher of this name is served on the cluster (there: none)" in said
@@ -392,12 +392,12 @@ def test_engine_arguments_of_a_served_teacher(place, served, wanted, told):
         teacher = {"path": "teacher", "backend": "vllm", "engine": engine, "attach": "big"}
         return config(place, STAGES, **JOINED, teacher=teacher)
 
-    there = {**shared_teacher.facts(vllm(served), 120), "max_len": 96}
+    there = {**shared_teacher.teacher_identity(vllm(served), 120), "max_len": 96}
     if told is None:
-        shared_teacher._check_same(vllm(wanted), "teacher", there)
+        shared_teacher._check_identity(vllm(wanted), "teacher", there)
         return
     with pytest.raises(ConfigError, match=f"^teacher.attach=big: {told}"):
-        shared_teacher._check_same(vllm(wanted), "teacher", there)
+        shared_teacher._check_identity(vllm(wanted), "teacher", there)
 
 
 def test_a_served_pool_that_does_not_answer(cluster, place, monkeypatch, capsys):
@@ -423,7 +423,7 @@ def test_a_served_pool_that_does_not_answer(cluster, place, monkeypatch, capsys)
     file = config_file(place, STAGES, **JOINED, teacher={"path": "teacher", "attach": "still"})
     code, _, said = command(monkeypatch, capsys, "train", file)
     assert code == 2 and (
-        "teacher.attach=still: it does not answer (no word from it in 1 s); end it with `switchkd serve-teacher --stop "
+        "teacher.attach=still: it does not answer (nothing in 1 s); end it with `switchkd serve-teacher --stop "
         "still` and serve it anew" in said
     )
     assert not (place / "run").exists()
@@ -459,11 +459,12 @@ def start_pool(wanted: Config) -> Any:
 
     from switchkd.actors.placement_group import resolve_resources
     from switchkd.actors.process_setup import Secrets
-    from switchkd.actors.shared_teacher import PoolHandle
+    from switchkd.actors.shared_teacher import TeacherPoolHandle
     from switchkd.actors.teacher_pool import TeacherPoolActor
 
     plain = resolve_resources(wanted).model_dump()
-    return PoolHandle(TeacherPoolActor.remote(plain, cloudpickle.dumps([]), Secrets({}), os.getcwd(), "", {}), "")
+    actor = TeacherPoolActor.remote(plain, cloudpickle.dumps([]), Secrets({}), os.getcwd(), "", {})
+    return TeacherPoolHandle(actor, "")
 
 
 def test_grows_with_its_queue_and_shrinks_without(cluster, place):

@@ -139,9 +139,9 @@ def stopped_within_a_block(worker: Any) -> str:
 
 def hear_at_once(patch: pytest.MonkeyPatch) -> None:
     """What the teachers' pool tells is waited for after every step; else the last steps may be over before."""
-    from switchkd.actors.shared_teacher import PoolHandle
+    from switchkd.actors.shared_teacher import TeacherPoolHandle
 
-    events = PoolHandle.events
+    events = TeacherPoolHandle.events
 
     def heard(pool: Any) -> list[str]:
         import ray
@@ -150,7 +150,7 @@ def hear_at_once(patch: pytest.MonkeyPatch) -> None:
         ray.wait([pool._events], timeout=60)
         return events(pool)
 
-    patch.setattr(PoolHandle, "events", heard)
+    patch.setattr(TeacherPoolHandle, "events", heard)
 
 
 def same_rollouts(run: Path, other: Path) -> None:
@@ -442,15 +442,15 @@ def wait_until(true: Callable[[], bool], otherwise: str, seconds: float = 30) ->
 
 
 NOBODY = """
-from switchkd.actors.ray_futures import patient
+from switchkd.actors.ray_futures import retry_until_alive
 import ray
 
 @ray.remote
 def one():
     return 1
 
-asked = patient(one.remote)
-print(type(asked.exception(timeout=60)).__name__, ray.is_initialized())
+answer = retry_until_alive(one.remote)
+print(type(answer.exception(timeout=60)).__name__, ray.is_initialized())
 """
 
 

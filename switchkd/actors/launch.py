@@ -29,7 +29,7 @@ from switchkd.actors.prometheus import Exporter
 from switchkd.actors.ray_futures import retry_until_alive, shut_down
 from switchkd.actors.replay_actor import RayReplayHandle, ReplayActor
 from switchkd.actors.rollout_actor import RolloutActor
-from switchkd.actors.shared_teacher import PoolHandle, attach
+from switchkd.actors.shared_teacher import TeacherPoolHandle, attach
 from switchkd.actors.teacher_pool import TeacherPoolActor
 from switchkd.actors.worker_pool import WorkerPool
 from switchkd.config import resources
@@ -125,7 +125,7 @@ def _pool(
     placements: dict[str, list[ProcessPlacement]],
     secrets: Secrets,
     working_dir: str,
-) -> PoolHandle:
+) -> TeacherPoolHandle:
     """The run's own pool of this teacher, or a served one."""
     own = config.of_teacher(name)
     if own.teacher.attach:
@@ -133,12 +133,12 @@ def _pool(
     else:
         waiting = cloudpickle.dumps(placements[resources.role_of(name)])
         actor = cast(Any, TeacherPoolActor).options(**beside_driver())
-        pool = PoolHandle(actor.remote(own.model_dump(), waiting, secrets, working_dir, "", {}), name)
+        pool = TeacherPoolHandle(actor.remote(own.model_dump(), waiting, secrets, working_dir, "", {}), name)
     opened.callback(pool.close)
     return pool
 
 
-def _autoscale(workers: WorkerPool, pools: list[PoolHandle], waited_s: float, elapsed_s: float) -> list[str]:
+def _autoscale(workers: WorkerPool, pools: list[TeacherPoolHandle], waited_s: float, elapsed_s: float) -> list[str]:
     return [*workers.autoscale(waited_s, elapsed_s), *(told for pool in pools for told in pool.events())]
 
 

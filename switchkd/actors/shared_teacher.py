@@ -1,7 +1,7 @@
-"""One teacher for many runs: a named pool that outlives whoever started it, and the way of a run to it.
+"""One teacher for many runs: a named pool that outlives the command that started it, and a run's handle of it.
 
-In: a config whose teacher is served, or a run's config with `teacher.attach`. Out: a pool on the joined cluster, or the
-handle of one that is there. Sessions of different runs never meet: each run has a number of its own.
+In: a config whose teacher is shared, or a run's config with `teacher.attach`. Out: a pool on the joined cluster, or the
+handle of one that is there. Each run has a number of its own, which keeps its sessions apart from those of others.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ from switchkd.engines.build import max_len
 from switchkd.engines.models.lm_head import LMHeadState
 
 LEAVE_S = 10.0
-"""How long a pool may take to let a run go."""
+"""How long a pool may take to close the sessions of a run, or to end."""
 ANSWER_S = 60.0
-"""How long a served pool may take to answer a run that comes: enough for one that is just started again."""
+"""How long a shared pool may take to answer a new run: enough for one that is just started again."""
 
 
-class PoolHandle:
-    """A run's hold on a pool: its own (namespace 0), or a served one that it leaves as it found it."""
+class TeacherPoolHandle:
+    """A run's handle of a pool: its own (namespace 0), or a shared one that goes on without it."""
 
     def __init__(self, actor: Any, name: str, namespace: int = 0, cursor: EventCursor = NO_EVENTS) -> None:
         self.actor = actor
@@ -61,25 +61,25 @@ class PoolHandle:
         self._cursor = cursor
         self._events: Any = None  # the question that is out
         self._client = PoolClient(actor, "driver")
-        self._members: ReplicaView | None = None
+        self._view: ReplicaView | None = None
 
     @property
     def role(self) -> str:
         return f"teacher {self.name}".strip()
 
     def head(self) -> LMHeadState | None:
-        """The output head, once the pool works. Raises RuntimeError where it cannot start."""
+        """The LM head, once the pool works. Raises RuntimeError where it cannot start."""
         retry_until_alive(self.actor.ready.remote).result()
         return TeacherRouter(self._client).head()
 
     def replicas(self) -> dict[str, Any]:
-        """Handles of those that work, by name, as last heard. Never waits."""
-        self._members = self._client.poll({}) or self._members
-        there = {**self._members.ready, **self._members.draining} if self._members else {}
-        return {f"{self.role} {number}": handle for number, handle in there.items()}
+        """Handles of the working replicas by name, as last known. Never waits."""
+        self._view = self._client.poll({}) or self._view
+        handles = {**self._view.ready, **self._view.draining} if self._view else {}
+        return {f"{self.role} {number}": handle for number, handle in handles.items()}
 
     def events(self) -> list[str]:
-        """What happened there since the last time, as far as it has been heard of. Never waits."""
+        """What has happened there since the last answer. Never waits."""
         if self._events is None:
             self._events = self.actor.events.remote(self._cursor)
         if not ray.wait([self._events], timeout=0)[0]:
@@ -92,7 +92,7 @@ class PoolHandle:
         return [f"{self.name}: {line}" if self.name else line for line in lines]
 
     def close(self) -> None:
-        """End the run's own pool; take the run's sessions out of a served one."""
+        """End the run's own pool; close the run's sessions in a shared one."""
         leave = self.actor.detach.remote(self.namespace) if self.namespace else self.actor.stop.remote()
         with suppress(RayError):  # it has died: there is nothing left to end
             ray.get(leave, timeout=LEAVE_S)
@@ -101,82 +101,85 @@ class PoolHandle:
             free_all(replica_name(self.actor._actor_id.hex(), ""))  # where it could not do so itself
 
 
-def facts(config: Config, vocab_size: int) -> dict[str, Any]:
-    """What a run must know of a served teacher: where these are equal (and the length is enough), so are the rows."""
+def teacher_identity(config: Config, vocab_size: int) -> dict[str, Any]:
+    """What decides a teacher's rows, and `max_len`: where these are equal and the length is enough, so are the rows."""
     teacher = config.teacher
     path = os.path.realpath(os.path.expanduser(teacher.path))
-    found = {
+    identity = {
         "path": path if os.path.isdir(path) else teacher.path,
         "revision": teacher.revision,
         "dtype": teacher.dtype,
         "backend": teacher.backend,
         "output": teacher.output,
         "vocabulary": vocab_size,
+        "max_len": max_len(config),
         **engine_facts(teacher),
     }
-    return {**found, "num_top_logprobs": teacher.num_top_logprobs} if teacher.output == "top_logprobs" else found
+    if teacher.output == "top_logprobs":
+        identity["num_top_logprobs"] = teacher.num_top_logprobs
+    return identity
 
 
-def attach(config: Config, key: str) -> PoolHandle:
-    """The served teacher that `config.teacher` names. `key`: its section. Raises ConfigError."""
+def attach(config: Config, key: str) -> TeacherPoolHandle:
+    """Attach to the shared teacher that `config.teacher` names. `key`: its section. Raises ConfigError."""
     name = config.teacher.attach
-    pool = find(name)
+    pool = find_pool(name)
     if pool is None:
-        there = ", ".join(served()) or "none"
+        names = ", ".join(list_shared()) or "none"
         raise ConfigError(
-            f"{key}.attach={name}: no teacher of this name is served on the cluster (there: {there}); start it with "
+            f"{key}.attach={name}: no teacher of this name is served on the cluster (there: {names}); start it with "
             f"`switchkd serve-teacher CONFIG --name {name}`"
         )
-    namespace, there = _answer(pool.attach.remote(), key, name)
+    namespace, identity = _answer(pool.attach.remote(), key, name)
     try:
-        _check_same(config, key, there)
+        _check_identity(config, key, identity)
         cursor, _ = _answer(pool.events.remote(NO_EVENTS), key, name)
     except BaseException:
         pool.detach.remote(namespace)
         raise
-    return PoolHandle(pool, name, namespace, cursor)
+    return TeacherPoolHandle(pool, name, namespace, cursor)
 
 
-def _answer(asked: Any, key: str, name: str) -> Any:
+def _answer(ref: Any, key: str, name: str) -> Any:
     try:
-        return ray.get(asked, timeout=ANSWER_S)
+        return ray.get(ref, timeout=ANSWER_S)
     except RayError as error:
         late = isinstance(error, GetTimeoutError)
-        why = f"no word from it in {ANSWER_S:g} s" if late else first_line(cause_of(error))
+        reason = f"nothing in {ANSWER_S:g} s" if late else first_line(cause_of(error))
         raise ConfigError(
-            f"{key}.attach={name}: it does not answer ({why}); end it with `switchkd serve-teacher --stop {name}` and "
-            "serve it anew"
+            f"{key}.attach={name}: it does not answer ({reason}); end it with `switchkd serve-teacher --stop {name}` "
+            "and serve it anew"
         ) from None
 
 
-def _check_same(config: Config, key: str, there: dict[str, Any]) -> None:
+def _check_identity(config: Config, key: str, served: dict[str, Any]) -> None:
     from switchkd.engines.models.loading import load_tokenizer, shared_vocab
 
     teacher = config.teacher
     vocab = shared_vocab(load_tokenizer(teacher.path, trust_remote_code=teacher.trust_remote_code))
-    wanted = facts(config, vocab)
-    for fact in {**wanted, **there}:
-        if fact != "max_len" and there.get(fact) != wanted.get(fact):
+    needed = teacher_identity(config, vocab)
+    for name in {**needed, **served}:
+        if name != "max_len" and served.get(name) != needed.get(name):
             raise ConfigError(
-                f"{key}.attach={teacher.attach}: its {fact} is {there.get(fact)!r}, this run's is "
-                f"{wanted.get(fact)!r}; set {key} as the config that it serves has it, or serve another"
+                f"{key}.attach={teacher.attach}: its {name} is {served.get(name)!r}, this run's is "
+                f"{needed.get(name)!r}; set {key} as the config that it serves has it, or serve another"
             )
-    if max_len(config) > there["max_len"]:
+    if needed["max_len"] > served["max_len"]:
         raise ConfigError(
-            f"{key}.attach={teacher.attach} holds {there['max_len']} tokens a session, this run needs "
-            f"{max_len(config)}; lower data.max_prompt_tokens or max_new_tokens, or serve it with a config that has "
+            f"{key}.attach={teacher.attach} holds {served['max_len']} tokens a session, this run needs "
+            f"{needed['max_len']}; lower data.max_prompt_tokens or max_new_tokens, or serve it with a config that has "
             "them"
         )
 
 
-def find(name: str) -> Any | None:
+def find_pool(name: str) -> Any | None:
     try:
         return ray.get_actor(_pool_name(name), namespace=NAMESPACE)
     except ValueError:
         return None
 
 
-def served() -> list[str]:
+def list_shared() -> list[str]:
     """Names of the teachers that are served on the cluster."""
     return sorted(actor_suffixes(_pool_name("")))
 
@@ -185,9 +188,10 @@ def _pool_name(name: str) -> str:
     return f"teacher-pool/{name}"
 
 
-def serve(config: Config, name: str, vocab_size: int, log: Callable[[str], None]) -> int:
-    """Start the named pool on the joined cluster and wait until it works: its replicas. Raises ConfigError."""
-    if find(name) is not None:
+def _start(config: Config, name: str, vocab_size: int, log: Callable[[str], None]) -> int:
+    """Start the named pool on the joined cluster, wait until it works and return the number of its replicas. Raises
+    ConfigError."""
+    if find_pool(name) is not None:
         raise ConfigError(
             f"--name {name}: a teacher of this name is served already; attach to it (teacher.attach={name}), take "
             f"another name, or end it with `switchkd serve-teacher --stop {name}`"
@@ -200,11 +204,20 @@ def serve(config: Config, name: str, vocab_size: int, log: Callable[[str], None]
     pool = None
     try:
         wait_for_placements(config, {"teacher": placements}, log)
-        known = {**facts(config, vocab_size), "max_len": max_len(config)}
+        identity = teacher_identity(config, vocab_size)
         options = {"name": _pool_name(name), "namespace": NAMESPACE, "lifetime": "detached"}
-        pool = cast(Any, TeacherPoolActor).options(**options).remote(
-            config.model_dump(), cloudpickle.dumps(placements), Secrets.of_this_process(), os.getcwd(), name, known
-        )  # fmt: skip
+        pool = (
+            cast(Any, TeacherPoolActor)
+            .options(**options)
+            .remote(
+                config.model_dump(),
+                cloudpickle.dumps(placements),
+                Secrets.of_this_process(),
+                os.getcwd(),
+                name,
+                identity,
+            )
+        )
         num: int = ray.get(pool.ready.remote(), timeout=patience)
         return num
     except BaseException as error:
@@ -220,17 +233,8 @@ def serve(config: Config, name: str, vocab_size: int, log: Callable[[str], None]
         raise cause_of(error) from None
 
 
-def stop(name: str) -> None:
-    """End a served teacher. Raises ConfigError where there is none of this name."""
-    pool = find(name)
-    if pool is None:
-        there = ", ".join(served()) or "none"
-        raise ConfigError(f"--stop {name}: no teacher of this name is served on the cluster (there: {there})")
-    _end(pool, name)
-
-
 def _end(pool: Any, name: str) -> None:
-    """The pool, and its replicas where it cannot end them itself any more."""
+    """End the pool, and its replicas where it cannot do so itself any more."""
     with suppress(RayError):  # it has died: it is only to be removed
         ray.get(pool.stop.remote(), timeout=LEAVE_S)
     ray.kill(pool)
@@ -242,18 +246,19 @@ def _end(pool: Any, name: str) -> None:
 
 
 def serve_teacher(config: Config, name: str) -> int:
-    """Start a named teacher on the cluster that the config joins; the number of its replicas. Raises ConfigError."""
-    if "/" in name or not name:  # what belongs to it is found by its name and a slash
+    """Start a named teacher on the cluster that the config joins, and return the number of its replicas. Raises
+    ConfigError."""
+    if "/" in name or not name:  # its replicas are found by its name and a slash
         raise ConfigError(f"--name {name!r}: choose a name without a slash")
-    wanted, vocab_size = prepare_teacher(config)
-    if resources.is_private(wanted):
+    config, vocab_size = prepare_teacher(config)
+    if resources.is_private(config):
         raise ConfigError(
             "serve-teacher needs a cluster that outlives it: set cluster.address (auto, host:port) or start it as a job"
         )
-    log = MetricsLog(wanted.metrics)
+    log = MetricsLog(config.metrics)
     try:
-        connect(wanted.cluster.address)
-        return serve(wanted, name, vocab_size, log.info)
+        connect(config.cluster.address)
+        return _start(config, name, vocab_size, log.info)
     finally:
         log.close()
 
@@ -261,4 +266,8 @@ def serve_teacher(config: Config, name: str) -> int:
 def stop_teacher(name: str, address: str) -> None:
     """End a teacher that `serve_teacher` started on the cluster at this address. Raises ConfigError."""
     connect(address)
-    stop(name)
+    pool = find_pool(name)
+    if pool is None:
+        names = ", ".join(list_shared()) or "none"
+        raise ConfigError(f"--stop {name}: no teacher of this name is served on the cluster (there: {names})")
+    _end(pool, name)
