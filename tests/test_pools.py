@@ -79,13 +79,13 @@ def pools(monkeypatch) -> list[Any]:
     from switchkd.actors import launch
 
     found: list[Any] = []
-    start = launch._pool
+    start = launch._start_pool
 
     def watched(*args: Any) -> Any:
         found.append(start(*args))
         return found[-1]
 
-    monkeypatch.setattr(launch, "_pool", watched)
+    monkeypatch.setattr(launch, "_start_pool", watched)
     return found
 
 

@@ -20,7 +20,7 @@ CONNECT_S = 10.0
 
 
 def connect(address: str) -> None:
-    """To the job's cluster, or to this one. Raises ConfigError."""
+    """Join the job's cluster, or the one at this address. Raises ConfigError."""
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS") or address
@@ -32,16 +32,16 @@ def connect(address: str) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
     except (OSError, RuntimeError, RayError) as error:
-        told = one_line(error)[:300]
+        reason = one_line(error)[:300]
         raise ConfigError(
-            f"the Ray cluster at cluster.address={address} cannot be joined ({told}); start one with `ray start "
+            f"the Ray cluster at cluster.address={address} cannot be joined ({reason}); start one with `ray start "
             "--head`, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as it has them, or leave cluster.address empty for a "
             "private one"
         ) from None
 
 
-def _start_private(config: Config) -> None:
-    """A cluster of this process alone (`environment.for_private_cluster` went before), without a dashboard."""
+def start_private(config: Config) -> None:
+    """Start a cluster for this process alone, without a dashboard. `process_setup.for_private_cluster` goes before."""
     ray.init(
         address="local",
         num_cpus=os.cpu_count() or 1,
@@ -53,7 +53,7 @@ def _start_private(config: Config) -> None:
 
 
 def _student_params(config: Config) -> int:
-    """0 for a model that cannot be built without its weights, as another's code may want it."""
+    """0 for a model that cannot be built without its weights, as remote code may demand."""
     if looks_local(config.student.path):
         return num_params(Path(config.student.path).expanduser())
     with suppress(ConfigError):

@@ -1,13 +1,12 @@
-"""The house on a Ray cluster: join or start one, check that the run fits, start every actor, hand out the handles.
+"""Starts a run's actors on Ray: join or start a cluster, reserve every process's placement, start the actors.
 
-In: a resolved config. Out: a House for `train.py`. What does not fit is said before anything starts.
+In: a checked config. Out: `ActorHandles` for `train.py`. What does not fit is an error before anything starts.
 """
 
 from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +14,7 @@ from typing import Any, cast
 import ray
 from ray import cloudpickle
 
-from switchkd.actors.cluster import _start_private, connect
+from switchkd.actors.cluster import connect, start_private
 from switchkd.actors.heartbeat import heartbeats
 from switchkd.actors.learner_actor import LearnerActor, LearnerGroup
 from switchkd.actors.placement_group import (
@@ -55,43 +54,47 @@ def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int], log: M
     """Start all actors of the run: on the cluster that was joined, else on a private one. Where one cannot start, all
     are ended again."""
     config = resolve_resources(config)
-    plain, common = config.model_dump(), (Secrets.of_this_process(), os.getcwd())
+    config_dict = config.model_dump()
+    setup = (Secrets.of_this_process(), os.getcwd())
     log.info("starting actors")
     with ExitStack() as opened:
         if not ray.is_initialized():
-            _start_private(config)
+            start_private(config)
             opened.callback(shut_down)
-        start = partial(_start, opened)
         placements = _reserve(config, opened, log)
-        replay = start(ReplayActor, beside_driver(), plain, str(run_dir), *common)
-        pools = {name: _pool(opened, config, name, placements, *common) for name in config.teacher_names}
+        replay = cast(Any, ReplayActor).options(**beside_driver()).remote(config_dict, str(run_dir), *setup)
+        opened.callback(ray.kill, replay)
+        pools = {name: _start_pool(opened, config, name, placements, *setup) for name in config.teacher_names}
         # trap: as they are, handles would go into the object store, where the restart of a worker may not find them
         handles = cloudpickle.dumps(({name: (pool.actor, pool.namespace) for name, pool in pools.items()}, replay))
 
         def create_worker(index: int, options: dict[str, Any]) -> Any:
-            return cast(Any, RolloutActor).options(**options).remote(plain, index, handles, stop_ids, *common)
+            return cast(Any, RolloutActor).options(**options).remote(config_dict, index, handles, stop_ids, *setup)
 
         workers = WorkerPool(config, placements.get("rollout", []), create_worker)
         opened.callback(workers.close)
         # ranks that are started again take the placements of the first ones
         ranks = [cast(Any, LearnerActor).options(**placement.options()) for placement in placements["learner"]]
-        learner = LearnerGroup(lambda: [rank.remote(plain, replay, *common) for rank in ranks])
+        learner = LearnerGroup(lambda: [rank.remote(config_dict, replay, *setup) for rank in ranks])
         opened.callback(learner.close)
 
         def actors() -> dict[str, Any]:
             groups = {"rollout worker": workers.actors, "learner rank": learner.ranks}
-            named = {f"{role} {i}": actor for role, group in groups.items() for i, actor in enumerate(group)}
+            numbered = {f"{role} {i}": actor for role, group in groups.items() for i, actor in enumerate(group)}
             teachers = {name: actor for pool in pools.values() for name, actor in pool.replicas().items()}
-            return {"replay": replay, **teachers, **named}
+            return {"replay": replay, **teachers, **numbered}
+
+        def autoscale(waited_s: float, elapsed_s: float) -> list[str]:
+            pool_events = [event for pool in pools.values() for event in pool.events()]
+            return [*workers.autoscale(waited_s, elapsed_s), *pool_events]
 
         patience = max(config.run.watchdog_s, START_S)
         wait_for_all({pool.role: retry_until_alive(pool.actor.ready.remote) for pool in pools.values()}, patience)
-        told = {name: pool.head() for name, pool in pools.items()}
-        heads = heads_for(config, run_dir, {name: head for name, head in told.items() if head is not None})
-        waited_for = {"replay": replay, **{f"rollout worker {i}": actor for i, actor in enumerate(workers.actors)}}
-        awaited = {name: retry_until_alive(actor.ready.remote) for name, actor in waited_for.items()}
-        awaited["learner"] = learner.start(heads)
-        wait_for_all(awaited, patience)
+        teacher_heads = {name: pool.head() for name, pool in pools.items()}
+        heads = heads_for(config, run_dir, {name: head for name, head in teacher_heads.items() if head is not None})
+        starting = {"replay": replay, **{f"rollout worker {i}": actor for i, actor in enumerate(workers.actors)}}
+        ready = {name: retry_until_alive(actor.ready.remote) for name, actor in starting.items()}
+        wait_for_all({**ready, "learner": learner.start(heads)}, patience)
         replay_handle = RayReplayHandle(replay)
         replay_handle.restore(None, 0).result()
         if config.metrics.prometheus:
@@ -102,7 +105,7 @@ def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int], log: M
             learner=learner,
             heartbeats=lambda: heartbeats(actors()),
             close=opened.pop_all().close,
-            autoscale=partial(_autoscale, workers, list(pools.values())),
+            autoscale=autoscale,
         )
 
 
@@ -118,7 +121,7 @@ def _reserve(config: Config, opened: ExitStack, log: MetricsLog) -> dict[str, li
     return placements
 
 
-def _pool(
+def _start_pool(
     opened: ExitStack,
     config: Config,
     name: str,
@@ -126,23 +129,14 @@ def _pool(
     secrets: Secrets,
     working_dir: str,
 ) -> TeacherPoolHandle:
-    """The run's own pool of this teacher, or a served one."""
-    own = config.of_teacher(name)
-    if own.teacher.attach:
-        pool = attach(own, resources.role_of(name))
+    """The run's own pool of this teacher, or a shared one."""
+    config = config.of_teacher(name)
+    role = resources.role_of(name)
+    if config.teacher.attach:
+        pool = attach(config, role)
     else:
-        waiting = cloudpickle.dumps(placements[resources.role_of(name)])
         actor = cast(Any, TeacherPoolActor).options(**beside_driver())
-        pool = TeacherPoolHandle(actor.remote(own.model_dump(), waiting, secrets, working_dir, "", {}), name)
+        pickled = cloudpickle.dumps(placements[role])
+        pool = TeacherPoolHandle(actor.remote(config.model_dump(), pickled, secrets, working_dir, "", {}), name)
     opened.callback(pool.close)
     return pool
-
-
-def _autoscale(workers: WorkerPool, pools: list[TeacherPoolHandle], waited_s: float, elapsed_s: float) -> list[str]:
-    return [*workers.autoscale(waited_s, elapsed_s), *(told for pool in pools for told in pool.events())]
-
-
-def _start(opened: ExitStack, actor: Any, options: dict[str, Any], *args: Any) -> Any:
-    handle = actor.options(**options).remote(*args)
-    opened.callback(ray.kill, handle)
-    return handle

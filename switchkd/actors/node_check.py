@@ -1,6 +1,6 @@
-"""`switchkd doctor` looks around on a cluster: does every node see the run's folder, and is the same software there?
+"""Checks the nodes of a cluster for `switchkd doctor`: each has to see the run's folder and have the same software.
 
-In: a config and a file that was just written. Out: what each node says. Joins the cluster and leaves it again.
+In: a config and a file that was just written. Out: each node's answer. Joins the cluster and leaves it again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ANSWER_S = 90.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Look:
-    """What one node said."""
+    """One node's answer."""
 
     name: str
     sees: bool = False
@@ -34,40 +34,40 @@ class Look:
 
 class _Quiet:
     def info(self, text: str) -> None:
-        """The doctor tells findings only."""
+        """The doctor prints results only."""
 
 
 def look(config: Config, file: str, nonce: str) -> tuple[str, list[Look]]:
-    """What the cluster has, and each node's look. Raises ConfigError where it cannot be joined or is too small."""
+    """The cluster's resources in words, and each node's answer. Raises ConfigError where the cluster cannot be joined
+    or is too small."""
     joined_here = not ray.is_initialized()
     try:
         join(config, cast(Any, _Quiet()))
-        there = ray.cluster_resources()
+        total = ray.cluster_resources()
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        told = f"{len(nodes)} nodes, {there.get('CPU', 0):g} CPUs, {there.get('GPU', 0):g} GPUs: enough for the run"
-        return told, at_nodes(nodes, file, nonce)
+        text = f"{len(nodes)} nodes, {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs: enough for the run"
+        return text, _at_nodes(nodes, file, nonce)
     finally:
         if joined_here and ray.is_initialized():
             shut_down()
 
 
-def at_nodes(nodes: list[dict[str, Any]], file: str, nonce: str) -> list[Look]:
-    """A task on each node, all at once."""
-    waiting = {}
+def _at_nodes(nodes: list[dict[str, Any]], file: str, nonce: str) -> list[Look]:
+    """Run a task on each node, all at once."""
+    refs = {}
     for node in nodes:
-        placement = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
-        waiting[f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})"] = _look.options(
-            scheduling_strategy=placement
-        ).remote(file, nonce)
-    return [_answer(name, ref) for name, ref in waiting.items()]
+        strategy = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+        name = f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})"
+        refs[name] = _look.options(scheduling_strategy=strategy).remote(file, nonce)
+    return [_answer(name, ref) for name, ref in refs.items()]
 
 
 def _answer(name: str, ref: Any) -> Look:
     try:  # another machine
-        sees, found = ray.get(ref, timeout=ANSWER_S)
+        sees, node_versions = ray.get(ref, timeout=ANSWER_S)
     except Exception as error:
         return Look(name=name, error=last_line(error))
-    return Look(name=name, sees=sees, versions=found)
+    return Look(name=name, sees=sees, versions=node_versions)
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -77,7 +77,7 @@ def _look(file: str, nonce: str) -> tuple[bool, str]:
 
 
 def versions() -> str:
-    """What must be alike on all nodes."""
+    """The versions that have to be the same on all nodes."""
     from importlib.metadata import version
 
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "ray"))

@@ -1,4 +1,4 @@
-"""How a Ray process is made ready: threads, tokens, secrets. Every actor's __init__ calls `prepare` first."""
+"""Prepares a Ray process: threads, tokens, secrets. Every actor's __init__ calls `prepare` first."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ it would spin for milliseconds, and two workers on two cores were hardly faster 
 def for_private_cluster() -> None:
     """Loopback only, a token that lives in memory only, no usage report, threads that take turns; nothing where the
     caller runs a Ray already. Raises ConfigError when it comes too late: Ray reads these once, when it is imported."""
-    wanted = {
+    settings = {
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "token",
@@ -30,9 +30,9 @@ def for_private_cluster() -> None:
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         return
-    if ray is not None and not wanted.keys() <= os.environ.keys():
+    if ray is not None and not settings.keys() <= os.environ.keys():
         raise ConfigError("ray was imported before switchkd could protect it; import it later, or call ray.init first")
-    for name, value in wanted.items():
+    for name, value in settings.items():
         os.environ.setdefault(name, value)
     share_the_cores()
 

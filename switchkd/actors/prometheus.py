@@ -11,11 +11,6 @@ from collections.abc import Mapping
 from ray.util.metrics import Gauge
 
 
-def metric_name(key: str) -> str:
-    """`rollout/teacher_token_frac` is `switchkd_rollout_teacher_token_frac`."""
-    return "switchkd_" + re.sub(r"[^a-zA-Z0-9_]", "_", key)
-
-
 class Exporter:
     """A sink of `MetricsLog`. `run` tells runs on one cluster apart."""
 
@@ -25,7 +20,7 @@ class Exporter:
 
     def __call__(self, step: int, numbers: Mapping[str, float]) -> None:
         for key, value in {"step": step, **numbers}.items():
-            name = metric_name(key)
+            name = "switchkd_" + re.sub(r"[^a-zA-Z0-9_]", "_", key)
             if name not in self._gauges:
                 self._gauges[name] = Gauge(name, description=f"switchkd: {key}", tag_keys=("run",))
             self._gauges[name].set(value, tags={"run": self.run})

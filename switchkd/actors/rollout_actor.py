@@ -1,4 +1,4 @@
-"""One rollout worker behind Ray: writes rollouts, puts them into the replay itself, takes new weights."""
+"""One rollout worker behind Ray: writes rollouts, puts them into the replay itself, fetches new weights."""
 
 from __future__ import annotations
 
@@ -35,15 +35,18 @@ class RolloutActor(HeartbeatActor):
         prepare(secrets, working_dir)
         pools, replay = cloudpickle.loads(handles)
         self.replay = RayReplayHandle(replay)
-        routers = {name: _router(pool, namespace, index) for name, (pool, namespace) in pools.items()}
-        self.loaded = self.pushed_order = (0, 0)  # as Weights.key
+        self.loaded = self.pushed_order = (0, 0)  # as WeightRef.key
         self.pushed: PackedWeights | None = None
+        routers = {
+            name: TeacherRouter(PoolClient(pool, f"{namespace}/{index}"), namespace=namespace, first=index)
+            for name, (pool, namespace) in pools.items()
+        }
         teachers = {name: (router, router.head()) for name, router in routers.items()}
         self.worker = make_worker(Config.model_validate(config), index, teachers, stop_ids, self._newer)
 
     @ray.method(concurrency_group="weights")
     def push_weights(self, weights: WeightRef) -> None:
-        """Seen by the running rollouts at their next round."""
+        """Fetch weights that the running rollouts load at their next round."""
         packed = fetch_weights(weights)
         if weights.key > self.pushed_order:
             self.pushed, self.pushed_order = packed, weights.key
@@ -65,7 +68,7 @@ class RolloutActor(HeartbeatActor):
             self.loaded = weights.key
 
     def _newer(self) -> PackedWeights | None:
-        """What was offered, unless it has been loaded since. Whoever asks loads it."""
+        """The pushed weights, unless they have been loaded since; the caller loads them."""
         pushed, key = self.pushed, self.pushed_order
         if pushed is None or key <= self.loaded:
             return None
@@ -73,7 +76,7 @@ class RolloutActor(HeartbeatActor):
         return pushed
 
     def _put(self, rollouts: list[Rollout]) -> None:
-        """Back-pressure: a full replay makes the worker wait. So does one that is being started again."""
+        """Wait while the replay is full, or is being started again."""
         with waiting_for("the replay"):
             while rollouts:
                 try:
@@ -82,10 +85,6 @@ class RolloutActor(HeartbeatActor):
                 except ReplayFull as full:
                     rollouts = [rollout for rollout in rollouts if rollout.rollout_id in full.refused]
                     time.sleep(0.2)
-
-
-def _router(pool: Any, namespace: int, index: int) -> TeacherRouter:
-    return TeacherRouter(PoolClient(pool, f"{namespace}/{index}"), namespace=namespace, first=index)
 
 
 @waiting_for("weights")

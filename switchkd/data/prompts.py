@@ -40,10 +40,6 @@ class PromptSet:
     def longest_prompt(self) -> int:
         return max(len(prompt.token_ids) for prompt in self.prompts)
 
-    @property
-    def longest_with_reference(self) -> int:
-        return max(len(prompt.token_ids) + len(prompt.reference_ids) for prompt in self.prompts)
-
     def report(self) -> str:
         """One line for the console."""
         parts = [f"{len(self.prompts)} prompts"]
