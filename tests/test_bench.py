@@ -20,8 +20,8 @@ from switchkd.config.errors import ConfigError
 from switchkd.tools.bench import scaling
 from switchkd.tools.bench.models import prompts
 from switchkd.tools.bench.process_stats import Gauge, cpu_seconds, descendants
-from switchkd.tools.bench.subprocess_side import BenchProcess, BenchProcesses, Turns
-from switchkd.tools.bench.table import Spread, Table, check_device, paired, surroundings
+from switchkd.tools.bench.subprocess_side import BenchProcess, Repeats, measure_processes
+from switchkd.tools.bench.table import Options, Spread, Table, check_device, compare, take_turns
 
 MIB = 2**20
 # a spawned process that has to import what the parent merely put on its path
@@ -33,15 +33,15 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 
 def test_spread_of_few_and_of_many():
     """Extremes of up to three values, quartiles of more; outliers move neither the median nor the quartiles."""
-    assert Spread.of([3.0, 1.0, 2.0]) == Spread(median=2.0, low=1.0, high=3.0, num=3)
-    assert Spread.of([1.0, 2.0, 3.0, 4.0, 1000.0]) == Spread(median=3.0, low=2.0, high=4.0, num=5)
+    assert Spread.from_values([3.0, 1.0, 2.0]) == Spread(median=2.0, low=1.0, high=3.0, num=3)
+    assert Spread.from_values([1.0, 2.0, 3.0, 4.0, 1000.0]) == Spread(median=3.0, low=2.0, high=4.0, num=5)
     with pytest.raises(ValueError, match="repeats"):
-        Spread.of([])
+        Spread.from_values([])
 
 
 def test_a_rate_turns_the_spread_around():
     """The slowest run is the lowest rate."""
-    assert Spread.of([1.0, 2.0, 4.0]).map(lambda s: 8 / s) == Spread(median=4.0, low=2.0, high=8.0, num=3)
+    assert Spread.from_values([1.0, 2.0, 4.0]).map(lambda s: 8 / s) == Spread(median=4.0, low=2.0, high=8.0, num=3)
 
 
 def test_sides_take_turns_there_and_back():
@@ -57,7 +57,7 @@ def test_sides_take_turns_there_and_back():
 
         return work
 
-    pairs = paired({"a": side("a", 1), "b": side("b", 2), "c": side("c", 0.5)}, repeats=3, warmup=1)
+    pairs = compare(take_turns({"a": side("a", 1), "b": side("b", 2), "c": side("c", 0.5)}, repeats=3, warmup=1))
     turns = ["".join(order[i : i + 3]) for i in range(0, 12, 3)]
     assert turns == ["cba", "abc", "cba", "abc"]
     assert pairs.values == {"a": [2.0, 3.0, 4.0], "b": [4.0, 6.0, 8.0], "c": [1.0, 1.5, 2.0]}
@@ -68,30 +68,26 @@ def test_sides_take_turns_there_and_back():
 @pytest.mark.parametrize(("sides", "repeats"), [({}, 1), ({"a": lambda: 1.0}, 0)])
 def test_nothing_to_measure(sides, repeats):
     with pytest.raises(ValueError, match="nothing to measure"):
-        paired(sides, repeats)
+        take_turns(sides, repeats)
 
 
 def test_the_table_is_whole_in_json_and_on_the_terminal(tmp_path, capsys):
     """Every cell is in both; nothing is cut off on a narrow terminal; infinities do not make bad JSON."""
-    rows = ({"side": "ours", "seconds": Spread.of([1.0, 2.0, 3.0]), "other": float("inf")}, {"side": "x" * 90})
-    table = Table(title="T", columns=("side", "seconds", "other"), rows=rows, notes={"cores": 2}, remarks=("Aha.",))
+    rows = ({"side": "ours", "seconds": Spread.from_values([1.0, 2.0, 3.0]), "other": float("inf")}, {"side": "x" * 90})
+    table = Table(title="T", rows=rows, notes={"cores": 2}, remarks=("Aha.",))
     table.write(tmp_path / "t.json")
     told = json.loads((tmp_path / "t.json").read_text())
     assert told["rows"][0] == {"side": "ours", "seconds": {"median": 2.0, "low": 1.0, "high": 3.0, "num": 3},
                                "other": None}  # fmt: skip
+    assert told["columns"] == ["side", "seconds", "other"]
     assert told["notes"] == {"cores": 2} and told["remarks"] == ["Aha."]
     table.show()
     shown = capsys.readouterr().out
     assert "2 (1 to 3)" in shown and "x" * 90 in shown and "Aha." in shown and "cores 2" in shown
 
 
-def test_a_row_with_a_column_that_is_not_there():
-    with pytest.raises(ValueError, match="no column for"):
-        Table(title="T", columns=("a",), rows=({"b": 1},), notes={})
-
-
 def test_the_notes_say_on_what_it_ran():
-    notes = surroundings("cpu", "float32", batch=8)
+    notes = Options(smoke=True, repeats=2, device="cpu", dtype="float32", threads=1).notes(batch=8)
     assert notes["device"] == "cpu" and notes["dtype"] == "float32" and notes["batch"] == 8
     assert {"cpu", "cores", "torch", "transformers", "ray", "date"} <= set(notes)
 
@@ -112,51 +108,46 @@ def test_prompts_are_the_same_for_all():
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
-def _sleep(turns: Turns, seconds: float) -> None:
-    for _ in turns:
+def _sleep(repeats: Repeats, seconds: float) -> None:
+    for _ in repeats:
         time.sleep(seconds)
-        turns.tell(pid=os.getpid())
+        repeats.report(pid=os.getpid())
 
 
-def _swell(turns: Turns, megabytes: int) -> None:
+def _swell(repeats: Repeats, megabytes: int) -> None:
     ballast = bytearray(64 * MIB)  # was there before
-    turns.count_memory_from_here()
-    for _ in turns:
+    repeats.count_memory_from_here()
+    for _ in repeats:
         taken = bytearray(b"x") * (megabytes * MIB)
         del taken
     del ballast
 
 
-def _refuse(turns: Turns) -> None:
+def _refuse(repeats: Repeats) -> None:
     raise ConfigError("no such peer; install it")
 
 
-def _break(turns: Turns) -> None:
-    for _ in turns:
+def _break(repeats: Repeats) -> None:
+    for _ in repeats:
         raise ZeroDivisionError("oh")
 
 
-def _die(turns: Turns) -> None:
-    for _ in turns:
+def _die(repeats: Repeats) -> None:
+    for _ in repeats:
         os._exit(7)
 
 
-def test_a_side_works_in_a_process_of_its_own_when_told():
-    with BenchProcesses() as sides:
-        made = sides.start({"a": lambda: BenchProcess("a", _sleep, 0.05), "b": lambda: BenchProcess("b", _sleep, 0.0)})
-        pairs = paired(made, repeats=2)
-        told = {name: side.finish() for name, side in made.items()}
+def test_a_side_works_in_a_process_of_its_own():
+    pairs, reports = measure_processes([BenchProcess("a", _sleep, 0.05), BenchProcess("b", _sleep, 0.0)], repeats=2)
     assert min(pairs.values["a"]) >= 0.05
-    assert len({told["a"]["pid"], told["b"]["pid"], os.getpid()}) == 3
+    assert len({reports["a"]["pid"], reports["b"]["pid"], os.getpid()}) == 3
 
 
 def test_peak_memory_counts_what_came_on_top():
     """Freed again, it still counts; what the process, or its parent, held before does not."""
     ballast = bytearray(b"x") * (300 * MIB)
-    with BenchProcesses() as sides:
-        side = sides.start({"s": lambda: BenchProcess("s", _swell, 100)})["s"]
-        side()
-        assert 95 < side.finish()["peak_mb"] < 140
+    _, reports = measure_processes([BenchProcess("s", _swell, 100)], repeats=1, warmup=0)
+    assert 95 < reports["s"]["peak_mb"] < 140
     del ballast
 
 
@@ -176,8 +167,8 @@ def test_memory_of_children_counts_too():
 )
 def test_a_side_that_fails_says_why(work, error, says):
     """What the user can mend stays a ConfigError; all else is an error, never a number."""
-    with BenchProcesses() as sides, pytest.raises(error, match=says):
-        sides.start({"s": lambda: BenchProcess("s", work)})["s"]()
+    with pytest.raises(error, match=says):
+        measure_processes([BenchProcess("s", work)], repeats=1)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -309,7 +300,7 @@ def test_learner(models, tmp_path):
 @pytest.mark.ray
 def test_weights(models, tmp_path):
     for row in smoke(models, tmp_path, "weights")["rows"]:
-        assert row["GB/s"]["median"] > 0 and row["rollouts stood still, s"]["median"] > 0
+        assert row["GB/s"]["median"] > 0 and row["rollouts paused, s"]["median"] > 0
 
 
 @pytest.mark.ray
@@ -336,7 +327,7 @@ def test_overlap(models, tmp_path):
 def test_switching(models, tmp_path):
     """Every rule against every side, and what a token took of the teacher."""
     for row in smoke(models, tmp_path, "switching")["rows"]:
-        assert row["tokens/s"]["median"] > 0 and row["x afternoon"]["median"] > 0
+        assert row["tokens/s"]["median"] > 0 and row["x naive loop"]["median"] > 0
         assert row["share of bound"]["median"] > 0 and 0 < row["teacher calls/token"] <= 1
         # equal where a rule leaves no choice, but for rounding
         assert row["share of bound"]["median"] <= row["of steady"]["median"] * (1 + 1e-9)

@@ -13,7 +13,7 @@ from switchkd.tools.bench.lower_bound import StepCosts, row_bound_s, row_steady_
 from switchkd.types import CompletionSource, Rollout
 
 COSTS = StepCosts(
-    student=1.0, write=1.5, read={1: 1.5, 2: 1.7, 4: 2.1}, check={1: 1.0, 2: 1.2, 4: 1.6}, settle=0.1, prompt=0.5
+    student=1.0, write=1.5, read={1: 1.5, 2: 1.7, 4: 2.1}, check={1: 1.0, 2: 1.2, 4: 1.6}, decide=0.1, prompt=0.5
 )
 
 
@@ -42,17 +42,17 @@ def literally(owned: list[int], differ: list[bool], t: int = 0) -> float:
     num = len(owned)
     if t == num:
         return 0.0
-    found = [COSTS.student + COSTS.read[1] + COSTS.settle + literally(owned, differ, t + 1)]
+    found = [COSTS.student + COSTS.read[1] + COSTS.decide + literally(owned, differ, t + 1)]
     for size, teacher in itertools.product(COSTS.read, (False, True)):
         if size > num - t:
             continue
-        kept = 0
+        emitted = 0
         for i in range(t, t + size):
-            kept += 1
+            emitted += 1
             if differ[i] and bool(owned[i]) != teacher:
                 break
         step, block = (COSTS.write, COSTS.check) if teacher else (COSTS.student, COSTS.read)
-        found.append(size * step + block[size] + kept * COSTS.settle + literally(owned, differ, t + kept))
+        found.append(size * step + block[size] + emitted * COSTS.decide + literally(owned, differ, t + emitted))
     return min(found)
 
 
@@ -65,32 +65,32 @@ def test_equals_trying_everything(seed: int) -> None:
     assert row_bound_s(rollout(owned), np.array(differ), COSTS, rule) == pytest.approx(literally(owned, differ))
 
 
-@pytest.mark.parametrize("who", ["student", "teacher"])
-def test_always_the_same_way(who: str) -> None:
-    """Rounds of 4 with a break at the third token, then of what is left, counted by hand."""
+@pytest.mark.parametrize("drafter", ["student", "teacher"])
+def test_always_the_same_draft(drafter: str) -> None:
+    """Rounds of 4 with a rejection at the third token, then of what is left, counted by hand."""
     owned, differ = [1, 1, 1, 1, 1, 1], [False, False, True, False, False, False]
-    if who == "teacher":  # breaks where the student owns
+    if drafter == "teacher":  # rejects where the student owns
         owned = [1 - each for each in owned]
         by_hand = (4 * 1.5 + 1.6 + 3 * 0.1) + (2 * 1.5 + 1.2 + 2 * 0.1) + (1.5 + 1.0 + 0.1)
     else:
         by_hand = (4 * 1.0 + 2.1 + 3 * 0.1) + (2 * 1.0 + 1.7 + 2 * 0.1) + (1.0 + 1.5 + 0.1)
     rule = switching.jsd_threshold()
-    found = row_steady_s(rollout(owned), np.array(differ), COSTS, rule, who, 4)
+    found = row_steady_s(rollout(owned), np.array(differ), COSTS, rule, drafter, 4)
     assert found == pytest.approx(by_hand) and found >= row_bound_s(rollout(owned), np.array(differ), COSTS, rule)
 
 
-def test_a_settled_row_costs_the_teachers_steps_only() -> None:
-    """After AdaSwitch's switch nobody checks."""
+def test_a_teacher_only_row_costs_the_teachers_steps_only() -> None:
+    """After AdaSwitch's switch no block is checked."""
     found = row_bound_s(rollout([1] * 8, threshold=-np.inf), np.zeros(8, bool), COSTS, switching.kl_spike())
     assert found == pytest.approx(8 * COSTS.write)
 
 
-def test_costs_measured_around_a_turn_are_averaged():
+def test_costs_are_averaged():
     """Field by field, block by block."""
     twice = StepCosts(**{
         field.name: {k: 3 * v for k, v in value.items()} if isinstance(value, dict) else 3 * value
         for field in fields(COSTS) for value in [getattr(COSTS, field.name)]
     })  # fmt: skip
     found = StepCosts.mean([COSTS, twice])
-    assert found.student == pytest.approx(2 * COSTS.student) and found.settle == pytest.approx(2 * COSTS.settle)
+    assert found.student == pytest.approx(2 * COSTS.student) and found.decide == pytest.approx(2 * COSTS.decide)
     assert found.read == pytest.approx({size: 2 * cost for size, cost in COSTS.read.items()})

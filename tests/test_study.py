@@ -16,7 +16,7 @@ from switchkd.config.errors import ConfigError
 from switchkd.controller.text_metrics import exact_match, final_number
 from switchkd.tools.bench.study import arithmetic_task, grid, plot
 from switchkd.tools.bench.study.arithmetic_task import Problem
-from switchkd.tools.bench.study.scores import over_exams
+from switchkd.tools.bench.study.scores import over_test_sets
 from switchkd.tools.bench.study.spec import Cell, cells, configured, merged, read_study
 from switchkd.tools.bench.study.table import Mean, Paired, QualityTable, holm
 
@@ -43,6 +43,11 @@ STUDY: dict[str, Any] = {
         "switch": {"rollout": {"rule": {"type": "switch"}}},
     },
 }
+
+
+def solution_tokens(digits: int) -> int:
+    """The most that a solution takes: 8 a column, commas between them, `####`, the answer, the end."""
+    return 8 * digits + (digits - 1) + 1 + (digits + 1) + 1
 
 
 def study_file(place: Path, **changes: Any) -> Path:
@@ -110,7 +115,7 @@ def test_the_tokenizer_gives_texts_back():
     assert tokenizer.decode(ids) == text and len(ids) == len(text) - 3
     assert not {tokenizer.pad_token_id, tokenizer.eos_token_id} & set(ids)
     longest = max(len(tokenizer(p.solution)["input_ids"]) for p in arithmetic_task.draw([8], 300, seed=0))
-    assert longest + 1 <= arithmetic_task.solution_tokens(8)
+    assert longest + 1 <= solution_tokens(8)
 
 
 # --- the study file --------------------------------------------------------------------------------------------------
@@ -120,7 +125,7 @@ def test_the_shipped_study_is_sound():
     """It is read, every method's config is accepted, the rollouts have room for every solution."""
     study = read_study(Path(__file__).parents[1] / "configs" / "study" / "arithmetic.yaml")
     assert study.task is not None
-    assert study.base["rollout"]["max_new_tokens"] >= arithmetic_task.solution_tokens(max(study.task.digits))
+    assert study.base["rollout"]["max_new_tokens"] >= solution_tokens(max(study.task.digits))
     names = [cell.name for cell in cells(study)]
     assert len(set(names)) == len(study.methods) * len(study.seeds)
     assert {cell.seed for cell in cells(study)[: len(study.main)]} == {study.seeds[0]}
@@ -130,13 +135,13 @@ def test_the_shipped_study_is_sound():
 def test_the_study_of_dolly_is_sound(name):
     """Every method's config is accepted, and each test set is told by name."""
     study = read_study(Path(__file__).parents[1] / "configs" / "study" / f"{name}.yaml")
-    assert set(study.exams) == {"dolly", "self_inst", "s_ni", "vicuna"} and set(study.main) <= study.methods.keys()
+    assert set(study.test_sets) == {"dolly", "self_inst", "s_ni", "vicuna"} and set(study.main) <= study.methods.keys()
     assert len(cells(study)) == 3 * len(study.methods)
 
 
 def test_a_student_that_was_warmed_up_is_not_cut_again(tmp_path):
-    """Where a study cuts its student out of the teacher, the warm-up begins with the cut; its cells, and every exam,
-    take the folder that they are given."""
+    """Where a study cuts its student out of the teacher, the warm-up begins with the cut; its cells, and every
+    evaluation, take the folder that they are given."""
     student = {"prune": {"num_layers": 1}, "prepack": "off"}
     study = read_study(study_file(tmp_path, base={**STUDY["base"], "student": student}))
     assert configured(study, {}, tmp_path, tmp_path).student.prune is not None
@@ -144,12 +149,12 @@ def test_a_student_that_was_warmed_up_is_not_cut_again(tmp_path):
     assert (given.path, given.prune, given.prepack) == ("warm-up/student", None, "off")
 
 
-def test_scores_over_several_exams():
-    """By name, and the mean of all; a part that one exam lacks is the mean of the others."""
+def test_scores_over_several_test_sets():
+    """By name, and the mean of all; a part that one test set lacks is the mean of the others."""
     scores = {"a/rouge_l": 10.0, "b/rouge_l": 20.0, "a/rouge_l/short": 4.0}
-    assert over_exams(scores, ["a", "b"]) == {**scores, "rouge_l": 15.0, "rouge_l/short": 4.0}
+    assert over_test_sets(scores, ["a", "b"]) == {**scores, "rouge_l": 15.0, "rouge_l/short": 4.0}
     named = {"rouge_l": 1.0, "b/rouge_l": 3.0}
-    assert over_exams(named, ["", "b"]) == named
+    assert over_test_sets(named, ["", "b"]) == named
 
 
 def test_the_order_keeps_a_part_of_the_grid_balanced(tmp_path):
@@ -177,7 +182,7 @@ def test_groups_of_keys_are_merged():
             "methods.x: rollout.rule.type='swich'",
         ),
         ({"main": [], "methods": {"x": {"rollout": {"rule": {"type": "switch", "prob": 1}}}}}, [], "methods.x: rule"),
-        ({"rank_by": "rouge_l"}, [], "exams.: rank_by=rouge_l is not scored; eval.metrics has exact_match, kl"),
+        ({"rank_by": "rouge_l"}, [], "test_sets.: rank_by=rouge_l is not scored; eval.metrics has exact_match, kl"),
         ({"methods": {"warm-up": {}}}, [], "the name 'warm-up' is taken"),
         ({}, ["--methods", "swich"], "--methods: 'swich' is not known; did you mean 'switch'?"),
         ({}, ["--cells", "switch-seed9"], "--cells: 'switch-seed9' is not known"),
@@ -270,7 +275,7 @@ def test_a_grid_goes_on_cell_by_cell(tmp_path, monkeypatch, capsys):
 
 def test_a_study_with_several_test_sets_has_a_table(tmp_path, monkeypatch, capsys):
     """Scores by the name of the set, their mean to rank by, and a column for each set."""
-    file = study_file(tmp_path, exams={"a": {}, "b": {"eval": {"num_prompts": 4}}})
+    file = study_file(tmp_path, test_sets={"a": {}, "b": {"eval": {"num_prompts": 4}}})
     out = tmp_path / "out"
     options = ("--study", file, "--out", out, "--cells", "supervised-kd-seed1")
     code, told, err = command(monkeypatch, capsys, "bench", "quality", *options)
@@ -285,14 +290,14 @@ def test_a_cell_that_fails_does_not_keep_the_others(tmp_path, monkeypatch, capsy
     and SIGTERM behind a cell's last step ends the grid, too."""
     args = ("bench", "quality", "--study", study_file(tmp_path), "--out", tmp_path / "out")
     with monkeypatch.context() as patch:
-        cell_of = grid.Grid._cell
+        run_cell = grid.Grid._run_cell
 
-        def breaks(one: Any, cell: Cell) -> Any:
+        def breaks(one: Any, cell: Cell) -> None:
             if cell == Cell("switch", 1):
                 raise ValueError("the loss is nan")
-            return cell_of(one, cell)
+            run_cell(one, cell)
 
-        patch.setattr(grid.Grid, "_cell", breaks)
+        patch.setattr(grid.Grid, "_run_cell", breaks)
         code, told, _ = command(monkeypatch, capsys, *args)
     log = tmp_path / "out" / "runs" / "switch-seed1.log"
     assert code == 1 and f"without a result: switch-seed1 (ValueError: the loss is nan; {log})" in told
@@ -301,8 +306,8 @@ def test_a_cell_that_fails_does_not_keep_the_others(tmp_path, monkeypatch, capsy
     assert {"switch-seed2", "supervised-kd-seed1", "supervised-kd-seed2"} <= names and "switch-seed1" not in names
 
     (tmp_path / "out" / "cells" / "supervised-kd-seed2.json").unlink()
-    exam = grid.Grid._exam
-    monkeypatch.setattr(grid.Grid, "_exam", lambda *args: (signal.raise_signal(signal.SIGTERM), exam(*args))[1])
+    evaluate = grid.Grid._evaluate
+    monkeypatch.setattr(grid.Grid, "_evaluate", lambda *args: (signal.raise_signal(signal.SIGTERM), evaluate(*args))[1])
     code, told, _ = command(monkeypatch, capsys, *args)
     assert code == 1 and "stopped at supervised-kd-seed2;" in told
     assert (tmp_path / "out" / "cells" / "switch-seed1.json").exists()
@@ -310,14 +315,14 @@ def test_a_cell_that_fails_does_not_keep_the_others(tmp_path, monkeypatch, capsy
 
 def test_a_warm_up_that_fails_keeps_its_seed_alone(tmp_path, monkeypatch, capsys):
     """The other seed's cells are made; the warm-up is named once, with its log."""
-    warm_up = grid.Grid._warm_up
+    run_cell = grid.Grid._run_cell
 
     def breaks(one: Any, cell: Cell) -> None:
-        if cell.seed == 1:
+        if cell == Cell("warm-up", 1):
             raise ValueError("the loss is nan")
-        warm_up(one, cell)
+        run_cell(one, cell)
 
-    monkeypatch.setattr(grid.Grid, "_warm_up", breaks)
+    monkeypatch.setattr(grid.Grid, "_run_cell", breaks)
     args = ("bench", "quality", "--study", study_file(tmp_path), "--out", tmp_path / "out")
     code, told, _ = command(monkeypatch, capsys, *args)
     log = tmp_path / "out" / "warm-up-seed1.log"
@@ -328,8 +333,11 @@ def test_a_warm_up_that_fails_keeps_its_seed_alone(tmp_path, monkeypatch, capsys
 
 
 def test_every_cell_fails(tmp_path, monkeypatch, capsys):
-    """The user hears why, not that there is no table."""
-    monkeypatch.setattr(grid.Grid, "_cell", lambda one, cell: 1 / 0)
+    """The command says why, not that there is no table."""
+    run_cell = grid.Grid._run_cell
+    monkeypatch.setattr(
+        grid.Grid, "_run_cell", lambda one, cell: 1 / 0 if cell.method == "switch" else run_cell(one, cell)
+    )
     args = ("bench", "quality", "--study", study_file(tmp_path), "--out", tmp_path / "out")
     code, told, _ = command(monkeypatch, capsys, *args, "--cells", "switch-seed1")
     assert code == 1 and "without a result: switch-seed1 (ZeroDivisionError:" in told
@@ -343,15 +351,17 @@ def test_sigterm_behind_a_runs_last_step(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Recovery, "export", lambda *args: (signal.raise_signal(signal.SIGTERM), save(*args))[1])
     args = ("bench", "quality", "--study", study_file(tmp_path), "--out", tmp_path / "out")
     code, told, _ = command(monkeypatch, capsys, *args, "--cells", "switch-seed1")
-    assert code == 1 and "stopped at switch-seed1;" in told
-    assert {path.stem for path in (tmp_path / "out" / "cells").iterdir()} == {"teacher-seed0", "warm-up-seed1"}
+    assert code == 1 and "stopped at warm-up-seed1;" in told
+    assert {path.stem for path in (tmp_path / "out" / "cells").iterdir()} == {"teacher-seed0"}
 
 
 def test_a_method_that_was_changed_under_its_name(tmp_path):
     """Its old cells are not taken for the new method's."""
-    one = grid.Grid(study=read_study(study_file(tmp_path)), home=tmp_path, out=tmp_path / "out", say=print)
+    one = grid.Grid(study=read_study(study_file(tmp_path)), home=tmp_path, out=tmp_path / "out")
     grid.claim(one.study, one.out)
-    one._keep(Cell("switch", 1), {"overrides": {"rollout": {"rule": {"type": "skd"}}}})
+    (one.out / "cells").mkdir()
+    result = {"overrides": {"rollout": {"rule": {"type": "skd"}}}}
+    (one.out / "cells" / "switch-seed1.json").write_text(json.dumps(result))
     with pytest.raises(ConfigError, match=r"methods.switch is not what .* was made with \(rollout.rule.type=skd\)"):
         one.read(Cell("switch", 1))
 
@@ -369,21 +379,20 @@ def cell(method: str, seed: int, score: float, **parts: float) -> dict[str, Any]
 
 def test_the_interval_by_hand():
     """Of 1, 2, 3: s = 1, t(0.975, 2) = 4.302653, so 2 ± 4.302653 / sqrt(3)."""
-    mean = Mean.of([1.0, 2.0, 3.0])
+    mean = Mean.from_values([1.0, 2.0, 3.0])
     assert mean.mean == 2 and mean.half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
-    assert Mean.of([5.0]) == Mean(5.0, None, 1)
+    assert Mean.from_values([5.0]) == Mean(5.0, None, 1)
 
 
 def test_the_paired_test_by_hand():
     """Differences 1, 2, 3: t = 2 / (1 / sqrt(3)); with two degrees of freedom p = 1 - t / sqrt(2 + t^2). Seeds that
     only one has do not count."""
-    pair = Paired.of("a", {1: 2.0, 2: 4.0, 3: 6.0, 4: 9.0}, "b", {1: 1.0, 2: 2.0, 3: 3.0, 5: 0.0})
+    pair = Paired.from_scores("a", {1: 2.0, 2: 4.0, 3: 6.0, 4: 9.0}, "b", {1: 1.0, 2: 2.0, 3: 3.0, 5: 0.0})
     t = 2 * math.sqrt(3)
-    assert pair is not None and pair.difference.num == 3 and pair.t == pytest.approx(t)
+    assert pair.difference.num == 3 and pair.t == pytest.approx(t)
     assert pair.p == pytest.approx(1 - t / math.sqrt(2 + t * t))
-    same = Paired.of("a", {1: 1.0, 2: 2.0}, "b", {1: 1.0, 2: 2.0})
-    assert same is not None and same.p is None and same.difference.mean == 0
-    assert Paired.of("a", {1: 1.0}, "b", {2: 1.0}) is None
+    same = Paired.from_scores("a", {1: 1.0, 2: 2.0}, "b", {1: 1.0, 2: 2.0})
+    assert same.p is None and same.difference.mean == 0
 
 
 def test_holm_by_hand():
@@ -398,7 +407,7 @@ def test_the_table_ranks_and_compares_neighbours():
     told = [cell("low", s, 10.0 + s, **{"digits=2": 30.0}) for s in (1, 2)]
     told += [cell("high", s, 50.0 + 2 * s, **{"digits=2": 70.0}) for s in (1, 2)] + [cell("middle", 1, 20.0)]
     before = [cell("teacher", 0, 99.0, **{"digits=2": 100.0}), cell("warm-up", 1, 9.0), cell("warm-up", 2, 10.0)]
-    table = QualityTable.of("t", "exact_match", 2, told, before)
+    table = QualityTable.from_cells("t", "exact_match", 2, told, before)
     assert [row.method for row in table.rows] == ["high", "middle", "low"]
     assert [(pair.method, pair.other) for pair in table.neighbours] == [("high", "middle"), ("middle", "low")]
     assert table.rows[0].scores["exact_match"].mean == 53 and table.parts == ["digits=2"]
@@ -415,7 +424,7 @@ def test_the_plot_shows_what_ranks(with_starts):
     figure = pytest.importorskip("matplotlib.figure").Figure()
     told = [cell("low", s, 40.0 + s) for s in (1, 2)] + [cell("high", s, 50.0 + 2 * s) for s in (1, 2)]
     before = [cell("warm-up", 1, 38.0), cell("warm-up", 2, 39.0)] if with_starts else []
-    table, axes = QualityTable.of("t", "exact_match", 2, told, before), figure.subplots()
+    table, axes = QualityTable.from_cells("t", "exact_match", 2, told, before), figure.subplots()
     plot._ranking(axes, table)
     assert table.by_gain == with_starts
     assert [label.get_text() for label in axes.get_yticklabels()] == ["low (2)", "high (2)"]

@@ -1,8 +1,8 @@
-"""The switching loop that a good engineer writes in an afternoon, to be measured against.
+"""A naive switching loop in plain transformers, as the baseline of `bench switching`.
 
 Two transformers models with their own `DynamicCache`s, left-padded batches, one token a step for both, the owner's
 token by `torch.multinomial`; when every live row of AdaSwitch has switched the student is left out. A batch ends when
-its longest row does. In: prompts. Out: token ids per prompt, of the engine's laws, not of its draws.
+its longest row does. In: prompts. Out: token ids per prompt, with the engine's distributions but not its draws.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ Decide = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 class NaiveSwitching:
     def __init__(self, teacher: Any, student: Any, *, pad_id: int, stop_ids: frozenset[int], vocab_size: int) -> None:
-        self.teacher, self.student, self.pad_id, self.vocab_size = teacher, student, pad_id, vocab_size
+        self.teacher = teacher
+        self.student = student
+        self.pad_id = pad_id
+        self.vocab_size = vocab_size
         self.stops = torch.tensor(sorted(stop_ids), device=student.device)
 
     def run(
         self, prompts: Sequence[Sequence[int]], rule: Callable[[], Decide], *, batch_size: int, max_new_tokens: int
     ) -> list[list[int]]:
         """Completions of all prompts, batch by batch. `rule()` gives a fresh decision for each batch."""
-        found: list[list[int]] = []
+        completions: list[list[int]] = []
         for first in range(0, len(prompts), batch_size):
-            found += self._batch(prompts[first : first + batch_size], rule(), max_new_tokens)
-        return found
+            completions += self._batch(prompts[first : first + batch_size], rule(), max_new_tokens)
+        return completions
 
     @torch.inference_mode()
     def _batch(self, prompts: Sequence[Sequence[int]], decide: Decide, max_new_tokens: int) -> list[list[int]]:
@@ -46,10 +49,10 @@ class NaiveSwitching:
             p_logits = self._step(self.teacher, caches[0], ids, mask, positions)
             needed = not bool((switched | done).all())
             q_logits = self._step(self.student, caches[1], ids, mask, positions) if needed else p_logits
-            drafted = _drawn(q_logits)
+            drafted = _draw(q_logits)
             owned = decide(p_logits, q_logits, drafted, t)
             switched = getattr(decide, "switched", switched)
-            tokens = torch.where(owned, _drawn(p_logits), drafted).masked_fill(done, self.pad_id)
+            tokens = torch.where(owned, _draw(p_logits), drafted).masked_fill(done, self.pad_id)
             columns.append(tokens)
             done |= torch.isin(tokens, self.stops)
             if bool(done.all()):
@@ -76,11 +79,11 @@ class NaiveSwitching:
         return tokens[:end]
 
 
-def _drawn(logits: Tensor) -> Tensor:
+def _draw(logits: Tensor) -> Tensor:
     return torch.multinomial(logits.softmax(-1), 1)[:, 0]
 
 
-# --- the three rules, as their papers' formulas on a batch ------------------------------------------------------------
+# --- the three rules: their papers' formulas on a batch ------------------------------------------------------------
 
 
 def switch(*, half_life: float) -> Decide:
@@ -96,10 +99,12 @@ def switch(*, half_life: float) -> Decide:
 
 
 class AdaSwitch:
-    """KL(p‖q) against K times the mean of its last L values; one switch, for good."""
+    """KL(p‖q) against K times the mean of its last L values; after the switch the teacher stays."""
 
     def __init__(self, *, K: float = 3.0, L: int = 10) -> None:
-        self.K, self.L, self.seen = K, L, list[Tensor]()
+        self.K = K
+        self.L = L
+        self.divergences: list[Tensor] = []
         self.switched = torch.zeros(0, dtype=torch.bool)
 
     def __call__(self, p_logits: Tensor, q_logits: Tensor, drafted: Tensor, t: int) -> Tensor:
@@ -109,9 +114,9 @@ class AdaSwitch:
             return self.switched
         p, q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
         kl = (p.exp() * (p - q)).sum(-1)
-        if len(self.seen) >= self.L:
-            self.switched = self.switched | (kl > self.K * torch.stack(self.seen[-self.L :]).mean(0))
-        self.seen.append(kl)
+        if len(self.divergences) >= self.L:
+            self.switched = self.switched | (kl > self.K * torch.stack(self.divergences[-self.L :]).mean(0))
+        self.divergences.append(kl)
         return self.switched
 
 

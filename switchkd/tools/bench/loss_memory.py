@@ -10,17 +10,15 @@ Shapes: B sequences, T completion tokens of each, N = B x T, D hidden width, V v
 from __future__ import annotations
 
 import importlib.util
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from switchkd.config.errors import ConfigError
-from switchkd.tools.bench.subprocess_side import BenchProcess, BenchProcesses, Turns
-from switchkd.tools.bench.table import Pairs, Table, paired, surroundings
+from switchkd.tools.bench.subprocess_side import BenchProcess, Repeats, measure_processes
+from switchkd.tools.bench.table import Options, Table
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +34,7 @@ PROMPT_TOKENS = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryCase:
-    """One size, and where the sides leave their gradients to be compared."""
+    """One size, and the folder into which the sides write their gradients."""
 
     tokens: int  # T
     vocab: int
@@ -57,41 +55,33 @@ SIZES = ((128, 16_384), (256, 16_384), (512, 16_384), (256, 8_192), (256, 49_152
 SMOKE_SIZES = ((16, 256),)
 
 
-def run(*, smoke: bool, repeats: int, device: str, dtype: str, threads: int | None) -> Table:
-    """Raises ConfigError without the peer."""
+def run(options: Options) -> Table:
+    """Raises ConfigError without TRL."""
     if importlib.util.find_spec("trl") is None:
         raise ConfigError("the peer of this bench, TRL, is not installed: pip install 'switchkd[bench]'")
-    threads = threads or os.cpu_count() or 1
     rows: list[dict[str, Any]] = []
-    small = {"batch": 2, "width": 32, "chunk": 4} if smoke else {}
-    for tokens, vocab in SMOKE_SIZES if smoke else SIZES:
+    small: Any = {"batch": 2, "width": 32, "chunk": 4} if options.smoke else {}
+    for tokens, vocab in SMOKE_SIZES if options.smoke else SIZES:
         with tempfile.TemporaryDirectory(prefix="switchkd-bench-") as folder:
-            job = MemoryCase(tokens=tokens, vocab=vocab, folder=folder, device=device, dtype=dtype, **small)
-            rows += _measure(job, repeats, threads)
-    notes = surroundings(device, dtype, threads=threads, batch=job.batch, width=job.width, layers=job.layers,
-                         chunk_tokens=job.chunk, repeats=repeats)  # fmt: skip
-    return Table(
-        title="Loss and gradient of one step", columns=tuple(rows[0]), rows=tuple(rows), notes=notes, remarks=_REMARKS
-    )
+            where: Any = {"folder": folder, "device": options.device, "dtype": options.dtype}
+            job = MemoryCase(tokens=tokens, vocab=vocab, **where, **small)
+            rows += _measure(job, options)
+    notes = options.notes(batch=job.batch, width=job.width, layers=job.layers, chunk_tokens=job.chunk)
+    return Table(title="Loss and gradient of one step", rows=rows, notes=notes, remarks=REMARKS)
 
 
-_REMARKS = (
+REMARKS = (
     "Memory: the most that a step takes beyond weights and their gradients, which are there before. Beside it, what "
     "one copy of the logits of both models would take. `model alone` has no output layer and no loss: the activations.",
     "Gradient: the largest relative distance of any parameter's gradient from the naive one, in the Euclidean norm.",
 )
 
 
-def _measure(job: MemoryCase, repeats: int, threads: int) -> list[dict[str, Any]]:
+def _measure(job: MemoryCase, options: Options) -> list[dict[str, Any]]:
     forms: dict[str, Callable[..., Step]] = {OURS: ours, NAIVE: naive, TRL: trl, ALONE: alone}
-    makers = {
-        name: partial(BenchProcess, name, work, job, name, form, device=job.device, threads=threads)
-        for name, form in forms.items()
-    }
-    with BenchProcesses() as open_sides:
-        sides = open_sides.start(makers)
-        pairs: Pairs = paired(sides, repeats)
-        told = {name: side.finish() for name, side in sides.items()}
+    where: Any = {"device": options.device, "threads": options.threads}
+    sides = [BenchProcess(name, work, job, name, form, **where) for name, form in forms.items()]
+    pairs, reports = measure_processes(sides, options.repeats)
     return [
         {
             "T": job.tokens,
@@ -99,17 +89,17 @@ def _measure(job: MemoryCase, repeats: int, threads: int) -> list[dict[str, Any]
             "form": name,
             "s/step": pairs.spread[name],
             "time / ours": pairs.ratios[name],
-            "peak memory, MiB": told[name]["peak_mb"],
+            "peak memory, MiB": report["peak_mb"],
             "logits of both, MiB": 2 * 4 * job.num * job.vocab / 2**20,
             "gradient": None if name == ALONE else distance(job, name, NAIVE),
-            "loss": None if name == ALONE else told[name]["loss"],
+            "loss": None if name == ALONE else report["loss"],
         }
-        for name in sides
+        for name, report in reports.items()
     ]
 
 
 def distance(job: MemoryCase, name: str, other: str) -> float:
-    """Of the gradients that two sides left behind."""
+    """Largest relative distance between the gradients that two sides have written."""
     import torch
 
     ours, theirs = (torch.load(_file(job, side), weights_only=True, mmap=True) for side in (name, other))
@@ -121,8 +111,8 @@ def _file(job: MemoryCase, name: str) -> Path:
     return Path(job.folder) / f"{name.split()[0]}.pt"
 
 
-def work(turns: Turns, job: MemoryCase, name: str, form: Callable[..., Step]) -> None:
-    """A side's process: the first turn, which nobody measures, also leaves the gradients behind."""
+def work(repeats: Repeats, job: MemoryCase, name: str, form: Callable[..., Step]) -> None:
+    """Run in a side's process: the first repeat, a warm-up, also writes the gradients to a file."""
     import torch
 
     model, teacher, head = _models(job)
@@ -130,15 +120,15 @@ def work(turns: Turns, job: MemoryCase, name: str, form: Callable[..., Step]) ->
     parameters = dict(model.named_parameters())
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter)
-    turns.count_memory_from_here()
-    for _ in turns:
+    repeats.count_memory_from_here()
+    for _ in repeats:
         model.zero_grad(set_to_none=False)
         loss = step()
         loss.backward()
-        if "loss" not in turns.told:
+        if "loss" not in repeats.reported:
             grads = {key: p.grad.detach().cpu() for key, p in parameters.items() if p.grad is not None}
             torch.save(grads, _file(job, name))
-            turns.tell(loss=float(loss))
+            repeats.report(loss=float(loss))
             del grads
         del loss
 
@@ -169,11 +159,11 @@ def _ids(job: MemoryCase) -> torch.Tensor:
     return torch.randint(job.vocab, (job.batch, PROMPT_TOKENS + job.tokens), generator=generator)
 
 
-# --- the forms: each answers with a step that gives the mean loss ----------------------------------------------------
+# --- the forms: each returns a step that returns the mean loss ----------------------------------------------------
 
 
 def ours(job: MemoryCase, model: Any, teacher: torch.Tensor, head: torch.Tensor) -> Step:
-    """As the learner does it: rollouts are collated, the student's module computes the loss (`StudentModule`)."""
+    """The learner's way: rollouts are collated, the student's module computes the loss (`StudentModule`)."""
     from switchkd.algo.losses import forward_kl
     from switchkd.engines.models.lm_head import LMHead
     from switchkd.learner.batching import LossSpec, assign_batch, collate
@@ -224,7 +214,7 @@ def _rollouts(job: MemoryCase, teacher: torch.Tensor) -> list[Rollout]:
 
 
 def naive(job: MemoryCase, model: Any, teacher: torch.Tensor, head: torch.Tensor) -> Step:
-    """As a reader of torch would write it; rows of logits are made for the completion only."""
+    """The loss written out in torch; rows of logits are made for the completion only."""
     from torch.nn.functional import kl_div, linear, log_softmax
 
     ids = _ids(job).to(job.device)
@@ -264,7 +254,6 @@ def trl(job: MemoryCase, model: Any, teacher: torch.Tensor, head: torch.Tensor) 
     def step() -> torch.Tensor:
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, PROMPT_TOKENS - 1 : -1]
         loss, _, _ = divergence(hidden, states, model.lm_head.weight, head, mask, beta=0.0)
-        found: torch.Tensor = loss
-        return found
+        return torch.as_tensor(loss)
 
     return step

@@ -1,8 +1,8 @@
-"""The least time in which a set of rollouts could have been written: the yardstick of `bench switching`.
+"""The least time in which a set of rollouts could have been generated: the bound of `bench switching`.
 
 In: finished rollouts with, for every token, its owner and whether both models' keyed draws differ there; the measured
 costs of steps and blocks. Out: seconds. Each row is charged its share of a full batch, so a batch that runs empty, or
-rows that want different leads, are losses against the bound, as are admissions and bookkeeping.
+rows that ask for different drafts, are losses against the bound, as are admissions and bookkeeping.
 """
 
 from __future__ import annotations
@@ -27,34 +27,36 @@ from switchkd.types import Blocks, Prompt, Rollout, Sessions, TokenSource, Write
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepCosts:
-    """Seconds per row of a full batch: one student step (head and draw included), one teacher step of `write`, blocks
-    by size, the decision of one token, and one prompt token for both models."""
+    """Seconds per row of a full batch: one student step (LM head and draw included), one teacher step of `write`,
+    blocks by size, the decision of one token, and one prompt token for both models."""
 
     student: float
     write: float
     read: dict[int, float]  # the teacher's block of K
     check: dict[int, float]  # the student's block of K, its head included
-    settle: float
+    decide: float
     prompt: float
 
     @classmethod
     def mean(cls, several: Sequence[StepCosts]) -> StepCosts:
-        """Of costs that were measured around what they are compared with."""
+        """Average field by field, block by block."""
 
-        def over(name: str) -> Any:
-            values = [getattr(costs, name) for costs in several]
+        def average(values: list[Any]) -> Any:
             if isinstance(values[0], dict):
                 return {size: fmean(value[size] for value in values) for size in values[0]}
             return fmean(values)
 
-        return cls(**{field.name: over(field.name) for field in fields(cls)})
+        return cls(**{field.name: average([getattr(costs, field.name) for costs in several]) for field in fields(cls)})
 
     def as_ms(self) -> dict[str, Any]:
-        """For people, of a whole call of one row."""
-        blocks = {"read": self.read, "check": self.check}
-        rounded = {name: {k: round(1e3 * v, 2) for k, v in block.items()} for name, block in blocks.items()}
-        single = {"student": self.student, "write": self.write, "settle": self.settle, "prompt": self.prompt}
-        return {**{name: round(1e3 * value, 3) for name, value in single.items()}, **rounded}
+        """Milliseconds, rounded."""
+
+        def rounded(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {size: round(1e3 * seconds, 2) for size, seconds in value.items()}
+            return round(1e3 * value, 3)
+
+        return {field.name: rounded(getattr(self, field.name)) for field in fields(self)}
 
 
 def measure_costs(
@@ -104,15 +106,15 @@ def measure_costs(
         write=_median(write, repeats) / batch / 4,
         read={size: _median(read(size), repeats) / batch for size in sizes},
         check={size: _median(check(size), repeats) / batch for size in sizes},
-        settle=_settle_s(head, teacher, batch, repeats),
+        decide=_decide_s(head, teacher, batch, repeats),
         prompt=prefill / batch / base,
     )
     teacher.close(slots)
     return costs
 
 
-def _settle_s(head: Any, teacher: HFTeacher, batch: int, repeats: int) -> float:
-    """One token's decision: the teacher's row made of its hidden state, and a divergence, 4 tokens a row at once."""
+def _decide_s(head: Any, teacher: HFTeacher, batch: int, repeats: int) -> float:
+    """Seconds of one token's decision: the teacher's logits, and a divergence, 4 tokens a row at once."""
     hidden = torch.randn(4 * batch, head.weight.shape[1], device=head.weight.device)
 
     def decide() -> None:
@@ -147,7 +149,7 @@ def _median(call: Callable[[], Any], repeats: int) -> float:
 
 
 def bound_s(rollouts: Sequence[Rollout], reads: Sequence[Any], costs: StepCosts, rule: Rule) -> float:
-    """Seconds, if every round of every row had been the best one, known in hindsight."""
+    """Seconds if every round of every row had been the best one, known in hindsight."""
     return sum(
         len(rollout.prompt_ids) * costs.prompt + row_bound_s(rollout, read.differ, costs, rule)
         for rollout, read in zip(rollouts, reads, strict=True)
@@ -156,62 +158,62 @@ def bound_s(rollouts: Sequence[Rollout], reads: Sequence[Any], costs: StepCosts,
 
 def row_bound_s(rollout: Rollout, differ: np.ndarray, costs: StepCosts, rule: Rule) -> float:
     """Dynamic programming from the last token to the first, over the three ways to take the next round."""
-    num, (settled, ends) = rollout.num_tokens, _course(rollout, differ, rule)
+    num = rollout.num_tokens
+    teacher_only, ends = _course(rollout, differ, rule)
     best = np.zeros(num + 1)
     for t in range(num - 1, -1, -1):
-        if settled[t]:  # the teacher goes on alone
+        if teacher_only[t]:
             best[t] = best[t + 1] + costs.write
             continue
-        ways = [costs.student + costs.read[1] + costs.settle + best[t + 1]]
+        ways = [costs.student + costs.read[1] + costs.decide + best[t + 1]]
         for size in costs.read:
             if size > num - t:
                 continue
-            for who, block, step in (("student", costs.read, costs.student), ("teacher", costs.check, costs.write)):
-                kept = min(ends[who][t] - t + 1, size)
-                ways.append(size * step + block[size] + kept * costs.settle + best[t + kept])
+            for drafter, block, step in (("student", costs.read, costs.student), ("teacher", costs.check, costs.write)):
+                emitted = min(ends[drafter][t] - t + 1, size)
+                ways.append(size * step + block[size] + emitted * costs.decide + best[t + emitted])
         best[t] = min(ways)
     return float(best[0])
 
 
 def steady_s(rollouts: Sequence[Rollout], reads: Sequence[Any], costs: StepCosts, rule: Rule) -> float:
-    """Seconds at the same costs without hindsight: every round of every row is taken the same way, the one that turns
-    out best for all of them. What lies between this and `bound_s` nobody can have who does not know the draws."""
+    """Seconds at the same costs without hindsight: every round of every row drafts the same way, the one that turns out
+    best for all of them. Only knowing the draws in advance could gain what lies between this and `bound_s`."""
     prompts = sum(len(rollout.prompt_ids) for rollout in rollouts) * costs.prompt
     ways = [("student", size) for size in costs.read] + [("teacher", size) for size in costs.check]
     return prompts + min(
         sum(
-            row_steady_s(rollout, read.differ, costs, rule, who, most)
+            row_steady_s(rollout, read.differ, costs, rule, drafter, most)
             for rollout, read in zip(rollouts, reads, strict=True)
         )
-        for who, most in ways
+        for drafter, most in ways
     )
 
 
-def row_steady_s(rollout: Rollout, differ: np.ndarray, costs: StepCosts, rule: Rule, who: str, most: int) -> float:
-    """One row whose every round is led by `who` with blocks of `most` tokens, or of as many as are left."""
-    settled, ends = _course(rollout, differ, rule)
-    step, block = (costs.write, costs.check) if who == "teacher" else (costs.student, costs.read)
+def row_steady_s(rollout: Rollout, differ: np.ndarray, costs: StepCosts, rule: Rule, drafter: str, most: int) -> float:
+    """One row whose every round `drafter` drafts, with blocks of `most` tokens, or of as many as are left."""
+    teacher_only, ends = _course(rollout, differ, rule)
+    step, block = (costs.write, costs.check) if drafter == "teacher" else (costs.student, costs.read)
     t, seconds = 0, 0.0
     while t < rollout.num_tokens:
-        if settled[t]:
+        if teacher_only[t]:
             return seconds + (rollout.num_tokens - t) * costs.write
         size = max(size for size in block if size <= min(most, rollout.num_tokens - t))
-        kept = min(int(ends[who][t]) - t + 1, size)
-        seconds += size * step + block[size] + kept * costs.settle
-        t += kept
+        emitted = min(int(ends[drafter][t]) - t + 1, size)
+        seconds += size * step + block[size] + emitted * costs.decide
+        t += emitted
     return seconds
 
 
 def _course(rollout: Rollout, differ: np.ndarray, rule: Rule) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Of each token: does the teacher go on alone there, and behind which token does either's proposal end?"""
+    """For each token: is the teacher alone from there on, and at which token does either drafter's block end?"""
     owned = rollout.sources == TokenSource.TEACHER
-    settled = np.isneginf(rollout.threshold) if rule.teacher_only is not None else np.zeros(len(owned), bool)
-    return settled, {"student": _next(owned & differ), "teacher": _next(~owned & differ)}
+    teacher_only = np.isneginf(rollout.threshold) if rule.teacher_only is not None else np.zeros(len(owned), bool)
+    return teacher_only, {"student": _next(owned & differ), "teacher": _next(~owned & differ)}
 
 
-def _next(breaks: np.ndarray) -> np.ndarray:
-    """For every position the first break at or behind it, or the last position."""
-    found = np.full(len(breaks), len(breaks) - 1)
-    for t in range(len(breaks) - 1, -1, -1):
-        found[t] = t if breaks[t] else (found[t + 1] if t + 1 < len(breaks) else len(breaks) - 1)
-    return found
+def _next(rejected: np.ndarray) -> np.ndarray:
+    """For every position the first rejection at or behind it, or the last position. bool [T] -> int [T]."""
+    last = len(rejected) - 1
+    positions = np.where(rejected, np.arange(len(rejected)), last)
+    return np.minimum.accumulate(positions[::-1])[::-1]

@@ -1,6 +1,6 @@
 """The models and prompts that all sides of a bench share.
 
-In: what the user wrote as teacher and student. Out: two folders, and the same prompts for everybody.
+In: the command line's teacher and student. Out: two folders, and the same prompts for all sides.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from switchkd.config.schema import DepthPruneConfig, TeacherConfig
 from switchkd.engines.models.demo import resolve_path
 from switchkd.engines.models.sources import check_model_folder
 
-_TOPICS = (
+TOPICS = (
     "a river", "the moon", "an old clock", "bread", "a library", "winter", "a bridge", "the ocean", "a small garden",
     "glass", "a mountain village", "the alphabet", "rain", "a lighthouse", "honey", "a train journey",
 )  # fmt: skip
-_WISHES = (
+INSTRUCTIONS = (
     "Explain in a few sentences what people should know about {}.",
     "Write a short story about {}.",
     "List five facts about {} and say which one surprises you most.",
-    "Describe {} to somebody who has never seen it.",
+    "Describe {} to a reader who has never seen it.",
 )
-MAX_PROMPTS = len(_TOPICS) * len(_WISHES)
+MAX_PROMPTS = len(TOPICS) * len(INSTRUCTIONS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pair:
+class ModelFolders:
     teacher: str
     student: str
 
 
-def resolve(teacher: str, student: str) -> Pair:
-    """Folders, fetched and pruned where need be. Raises ConfigError for a model that is not there."""
+def resolve(teacher: str, student: str) -> ModelFolders:
+    """Fetch and prune the models where need be. Raises ConfigError for a model that is not there."""
     teacher = resolve_path(teacher)
     check_model_folder(teacher, "--teacher")
     if student.isdigit():
@@ -40,17 +40,11 @@ def resolve(teacher: str, student: str) -> Pair:
 
         student = str(prune_student(TeacherConfig(path=teacher), DepthPruneConfig(num_layers=int(student))))
     check_model_folder(student, "--student")
-    return Pair(teacher=teacher, student=student)
-
-
-def check_prompts(num: int) -> None:
-    """Raises ConfigError."""
-    if num > MAX_PROMPTS:
-        raise ConfigError(f"--prompts {num}: there are {MAX_PROMPTS}; ask for fewer")
+    return ModelFolders(teacher=teacher, student=student)
 
 
 def prompts(num: int) -> list[str]:
     """Plain instructions of about the same length; always the same ones. Raises ConfigError."""
-    check_prompts(num)
-    every = [wish.format(topic) for wish in _WISHES for topic in _TOPICS]
-    return every[:num]
+    if num > MAX_PROMPTS:
+        raise ConfigError(f"--prompts {num}: there are {MAX_PROMPTS}; ask for fewer")
+    return [instruction.format(topic) for instruction in INSTRUCTIONS for topic in TOPICS][:num]

@@ -1,4 +1,4 @@
-"""What the benches need of Ray itself: a small cluster of their own, and two processes that time a weight's way.
+"""A small Ray cluster for the benches, and two actors that time how a weight version reaches a rollout worker.
 
 The only file outside actors/ that imports ray. Import it late: `cluster` first protects what Ray reads at import.
 """
@@ -11,15 +11,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import ray
 
 from switchkd.actors.ray_futures import shut_down
-from switchkd.types import PackedWeights
-
-if TYPE_CHECKING:
-    from switchkd.types import PackedWeights
 
 
 @contextmanager
@@ -47,64 +43,15 @@ def cluster(num_cpus: float, object_store_mb: int, setup_hook: Callable[[], None
 
 
 def object_store_mb() -> float:
-    """Of all objects in the store of this process's cluster (named: there may be others on this machine)."""
+    """Size of all objects in the store of this process's cluster (by address: this machine may have others)."""
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
     stats = get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address)).store_stats
     return stats.object_store_bytes_used / 2**20
 
 
-@ray.remote
-class LearnerProcess:
-    """Packs, and puts into the object store, as `actors.learner_actor` does."""
-
-    def __init__(self, folder: str, dtype: str, device: str, threads: int) -> None:
-        self.learner = Learner(folder, dtype, device, threads)
-
-    def publish(self, version: int) -> tuple[list[Any], float, float]:
-        """A reference, seconds to pack, seconds to put."""
-        bundle, pack_s = self.learner.publish(version)
-        start = time.perf_counter()
-        return [ray.put(bundle)], pack_s, time.perf_counter() - start
-
-
-@ray.remote
-class ReaderProcess:
-    """Pulls and loads, as `actors.rollout_actor` does."""
-
-    def __init__(self, folder: str, dtype: str, device: str, threads: int) -> None:
-        self.reader = Reader(folder, dtype, device, threads)
-
-    def ready(self) -> bool:
-        return True
-
-    def take(self, packed: list[Any]) -> tuple[float, float]:
-        """Seconds to pull, seconds to load."""
-        start = time.perf_counter()
-        bundle: PackedWeights = ray.get(packed[0])
-        pull_s = time.perf_counter() - start
-        return pull_s, self.reader.load(bundle)
-
-
-class TwoProcesses:
-    """A learner and a reader, and one publication after the other."""
-
-    def __init__(self, folder: str, dtype: str, device: str, threads: int) -> None:
-        gpus = 0.5 if device == "cuda" else 0.0
-        self.learner = cast(Any, LearnerProcess).options(num_gpus=gpus).remote(folder, dtype, device, threads)
-        self.reader = cast(Any, ReaderProcess).options(num_gpus=gpus).remote(folder, dtype, device, threads)
-        ray.get(self.reader.ready.remote())
-        self.version = 0
-
-    def publish(self) -> dict[str, float]:
-        self.version += 1
-        packed, pack_s, put_s = ray.get(self.learner.publish.remote(self.version))
-        pull_s, load_s = ray.get(self.reader.take.remote(packed))
-        return {"pack": pack_s, "put": put_s, "pull": pull_s, "load": load_s}
-
-
-class Learner:
-    """A model that is published as `DeepSpeedLearner.publish` does without partitions."""
+class WeightSender:
+    """The learner's side: publishes a model as `DeepSpeedLearner.publish` does without partitions."""
 
     def __init__(self, folder: str, dtype: str, device: str, threads: int) -> None:
         import torch
@@ -115,17 +62,19 @@ class Learner:
         self.dtype = dtype
         self.model = load_model(folder, dtype=dtype, device=device)
 
-    def publish(self, version: int) -> tuple[PackedWeights, float]:
-        """The bundle and the seconds that packing took."""
+    def publish(self, to_store: bool) -> tuple[Any, dict[str, float]]:
+        """The packed weights, or a list with their reference; seconds to pack and to put."""
         from switchkd.engines.weights import pack
         from switchkd.learner.loss_module import full_tensors
 
         start = time.perf_counter()
-        bundle = pack(full_tensors(self.model, lambda _: nullcontext()), version, dtype=self.dtype)
-        return bundle, time.perf_counter() - start
+        packed = pack(full_tensors(self.model, lambda _: nullcontext()), 1, dtype=self.dtype)
+        packed_at = time.perf_counter()
+        weights = [ray.put(packed)] if to_store else packed
+        return weights, {"pack": packed_at - start, "put": time.perf_counter() - packed_at}
 
 
-class Reader:
+class WeightReceiver:
     """A rollout worker's student engine."""
 
     def __init__(self, folder: str, dtype: str, device: str, threads: int) -> None:
@@ -137,16 +86,31 @@ class Reader:
         torch.set_num_threads(threads)
         self.device = device
         vocab_size = shared_vocab(load_tokenizer(folder))
-        self.engine = HFStudent(
-            load_model(folder, dtype=dtype, device=device), num_slots=1, max_len=16, vocab_size=vocab_size
-        )
+        model = load_model(folder, dtype=dtype, device=device)
+        self.engine = HFStudent(model, num_slots=1, max_len=16, vocab_size=vocab_size)
 
-    def load(self, bundle: PackedWeights) -> float:
-        """Seconds until the engine can write with them."""
+    def receive(self, weights: Any) -> dict[str, float]:
+        """Take what `publish` returned; seconds to fetch, and to load until the engine can use them."""
         import torch
 
         start = time.perf_counter()
-        self.engine.load_weights(bundle)
+        packed = ray.get(weights[0]) if isinstance(weights, list) else weights
+        fetched_at = time.perf_counter()
+        self.engine.load_weights(packed)
         if self.device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return {"fetch": fetched_at - start, "load": time.perf_counter() - fetched_at}
+
+
+def remote_pair(folder: str, dtype: str, device: str, threads: int) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    """`publish` of a sender and `receive` of a receiver, each in a process of its own."""
+    num_gpus = 0.5 if device == "cuda" else 0.0
+    sender, receiver = (
+        cast(Any, ray.remote(actor)).options(num_gpus=num_gpus).remote(folder, dtype, device, threads)
+        for actor in (WeightSender, WeightReceiver)
+    )
+    ray.get([sender.__ray_ready__.remote(), receiver.__ray_ready__.remote()])
+    return (
+        lambda: ray.get(sender.publish.remote(to_store=True)),
+        lambda weights: ray.get(receiver.receive.remote(weights)),
+    )

@@ -1,7 +1,7 @@
 """Throughput by number of rollout workers and teachers: the real actors, with models that sleep (`fake_engines.py`).
 
 In: seconds of one student call and of one teacher call. Out: tokens per second against what workers and teachers could
-do at most, and how busy this machine's cores were, so that it shows what bends the curve.
+do at most, and how busy this machine's cores were, which shows what limits the throughput.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, cast
 
 from switchkd.config.schema import Config
 from switchkd.tools.bench.process_stats import cpu_seconds
-from switchkd.tools.bench.table import Spread, Table, paired, surroundings
-from switchkd.tools.bench.trainer_harness import StepLog, config_of
+from switchkd.tools.bench.table import Options, Spread, Table, take_turns
+from switchkd.tools.bench.trainer_harness import StepLog, endless_config
 
 if TYPE_CHECKING:
     from switchkd.controller.handles import ActorHandles, WorkerHandle
@@ -27,49 +28,48 @@ if TYPE_CHECKING:
 
 BLOCK, ROWS, NEW_TOKENS = 4, 8, 32
 NEAR = 0.85
-"""A limit is named as the reason where so much of it was reached."""
+"""A limit is named as the reason where this share of it was reached."""
 
 
-@dataclass(slots=True)
-class Runs:
-    """What a number of workers did in each of its turns."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """One turn of a number of workers."""
 
-    elapsed_s: list[float] = field(default_factory=list)
-    calls: list[int] = field(default_factory=list)
-    cores: list[float] = field(default_factory=list)  # busy, of all processes
+    elapsed_s: float
+    num_calls: int  # of teachers
+    busy_cores: float  # of all processes
 
 
-def run(*, smoke: bool, repeats: int, student_s: float, teacher_s: float) -> Table:
+def run(options: Options, *, student_s: float, teacher_s: float) -> Table:
     from switchkd.actors import process_setup
 
     process_setup.for_private_cluster()
     from switchkd.tools.bench.fake_engines import FakeLatency, install_fakes
     from switchkd.tools.bench.ray_cluster import cluster
 
-    workers, teachers = ((1, 2), (1,)) if smoke else ((1, 2, 4, 8, 16), (1, 2, 4))
-    waves = 1 if smoke else 2
-    found: dict[int, dict[int, Runs]] = {}
-    latency = FakeLatency(student=student_s, teacher=teacher_s)
-    with cluster(os.cpu_count() or 1, 200, install_fakes(latency)):
-        for num in teachers:
+    num_workers, num_teachers = ((1, 2), (1,)) if options.smoke else ((1, 2, 4, 8, 16), (1, 2, 4))
+    waves = 1 if options.smoke else 2
+    by_teachers: dict[int, dict[int, list[Measurement]]] = {}
+    with cluster(os.cpu_count() or 1, 200, install_fakes(FakeLatency(student=student_s, teacher=teacher_s))):
+        for num in num_teachers:
             with tempfile.TemporaryDirectory() as folder:
-                handles = _start_actors(num, max(workers), Path(folder))
+                handles = _start_actors(num, max(num_workers), Path(folder))
                 try:
-                    found[num] = measure(handles.workers, workers, waves, repeats)
+                    by_teachers[num] = measure(handles.workers, num_workers, waves, options.repeats)
                 finally:
                     handles.close()
-    rows = [row for num, by_workers in found.items() for row in rows_of(num, by_workers, waves, teacher_s)]
-    notes = surroundings("cpu", "float32", student_ms=1e3 * student_s, teacher_ms=1e3 * teacher_s, block=BLOCK,
-                         rows=ROWS, new_tokens=NEW_TOKENS, repeats=repeats)  # fmt: skip
-    first = min(found)
     return Table(
-        title="Rollouts by workers and teachers (models that sleep)", columns=tuple(rows[0]), rows=tuple(rows),
-        notes=notes, remarks=_remarks(found[first][1], student_s, teacher_s),
-    )  # fmt: skip
+        title="Rollouts by workers and teachers (models that sleep)",
+        rows=[row for num, measured in by_teachers.items() for row in table_rows(num, measured, waves, teacher_s)],
+        notes=options.notes(
+            student_ms=1e3 * student_s, teacher_ms=1e3 * teacher_s, block=BLOCK, rows=ROWS, new_tokens=NEW_TOKENS
+        ),
+        remarks=_remarks(by_teachers[num_teachers[0]][1], student_s, teacher_s),
+    )
 
 
-def config(num_workers: int, replicas: int, **sections: Mapping[str, Any]) -> Config:
-    """Every process asks Ray for next to nothing: they sleep."""
+def sleeping_config(num_workers: int, replicas: int, **sections: Mapping[str, Any]) -> Config:
+    """A config whose processes ask Ray for next to nothing: they sleep."""
     little = {"num_cpus": 0.01, "threads": 1}
     base: dict[str, Mapping[str, Any]] = {
         "teacher": {"path": "fake", "replicas": replicas},
@@ -81,43 +81,39 @@ def config(num_workers: int, replicas: int, **sections: Mapping[str, Any]) -> Co
         "replay": {"capacity": 1_000_000},
         "resources": {"teacher": little, "rollout": little, "learner": little},
     }  # fmt: skip
-    return config_of({key: {**base.get(key, {}), **sections.get(key, {})} for key in {*base, *sections}})
+    return endless_config({key: {**base.get(key, {}), **sections.get(key, {})} for key in {*base, *sections}})
 
 
 def _start_actors(replicas: int, num_workers: int, folder: Path) -> ActorHandles:
     from switchkd.actors.launch import start_actors
 
-    nobody = cast(Any, StepLog(lambda _: None))
-    return start_actors(config(num_workers, replicas), folder, frozenset(), nobody)
+    log = cast(Any, StepLog(lambda _: None))
+    return start_actors(sleeping_config(num_workers, replicas), folder, frozenset(), log)
 
 
-def measure(handles: Sequence[WorkerHandle], workers: tuple[int, ...], waves: int, repeats: int) -> dict[int, Runs]:
-    """The first `n` workers for each `n`, in turns, all with the same load each."""
-    found = {num: Runs() for num in workers}
+def measure(
+    handles: Sequence[WorkerHandle], num_workers: Sequence[int], waves: int, repeats: int
+) -> dict[int, list[Measurement]]:
+    """The first `n` workers for each `n`, in turns, each worker with the same load."""
     ids = count()
-    sides: dict[str, Callable[[], float]] = {
-        str(num): partial(_once, handles[:num], found[num], waves * ROWS, ids) for num in workers
-    }
-    paired(sides, repeats, warmup=1)
-    for runs in found.values():
-        for numbers in (runs.elapsed_s, runs.calls, runs.cores):
-            del cast(list[Any], numbers)[:-repeats]  # the warm-up
-    return found
+    sides = {str(num): partial(_measure_once, handles[:num], waves * ROWS, ids) for num in num_workers}
+    return {int(num): measured for num, measured in take_turns(sides, repeats).items()}
 
 
-def _once(handles: Sequence[WorkerHandle], runs: Runs, num: int, ids: Iterator[int]) -> float:
-    shares = [[_task(next(ids)) for _ in range(num)] for _ in handles]
-    start, busy = time.perf_counter(), cpu_seconds()
+def _measure_once(handles: Sequence[WorkerHandle], num_tasks: int, ids: Iterator[int]) -> Measurement:
+    shares = [[fake_task(next(ids)) for _ in range(num_tasks)] for _ in handles]
+    start, cpu_before = time.perf_counter(), cpu_seconds()
     futures = [handle.generate(share, None) for handle, share in zip(handles, shares, strict=True)]
     reports: list[WorkReport] = [future.result() for future in futures]
     elapsed = time.perf_counter() - start
-    runs.elapsed_s.append(elapsed)
-    runs.calls.append(sum(report.num_teacher_calls for report in reports))
-    runs.cores.append((cpu_seconds() - busy) / elapsed)
-    return elapsed
+    return Measurement(
+        elapsed_s=elapsed,
+        num_calls=sum(report.num_teacher_calls for report in reports),
+        busy_cores=(cpu_seconds() - cpu_before) / elapsed,
+    )
 
 
-def _task(rollout_id: int) -> RolloutTask:
+def fake_task(rollout_id: int) -> RolloutTask:
     import numpy as np
 
     from switchkd.types import CompletionSource, Prompt, RolloutTask
@@ -128,44 +124,51 @@ def _task(rollout_id: int) -> RolloutTask:
     )
 
 
-def rows_of(teachers: int, by_workers: dict[int, Runs], waves: int, teacher_s: float) -> list[dict[str, Any]]:
-    """With the two limits: as many workers as one alone does, and as many calls as sleeping teachers can take."""
+def table_rows(
+    num_teachers: int, by_workers: dict[int, list[Measurement]], waves: int, teacher_s: float
+) -> list[dict[str, Any]]:
+    """Rows with the two limits: n times what one worker does, and as many calls as sleeping teachers can take."""
     per_worker = waves * ROWS * NEW_TOKENS
-    alone = by_workers[1]
-    alone_per_s = per_worker / Spread.of(alone.elapsed_s).median
+    alone_per_s = per_worker / _median_s(by_workers[1])
     rows = []
-    for num, runs in by_workers.items():
-        speed = Spread.of(runs.elapsed_s).map(lambda s, num=num: num * per_worker / s)  # type: ignore[misc]
-        calls = Spread.of([float(n) for n in runs.calls]).median
-        tokens_per_call = num * per_worker / calls
-        limits = {"workers": num * alone_per_s, "teachers": teachers / teacher_s * tokens_per_call}
+    for num, measured in by_workers.items():
+        speed = Spread.from_values([num * per_worker / one.elapsed_s for one in measured])
+        tokens_per_call = num * per_worker / _median_calls(measured)
+        limits = {"workers": num * alone_per_s, "teachers": num_teachers / teacher_s * tokens_per_call}
         rows.append(
             {
-                "teachers": teachers,
+                "teachers": num_teachers,
                 "workers": num,
                 "tokens/s": speed,
                 "speed-up": speed.median / alone_per_s,
                 "limit of workers": limits["workers"],
                 "limit of teachers": limits["teachers"],
-                "teacher calls/s": calls * speed.median / (num * per_worker),
-                "cores busy": Spread.of(runs.cores),
+                "teacher calls/s": speed.median / tokens_per_call,
+                "cores busy": Spread.from_values([one.busy_cores for one in measured]),
                 "bound by": bound(speed.median, limits),
             }
         )
     return rows
 
 
+def _median_s(measured: Sequence[Measurement]) -> float:
+    return median(one.elapsed_s for one in measured)
+
+
+def _median_calls(measured: Sequence[Measurement]) -> float:
+    return median(one.num_calls for one in measured)
+
+
 def bound(speed: float, limits: Mapping[str, float]) -> str:
-    """The lower limit, or neither: then it is what the table does not vary, the machine's cores, and queues."""
+    """Name the lower limit, or neither: then it is what the table does not vary, the machine's cores and queues."""
     name = min(limits, key=lambda key: limits[key])
     return name if speed >= NEAR * limits[name] else "cores, queues"
 
 
-def _remarks(alone: Runs, student_s: float, teacher_s: float) -> tuple[str, ...]:
-    median = Spread.of(alone.elapsed_s).median
-    round_s = median / Spread.of([float(n) for n in alone.calls]).median
+def _remarks(alone: Sequence[Measurement], student_s: float, teacher_s: float) -> tuple[str, ...]:
+    round_s = _median_s(alone) / _median_calls(alone)
     slept = BLOCK * student_s + teacher_s
-    cores, busy = os.cpu_count() or 1, Spread.of(alone.cores).median
+    cores, busy = os.cpu_count() or 1, median(one.busy_cores for one in alone)
     return (
         f"One worker alone with one teacher: a round of {ROWS} rows and {BLOCK} tokens takes {1e3 * round_s:.1f} ms, "
         f"of which {1e3 * slept:.1f} ms are sleep and {1e3 * (round_s - slept):.1f} ms drawing, deciding and the call.",

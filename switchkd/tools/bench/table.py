@@ -1,6 +1,6 @@
-"""What every bench answers with: a table, and how its numbers are taken.
+"""How a bench takes its numbers, and the table that it prints.
 
-In: sides to compare, as functions that do one piece of work and say how long it took. Out: medians of alternating
+In: sides to compare, as functions that do one piece of work and return what they measured. Out: medians of alternating
 runs with their spread, and a `Table` for the terminal and for a JSON file.
 """
 
@@ -14,17 +14,34 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from switchkd.config.errors import ConfigError
 from switchkd.data.atomic_files import write_json_atomic
 
 VERSIONS = ("switchkd", "torch", "transformers", "ray", "deepspeed", "trl")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What the command line says about the measurement itself."""
+
+    smoke: bool
+    repeats: int
+    device: str
+    dtype: str
+    threads: int
+
+    def notes(self, **more: Any) -> dict[str, Any]:
+        """The notes of a table: where and with what it was measured."""
+        device = device_name(self.device)
+        return surroundings(device=device, dtype=self.dtype, threads=self.threads, repeats=self.repeats, **more)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spread:
-    """Several measurements of one thing: the median, and how far they lie apart."""
+    """Several measurements of one quantity: their median, and how far they are apart."""
 
     median: float
     low: float  # of four and more the quartiles, of fewer the extremes
@@ -32,7 +49,7 @@ class Spread:
     num: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
+    def from_values(cls, values: Sequence[float]) -> Spread:
         """Raises ValueError without values."""
         if not values:
             raise ValueError("no measurements: repeats must be at least 1")
@@ -55,7 +72,7 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pairs:
-    """Sides that were measured in turns."""
+    """Seconds of sides that were measured in turns."""
 
     values: dict[str, list[float]]
     spread: dict[str, Spread]
@@ -68,33 +85,26 @@ Cell = str | int | float | Spread | None
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """Columns are named with their unit; the first says what a row is. `notes` say on what and with what it ran."""
+    """Rows by column. Columns are named with their unit; the first says what a row is. `notes` say on what it ran."""
 
     title: str
-    columns: tuple[str, ...]
-    rows: tuple[Mapping[str, Cell], ...]
+    rows: Sequence[Mapping[str, Cell]]
     notes: Mapping[str, Any]
     remarks: tuple[str, ...] = ()  # sentences for the reader
 
-    def __post_init__(self) -> None:
-        for row in self.rows:
-            if unknown := set(row) - set(self.columns):
-                raise ValueError(f"{self.title}: no column for {sorted(unknown)}")
+    @property
+    def columns(self) -> list[str]:
+        return list(dict.fromkeys(name for row in self.rows for name in row))
 
     def to_json(self) -> dict[str, Any]:
-        rows = [
-            {name: asdict(cell) if isinstance(cell, Spread) else cell for name, cell in row.items()}
-            for row in self.rows
-        ]
-        notes, remarks = dict(self.notes), list(self.remarks)
-        return {"title": self.title, "columns": list(self.columns), "rows": rows, "notes": notes, "remarks": remarks}
+        return {**asdict(self), "columns": self.columns}
 
     def write(self, path: Path) -> None:
-        """One JSON object, whole or not at all."""
+        """Write one JSON object, whole or not at all."""
         write_json_atomic(path, self.to_json())
 
     def show(self) -> None:
-        """To the terminal. Too wide for it, a table is printed on long lines: never with numbers cut off."""
+        """Print it. A table that is too wide for the terminal is printed on long lines, never with numbers cut off."""
         from rich.console import Console
         from rich.table import Table as RichTable
 
@@ -104,37 +114,36 @@ class Table:
         for row in self.rows:
             shown.add_row(*(_text(row.get(name)) for name in self.columns))
         console = Console()
-        Console(
-            width=max(console.width, console.measure(shown, options=console.options.update(max_width=10_000)).maximum)
-        ).print(shown)
-        for remark in self.remarks:
-            console.print(remark, highlight=False, markup=False, soft_wrap=True)
-        told = "; ".join(f"{key} {_text(value)}" for key, value in self.notes.items())
-        console.print(told, highlight=False, markup=False, soft_wrap=True)
+        needed = console.measure(shown, options=console.options.update(max_width=10_000)).maximum
+        Console(width=max(console.width, needed)).print(shown)
+        notes = "; ".join(f"{key} {_text(value)}" for key, value in self.notes.items())
+        for line in (*self.remarks, notes):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def paired(sides: Mapping[str, Callable[[], float]], repeats: int, warmup: int = 1) -> Pairs:
-    """Measure all sides in turns, there and back again (A B C, C B A, ...), so that a machine that warms up or is
-    shared weighs on all alike. A side does its work once and returns what it measured, seconds as a rule.
-
-    The first side is the one that ratios are taken against. Raises ValueError for no sides or no repeats.
-    """
+def take_turns(sides: Mapping[str, Callable[[], T]], repeats: int, warmup: int = 1) -> dict[str, list[T]]:
+    """Call all sides in turns, there and back again (A B C, C B A, ...), so that a machine that warms up or is shared
+    weighs on all alike. Returns what each side returned, without the warm-up. Raises ValueError for nothing to do."""
     if not sides or repeats < 1 or warmup < 0:
         raise ValueError(f"{len(sides)} sides, repeats {repeats}, warmup {warmup}: nothing to measure")
-    names = list(sides)
-    values: dict[str, list[float]] = {name: [] for name in names}
+    results: dict[str, list[T]] = {name: [] for name in sides}
     for turn in range(-warmup, repeats):
-        for name in names if turn % 2 == 0 else reversed(names):
-            value = sides[name]()
+        for name in sides if turn % 2 == 0 else reversed(list(sides)):
+            result = sides[name]()
             if turn >= 0:
-                values[name].append(value)
-    first = values[names[0]]
+                results[name].append(result)
+    return results
+
+
+def compare(values: Mapping[str, Sequence[float]]) -> Pairs:
+    """Spreads and, within each turn, ratios against the first side."""
+    first = next(iter(values.values()))
     return Pairs(
-        values=values,
-        spread={name: Spread.of(found) for name, found in values.items()},
+        values={name: list(numbers) for name, numbers in values.items()},
+        spread={name: Spread.from_values(numbers) for name, numbers in values.items()},
         ratios={
-            name: Spread.of([own / other for own, other in zip(found, first, strict=True)])
-            for name, found in values.items()
+            name: Spread.from_values([ours / theirs for ours, theirs in zip(numbers, first, strict=True)])
+            for name, numbers in values.items()
         },
     )
 
@@ -151,22 +160,21 @@ def check_device(device: str) -> None:
         raise ConfigError("--device cuda: torch sees no CUDA device here; take --device cpu")
 
 
-def surroundings(device: str, dtype: str, **more: Any) -> dict[str, Any]:
-    """The notes of a table: machine, versions, date, and what the bench adds."""
+def surroundings(**more: Any) -> dict[str, Any]:
+    """Machine, versions, date, and what the bench adds."""
+    versions = {name: _version(name) for name in VERSIONS}
     return {
-        "device": device_name(device),
         "cpu": cpu_model(),
         "cores": os.cpu_count() or 1,
-        "dtype": dtype,
         **more,
-        **{name: _version(name) for name in VERSIONS if _version(name)},
+        **{name: version for name, version in versions.items() if version},
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
 def device_name(device: str) -> str:
-    """`cpu`, or the GPU's own name: what a number was really measured on."""
+    """`cpu`, or the GPU's own name."""
     if device == "cpu":
         return "cpu"
     import torch
@@ -177,8 +185,8 @@ def device_name(device: str) -> str:
 def cpu_model() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
-    found = [line.partition(":")[2].strip() for line in lines if line.lower().startswith("model name")]
-    return found[0] if found else platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.lower().startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str:
@@ -195,7 +203,7 @@ def _text(value: Any) -> str:
 
 
 def _short(value: float) -> str:
-    """Three digits that matter, and no exponent where a reader would stumble over it."""
+    """Three significant digits; an exponent only for very small and very large numbers."""
     if value != 0 and not 1e-3 <= abs(value) < 1e6:
         return f"{value:.2e}"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

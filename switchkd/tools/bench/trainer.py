@@ -1,5 +1,5 @@
-"""A whole on-policy step, ours and TRL's: the student writes, the teacher scores, loss, backward, optimizer step, and
-the weights go back to where the student writes.
+"""A whole on-policy step, ours and TRL's: the student generates, the teacher scores, loss, backward, optimizer step,
+and the weights go back to where the student generates.
 
 In: a teacher and a student. Out: samples/s and peak memory of switchkd in one process, of switchkd on Ray, and of
 `trl.DistillationTrainer`, which is always on-policy. All sides have the same prompts, batch, number of new tokens (no
@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config
 from switchkd.tools.bench import trainer_harness
-from switchkd.tools.bench.models import Pair, prompts
-from switchkd.tools.bench.subprocess_side import BenchProcess, BenchProcesses, Turns
-from switchkd.tools.bench.table import Table, paired, surroundings
+from switchkd.tools.bench.models import ModelFolders, prompts, resolve
+from switchkd.tools.bench.subprocess_side import BenchProcess, Repeats, measure_processes
+from switchkd.tools.bench.table import Options, Pairs, Table
 
 if TYPE_CHECKING:
     from switchkd.types import Prompt
@@ -36,9 +34,9 @@ OURS, ON_RAY, TRL = "switchkd, one process", "switchkd, Ray", "TRL"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainerCase:
-    """What every side is told."""
+    """What every side does."""
 
-    pair: Pair
+    models: ModelFolders
     batch: int
     new_tokens: int
     loss: str
@@ -48,90 +46,92 @@ class TrainerCase:
 
     @property
     def prompts(self) -> list[str]:
-        """Four batches, walked through in order by everybody."""
+        """Four batches, which every side takes in order."""
         some = prompts(min(4 * self.batch, 64))
         return [some[i % len(some)] for i in range(4 * self.batch)]
 
 
-def run(
-    *, pair: Pair, smoke: bool, repeats: int, device: str, dtype: str, threads: int | None, batch: int, new_tokens: int,
-    loss: str, on_ray: bool,
-) -> Table:  # fmt: skip
-    """Raises ConfigError without the peer, and for a loss that it does not have."""
+def run(options: Options, teacher: str, student: str, *, batch: int, new_tokens: int, loss: str, on_ray: bool) -> Table:
+    """Raises ConfigError without TRL, and for a loss that it does not have."""
     if importlib.util.find_spec("trl") is None:
         raise ConfigError("the peer of this bench, TRL, is not installed: pip install 'switchkd[bench]'")
     if loss not in BETA:
         raise ConfigError(f"--loss {loss}: both sides have {', '.join(BETA)}")
-    if smoke:
-        batch, new_tokens = min(batch, 2), min(new_tokens, 8)
-    threads = threads or os.cpu_count() or 1
     job = TrainerCase(
-        pair=pair, batch=batch, new_tokens=new_tokens, loss=loss, device=device, dtype=dtype, threads=threads
+        models=resolve(teacher, student),
+        batch=min(batch, 2) if options.smoke else batch,
+        new_tokens=min(new_tokens, 8) if options.smoke else new_tokens,
+        loss=loss,
+        device=options.device,
+        dtype=options.dtype,
+        threads=options.threads,
     )
-    makers = {OURS: partial(BenchProcess, OURS, ours, job, "inprocess", device=device, threads=threads)}
-    if on_ray and device == "cpu":  # its actors would need a GPU each
-        makers[ON_RAY] = partial(BenchProcess, ON_RAY, ours, job, "ray", threads=threads)
-    makers[TRL] = partial(BenchProcess, TRL, trl, job, device=device, threads=threads)
-    with BenchProcesses() as open_sides:
-        sides = open_sides.start(makers)
-        pairs = paired(sides, repeats, warmup=1 if smoke else 2)
-        told = {name: side.finish() for name, side in sides.items()}
-    rows = [
-        {
-            "side": name,
-            "s/step": pairs.spread[name],
-            "samples/s": pairs.spread[name].map(lambda s: batch / s),
-            "tokens/s": pairs.spread[name].map(lambda s: batch * new_tokens / s),
-            "time / ours": pairs.ratios[name],
-            "peak memory, MiB": told[name]["peak_mb"],
-            "first loss": told[name]["first_loss"],
-        }
-        for name in sides
-    ]
-    notes = surroundings(device, dtype, threads=threads, batch=batch, new_tokens=new_tokens, loss=loss, lr=LR,
-                         repeats=repeats, teacher=Path(pair.teacher).name, student=Path(pair.student).name)  # fmt: skip
-    return Table(title="One on-policy step", columns=tuple(rows[0]), rows=tuple(rows), notes=notes, remarks=_remarks())
+    where: Any = {"device": options.device, "threads": options.threads}
+    sides = [BenchProcess(OURS, ours, job, "inprocess", **where), BenchProcess(TRL, trl, job, **where)]
+    if on_ray and options.device == "cpu":  # its actors would need a GPU each
+        sides.insert(1, BenchProcess(ON_RAY, ours, job, "ray", **where))
+    pairs, reports = measure_processes(sides, options.repeats, warmup=1 if options.smoke else 2)
+    rows = [_row(job, name, pairs, report) for name, report in reports.items()]
+    notes = options.notes(
+        batch=job.batch,
+        new_tokens=job.new_tokens,
+        loss=loss,
+        lr=LR,
+        teacher=Path(job.models.teacher).name,
+        student=Path(job.models.student).name,
+    )
+    return Table(title="One on-policy step", rows=rows, notes=notes, remarks=REMARKS)
 
 
-def _remarks() -> tuple[str, ...]:
-    return (
-        "Memory: the most that was resident beyond the imported libraries, models included; on Ray of all processes, "
-        "its own services and all their libraries with them, shared pages counted once each.",
-        "In bfloat16 switchkd trains bfloat16 weights with float32 masters, TRL float32 weights under autocast (its "
-        "default); both teachers are bfloat16. TRL runs without gradient checkpointing (its default is with).",
-        "The first losses are of the same prompts and weights, but of other random completions.",
-    )
+def _row(job: TrainerCase, name: str, pairs: Pairs, report: Mapping[str, Any]) -> dict[str, Any]:
+    seconds = pairs.spread[name]
+    return {
+        "side": name,
+        "s/step": seconds,
+        "samples/s": seconds.map(lambda s: job.batch / s),
+        "tokens/s": seconds.map(lambda s: job.batch * job.new_tokens / s),
+        "time / ours": pairs.ratios[name],
+        "peak memory, MiB": report["peak_mb"],
+        "first loss": report["first_loss"],
+    }
+
+
+REMARKS = (
+    "Memory: the most that was resident beyond the imported libraries, models included; on Ray of all processes, "
+    "its own services and all their libraries with them, shared pages counted once each.",
+    "In bfloat16 switchkd trains bfloat16 weights with float32 masters, TRL float32 weights under autocast (its "
+    "default); both teachers are bfloat16. TRL runs without gradient checkpointing (its default is with).",
+    "The first losses are of the same prompts and weights, but of other random completions.",
+)
 
 
 # --- switchkd --------------------------------------------------------------------------------------------------------
 
 
-def ours(turns: Turns, job: TrainerCase, mode: str) -> None:
-    """The real training loop: a turn ends when a step has."""
+def ours(repeats: Repeats, job: TrainerCase, mode: str) -> None:
+    """The real training loop: a repeat ends when a step has."""
     from switchkd.engines.models.loading import load_tokenizer
 
-    start_actors = _on_ray() if mode == "ray" else _in_process()
-    turns.count_memory_from_here()
-    tokenized = _tokenized(job, load_tokenizer(job.pair.student))
-    waiting = iter(turns)
+    start_actors = _ray_starter() if mode == "ray" else _local_starter()
+    repeats.count_memory_from_here()
+    tokenized = _tokenized(job, load_tokenizer(job.models.student))
+    waiting = iter(repeats)
 
-    def build(config: Config, run_dir: Path, log: Any) -> Any:
-        handles = start_actors(config, run_dir, frozenset(), log)  # without stop ids nothing ends early
+    def start(config: Config, run_dir: Path, log: Any) -> Any:
+        handles = start_actors(config, run_dir, frozenset(), log)  # without stop ids no completion ends early
         next(waiting)
         return handles
 
     def on_step(row: Mapping[str, Any]) -> None:
-        if "first_loss" not in turns.told:
-            turns.tell(first_loss=row["loss/total"])
+        repeats.reported.setdefault("first_loss", row["loss/total"])
         if next(waiting, "over") == "over":
-            raise trainer_harness.Enough
+            raise trainer_harness.StopTraining
 
-    trainer_harness.run(
-        _config(job, mode, max(len(prompt.token_ids) for prompt in tokenized)), tokenized, build, on_step
-    )
+    longest = max(len(prompt.token_ids) for prompt in tokenized)
+    trainer_harness.run(_config(job, mode, longest), tokenized, start, on_step)
 
 
-def _on_ray() -> StartActors:
+def _ray_starter() -> StartActors:
     from switchkd.actors import process_setup
 
     process_setup.for_private_cluster()
@@ -140,7 +140,7 @@ def _on_ray() -> StartActors:
     return start_actors
 
 
-def _in_process() -> StartActors:
+def _local_starter() -> StartActors:
     from switchkd.controller.local import start_actors
 
     importlib.import_module("deepspeed")  # a library, not memory of the run
@@ -161,20 +161,15 @@ def _tokenized(job: TrainerCase, tokenizer: Any) -> list[Prompt]:
 def _config(job: TrainerCase, mode: str, longest: int) -> Config:
     threads = {"threads": job.threads}
     models = {"dtype": job.dtype, "device": job.device}
-    return trainer_harness.config_of(
+    return trainer_harness.endless_config(
         {
-            "run": {"dir": "unused", "mode": mode},
-            "teacher": {"path": job.pair.teacher, "max_sessions": job.batch, **models},
-            "student": {"path": job.pair.student, **models},
+            "run": {"mode": mode, "dir": "unused"},
+            "teacher": {"path": job.models.teacher, "max_sessions": job.batch, **models},
+            "student": {"path": job.models.student, **models},
             "data": {"max_prompt_tokens": longest, "max_reference_tokens": 1},
-            "rollout": {
-                "rule": {"type": "student"},
-                "batch_size": job.batch,
-                "max_new_tokens": job.new_tokens,
-                "save": False,
-            },
-            "learner": {"lr": LR, "scheduler": "constant", "dtype": job.dtype, "loss": {"type": job.loss}},
-            "train": {"num_steps": trainer_harness.NUM_STEPS, "batch_size": job.batch, "checkpoint_every": 0},
+            "rollout": {"rule": {"type": "student"}, "batch_size": job.batch, "max_new_tokens": job.new_tokens},
+            "learner": {"lr": LR, "dtype": job.dtype, "loss": {"type": job.loss}},
+            "train": {"batch_size": job.batch},
             "cluster": {"object_store_gb": 1.5},
             "resources": {"teacher": threads, "rollout": threads, "learner": threads},
         }
@@ -184,8 +179,8 @@ def _config(job: TrainerCase, mode: str, longest: int) -> Config:
 # --- TRL -------------------------------------------------------------------------------------------------------------
 
 
-def trl(turns: Turns, job: TrainerCase) -> None:
-    """TRL's own loop, `DistillationTrainer.train`: a turn ends when its callback hears of a step's end."""
+def trl(repeats: Repeats, job: TrainerCase) -> None:
+    """TRL's own loop, `DistillationTrainer.train`: a repeat ends when its callback is called at a step's end."""
     import tempfile
 
     import torch
@@ -193,25 +188,25 @@ def trl(turns: Turns, job: TrainerCase) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DistillationConfig, DistillationTrainer
 
-    turns.count_memory_from_here()
-    waiting = iter(turns)
+    repeats.count_memory_from_here()
+    waiting = iter(repeats)
 
-    class OneTurnPerStep(TrainerCallback):  # type: ignore[misc]
+    class OneRepeatPerStep(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             next(waiting)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
-            if logs and "loss" in logs and "first_loss" not in turns.told:
-                turns.tell(first_loss=float(logs["loss"]))
+            if logs and "loss" in logs:
+                repeats.reported.setdefault("first_loss", float(logs["loss"]))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             if next(waiting, "over") == "over":
                 control.should_training_stop = True
 
     dtype = getattr(torch, job.dtype)
-    teacher = AutoModelForCausalLM.from_pretrained(job.pair.teacher, dtype=dtype, use_safetensors=True)
-    student = AutoModelForCausalLM.from_pretrained(job.pair.student, dtype=torch.float32, use_safetensors=True)
-    tokenizer = AutoTokenizer.from_pretrained(job.pair.student, padding_side="left")
+    teacher = AutoModelForCausalLM.from_pretrained(job.models.teacher, dtype=dtype, use_safetensors=True)
+    student = AutoModelForCausalLM.from_pretrained(job.models.student, dtype=torch.float32, use_safetensors=True)
+    tokenizer = AutoTokenizer.from_pretrained(job.models.student, padding_side="left")
     with tempfile.TemporaryDirectory(prefix="switchkd-bench-") as place:
         args = DistillationConfig(
             output_dir=place,
@@ -240,5 +235,5 @@ def trl(turns: Turns, job: TrainerCase) -> None:
             args=args,
             train_dataset=Dataset.from_dict({"prompt": job.prompts}),
             processing_class=tokenizer,
-            callbacks=[OneTurnPerStep()],
+            callbacks=[OneRepeatPerStep()],
         ).train()

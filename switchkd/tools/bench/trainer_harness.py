@@ -1,7 +1,7 @@
-"""The real program, step by step: `train.Trainer` on a house of real rooms, with somebody who watches each step end.
+"""The real training loop, step by step: `train.Trainer` on actors of the caller's, with a call at each step's end.
 
-In: a config, prompts, a house. Out: nothing but the calls of `on_step`; the run ends when it raises `Enough`, without a
-checkpoint and without a student.
+In: a config, prompts, a function that starts the actors. Out: nothing but the calls of `on_step`; the run ends when it
+raises `StopTraining`, without a checkpoint and without a student.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ NUM_STEPS = 10_000
 """More than any bench waits for."""
 
 
-class Enough(Exception):
-    """The watcher has seen all it wants."""
+class StopTraining(Exception):
+    """Raised by `on_step` when it has measured enough."""
 
 
 class StepLog:
-    """In the place of `metrics.MetricsLog`: no files, no console, one call per step."""
+    """Stands in for `MetricsLog`: no files, no console, one call per step."""
 
     def __init__(self, on_step: Callable[[Mapping[str, Any]], None]) -> None:
         self.on_step = on_step
 
     def info(self, text: str) -> None:
-        """A bench says nothing on the way."""
+        """Print nothing."""
 
     def now(self, **doing: str) -> None:
-        """Nobody watches."""
+        """Show nothing."""
 
     def export(self, sink: Any) -> None:
-        """The numbers go to `on_step` alone."""
+        """Pass the numbers to `on_step` alone."""
 
     def step(self, step: int, row: Mapping[str, Any]) -> None:
         self.on_step(row)
 
 
-def config_of(sections: Mapping[str, Mapping[str, Any]]) -> Config:
-    """A config of one endless stage that writes nothing but its folder. Raises ConfigError."""
+def endless_config(sections: Mapping[str, Mapping[str, Any]]) -> Config:
+    """The config of a run of one long stage that writes nothing but its folder. Raises ConfigError."""
     from switchkd.config.loader import parse
 
     base: dict[str, dict[str, Any]] = {
@@ -60,10 +60,10 @@ def config_of(sections: Mapping[str, Mapping[str, Any]]) -> Config:
 def run(
     config: Config,
     prompts: Sequence[Prompt],
-    build: Callable[[Config, Path, Any], ActorHandles],
+    start: Callable[[Config, Path, Any], ActorHandles],
     on_step: Callable[[Mapping[str, Any]], None],
 ) -> None:
-    """Build a house in a folder that is removed again, and train until `on_step` raises Enough."""
+    """Start actors for a folder that is removed again, and train until `on_step` raises StopTraining."""
     from switchkd.controller.checkpoint import open_run
     from switchkd.controller.evaluation import Evaluator
     from switchkd.controller.schedule import Schedule
@@ -72,18 +72,16 @@ def run(
     from switchkd.train import Trainer
 
     log = cast(Any, StepLog(on_step))
-    plan = Schedule(config.train.stages, PromptStream(prompts, seed=0, shuffle=False), seed=config.seed)
-    with tempfile.TemporaryDirectory(prefix="switchkd-bench-") as place:
-        config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(Path(place) / "run")})})
+    schedule = Schedule(config.train.stages, PromptStream(prompts, seed=0, shuffle=False), seed=config.seed)
+    with tempfile.TemporaryDirectory(prefix="switchkd-bench-") as parent:
+        config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(Path(parent) / "run")})})
         with open_run(config) as folder:
-            handles = build(config, folder.path, log)
+            handles = start(config, folder.path, log)
             try:
                 evaluator = Evaluator(config.eval, (), has_teacher=False)
-                watchdog = Watchdog(
-                    config.run.watchdog_s, folder.path, log.info
-                )  # it does not watch: a bench may sleep
-                Trainer(config, plan, handles, folder, log, evaluator, watchdog).run()
-            except Enough:
+                watchdog = Watchdog(config.run.watchdog_s, folder.path, log.info)  # never started: a bench may sleep
+                Trainer(config, schedule, handles, folder, log, evaluator, watchdog).run()
+            except StopTraining:
                 pass
             finally:
                 handles.close()

@@ -1,74 +1,68 @@
-"""The way of a weight version: packed by the learner, put, pulled, loaded by a rollout worker that then writes with it.
+"""The way of a weight version: packed by the learner, put into the store, fetched and loaded by a rollout worker.
 
-In: a student's folder. Out: seconds of each part, GB/s, and how long rollouts stood still: in one process all the time,
-on Ray while the worker pulls and loads.
+In: a student's folder. Out: seconds of each part, GB/s, and how long rollouts pause: in one process all the time, on
+Ray while the worker fetches and loads.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from switchkd.tools.bench.table import Spread, Table, paired, surroundings
+from switchkd.tools.bench.models import resolve
+from switchkd.tools.bench.table import Options, Spread, Table, take_turns
 
-ALONE, ON_RAY = "one process", "Ray object store"
+ONE_PROCESS, ON_RAY = "one process", "Ray object store"
+PARTS = ("pack", "put", "fetch", "load")
 TOTAL = "total"
-PARTS = ("pack", "put", "pull", "load")
-WARMUP = 2
+REMARKS = ("GB/s: from the call to publish until the worker has the weights, checksums and calls included.",)
 
 
-def run(*, student: str, smoke: bool, repeats: int, device: str, dtype: str, threads: int | None) -> Table:
+def run(options: Options, teacher: str, student: str) -> Table:
     from switchkd.actors import process_setup
 
+    folder = resolve(teacher, student).student
     process_setup.for_private_cluster()
-    from switchkd.tools.bench.ray_cluster import Learner, Reader, TwoProcesses, cluster
+    from switchkd.tools.bench.ray_cluster import WeightReceiver, WeightSender, cluster, remote_pair
 
-    threads = threads or os.cpu_count() or 1
-    learner, reader = Learner(student, dtype, device, threads), Reader(student, dtype, device, threads)
-    num_bytes = sum(bucket.nbytes for bucket in learner.publish(0)[0].buckets)
-
-    def alone() -> dict[str, float]:
-        bundle, pack_s = learner.publish(1)
-        return {"pack": pack_s, "put": 0.0, "pull": 0.0, "load": reader.load(bundle)}
-
-    parts: dict[str, list[dict[str, float]]] = {ALONE: [], ON_RAY: []}
+    model = (folder, options.dtype, options.device, options.threads)
+    sender, receiver = WeightSender(*model), WeightReceiver(*model)
+    packed, _ = sender.publish(to_store=False)
+    num_bytes = sum(bucket.nbytes for bucket in packed.buckets)
     with cluster(2, object_store_mb=max(100, 4 * num_bytes // 2**20)):
-        on_ray = TwoProcesses(student, dtype, device, threads)
-        paired(
-            {ALONE: _noted(alone, parts[ALONE]), ON_RAY: _noted(on_ray.publish, parts[ON_RAY])},
-            repeats,
-            0 if smoke else WARMUP,
-        )
-    rows = [_row(name, found[-repeats:], num_bytes) for name, found in parts.items()]
-    notes = surroundings(
-        device, dtype, threads=threads, student=Path(student).name, megabytes=num_bytes / 1e6, repeats=repeats
+        sides = {
+            ONE_PROCESS: partial(_send, partial(sender.publish, to_store=False), receiver.receive),
+            ON_RAY: partial(_send, *remote_pair(*model)),
+        }
+        seconds = take_turns(sides, options.repeats, warmup=0 if options.smoke else 2)
+    return Table(
+        title="A weight version's way",
+        rows=[_row(name, measured, num_bytes) for name, measured in seconds.items()],
+        notes=options.notes(student=Path(folder).name, megabytes=num_bytes / 1e6),
+        remarks=REMARKS,
     )
-    remarks = (
-        "GB/s: from the call to publish until the worker can write with the weights, checksums and calls included.",
-    )
-    return Table(title="A weight version's way", columns=tuple(rows[0]), rows=tuple(rows), notes=notes, remarks=remarks)
 
 
-def _noted(function: Callable[[], dict[str, float]], notes: list[dict[str, float]]) -> Callable[[], float]:
-    def side() -> float:
-        start = time.perf_counter()
-        parts = function()
-        notes.append({**parts, TOTAL: time.perf_counter() - start})
-        return notes[-1][TOTAL]
+def _send(
+    publish: Callable[[], tuple[Any, dict[str, float]]], receive: Callable[[Any], dict[str, float]]
+) -> dict[str, float]:
+    """Seconds of each part of one version, and of all."""
+    start = time.perf_counter()
+    weights, sent = publish()
+    parts = {**sent, **receive(weights)}
+    return {**parts, TOTAL: time.perf_counter() - start}
 
-    return side
 
-
-def _row(name: str, found: list[dict[str, float]], num_bytes: int) -> dict[str, Any]:
-    total = Spread.of([each[TOTAL] for each in found])
-    still = PARTS if name == ALONE else ("pull", "load")
+def _row(name: str, seconds: Sequence[dict[str, float]], num_bytes: int) -> dict[str, Any]:
+    total = Spread.from_values([parts[TOTAL] for parts in seconds])
+    paused = PARTS if name == ONE_PROCESS else ("fetch", "load")
     return {
         "way": name,
-        **{f"{part}, s": Spread.of([each[part] for each in found]) for part in PARTS},
+        **{f"{part}, s": Spread.from_values([parts[part] for parts in seconds]) for part in PARTS},
         "published to loaded, s": total,
         "GB/s": total.map(lambda s: num_bytes / 1e9 / s),
-        "rollouts stood still, s": Spread.of([sum(each[part] for part in still) for each in found]),
+        "rollouts paused, s": Spread.from_values([sum(parts[part] for part in paused) for parts in seconds]),
     }

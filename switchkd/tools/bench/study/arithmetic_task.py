@@ -54,35 +54,30 @@ class Problem:
         return ",".join(columns) + f"####{self.answer}"
 
 
-def solution_tokens(digits: int) -> int:
-    """At most so many tokens has a solution: 8 a column, commas between them, `####`, the answer, the end."""
-    return 8 * digits + (digits - 1) + 1 + (digits + 1) + 1
-
-
 def draw(digits: Sequence[int], num: int, seed: int, apart_from: Sequence[Problem] = ()) -> list[Problem]:
     """`num` different problems, as many of each number of digits as of any other (the first ones one more), in random
     order; none of them, or its summands swapped, is in `apart_from`. ConfigError where there are not so many."""
-    taken = {_pair(problem) for problem in apart_from}
-    words = random.Random(f"arithmetic {seed}")
-    found: list[Problem] = []
-    for place, length in enumerate(digits):
-        wanted = num // len(digits) + (place < num % len(digits))
+    drawn = {_pair(problem) for problem in apart_from}
+    rng = random.Random(f"arithmetic {seed}")
+    problems: list[Problem] = []
+    for i, length in enumerate(digits):
+        num_needed = num // len(digits) + (i < num % len(digits))
         low, high = 10 ** (length - 1), 10**length - 1
-        there = (high - low + 1) * (high - low + 2) // 2 - sum(len(str(small)) == length for small, _ in taken)
-        if wanted > there // 2:  # drawing until something new turns up ends soon only while half is left
+        there = (high - low + 1) * (high - low + 2) // 2 - sum(len(str(small)) == length for small, _ in drawn)
+        if num_needed > there // 2:  # drawing until a new one comes up ends soon only while half is left
             raise ConfigError(
-                f"task.digits has {length}: {wanted} problems of {length} digits are wanted, {there} are there and at "
-                "most half of them are taken; ask for fewer problems or more digits"
+                f"task.digits has {length}: {num_needed} problems of {length} digits are needed, {there} are there and "
+                "at most half of them are drawn; ask for fewer problems or more digits"
             )
-        own = 0
-        while own < wanted:
-            problem = Problem(words.randint(low, high), words.randint(low, high))
-            if _pair(problem) not in taken:
-                taken.add(_pair(problem))
-                found.append(problem)
-                own += 1
-    words.shuffle(found)
-    return found
+        num_left = num_needed
+        while num_left:
+            problem = Problem(rng.randint(low, high), rng.randint(low, high))
+            if _pair(problem) not in drawn:
+                drawn.add(_pair(problem))
+                problems.append(problem)
+                num_left -= 1
+    rng.shuffle(problems)
+    return problems
 
 
 def _pair(problem: Problem) -> tuple[int, int]:
@@ -90,7 +85,7 @@ def _pair(problem: Problem) -> tuple[int, int]:
 
 
 def rows(problems: Sequence[Problem]) -> Iterator[dict[str, Any]]:
-    """As `data.path` reads them; the number of digits is what a study groups by."""
+    """Yield rows for `data.path`; the number of digits is what a study groups by."""
     for problem in problems:
         yield {"id": problem.prompt, "prompt": problem.prompt, "reference": problem.solution,
                "answer": problem.answer, "digits": problem.digits}  # fmt: skip
@@ -101,12 +96,12 @@ def tokenizer() -> Any:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    made = Tokenizer(models.WordLevel({token: i for i, token in enumerate(TOKENS)}, unk_token=PAD))
-    made.pre_tokenizer = pre_tokenizers.Split(Regex("####|."), behavior="isolated")
-    made.decoder = decoders.Fuse()
-    made.add_special_tokens([AddedToken(token, special=True) for token in (PAD, EOS)])
+    words = Tokenizer(models.WordLevel({token: i for i, token in enumerate(TOKENS)}, unk_token=PAD))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex("####|."), behavior="isolated")
+    words.decoder = decoders.Fuse()
+    words.add_special_tokens([AddedToken(token, special=True) for token in (PAD, EOS)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, eos_token=EOS, pad_token=PAD, model_max_length=1024, clean_up_tokenization_spaces=False
+        tokenizer_object=words, eos_token=EOS, pad_token=PAD, model_max_length=1024, clean_up_tokenization_spaces=False
     )
 
 
@@ -141,7 +136,7 @@ def write_task(
     teacher: dict[str, int],
     student: dict[str, int],
 ) -> None:
-    """Write the three files, teacher-init/ and student-init/; the folder stands whole or not at all."""
+    """Write the three files, teacher-init/ and student-init/; the folder is whole or does not exist."""
     test = draw(digits, num_test, seed)
     train = draw(digits, num_train, seed + 1, apart_from=test)
     valid = draw(digits, num_valid, seed + 2, apart_from=[*test, *train])
@@ -152,7 +147,7 @@ def write_task(
         text = "".join(json.dumps(row) + "\n" for row in rows(problems))
         (making / f"{name}.jsonl").write_text(text, encoding="utf-8")
     for number, (name, size) in enumerate((("teacher", teacher), ("student", student))):
-        made = model(**size, seed=seed + number, positions=256)
-        made.save_pretrained(making / f"{name}-init")
+        untrained = model(**size, seed=seed + number, positions=256)
+        untrained.save_pretrained(making / f"{name}-init")
         tokenizer().save_pretrained(making / f"{name}-init")
     replace_dir(making, folder)

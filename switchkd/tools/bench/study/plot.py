@@ -15,14 +15,9 @@ from switchkd.tools.bench.study.table import QualityTable
 MARKS = "osv^D<>Ph*Xpd"
 
 
-def check_matplotlib() -> None:
-    """ConfigError where it is not installed: said before hours are spent."""
-    _figure_class()
-
-
 def draw(table: QualityTable, main: tuple[str, ...], path: Path) -> None:
     """`main` names whose curves are drawn; without any, all."""
-    figure = _figure_class()(figsize=(13, 1.5 + 0.33 * max(len(table.rows), 12)), layout="constrained")
+    figure = check_matplotlib()(figsize=(13, 1.5 + 0.33 * max(len(table.rows), 12)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
     _ranking(left, table)
     _curves(right, table, main or tuple(row.method for row in table.rows))
@@ -31,7 +26,7 @@ def draw(table: QualityTable, main: tuple[str, ...], path: Path) -> None:
 
 
 def _ranking(axes: Any, table: QualityTable) -> None:
-    """Gains where there are starts: seeds differ more by where they start than methods do by what they add."""
+    """Draw gains where there are starts: seeds differ more by where they start than methods do by what they add."""
     rows = table.rows[::-1]  # the best on top
     means = [row.gain if table.by_gain and row.gain else row.scores[table.rank_by] for row in rows]
     seeds = [list((row.gains if table.by_gain else row.by_seed).values()) for row in rows]
@@ -43,8 +38,7 @@ def _ranking(axes: Any, table: QualityTable) -> None:
     axes.set_xlim(*_around([score for scores in seeds for score in scores] + ([0.0] if table.by_gain else [])))
     if table.by_gain:
         axes.axvline(0.0, linestyle=":", color="gray")
-    what = f"gain in {table.rank_by}" if table.by_gain else table.rank_by
-    axes.set_xlabel(f"{what}: mean, 95% interval; strokes: seeds")
+    axes.set_xlabel(f"{table.ranked_by}: mean, 95% interval; strokes: seeds")
     axes.grid(axis="x", alpha=0.3)
 
 
@@ -69,13 +63,14 @@ def _curves(axes: Any, table: QualityTable, main: tuple[str, ...]) -> None:
 
 
 def _around(scores: list[float]) -> tuple[float, float]:
-    """Limits that show all scores: two seeds' intervals are so wide that one would see nothing else."""
+    """Limits that show all scores; the intervals of two seeds would be far wider."""
     low, high = min(scores), max(scores)
     margin = 0.15 * (high - low) or 1.0
     return low - margin, high + margin
 
 
-def _figure_class() -> Any:
+def check_matplotlib() -> Any:
+    """matplotlib's Figure; ConfigError where it is not installed."""
     try:  # not among what switchkd requires
         from matplotlib.figure import Figure
     except ImportError:

@@ -11,49 +11,53 @@ from pathlib import Path
 
 from switchkd.config.errors import ConfigError
 from switchkd.data.atomic_files import write_json_atomic, write_text_atomic
-from switchkd.tools.bench.study.grid import Failed, Grid, Say, claim
+from switchkd.tools.bench.study.grid import Failed, Grid, Stopped, claim
 from switchkd.tools.bench.study.plot import check_matplotlib, draw
 from switchkd.tools.bench.study.spec import TEACHER, WARM_UP, Cell, cells, read_study
-from switchkd.tools.bench.study.table import Mean, QualityTable
+from switchkd.tools.bench.study.table import QualityTable, check_scipy
 
 
-def run(
-    study_file: Path, out: Path, *, methods: Sequence[str], wanted: Sequence[str], only_table: bool, say: Say
-) -> QualityTable:
-    """Run what is missing, then make the table of all that is there. Raises ConfigError, grid.Stopped, and
-    behind the table grid.Failed."""
+def run(study_file: Path, out: Path, *, methods: Sequence[str], cell_names: Sequence[str], only_table: bool) -> bool:
+    """Run what is missing, then make the table of all that is there. Returns whether nothing is missing because of a
+    failure or SIGTERM. Raises ConfigError."""
     study = read_study(study_file)
-    cells(study, methods, wanted)
-    Mean.of([0.0, 1.0])  # says that scipy is missing before hours are spent
+    chosen = cells(study, methods, cell_names)
+    check_scipy()  # before hours are spent
     check_matplotlib()
-    grid = Grid(study=study, home=study_file.resolve().parent, out=out.resolve(), say=say)
-    if only_table:
-        if not (grid.out / "study.json").exists():
-            raise ConfigError(f"--out {out} holds no study yet; run the same command without --only-table first")
-        claim(study, grid.out)
-    failed = None
-    if not only_table:
-        try:
-            grid.run(methods, wanted)
-        except Failed as error:
-            failed = error
-            if not any(grid.read(cell) for cell in cells(study)):
-                raise
-    table = _table(grid)
-    write_text_atomic(out / "table.md", table.markdown())
-    write_json_atomic(out / "table.json", table.to_json())
-    draw(table, study.main, out / "plot.png")
-    say(f"{out / 'table.md'}, table.json and plot.png: {sum(len(row.by_seed) for row in table.rows)} cells")
-    if failed:
-        raise failed
-    return table
+    grid = Grid(study=study, home=study_file.resolve().parent, out=out.resolve())
+    if only_table and not (grid.out / "study.json").exists():
+        raise ConfigError(f"--out {out} holds no study yet; run the same command without --only-table first")
+    claim(study, grid.out)
+    failed: Failed | None = None
+    try:
+        if not only_table:
+            grid.run(chosen)
+    except Stopped as stopped:
+        print(f"stopped at {stopped}; the same command goes on", flush=True)
+        return False
+    except Failed as error:
+        failed = error
+    if failed is None or any(grid.read(cell) for cell in cells(study)):
+        table = _table(grid)
+        write_text_atomic(out / "table.md", table.markdown())
+        write_json_atomic(out / "table.json", table.to_json())
+        draw(table, study.main, out / "plot.png")
+        print(f"{out / 'table.md'}, table.json and plot.png: {sum(len(row.by_seed) for row in table.rows)} cells")
+        print(table.markdown())
+    if failed is not None:
+        print(f"without a result: {failed}; the same command tries them again", flush=True)
+    return failed is None
 
 
 def _table(grid: Grid) -> QualityTable:
     study = grid.study
-    told = [grid.read(cell) for cell in sorted(cells(study), key=lambda cell: list(study.methods).index(cell.method))]
-    before = [Cell(TEACHER, 0), *(Cell(WARM_UP, seed) for seed in study.seeds)]
-    first = [grid.read(cell) for cell in before]
-    return QualityTable.of(
-        study.name, study.rank_by, len(study.seeds), [one for one in told if one], [one for one in first if one]
+    order = list(study.methods)
+    finished = [grid.read(cell) for cell in sorted(cells(study), key=lambda cell: order.index(cell.method))]
+    before = [grid.read(cell) for cell in (Cell(TEACHER, 0), *(Cell(WARM_UP, seed) for seed in study.seeds))]
+    return QualityTable.from_cells(
+        study.name,
+        study.rank_by,
+        len(study.seeds),
+        [cell for cell in finished if cell],
+        [cell for cell in before if cell],
     )

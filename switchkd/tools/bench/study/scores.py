@@ -1,6 +1,6 @@
-"""Scores of one student on a study's test set, whole and in parts.
+"""Scores of one student on a study's test sets, whole and in parts.
 
-In: what it wrote, text by text. Out: a flat dict, `exact_match` for all and `exact_match/digits=3` for a part; with
+In: its completions. Out: a flat dict, `exact_match` for all and `exact_match/digits=3` for a part; with
 several test sets `dolly/rouge_l` for one of them.
 """
 
@@ -21,31 +21,31 @@ from switchkd.types import EvalRow, Prompt
 
 
 def scores_of(rows: Sequence[EvalRow], prompts: Sequence[Prompt], config: Config, group: Group) -> dict[str, float]:
-    """Means over the exam's seeds, of all rows and of each part's."""
+    """Means over the evaluation's seeds, of all rows and of each part's."""
     metrics = config.eval.metrics
-    found = {name: stat.mean for name, stat in stats(rows, metrics, prompts).items()}
+    scores = {name: stat.mean for name, stat in stats(rows, metrics, prompts).items()}
     parts = parts_of(prompts, config, group)
     for part in sorted(set(parts), key=_order):
-        own = [row for row in rows if parts[row.index] == part]
-        found |= {f"{name}/{part}": stat.mean for name, stat in stats(own, metrics, prompts).items()}
-    return found
+        in_part = [row for row in rows if parts[row.index] == part]
+        scores |= {f"{name}/{part}": stat.mean for name, stat in stats(in_part, metrics, prompts).items()}
+    return scores
 
 
-def over_exams(scores: Mapping[str, float], exams: Sequence[str]) -> dict[str, float]:
-    """Also without an exam's name in front: the means over all exams that have the score. Where one has no name, its
-    scores stand there already."""
-    if "" in exams:
+def over_test_sets(scores: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """Add, under its bare name, the mean of a score over all test sets that have it. A test set without a name has its
+    scores there already."""
+    if "" in names:
         return dict(scores)
-    several: dict[str, list[float]] = {}
-    for exam in exams:
-        for name, score in scores.items():
-            if name.startswith(f"{exam}/"):
-                several.setdefault(name.removeprefix(f"{exam}/"), []).append(score)
-    return {name: fmean(values) for name, values in several.items()} | dict(scores)
+    by_score: dict[str, list[float]] = {}
+    for name, value in scores.items():
+        test_set, _, score = name.partition("/")
+        if test_set in names:
+            by_score.setdefault(score, []).append(value)
+    return {score: fmean(values) for score, values in by_score.items()} | dict(scores)
 
 
 def parts_of(prompts: Sequence[Prompt], config: Config, group: Group) -> list[str]:
-    """The part of each prompt; empty without a grouping. ConfigError for a row without the field."""
+    """Name each prompt's part; none without a grouping. ConfigError for a row without the field."""
     if group.reference_tokens:
         edges = sorted(group.reference_tokens)
         names = [f"reference_tokens={low}.." for low in (0, *edges)]
@@ -61,7 +61,7 @@ def parts_of(prompts: Sequence[Prompt], config: Config, group: Group) -> list[st
 
 
 def _order(part: str) -> tuple[str, float, str]:
-    """Numbers by size: digits=9 before digits=10."""
+    """Sort key with numbers by size: digits=9 before digits=10."""
     name, _, value = part.partition("=")
     number = value.removesuffix("..")
     return (name, float(number), "") if number.replace(".", "", 1).isdigit() else (name, 0.0, value)

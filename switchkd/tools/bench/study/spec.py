@@ -28,7 +28,7 @@ TEACHER, WARM_UP = "teacher", "warm-up"
 Overrides = dict[str, Any]
 
 
-class Size(Section):
+class ModelSize(Section):
     """Of a small Llama."""
 
     layers: PositiveInt
@@ -37,8 +37,8 @@ class Size(Section):
 
 
 class Arithmetic(Section):
-    """Additions with written-out steps (`arithmetic.py`), made once in the study's folder. Data and untrained models
-    then come from there."""
+    """Additions with written-out steps (`arithmetic_task.py`), made once in the study's folder. Data and untrained
+    models then come from there."""
 
     type: Literal["arithmetic"]
     digits: tuple[PositiveInt, ...] = Field(min_length=1)
@@ -47,8 +47,8 @@ class Arithmetic(Section):
     num_valid: PositiveInt = 100
     """For methods that look at validation scores (`eval.every`)."""
     seed: int = 0
-    teacher: Size
-    student: Size
+    teacher: ModelSize
+    student: ModelSize
 
 
 class Group(Section):
@@ -77,7 +77,7 @@ class Study(Section):
     methods: dict[str, Overrides] = Field(min_length=1)
     main: tuple[str, ...] = ()
     """Methods whose cells come first, and whose curves stand in the plot."""
-    exams: dict[str, Overrides] = Field(default={"": {}}, min_length=1)
+    test_sets: dict[str, Overrides] = Field(default={"": {}}, min_length=1)
     """Test sets by name, each with what it changes in the shared config (`eval`, `data`). A score without a name in
     front is that of the set without a name, else the mean over all (each counts once, whatever its size)."""
     rank_by: str = "exact_match"
@@ -118,18 +118,20 @@ def read_study(path: Path) -> Study:
     except ValidationError as error:
         raise ConfigError(f"{path}: {explain(error, Study)}") from None
     for name in study.main:
-        _known(name, study.methods, f"{path}: main")
+        _check_known(name, study.methods, f"{path}: main")
     _check_configs(study, path)
     return study
 
 
 def _check_configs(study: Study, path: Path) -> None:
-    """Every run's config is parsed, its rule and loss are tried: a typo in the last method costs no night."""
+    """Parse every run's config and build its rule and loss, so that a typo in the last method is found first."""
     from switchkd.controller.preflight import check_stage
 
     runs = {f"methods.{name}": overrides for name, overrides in study.methods.items()}
-    runs |= {f"exams.{name}": overrides for name, overrides in study.exams.items()}
-    runs |= {name: own for name, own in ((TEACHER, study.teacher), (WARM_UP, study.warm_up)) if own is not None}
+    runs |= {f"test_sets.{name}": overrides for name, overrides in study.test_sets.items()}
+    runs |= {
+        name: before for name, before in ((TEACHER, study.teacher), (WARM_UP, study.warm_up)) if before is not None
+    }
     paths = {"data": "train.jsonl", "eval": "valid.jsonl"} if study.task else {}
     for name, overrides in runs.items():
         try:
@@ -138,24 +140,27 @@ def _check_configs(study: Study, path: Path) -> None:
                 check_stage(stage)
         except ConfigError as error:
             raise ConfigError(f"{path}: {name}: {error}") from None
-        if name.startswith("exams.") and not any(study.rank_by.startswith(metric) for metric in config.eval.metrics):
+        if name.startswith("test_sets.") and not any(
+            study.rank_by.startswith(metric) for metric in config.eval.metrics
+        ):
             known = ", ".join(config.eval.metrics)
             raise ConfigError(f"{path}: {name}: rank_by={study.rank_by} is not scored; eval.metrics has {known}")
 
 
-def cells(study: Study, methods: Sequence[str] = (), wanted: Sequence[str] = ()) -> list[Cell]:
+def cells(study: Study, methods: Sequence[str] = (), names: Sequence[str] = ()) -> list[Cell]:
     """Main methods before the others, and in both all methods of a seed before the next seed, so that a part of the
-    grid is balanced. `methods` and `wanted` (cell names) choose some; ConfigError for names that are not there."""
-    for name in methods:
-        _known(name, study.methods, "--methods")
+    grid is balanced. `methods` and `names` (of cells) choose some; ConfigError for names that are not there."""
+    for method in methods:
+        _check_known(method, study.methods, "--methods")
     others = [name for name in study.methods if name not in study.main]
-    every = [Cell(name, seed) for part in (study.main, others) for seed in study.seeds for name in part]
-    for name in wanted:
-        _known(name, [cell.name for cell in every], "--cells")
-    return [cell for cell in every if cell.method in (methods or study.methods) and (not wanted or cell.name in wanted)]
+    all_cells = [Cell(name, seed) for part in (study.main, others) for seed in study.seeds for name in part]
+    for name in names:
+        _check_known(name, [cell.name for cell in all_cells], "--cells")
+    chosen = [cell for cell in all_cells if cell.method in (methods or study.methods)]
+    return [cell for cell in chosen if not names or cell.name in names]
 
 
-def _known(name: str, known: Mapping[str, Any] | Sequence[str], key: str) -> None:
+def _check_known(name: str, known: Mapping[str, Any] | Sequence[str], key: str) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}"
@@ -165,36 +170,29 @@ def _known(name: str, known: Mapping[str, Any] | Sequence[str], key: str) -> Non
 def configured(study: Study, overrides: Overrides, run_dir: Path, home: Path, **paths: str) -> Config:
     """The config of one run. `home` is where relative data paths start; `paths` replace `data`, `eval`, `teacher`,
     `student` (what the study makes itself). Raises ConfigError."""
-    raw = merged(study.base, overrides)
-    raw = merged(raw, {"run": {"dir": str(run_dir), "overwrite": True}})
-    for section, key in (("data", "path"), ("eval", "data")):
-        named = raw.get(section, {}).get(key) if isinstance(raw.get(section), dict) else None
-        if isinstance(named, str) and (home / named).exists():
-            raw = merged(raw, {section: {key: str((home / named).resolve())}})
-    keys = {
-        "data": ("data", "path"),
-        "eval": ("eval", "data"),
-        "teacher": ("teacher", "path"),
-        "student": ("student", "path"),
-    }
-    for what, path in paths.items():
-        section, key = keys[what]
-        # a student that is there already is not cut once more: `prune` would win over its path
-        raw = merged(raw, {section: {key: path, **({"prune": None} if what == "student" else {})}})
+    raw = merged(merged(study.base, overrides), {"run": {"dir": str(run_dir), "overwrite": True}})
+    for section, key in (("data", "path"), ("eval", "data"), ("teacher", "path"), ("student", "path")):
+        name = raw.get(section, {}).get(key) if isinstance(raw.get(section), dict) else None
+        if section in paths:
+            raw = merged(raw, {section: {key: paths[section]}})
+        elif section in ("data", "eval") and isinstance(name, str) and (home / name).exists():
+            raw = merged(raw, {section: {key: str((home / name).resolve())}})
+    if "student" in paths:  # it exists: `prune` would replace its path
+        raw = merged(raw, {"student": {"prune": None}})
     return parse(raw)
 
 
 def merged(base: Overrides, over: Mapping[str, Any]) -> Overrides:
     """Groups of keys are merged, all else is replaced; neither argument is changed."""
-    found = dict(base)
+    result = dict(base)
     for key, value in over.items():
-        below = found.get(key)
-        found[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
-    return found
+        below = result.get(key)
+        result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+    return result
 
 
 def flat(overrides: Mapping[str, Any], above: str = "") -> Iterator[str]:
-    """`learner.loss.type=atkd`, ...: what a method is, for the reader."""
+    """Yield `learner.loss.type=atkd`, ...: what a method changes."""
     for key, value in overrides.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{above}{key}.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -27,21 +27,20 @@ MEASURES = {
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """Over seeds, with half the width of its 95% interval; None for a single seed."""
+    """A mean over seeds, with half the width of its 95% interval; None for a single seed."""
 
     mean: float
     half: float | None
     num: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Mean:
+    def from_values(cls, values: Sequence[float]) -> Mean:
         """Raises ValueError without values."""
-        if len(values) < 2:
-            return cls(statistics.fmean(values), None, len(values))
-        wide = _stats().t.ppf(0.5 + LEVEL / 2, len(values) - 1)
-        return cls(
-            statistics.fmean(values), float(wide * statistics.stdev(values) / math.sqrt(len(values))), len(values)
-        )
+        half = None
+        if len(values) > 1:
+            t = check_scipy().t.ppf(0.5 + LEVEL / 2, len(values) - 1)
+            half = float(t * statistics.stdev(values) / math.sqrt(len(values)))
+        return cls(statistics.fmean(values), half, len(values))
 
     def __str__(self) -> str:
         digits = 1 if abs(self.mean) >= 10 else 2 if abs(self.mean) >= 1 else 3
@@ -50,8 +49,7 @@ class Mean:
 
 @dataclass(frozen=True, slots=True)
 class Paired:
-    """`method` less `other`, seed by seed. `p` is None where it cannot be had: below two seeds, or without any
-    spread."""
+    """`method` less `other`, seed by seed. `p` is None below two seeds, or without any spread."""
 
     method: str
     other: str
@@ -61,16 +59,14 @@ class Paired:
     p_holm: float | None = None
 
     @classmethod
-    def of(cls, method: str, own: Mapping[int, float], other: str, others: Mapping[int, float]) -> Paired | None:
-        """None without a seed that both have."""
-        seeds = sorted(own.keys() & others.keys())
-        if not seeds:
-            return None
-        differences = [own[seed] - others[seed] for seed in seeds]
+    def from_scores(cls, method: str, by_seed: Mapping[int, float], other: str, others: Mapping[int, float]) -> Paired:
+        """The test over the seeds that both have; there must be one."""
+        seeds = sorted(by_seed.keys() & others.keys())
+        differences = [by_seed[seed] - others[seed] for seed in seeds]
         if len(set(differences)) < 2:
-            return cls(method, other, Mean.of(differences), None, None)
-        test = _stats().ttest_rel([own[seed] for seed in seeds], [others[seed] for seed in seeds])
-        return cls(method, other, Mean.of(differences), float(test.statistic), float(test.pvalue))
+            return cls(method, other, Mean.from_values(differences), None, None)
+        test = check_scipy().ttest_rel([by_seed[seed] for seed in seeds], [others[seed] for seed in seeds])
+        return cls(method, other, Mean.from_values(differences), float(test.statistic), float(test.pvalue))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,23 +84,23 @@ class TableRow:
     train_s: Mean
 
     @classmethod
-    def of(
-        cls, method: str, told: Sequence[Mapping[str, Any]], rank_by: str, started: Mapping[int, float] | None = None
+    def from_cells(
+        cls, method: str, cells: Sequence[Mapping[str, Any]], rank_by: str, started: Mapping[int, float]
     ) -> TableRow:
         """`started`: the score of each seed's student before."""
-        by_seed = {one["seed"]: one["scores"][rank_by] for one in told}
-        gains = {seed: score - started[seed] for seed, score in by_seed.items() if started and seed in started}
-        names = [name for name in told[0]["scores"] if all(name in one["scores"] for one in told)]
+        by_seed = {cell["seed"]: cell["scores"][rank_by] for cell in cells}
+        gains = {seed: score - started[seed] for seed, score in by_seed.items() if seed in started}
+        names = [name for name in cells[0]["scores"] if all(name in cell["scores"] for cell in cells)]
         return cls(
             method=method,
-            what=" ".join(flat(told[0]["overrides"])),
-            scores={name: Mean.of([one["scores"][name] for one in told]) for name in names},
+            what=" ".join(flat(cells[0]["overrides"])),
+            scores={name: Mean.from_values([cell["scores"][name] for cell in cells]) for name in names},
             by_seed=by_seed,
             gains=gains,
-            gain=Mean.of(list(gains.values())) if gains else None,
-            teacher_frac=Mean.of([one["rollouts"]["teacher_frac"] for one in told]),
-            rollout_tokens=Mean.of([one["rollouts"]["tokens"] for one in told]),
-            train_s=Mean.of([one["seconds"]["train"] for one in told]),
+            gain=Mean.from_values(list(gains.values())) if gains else None,
+            teacher_frac=Mean.from_values([cell["rollouts"]["teacher_frac"] for cell in cells]),
+            rollout_tokens=Mean.from_values([cell["rollouts"]["tokens"] for cell in cells]),
+            train_s=Mean.from_values([cell["seconds"]["train"] for cell in cells]),
         )
 
 
@@ -114,13 +110,14 @@ class QualityTable:
 
     name: str
     rank_by: str
+    by_gain: bool  # gains rank, not scores
     num_seeds: int
     rows: tuple[TableRow, ...]
     before: tuple[TableRow, ...]
     neighbours: tuple[Paired, ...]
 
     @classmethod
-    def of(
+    def from_cells(
         cls,
         name: str,
         rank_by: str,
@@ -128,32 +125,32 @@ class QualityTable:
         cells: Sequence[Mapping[str, Any]],
         before: Sequence[Mapping[str, Any]],
     ) -> QualityTable:
-        """`cells` of the methods, `before` those of the runs that came before. Raises ConfigError without a cell."""
+        """`cells` of the methods, `before` of the runs that came before. Raises ConfigError without a cell."""
         if not cells:
             raise ConfigError(
                 f"{name}: no cell is finished yet; run `switchkd bench quality` without --only-table first"
             )
-        started = {one["seed"]: one["scores"][rank_by] for one in before if one["method"] == WARM_UP}
+        started = {cell["seed"]: cell["scores"][rank_by] for cell in before if cell["method"] == WARM_UP}
         rows = _rows(cells, rank_by, started)
-        by_gain = _have_starts(rows)  # methods may have other seeds, and seeds other starts
+        by_gain = all(row.gain for row in rows)  # methods may have other seeds, and seeds other starts
         rows.sort(key=lambda row: -(row.gain if by_gain and row.gain else row.scores[rank_by]).mean)
         return cls(
-            name=name, rank_by=rank_by, num_seeds=num_seeds, rows=tuple(rows), before=tuple(_rows(before, rank_by)),
+            name=name,
+            rank_by=rank_by,
+            by_gain=by_gain,
+            num_seeds=num_seeds,
+            rows=tuple(rows),
+            before=tuple(_rows(before, rank_by, {})),
             neighbours=tuple(_neighbours(rows)),
-        )  # fmt: skip
+        )
 
     @property
-    def by_gain(self) -> bool:
-        """Whether gains rank, not scores."""
-        return _have_starts(self.rows)
-
-    @property
-    def _ranked(self) -> str:
+    def ranked_by(self) -> str:
         return f"gain in {self.rank_by}" if self.by_gain else self.rank_by
 
     @property
     def parts(self) -> list[str]:
-        """Parts of the test set for which the score that ranks is there, and other exams."""
+        """Parts of the test set, and further test sets, for which the score that ranks is there."""
         names = self.rows[0].scores
         ends = [name for name in names if name.startswith(f"{self.rank_by}/") or name.endswith(f"/{self.rank_by}")]
         return [name.removeprefix(f"{self.rank_by}/").removesuffix(f"/{self.rank_by}") for name in ends]
@@ -163,30 +160,30 @@ class QualityTable:
         return row.scores.get(f"{self.rank_by}/{part}", row.scores.get(f"{part}/{self.rank_by}"))
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "level": LEVEL, "notes": surroundings("cpu", "as the study says")}
+        return {**asdict(self), "level": LEVEL, "notes": surroundings(device="cpu", dtype="as the study says")}
 
     def markdown(self) -> str:
         """The scores, the parts, the tests, the methods: four tables and what they are."""
         few = [row.method for row in self.rows if len(row.by_seed) < self.num_seeds]
-        told = [
+        parts = [
             f"# {self.name}",
-            f"Means over seeds with their 95% interval (Student's t), by {self._ranked}. KL in nats a token; teacher "
-            "share of the tokens that models wrote for the training; seconds of the run without its exam. The gain is "
-            "over the student that all methods of a seed start from.",
+            f"Means over seeds with their 95% interval (Student's t), by {self.ranked_by}. KL in nats a token; teacher "
+            "share of the tokens that models generated for the training; seconds of the run without its evaluation. "
+            "The gain is over the student that all methods of a seed start from.",
             self._scores(),
         ]
         if few:
-            told.append(f"Not all of the {self.num_seeds} seeds are there for: {', '.join(few)}.")
+            parts.append(f"Not all of the {self.num_seeds} seeds are there for: {', '.join(few)}.")
         if self.parts:
-            told += [f"## {self.rank_by} by part", self._parts()]
-        told += [
+            parts += [f"## {self.rank_by} by part", self._parts()]
+        parts += [
             "## Neighbours in the ranking",
             f"Difference in {self.rank_by}, paired by seed; p of the paired t-test, and Holm's over all of them.",
             self._tests(),
             "## What each method changes",
             _table(("method", "keys"), [(row.method, f"`{row.what}`" if row.what else "nothing") for row in self.rows]),
         ]
-        return "\n\n".join(told) + "\n"
+        return "\n\n".join(parts) + "\n"
 
     def _scores(self) -> str:
         there = [name for name in MEASURES if name in self.rows[0].scores]
@@ -215,40 +212,32 @@ class QualityTable:
         return _table(("pair", "seeds", "difference", "p", "p (Holm)"), rows)
 
 
-def _rows(
-    cells: Iterable[Mapping[str, Any]], rank_by: str, started: Mapping[int, float] | None = None
-) -> list[TableRow]:
+def _rows(cells: Iterable[Mapping[str, Any]], rank_by: str, started: Mapping[int, float]) -> list[TableRow]:
     by_method: dict[str, list[Mapping[str, Any]]] = {}
     for cell in cells:
         by_method.setdefault(cell["method"], []).append(cell)
-    return [TableRow.of(method, told, rank_by, started) for method, told in by_method.items()]
-
-
-def _have_starts(rows: Iterable[TableRow]) -> bool:
-    return all(row.gain is not None for row in rows)
+    return [TableRow.from_cells(method, its_cells, rank_by, started) for method, its_cells in by_method.items()]
 
 
 def _neighbours(rows: Sequence[TableRow]) -> list[Paired]:
-    pairs = [Paired.of(one.method, one.by_seed, other.method, other.by_seed) for one, other in pairwise(rows)]
-    found = [pair for pair in pairs if pair is not None]
-    corrected = iter(holm([pair.p for pair in found if pair.p is not None]))
-    return [
-        Paired(
-            pair.method, pair.other, pair.difference, pair.t, pair.p, next(corrected) if pair.p is not None else None
-        )
-        for pair in found
+    pairs = [
+        Paired.from_scores(one.method, one.by_seed, other.method, other.by_seed)
+        for one, other in pairwise(rows)
+        if one.by_seed.keys() & other.by_seed.keys()
     ]
+    corrected = iter(holm([pair.p for pair in pairs if pair.p is not None]))
+    return [replace(pair, p_holm=None if pair.p is None else next(corrected)) for pair in pairs]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction (1979): the i-th smallest of m is multiplied by m - i + 1, and none is below the one
     before it."""
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
-    found, worst = [0.0] * len(p_values), 0.0
-    for i, place in enumerate(order):
-        worst = max(worst, min(1.0, (len(p_values) - i) * p_values[place]))
-        found[place] = worst
-    return found
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -260,7 +249,8 @@ def _p(value: float | None) -> str:
     return "-" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _stats() -> Any:
+def check_scipy() -> Any:
+    """scipy.stats; ConfigError where it is not installed."""
     try:  # not among what switchkd requires
         from scipy import stats
     except ImportError:
