@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from switchkd.types import StateLost
+
 
 @pytest.fixture
 def ray(monkeypatch) -> Any:
@@ -87,3 +89,59 @@ def test_a_question_that_hangs_keeps_nobody(ray, monkeypatch):
     assert not ray.up and not end.is_set()
     end.set()
     thread.join()
+
+
+# --- the ranks of a learner ------------------------------------------------------------------------------------------
+
+
+class TestRanks:
+    @pytest.fixture(autouse=True)
+    def short(self, monkeypatch) -> None:
+        from switchkd.actors import ray_futures
+
+        monkeypatch.setattr(ray_futures, "GRACE_S", 0.3)
+
+    def gathered(self) -> tuple[list[Future[Any]], Future[Any]]:
+        from switchkd.actors.ray_futures import gather_ranks
+
+        ranks: list[Future[Any]] = [Future() for _ in range(3)]
+        return ranks, gather_ranks([SimpleNamespace(future=lambda rank=rank: rank) for rank in ranks])
+
+    def test_rank_0_answers_once_all_have(self):
+        ranks, answer = self.gathered()
+        for i in (0, 2):
+            ranks[i].set_result(i)
+        Event().wait(0.1)
+        assert not answer.done()
+        ranks[1].set_result(1)
+        assert answer.result(5) == 0
+
+    def test_a_rank_that_died(self):
+        """Its loss is said, at once, whatever the others raise because of it before."""
+        from ray.exceptions import ActorDiedError
+
+        ranks, answer = self.gathered()
+        ranks[2].set_exception(RuntimeError("connection closed by peer"))
+        Event().wait(0.1)
+        assert not answer.done()
+        ranks[1].set_exception(ActorDiedError())
+        assert str(answer.exception(5)) == "a learner rank died" and type(answer.exception()) is StateLost
+
+    def test_an_error_of_the_work(self):
+        """It is raised as it is: when all have ended, or when the others still compute after a while."""
+        for rest in ([], [0, 1]):
+            ranks, answer = self.gathered()
+            ranks[2].set_exception(ValueError("no such loss"))
+            for i in rest:
+                ranks[i].set_result(None)
+            assert type(answer.exception(5)) is ValueError
+
+    def test_a_rank_without_a_disk_whose_peers_wait_for_it(self):
+        """Nothing but new ranks helps."""
+        ranks, answer = self.gathered()
+        ranks[0].set_exception(OSError(28, "no space"))
+        assert type(answer.exception(5)) is StateLost and "a learner rank failed (OSError" in str(answer.exception())
+        ranks, answer = self.gathered()
+        for rank in ranks:
+            rank.set_exception(OSError(28, "no space"))
+        assert type(answer.exception(5)) is OSError

@@ -24,13 +24,18 @@ from switchkd.config.schema import Config, ResourcesConfig, RoleResourcesConfig
 class ProcessPlacement:
     """The resources of one process. Empty where it takes nothing and may run anywhere."""
 
-    def __init__(self, each: ResourcesConfig, *, name: str = "", detached: bool = False) -> None:
+    def __init__(
+        self, each: ResourcesConfig, *, name: str = "", detached: bool = False, existing: bool = False
+    ) -> None:
+        """`existing`: take over the placement that was made under this name."""
         self.amounts = {"num_cpus": float(each.num_cpus or 0), "num_gpus": float(each.num_gpus)}
         bundle = {"CPU": self.amounts["num_cpus"], "GPU": self.amounts["num_gpus"]}
         packed = {key: num for key, num in bundle.items() if num}
         self.labels = dict(each.labels)
         self.group: Any = None
-        if packed:
+        if packed and existing:
+            self.group = get_placement_group(name)
+        elif packed:
             self.group = placement_group(
                 [packed],
                 strategy="STRICT_PACK",
@@ -38,15 +43,6 @@ class ProcessPlacement:
                 lifetime="detached" if detached else None,
                 bundle_label_selector=[self.labels] if self.labels else None,
             )
-
-    @classmethod
-    def named(cls, each: ResourcesConfig, name: str) -> ProcessPlacement:
-        """One that was made under this name."""
-        placement = cls(ResourcesConfig())
-        placement.amounts = {"num_cpus": float(each.num_cpus or 0), "num_gpus": float(each.num_gpus)}
-        if any(placement.amounts.values()):
-            placement.group = get_placement_group(name)
-        return placement
 
     @property
     def key(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, wait
 from threading import Lock, Thread, Timer
 from typing import Any
 
@@ -131,14 +131,13 @@ def retry_until_alive(call: Callable[[], Any]) -> Future[Any]:
     return answer
 
 
-def run_in_thread(function: Callable[[], None]) -> Future[None]:
+def run_in_thread(function: Callable[[], Any]) -> Future[Any]:
     """The answer of a function that waits. The thread does not keep the process alive."""
-    answer: Future[None] = Future()
+    answer: Future[Any] = Future()
 
     def work() -> None:
         try:
-            function()
-            answer.set_result(None)
+            answer.set_result(function())
         except Exception as error:
             answer.set_exception(error)
 
@@ -149,50 +148,26 @@ def run_in_thread(function: Callable[[], None]) -> Future[None]:
 def gather_ranks(refs: list[Any]) -> Future[Any]:
     """The answer of rank 0, once all have answered. Raises StateLost when a rank died or could not reach what it needs,
     in place of the errors of the others that follow from it."""
-    answer: Future[Any] = Future()
     futures = [ref.future() for ref in refs]
-    lock = Lock()  # callbacks come on Ray's threads
-    failed = False
-
-    def settle(done: Future[Any]) -> None:
-        nonlocal failed
-        with lock:
-            if failed or answer.done():
-                return
-            error = done.exception()
-            if error is not None:
-                failed = True
-                _fail_ranks(error, answer, futures)
-            elif all(future.done() and future.exception() is None for future in futures):
-                answer.set_result(futures[0].result())
-
-    for future in futures:
-        future.add_done_callback(settle)
-    return answer
+    return run_in_thread(lambda: _gather(futures))
 
 
-def _fail_ranks(error: BaseException, answer: Future[Any], futures: list[Future[Any]]) -> None:
-    if _loses_state(error):
-        answer.set_exception(StateLost(_describe_loss(error)))
-        return
-
-    def wait_for_others() -> None:
-        deadline = time.monotonic() + GRACE_S
-        while time.monotonic() < deadline and not answer.done():
-            errors = [future.exception() for future in futures if future.done()]
-            losses = [one for one in errors if one is not None and _loses_state(one)]
-            if losses:
-                answer.set_exception(StateLost(_describe_loss(losses[0])))
-            elif len(errors) == len(futures):
-                break
-            else:
-                time.sleep(0.1)
-        if answer.done():
-            return
-        stuck = isinstance(cause_of(error), OSError) and not all(future.done() for future in futures)
-        answer.set_exception(StateLost(_describe_loss(error)) if stuck else cause_of(error))
-
-    Thread(target=wait_for_others, daemon=True).start()
+def _gather(futures: list[Future[Any]]) -> Any:
+    wait(futures, return_when=FIRST_EXCEPTION)
+    deadline = time.monotonic() + GRACE_S
+    while True:
+        done = [future for future in futures if future.done()]
+        errors = [error for future in done if (error := future.exception()) is not None]
+        if not errors:
+            return futures[0].result()
+        waiting = [future for future in futures if future not in done]
+        lost = next(filter(_loses_state, errors), None)
+        if lost is None and waiting and time.monotonic() < deadline:
+            wait(waiting, timeout=GRACE_S / 10, return_when=FIRST_COMPLETED)
+            continue
+        if lost is None and waiting and isinstance(cause_of(errors[0]), OSError):
+            lost = errors[0]
+        raise cause_of(errors[0]) if lost is None else StateLost(_describe_loss(lost))
 
 
 def _loses_state(error: BaseException) -> bool:

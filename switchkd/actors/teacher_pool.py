@@ -205,7 +205,7 @@ class TeacherPoolActor:
         numbers = sorted(map(int, actor_suffixes(replica_name(self.key, ""))))
         for number in numbers:
             name = replica_name(self.key, number)
-            placement = ProcessPlacement.named(of_role(self.config, "teacher"), name)
+            placement = ProcessPlacement(of_role(self.config, "teacher"), name=name, existing=True)
             self.pool.register(number, ray.get_actor(name, namespace=NAMESPACE), placement, time.monotonic())
         if numbers:
             held = {member.placement.key for member in self.pool.members.values()}

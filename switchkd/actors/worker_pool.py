@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any, overload
+from typing import Any
 
 from switchkd.actors.autoscaling import Load
 from switchkd.actors.placement_group import ProcessPlacement
@@ -19,6 +19,7 @@ from switchkd.actors.ray_futures import retry_until_alive, worker_future
 from switchkd.config import resources
 from switchkd.config.schema import Config, ReplicaRange
 from switchkd.controller.handles import WorkerHandle
+from switchkd.controller.local import completed
 from switchkd.types import EvalShard, RolloutTask, WeightRef
 
 
@@ -46,9 +47,7 @@ class RayWorkerHandle:
 
     def back(self) -> Future[None]:
         if self._member.state is State.DRAINING:  # it is not waited for
-            ended: Future[None] = Future()
-            ended.set_result(None)
-            return ended
+            return completed(lambda: None)
         return self._timed(retry_until_alive(self.actor.ready.remote))
 
     @property
@@ -92,12 +91,8 @@ class WorkerPool(Sequence[WorkerHandle]):
     def __len__(self) -> int:
         return len(self._pool.within(State.READY))
 
-    @overload
-    def __getitem__(self, index: int) -> WorkerHandle: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[WorkerHandle]: ...
-    def __getitem__(self, index: int | slice) -> WorkerHandle | list[WorkerHandle]:
-        return list(self)[index] if isinstance(index, slice) else self._handles[index]
+    def __getitem__(self, index: Any) -> Any:
+        return self._handles[index]
 
     def __iter__(self) -> Iterator[WorkerHandle]:
         return iter([self._handles[number] for number in self._pool.within(State.READY)])

@@ -15,7 +15,7 @@ from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config
 from switchkd.controller.handles import ActorHandles, Heartbeat
 from switchkd.data.build import make_replay
-from switchkd.data.recorded import RecordedRollouts, heads_for
+from switchkd.data.recorded import heads_for
 from switchkd.data.replay import Replay
 from switchkd.engines.build import make_teacher
 from switchkd.learner.rank import LearnerRank, RankInfo
@@ -59,7 +59,7 @@ def _cannot_restart() -> None:
 class LocalWorkerHandle:
     """A worker that puts into a replay of the same process."""
 
-    def __init__(self, worker: RolloutWorker, replay: Replay | RecordedRollouts | None) -> None:
+    def __init__(self, worker: RolloutWorker, replay: Replay | None) -> None:
         self.worker, self.replay = worker, replay
 
     def generate(self, tasks: list[RolloutTask], weights: WeightRef | None) -> Future[Any]:

@@ -23,7 +23,7 @@ SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 """Environment variables whose values never reach a file of ours."""
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then put it in place. One writer per path."""
     beside = path.with_name(path.name + ".tmp")
     write(beside)
@@ -33,7 +33,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    write_atomic(path, lambda beside: _write_text(beside, text))
+    write_atomic(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def write_json_atomic(path: Path, obj: Any) -> None:
@@ -128,10 +128,6 @@ def redact(text: str) -> str:
         value = os.environ.get(name, "")
         text = text.replace(value, "***") if len(value) >= 8 else text
     return re.sub(r"\bhf_[A-Za-z0-9]{20,}", "***", text)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _sha256(path: Path) -> str:

@@ -13,7 +13,7 @@ from switchkd.data.reuse_buffer import Buffer
 from switchkd.engines.models.loading import load_tokenizer
 
 
-def make_replay(config: Config, run_dir: Path) -> Replay | RecordedRollouts:
+def make_replay(config: Config, run_dir: Path) -> Replay:
     """The replay of one run, or the rollouts that another run recorded."""
     section = config.replay
     tokenizer = load_tokenizer(config.student.path, trust_remote_code=config.student.trust_remote_code)
