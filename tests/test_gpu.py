@@ -99,7 +99,7 @@ def test_student_histories(family, with_graphs):
     """Random extends and cuts of a student's slots equal clean forward passes, and shapes do repeat."""
     engine = ModelRunner(on_gpu(family), num_slots=6, max_len=96, capture=capture(with_graphs))
     live_through(engine, tiny_model(family), turns=60, atol=ATOL)
-    assert engine._graphs is None or engine._graphs.num_graphs > 5, "steps were recorded"
+    assert engine._graphs is None or len(engine._graphs._graphs) > 5, "steps were recorded"
 
 
 @GRAPHS
@@ -146,7 +146,7 @@ def test_new_weights_reach_recorded_steps():
         got = torch.cat([student.extend(slot, np.array([i]), ids[i : i + 1], one) for i in range(30)])
         torch.testing.assert_close(got.cpu(), clean(new, ids), atol=ATOL, rtol=0)
         assert student._slots._graphs is not None
-        numbers.append(student._slots._graphs.num_graphs)
+        numbers.append(len(student._slots._graphs._graphs))
     assert numbers[0] == numbers[1] > 0
 
 

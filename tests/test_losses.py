@@ -243,6 +243,29 @@ def sequences(holes: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return p, q, labels, mask
 
 
+def atkd_of_step(
+    teacher_logits: torch.Tensor,
+    student_logits: torch.Tensor,
+    labels: torch.Tensor,
+    loss_mask: torch.Tensor,
+    *,
+    hard_frac: float = 0.5,
+    lam: float = 0.2,
+    direction: str = "forward",
+) -> torch.Tensor:
+    """lam mean_easy(DKD) + (1 - lam) (mean_hard(TKD) + mean_hard(DKD)) over the valid tokens of the call, a scalar.
+
+    Logits [B, T, V], labels and loss_mask (true = train) [B, T]: logits[b, t] predict labels[b, t]. The threshold that
+    parts easy from hard is found over all valid tokens, and each group has its own denominator; an empty one gives 0.
+    """
+    valid = loss_mask.bool()
+    p_logits, q_logits, labels = teacher_logits[valid], student_logits[valid], labels[valid].long()
+    unc = losses.uncertainty(p_logits, labels)
+    hard = unc >= losses.atkd_threshold(unc, hard_frac=hard_frac)
+    each = losses.atkd_tokens(p_logits, q_logits, labels, valid[valid], hard=hard, lam=lam, direction=direction)
+    return each[~hard].sum() / (~hard).sum().clamp(min=1) + each[hard].sum() / hard.sum().clamp(min=1)
+
+
 @pytest.mark.parametrize("holes", [False, True])
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 @pytest.mark.parametrize("hard_frac", [0.0, 0.3, 0.5, 1.0])
@@ -251,8 +274,8 @@ def test_atkd_equals_the_paper(hard_frac: float, direction: str, holes: bool) ->
     p, q, labels, mask = sequences(holes)
     numbers = {"hard_frac": hard_frac, "lam": 0.3, "direction": direction}
     expected = slow_atkd(p, q, labels, mask, **numbers)
-    assert losses.atkd(p, q, labels, mask, **numbers).item() == pytest.approx(expected, abs=3e-6)
-    exact = losses.atkd(p.double(), q.double(), labels, mask.int(), **numbers)
+    assert atkd_of_step(p, q, labels, mask, **numbers).item() == pytest.approx(expected, abs=3e-6)
+    exact = atkd_of_step(p.double(), q.double(), labels, mask.int(), **numbers)
     assert exact.dtype == torch.float64 and exact.shape == () and exact.item() == pytest.approx(expected, abs=1e-12)
 
 
@@ -261,7 +284,7 @@ def test_atkd_by_default_is_forward_with_the_papers_numbers() -> None:
     p, q, labels, mask = sequences()
     mask[1, 0] = False  # leaves 10
     expected = slow_atkd(p, q, labels, mask, hard_frac=0.5, lam=0.2, direction="forward")
-    assert losses.atkd(p.double(), q.double(), labels, mask).item() == pytest.approx(expected, abs=1e-12)
+    assert atkd_of_step(p.double(), q.double(), labels, mask).item() == pytest.approx(expected, abs=1e-12)
     unc = losses.uncertainty(p[mask], labels[mask])
     assert (unc >= losses.atkd_threshold(unc)).sum() == 6
 
@@ -271,7 +294,7 @@ def test_atkd_gradient_is_that_of_the_naive_formula(direction: str) -> None:
     """The student's gradient is autograd's of TKD and DKD as written, 0 where masked out; the teacher gets none."""
     p, q, labels, mask = sequences()
     p, q = p.double().requires_grad_(), q.double().requires_grad_()
-    losses.atkd(p, q, labels, mask, direction=direction).backward()
+    atkd_of_step(p, q, labels, mask, direction=direction).backward()
     assert p.grad is None and (grad(q)[~mask] == 0).all()
     own = q.detach()[mask].requires_grad_()
     p_law, q_law, n, g = p.detach()[mask].softmax(-1), own.softmax(-1), torch.arange(11), labels[mask]
@@ -293,7 +316,7 @@ def test_atkd_passes_gradcheck_with_holes(direction: str) -> None:
     p, q, labels, mask, _ = batch(num=6, vocab=7)
     p[:, 0] = q[:, 0] = -math.inf
     p, q, labels, mask = p.double().view(2, 3, 7), q.double().view(2, 3, 7), labels.view(2, 3), mask.view(2, 3)
-    assert torch.autograd.gradcheck(lambda z: losses.atkd(p, z, labels, mask, direction=direction), q.requires_grad_())
+    assert torch.autograd.gradcheck(lambda z: atkd_of_step(p, z, labels, mask, direction=direction), q.requires_grad_())
 
 
 def test_atkd_with_an_empty_group() -> None:
@@ -302,8 +325,8 @@ def test_atkd_with_an_empty_group() -> None:
     p, q, labels = p[1:2, :1].expand(1, 5, V), q[1:2].clone().requires_grad_(), labels[1:2, :1].expand(1, 5)
     p_law, g = law(p[0, 0]), int(labels[0, 0])
     parts = [tkd(p_law, law(row), g) + dkd(p_law, law(row), g) for row in q[0].detach()]
-    assert losses.atkd(p, q, labels, mask[1:2]).item() == pytest.approx(0.8 * sum(parts) / 5, abs=3e-6)
-    nothing = losses.atkd(p, q, labels, torch.zeros_like(mask[1:2]))
+    assert atkd_of_step(p, q, labels, mask[1:2]).item() == pytest.approx(0.8 * sum(parts) / 5, abs=3e-6)
+    nothing = atkd_of_step(p, q, labels, torch.zeros_like(mask[1:2]))
     nothing.backward()
     assert nothing.item() == 0 and (grad(q) == 0).all()
 
@@ -314,7 +337,7 @@ def test_atkd_where_the_label_is_the_only_possible_id() -> None:
     p[..., 3], q[..., 3] = 2.0, -1.0
     q.requires_grad_()
     for direction in ("forward", "reverse"):
-        loss = losses.atkd(p, q, torch.full((1, 2), 3), torch.ones(1, 2), direction=direction)
+        loss = atkd_of_step(p, q, torch.full((1, 2), 3), torch.ones(1, 2), direction=direction)
         loss.backward()
         assert loss.item() == 0 and (grad(q) == 0).all()
 
@@ -329,7 +352,7 @@ def test_atkd_is_the_weighted_sum_that_a_step_takes() -> None:
         hard = torch.zeros(15, dtype=torch.bool)
         hard[flat[3]] = unc >= losses.atkd_threshold(unc)
         each = losses.atkd_tokens(*flat, hard=hard)
-        scalar = losses.atkd(p, q, labels, mask)
+        scalar = atkd_of_step(p, q, labels, mask)
         assert scalar.dtype == torch.float32
         torch.testing.assert_close(scalar, (losses.atkd_weights(flat[3], hard) * each).sum())
 

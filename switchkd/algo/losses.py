@@ -5,7 +5,6 @@
 p = teacher (no gradient), q = student, natural logarithm, label = the token that stands in the sequence. A masked-out
 position gives 0 and no gradient, whatever stands in its row; logits of -inf are allowed at ids shared by both. The
 step's loss is sum(weights * loss) with the weights below: they hold the denominator, one for the whole step.
-`atkd` is that sum for a step held in one tensor.
 """
 
 import math
@@ -55,29 +54,6 @@ def cross_entropy(p_logits: Tensor | None, q_logits: Tensor, labels: Tensor, mas
 
 
 # --- ATKD (Zhong et al., ACL 2024) -----------------------------------------------------------------------------------
-
-
-def atkd(
-    teacher_logits: Tensor,
-    student_logits: Tensor,
-    labels: Tensor,
-    loss_mask: Tensor,
-    *,
-    hard_frac: float = 0.5,
-    lam: float = 0.2,
-    direction: str = "forward",
-) -> Tensor:
-    """lam mean_easy(DKD) + (1 - lam) (mean_hard(TKD) + mean_hard(DKD)) over the valid tokens of the call, a scalar.
-
-    Logits [B, T, V], labels and loss_mask (true = train) [B, T]: logits[b, t] predict labels[b, t]. The threshold that
-    parts easy from hard is found over all valid tokens, and each group has its own denominator; an empty one gives 0.
-    """
-    valid = loss_mask.bool()
-    p_logits, q_logits, labels = teacher_logits[valid], student_logits[valid], labels[valid].long()
-    unc = uncertainty(p_logits, labels)
-    hard = unc >= atkd_threshold(unc, hard_frac=hard_frac)
-    each = atkd_tokens(p_logits, q_logits, labels, valid[valid], hard=hard, lam=lam, direction=direction)
-    return each[~hard].sum() / max(_count(~hard), 1) + each[hard].sum() / max(_count(hard), 1)
 
 
 def atkd_tokens(

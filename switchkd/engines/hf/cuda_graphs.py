@@ -55,10 +55,6 @@ class StepGraphs:
         self._uses: Counter[Hashable] = Counter()
         self._recording = True
 
-    @property
-    def num_graphs(self) -> int:
-        return len(self._graphs)
-
     def load(self, numbers: np.ndarray) -> torch.Tensor:
         """Copy int64 numbers to the start of the buffer. Returns that part of it."""
         part = self.inputs[: len(numbers)]

@@ -71,7 +71,7 @@ class ModelRunner:
         keep = lengths if keep is None else np.asarray(keep, np.int64)
         self._check_rows(slots, starts, token_ids, lengths)
         self.lens[slots] = starts  # true whatever happens below
-        batch = _Ragged(slots, starts, np.asarray(token_ids, np.int64), lengths, keep)
+        batch = _Batch(slots, starts, np.asarray(token_ids, np.int64), lengths, keep)
         parts = []
         for offset in range(0, int(lengths.max(initial=0)), self.prefill_chunk):
             sizes = np.clip(lengths - offset, 0, self.prefill_chunk)
@@ -86,7 +86,7 @@ class ModelRunner:
         self.lens[:] = 0
 
     @torch.inference_mode()
-    def _forward(self, batch: _Ragged, rows: np.ndarray, offset: int, sizes: np.ndarray) -> _Part:
+    def _forward(self, batch: _Batch, rows: np.ndarray, offset: int, sizes: np.ndarray) -> _Part:
         """One padded forward pass over `sizes` tokens of some rows, from token `offset` of each."""
         slots, lens = batch.slots[rows], sizes[rows, None]
         shape, at = self._shape(slots, int(lens.max()), int((batch.starts[rows] + sizes[rows]).max()) + offset)
@@ -191,7 +191,7 @@ class ModelRunner:
 
 
 @dataclass(frozen=True, slots=True)
-class _Ragged:
+class _Batch:
     """The rows of one `extend`. Their tokens lie one after the other, so do the places of what is returned."""
 
     slots: np.ndarray

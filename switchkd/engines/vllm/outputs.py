@@ -131,10 +131,13 @@ class PublicRows:
         rows += [self._row(written.logprobs, i) for i in range(len(written.token_ids))]
         surplus = max(job.first - first, 0)
         unknown = [float("inf")] * len(written.token_ids)  # the public interface does not say how close a draw was
+        nothing = torch.zeros(0, 2 * self.top_k + 2, dtype=torch.int32)
         return Answer(
-            first=first + surplus, rows=torch.stack(rows[surplus:]) if rows[surplus:] else _no_rows(self.top_k),
-            token_ids=list(written.token_ids), margins=unknown,
-        )  # fmt: skip
+            first=first + surplus,
+            rows=torch.stack(rows[surplus:]) if rows[surplus:] else nothing,
+            token_ids=list(written.token_ids),
+            margins=unknown,
+        )
 
     def _row(self, entries: Any, at: int) -> torch.Tensor:
         """One packed row. The first id of an entry is that of the token that stands there; the top k follow."""
@@ -179,7 +182,3 @@ def _first_of(answers: list[bytes]) -> Any:
     if not found:
         raise RuntimeError(f"vLLM's workers gave no hidden states; {_OTHER_WAY}")
     return pickle.loads(found[0])
-
-
-def _no_rows(top_k: int) -> torch.Tensor:
-    return torch.zeros(0, 2 * top_k + 2, dtype=torch.int32)
