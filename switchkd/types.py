@@ -9,7 +9,7 @@ Shapes: B sequences, N flat positions, T completion tokens of one rollout, D hid
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import Any
 
@@ -136,20 +136,25 @@ class Written:
     teacher_output: TeacherOutput
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class RolloutStats:
-    """What making one rollout cost."""
+    """What making one rollout cost, or several: counters that are raised while it is made, and add up."""
 
     num_rounds: int = 0  # teacher calls that it took part in
-    num_drafted: int = 0  # student tokens drafted, kept or not
-    num_rejections: int = 0  # blocks cut short by a token that differs from the proposed one
+    num_drafted: int = 0  # tokens that either model drafted for the other to verify
+    num_accepted: int = 0  # of these, those that were kept
+    num_rejections: int = 0  # blocks cut short by a token that differs from the drafted one
     num_near_ties: int = 0  # tokens whose two best scores lie within the stated tolerance
     teacher_positions: int = 0  # positions the teacher read, prompt excluded
     output_bytes: int = 0  # bytes the teacher sent for it, rejected positions included
     num_scored_rows: int = 0  # rows the teacher sent for it, rejected positions included
-    tail_mass: float = 0.0  # `teacher.output: top_logprobs`: the mean over its tokens of what the top k leave out
-    block_lengths: tuple[int, ...] = ()  # tokens that each block settled
+    num_top_rows: int = 0  # `teacher.output: top_logprobs`: its tokens, ...
+    tail_mass: float = 0.0  # ... and what the top k leave out, summed over them
+    block_lengths: list[int] = field(default_factory=list)  # tokens that each draft-and-verify round emitted
     time_s: float = 0.0
+
+    def __add__(self, other: RolloutStats) -> RolloutStats:
+        return RolloutStats(**_field_sums(self, other))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,7 +188,7 @@ class Rollout:
     finish_reason: str  # "eos" (a stop id was written) or "length"
     approximate: bool = False  # the teacher sent the top k of its rows: decisions and draws are made from those
     teacher: str = ""  # which teacher, when there are several
-    stats: RolloutStats = RolloutStats()
+    stats: RolloutStats = field(default_factory=RolloutStats)
     top_logprobs: TopLogprobs | None = None  # to be looked at; nothing is computed from them
 
     @property
@@ -259,26 +264,26 @@ class PackedWeights:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkReport:
-    """What one call to a rollout worker cost."""
+    """What calls to rollout workers made, and what that cost; reports add up."""
 
-    worker: int
-    version: int
-    num_rollouts: int
-    num_tokens: int
-    num_teacher_tokens: int
-    num_teacher_calls: int
-    num_near_ties: int
-    output_bytes: int
-    time_s: float
-    num_student_tokens: int = 0  # what neither wrote is the data set's
-    num_scored_rows: int = 0
-    tail_mass: float = 0.0  # summed over `num_topk_tokens` ...
-    num_topk_tokens: int = 0  # ... that carry a compressed row
-    num_blocks: int = 0
-    num_block_tokens: int = 0  # settled in blocks; the others were written by one model alone, or by the data set
-    idle_s: float = 0.0  # without work before this call
+    num_rollouts: int = 0
+    num_tokens: int = 0
+    num_student_tokens: int = 0  # what neither model generated is the data set's
+    num_teacher_tokens: int = 0
+    num_teacher_calls: int = 0
+    stats: RolloutStats = field(default_factory=RolloutStats)
+    time_s: float = 0.0
+    idle_s: float = 0.0  # without work before the call
     wait_teacher_s: float = 0.0  # of `time_s`: for the teacher's answers
     wait_replay_s: float = 0.0  # of `time_s`: for room in the replay
+
+    def __add__(self, other: WorkReport) -> WorkReport:
+        return WorkReport(**_field_sums(self, other))
+
+
+def _field_sums(left: Any, right: Any) -> dict[str, Any]:
+    """By field: numbers are added, lists joined."""
+    return {f.name: getattr(left, f.name) + getattr(right, f.name) for f in fields(left)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -161,7 +161,7 @@ class TestMemory:
         wanted = planned(here, teacher={"max_sessions": 5})
         parts = memory(wanted, shapes(wanted))
         teacher = make_teacher(wanted)
-        student: Any = make_worker(wanted, 0, {"": (teacher, teacher.lm_head_state())}, frozenset({1})).rollouts.student
+        student: Any = make_worker(wanted, {"": (teacher, teacher.lm_head_state())}, frozenset({1})).student
         for engine, slots, role in ((teacher, teacher._slots, "teacher"), (student, student._slots, "rollout")):
             layers = slots._cache._slot_layers
             held = sum(t.untyped_storage().nbytes() for layer in layers for t in (layer.keys, layer.values))

@@ -77,6 +77,8 @@ def test_a_step_says_who_waited(online):
         assert row["time/rollout_idle_s"] > 0 and row["time/wait_replay_s"] >= 0
         assert (row["stage"] == "warm-up") == ("rollout/emitted_per_round" not in row)
         assert 1 <= row.get("rollout/emitted_per_round", 1) <= 4
+        assert (row["stage"] == "warm-up") == ("rollout/acceptance_rate" not in row)
+        assert 0 < row.get("rollout/acceptance_rate", 1) <= 1
 
 
 def test_candidates_are_the_models_own(online, models):

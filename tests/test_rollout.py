@@ -16,7 +16,8 @@ from switchkd.algo import divergence, switching
 from switchkd.algo.sampling import Purpose, SamplingParams, coin, gumbel, noise_bits
 from switchkd.rollout.generator import GenerationRequest, SwitchingGenerator
 from switchkd.rollout.state import RolloutParams
-from switchkd.types import CompletionSource, Rollout, TokenSource
+from switchkd.rollout.worker import RolloutWorker
+from switchkd.types import CompletionSource, Rollout, RolloutStats, TokenSource
 
 MAX_NEW = 20
 RULES = {
@@ -284,6 +285,44 @@ def test_blocks_save_teacher_calls() -> None:
     assert fast.calls.num_calls < 0.5 * slow.calls.num_calls
 
 
+@pytest.mark.parametrize("drafter", ["student", "teacher", "none"])
+def test_every_round_emits_what_it_accepts_and_one_more_where_it_rejects(drafter: str) -> None:
+    """Drafted, accepted and emitted tokens add up, whoever drafts."""
+    rollouts, _ = write(params(RULES["switch"]), range(8), max_draft_tokens=4, slots=4, drafter=drafter)
+    for rollout in rollouts.values():
+        counts = rollout.stats
+        assert sum(counts.block_lengths) == rollout.num_tokens == counts.num_accepted + counts.num_rejections
+        assert counts.num_accepted <= counts.num_drafted <= 4 * len(counts.block_lengths)
+    total = sum((rollout.stats for rollout in rollouts.values()), RolloutStats())
+    assert total.num_rejections > 0
+    assert total.num_drafted == sum(rollout.stats.num_drafted for rollout in rollouts.values())
+    assert total.block_lengths == [n for rollout in rollouts.values() for n in rollout.stats.block_lengths]
+
+
+def test_a_worker_reports_the_sum_of_its_rollouts() -> None:
+    """Tokens by source, teacher calls and counters of all rollouts of a call, those of a data set included."""
+    p, q = pair()
+    generator = SwitchingGenerator(
+        student=ToyStudent(q, 3), teacher=ToyTeacher(p), head=None, stop_ids=frozenset({STOP}), max_draft_tokens=4
+    )
+    stage = {
+        CompletionSource.ROLLOUT: params(RULES["switch"]),
+        CompletionSource.DATASET: params(RULES["student"]),
+    }
+    tasks = [task(i) for i in range(5)]
+    tasks += [task(5, completion_source=CompletionSource.DATASET, reference_ids=np.array([5, 6, STOP], np.int32))]
+    rollouts: list[Rollout] = []
+    report = RolloutWorker({"": generator}, [stage], str).generate(tasks, rollouts.extend)
+    assert sorted(rollout.rollout_id for rollout in rollouts) == list(range(6))
+    sources = np.concatenate([rollout.sources for rollout in rollouts])
+    assert report.num_rollouts == 6 and report.num_tokens == len(sources)
+    assert report.num_student_tokens == (sources == TokenSource.STUDENT).sum()
+    assert report.num_teacher_tokens == (sources == TokenSource.TEACHER).sum()
+    assert report.num_teacher_calls == generator.calls.num_calls
+    assert report.stats == sum((rollout.stats for rollout in rollouts), RolloutStats())
+    assert (report + report).stats.output_bytes == 2 * report.stats.output_bytes > 0
+
+
 def test_references_are_scored_as_they_stand() -> None:
     """A data-set completion keeps its tokens and gets the teacher's row for each of them."""
     p, q = pair()
@@ -293,7 +332,7 @@ def test_references_are_scored_as_they_stand() -> None:
     found: list[Rollout] = []
     references = [np.array(ids, np.int32) for ids in ([5, 6, STOP], [4], [9, 9, 9, 9, STOP])]
     tasks = [task(i, completion_source=CompletionSource.DATASET, reference_ids=ids) for i, ids in enumerate(references)]
-    worker.run([GenerationRequest(task=t, params=None) for t in tasks], found.extend)
+    worker.run([GenerationRequest(task=t, params=params(RULES["student"])) for t in tasks], found.extend)
     assert [r.token_ids.tolist() for r in found] == [ids.tolist() for ids in references]
     for rollout in found:
         whole = [*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]

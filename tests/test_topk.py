@@ -239,14 +239,15 @@ def test_marked_approximate() -> None:
 
 
 def test_what_a_rollout_cost() -> None:
-    """Bytes are those of the compressed rows, the tail's mass is the mean over the rollout's own."""
+    """Bytes are those of the compressed rows, the tail's mass is the sum over the rollout's own."""
     k = 8
     for rollout in write(params(RULES["switch-constant"]), range(12), k=k).values():
         assert rollout.stats.output_bytes == rollout.stats.num_scored_rows * (8 * k + 8)
         assert rollout.teacher_output is not None
         assert rollout.teacher_output.values.shape == (rollout.num_tokens, 2 * k + 2)
         tail = unpack(torch.from_numpy(rollout.teacher_output.values)).tail_mass
-        assert rollout.stats.tail_mass == pytest.approx(float(tail.mean()), rel=1e-6)
+        assert rollout.stats.num_top_rows == rollout.num_tokens
+        assert rollout.stats.tail_mass == pytest.approx(float(tail.sum()), rel=1e-6)
 
 
 def check_uncertainty(rollout: Rollout, k: int) -> bool:
@@ -277,7 +278,8 @@ def test_references() -> None:
     ids = [np.array(each, np.int32) for each in ([5, 6, 11, STOP], [4], [9, 9, 9, 9, STOP])]
     tasks = [task(i, completion_source=CompletionSource.DATASET, reference_ids=each) for i, each in enumerate(ids)]
     done: list[Rollout] = []
-    generator(3, slots=2).run([GenerationRequest(task=each, params=None) for each in tasks], done.extend)
+    a_mode = params(RULES["student"], wants_uncertainty=True)
+    generator(3, slots=2).run([GenerationRequest(task=each, params=a_mode) for each in tasks], done.extend)
     for rollout in done:
         check_uncertainty(rollout, 3)
         assert rollout.approximate and rollout.stats.output_bytes == rollout.num_tokens * 32
@@ -308,7 +310,7 @@ def test_evaluation_reads_the_first_id_and_coarse_laws() -> None:
 def test_top_logprobs_beside_tokens() -> None:
     """`rollout.save_top_logprobs` shows the teacher's first ids as far as they travel, and no more."""
     a_mode = params(RULES["switch-constant"], top_logprobs=5)
-    for rollout in write(a_mode, range(4), k=3, top_logprobs=5).values():
+    for rollout in write(a_mode, range(4), k=3).values():
         seen = rollout.top_logprobs
         assert seen is not None and (seen.teacher_ids[:, 3:] == -1).all() and (seen.student_ids >= 0).all()
         whole = [*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]

@@ -42,7 +42,7 @@ class RolloutActor(HeartbeatActor):
             for name, (pool, namespace) in pools.items()
         }
         teachers = {name: (router, router.head()) for name, router in routers.items()}
-        self.worker = make_worker(Config.model_validate(config), index, teachers, stop_ids, self._newer)
+        self.worker = make_worker(Config.model_validate(config), teachers, stop_ids, self._newer)
 
     @ray.method(concurrency_group="weights")
     def push_weights(self, weights: WeightRef) -> None:

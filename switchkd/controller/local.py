@@ -103,7 +103,7 @@ def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int]) -> Act
     teachers = make_teachers(config)
     heads = heads_for(config, run_dir, {name: head for name, (_, head) in teachers.items() if head is not None})
     replay = make_replay(config, run_dir)
-    workers = [] if config.rollout.recorded else [make_worker(config, 0, teachers, stop_ids)]
+    workers = [] if config.rollout.recorded else [make_worker(config, teachers, stop_ids)]
     learner = LearnerRank(config, RankInfo(), heads, replay.fetch)
     return ActorHandles(
         workers=[LocalWorkerHandle(worker, replay) for worker in workers],

@@ -17,49 +17,41 @@ def step_row(
 ) -> dict[str, float]:
     """`entries` are what the step trained on, `reports` what the workers did since the last step (under asynchrony that
     is other work), `staleness` the ages in versions of the rollouts that the student wrote at."""
-    tokens = sum(report.num_tokens for report in reports)
+    work = sum(reports, WorkReport())
     return {
         "weight_version": result.version,
         "lr": result.lr,
         **result.metrics,
         **rollout_metrics(entries),
-        "rollout/tokens": tokens,
-        "rollout/student_tokens": sum(report.num_student_tokens for report in reports),
-        "rollout/teacher_tokens": sum(report.num_teacher_tokens for report in reports),
-        "rollout/tokens_per_s": tokens / max(sum(report.time_s for report in reports), 1e-9),
-        "rollout/near_ties": sum(report.num_near_ties for report in reports),
-        **_blocks(reports),
-        "teacher/calls": sum(report.num_teacher_calls for report in reports),
-        "teacher/output_bytes": sum(report.output_bytes for report in reports),
-        **_output_metrics(reports),
+        "rollout/tokens": work.num_tokens,
+        "rollout/student_tokens": work.num_student_tokens,
+        "rollout/teacher_tokens": work.num_teacher_tokens,
+        "rollout/tokens_per_s": work.num_tokens / max(work.time_s, 1e-9),
+        "rollout/near_ties": work.stats.num_near_ties,
+        "teacher/calls": work.num_teacher_calls,
+        "teacher/output_bytes": work.stats.output_bytes,
+        **_ratios(work),
         "replay/staleness_mean": sum(staleness) / len(staleness) if staleness else 0.0,
         "replay/staleness_max": max(staleness, default=0),
         "time/learn_s": result.time_s,
-        "time/rollout_s": sum(report.time_s for report in reports),
-        "time/rollout_idle_s": sum(report.idle_s for report in reports),
-        "time/wait_teacher_s": sum(report.wait_teacher_s for report in reports),
-        "time/wait_replay_s": sum(report.wait_replay_s for report in reports),
+        "time/rollout_s": work.time_s,
+        "time/rollout_idle_s": work.idle_s,
+        "time/wait_teacher_s": work.wait_teacher_s,
+        "time/wait_replay_s": work.wait_replay_s,
     }
 
 
-def _blocks(reports: Sequence[WorkReport]) -> dict[str, float]:
-    """How many tokens a block settles; nothing where no block was proposed."""
-    blocks = sum(report.num_blocks for report in reports)
-    tokens = sum(report.num_block_tokens for report in reports)
-    return {"rollout/emitted_per_round": tokens / blocks} if blocks else {}
-
-
-def _output_metrics(reports: Sequence[WorkReport]) -> dict[str, float]:
-    """Bytes that the teacher sent, and (`teacher.output: top_logprobs`) the mean mass outside the top k."""
-    rows, tokens = sum(report.num_scored_rows for report in reports), sum(report.num_tokens for report in reports)
-    bytes_sent = sum(report.output_bytes for report in reports)
-    found = {}
-    if rows:
-        found = {"teacher/bytes_per_row": bytes_sent / rows, "teacher/bytes_per_token": bytes_sent / max(tokens, 1)}
-    num = sum(report.num_topk_tokens for report in reports)
-    if num:
-        found["teacher/tail_mass"] = sum(report.tail_mass for report in reports) / num
-    return found
+def _ratios(work: WorkReport) -> dict[str, float]:
+    """Those whose denominator is not 0: nothing was drafted, no teacher sent rows, or it sent whole ones."""
+    stats = work.stats
+    pairs = {
+        "rollout/acceptance_rate": (stats.num_accepted, stats.num_drafted),
+        "rollout/emitted_per_round": (sum(stats.block_lengths), len(stats.block_lengths)),
+        "teacher/bytes_per_row": (stats.output_bytes, stats.num_scored_rows),
+        "teacher/bytes_per_token": (stats.output_bytes, work.num_tokens if stats.num_scored_rows else 0),
+        "teacher/tail_mass": (stats.tail_mass, stats.num_top_rows),
+    }
+    return {name: part / whole for name, (part, whole) in pairs.items() if whole}
 
 
 def rollout_metrics(entries: Sequence[Entry]) -> dict[str, float]:

@@ -197,16 +197,12 @@ def _load(path: Path) -> tuple[list[Rollout], dict[str, Any]]:
             prompt_ids=prompts[i],
             **{name: column[i] for name, column in columns.items()},
             teacher_output=teacher_outputs[i],
-            stats=_stats(record["stats"]),
+            stats=RolloutStats(**record["stats"]),
             top_logprobs=seen[i],
         )
         for i, record in enumerate(records)
     ]
     return rollouts, told["rest"]
-
-
-def _stats(told: dict[str, Any]) -> RolloutStats:
-    return RolloutStats(**{**told, "block_lengths": tuple(told.get("block_lengths", ()))})
 
 
 def _split_candidates(tensors: dict[str, np.ndarray], records: list[dict[str, Any]]) -> list[TopLogprobs | None]:

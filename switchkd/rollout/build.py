@@ -1,14 +1,14 @@
-"""Names in a config become objects: one match per choice, and nothing else in the house looks at a name.
+"""A config becomes a rollout worker: its rules, its rollout parameters, its engines.
 
-In: checked config sections. Out: rules, losses, modes. A user's own rule or loss is named `my_file:my_name` and
-imported from the working directory: it is the user's code and runs with the user's rights.
+In: a checked config. Out: rules, parameters by stage, a `RolloutWorker`. A user's own rule is named `my_file:my_name`
+and imported from the working directory: it is the user's code and runs with the user's rights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from switchkd.algo import switching
 from switchkd.algo.sampling import SamplingParams
@@ -22,14 +22,9 @@ from switchkd.engines.build import _load, device_of, max_len, set_threads
 from switchkd.engines.models.lm_head import LMHead, LMHeadState
 from switchkd.engines.models.loading import load_tokenizer, shared_vocab
 from switchkd.rollout.generator import SwitchingGenerator
-from switchkd.rollout.state import RolloutParams, StageRolloutParams
+from switchkd.rollout.state import RolloutParams, StageParams
 from switchkd.rollout.worker import RolloutWorker
-from switchkd.types import (
-    PackedWeights,
-)
-
-if TYPE_CHECKING:
-    pass
+from switchkd.types import CompletionSource, PackedWeights
 
 
 def build_rule(stage: StageConfig) -> Rule:
@@ -94,8 +89,8 @@ def sampling_params(section: SamplingConfig) -> SamplingParams:
     )
 
 
-def build_rollout_params(config: Config) -> list[StageRolloutParams]:
-    """How each stage writes, in order."""
+def build_rollout_params(config: Config) -> list[StageParams]:
+    """How each stage's completions are generated, in order."""
     stage_params = []
     first_step = 0
     for stage in config.train.stages:
@@ -104,7 +99,7 @@ def build_rollout_params(config: Config) -> list[StageRolloutParams]:
     return stage_params
 
 
-def _stage_params(config: Config, stage: StageConfig, first_step: int) -> StageRolloutParams:
+def _stage_params(config: Config, stage: StageConfig, first_step: int) -> StageParams:
     common: dict[str, Any] = {
         "student": sampling_params(stage.rule.student),
         "teacher": sampling_params(stage.rule.teacher),
@@ -120,9 +115,11 @@ def _stage_params(config: Config, stage: StageConfig, first_step: int) -> StageR
         teacher_budget=_budget(stage),
         **common,
     )
-    return StageRolloutParams(
-        rollout=rollout, teacher=RolloutParams(rule=switching.teacher(), **common), scored=stage.needs_teacher
-    )
+    return {
+        CompletionSource.ROLLOUT: rollout,
+        CompletionSource.TEACHER: RolloutParams(rule=switching.teacher(), **common),
+        CompletionSource.DATASET: RolloutParams(rule=switching.student(), scored=stage.needs_teacher, **common),
+    }
 
 
 def _budget(stage: StageConfig) -> int | None:
@@ -132,12 +129,11 @@ def _budget(stage: StageConfig) -> int | None:
 
 
 Teachers = Mapping[str, tuple[Teacher, LMHeadState | None]]
-"""By name, each with its output head (None where whole rows travel); empty where no stage needs one."""
+"""By name, each with its output head (None unless hidden states travel); empty where no stage needs one."""
 
 
 def make_worker(
     config: Config,
-    index: int,
     teachers: Teachers,
     stop_ids: frozenset[int],
     new_weights: Callable[[], PackedWeights | None] | None = None,
@@ -160,8 +156,7 @@ def make_worker(
         prepack=section.prepack,
     )
 
-    def writer(name: str, teacher: Teacher | None, head: LMHeadState | None) -> SwitchingGenerator:
-        own = config.of_teacher(name)
+    def generator(name: str, teacher: Teacher | None, head: LMHeadState | None) -> SwitchingGenerator:
         return SwitchingGenerator(
             student=student,
             teacher=teacher,
@@ -169,15 +164,14 @@ def make_worker(
             stop_ids=stop_ids,
             max_draft_tokens=config.rollout.max_draft_tokens,
             drafter=config.rollout.drafter,
-            overlap=_overlaps(own),
+            overlap=_overlaps(config.of_teacher(name)),
             device=device,
-            top_logprobs=config.rollout.save_top_logprobs,
             new_weights=new_weights if config.rollout.on_new_weights == "reprefill" else None,
         )
 
-    writers = {name: writer(name, *pair) for name, pair in teachers.items()} or {"": writer("", None, None)}
+    generators = {name: generator(name, *pair) for name, pair in teachers.items()} or {"": generator("", None, None)}
     decode = partial(tokenizer.decode, skip_special_tokens=True)
-    return RolloutWorker(writers, build_rollout_params(config), decode, index=index)
+    return RolloutWorker(generators, build_rollout_params(config), decode)
 
 
 def _reading_head(arrays: LMHeadState, device: str, prepack: str) -> LMHead:

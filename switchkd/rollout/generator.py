@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +35,7 @@ from switchkd.rollout.state import RolloutParams, RolloutState
 from switchkd.rollout.teacher_client import BUSY_S, TeacherClient, blocks_of, split
 from switchkd.rollout.top_logprobs import TopTokens
 from switchkd.rollout.verify import NEAR_TIE, DraftBlock, verify
-from switchkd.types import PackedWeights, Rollout, RolloutTask, TeacherOutput, Written, ragged
+from switchkd.types import CompletionSource, PackedWeights, Rollout, RolloutTask, TeacherOutput, Written, ragged
 
 Emit = Callable[[list[Rollout]], None]
 WRITE_SPAN = 8
@@ -44,12 +44,11 @@ WRITE_SPAN = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationRequest:
-    """A task and how it is written; `params` None takes the data set's reference as it stands."""
+    """A task and how it is generated. A data set's completion (`task.completion_source`) stays as it is: `params` say
+    only whether the teacher scores it, and what comes with the scores."""
 
     task: RolloutTask
-    params: RolloutParams | None
-    scored: bool = True
-    wants_uncertainty: bool = True  # of a reference: ATKD's UnC of its tokens
+    params: RolloutParams
 
 
 @dataclass(slots=True)
@@ -75,15 +74,12 @@ class SwitchingGenerator:
         drafter: str = "student",
         overlap: bool = False,
         device: str = "cpu",
-        top_logprobs: int = 0,
         new_weights: Callable[[], PackedWeights | None] | None = None,
     ) -> None:
         self.student = student
         self.calls = TeacherClient(teacher, head, device, student.head.vocab_size)
         self.reader = self.calls.reader
-        self.reference_scorer = ReferenceScorer(
-            self.calls, at_once=student.num_slots, stop_ids=stop_ids, top_logprobs=top_logprobs
-        )
+        self.reference_scorer = ReferenceScorer(self.calls, at_once=student.num_slots, stop_ids=stop_ids)
         self.stop_ids = stop_ids
         self.overlap = overlap
         self.parks = drafter != "none"  # one token of each model at a time, whatever the rule says
@@ -97,15 +93,13 @@ class SwitchingGenerator:
         self.student.load_weights(packed)
         self.version = packed.version
 
-    def run(self, jobs: Iterable[GenerationRequest], emit: Emit) -> None:
-        """Write all jobs; `emit` gets each rollout once, in the order in which they finish."""
-        jobs = list(jobs)
-        for same in _alike([job for job in jobs if job.params is None]):
-            tasks, first = [job.task for job in same], same[0]
-            self.reference_scorer.score(
-                tasks, scored=first.scored, wants_uncertainty=first.wants_uncertainty, version=self.version, emit=emit
-            )
-        waiting = deque(job for job in jobs if job.params is not None)
+    def run(self, requests: Sequence[GenerationRequest], emit: Emit) -> None:
+        """Serve all requests; `emit` gets each rollout once, in the order in which they finish."""
+        references = [r for r in requests if r.task.completion_source == CompletionSource.DATASET]
+        for members in grouped(references, lambda request: id(request.params)):
+            tasks, params = [references[i].task for i in members], references[members[0]].params
+            self.reference_scorer.score(tasks, params, version=self.version, emit=emit)
+        waiting = deque(r for r in requests if r.task.completion_source != CompletionSource.DATASET)
         rows: list[RolloutState] = []
         pending: deque[PendingCall] = deque()
         if self.overlap:
@@ -132,9 +126,11 @@ class SwitchingGenerator:
     # ── admit ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _admit(self, waiting: deque[GenerationRequest], rows: list[RolloutState]) -> None:
-        """Give free slots to waiting jobs. A busy teacher is back-pressure: wait, and go on with what runs."""
+        """Give free slots to waiting requests. A busy teacher is back-pressure: wait, and go on with what runs."""
         free = sorted(set(range(self.student.num_slots)) - {row.slot for row in rows if self.needs_slot(row)})
-        new = [self._start(waiting[i], free[i]) for i in range(min(len(free), len(waiting)))]
+        new = [
+            RolloutState.start(request.task, request.params, slot) for request, slot in zip(waiting, free, strict=False)
+        ]
         while new:
             try:
                 self.calls.open([row.task for row in new if not row.student_only])
@@ -156,11 +152,6 @@ class SwitchingGenerator:
 
     def needs_slot(self, row: RolloutState) -> bool:
         return not row.finish_reason and not self._waits_for_teacher(row)
-
-    @staticmethod
-    def _start(job: GenerationRequest, slot: int) -> RolloutState:
-        assert job.params is not None
-        return RolloutState.start(job.task, job.params, slot)
 
     def _refresh(self, rows: Sequence[RolloutState], pending: deque[PendingCall]) -> None:
         """`reprefill`: a newer version replaces the one in use, and every row's cache is read anew."""
@@ -206,7 +197,7 @@ class SwitchingGenerator:
         teacher = self.calls.teacher
         function: Callable[..., Any] = teacher.write if kind == "write" else teacher.score
         # a row's first call also reads its prompt: it says nothing about the next one
-        typical = all(row.num_rounds for row in rows)
+        typical = all(row.stats.num_rounds for row in rows)
 
         def timed() -> Any:
             start = time.perf_counter()
@@ -219,7 +210,7 @@ class SwitchingGenerator:
         self.calls.num_calls += 1
         for row in rows:
             row.pending = True
-            row.num_rounds += 1
+            row.stats.num_rounds += 1
         return PendingCall(rows, self.calls.submit(timed), on_result)
 
     def _complete(self, call: PendingCall) -> None:
@@ -257,8 +248,9 @@ class SwitchingGenerator:
                 row.lookahead_row = (
                     row_pieces[r][settled : settled + 1] if num_accepted[r] == settled == sent[r] else None
                 )
-                row.num_drafted += int(draft.counts[r])
-                row.block_lengths.append(settled)
+                row.stats.num_drafted += int(draft.counts[r])
+                row.stats.num_accepted += int(num_accepted[r])
+                row.stats.block_lengths.append(settled)
                 row.append_teacher_rows(row_pieces[r][:settled])
 
         return self._call_teacher(
@@ -279,7 +271,9 @@ class SwitchingGenerator:
                 # neither model has read the last proposed token
                 read = prev_lens[r] + min(int(num_accepted[r]), int(block.counts[r]) - 1)
                 row.student_len = row.teacher_len = read
-                row.block_lengths.append(len(row.tokens) - prev_lens[r])
+                row.stats.num_drafted += int(block.counts[r])
+                row.stats.num_accepted += int(num_accepted[r])
+                row.stats.block_lengths.append(len(row.tokens) - prev_lens[r])
                 row.append_teacher_rows(row_pieces[r][: len(row.tokens) - prev_lens[r]])
 
         return self._call_teacher(rows, "write", len(rows), on_result, request, plan)
@@ -365,16 +359,11 @@ class SwitchingGenerator:
     ) -> None:
         self.reader.set_format(teacher_output)
         for row, part, teacher_rows in zip(rows, new_tokens, split(teacher_output), strict=True):
-            row.teacher_positions += max(len(part), len(teacher_rows))
-            row.output_bytes += teacher_rows.nbytes
-            row.num_scored_rows += len(teacher_rows)
+            row.stats.teacher_positions += max(len(part), len(teacher_rows))
+            row.stats.output_bytes += teacher_rows.nbytes
+            row.stats.num_scored_rows += len(teacher_rows)
 
     @staticmethod
     def _count_ties(rows: Sequence[RolloutState], written: Written) -> None:
         for row, margins in zip(rows, ragged(written.margins, written.lengths), strict=True):
-            row.num_near_ties += int((margins < NEAR_TIE).sum())
-
-
-def _alike(jobs: list[GenerationRequest]) -> list[list[GenerationRequest]]:
-    """Jobs that are scored alike."""
-    return [[jobs[i] for i in group] for group in grouped(jobs, lambda job: (job.scored, job.wants_uncertainty))]
+            row.stats.num_near_ties += int((margins < NEAR_TIE).sum())

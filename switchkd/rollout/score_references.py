@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from switchkd.rollout.state import mean_tail_mass
+from switchkd.rollout.state import RolloutParams, sum_tail_mass
 from switchkd.rollout.teacher_client import TeacherClient, split
 from switchkd.rollout.top_logprobs import top_logprobs
 from switchkd.types import Blocks, Rollout, RolloutStats, RolloutTask, TeacherOutput, TokenSource
@@ -20,26 +20,23 @@ Emit = Callable[[list[Rollout]], None]
 class ReferenceScorer:
     """`at_once`: how many the teacher reads in one call."""
 
-    def __init__(self, calls: TeacherClient, *, at_once: int, stop_ids: frozenset[int], top_logprobs: int = 0) -> None:
-        self.calls, self.at_once, self.stop_ids, self.top_logprobs = calls, at_once, stop_ids, top_logprobs
-        self.version = 0
+    def __init__(self, calls: TeacherClient, *, at_once: int, stop_ids: frozenset[int]) -> None:
+        self.calls, self.at_once, self.stop_ids = calls, at_once, stop_ids
 
-    def score(
-        self, tasks: Sequence[RolloutTask], *, scored: bool, wants_uncertainty: bool, version: int, emit: Emit
-    ) -> None:
+    def score(self, tasks: Sequence[RolloutTask], params: RolloutParams, *, version: int, emit: Emit) -> None:
         """References become rollouts: scored in one block each, as many at a time as the worker has slots."""
-        self.version = version
         for first in range(0, len(tasks), self.at_once):
             part = tasks[first : first + self.at_once]
-            if not scored:
-                emit([self._rollout(task) for task in part])
+            if not params.scored:
+                emit([self._rollout(task, params, version) for task in part])
                 continue
             done: list[Rollout] = []
 
             def on_scored(
                 some: Sequence[RolloutTask], teacher_output: TeacherOutput, done: list[Rollout] = done
             ) -> None:
-                done += self._scored(some, teacher_output, wants_uncertainty)
+                pairs = zip(some, split(teacher_output), strict=True)
+                done += [self._rollout(task, params, version, rows) for task, rows in pairs]
 
             self.read(part, on_scored)
             emit(done)
@@ -68,28 +65,21 @@ class ReferenceScorer:
             take(now, teacher_output)
             self.calls.close([task.rollout_id for task in now])
 
-    def _scored(
-        self, tasks: Sequence[RolloutTask], teacher_output: TeacherOutput, wants_uncertainty: bool
-    ) -> list[Rollout]:
-        rollouts = []
-        for task, rows in zip(tasks, split(teacher_output), strict=True):
-            reader, ids = self.calls.reader, task.prompt.reference_ids
-            rollouts.append(self._rollout(task, rows, reader.uncertainty(rows, ids) if wants_uncertainty else None))
-        return rollouts
-
     def _rollout(
-        self, task: RolloutTask, teacher_rows: np.ndarray | None = None, unc: np.ndarray | None = None
+        self, task: RolloutTask, params: RolloutParams, version: int, teacher_rows: np.ndarray | None = None
     ) -> Rollout:
         ids, reader = task.prompt.reference_ids, self.calls.reader
         num = len(ids)
         nan = np.full(num, np.nan, np.float32)
-        stats = RolloutStats()
-        tops = []
+        uncertainty, tops, stats = nan, [], RolloutStats()
         if teacher_rows is not None:
-            tail_mass = mean_tail_mass(teacher_rows) if reader.kind == "top_logprobs" else 0.0
-            stats = RolloutStats(output_bytes=teacher_rows.nbytes, num_scored_rows=num, tail_mass=tail_mass)
-            if self.top_logprobs:
-                tops.append(reader.top(teacher_rows, self.top_logprobs))
+            if params.wants_uncertainty:
+                uncertainty = reader.uncertainty(teacher_rows, ids)
+            if params.top_logprobs:
+                tops.append(reader.top(teacher_rows, params.top_logprobs))
+            stats.output_bytes, stats.num_scored_rows = teacher_rows.nbytes, num
+            if reader.kind == "top_logprobs":
+                stats.tail_mass, stats.num_top_rows = sum_tail_mass(teacher_rows), num
         return Rollout(
             rollout_id=task.rollout_id,
             batch=task.batch,
@@ -99,14 +89,14 @@ class ReferenceScorer:
             prompt_ids=task.prompt.token_ids.astype(np.int32),
             token_ids=ids.astype(np.int32),
             sources=np.full(num, TokenSource.DATA, np.uint8),
-            weight_versions=np.full(num, self.version, np.int32),
+            weight_versions=np.full(num, version, np.int32),
             statistic=nan,
             threshold=nan,
-            uncertainty=nan if unc is None else unc,
+            uncertainty=uncertainty,
             teacher_output=None if teacher_rows is None else reader.teacher_output(teacher_rows),
             finish_reason="eos" if num and int(ids[-1]) in self.stop_ids else "length",
             approximate=teacher_rows is not None and reader.kind == "top_logprobs",
             teacher=task.prompt.teacher,
             stats=stats,
-            top_logprobs=top_logprobs(tops, [], num, self.top_logprobs),
+            top_logprobs=top_logprobs(tops, [], num, params.top_logprobs),
         )

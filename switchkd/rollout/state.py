@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,6 +38,10 @@ class RolloutParams:
     top_logprobs: int = 0  # this many of each model's most likely ids ride along
 
 
+StageParams = Mapping[CompletionSource, RolloutParams]
+"""How a stage's completions are generated, by where they come from."""
+
+
 @dataclass(slots=True)
 class RolloutState:
     """A completion in the making. `tokens` is prompt and completion; a model has read `*_len` of them."""
@@ -60,18 +64,11 @@ class RolloutState:
     num_teacher_rows: int = 0  # rows in `signal`
     teacher_top: list[TopTokens] = field(default_factory=list)  # pieces, for `RolloutParams.top_logprobs`
     student_top: list[TopTokens] = field(default_factory=list)
-    block_lengths: list[int] = field(default_factory=list)
     opened: bool = False  # the teacher holds a session
     pending: bool = False  # it waits for the teacher
     num_teacher: int = 0
     finish_reason: str = ""
-    num_rounds: int = 0
-    num_drafted: int = 0
-    num_rejections: int = 0
-    num_near_ties: int = 0
-    teacher_positions: int = 0
-    output_bytes: int = 0
-    num_scored_rows: int = 0
+    stats: RolloutStats = field(default_factory=RolloutStats)
 
     @classmethod
     def start(cls, task: RolloutTask, params: RolloutParams, slot: int) -> RolloutState:
@@ -151,6 +148,9 @@ class RolloutState:
         num = self.t
         values = np.concatenate(self.teacher_output) if self.teacher_output else None
         teacher_output = None
+        self.stats.time_s = time.monotonic() - self.started
+        if values is not None and output_kind == "top_logprobs":
+            self.stats.tail_mass, self.stats.num_top_rows = sum_tail_mass(values), num
         if values is not None:
             teacher_output = TeacherOutput(
                 kind=output_kind, dtype=output_dtype, values=values, lengths=np.array([num], np.int32)
@@ -172,43 +172,15 @@ class RolloutState:
             finish_reason=self.finish_reason,
             approximate=teacher_output is not None and output_kind == "top_logprobs",
             teacher=self.task.prompt.teacher,
-            stats=RolloutStats(
-                num_rounds=self.num_rounds,
-                num_drafted=self.num_drafted,
-                num_rejections=self.num_rejections,
-                num_near_ties=self.num_near_ties,
-                teacher_positions=self.teacher_positions,
-                output_bytes=self.output_bytes,
-                num_scored_rows=self.num_scored_rows,
-                block_lengths=tuple(self.block_lengths),
-                tail_mass=mean_tail_mass(values) if values is not None and output_kind == "top_logprobs" else 0.0,
-                time_s=time.monotonic() - self.started,
-            ),
+            stats=self.stats,
             top_logprobs=top_logprobs(self.teacher_top, self.student_top, num, self.params.top_logprobs),
         )
 
 
-def mean_tail_mass(values: np.ndarray) -> float:
-    """Of compressed rows [n, 2 k + 2]."""
-    return float(np.ascontiguousarray(values[:, -2]).view(np.float32).mean(dtype=np.float64)) if len(values) else 0.0
+def sum_tail_mass(values: np.ndarray) -> float:
+    """What compressed rows [n, 2 k + 2] leave out, summed over them."""
+    return float(np.ascontiguousarray(values[:, -2]).view(np.float32).sum(dtype=np.float64))
 
 
 def _floats(values: list[float], num: int) -> np.ndarray:
     return np.array(values, np.float32) if len(values) == num else np.full(num, np.nan, np.float32)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StageRolloutParams:
-    """How a stage's completions are written, by origin, and whether the teacher scores them."""
-
-    rollout: RolloutParams
-    teacher: RolloutParams
-    scored: bool
-
-    def of(self, completion_source: CompletionSource) -> RolloutParams | None:
-        """None: the data set wrote it."""
-        return {
-            CompletionSource.ROLLOUT: self.rollout,
-            CompletionSource.TEACHER: self.teacher,
-            CompletionSource.DATASET: None,
-        }[completion_source]

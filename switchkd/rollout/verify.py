@@ -96,7 +96,7 @@ def verify(
             same = _settle(rows, span, alive, k, version, stop_ids, record_outcome)
             num_accepted[alive[same]] += 1
             for r in alive[~same]:
-                rows[r].num_rejections += 1
+                rows[r].stats.num_rejections += 1
             ended = np.array([bool(rows[r].finish_reason) for r in alive])
             alive = alive[same & ~ended]
     return num_accepted
@@ -133,7 +133,7 @@ def _settle(
         row.memory = decision.memory[i : i + 1]
         row.statistic.append(float(decision.statistic[i]))
         row.threshold.append(float(decision.threshold[i]))
-        row.num_near_ties += int(near[i])
+        row.stats.num_near_ties += int(near[i])
         row.accept(int(tokens[i]), TokenSource.TEACHER if owned[i] else TokenSource.STUDENT, version, stop_ids)
     return tokens == proposed
 
@@ -223,7 +223,7 @@ def draws(
         return_margin=True,
     )
     for r, margin in zip(which, margins, strict=True):
-        rows[r].num_near_ties += int(margin < NEAR_TIE)
+        rows[r].stats.num_near_ties += int(margin < NEAR_TIE)
     return tokens
 
 

@@ -92,4 +92,4 @@ def _local_worker(ready: PreparedRun) -> RolloutWorker:
     """A worker with teachers in this process, which may use all cores."""
     run = ready.config.run.model_copy(update={"mode": "inprocess"})
     config = ready.config.model_copy(update={"run": run})
-    return make_worker(config, 0, local.make_teachers(config), ready.stop_ids)
+    return make_worker(config, local.make_teachers(config), ready.stop_ids)

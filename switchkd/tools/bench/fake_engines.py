@@ -68,10 +68,8 @@ def _replacements(latency: FakeLatency) -> list[tuple[Any, str, Any]]:
     from switchkd.learner import rank as learner_rank
     from switchkd.rollout import build as rollout_build
 
-    def worker(
-        config: Config, index: int, teachers: Teachers, stop_ids: frozenset[int], new_weights: Any
-    ) -> RolloutWorker:
-        return make_worker(latency, config, index, teachers, stop_ids)
+    def worker(config: Config, teachers: Teachers, stop_ids: frozenset[int], new_weights: Any) -> RolloutWorker:
+        return make_worker(latency, config, teachers, stop_ids)
 
     def rank(config: Config, gang: RankInfo, heads: Any, fetch: Callable[[list[int]], list[Rollout]]) -> FakeRank:
         return FakeRank(latency, gang, fetch)
@@ -136,9 +134,7 @@ class FakeTeacher:
         pass
 
 
-def make_worker(
-    latency: FakeLatency, config: Config, index: int, teachers: Teachers, stop_ids: frozenset[int]
-) -> RolloutWorker:
+def make_worker(latency: FakeLatency, config: Config, teachers: Teachers, stop_ids: frozenset[int]) -> RolloutWorker:
     """As `rollout.build.make_worker`, with a student that sleeps."""
     torch.set_num_threads(1)
     teacher, arrays = teachers[""]
@@ -152,7 +148,7 @@ def make_worker(
         drafter=config.rollout.drafter,
         overlap=bool(config.rollout.overlap),
     )
-    return RolloutWorker({"": rollouts}, build_rollout_params(config), str, index=index)
+    return RolloutWorker({"": rollouts}, build_rollout_params(config), str)
 
 
 def make_replay(config: Config, run_dir: Path) -> Replay:

@@ -119,7 +119,7 @@ def with_weights(ready: PreparedRun, index: int) -> Iterator[CheckResult]:
         yield determinism(alone, teacher, None if head is None else LMHead.from_arrays(head), tokens)
         teachers[name] = (teacher, head)
     heads = {name: head for name, (_, head) in teachers.items() if head is not None}
-    worker = make_worker(config, 0, teachers, ready.stop_ids)
+    worker = make_worker(config, teachers, ready.stop_ids)
     started = time.perf_counter()
     ((_, rollout),) = first_rollouts(ready, worker, 1, index)
     yield _written(rollout, time.perf_counter() - started)
