@@ -7,16 +7,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from tiny import NUM_TOKENS, PAD, save_tiny, tiny_model
 
 from switchkd.algo import losses
+from switchkd.config.schema import LearnerConfig, StudentConfig
 from switchkd.engines.models.lm_head import LMHeadState, final_hidden, lm_head_of
 from switchkd.engines.wire import to_numpy
 from switchkd.learner.batching import LossSpec
+from switchkd.learner.settings import LearnerSettings
 from switchkd.types import CompletionSource, Rollout, TeacherOutput, TokenSource
 
 TEACHER_VOCAB = 136  # wider than the student's table of 128; both are wider than the 120 tokens they share
@@ -152,13 +154,16 @@ class NaiveLearner:
         return total + spec.lm_coef * (lm * from_data).sum() / len(labels)
 
 
-def settings_of(folder: Path, **changes: Any) -> Any:
-    from switchkd.learner.deepspeed import LearnerSettings
-
+def settings_of(
+    folder: Path, device: str = "cpu", attn: Literal["sdpa", "eager"] = "sdpa", **changes: Any
+) -> LearnerSettings:
     # ZeRO-3 keeps small parameters whole, and all of ours are small: then nothing would be tested
     whole = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-    given = {"micro_batch_tokens": 40, "chunk_tokens": 5, "timeout_s": 60.0, "threads": 1, "deepspeed": whole}
-    return LearnerSettings(model=str(folder), vocab_size=NUM_TOKENS, pad_id=PAD, device="cpu", **(given | changes))
+    shared = {"micro_batch_tokens": 40, "chunk_tokens": 5, "timeout_s": 60.0, "deepspeed": whole}
+    student = StudentConfig(path=str(folder), device=device, attn=attn)
+    return LearnerSettings(
+        learner=LearnerConfig(**(shared | changes)), student=student, vocab_size=NUM_TOKENS, pad_id=PAD, threads=1
+    )
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

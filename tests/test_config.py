@@ -70,6 +70,7 @@ def written(folder: Path, raw: object) -> Path:
         (tree(train={"stages": [{"steps": 1}], "select_by": "rouge_l"}), r"need eval.data"),
         (tree(student={"prune": {}}), r"exactly one of layers and num_layers"),
         (tree(learner={"zero_stage": 0, "dtype": "bfloat16"}), r"take stage 1"),
+        (tree(learner={"dtype": "float16"}), r"^learner.dtype='float16': input should be 'float32' or 'bfloat16'$"),
     ],
 )
 def test_mistakes(raw, message):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -281,7 +280,7 @@ def test_learner_steps(dtype, tmp_path):
     from switchkd.learner.deepspeed import DeepSpeedLearner
 
     folder = student_folder(tmp_path)
-    settings = replace(settings_of(folder, dtype=dtype, zero_stage=1), device=DEVICE)
+    settings = settings_of(folder, device=DEVICE, dtype=dtype, zero_stage=1)
     learner = DeepSpeedLearner(
         settings, rank=0, local_rank=0, world_size=1, master_addr="127.0.0.1", master_port=0,
         teacher_lm_heads=teacher_lm_heads(),

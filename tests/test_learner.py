@@ -186,11 +186,11 @@ def test_metrics_are_means_over_their_tokens(build: Build, tmp_path: Path) -> No
 def test_clipping_and_decay_are_torchs(build: Build, tmp_path: Path) -> None:
     """The norm is reported before clipping; decay touches matrices only."""
     rollouts = make_rollouts(3)
-    learner = build(student_folder(tmp_path), gradient_clipping=0.05)
+    learner = build(student_folder(tmp_path), grad_clip=0.05)
     naive = NaiveLearner(tiny_model("llama", seed=1), clip=0.05)
     assert run_step(learner, rollouts, FORWARD_KL).grad_norm == pytest.approx(naive.step(rollouts, FORWARD_KL)[1])
     assert distance(weights(learner), dict(naive.model.named_parameters())) < 1e-6
-    unclipped = build(tmp_path, gradient_clipping=0.0)
+    unclipped = build(tmp_path, grad_clip=0.0)
     naive = NaiveLearner(tiny_model("llama", seed=1), clip=float("inf"))
     assert run_step(unclipped, rollouts, FORWARD_KL).grad_norm == pytest.approx(naive.step(rollouts, FORWARD_KL)[1])
     assert distance(weights(unclipped), dict(naive.model.named_parameters())) < 1e-6

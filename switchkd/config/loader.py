@@ -212,8 +212,6 @@ def _check_across(config: Config) -> None:
             )
     if config.learner.zero_stage == 0 and config.learner.dtype == "bfloat16":
         raise ConfigError("learner.zero_stage=0 with learner.dtype=bfloat16 has a wrong first Adam step; take stage 1")
-    if config.learner.dtype == "float16":
-        raise ConfigError("learner.dtype=float16 is not supported; take bfloat16 or float32")
     if (config.train.select_by or config.train.early_stop) and not config.eval.data:
         raise ConfigError("train.select_by and train.early_stop need eval.data; name a file or remove them")
     if config.train.early_stop and not config.train.select_by:

@@ -308,7 +308,8 @@ class LearnerConfig(Section):
     min_lr_frac: Frac = 0.0
     loss: LossConfig = LossConfig()
     lora: LoraConfig | None = None
-    dtype: Dtype = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """With `bfloat16` the optimizer keeps fp32 masters. float16 would need loss scaling."""
     micro_batch_tokens: PositiveInt = 8192
     """Tokens (prompts and padding included) that one rank reads at the same time; at least one sequence."""
     gradient_checkpointing: bool = False

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from switchkd.config.schema import LearnerConfig
 from switchkd.engines.models.lm_head import LMHead, LMHeadState
 from switchkd.engines.weights import pack
 from switchkd.learner.batching import Batch, LossSpec, collate, split_micro
@@ -47,17 +48,17 @@ class DeepSpeedLearner:
         self.settings = settings
         self.rank = rank
         self.world_size = world_size
-        self.device = _device(settings.device, local_rank)
+        self.device = _device(settings.student.device, local_rank)
         _set_environment(self.device, rank, world_size, master_addr, master_port)
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
-        _join(self.device, settings.timeout_s)
-        config = deepspeed_config(settings, world_size)
+        _join(self.device, settings.learner.timeout_s)
+        config = deepspeed_config(settings.learner, world_size)
         torch.manual_seed(settings.seed)  # the same adapters on all ranks
         zero3 = config if config["zero_optimization"]["stage"] == 3 else None
         self.module = build_student(settings, zero3, self.device, self._gather)
         torch.manual_seed(settings.seed * 1_000_003 + rank)  # but not the same dropout
-        self.engine = _initialize(self.module, settings, config)
-        _limit_waits(settings.timeout_s)
+        self.engine = _initialize(self.module, settings.learner, config)
+        _limit_waits(settings.learner.timeout_s)
         self.engine.train()
         self.teacher_lm_heads: dict[str, LMHead] = {
             name: LMHead.from_arrays(arrays, self.device) for name, arrays in teacher_lm_heads.items()
@@ -76,7 +77,7 @@ class DeepSpeedLearner:
         before = _random_state(self.device)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        micro_batches = split_micro(rollouts, self.settings.micro_batch_tokens)
+        micro_batches = split_micro(rollouts, self.settings.learner.micro_batch_tokens)
         num_micro_batches = self._max_over_ranks(max(1, len(micro_batches)))
         metrics = LossMetrics(self.device)
         for i in range(num_micro_batches):
@@ -115,9 +116,8 @@ class DeepSpeedLearner:
 
     def save(self, folder: Path, tag: str) -> None:
         """Write a checkpoint to folder/tag. Take a fresh tag each time: a used one keeps stale shards."""
-        if not self.engine.save_checkpoint(
-            str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=self.settings.lora is not None
-        ):
+        lora = self.settings.learner.lora is not None
+        if not self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=lora):
             raise RuntimeError(f"DeepSpeed did not write checkpoint {folder}/{tag}")
         torch.save(_random_state(self.device), folder / tag / f"random_rank{self.rank}.pt")
 
@@ -130,7 +130,7 @@ class DeepSpeedLearner:
                 f"set learner.num_ranks to {len(states)}"
             )
         path, _ = self.engine.load_checkpoint(
-            str(folder), tag=tag, load_lr_scheduler_states=False, load_module_strict=self.settings.lora is None
+            str(folder), tag=tag, load_lr_scheduler_states=False, load_module_strict=self.settings.learner.lora is None
         )
         if path is None:
             raise FileNotFoundError(f"DeepSpeed found no checkpoint in {folder}/{tag}")
@@ -139,7 +139,7 @@ class DeepSpeedLearner:
 
     def export(self, folder: Path) -> None:
         """Rank 0 writes an ordinary transformers folder, adapters merged; the adapter itself goes to folder/adapter."""
-        export_student(self.module.model, folder, self.settings.model, self._gather, write=self.rank == 0)
+        export_student(self.module.model, folder, self.settings.student.path, self._gather, write=self.rank == 0)
 
     def close(self) -> None:
         """Leave the process group. World size 1 keeps its group of one, so that another learner can be built."""
@@ -181,7 +181,7 @@ class DeepSpeedLearner:
         return norm if math.isfinite(norm) else math.inf
 
     def _gather(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager:
-        if self.settings.zero_stage < 3 or not parameters:
+        if self.settings.learner.zero_stage < 3 or not parameters:
             return nullcontext()
         import deepspeed
 
@@ -206,12 +206,10 @@ class DeepSpeedLearner:
             )
 
 
-def _initialize(student: torch.nn.Module, settings: LearnerSettings, config: dict[str, Any]) -> Any:
+def _initialize(student: torch.nn.Module, learner: LearnerConfig, config: dict[str, Any]) -> Any:
     import deepspeed
 
-    optimizer = torch.optim.AdamW(
-        param_groups(student, settings.weight_decay), lr=0.0, betas=settings.betas, fused=True
-    )
+    optimizer = torch.optim.AdamW(param_groups(student, learner.weight_decay), lr=0.0, betas=learner.betas, fused=True)
     return deepspeed.initialize(model=student, optimizer=optimizer, config=config, dist_init_required=False)[0]
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from switchkd.config import resources
 from switchkd.config.schema import Config
-from switchkd.engines.build import device_of
 from switchkd.engines.models.lm_head import LMHeadState
 from switchkd.engines.models.loading import load_tokenizer, pad_id, shared_vocab
 from switchkd.learner.batching import LossSpec
@@ -33,28 +32,13 @@ class RankInfo:
 def learner_settings(config: Config) -> LearnerSettings:
     """The settings of every rank, from the config and the student's tokenizer."""
     tokenizer = load_tokenizer(config.student.path, trust_remote_code=config.student.trust_remote_code)
-    learner, student = config.learner, config.student
     return LearnerSettings(
-        model=student.path,
-        dtype=learner.dtype,
-        zero_stage=learner.zero_stage,
-        micro_batch_tokens=learner.micro_batch_tokens,
-        gradient_checkpointing=learner.gradient_checkpointing,
-        gradient_clipping=learner.grad_clip,
-        weight_decay=learner.weight_decay,
-        betas=learner.betas,
-        chunk_tokens=learner.chunk_tokens,
-        timeout_s=learner.timeout_s,
-        deepspeed=learner.deepspeed,
-        lora=None if learner.lora is None else learner.lora.model_dump(),
+        learner=config.learner,
+        student=config.student,
         vocab_size=shared_vocab(tokenizer),
         pad_id=pad_id(tokenizer),
-        attn=student.attn,
-        revision=student.revision,
-        trust_remote_code=student.trust_remote_code,
         threads=resources.of_role(config, "learner").threads or 0,
         seed=config.seed,
-        device=device_of(student),
     )
 
 

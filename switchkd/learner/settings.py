@@ -1,57 +1,41 @@
-"""The settings of a learner rank: one record of plain values, and what follows from it for DeepSpeed and the optimizer.
+"""The settings of a learner rank, and what follows from them for DeepSpeed and the optimizer.
 
 Nothing here imports deepspeed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from switchkd.config.schema import LearnerConfig, StudentConfig
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LearnerSettings:
-    """Everything a rank needs to build itself: plain values, the same for all ranks."""
+    """Everything that a rank is built from, the same for all ranks."""
 
-    model: str  # a folder or a hub name
+    learner: LearnerConfig
+    student: StudentConfig  # `path` is a folder or a hub name
     vocab_size: int  # shared by teacher and student
     pad_id: int
-    revision: str | None = None
-    dtype: str = "float32"  # or bfloat16, with fp32 masters in the optimizer
-    device: str = "auto"
-    attn: str = "sdpa"
-    trust_remote_code: bool = False
-    zero_stage: int = 1
-    micro_batch_tokens: int = 8192  # positions that one rank reads at a time, padding included
-    gradient_checkpointing: bool = False
-    gradient_clipping: float = 1.0  # 0 = off
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    chunk_tokens: int = 256
-    timeout_s: float = 600.0
-    lora: dict[str, Any] | None = None  # r, alpha, dropout, target_modules
-    threads: int = 0  # 0 = as many as there are cores
+    threads: int  # 0: as many as there are cores
     seed: int = 0  # of new adapters and of dropout
-    deepspeed: dict[str, Any] = field(default_factory=dict)  # laid over the DeepSpeed config, such as offloading
-
-    def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"learner dtype {self.dtype!r} needs loss scaling; choose bfloat16 or float32")
 
 
-def deepspeed_config(settings: LearnerSettings, world_size: int) -> dict[str, Any]:
+def deepspeed_config(learner: LearnerConfig, world_size: int) -> dict[str, Any]:
     """DeepSpeed's config. It does not count accumulation steps: the learner sets the boundary at each micro-batch."""
-    bf16 = settings.dtype == "bfloat16"
+    bf16 = learner.dtype == "bfloat16"
     # trap: stage 0 with bf16 has a wrong first Adam step; stage 1 computes what stage 0 should
-    stage = max(settings.zero_stage, 1) if bf16 else settings.zero_stage
+    stage = max(learner.zero_stage, 1) if bf16 else learner.zero_stage
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # not used: how many sequences there are varies
         "gradient_accumulation_steps": 1,
         "train_batch_size": world_size,
-        "gradient_clipping": settings.gradient_clipping,
+        "gradient_clipping": learner.grad_clip,
         "zero_optimization": zero,
         "bf16": {"enabled": bf16, "check_grad_overflow": True} if bf16 else {"enabled": False},
         # in bf16 the sum of 32 micro-batches is off by 1e-3 of the gradient's norm, in fp32 by 1e-4
@@ -59,7 +43,7 @@ def deepspeed_config(settings: LearnerSettings, world_size: int) -> dict[str, An
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
     }
-    extra = dict(settings.deepspeed)
+    extra = dict(learner.deepspeed)
     zero.update(extra.pop("zero_optimization", {}))
     return config | extra
 

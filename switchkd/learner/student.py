@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from switchkd.config.schema import LoraConfig
 from switchkd.engines.models.lm_head import lm_head_of, logit_scales
 from switchkd.engines.models.loading import load_model
 from switchkd.learner.loss_module import Gather, StudentModule, causal_model, full_tensors
@@ -24,27 +25,28 @@ def build_student(
 
     With `zero3_config` no rank ever holds all of it, unless its config scales the logits: then the scale is probed.
     """
+    learner, student = settings.learner, settings.student
     if zero3_config is None:
         model = load_model(
-            settings.model,
-            dtype=settings.dtype,
+            student.path,
+            dtype=learner.dtype,
             device=str(device),
-            attn=settings.attn,
-            trust_remote_code=settings.trust_remote_code,
-            revision=settings.revision,
+            attn=student.attn,
+            trust_remote_code=student.trust_remote_code,
+            revision=student.revision,
         )
     else:
         model = _load_partitioned(settings, zero3_config)
     scale, softcap = _logit_numbers(model, settings, gather, partitioned=zero3_config is not None)
-    model.requires_grad_(settings.lora is None)
-    if settings.lora is not None:
-        model = _with_adapters(model, settings.lora)
-    if settings.gradient_checkpointing:
+    model.requires_grad_(learner.lora is None)
+    if learner.lora is not None:
+        model = _with_adapters(model, learner.lora)
+    if learner.gradient_checkpointing:
         # the reentrant kind gives no gradients where the first layer's input needs none, as under LoRA
         causal_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     return StudentModule(
-        model, vocab_size=settings.vocab_size, scale=scale, softcap=softcap, chunk=settings.chunk_tokens
+        model, vocab_size=settings.vocab_size, scale=scale, softcap=softcap, chunk=learner.chunk_tokens
     )
 
 
@@ -83,14 +85,15 @@ def _load_partitioned(settings: LearnerSettings, config: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
+    student = settings.student
     alive = HfDeepSpeedConfig(config)  # while this object lives, from_pretrained hands every layer out to the ranks
     model = AutoModelForCausalLM.from_pretrained(
-        settings.model,
-        dtype=getattr(torch, settings.dtype),
-        attn_implementation=settings.attn,
+        student.path,
+        dtype=getattr(torch, settings.learner.dtype),
+        attn_implementation=student.attn,
         use_safetensors=True,
-        trust_remote_code=settings.trust_remote_code,
-        revision=settings.revision,
+        trust_remote_code=student.trust_remote_code,
+        revision=student.revision,
     )
     del alive  # other models of this process are loaded whole
     _restore_buffers(model, settings)
@@ -105,7 +108,9 @@ def _restore_buffers(model: Any, settings: LearnerSettings) -> None:
 
     with init_empty_weights(include_buffers=False):
         reference = AutoModelForCausalLM.from_config(
-            model.config, dtype=getattr(torch, settings.dtype), trust_remote_code=settings.trust_remote_code
+            model.config,
+            dtype=getattr(torch, settings.learner.dtype),
+            trust_remote_code=settings.student.trust_remote_code,
         )
     for name, module in reference.named_modules():
         target = model.get_submodule(name)
@@ -124,15 +129,15 @@ def _logit_numbers(model: Any, settings: LearnerSettings, gather: Gather, *, par
     return lm_head.scale, lm_head.softcap
 
 
-def _with_adapters(model: Any, lora: dict[str, Any]) -> Any:
-    from peft import LoraConfig, get_peft_model
+def _with_adapters(model: Any, lora: LoraConfig) -> Any:
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
 
-    targets = lora["target_modules"]
-    config = LoraConfig(
-        r=lora["r"],
-        lora_alpha=lora["alpha"],
-        lora_dropout=lora["dropout"],
-        target_modules=targets if isinstance(targets, str) else list(targets),
+    config = PeftConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # floats are fine
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules),
         task_type="CAUSAL_LM",
     )
     # DeepSpeed keeps the fp32 masters, and refuses a module of two dtypes
