@@ -1,6 +1,6 @@
 """The learner on two ranks: spawned processes, gloo on loopback, all ZeRO stages. As a script, this file is one rank.
 
-One gang of two runs every case, a new learner with a new port for each; the tests read what it left behind.
+Two ranks run every case, a new learner with a new port for each; the tests read what they left behind.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from switchkd.engines.weights import load_into, unpack
 from switchkd.learner.batching import LossSpec, assign_batch
 from switchkd.types import StepResult
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # whichever test comes first waits for the gang
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # whichever test comes first waits for the ranks
 torch.set_num_threads(1)
 
 LOSSES = {spec.name: spec for spec in (FORWARD_KL, SKEWED, ATKD)}
@@ -54,7 +54,7 @@ NUM_STEPS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What one learner of the gang does: NUM_STEPS steps, then publish; on request a checkpoint between, an export."""
+    """What the ranks do in one case: NUM_STEPS steps, then publish; on request a checkpoint between, an export."""
 
     family: str = "llama"
     loss: str = "forward_kl"
@@ -187,7 +187,7 @@ def be_a_rank(root: Path, rank: int) -> None:
 # --- the tests -------------------------------------------------------------------------------------------------------
 
 
-def run_gang(cases: dict[str, Case], root: Path, timeout_s: float) -> tuple[int | None, str]:
+def run_ranks(cases: dict[str, Case], root: Path, timeout_s: float) -> tuple[int | None, str]:
     """Two ranks through all cases: the return code of rank 0 (None: it had to be ended) and what both said."""
     families = {case.family for case in cases.values()}
     folders = {family: student_folder(root / "students" / family, family, **no_dropout(family)) for family in families}
@@ -218,10 +218,10 @@ def no_dropout(family: str) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def gang(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Outcome of rank 0 by case; `root`: where checkpoints, exports and rank 1's outcomes are."""
-    root = tmp_path_factory.mktemp("gang")
-    code, said = run_gang(CASES, root, timeout_s=340)
+    root = tmp_path_factory.mktemp("ranks")
+    code, said = run_ranks(CASES, root, timeout_s=340)
     assert code == 0, said
     outcomes: dict[str, Any] = {n: pickle.loads((root / f"{n}.rank0.pkl").read_bytes()) for n in CASES}
     return outcomes | {"root": root}
@@ -238,71 +238,71 @@ FULL_FP32 = [n for n, c in CASES.items() if c.settings.get("dtype") is None and 
 
 
 @pytest.mark.parametrize("name", FULL_FP32)
-def test_two_ranks_are_one_rank(name: str, gang: dict[str, Any]) -> None:
+def test_two_ranks_are_one_rank(name: str, outcomes: dict[str, Any]) -> None:
     """For every ZeRO stage and loss, with an empty micro-batch: losses, norms, weights of one naive process."""
-    outcome: Outcome = gang[name]
+    outcome: Outcome = outcomes[name]
     learner, expected = naive(CASES[name])
     for result, (loss, norm) in zip(outcome.results, expected, strict=True):
         assert result.loss == pytest.approx(loss, rel=5e-6) and result.grad_norm == pytest.approx(norm, rel=2e-5)
     assert distance(outcome.weights, dict(learner.model.named_parameters())) < 1e-6
 
 
-def test_ranks_report_the_same(gang: dict[str, Any]) -> None:
+def test_ranks_report_the_same(outcomes: dict[str, Any]) -> None:
     """Loss, norm and metrics are those of the whole step on both ranks; only rank 0 publishes."""
     for name in CASES:
-        other: Outcome = pickle.loads((gang["root"] / f"{name}.rank1.pkl").read_bytes())
-        for mine, theirs in zip(gang[name].results, other.results, strict=True):
+        other: Outcome = pickle.loads((outcomes["root"] / f"{name}.rank1.pkl").read_bytes())
+        for mine, theirs in zip(outcomes[name].results, other.results, strict=True):
             assert (mine.loss, mine.metrics) == (theirs.loss, theirs.metrics) and mine.grad_norm == theirs.grad_norm
-        assert gang[name].weights and not other.weights
+        assert outcomes[name].weights and not other.weights
 
 
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.resume])
-def test_a_resumed_learner_goes_on_bit_by_bit(name: str, gang: dict[str, Any]) -> None:
+def test_a_resumed_learner_goes_on_bit_by_bit(name: str, outcomes: dict[str, Any]) -> None:
     """Save, step; build anew, load, step: the same loss, norm and weights to the last bit."""
-    outcome: Outcome = gang[name]
+    outcome: Outcome = outcomes[name]
     assert outcome.resumed[0].loss == outcome.results[-1].loss
     assert outcome.resumed[0].grad_norm == outcome.results[-1].grad_norm
     assert distance(outcome.resumed_weights, outcome.weights) == 0
 
 
 @pytest.mark.parametrize("name", LIKE)
-def test_bad_steps_never_happened(name: str, gang: dict[str, Any]) -> None:
+def test_bad_steps_never_happened(name: str, outcomes: dict[str, Any]) -> None:
     """One rank's NaN makes both skip; what they train afterwards is that of the same case without it, bit by bit."""
-    outcome, expected = gang[f"bad_{name}"], gang[name]
+    outcome, expected = outcomes[f"bad_{name}"], outcomes[name]
     assert [r.skipped for r in outcome.skipped] == [True, True] and not any(r.skipped for r in outcome.results)
     assert [math.isfinite(r.loss) for r in outcome.skipped] == [False, True]
     for ours, theirs in zip(outcome.results, expected.results, strict=True):
         assert (ours.loss, ours.grad_norm) == (theirs.loss, theirs.grad_norm)
     assert distance(outcome.weights, expected.weights) == 0
-    other: Outcome = pickle.loads((gang["root"] / f"bad_{name}.rank1.pkl").read_bytes())
+    other: Outcome = pickle.loads((outcomes["root"] / f"bad_{name}.rank1.pkl").read_bytes())
     assert [r.skipped for r in other.skipped] == [True, True]
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_bf16_steps_like_fp32(stage: int, gang: dict[str, Any]) -> None:
+def test_bf16_steps_like_fp32(stage: int, outcomes: dict[str, Any]) -> None:
     """bf16 with fp32 masters moves the weights where fp32 moves them, at every stage alike (stage 0 becomes 1)."""
     start = dict(tiny_model("llama", seed=1).named_parameters())
-    bf16, fp32 = gang[f"bf16_{stage}"], gang["zero1"]
+    bf16, fp32 = outcomes[f"bf16_{stage}"], outcomes["zero1"]
     assert bf16.results[0].loss == pytest.approx(fp32.results[0].loss, rel=1e-2)
     # trap: ZeRO-3 rounds the rotary frequencies when it loads, and its loss is 6e-4 off
-    assert bf16.results[0].loss == pytest.approx(gang["bf16_1"].results[0].loss, rel=1e-6)
+    assert bf16.results[0].loss == pytest.approx(outcomes["bf16_1"].results[0].loss, rel=1e-6)
     assert distance(bf16.weights, fp32.weights) < 0.2 * distance(start, fp32.weights)
-    assert distance(bf16.weights, gang["bf16_1"].weights) < 2**-8  # stages add ranks up in bf16 or in fp32
+    assert distance(bf16.weights, outcomes["bf16_1"].weights) < 2**-8  # stages add ranks up in bf16 or in fp32
     assert all(torch.equal(t, t.bfloat16().float()) for t in bf16.weights.values())
 
 
 @pytest.mark.parametrize("name", ["lora1", "lora3", "lora_tied_gpt2"])
-def test_lora_is_merged_as_peft_merges_it(name: str, gang: dict[str, Any]) -> None:
+def test_lora_is_merged_as_peft_merges_it(name: str, outcomes: dict[str, Any]) -> None:
     """Published weights, the exported model and peft's own merge of the exported adapter are the same; most of the
     base is untouched, and some of it is not."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    export = gang["root"] / name / "export"
+    export = outcomes["root"] / name / "export"
     base = tiny_model(CASES[name].family, seed=1, **no_dropout(CASES[name].family))
     start = copy.deepcopy(dict(base.named_parameters()))
     merged = PeftModel.from_pretrained(base, export / "adapter").merge_and_unload()
-    published: dict[str, torch.Tensor] = gang[name].weights
+    published: dict[str, torch.Tensor] = outcomes[name].weights
     assert distance(published, dict(merged.named_parameters())) < 1e-7
     exported = AutoModelForCausalLM.from_pretrained(export)
     assert distance(published, dict(exported.named_parameters())) == 0
@@ -311,38 +311,38 @@ def test_lora_is_merged_as_peft_merges_it(name: str, gang: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("name", ["lora1", "lora3", "lora_again3", "lora_bf16"])
-def test_lora_publishes_what_it_trains(name: str, gang: dict[str, Any]) -> None:
+def test_lora_publishes_what_it_trains(name: str, outcomes: dict[str, Any]) -> None:
     """Publishing does not touch the training weights: stages agree, and merged weights give the next step's loss."""
-    assert gang[name].results[1].loss < 1.2 * gang[name].results[0].loss
-    assert gang[name].results[1].loss == pytest.approx(
-        gang["lora1"].results[1].loss, rel=2e-2 if "bf16" in name else 1e-5
+    assert outcomes[name].results[1].loss < 1.2 * outcomes[name].results[0].loss
+    assert outcomes[name].results[1].loss == pytest.approx(
+        outcomes["lora1"].results[1].loss, rel=2e-2 if "bf16" in name else 1e-5
     )
 
 
-def test_the_export_of_partitioned_weights_is_whole(gang: dict[str, Any]) -> None:
+def test_the_export_of_partitioned_weights_is_whole(outcomes: dict[str, Any]) -> None:
     """ZeRO-3 with tied embeddings exports an ordinary folder that the rollout workers' weights equal."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(gang["root"] / "tied3" / "export")
-    assert distance(dict(model.named_parameters()), gang["tied3"].weights) == 0
+    model = AutoModelForCausalLM.from_pretrained(outcomes["root"] / "tied3" / "export")
+    assert distance(dict(model.named_parameters()), outcomes["tied3"].weights) == 0
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_a_worker_takes_what_two_ranks_publish(gang: dict[str, Any]) -> None:
+def test_a_worker_takes_what_two_ranks_publish(outcomes: dict[str, Any]) -> None:
     """A student engine's model loads the bundle by name."""
     from switchkd.engines.weights import pack
 
     for name in ("zero3", "lora3", "tied3"):
         model = tiny_model(CASES[name].family, seed=9)
-        load_into(model, pack(gang[name].weights.items(), 1))
-        assert distance(dict(model.named_parameters()), gang[name].weights) == 0
+        load_into(model, pack(outcomes[name].weights.items(), 1))
+        assert distance(dict(model.named_parameters()), outcomes[name].weights) == 0
 
 
 @pytest.mark.parametrize(("fault", "stage", "says"), [("raise", 3, "Connection closed"), ("stall", 1, "Timed out")])
 def test_a_lost_rank_is_an_error_not_a_hang(fault: str, stage: int, says: str, tmp_path: Path) -> None:
     """When one rank raises or stands still, the other one's step raises, at the latest after the group's timeout."""
     case = Case(fault=fault, settings={"zero_stage": stage, "timeout_s": 5.0})
-    code, said = run_gang({"fault": case}, tmp_path, timeout_s=100)
+    code, said = run_ranks({"fault": case}, tmp_path, timeout_s=100)
     assert code == 1 and says in said, said
 
 

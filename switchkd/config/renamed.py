@@ -35,7 +35,7 @@ REMOVED = {
 
 
 def replacement(key: str, value: Any) -> str | None:
-    """What to write instead of `key` with `value`; None for a key and a value that are not in the tables."""
+    """The error text for `key` with `value`; None for a key and a value that are not in the tables."""
     name = key
     if key.startswith("teachers.") and key.count(".") > 1:  # teachers.NAME.output
         name = f"teacher.{key.split('.', 2)[2]}"

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 FORMAT = 2
-"""Of configs and run folders. A change of what a seed generates, or of what a file of a run means, raises it."""
+"""The format of configs and run folders. A change of what a seed generates, or a file means, raises the number."""
 Frac = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Switch = Annotated[
@@ -70,7 +70,7 @@ class RunConfig(Section):
     """`ray` joins the cluster of a submitted job or of `cluster.address`, else starts a private one on this machine.
     `inprocess` uses no Ray."""
     overwrite: bool = False
-    """Move a folder that holds another run aside and start anew."""
+    """Rename a folder that holds another run, and start anew."""
     watchdog_s: PositiveFloat = 1800.0
     """A run that does not get on for so long says which actor it waits for, saves what it can, and ends. Raise it where
     a single optimizer step takes longer. The start has at least 5 minutes for each actor."""
@@ -107,9 +107,9 @@ class TeacherConfig(ModelConfig):
     """With `vllm`: its engine arguments, passed on as they are (`tensor_parallel_size`, `gpu_memory_utilization`,
     `quantization`, ...)."""
     output: Literal["hidden_states", "logits", "top_logprobs"] = "hidden_states"
-    """What it sends for each position: its hidden state, all its logits, or (approximate) its most likely ids with the
-    mass and the entropy of the rest. Then rules see the rest as one bin, the teacher draws from those ids alone, and
-    every rollout is marked approximate."""
+    """The rows that it sends, one for each position: its hidden state, all its logits, or (approximate) its most likely
+    ids with the mass and the entropy of the rest. Then rules see the rest as one bin, the teacher draws from those ids
+    alone, and every rollout is marked approximate."""
     num_top_logprobs: PositiveInt = 64
     """With `top_logprobs`: how many ids."""
     replicas: Count = 1
@@ -148,7 +148,7 @@ class DataConfig(Section):
     """JSONL or parquet (relative to the config file), a hub name that `datasets` knows (`name:subset` too), or one such
     file of a data set on the hub (`hf://datasets/owner/name/file.jsonl`)."""
     split: str = "train"
-    """Of a hub name. Rows can be cut out of any kind: `train[500:]`, `train[:500]`."""
+    """The split of a hub name. Any kind can be sliced: `train[500:]`, `train[:500]`."""
     prompt_field: str = "prompt"
     input_field: str | None = None
     """A field that belongs to the prompt (a context, an input); where it holds text that follows after a blank line."""
@@ -207,9 +207,9 @@ class RuleConfig(Section):
     top_k: int | None = None
     """SKD's K: a drafted id outside the teacher's first K is replaced."""
     prob: float | None = None
-    """Of `random` and `mixture`: the teacher's share."""
+    """The teacher's share under `random` and `mixture`."""
     params: dict[str, Any] = {}
-    """What a rule of your own (`my_file:my_rule`) takes."""
+    """Parameters of a rule of your own (`my_file:my_rule`)."""
     student: SamplingConfig = SamplingConfig()
     """In this stage; null takes `student.temperature` and so on."""
     teacher: SamplingConfig = SamplingConfig()
@@ -219,20 +219,20 @@ class RuleConfig(Section):
 
 
 class LossConfig(Section):
-    """What is minimised (`algo/losses.py`). Null takes the loss's own default."""
+    """The loss (`algo/losses.py`). Null takes the loss's own default."""
 
     type: str = "forward_kl"
     """A name, or `my_file:my_loss` from the working directory: your own code, which runs with your rights."""
     alpha: float | None = None
-    """Of the skewed losses."""
+    """The mixing weight of the skewed losses."""
     beta: float | None = None
-    """Of `jsd`: the teacher's share."""
+    """The teacher's share in `jsd`."""
     hard_frac: float | None = None
     lam: float | None = None
     """ATKD's lambda."""
     direction: Literal["forward", "reverse"] | None = None
     params: dict[str, Any] = {}
-    """What a loss of your own (`my_file:my_loss`) takes."""
+    """Parameters of a loss of your own (`my_file:my_loss`)."""
     lm_coef: float = Field(0.0, ge=0)
     """Adds this much cross-entropy on the labels of tokens that the data set wrote."""
     approximate: bool = False
@@ -335,7 +335,7 @@ class RolloutConfig(Section):
     max_draft_tokens: PositiveInt = 8
     """Tokens that one model drafts before the other reads them; with drafter `auto` the most."""
     drafter: Literal["auto", "student", "teacher", "none"] = "auto"
-    """Who takes the next step. `auto` measures what is faster. Speed only: the tokens are the same."""
+    """The model that drafts. `auto` measures what is faster. Speed only: the tokens are the same."""
     overlap: bool | None = None
     """Two half-batches per worker: one drafts while the other is at the teacher. Null: where the two have processors of
     their own."""
@@ -343,7 +343,7 @@ class RolloutConfig(Section):
     save: bool = True
     """Write rollouts.jsonl."""
     save_top_logprobs: NonNegativeInt = 0
-    """So many of each model's most likely tokens go into rollouts.jsonl beside every token, for `switchkd report`."""
+    """Number of each model's most likely tokens that rollouts.jsonl holds beside every token, for `switchkd report`."""
     save_teacher_output: bool = False
     """Keep what was trained on, with the teacher's output, in `teacher_output/`, for `train --from-rollouts`."""
     recorded: str = ""
@@ -386,7 +386,7 @@ class EvalConfig(Section):
     num_prompts: PositiveInt = 200
     seeds: tuple[int, ...] = (0,)
     temperature: float = Field(1.0, ge=0)
-    """Of the scored texts; agreement and KL are also taken on the greedy text."""
+    """Sampling of the scored completions; agreement and KL are also taken on the greedy ones."""
     max_new_tokens: PositiveInt = 128
 
 
@@ -405,15 +405,15 @@ class MetricsConfig(Section):
 
 class ClusterConfig(Section):
     address: str = ""
-    """Of a running Ray cluster (`auto`, `host:port`). Empty: the submitted job's, else a private one here."""
+    """Address of a running Ray cluster (`auto`, `host:port`). Empty: the submitted job's, else a private one here."""
     wait_s: float = Field(0.0, ge=0)
     """Wait so long for a cluster to grow to what the run needs, or for others to leave it."""
     object_store_gb: PositiveFloat | None = None
-    """Of a private cluster. Null: half a gigabyte, and room for two versions of the student."""
+    """Object store of a private cluster. Null: half a gigabyte, and space for two versions of the student."""
 
 
 class ResourcesConfig(Section):
-    """Of each process of a role, as Ray counts them."""
+    """Resources of each process of a role, as Ray counts them."""
 
     num_cpus: float | None = Field(None, ge=0)
     """Null: 1, and on a private cluster an even share of this machine."""
@@ -437,7 +437,7 @@ class RoleResourcesConfig(Section):
     rollout: ResourcesConfig = ResourcesConfig()
     learner: ResourcesConfig = ResourcesConfig()
     teachers: dict[str, ResourcesConfig] = {}
-    """Of single ones of `teachers`, by name, instead of `teacher`."""
+    """Single ones of `teachers`, by name, instead of `teacher`."""
 
 
 class Config(Section):
@@ -478,7 +478,7 @@ class Config(Section):
 
     @property
     def teacher_names(self) -> tuple[str, ...]:
-        """Of `teachers`; the only one has the name ""; none where no stage needs one."""
+        """Names of `teachers`; the only one has the name ""; none where no stage needs one."""
         return (tuple(self.teachers) or ("",)) if self.needs_teacher else ()
 
     def of_teacher(self, name: str) -> Config:

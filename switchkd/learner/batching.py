@@ -24,7 +24,7 @@ from switchkd.types import BatchAssignment, Entry, Rollout, TeacherOutput
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossSpec:
-    """What a stage minimises: a per-token loss with its numbers, and how its tokens are weighted."""
+    """The loss of a stage: a per-token loss with its numbers, and how its tokens are weighted."""
 
     name: str
     per_token: Callable[..., Tensor]  # (p_logits [N, V], q_logits [N, V], labels [N], mask [N], **numbers) -> [N]
