@@ -260,6 +260,12 @@ class PackedWeights:
     manifest: tuple[tuple[str, str, tuple[int, ...], int, int, int], ...]  # name, dtype, shape, bucket, offset, nbytes
     buckets: tuple[np.ndarray, ...]  # uint8
     checksum: str
+    incarnation: int = 0  # as in the `WeightRef` that it was fetched by
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """As `WeightRef.order`."""
+        return self.incarnation, self.version
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -339,8 +345,8 @@ class WeightRef:
     incarnation: int = 0  # of the learner: after it went back, a number that was used already stands for other weights
 
     @property
-    def key(self) -> tuple[int, int]:
-        """Later weights have the greater one, also where the learner went back."""
+    def order(self) -> tuple[int, int]:
+        """Greater for later weights, also where the learner went back."""
         return self.incarnation, self.version
 
 

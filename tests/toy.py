@@ -43,6 +43,7 @@ class ToyStudent:
         self.chain, self.num_slots, self.max_len, self.head = chain, num_slots, 10_000, IdentityHead()
         self.held: dict[int, list[int]] = {}
         self.num_steps = 0
+        self.order = (0, 0)
 
     def extend(self, slots, starts, token_ids, lengths):  # type: ignore[no-untyped-def]
         self.num_steps += 1
@@ -55,7 +56,7 @@ class ToyStudent:
         return torch.cat(rows)
 
     def load_weights(self, bundle):  # type: ignore[no-untyped-def]
-        self.chain, self.held = bundle.chain, {}
+        self.chain, self.held, self.order = bundle.chain, {}, (0, bundle.version)
 
 
 class ToyTeacher:

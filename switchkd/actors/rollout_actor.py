@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -35,7 +36,6 @@ class RolloutActor(HeartbeatActor):
         prepare(secrets, working_dir)
         pools, replay = cloudpickle.loads(handles)
         self.replay = RayReplayHandle(replay)
-        self.loaded = self.pushed_order = (0, 0)  # as WeightRef.key
         self.pushed: PackedWeights | None = None
         routers = {
             name: TeacherRouter(PoolClient(pool, f"{namespace}/{index}"), namespace=namespace, first=index)
@@ -46,34 +46,26 @@ class RolloutActor(HeartbeatActor):
 
     @ray.method(concurrency_group="weights")
     def push_weights(self, weights: WeightRef) -> None:
-        """Fetch weights that the running rollouts load at their next round."""
+        """Fetch weights that the running rollouts load at their next round. Calls may overtake each other."""
         packed = fetch_weights(weights)
-        if weights.key > self.pushed_order:
-            self.pushed, self.pushed_order = packed, weights.key
+        if self.pushed is None or packed.order > self.pushed.order:
+            self.pushed = packed
 
     def generate(self, tasks: list[RolloutTask], weights: WeightRef | None) -> WorkReport:
-        self._load(weights)
+        self.worker.load_weights(weights, fetch_weights)
         return self.worker.generate(tasks, self._put)
 
     def evaluate(self, shard: EvalShard, weights: WeightRef | None) -> list[EvalRow]:
-        self._load(weights)
+        self.worker.load_weights(weights, fetch_weights)
         return self.worker.evaluate(shard)
 
     def progress_counter(self) -> int:
         return self.worker.progress_counter
 
-    def _load(self, weights: WeightRef | None) -> None:
-        if weights is not None and weights.key > self.loaded:
-            self.worker.load_weights(fetch_weights(weights))
-            self.loaded = weights.key
-
     def _newer(self) -> PackedWeights | None:
-        """The pushed weights, unless they have been loaded since; the caller loads them."""
-        pushed, key = self.pushed, self.pushed_order
-        if pushed is None or key <= self.loaded:
-            return None
-        self.loaded = key
-        return pushed
+        """Return the pushed weights, if they are later than those in use."""
+        pushed = self.pushed
+        return pushed if pushed is not None and pushed.order > self.worker.student.order else None
 
     def _put(self, rollouts: list[Rollout]) -> None:
         """Wait while the replay is full, or is being started again."""
@@ -91,4 +83,4 @@ class RolloutActor(HeartbeatActor):
 def fetch_weights(weights: WeightRef) -> PackedWeights:
     """`ref` holds one object reference: this process pulls the weights once, straight from the store."""
     packed: PackedWeights = ray.get(weights.ref[0])
-    return packed
+    return replace(packed, incarnation=weights.incarnation)

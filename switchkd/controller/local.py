@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,7 @@ class LocalWorkerHandle:
         return completed(self.worker.generate, tasks, self.replay.put)
 
     def push_weights(self, weights: WeightRef | None) -> None:
-        if weights is not None and weights.version > self.worker.version:
-            self.worker.load_weights(weights.ref)
+        self.worker.load_weights(weights, lambda weights: replace(weights.ref, incarnation=weights.incarnation))
 
     def evaluate(self, shard: EvalShard, weights: WeightRef | None) -> Future[Any]:
         self.push_weights(weights)

@@ -59,6 +59,8 @@ class StudentEngine(Protocol):
 
     num_slots: int
     max_len: int
+    order: tuple[int, int]
+    """(incarnation, version) of the weights in use: (0, 0) for the student's folder, else `PackedWeights.order`."""
 
     @property
     def head(self) -> OutputHead:

@@ -83,15 +83,15 @@ class SwitchingGenerator:
         self.stop_ids = stop_ids
         self.overlap = overlap
         self.parks = drafter != "none"  # one token of each model at a time, whatever the rule says
-        self.version = 0
         self.num_rounds = 0
         self.speculation = SpeculationPolicy(drafter, max_draft_tokens)
         self.drafter = Drafter(student, self.reader, stop_ids, self.speculation.costs)
         self._new_weights = new_weights  # given: versions are taken in mid-rollout (`reprefill`)
 
-    def load_weights(self, packed: PackedWeights) -> None:
-        self.student.load_weights(packed)
-        self.version = packed.version
+    @property
+    def version(self) -> int:
+        """The number of the weights in use."""
+        return self.student.order[1]
 
     def run(self, requests: Sequence[GenerationRequest], emit: Emit) -> None:
         """Serve all requests; `emit` gets each rollout once, in the order in which they finish."""
@@ -159,7 +159,7 @@ class SwitchingGenerator:
         if packed is not None:
             while pending:  # they settle with the version that drafted
                 self._complete(pending.popleft())
-            self.load_weights(packed)
+            self.student.load_weights(packed)
             for row in rows:
                 row.student_len = 0
 

@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from switchkd.engines.base import StudentEngine
 from switchkd.rollout.evaluate import ShardEvaluator
 from switchkd.rollout.generator import Emit, GenerationRequest, SwitchingGenerator
 from switchkd.rollout.state import StageParams
@@ -22,6 +21,7 @@ from switchkd.types import (
     RolloutStats,
     RolloutTask,
     TokenSource,
+    WeightRef,
     WorkReport,
 )
 
@@ -38,26 +38,20 @@ class RolloutWorker:
         self.generators = dict(generators)
         self.stage_params = list(stage_params)
         self.decode = decode
-        self._first = next(iter(self.generators.values()))  # what it knows of the student holds for all
+        self._first = next(iter(self.generators.values()))
+        self.student = self._first.student
         self._evaluator = ShardEvaluator(self.student, self._generator_of, self._run, decode)
         self._free_since = time.monotonic()
-
-    @property
-    def student(self) -> StudentEngine:
-        return self._first.student
-
-    @property
-    def version(self) -> int:
-        """Version of the weights in use."""
-        return self._first.version
 
     @property
     def progress_counter(self) -> int:
         """Grows while it generates or reads."""
         return sum(generator.num_rounds + generator.calls.num_calls for generator in self.generators.values())
 
-    def load_weights(self, packed: PackedWeights) -> None:
-        self._first.load_weights(packed)
+    def load_weights(self, weights: WeightRef | None, fetch: Callable[[WeightRef], PackedWeights]) -> None:
+        """Load a published version, unless it or a later one is in use. None: any version will do."""
+        if weights is not None and weights.order > self.student.order:
+            self.student.load_weights(fetch(weights))
 
     def generate(self, tasks: Sequence[RolloutTask], put: Emit) -> WorkReport:
         """Generate all rollouts; each finished one goes to `put` at once."""
@@ -109,11 +103,7 @@ class RolloutWorker:
         """Each with its own teacher, one teacher after the other."""
         for name in sorted({request.task.prompt.teacher for request in requests}):
             generator = self._generator_of(name)
-            generator.version = self.version
-            try:
-                generator.run([request for request in requests if request.task.prompt.teacher == name], emit)
-            finally:
-                self._first.version = generator.version  # it may have loaded newer weights
+            generator.run([request for request in requests if request.task.prompt.teacher == name], emit)
 
     def _generator_of(self, teacher: str) -> SwitchingGenerator:
         return self.generators.get(teacher, self._first)

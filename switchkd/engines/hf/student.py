@@ -23,6 +23,7 @@ class HFStudent:
             model, num_slots=num_slots, max_len=max_len, prefill_chunk=prefill_chunk, capture=capture
         )
         self.model, self.num_slots, self.max_len = model, num_slots, max_len
+        self.order = (0, 0)
         self.head = lm_head_of(model, vocab_size)
         prepack = "off" if capture else prepack  # a recording keeps addresses, packed copies move
         self._refresh = cpu_prepack.prepack(model, prepack, key="student.prepack")
@@ -41,3 +42,4 @@ class HFStudent:
         self._refresh()
         self.head.copy_from(self.model)
         self._slots.reset()
+        self.order = packed.order

@@ -97,6 +97,7 @@ class FakeStudent:
     def __init__(self, sleep_s: float, num_slots: int, max_len: int) -> None:
         self.sleep_s, self.num_slots, self.max_len = sleep_s, num_slots, max_len
         self.head = head()
+        self.order = (0, 0)
 
     def extend(self, slots: np.ndarray, starts: np.ndarray, token_ids: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
         time.sleep(self.sleep_s)
@@ -107,6 +108,7 @@ class FakeStudent:
 
         for _ in unpack(bundle):  # the checksum is read
             pass
+        self.order = bundle.order
 
 
 class FakeTeacher:
