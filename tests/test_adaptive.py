@@ -23,7 +23,7 @@ from switchkd.controller.adaptive import BUFFERED, FIXED, GENERATED, AdaptiveSch
 from switchkd.controller.metrics import MetricsLog
 from switchkd.controller.schedule import Schedule
 from switchkd.data.prompts import PromptStream
-from switchkd.data.reuse_buffer import Buffer
+from switchkd.data.reuse_buffer import ReuseBuffer
 from switchkd.train import train
 from switchkd.types import CompletionSource, Prompt
 
@@ -128,7 +128,7 @@ def ids(rollouts: list[Any]) -> list[int]:
 
 def test_buffer_keeps_the_last_and_draws_alike():
     """A draw is `num` different ones of the last `capacity` that earlier steps put in, a function of (seed, step)."""
-    buffer = Buffer(6, seed=3)
+    buffer = ReuseBuffer(6, seed=3)
     for step in range(4):
         buffer.add(step, [rollout(3 * step + i) for i in range(3)])
     assert len(buffer) == 6 and ids(buffer.draw(2, 9)) == [0, 1, 2, 3, 4, 5]
@@ -137,14 +137,14 @@ def test_buffer_keeps_the_last_and_draws_alike():
     assert drawn == {step: ids(buffer.draw(step, 2)) for step in drawn}
     assert {i for own in drawn.values() for i in own} == set(range(6, 12))
     assert all(len(set(own)) == 2 for own in drawn.values())
-    assert ids(Buffer(6, seed=4).draw(4, 2)) == []
+    assert ids(ReuseBuffer(6, seed=4).draw(4, 2)) == []
 
 
 def test_buffer_takes_what_the_student_wrote():
     """Text of the data set or of the teacher alone is not kept."""
     from dataclasses import replace
 
-    buffer = Buffer(6, seed=0)
+    buffer = ReuseBuffer(6, seed=0)
     buffer.add(
         0,
         [
@@ -157,18 +157,18 @@ def test_buffer_takes_what_the_student_wrote():
 
 def test_buffer_goes_back():
     """After a rewind, and after a restore of its state, each step draws what it drew before."""
-    buffer = Buffer(4, seed=1)
+    buffer = ReuseBuffer(4, seed=1)
     before = {}
     for step in range(6):
         before[step] = ids(buffer.draw(step, 3))
         buffer.add(step, [rollout(2 * step), rollout(2 * step + 1)])
         if step == 3:
-            state = buffer.state(4)
+            state = buffer.state_dict(4)
     buffer.release_before(4)
     buffer.rewind(4)
     assert buffer.holds([4, 5, 6, 7]) and not buffer.holds([3]) and not buffer.holds([8])
-    other = Buffer(4, seed=1)
-    assert ids(other.restore({**state, "rollouts": [*state["rollouts"], rollout(99)]})) == [99]
+    other = ReuseBuffer(4, seed=1)
+    assert ids(other.load_state_dict({**state, "rollouts": [*state["rollouts"], rollout(99)]})) == [99]
     for again in (buffer, other):
         for step in (4, 5):
             assert ids(again.draw(step, 3)) == before[step]

@@ -144,7 +144,7 @@ def test_gives_up_on_a_process_without_a_placement(killed):
     assert 1 in pool.members, "its placement is there, it only starts slowly"
     owner.full = True
     pool.reconcile(PATIENCE_S + 1)
-    assert list(pool.members) == [0] and pool.events[-1] == "the cluster has no room for one more teacher replica"
+    assert list(pool.members) == [0] and pool.events[-1] == "one more teacher replica cannot be placed on the cluster"
     for _ in range(ADD_LOOKS):
         pool.reconcile(2 * PATIENCE_S)
     assert list(pool.members) == [0]

@@ -218,7 +218,7 @@ class TestRouter:
         assert held(pool) == {0: [], 1: [0]}
         for replica in pool.values():
             replica.faults = [TeacherBusy("full")]
-        with pytest.raises(TeacherBusy, match="no teacher replica has room for 1 sessions"):
+        with pytest.raises(TeacherBusy, match="no teacher replica has slots for 1 sessions"):
             router.open(opened(1))
 
     def test_runs_do_not_meet(self, rooms):

@@ -90,7 +90,7 @@ def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int], log: M
 
         patience = max(config.run.watchdog_s, START_S)
         wait_for_all({pool.role: retry_until_alive(pool.actor.ready.remote) for pool in pools.values()}, patience)
-        teacher_heads = {name: pool.head() for name, pool in pools.items()}
+        teacher_heads = {name: pool.lm_head_state() for name, pool in pools.items()}
         heads = heads_for(config, run_dir, {name: head for name, head in teacher_heads.items() if head is not None})
         starting = {"replay": replay, **{f"rollout worker {i}": actor for i, actor in enumerate(workers.actors)}}
         ready = {name: retry_until_alive(actor.ready.remote) for name, actor in starting.items()}

@@ -227,7 +227,7 @@ class ProcessPool:
         if overdue and additional and not member.placement.wait(0):
             self.end(number)
             self._hold_until = now + 10 * self._patience_s
-            self.events.append(f"the cluster has no room for one more {self.role}")
+            self.events.append(f"one more {self.role} cannot be placed on the cluster")
 
     def _scale(self, now: float) -> None:
         load = self._owner.measure(now)

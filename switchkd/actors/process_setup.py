@@ -19,8 +19,8 @@ it would spin for milliseconds, and two workers on two cores were hardly faster 
 
 
 def for_private_cluster() -> None:
-    """Loopback only, a token that lives in memory only, no usage report, threads that take turns; nothing where the
-    caller runs a Ray already. Raises ConfigError when it comes too late: Ray reads these once, when it is imported."""
+    """Loopback only, a token that is in memory only, no usage report, threads that take turns; nothing where the caller
+    runs a Ray already. Raises ConfigError when it comes too late: Ray reads these once, when it is imported."""
     settings = {
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -61,7 +61,7 @@ class Secrets:
 
 
 def prepare(secrets: Secrets, working_dir: str) -> None:
-    """Take over the driver's secrets and let a user's own rule or loss be imported from where the driver stands."""
+    """Take over the driver's secrets and its working directory, from which a user's own rule or loss is imported."""
     secrets.apply()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if working_dir not in sys.path:

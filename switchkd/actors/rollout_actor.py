@@ -41,7 +41,7 @@ class RolloutActor(HeartbeatActor):
             name: TeacherRouter(PoolClient(pool, f"{namespace}/{index}"), namespace=namespace, first=index)
             for name, (pool, namespace) in pools.items()
         }
-        teachers = {name: (router, router.head()) for name, router in routers.items()}
+        teachers = {name: (router, router.lm_head_state()) for name, router in routers.items()}
         self.worker = make_worker(Config.model_validate(config), teachers, stop_ids, self._newer)
 
     @ray.method(concurrency_group="weights")

@@ -67,10 +67,10 @@ class TeacherPoolHandle:
     def role(self) -> str:
         return f"teacher {self.name}".strip()
 
-    def head(self) -> LMHeadState | None:
+    def lm_head_state(self) -> LMHeadState | None:
         """The LM head, once the pool works. Raises RuntimeError where it cannot start."""
         retry_until_alive(self.actor.ready.remote).result()
-        return TeacherRouter(self._client).head()
+        return TeacherRouter(self._client).lm_head_state()
 
     def replicas(self) -> dict[str, Any]:
         """Handles of the working replicas by name, as last known. Never waits."""

@@ -1,6 +1,6 @@
 """One teacher replica behind Ray: the calls of `engines.base.Teacher`, one at a time.
 
-Sessions live in this process only. After a restart it knows none and says so (UnknownSession); the router opens them
+Sessions are in this process only. After a restart it knows none and raises UnknownSession; the router opens them
 again. Calls are never retried by Ray: `base_lens` makes the router's own retries harmless.
 """
 
@@ -40,14 +40,15 @@ class TeacherActor(HeartbeatActor):
 
         self.teacher = make_teacher(Config.model_validate(config))
         self.held: set[int] = set()  # sessions that were opened and not closed
-        self.calls, self.busy_s = 0, 0.0
+        self.calls = 0
+        self.busy_s = 0.0
 
     def load(self) -> ReplicaLoad:
-        """Stands in the same line as every other call: how long the answer takes is how long calls wait."""
+        """Queues with every other call: how long the answer takes is how long calls wait."""
         return ReplicaLoad(calls=self.calls, busy_s=self.busy_s)
 
-    def head(self) -> LMHeadState | None:
-        """The output head for everybody who rebuilds rows; None when whole rows travel."""
+    def lm_head_state(self) -> LMHeadState | None:
+        """The LM head that turns hidden states into rows; None when the answers are logits."""
         return self.teacher.lm_head_state()
 
     def open(self, sessions: Sessions) -> None:

@@ -125,15 +125,15 @@ class TeacherRouter:
                 handle.close.remote(np.array(ids, np.int64))
 
     @waiting_for("a teacher")
-    def head(self) -> LMHeadState | None:
+    def lm_head_state(self) -> LMHeadState | None:
         """The teacher's LM head, from any replica; None when it sends logits. Waits for the pool to start."""
         retries = self._retries()
         while True:
             number = self._least_loaded(set())
             if number is not None:
                 try:
-                    head: LMHeadState | None = ray.get(self._view.ready[number].head.remote())
-                    return head
+                    state: LMHeadState | None = ray.get(self._view.ready[number].lm_head_state.remote())
+                    return state
                 except RayActorError as error:
                     self._lose(number, error)
             next(retries)
@@ -268,7 +268,7 @@ class TeacherRouter:
             number = self._least_loaded(busy)
             if number is None:
                 if busy:
-                    raise TeacherBusy(f"no teacher replica has room for {len(tokens)} sessions")
+                    raise TeacherBusy(f"no teacher replica has slots for {len(tokens)} sessions")
                 next(retries)
                 continue
             try:
@@ -311,7 +311,7 @@ def _piece(flat: np.ndarray, lengths: np.ndarray, index: int) -> np.ndarray:
 
 
 def _joined(placements: Sequence[tuple[TeacherOutput, int]]) -> TeacherOutput:
-    """One signal from pieces of several, in order."""
+    """One output from parts of several, in order."""
     pieces = [_piece(teacher_output.values, teacher_output.lengths, index) for teacher_output, index in placements]
     return TeacherOutput(
         kind=placements[0][0].kind,

@@ -9,7 +9,7 @@ from switchkd.config.schema import Config
 from switchkd.data.atomic_files import TEACHER_OUTPUT
 from switchkd.data.recorded import RecordedRollouts
 from switchkd.data.replay import Replay
-from switchkd.data.reuse_buffer import Buffer
+from switchkd.data.reuse_buffer import ReuseBuffer
 from switchkd.engines.models.loading import load_tokenizer
 
 
@@ -30,5 +30,5 @@ def make_replay(config: Config, run_dir: Path) -> Replay:
         rollouts_file=rollouts_file,
         decode=decode,
         teacher_output_dir=run_dir / TEACHER_OUTPUT if config.rollout.save_teacher_output else None,
-        buffer=Buffer(section.capacity, config.seed) if adaptive else None,
+        buffer=ReuseBuffer(section.capacity, config.seed) if adaptive else None,
     )

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from switchkd.data.reuse_buffer import Buffer
+from switchkd.data.reuse_buffer import ReuseBuffer
 from switchkd.data.rollout_io import append_rows, load_replay_state, save_replay_state, save_rollouts, shard
 from switchkd.types import Entry, ReplayFull, Rollout, TokenSource
 
@@ -79,7 +79,7 @@ class Replay:
         rollouts_file: Path | None = None,
         decode: Callable[[Sequence[int]], str] = str,
         teacher_output_dir: Path | None = None,
-        buffer: Buffer | None = None,
+        buffer: ReuseBuffer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._capacity = capacity
@@ -95,7 +95,7 @@ class Replay:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Become what `state_dict` described, whatever was here before."""
-        rollouts = state["rollouts"] if self._buffer is None else self._buffer.restore(state)
+        rollouts = state["rollouts"] if self._buffer is None else self._buffer.load_state_dict(state)
         # in order of arrival
         self._rollouts: dict[int, Rollout] = {rollout.rollout_id: rollout for rollout in rollouts}
         self._leases: dict[int, _Lease] = {}  # by step
@@ -261,7 +261,7 @@ class Replay:
                 retired.add(rollout_id)
         again = {done: ids for done, ids in self._again.items() if done >= step}
         needed = self._waiting.union(self._leased(), *committed.values(), *again.values())
-        buffered = {"rollouts": [], "buffer": []} if self._buffer is None else self._buffer.state(step)
+        buffered = {"rollouts": [], "buffer": []} if self._buffer is None else self._buffer.state_dict(step)
         waiting = [rollout for rollout_id, rollout in self._rollouts.items() if rollout_id in needed]
         return {
             "rollouts": [*waiting, *buffered["rollouts"]],

@@ -1,7 +1,7 @@
 """Rollouts that were trained on wait here to be trained on again (`replay.policy: adaptive`).
 
 In: the rollouts of each trained step. Out: for a step that draws from the buffer a sample of the last `capacity` that
-the student had a hand in, a function of (seed, step, what was trained before). Plain Python, one thread.
+the student wrote in, a function of (seed, step, what was trained before). Plain Python, one thread.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from switchkd.data.prompts import DRAW_OF_BUFFER, random_words
 from switchkd.types import CompletionSource, Rollout
 
 
-class Buffer:
+class ReuseBuffer:
     """First in, first out. What a rewound step may still draw is kept until a checkpoint beyond it is durable."""
 
     def __init__(self, capacity: int, seed: int) -> None:
@@ -34,14 +34,14 @@ class Buffer:
                 self._added.append((step, rollout.rollout_id))
 
     def draw(self, step: int, num: int) -> list[Rollout]:
-        """`num` different ones, sorted by id (fewer where so few are there); the same whenever it is asked."""
+        """`num` different rollouts, sorted by id (fewer where fewer are there); the same at every call."""
         ids = self._as_of(step)
         words = random_words(self._seed, step, DRAW_OF_BUFFER, len(ids))
         drawn = np.argsort(words, kind="stable")[:num]
         return self.fetch(sorted(ids[place] for place in drawn.tolist()))
 
     def holds(self, rollout_ids: Sequence[int]) -> bool:
-        """All of them?"""
+        """Returns whether all of them are here."""
         return all(rollout_id in self._rollouts for rollout_id in rollout_ids)
 
     def fetch(self, rollout_ids: Sequence[int]) -> list[Rollout]:
@@ -55,7 +55,7 @@ class Buffer:
     def rewind(self, step: int) -> None:
         self._keep([(done, i) for done, i in self._added if done < step])
 
-    def state(self, step: int) -> dict[str, Any]:
+    def state_dict(self, step: int) -> dict[str, Any]:
         """What a run resumed at `step` needs: "rollouts", and "buffer" in plain JSON values."""
         ids = set(self._as_of(step))
         return {
@@ -63,15 +63,15 @@ class Buffer:
             "buffer": [[done, i] for done, i in self._added if i in ids],
         }
 
-    def restore(self, state: dict[str, Any]) -> list[Rollout]:
-        """Become what `state` described, whatever was here before. Returns the rollouts that are somebody else's."""
+    def load_state_dict(self, state: dict[str, Any]) -> list[Rollout]:
+        """Become what `state_dict` described, whatever was here before. Returns the rollouts that are not buffered."""
         self._added = [(done, i) for done, i in state.get("buffer", ())]
-        own = {i for _, i in self._added}
-        self._rollouts = {rollout.rollout_id: rollout for rollout in state["rollouts"] if rollout.rollout_id in own}
-        return [rollout for rollout in state["rollouts"] if rollout.rollout_id not in own]
+        ids = {i for _, i in self._added}
+        self._rollouts = {rollout.rollout_id: rollout for rollout in state["rollouts"] if rollout.rollout_id in ids}
+        return [rollout for rollout in state["rollouts"] if rollout.rollout_id not in ids]
 
     def _as_of(self, step: int) -> list[int]:
-        """What was there when a step began."""
+        """Ids of the buffered rollouts when a step began."""
         return [i for done, i in self._added if done < step][-self._capacity :]
 
     def _keep(self, added: list[tuple[int, int]]) -> None:
