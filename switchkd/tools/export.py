@@ -21,6 +21,7 @@ from switchkd.controller.metrics import METRICS
 from switchkd.controller.model_card import CARD, write_card
 from switchkd.controller.resume import written_format
 from switchkd.data.atomic_files import CONFIG
+from switchkd.engines.models.sources import new_folder
 
 _STEP = "step-"
 
@@ -89,13 +90,8 @@ def _copy(folder: Path, out: Path) -> Path:
     """Beside, then renamed: what stands at `out` is whole."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} exists and is not empty; remove it or choose another folder")
-    making = out.with_name(f".{out.name}.making")
-    shutil.rmtree(making, ignore_errors=True)
-    making.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(folder, making)
-    if out.exists():
-        out.rmdir()
-    making.rename(out)
+    with new_folder(out) as partial:
+        shutil.copytree(folder, partial, dirs_exist_ok=True)
     return out
 
 

