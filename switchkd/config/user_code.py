@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import sys
 import sysconfig
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +48,15 @@ def _installed(module: str) -> bool:
     )
 
 
-def given_params(
-    section: RuleConfig | LossConfig, kind: str, known: Collection[str], all_keys: Iterable[str]
-) -> dict[str, Any]:
-    """Those of `all_keys` that the user set. Raises ConfigError for one that is not `known` to this rule or loss."""
+def given_params(section: RuleConfig | LossConfig, keys: Mapping[str, Collection[str]]) -> dict[str, Any]:
+    """The parameters that the user set, of those of any type (`keys`). Raises ConfigError for one of another type."""
     what = "rule" if isinstance(section, RuleConfig) else "loss"
+    own_keys, all_keys = keys.get(section.type, ()), sorted(set().union(*keys.values()))
     params = {key: value for key in all_keys if (value := getattr(section, key)) is not None}
     for key, value in params.items():
-        if key not in known:
-            choices = ", ".join(sorted(known)) or ("its own, under params" if ":" in kind else "none")
-            raise ConfigError(f"{what} {kind}: unknown parameter {key!r} (value {value!r}); it takes {choices}")
+        if key not in own_keys:
+            choices = ", ".join(sorted(own_keys)) or ("its own, under params" if ":" in section.type else "none")
+            raise ConfigError(f"{what} {section.type}: unknown parameter {key!r} (value {value!r}); it takes {choices}")
     return params
 
 

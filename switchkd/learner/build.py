@@ -33,8 +33,7 @@ _LOSS_KEYS = {
 def build_loss(stage: StageConfig) -> LossSpec:
     """The stage's loss. Raises ConfigError naming the parameter that it refuses."""
     kind = stage.loss.type
-    all_keys = sorted({key for keys in _LOSS_KEYS.values() for key in keys})
-    params = given_params(stage.loss, kind, _LOSS_KEYS.get(kind, ()), all_keys) | stage.loss.params
+    params = given_params(stage.loss, _LOSS_KEYS) | stage.loss.params
     hard_frac = params.pop("hard_frac", 0.5) if kind == "atkd" else None
     per_token = _LOSSES.get(kind) or load_user_function(kind, "loss")
     check_params(per_token, f"loss {kind}", params)

@@ -71,10 +71,7 @@ _RULE_KEYS = {
 
 def _rule_params(stage: StageConfig) -> dict[str, Any]:
     rule, names = stage.rule, _RULE_KEYS.get(stage.rule.type, {})
-    every = {key for keys in _RULE_KEYS.values() for key in keys}
-    params = {
-        names[key]: value for key, value in given_params(rule, rule.type, names, sorted(every)).items()
-    } | rule.params
+    params = {names[key]: value for key, value in given_params(rule, _RULE_KEYS).items()} | rule.params
     if rule.type == "jsd_threshold":
         params.setdefault("max_new_tokens", stage.max_new_tokens)
     return params
