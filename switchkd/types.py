@@ -9,6 +9,7 @@ Shapes: B sequences, N flat positions, T completion tokens of one rollout, D hid
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import Any
@@ -16,9 +17,28 @@ from typing import Any
 import numpy as np
 
 
-def ragged(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    """The entries of a ragged array: views of `flat`, `lengths[b]` long."""
-    return np.split(flat, np.cumsum(lengths)[:-1])
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Arrays that differ in length, joined along the first axis."""
+
+    values: np.ndarray  # [N, ...]
+    lengths: np.ndarray  # int32 [B]
+
+    @classmethod
+    def concat(cls, parts: Sequence[np.ndarray | Sequence[float]], dtype: Any = None) -> Ragged:
+        """`parts` (at least one) joined, by default in their own dtype."""
+        values = np.concatenate([np.asarray(part, dtype) for part in parts])
+        return cls(values, np.array([len(part) for part in parts], np.int32))
+
+    def split(self) -> list[np.ndarray]:
+        """The parts, as views."""
+        ends = np.cumsum(self.lengths)
+        return [self.values[end - num : end] for end, num in zip(ends, self.lengths, strict=True)]
+
+    def select(self, members: Sequence[int]) -> Ragged:
+        """Some of the parts, copied, in the order of `members`."""
+        parts = self.split()
+        return Ragged.concat([parts[i] for i in members])
 
 
 class TokenSource(IntEnum):
@@ -67,13 +87,12 @@ class Sessions:
     """Sequences that a teacher is asked to keep a cache for."""
 
     session_ids: np.ndarray  # int64 [B]
-    token_ids: np.ndarray  # int32 [N], the prompts, flat
-    lengths: np.ndarray  # int32 [B]
+    tokens: Ragged  # int32, the prompts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Blocks:
-    """One RPC of one worker: cut each session to `base_lens`, append `token_ids`, read.
+    """One RPC of one worker: cut each session to `base_lens`, append `tokens`, read.
 
     The answer holds a row for every position from `first_rows` to the end of the session: the row of position i
     is the distribution of token i + 1. Sending a block twice gives the same answer.
@@ -82,27 +101,25 @@ class Blocks:
     session_ids: np.ndarray  # int64 [B]
     base_lens: np.ndarray  # int32 [B], tokens of the session (prompt included) that are kept
     first_rows: np.ndarray  # int32 [B], first position whose row is wanted, at most base_len + length - 1
-    token_ids: np.ndarray  # int32 [N], accepted and then drafted tokens, flat
-    lengths: np.ndarray  # int32 [B]; 0 is allowed
+    tokens: Ragged  # int32, accepted and then drafted ones; none is allowed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherOutput:
     """What the teacher says about some positions: its final hidden states, whole rows of logits, or their top k.
 
-    `kind` "hidden_states": values [N, D] in the teacher's dtype, to be multiplied with the teacher's output head.
-    `kind` "logits": values [N, V] float32 logits.
-    `kind` "top_logprobs": values int32 [N, 2 k + 2], ids and float32 bits (`algo/topk.py`): 8 k + 8 bytes a row.
+    `kind` "hidden_states": rows [N, D] in the teacher's dtype, to be multiplied with the teacher's output head.
+    `kind` "logits": rows [N, V] of float32 logits.
+    `kind` "top_logprobs": rows int32 [N, 2 k + 2], ids and float32 bits (`algo/topk.py`): 8 k + 8 bytes a row.
     """
 
     kind: str
     dtype: str  # "float32", "float16", "bfloat16" (then values are uint16) or "int32"
-    values: np.ndarray
-    lengths: np.ndarray  # int32 [B], rows per session
+    rows: Ragged  # by session
 
     @property
     def nbytes(self) -> int:
-        return int(self.values.nbytes)
+        return int(self.rows.values.nbytes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,9 +147,8 @@ class Written:
     """What the teacher wrote, and its rows: those asked for in `blocks`, the last of which drew the first token, then
     one per further token. The last token has not been read."""
 
-    token_ids: np.ndarray  # int32 [N], flat
-    lengths: np.ndarray  # int32 [B]
-    margins: np.ndarray  # float32 [N], each draw's lead over its second best score
+    tokens: Ragged  # int32, by session
+    margins: Ragged  # float32, each draw's lead over its second best score
     teacher_output: TeacherOutput
 
 

@@ -19,7 +19,7 @@ from switchkd.engines.models.lm_head import LMHeadState, final_hidden, lm_head_o
 from switchkd.engines.wire import to_numpy
 from switchkd.learner.batching import LossSpec
 from switchkd.learner.settings import LearnerSettings
-from switchkd.types import CompletionSource, Rollout, TeacherOutput, TokenSource
+from switchkd.types import CompletionSource, Ragged, Rollout, TeacherOutput, TokenSource
 
 TEACHER_VOCAB = 136  # wider than the student's table of 128; both are wider than the 120 tokens they share
 NUMBERS = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.0}
@@ -76,9 +76,8 @@ def spoiled(rollouts: list[Rollout], index: int = 1) -> list[Rollout]:
     """The same with NaN in one rollout's teacher signal."""
     teacher_output = rollouts[index].teacher_output
     assert teacher_output is not None
-    bad = replace(
-        rollouts[index], teacher_output=replace(teacher_output, values=np.full_like(teacher_output.values, math.nan))
-    )
+    rows = replace(teacher_output.rows, values=np.full_like(teacher_output.rows.values, math.nan))
+    bad = replace(rollouts[index], teacher_output=replace(teacher_output, rows=rows))
     return [*rollouts[:index], bad, *rollouts[index + 1 :]]
 
 
@@ -104,7 +103,7 @@ def _rollout(index: int, teacher: Any, rng: np.random.Generator, kind: str, long
         statistic=np.zeros(len(tokens), np.float32),
         threshold=np.zeros(len(tokens), np.float32),
         uncertainty=losses.uncertainty(logits, torch.from_numpy(tokens).long()).numpy(),
-        teacher_output=TeacherOutput(kind=kind, dtype=dtype, values=values, lengths=np.array([len(tokens)], np.int32)),
+        teacher_output=TeacherOutput(kind=kind, dtype=dtype, rows=Ragged(values, np.array([len(tokens)], np.int32))),
         finish_reason="length",
     )
 

@@ -15,7 +15,7 @@ import torch
 
 from switchkd.algo.sampling import Purpose, SamplingParams, draw
 from switchkd.engines.base import Teacher, TeacherBusy, UnknownSession
-from switchkd.types import Blocks, Sessions, TeacherOutput, WriteRequest
+from switchkd.types import Blocks, Ragged, Sessions, TeacherOutput, WriteRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,7 @@ class Bench:
 def sessions(prompts: dict[int, np.ndarray]) -> Sessions:
     return Sessions(
         session_ids=np.array(list(prompts), np.int64),
-        token_ids=np.concatenate(list(prompts.values())).astype(np.int32),
-        lengths=np.array([len(p) for p in prompts.values()], np.int32),
+        tokens=Ragged.concat(list(prompts.values()), np.int32),
     )
 
 
@@ -56,8 +55,7 @@ def blocks(*rows: tuple[int, int, int, np.ndarray]) -> Blocks:
         session_ids=np.array([r[0] for r in rows], np.int64),
         base_lens=np.array([r[1] for r in rows], np.int32),
         first_rows=np.array([r[2] for r in rows], np.int32),
-        token_ids=np.concatenate([np.asarray(r[3], np.int32) for r in rows]),
-        lengths=np.array([len(r[3]) for r in rows], np.int32),
+        tokens=Ragged.concat([r[3] for r in rows], np.int32),
     )
 
 
@@ -65,12 +63,15 @@ def ask(bench: Bench, teacher: Teacher, *rows: tuple[int, int, int, np.ndarray])
     """One score call: logits per session, with the signal's own lengths checked."""
     request = blocks(*rows)
     teacher_output = teacher.score(request)
-    assert teacher_output.lengths.tolist() == (request.base_lens + request.lengths - request.first_rows).tolist()
-    assert teacher_output.values.shape[0] == teacher_output.lengths.sum()
-    assert teacher_output.values.dtype == (
+    assert (
+        teacher_output.rows.lengths.tolist()
+        == (request.base_lens + request.tokens.lengths - request.first_rows).tolist()
+    )
+    assert teacher_output.rows.values.shape[0] == teacher_output.rows.lengths.sum()
+    assert teacher_output.rows.values.dtype == (
         np.uint16 if teacher_output.dtype == "bfloat16" else np.dtype(teacher_output.dtype)
     )
-    return list(bench.logits(teacher_output).split(teacher_output.lengths.tolist()))
+    return list(bench.logits(teacher_output).split(teacher_output.rows.lengths.tolist()))
 
 
 def close_to(bench: Bench, got: torch.Tensor, want: torch.Tensor) -> None:
@@ -227,8 +228,8 @@ def writing_is_keyed_drawing(bench: Bench) -> None:
             teacher.open(sessions({i: prompts[i] for i in company}))
             rows = [(i, len(prompts[i]), len(prompts[i]) - 1, np.zeros(0, np.int32)) for i in company]
             written = teacher.write(request(blocks(*rows), [5] * len(company), sampling))
-            tokens = np.split(written.token_ids, np.cumsum(written.lengths)[:-1])
-            pieces = bench.logits(written.teacher_output).split(written.teacher_output.lengths.tolist())
+            tokens = written.tokens.split()
+            pieces = bench.logits(written.teacher_output).split(written.teacher_output.rows.lengths.tolist())
             for i, mine, piece in zip(company, tokens, pieces, strict=True):
                 assert mine.tolist() == wanted[i]
                 whole = np.concatenate([prompts[i], mine])
@@ -241,14 +242,14 @@ def writing_and_reading_alternate(bench: Bench) -> None:
     teacher = bench.make(2, 64)
     teacher.open(sessions({7: prompt}))
     start = blocks((7, 6, 5, np.zeros(0, np.int32)))
-    first = teacher.write(request(start, [6], SamplingParams())).token_ids
-    assert teacher.write(request(start, [6], SamplingParams())).token_ids.tolist() == first.tolist(), "repeated"
+    first = teacher.write(request(start, [6], SamplingParams())).tokens.values
+    assert teacher.write(request(start, [6], SamplingParams())).tokens.values.tolist() == first.tolist(), "repeated"
     other = bench.ids(2, seed=9)
     kept = np.concatenate([prompt, first[:3], other])
     (rows,) = ask(bench, teacher, (7, 9, 8, other))
     close_to(bench, rows, bench.clean(kept, 8))
     again = teacher.write(request(blocks((7, 10, 10, other[1:])), [3], SamplingParams(), at=5))
-    assert again.token_ids.tolist() == literally_written(bench, 0, kept, 3, SamplingParams(), at=5)
+    assert again.tokens.values.tolist() == literally_written(bench, 0, kept, 3, SamplingParams(), at=5)
 
 
 def writing_ends_at_a_stop(bench: Bench) -> None:
@@ -260,7 +261,7 @@ def writing_ends_at_a_stop(bench: Bench) -> None:
     teacher.open(sessions(prompts))
     rows = [(i, 5, 4, np.zeros(0, np.int32)) for i in prompts]
     written = teacher.write(request(blocks(*rows), [6, 6, 2], SamplingParams(), stops=[stop]))
-    for i, mine in enumerate(np.split(written.token_ids, np.cumsum(written.lengths)[:-1])):
+    for i, mine in enumerate(written.tokens.split()):
         text = wanted[i][: 2 if i == 2 else 6]
         text = text[: text.index(stop) + 1] if stop in text else text
         assert mine.tolist() == text

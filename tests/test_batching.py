@@ -12,6 +12,7 @@ from tiny import PAD, tiny_model
 
 from switchkd.algo.losses import atkd_threshold
 from switchkd.learner.batching import assign_batch, collate, split_micro
+from switchkd.types import Ragged
 
 torch.set_num_threads(1)
 
@@ -66,16 +67,17 @@ def test_the_signal_stays_with_its_tokens() -> None:
     ]
     assert [s.start for s in batch.teacher] == [0, *(s.stop for s in batch.teacher[:-1])]
     assert batch.teacher[-1].stop == len(batch.labels)
-    assert np.array_equal(batch.teacher[2].values.numpy(), rollouts[4].teacher_output.values)
+    assert np.array_equal(batch.teacher[2].values.numpy(), rollouts[4].teacher_output.rows.values)
 
 
 def test_bfloat16_travels_as_uint16() -> None:
     """A bfloat16 signal comes out as the numbers that went in, from read-only memory too."""
     rollout = make_rollouts(1)[0]
-    wanted = torch.from_numpy(rollout.teacher_output.values).bfloat16()
+    wanted = torch.from_numpy(rollout.teacher_output.rows.values).bfloat16()
     values = wanted.view(torch.int16).numpy().view(np.uint16).copy()
     values.flags.writeable = False
-    travelled = replace(rollout, teacher_output=replace(rollout.teacher_output, dtype="bfloat16", values=values))
+    rows = replace(rollout.teacher_output.rows, values=values)
+    travelled = replace(rollout, teacher_output=replace(rollout.teacher_output, dtype="bfloat16", rows=rows))
     assert torch.equal(collate([travelled], PAD).teacher[0].values, wanted)
 
 
@@ -84,7 +86,7 @@ def test_missing_signals_are_errors() -> None:
     rollout = make_rollouts(1)[0]
     with pytest.raises(ValueError, match="rollout 0 carries no teacher output"):
         collate([replace(rollout, teacher_output=None)], PAD)
-    short = replace(rollout.teacher_output, values=rollout.teacher_output.values[:-1])
+    short = replace(rollout.teacher_output, rows=Ragged.concat([rollout.teacher_output.rows.values[:-1]]))
     with pytest.raises(ValueError, match="rows"):
         collate([replace(rollout, teacher_output=short)], PAD)
     assert collate([replace(rollout, teacher_output=None)], PAD, needs_teacher=False).teacher == ()

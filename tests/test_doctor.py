@@ -336,8 +336,8 @@ class Unsteady:
 
         self.calls += 1
         output = self.teacher.score(blocks)
-        noise = np.random.default_rng(self.calls).normal(0, self.by, output.values.shape)
-        return replace(output, values=(output.values + noise).astype(np.float32))
+        noise = np.random.default_rng(self.calls).normal(0, self.by, output.rows.values.shape)
+        return replace(output, rows=replace(output.rows, values=(output.rows.values + noise).astype(np.float32)))
 
 
 class TestWithWeights:

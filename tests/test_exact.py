@@ -149,8 +149,8 @@ def test_whole_rows_and_hidden_states_agree(models) -> None:  # type: ignore[no-
     head = HFTeacher(models["llama"][0], vocab_size=NUM_TOKENS, max_sessions=1, max_len=10).head()
     for i, rollout in hidden.items():
         assert rollout.teacher_output is not None and full[i].teacher_output is not None
-        rows = head.logits(torch.from_numpy(rollout.teacher_output.values))
-        assert torch.allclose(rows, torch.from_numpy(full[i].teacher_output.values), atol=1e-4)
+        rows = head.logits(torch.from_numpy(rollout.teacher_output.rows.values))
+        assert torch.allclose(rows, torch.from_numpy(full[i].teacher_output.rows.values), atol=1e-4)
 
 
 def test_rows_equal_one_clean_forward(models) -> None:  # type: ignore[no-untyped-def]
@@ -164,4 +164,4 @@ def test_rows_equal_one_clean_forward(models) -> None:  # type: ignore[no-untype
         whole = torch.tensor([[*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]])
         clean = teacher(whole).logits[0, len(rollout.prompt_ids) - 1 : -1, :NUM_TOKENS]
         assert rollout.teacher_output is not None
-        assert torch.allclose(torch.from_numpy(rollout.teacher_output.values), clean, atol=1e-4)
+        assert torch.allclose(torch.from_numpy(rollout.teacher_output.rows.values), clean, atol=1e-4)

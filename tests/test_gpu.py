@@ -73,7 +73,7 @@ def bench(family: str, with_graphs: bool) -> Bench:
 
     return Bench(
         make=make, model=plain, vocab_size=NUM_TOKENS, atol=ATOL,
-        logits=lambda output: head.logits(from_numpy(output.values, output.dtype)),
+        logits=lambda output: head.logits(from_numpy(output.rows.values, output.dtype)),
     )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def test_bfloat16_rows(family, with_graphs):
     text = np.random.default_rng(0).integers(5, NUM_TOKENS, 40)
     read = Bench(
         make=lambda *_: teacher, model=plain, vocab_size=NUM_TOKENS,
-        logits=lambda output: from_numpy(output.values, output.dtype).float(),
+        logits=lambda output: from_numpy(output.rows.values, output.dtype).float(),
     )  # fmt: skip
     teacher.open(sessions({0: text[:10]}))
     got = [ask(read, teacher, (0, end, end - 1, text[end : end + 1]))[0][1:] for end in range(10, 40)]

@@ -30,7 +30,7 @@ def bench(family="llama", output="hidden_states", attn="sdpa", **settings) -> Be
         )  # fmt: skip
 
     def logits(output: TeacherOutput) -> torch.Tensor:
-        values = from_numpy(output.values, output.dtype)
+        values = from_numpy(output.rows.values, output.dtype)
         return values if output.kind == "logits" else head.logits(values)
 
     return Bench(make=make, model=plain, logits=logits, vocab_size=NUM_TOKENS)
@@ -160,14 +160,14 @@ def test_signal_is_the_teachers_dtype():
     ids = np.arange(5, 17)
     teacher.open(sessions({0: ids}))
     output = teacher.score(blocks((0, 12, 4, ids[:0])))
-    assert (output.kind, output.dtype, output.values.shape) == ("hidden_states", "bfloat16", (8, 32))
-    assert output.values.dtype == np.uint16
+    assert (output.kind, output.dtype, output.rows.values.shape) == ("hidden_states", "bfloat16", (8, 32))
+    assert output.rows.values.dtype == np.uint16
     want = final_hidden(model, input_ids=torch.from_numpy(ids)[None])[0, 4:]
-    torch.testing.assert_close(from_numpy(output.values, "bfloat16").float(), want.float(), atol=0.1, rtol=0.05)
+    torch.testing.assert_close(from_numpy(output.rows.values, "bfloat16").float(), want.float(), atol=0.1, rtol=0.05)
     full = HFTeacher(model, vocab_size=NUM_TOKENS, max_sessions=1, max_len=32, output="logits")
     full.open(sessions({0: ids}))
     output = full.score(blocks((0, 12, 4, ids[:0])))
-    assert (output.kind, output.dtype, output.values.shape) == ("logits", "float32", (8, NUM_TOKENS))
+    assert (output.kind, output.dtype, output.rows.values.shape) == ("logits", "float32", (8, NUM_TOKENS))
     assert teacher.head().weight.dtype == torch.float32
 
 
@@ -185,7 +185,7 @@ def test_full_works_where_the_head_cannot_be_taken_apart():
     teacher = HFTeacher(odd(), vocab_size=NUM_TOKENS, max_sessions=1, max_len=32, output="logits")
     ids = np.arange(5, 15)
     teacher.open(sessions({0: ids}))
-    got = torch.from_numpy(teacher.score(blocks((0, 10, 0, ids[:0]))).values)
+    got = torch.from_numpy(teacher.score(blocks((0, 10, 0, ids[:0]))).rows.values)
     want = odd()(input_ids=torch.from_numpy(ids)[None]).logits[0, :, :NUM_TOKENS]
     torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
 

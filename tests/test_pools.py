@@ -23,7 +23,7 @@ from test_ray_run import hear_at_once
 from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config
 from switchkd.train import train
-from switchkd.types import Blocks, Sessions
+from switchkd.types import Blocks, Ragged, Sessions
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -487,13 +487,12 @@ def test_grows_with_its_queue_and_shrinks_without(cluster, place):
                 turn += 1
                 session = np.array([1000 * index + turn])
                 prompt = np.full(40, 5 + index, np.int32)
-                router.open(Sessions(session_ids=session, token_ids=prompt, lengths=np.array([40], np.int32)))
+                router.open(Sessions(session_ids=session, tokens=Ragged.concat([prompt])))
                 for i in range(5):
                     router.score(
                         Blocks(
                             session_ids=session, base_lens=np.array([40 + i], np.int32),
-                            first_rows=np.array([39 + i], np.int32), token_ids=np.array([7], np.int32),
-                            lengths=np.array([1], np.int32),
+                            first_rows=np.array([39 + i], np.int32), tokens=Ragged.concat([[7]], np.int32),
                         )
                     )  # fmt: skip
                 router.close(session)

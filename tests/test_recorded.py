@@ -129,7 +129,7 @@ def test_candidates_of_compressed_rows(here, tmp_path):
     teacher = {"path": "teacher", "output": "top_logprobs", "num_top_logprobs": 8}
     train(config(here, only, name="k.yaml", run={"dir": str(tmp_path / "run")}, rollout=RECORDS, teacher=teacher))
     for rollout in _recorded(tmp_path / "run"):
-        assert (rollout.top_logprobs.teacher_ids == rollout.teacher_output.values[:, :3]).all()
+        assert (rollout.top_logprobs.teacher_ids == rollout.teacher_output.rows.values[:, :3]).all()
 
 
 def test_candidates_survive_the_disk(online, tmp_path):

@@ -207,7 +207,7 @@ def test_signal_belongs_to_its_token(name: str, max_draft_tokens: int) -> None:
         whole = [*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]
         first = len(rollout.prompt_ids) - 1
         assert rollout.teacher_output is not None
-        assert torch.equal(torch.from_numpy(rollout.teacher_output.values), rows_of(p, whole)[first:-1])
+        assert torch.equal(torch.from_numpy(rollout.teacher_output.rows.values), rows_of(p, whole)[first:-1])
 
 
 def test_statistic_is_the_divergence_of_the_rows() -> None:
@@ -338,7 +338,7 @@ def test_references_are_scored_as_they_stand() -> None:
         whole = [*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]
         assert rollout.teacher_output is not None
         assert torch.equal(
-            torch.from_numpy(rollout.teacher_output.values), rows_of(p, whole)[len(rollout.prompt_ids) - 1 : -1]
+            torch.from_numpy(rollout.teacher_output.rows.values), rows_of(p, whole)[len(rollout.prompt_ids) - 1 : -1]
         )
         assert set(rollout.sources.tolist()) == {TokenSource.DATA}
 

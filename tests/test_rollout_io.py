@@ -16,7 +16,7 @@ from switchkd.data.rollout_io import (
     save_rollouts,
     texts_between,
 )
-from switchkd.types import CompletionSource, Rollout, RolloutStats, TeacherOutput, TokenSource
+from switchkd.types import CompletionSource, Ragged, Rollout, RolloutStats, TeacherOutput, TokenSource
 
 
 def rollout(
@@ -47,7 +47,7 @@ def teacher_output(num: int, width: int, dtype: str, kind: str = "hidden_states"
     rng = np.random.default_rng(num)
     held = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}[dtype]
     values = rng.integers(0, 60_000, (num, width)).astype(held)
-    return TeacherOutput(kind=kind, dtype=dtype, values=values, lengths=np.array([num], np.int32))
+    return TeacherOutput(kind=kind, dtype=dtype, rows=Ragged(values, np.array([num], np.int32)))
 
 
 def some_rollouts() -> list[Rollout]:
@@ -78,7 +78,7 @@ def assert_same(a: object, b: object) -> None:
         assert type(x) is type(y), name
         if isinstance(x, np.ndarray):
             assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes()), name
-        elif isinstance(x, TeacherOutput):
+        elif isinstance(x, TeacherOutput | Ragged):
             assert_same(x, y)
         else:
             assert x == y, name
@@ -98,7 +98,9 @@ def test_loaded_arrays_stand_alone(tmp_path):
     """A loaded rollout keeps no other one in memory."""
     save_rollouts(tmp_path / "r", some_rollouts())
     for one in load_rollouts(tmp_path / "r"):
-        assert one.token_ids.base is None and (one.teacher_output is None or one.teacher_output.values.base is None)
+        assert one.token_ids.base is None and (
+            one.teacher_output is None or one.teacher_output.rows.values.base is None
+        )
 
 
 def test_no_rollouts(tmp_path):

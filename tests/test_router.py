@@ -15,7 +15,7 @@ from toy import ToyTeacher, pair
 
 from switchkd.actors.replicas import ReplicaView
 from switchkd.engines.base import TeacherBusy, UnknownSession
-from switchkd.types import Blocks, Sessions, TeacherLost
+from switchkd.types import Blocks, Ragged, Sessions, TeacherLost
 
 CHAIN = pair()[0]
 
@@ -56,8 +56,7 @@ def away() -> Exception:
 def opened(*ids: int) -> Sessions:
     """Sessions with the prompt (id, 3)."""
     return Sessions(
-        session_ids=np.array(ids), token_ids=np.array([t for i in ids for t in (i % 20, 3)], np.int32),
-        lengths=np.full(len(ids), 2, np.int32),
+        session_ids=np.array(ids), tokens=Ragged.concat([[i % 20, 3] for i in ids], np.int32),
     )  # fmt: skip
 
 
@@ -65,8 +64,7 @@ def block(*ids: int, base: int = 2, tokens: tuple[int, ...] = (5, 6)) -> Blocks:
     num = len(ids)
     return Blocks(
         session_ids=np.array(ids), base_lens=np.full(num, base, np.int32),
-        first_rows=np.full(num, base - 1, np.int32), token_ids=np.array(tokens * num, np.int32),
-        lengths=np.full(num, len(tokens), np.int32),
+        first_rows=np.full(num, base - 1, np.int32), tokens=Ragged.concat([tokens] * num, np.int32),
     )  # fmt: skip
 
 
@@ -79,7 +77,7 @@ def alone(*blocks_and_ids: Any) -> np.ndarray:
     teacher = ToyTeacher(CHAIN)
     ids, blocks = blocks_and_ids
     teacher.open(opened(*ids))
-    return [teacher.score(each).values for each in blocks][-1]
+    return [teacher.score(each).rows.values for each in blocks][-1]
 
 
 def held(pool: dict[int, Thunks]) -> dict[int, list[int]]:
@@ -115,7 +113,7 @@ class TestRouter:
         router.score(block(0, 1))
         assert held(pool) == {0: [0], 1: [1]}
         pool_client.members = ReplicaView(ready={1: pool[1]}, draining={}, sessions={})
-        rows = router.score(block(0, 1, base=4, tokens=(7,))).values
+        rows = router.score(block(0, 1, base=4, tokens=(7,))).rows.values
         assert held(pool)[1] == [0, 1]
         np.testing.assert_allclose(rows, alone((0, 1), (block(0, 1), block(0, 1, base=4, tokens=(7,)))))
 
@@ -129,7 +127,7 @@ class TestRouter:
         router.open(opened(1))
         router.score(block(0, 1))
         pool[0].faults = [fault()]
-        rows = router.score(block(0, 1, base=4, tokens=(7,))).values
+        rows = router.score(block(0, 1, base=4, tokens=(7,))).rows.values
         np.testing.assert_allclose(rows, alone((0, 1), (block(0, 1), block(0, 1, base=4, tokens=(7,)))))
         assert held(pool)[1] == [0, 1] and pool_client.num_lost == (fault is lost)
         router.open(opened(2))
@@ -147,7 +145,7 @@ class TestRouter:
                 router.score(block(0, 1))
             assert sum(replica.deaths for replica in pool.values()) == num
         router.close(np.array([1]))
-        np.testing.assert_allclose(router.score(block(0)).values, alone((0,), (block(0),)))
+        np.testing.assert_allclose(router.score(block(0)).rows.values, alone((0,), (block(0),)))
 
     def test_losses_with_answers_between(self, rooms, naps):
         """Only losses in a row count, and those of a replica that had been there: one that is away for long is one."""
@@ -157,7 +155,7 @@ class TestRouter:
         router.open(opened(0))
         for _ in range(4):
             pool[0].die()
-            np.testing.assert_allclose(router.score(block(0)).values, alone((0,), (block(0),)))
+            np.testing.assert_allclose(router.score(block(0)).rows.values, alone((0,), (block(0),)))
         assert pool[0].deaths == 4 and len(pool[0].calls) > 40, "it was asked while it was away"
 
     def test_pauses_grow(self, rooms, naps):
@@ -174,7 +172,7 @@ class TestRouter:
         router = rooms.TeacherRouter(Still(pool))
         router.open(opened(3))
         pool[0].faults = [UnknownSession([3])]
-        np.testing.assert_allclose(router.score(block(3)).values, alone((3,), (block(3),)))
+        np.testing.assert_allclose(router.score(block(3)).rows.values, alone((3,), (block(3),)))
 
     def test_all_gone_and_one_comes(self, rooms, monkeypatch):
         """Without any replica the router waits for the pool to have one again, and not for ever."""
@@ -196,7 +194,7 @@ class TestRouter:
         monkeypatch.setattr(rooms, "RETRY_FOR_S", 0.05)
         pool_client.members = ReplicaView(ready={}, draining={}, sessions={}, num_starting=1)
         router._view = pool_client.members
-        np.testing.assert_allclose(router.score(block(0)).values, alone((0,), (block(0),)))
+        np.testing.assert_allclose(router.score(block(0)).rows.values, alone((0,), (block(0),)))
         monkeypatch.setattr(pool_client, "ask", lambda sessions: ReplicaView(ready={}, draining={}, sessions={}))
         router._view = ReplicaView(ready={}, draining={}, sessions={})
         with pytest.raises(RuntimeError, match=r"no teacher replica answered for 0\.05 s"):
@@ -226,12 +224,10 @@ class TestRouter:
         pool = replicas(1)
         routers = [rooms.TeacherRouter(Still(pool), namespace=n) for n in (1, 2)]
         routers[0].open(opened(0))
-        other = Sessions(
-            session_ids=np.array([0]), token_ids=np.array([9, 9], np.int32), lengths=np.array([2], np.int32)
-        )
+        other = Sessions(session_ids=np.array([0]), tokens=Ragged.concat([[9, 9]], np.int32))
         routers[1].open(other)
         assert len(pool[0].teacher.sessions) == 2
-        np.testing.assert_allclose(routers[0].score(block(0)).values, alone((0,), (block(0),)))
+        np.testing.assert_allclose(routers[0].score(block(0)).rows.values, alone((0,), (block(0),)))
         routers[1].close(np.array([0]))
         assert list(pool[0].teacher.sessions) == [1 << rooms.SESSION_BITS]
         largest = (1 << 20) - 1 << rooms.SESSION_BITS

@@ -25,6 +25,7 @@ from switchkd.types import (
     Blocks,
     CompletionSource,
     EvalShard,
+    Ragged,
     Rollout,
     TeacherOutput,
     TokenSource,
@@ -120,13 +121,12 @@ class BriefTeacher(ToyTeacher):
         fields = {name: getattr(request, name) for name in WriteRequest.__slots__}
         written = whole.write(WriteRequest(**fields | {"top_k": top_k}))
         return Written(
-            token_ids=written.token_ids, lengths=written.lengths, margins=written.margins,
-            teacher_output=self._brief(written.teacher_output),
-        )  # fmt: skip
+            tokens=written.tokens, margins=written.margins, teacher_output=self._brief(written.teacher_output)
+        )
 
     def _brief(self, output: TeacherOutput) -> TeacherOutput:
-        words = pack(compress(torch.from_numpy(output.values), self.k)).numpy()
-        return TeacherOutput(kind="top_logprobs", dtype="int32", values=words, lengths=output.lengths)
+        words = pack(compress(torch.from_numpy(output.rows.values), self.k)).numpy()
+        return TeacherOutput(kind="top_logprobs", dtype="int32", rows=Ragged(words, output.rows.lengths))
 
 
 def generator(k: int, *, slots: int = 4, max_draft_tokens: int = 4, **more) -> SwitchingGenerator:  # type: ignore[no-untyped-def]
@@ -244,8 +244,8 @@ def test_what_a_rollout_cost() -> None:
     for rollout in write(params(RULES["switch-constant"]), range(12), k=k).values():
         assert rollout.stats.output_bytes == rollout.stats.num_scored_rows * (8 * k + 8)
         assert rollout.teacher_output is not None
-        assert rollout.teacher_output.values.shape == (rollout.num_tokens, 2 * k + 2)
-        tail = unpack(torch.from_numpy(rollout.teacher_output.values)).tail_mass
+        assert rollout.teacher_output.rows.values.shape == (rollout.num_tokens, 2 * k + 2)
+        tail = unpack(torch.from_numpy(rollout.teacher_output.rows.values)).tail_mass
         assert rollout.stats.num_top_rows == rollout.num_tokens
         assert rollout.stats.tail_mass == pytest.approx(float(tail.sum()), rel=1e-6)
 

@@ -68,8 +68,8 @@ def test_rollouts_keep_their_rows_on_disk(tmp_path: Path) -> None:
             and back.stats == was.stats
         )
         assert (
-            back.teacher_output.values == was.teacher_output.values
-        ).all() and back.teacher_output.values.dtype == was.teacher_output.values.dtype
+            back.teacher_output.rows.values == was.teacher_output.rows.values
+        ).all() and back.teacher_output.rows.values.dtype == was.teacher_output.rows.values.dtype
 
 
 REFUSED = {

@@ -67,7 +67,7 @@ class Served:
         head = lm_head_of(self.model, NUM_TOKENS)
 
         def logits(output: TeacherOutput) -> torch.Tensor:
-            return head.logits(from_numpy(output.values, output.dtype))
+            return head.logits(from_numpy(output.rows.values, output.dtype))
 
         def make(max_sessions: int, max_len: int) -> Any:
             return self.teacher(max_sessions, max_len, **settings)
@@ -210,7 +210,7 @@ def test_a_prefix_that_ends_on_a_cached_block(served, monkeypatch, size):
         if not settings:
             return ask(bench, teacher, *rows)
         output = teacher.score(blocks(*rows))
-        return list(unpack(torch.from_numpy(output.values)).logprobs.split(output.lengths.tolist()))
+        return list(unpack(torch.from_numpy(output.rows.values)).logprobs.split(output.rows.lengths.tolist()))
 
     def right(rows: torch.Tensor, whole: np.ndarray, first: int) -> None:
         clean = bench.clean(whole, first)
@@ -297,9 +297,9 @@ def test_compressed_rows(served):
     assert teacher.lm_head_state() is None
     teacher.open(sessions({3: ids, 4: ids[:9]}))
     output = teacher.score(blocks((3, 76, 74, ids[76:]), (4, 9, 8, NOTHING)))
-    assert (output.kind, output.values.shape, output.lengths.tolist()) == ("top_logprobs", (7, 14), [6, 1])
+    assert (output.kind, output.rows.values.shape, output.rows.lengths.tolist()) == ("top_logprobs", (7, 14), [6, 1])
     want = compress(torch.cat([bench.clean(ids, 74), bench.clean(ids[:9], 8)]), 6)
-    got = unpack(torch.from_numpy(output.values))
+    got = unpack(torch.from_numpy(output.rows.values))
     assert torch.equal(got.ids, want.ids)
     for name in ("logprobs", "tail_mass", "tail_entropy"):
         torch.testing.assert_close(getattr(got, name), getattr(want, name), atol=1e-4, rtol=0)
@@ -373,13 +373,13 @@ def test_draws_are_from_the_rows_that_travel(served):
     for sampling in (SamplingParams(temperature=0.0), SamplingParams()):
         request = contract.request(blocks(*rows), [8] * 6, sampling)
         written = teacher.write(request)
-        assert (written.teacher_output.dtype, written.teacher_output.values.dtype) == ("bfloat16", np.uint16)
-        logits = head.logits(from_numpy(written.teacher_output.values, "bfloat16"))
+        assert (written.teacher_output.dtype, written.teacher_output.rows.values.dtype) == ("bfloat16", np.uint16)
+        logits = head.logits(from_numpy(written.teacher_output.rows.values, "bfloat16"))
         tokens, margins = draw(
             logits, run_seed=3, rollout_ids=np.repeat(np.arange(6), 8), positions=np.tile(np.arange(8), 6),
             purpose=Purpose.GUMBEL, sampling=sampling, return_margin=True,
         )  # fmt: skip
-        assert written.token_ids.tolist() == tokens.tolist()
+        assert written.tokens.values.tolist() == tokens.tolist()
         np.testing.assert_allclose(written.margins, margins, atol=1e-4)
 
 
@@ -396,8 +396,8 @@ def test_public_rows(served):
     teacher.open(sessions({0: ids[:60], 1: ids[:3]}))
     for _ in range(2):
         output = teacher.score(blocks((0, 60, 58, ids[60:]), (1, 3, 2, NOTHING)))
-        assert (output.kind, output.dtype, output.lengths.tolist()) == ("top_logprobs", "int32", [12, 1])
-        got = unpack(torch.from_numpy(output.values))
+        assert (output.kind, output.dtype, output.rows.lengths.tolist()) == ("top_logprobs", "int32", [12, 1])
+        got = unpack(torch.from_numpy(output.rows.values))
         want = compress(torch.cat([bench.clean(ids, 58), bench.clean(ids[:3], 2)]), 8)
         assert torch.equal(got.ids, want.ids)
         torch.testing.assert_close(got.logprobs, want.logprobs, atol=1e-3, rtol=0)
@@ -415,10 +415,10 @@ def test_public_writing_is_keyed_drawing(served):
         teacher.open(sessions(prompts))
         rows = [(i, len(ids), len(ids) - 1, NOTHING) for i, ids in prompts.items()]
         written = teacher.write(contract.request(blocks(*rows), [5] * 3, sampling))
-        for i, mine in enumerate(np.split(written.token_ids, 3)):
+        for i, mine in enumerate(np.split(written.tokens.values, 3)):
             assert mine.tolist() == contract.literally_written(bench, i, prompts[i], 5, within_top(sampling, 8))
-        got = unpack(torch.from_numpy(written.teacher_output.values))
-        want = [bench.clean(np.concatenate([ids, written.token_ids[5 * i : 5 * i + 4]]), len(ids) - 1)
+        got = unpack(torch.from_numpy(written.teacher_output.rows.values))
+        want = [bench.clean(np.concatenate([ids, written.tokens.values[5 * i : 5 * i + 4]]), len(ids) - 1)
                 for i, ids in prompts.items()]  # fmt: skip
         torch.testing.assert_close(got.logprobs, compress(torch.cat(want), 8).logprobs, atol=1e-3, rtol=0)
 

@@ -7,7 +7,17 @@ import torch
 
 from switchkd.algo.sampling import SamplingParams, draw
 from switchkd.engines.base import UnknownSession
-from switchkd.types import Blocks, CompletionSource, Prompt, RolloutTask, Sessions, TeacherOutput, WriteRequest, Written
+from switchkd.types import (
+    Blocks,
+    CompletionSource,
+    Prompt,
+    Ragged,
+    RolloutTask,
+    Sessions,
+    TeacherOutput,
+    WriteRequest,
+    Written,
+)
 
 VOCAB = 24
 STOP = 0
@@ -67,7 +77,7 @@ class ToyTeacher:
         self.sessions: dict[int, list[int]] = {}
 
     def open(self, sessions: Sessions) -> None:
-        parts = np.split(sessions.token_ids, np.cumsum(sessions.lengths)[:-1])
+        parts = sessions.tokens.split()
         self.sessions.update({int(s): part.tolist() for s, part in zip(sessions.session_ids, parts, strict=True)})
 
     def score(self, blocks: Blocks) -> TeacherOutput:
@@ -75,7 +85,7 @@ class ToyTeacher:
         if lost:
             raise UnknownSession(lost)
         rows = []
-        parts = np.split(blocks.token_ids, np.cumsum(blocks.lengths)[:-1])
+        parts = blocks.tokens.split()
         for s, base, first, part in zip(blocks.session_ids, blocks.base_lens, blocks.first_rows, parts, strict=True):
             assert base <= len(self.sessions[int(s)])
             self.sessions[int(s)] = self.sessions[int(s)][:base] + part.tolist()
@@ -83,15 +93,14 @@ class ToyTeacher:
         return TeacherOutput(
             kind="logits",
             dtype="float32",
-            values=np.concatenate(rows),
-            lengths=np.array([len(part) for part in rows], np.int32),
+            rows=Ragged.concat(rows),
         )
 
     def write(self, request: WriteRequest) -> Written:
         teacher_output = self.score(request.blocks)
-        lasts = torch.from_numpy(teacher_output.values[np.cumsum(teacher_output.lengths) - 1])
+        lasts = torch.from_numpy(teacher_output.rows.values[np.cumsum(teacher_output.rows.lengths) - 1])
         sampling = SamplingParams(temperature=request.temperature, top_p=request.top_p, top_k=request.top_k)
-        pieces = [list(part) for part in np.split(teacher_output.values, np.cumsum(teacher_output.lengths)[:-1])]
+        pieces = [list(part) for part in teacher_output.rows.split()]
         tokens: list[list[int]] = []
         for b, session in enumerate(request.blocks.session_ids.tolist()):
             row, mine = lasts[b], []
@@ -107,14 +116,12 @@ class ToyTeacher:
             self.sessions[session] = [*self.sessions[session], *mine]
             tokens.append(mine)
         return Written(
-            token_ids=np.concatenate([np.array(part, np.int32) for part in tokens]),
-            lengths=np.array([len(part) for part in tokens], np.int32),
-            margins=np.ones(sum(map(len, tokens)), np.float32),
+            tokens=Ragged.concat(tokens, np.int32),
+            margins=Ragged.concat([np.ones(len(part), np.float32) for part in tokens]),
             teacher_output=TeacherOutput(
                 kind="logits",
                 dtype="float32",
-                values=np.stack([row for part in pieces for row in part]),
-                lengths=np.array([len(part) for part in pieces], np.int32),
+                rows=Ragged.concat([np.stack(part) for part in pieces]),
             ),
         )
 

@@ -24,12 +24,12 @@ from switchkd.actors.replicas import ReplicaView
 from switchkd.engines.base import TeacherBusy, UnknownSession
 from switchkd.types import (
     Blocks,
+    Ragged,
     Sessions,
     TeacherLost,
     TeacherOutput,
     WriteRequest,
     Written,
-    ragged,
 )
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class TeacherRouter:
     def open(self, sessions: Sessions) -> None:
         self._begin_call()
         ids = (sessions.session_ids + self._offset).tolist()
-        tokens = dict(zip(ids, ragged(sessions.token_ids, sessions.lengths), strict=True))
+        tokens = dict(zip(ids, sessions.tokens.split(), strict=True))
         self._open_somewhere(tokens)
         self._tokens.update(tokens)
 
@@ -80,22 +80,20 @@ class TeacherRouter:
     def score(self, blocks: Blocks) -> TeacherOutput:
         """Split by replica, ask all at once, put together in the order asked. Lost sessions are opened again."""
         blocks = self._in_namespace(blocks)
-        parts = ragged(blocks.token_ids, blocks.lengths)
-        answers = self._until_answered(blocks, lambda replica, some: replica.score.remote(_select(blocks, parts, some)))
-        self._remember(blocks, parts)
-        return _joined(answers)
+        answers = self._until_answered(blocks, lambda replica, some: replica.score.remote(_select(blocks, some)))
+        self._remember(blocks, blocks.tokens.split())
+        return _joined_output(answers)
 
     @waiting_for("a teacher")
     def write(self, request: WriteRequest) -> Written:
         """As `score`. A repeated request gives the same tokens, so a lost replica costs time only."""
         blocks = self._in_namespace(request.blocks)
-        parts = ragged(blocks.token_ids, blocks.lengths)
 
         def ask(replica: Any, some: list[int]) -> Any:
             return replica.write.remote(
                 replace(
                     request,
-                    blocks=_select(blocks, parts, some),
+                    blocks=_select(blocks, some),
                     counts=request.counts[some],
                     rollout_ids=request.rollout_ids[some],
                     positions=request.positions[some],
@@ -103,13 +101,13 @@ class TeacherRouter:
             )
 
         answers = self._until_answered(blocks, ask)
-        tokens = [_piece(written.token_ids, written.lengths, i) for written, i in answers]
-        self._remember(blocks, [np.concatenate(pair) for pair in zip(parts, tokens, strict=True)])
+        tokens = _joined([(written.tokens, i) for written, i in answers])
+        pairs = zip(blocks.tokens.split(), tokens.split(), strict=True)
+        self._remember(blocks, [np.concatenate(pair) for pair in pairs])
         return Written(
-            token_ids=np.concatenate(tokens),
-            lengths=np.array([len(part) for part in tokens], np.int32),
-            margins=np.concatenate([_piece(written.margins, written.lengths, i) for written, i in answers]),
-            teacher_output=_joined([(written.teacher_output, i) for written, i in answers]),
+            tokens=tokens,
+            margins=_joined([(written.margins, i) for written, i in answers]),
+            teacher_output=_joined_output([(written.teacher_output, i) for written, i in answers]),
         )
 
     def close(self, session_ids: np.ndarray) -> None:
@@ -259,8 +257,7 @@ class TeacherRouter:
         """Open sessions at the replica that holds the fewest of all. Raises TeacherBusy when none has slots left."""
         sessions = Sessions(
             session_ids=np.array(list(tokens), np.int64),
-            token_ids=np.concatenate(list(tokens.values())).astype(np.int32),
-            lengths=np.array([len(part) for part in tokens.values()], np.int32),
+            tokens=Ragged.concat(list(tokens.values()), np.int32),
         )
         retries = self._retries()
         busy: set[int] = set()
@@ -294,28 +291,20 @@ class TeacherRouter:
         return min((number for number in ready if number not in without), key=order, default=None)
 
 
-def _select(blocks: Blocks, parts: Sequence[np.ndarray], members: list[int]) -> Blocks:
+def _select(blocks: Blocks, members: list[int]) -> Blocks:
     return Blocks(
         session_ids=blocks.session_ids[members],
         base_lens=blocks.base_lens[members],
         first_rows=blocks.first_rows[members],
-        token_ids=np.concatenate([parts[i] for i in members]).astype(np.int32),
-        lengths=blocks.lengths[members],
+        tokens=blocks.tokens.select(members),
     )
 
 
-def _piece(flat: np.ndarray, lengths: np.ndarray, index: int) -> np.ndarray:
-    """Entry `index` of a ragged array."""
-    stop = int(lengths[: index + 1].sum())
-    return flat[stop - int(lengths[index]) : stop]
+def _joined_output(places: Sequence[tuple[TeacherOutput, int]]) -> TeacherOutput:
+    first, _ = places[0]
+    return replace(first, rows=_joined([(teacher_output.rows, i) for teacher_output, i in places]))
 
 
-def _joined(placements: Sequence[tuple[TeacherOutput, int]]) -> TeacherOutput:
-    """One output from parts of several, in order."""
-    pieces = [_piece(teacher_output.values, teacher_output.lengths, index) for teacher_output, index in placements]
-    return TeacherOutput(
-        kind=placements[0][0].kind,
-        dtype=placements[0][0].dtype,
-        values=np.concatenate(pieces),
-        lengths=np.array([len(piece) for piece in pieces], np.int32),
-    )
+def _joined(places: Sequence[tuple[Ragged, int]]) -> Ragged:
+    """Part i of each pair, in order."""
+    return Ragged.concat([ragged.split()[i] for ragged, i in places])

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from switchkd.config.errors import ConfigError
 from switchkd.data.atomic_files import TEACHER_OUTPUT, append_whole, json_safe, write_atomic
-from switchkd.types import CompletionSource, Rollout, RolloutStats, TeacherOutput, TokenSource, TopLogprobs
+from switchkd.types import CompletionSource, Ragged, Rollout, RolloutStats, TeacherOutput, TokenSource, TopLogprobs
 
 FORMAT = {"format": "switchkd-rollouts", "version": "1"}
 
@@ -174,8 +174,8 @@ def _save(path: Path, rollouts: Sequence[Rollout], rest: dict[str, Any]) -> None
         if rollout.teacher_output is not None:
             groups.setdefault(_group(rollout.teacher_output), []).append(rollout.teacher_output)
     for name, teacher_outputs in groups.items():
-        tensors[f"values.{name}"] = np.concatenate([teacher_output.values for teacher_output in teacher_outputs])
-        tensors[f"lengths.{name}"] = np.concatenate([teacher_output.lengths for teacher_output in teacher_outputs])
+        tensors[f"values.{name}"] = np.concatenate([teacher_output.rows.values for teacher_output in teacher_outputs])
+        tensors[f"lengths.{name}"] = np.concatenate([teacher_output.rows.lengths for teacher_output in teacher_outputs])
     write_atomic(path, lambda beside: save_file(tensors, beside, metadata=FORMAT))
 
 
@@ -229,13 +229,13 @@ def _record(rollout: Rollout) -> dict[str, Any]:
 
 
 def _teacher_output_record(teacher_output: TeacherOutput) -> dict[str, Any]:
-    sizes = {"num_rows": len(teacher_output.values), "num_lengths": len(teacher_output.lengths)}
+    sizes = {"num_rows": len(teacher_output.rows.values), "num_lengths": len(teacher_output.rows.lengths)}
     return {"group": _group(teacher_output), "kind": teacher_output.kind, "dtype": teacher_output.dtype, **sizes}
 
 
 def _group(teacher_output: TeacherOutput) -> str:
     """Signals of one group fit into one tensor, such as `uint16x576`."""
-    return f"{teacher_output.values.dtype.name}x{'x'.join(map(str, teacher_output.values.shape[1:]))}"
+    return f"{teacher_output.rows.values.dtype.name}x{'x'.join(map(str, teacher_output.rows.values.shape[1:]))}"
 
 
 def _split_teacher_outputs(tensors: dict[str, np.ndarray], records: list[dict[str, Any]]) -> list[TeacherOutput | None]:
@@ -246,7 +246,7 @@ def _split_teacher_outputs(tensors: dict[str, np.ndarray], records: list[dict[st
         values = _split(tensors[f"values.{group}"], [one["num_rows"] for _, one in members])
         lengths = _split(tensors[f"lengths.{group}"], [one["num_lengths"] for _, one in members])
         for (i, one), rows, counts in zip(members, values, lengths, strict=True):
-            teacher_outputs[i] = TeacherOutput(kind=one["kind"], dtype=one["dtype"], values=rows, lengths=counts)
+            teacher_outputs[i] = TeacherOutput(kind=one["kind"], dtype=one["dtype"], rows=Ragged(rows, counts))
     return teacher_outputs
 
 
@@ -256,8 +256,7 @@ def _flat(arrays: list[np.ndarray], dtype: Any) -> np.ndarray:
 
 def _split(flat: np.ndarray, lengths: list[int]) -> list[np.ndarray]:
     """Copies, not views: one rollout must not keep all others in memory."""
-    ends = np.cumsum([0, *lengths])
-    return [flat[start:end].copy() for start, end in pairwise(ends)]
+    return [part.copy() for part in Ragged(flat, np.array(lengths, np.int64)).split()]
 
 
 def _runs(values: np.ndarray) -> list[tuple[int, int]]:

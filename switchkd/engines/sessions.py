@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from switchkd.engines.base import TeacherBusy, UnknownSession
-from switchkd.types import Blocks, Sessions, WriteRequest, ragged
+from switchkd.types import Blocks, Sessions, WriteRequest
 
 
 @dataclass(slots=True)
@@ -58,7 +58,8 @@ class SessionTable:
     def open(self, sessions: Sessions) -> None:
         """See base.Teacher. A beginning of what is held changes nothing (a late repeat), anything else replaces it."""
         now = self._evict()
-        prompts = dict(zip(sessions.session_ids.tolist(), split(sessions.token_ids, sessions.lengths), strict=True))
+        parts = [part.astype(np.int64) for part in sessions.tokens.split()]  # copies: views would keep the message
+        prompts = dict(zip(sessions.session_ids.tolist(), parts, strict=True))
         for session_id, tokens in prompts.items():
             if not 0 < len(tokens) <= self.max_len:
                 raise ValueError(f"session {session_id} has {len(tokens)} tokens; a session takes 1 to {self.max_len}")
@@ -82,7 +83,7 @@ class SessionTable:
             raise UnknownSession(unknown)
         if len(set(ids)) != len(ids):
             raise ValueError(f"sessions {ids} are named twice in one call")
-        rows = zip(ids, blocks.base_lens, blocks.first_rows, blocks.base_lens + blocks.lengths, strict=True)
+        rows = zip(ids, blocks.base_lens, blocks.first_rows, blocks.base_lens + blocks.tokens.lengths, strict=True)
         for session_id, base, first, end in rows:
             if not 0 <= first < end or base < 0:
                 raise ValueError(f"session {session_id}: first row {first} of {end} positions, {base} kept")
@@ -92,7 +93,7 @@ class SessionTable:
 
     def check_write(self, request: WriteRequest) -> None:
         """ValueError for counts that no session can hold."""
-        ends = request.blocks.base_lens + request.blocks.lengths + request.counts - 1
+        ends = request.blocks.base_lens + request.blocks.tokens.lengths + request.counts - 1
         for session_id, count, end in zip(request.blocks.session_ids, request.counts, ends, strict=True):
             if count < 1:
                 raise ValueError(f"session {session_id} is asked to write {count} tokens; ask for 1 or more")
@@ -121,11 +122,6 @@ class SessionTable:
     def _forget(self, session_id: int) -> None:
         if (session := self._sessions.pop(session_id, None)) is not None:
             heapq.heappush(self._free, session.slot)
-
-
-def split(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    """The entries of a ragged array as int64."""
-    return ragged(flat.astype(np.int64), lengths)
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:

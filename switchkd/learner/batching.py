@@ -156,7 +156,7 @@ def _teacher_rows(rollouts: Sequence[Rollout]) -> tuple[TeacherRows, ...]:
     start = 0
     for (teacher, kind), group in groupby(rollouts, key=lambda r: (r.teacher, _teacher_output(r).kind)):
         outputs = [_teacher_output(r) for r in group]
-        values = torch.cat([from_numpy(output.values, output.dtype) for output in outputs])
+        values = torch.cat([from_numpy(output.rows.values, output.dtype) for output in outputs])
         stop = start + len(values)
         segments.append(TeacherRows(teacher=teacher, kind=kind, start=start, stop=stop, values=values))
         start = stop
@@ -166,10 +166,10 @@ def _teacher_rows(rollouts: Sequence[Rollout]) -> tuple[TeacherRows, ...]:
 def _teacher_output(rollout: Rollout) -> TeacherOutput:
     if rollout.teacher_output is None:
         raise ValueError(f"rollout {rollout.rollout_id} carries no teacher output, but the loss needs one")
-    if len(rollout.teacher_output.values) != rollout.num_tokens:
+    if len(rollout.teacher_output.rows.values) != rollout.num_tokens:
         raise ValueError(
             f"rollout {rollout.rollout_id} has {rollout.num_tokens} tokens, "
-            f"but its teacher output has {len(rollout.teacher_output.values)} rows"
+            f"but its teacher output has {len(rollout.teacher_output.rows.values)} rows"
         )
     return rollout.teacher_output
 

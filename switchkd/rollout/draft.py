@@ -98,11 +98,10 @@ class Drafter:
 
     def teacher_block(self, rows: list[RolloutState], written: Written, row_pieces: Sequence[np.ndarray]) -> DraftBlock:
         """The teacher proposed; the student reads it all but the last token, in one pass."""
-        counts = written.lengths.astype(np.int64)
-        offsets = np.cumsum(counts) - counts
+        counts = written.tokens.lengths.astype(np.int64)
         tokens = np.full((len(rows), int(counts.max())), -1, np.int64)
-        for r, num in enumerate(counts):
-            tokens[r, :num] = written.token_ids[offsets[r] : offsets[r] + num]
+        for r, part in enumerate(written.tokens.split()):
+            tokens[r, : len(part)] = part
         unread = [row.tokens[row.student_len :] + tokens[r, : counts[r] - 1].tolist() for r, row in enumerate(rows)]
         lengths = np.array([len(part) for part in unread])
         ends = np.cumsum(lengths)

@@ -105,7 +105,7 @@ class ShardEvaluator:
         if len(task.prompt.reference_ids) == 0:
             return agree, kl
         generator = self._generator_of(task.prompt.teacher)
-        values = generator.reference_scorer.rows(task).values
+        values = generator.reference_scorer.rows(task).rows.values
         for i, q_logits in self._student_rows(task.prompt):
             chunk = compare_rows(generator.reader, values[i : i + _CHUNK], q_logits)
             agree, kl = agree + chunk[0], kl + chunk[1]

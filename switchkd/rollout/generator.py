@@ -32,10 +32,10 @@ from switchkd.rollout.draft import Drafter, grouped, write_request
 from switchkd.rollout.score_references import ReferenceScorer
 from switchkd.rollout.speculation import NO_DRAFT, DraftPlan, SpeculationPolicy
 from switchkd.rollout.state import RolloutParams, RolloutState
-from switchkd.rollout.teacher_client import BUSY_S, TeacherClient, blocks_of, split
+from switchkd.rollout.teacher_client import BUSY_S, TeacherClient, blocks_of
 from switchkd.rollout.top_logprobs import TopTokens
 from switchkd.rollout.verify import NEAR_TIE, DraftBlock, verify
-from switchkd.types import CompletionSource, PackedWeights, Rollout, RolloutTask, TeacherOutput, Written, ragged
+from switchkd.types import CompletionSource, PackedWeights, Rollout, RolloutTask, TeacherOutput, Written
 
 Emit = Callable[[list[Rollout]], None]
 WRITE_SPAN = 8
@@ -203,7 +203,7 @@ class SwitchingGenerator:
             start = time.perf_counter()
             answer = function(request)
             if plan is not None and typical:
-                steps = int(answer.lengths.max()) if kind == "write" else 1
+                steps = int(answer.tokens.lengths.max()) if kind == "write" else 1
                 self.speculation.observe_call(plan, kind, tokens, (time.perf_counter() - start) / steps)
             return answer
 
@@ -237,7 +237,7 @@ class SwitchingGenerator:
             self._count(rows, new_tokens, teacher_output)
             row_pieces = [
                 teacher_rows if row.lookahead_row is None else np.concatenate([row.lookahead_row, teacher_rows])
-                for row, teacher_rows in zip(rows, split(teacher_output), strict=True)
+                for row, teacher_rows in zip(rows, teacher_output.rows.split(), strict=True)
             ]
             prev_lens = [len(row.tokens) for row in rows]
             num_accepted = self._walk(rows, self.drafter.student_block(draft, row_pieces))
@@ -264,7 +264,7 @@ class SwitchingGenerator:
         def on_result(written: Written) -> None:
             self._count(rows, new_tokens, written.teacher_output)
             self._count_ties(rows, written)
-            row_pieces, prev_lens = split(written.teacher_output), [len(row.tokens) for row in rows]
+            row_pieces, prev_lens = written.teacher_output.rows.split(), [len(row.tokens) for row in rows]
             block = self.drafter.teacher_block(rows, written, row_pieces)
             num_accepted = self._walk(rows, block)
             for r, row in enumerate(rows):
@@ -309,7 +309,9 @@ class SwitchingGenerator:
         def on_result(written: Written) -> None:
             self._count(rows, new_tokens, written.teacher_output)
             self._count_ties(rows, written)
-            for row, tokens, teacher_rows in zip(rows, split(written), split(written.teacher_output), strict=True):
+            for row, tokens, teacher_rows in zip(
+                rows, written.tokens.split(), written.teacher_output.rows.split(), strict=True
+            ):
                 row.write(tokens.tolist(), self.version, self.stop_ids)
                 row.teacher_len = len(row.tokens) - 1
                 self._read_alone(row, tokens, teacher_rows)
@@ -325,7 +327,7 @@ class SwitchingGenerator:
 
         def on_result(teacher_output: TeacherOutput) -> None:
             self._count(pending, new_tokens, teacher_output)
-            for row, teacher_rows in zip(pending, split(teacher_output), strict=True):
+            for row, teacher_rows in zip(pending, teacher_output.rows.split(), strict=True):
                 self._read_alone(row, np.array(row.tokens[row.prompt_len :]), teacher_rows)
 
         first_positions = [row.prompt_len - 1 for row in pending]
@@ -358,12 +360,12 @@ class SwitchingGenerator:
         self, rows: Sequence[RolloutState], new_tokens: Sequence[list[int]], teacher_output: TeacherOutput
     ) -> None:
         self.reader.set_format(teacher_output)
-        for row, part, teacher_rows in zip(rows, new_tokens, split(teacher_output), strict=True):
+        for row, part, teacher_rows in zip(rows, new_tokens, teacher_output.rows.split(), strict=True):
             row.stats.teacher_positions += max(len(part), len(teacher_rows))
             row.stats.output_bytes += teacher_rows.nbytes
             row.stats.num_scored_rows += len(teacher_rows)
 
     @staticmethod
     def _count_ties(rows: Sequence[RolloutState], written: Written) -> None:
-        for row, margins in zip(rows, ragged(written.margins, written.lengths), strict=True):
+        for row, margins in zip(rows, written.margins.split(), strict=True):
             row.stats.num_near_ties += int((margins < NEAR_TIE).sum())

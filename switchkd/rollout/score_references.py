@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from switchkd.rollout.state import RolloutParams, sum_tail_mass
-from switchkd.rollout.teacher_client import TeacherClient, split
+from switchkd.rollout.teacher_client import TeacherClient
 from switchkd.rollout.top_logprobs import top_logprobs
-from switchkd.types import Blocks, Rollout, RolloutStats, RolloutTask, TeacherOutput, TokenSource
+from switchkd.types import Blocks, Ragged, Rollout, RolloutStats, RolloutTask, TeacherOutput, TokenSource
 
 Emit = Callable[[list[Rollout]], None]
 
@@ -35,7 +35,7 @@ class ReferenceScorer:
             def on_scored(
                 some: Sequence[RolloutTask], teacher_output: TeacherOutput, done: list[Rollout] = done
             ) -> None:
-                pairs = zip(some, split(teacher_output), strict=True)
+                pairs = zip(some, teacher_output.rows.split(), strict=True)
                 done += [self._rollout(task, params, version, rows) for task, rows in pairs]
 
             self.read(part, on_scored)
@@ -58,8 +58,7 @@ class ReferenceScorer:
                     session_ids=np.array([task.rollout_id for task in now], np.int64),
                     base_lens=prompt_lens,
                     first_rows=prompt_lens - 1,
-                    token_ids=np.concatenate([task.prompt.reference_ids[:-1] for task in now]).astype(np.int32),
-                    lengths=np.array([max(len(task.prompt.reference_ids) - 1, 0) for task in now], np.int32),
+                    tokens=Ragged.concat([task.prompt.reference_ids[:-1] for task in now], np.int32),
                 )
             )
             take(now, teacher_output)

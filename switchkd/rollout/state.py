@@ -17,7 +17,7 @@ import torch
 from switchkd.algo.sampling import Purpose, SamplingParams
 from switchkd.algo.switching import Rule, init_memory
 from switchkd.rollout.top_logprobs import TopTokens, top_logprobs
-from switchkd.types import CompletionSource, Rollout, RolloutStats, RolloutTask, TeacherOutput, TokenSource
+from switchkd.types import CompletionSource, Ragged, Rollout, RolloutStats, RolloutTask, TeacherOutput, TokenSource
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,7 +153,7 @@ class RolloutState:
             self.stats.tail_mass, self.stats.num_top_rows = sum_tail_mass(values), num
         if values is not None:
             teacher_output = TeacherOutput(
-                kind=output_kind, dtype=output_dtype, values=values, lengths=np.array([num], np.int32)
+                kind=output_kind, dtype=output_dtype, rows=Ragged(values, np.array([num], np.int32))
             )
         return Rollout(
             rollout_id=self.task.rollout_id,

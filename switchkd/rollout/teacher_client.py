@@ -17,7 +17,7 @@ import numpy as np
 from switchkd.engines.base import OutputHead, Teacher, TeacherBusy
 from switchkd.rollout.state import RolloutState
 from switchkd.rollout.teacher_logits import TeacherLogits
-from switchkd.types import Blocks, RolloutTask, Sessions, TeacherOutput, Written, ragged
+from switchkd.types import Blocks, Ragged, RolloutTask, Sessions, TeacherOutput
 
 BUSY_S = 0.05
 """How long a worker waits before it asks a busy teacher again."""
@@ -99,8 +99,7 @@ class TeacherClient:
 def sessions_of(tasks: Sequence[RolloutTask]) -> Sessions:
     return Sessions(
         session_ids=np.array([task.rollout_id for task in tasks], np.int64),
-        token_ids=np.concatenate([task.prompt.token_ids for task in tasks]).astype(np.int32),
-        lengths=np.array([len(task.prompt.token_ids) for task in tasks], np.int32),
+        tokens=Ragged.concat([task.prompt.token_ids for task in tasks], np.int32),
     )
 
 
@@ -111,12 +110,5 @@ def blocks_of(rows: Sequence[RolloutState], new_tokens: Sequence[list[int]], fir
         session_ids=np.array([row.task.rollout_id for row in rows], np.int64),
         base_lens=np.array([row.teacher_len for row in rows], np.int32),
         first_rows=np.array(first_positions, np.int32),
-        token_ids=np.concatenate([np.asarray(part, np.int32) for part in new_tokens]),
-        lengths=np.array([len(part) for part in new_tokens], np.int32),
+        tokens=Ragged.concat(new_tokens, np.int32),
     )
-
-
-def split(answer: TeacherOutput | Written) -> list[np.ndarray]:
-    """Flat rows or tokens, by session."""
-    flat = answer.values if isinstance(answer, TeacherOutput) else answer.token_ids
-    return ragged(flat, answer.lengths)

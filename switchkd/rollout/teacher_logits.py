@@ -18,7 +18,7 @@ from switchkd.algo.topk import TopK, spread, unpack
 from switchkd.engines.base import OutputHead
 from switchkd.engines.wire import from_numpy
 from switchkd.rollout.top_logprobs import TopTokens
-from switchkd.types import TeacherOutput
+from switchkd.types import Ragged, TeacherOutput
 
 T = TypeVar("T")
 
@@ -71,7 +71,7 @@ class TeacherLogits:
         return TopTokens.joined(parts, k)
 
     def teacher_output(self, values: np.ndarray) -> TeacherOutput:
-        return TeacherOutput(kind=self.kind, dtype=self.dtype, values=values, lengths=np.array([len(values)], np.int32))
+        return TeacherOutput(kind=self.kind, dtype=self.dtype, rows=Ragged(values, np.array([len(values)], np.int32)))
 
 
 def lazy(

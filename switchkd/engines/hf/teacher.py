@@ -19,9 +19,9 @@ from switchkd.engines.hf.cuda_graphs import Capture
 from switchkd.engines.hf.model_runner import ModelRunner
 from switchkd.engines.models import cpu_prepack
 from switchkd.engines.models.lm_head import LMHead, LMHeadState, lm_head_of
-from switchkd.engines.sessions import Session, SessionTable, split
+from switchkd.engines.sessions import Session, SessionTable
 from switchkd.engines.wire import to_numpy
-from switchkd.types import Blocks, Sessions, TeacherOutput, WriteRequest, Written
+from switchkd.types import Blocks, Ragged, Sessions, TeacherOutput, WriteRequest, Written
 
 _ROWS_AT_ONCE = 64
 """Whole rows that exist at the same time while they are compressed."""
@@ -113,9 +113,8 @@ class HFTeacher:
         for session, part in zip(sessions, tokens, strict=True):
             session.tokens = np.append(session.tokens, part[-1])  # not read
         return Written(
-            token_ids=np.concatenate([np.array(part, np.int32) for part in tokens]),
-            lengths=np.array([len(part) for part in tokens], np.int32),
-            margins=np.concatenate([np.array(part, np.float32) for part in margins]),
+            tokens=Ragged.concat(tokens, np.int32),
+            margins=Ragged.concat(margins, np.float32),
             teacher_output=self._teacher_output(
                 torch.stack([row for part in hidden for row in part]), [len(part) for part in hidden]
             ),
@@ -125,10 +124,9 @@ class HFTeacher:
         """Read the blocks: their sessions, the rows asked for, flat, and how many of each session."""
         sessions = self._sessions.of_blocks(blocks)
         bases, firsts = blocks.base_lens.astype(np.int64), blocks.first_rows.astype(np.int64)
-        ends = bases + blocks.lengths
+        ends = bases + blocks.tokens.lengths
         starts = np.minimum(np.minimum([s.num_read for s in sessions], bases), firsts)
-        new = split(blocks.token_ids, blocks.lengths)
-        for session, base, start, tokens in zip(sessions, bases, starts, new, strict=True):
+        for session, base, start, tokens in zip(sessions, bases, starts, blocks.tokens.split(), strict=True):
             session.tokens = np.concatenate([session.tokens[:base], tokens])
             session.num_read = int(start)  # true even if reading fails
         slots = np.array([s.slot for s in sessions], np.int64)
@@ -145,7 +143,7 @@ class HFTeacher:
         elif self.kind == "logits":
             rows = rows[:, : self.vocab_size].contiguous()
         values, dtype = to_numpy(rows)
-        return TeacherOutput(kind=self.kind, dtype=dtype, values=values, lengths=np.asarray(lengths, np.int32))
+        return TeacherOutput(kind=self.kind, dtype=dtype, rows=Ragged(values, np.asarray(lengths, np.int32)))
 
     def _logits(self, rows: torch.Tensor) -> torch.Tensor:
         """The float32 rows that a worker would rebuild from the signal."""

@@ -22,7 +22,7 @@ from switchkd.engines.models.lm_head import LMHead, LMHeadState, fit_lm_head
 from switchkd.engines.vllm.engine import RowRequest
 from switchkd.engines.vllm.lm_head import output_layer
 from switchkd.engines.wire import from_numpy, to_numpy
-from switchkd.types import TeacherOutput
+from switchkd.types import Ragged, TeacherOutput
 
 if TYPE_CHECKING:
     from switchkd.engines.vllm.engine import Engine
@@ -102,7 +102,7 @@ class HiddenRows:
         if self.kind == "top_logprobs":
             words = self.engine.call("switchkd_compress", pickle.dumps((values, dtype)), self.top_k)
             values, dtype = _first_of(words), "int32"
-        return TeacherOutput(kind=self.kind, dtype=dtype, values=values, lengths=lengths.astype(np.int32))
+        return TeacherOutput(kind=self.kind, dtype=dtype, rows=Ragged(values, lengths.astype(np.int32)))
 
     def lm_head_state(self) -> LMHeadState | None:
         return self.head.to_arrays() if self.kind == "hidden_states" else None
@@ -128,14 +128,14 @@ class PublicRows:
         num, prompt, written = len(job.tokens), output.prompt_logprobs, output.outputs[0]
         first = min(max(job.first, output.num_cached_tokens or 0), num - 1)
         rows = [self._row(prompt, len(prompt) - (num - 1 - p)) for p in range(first, num - 1)]
-        rows += [self._row(written.logprobs, i) for i in range(len(written.token_ids))]
+        rows += [self._row(written.logprobs, i) for i in range(len(written.tokens.values))]
         surplus = max(job.first - first, 0)
-        unknown = [float("inf")] * len(written.token_ids)  # the public interface does not say how close a draw was
+        unknown = [float("inf")] * len(written.tokens.values)  # the public interface does not say how close a draw was
         nothing = torch.zeros(0, 2 * self.top_k + 2, dtype=torch.int32)
         return Answer(
             first=first + surplus,
             rows=torch.stack(rows[surplus:]) if rows[surplus:] else nothing,
-            token_ids=list(written.token_ids),
+            token_ids=list(written.tokens.values),
             margins=unknown,
         )
 
@@ -160,7 +160,7 @@ class PublicRows:
         return pack(row)[0]
 
     def teacher_output(self, rows: torch.Tensor, lengths: np.ndarray) -> TeacherOutput:
-        return TeacherOutput(kind="top_logprobs", dtype="int32", values=rows.numpy(), lengths=lengths.astype(np.int32))
+        return TeacherOutput(kind="top_logprobs", dtype="int32", rows=Ragged(rows.numpy(), lengths.astype(np.int32)))
 
     def lm_head_state(self) -> None:
         return None

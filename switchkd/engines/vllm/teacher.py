@@ -20,10 +20,10 @@ import torch
 
 from switchkd.algo.sampling import SamplingParams, within_top
 from switchkd.engines.models.lm_head import LMHeadState
-from switchkd.engines.sessions import Session, SessionTable, split
+from switchkd.engines.sessions import Session, SessionTable
 from switchkd.engines.vllm.engine import Engine, RowRequest
 from switchkd.engines.vllm.outputs import Answer, HiddenRows, PublicRows, Rows
-from switchkd.types import Blocks, Sessions, TeacherOutput, WriteRequest, Written
+from switchkd.types import Blocks, Ragged, Sessions, TeacherOutput, WriteRequest, Written
 
 
 class VLLMTeacher:
@@ -92,9 +92,8 @@ class VLLMTeacher:
             session.tokens = np.concatenate([session.tokens, answer.token_ids])
         lengths = np.array([len(answer.rows) for answer in answers])
         return Written(
-            token_ids=np.concatenate([np.array(answer.token_ids, np.int32) for answer in answers]),
-            lengths=np.array([len(answer.token_ids) for answer in answers], np.int32),
-            margins=np.concatenate([np.array(answer.margins, np.float32) for answer in answers]),
+            tokens=Ragged.concat([answer.token_ids for answer in answers], np.int32),
+            margins=Ragged.concat([answer.margins for answer in answers], np.float32),
             teacher_output=self._rows.teacher_output(torch.cat([answer.rows for answer in answers]), lengths),
         )
 
@@ -105,7 +104,7 @@ class VLLMTeacher:
     def _appended(self, blocks: Blocks) -> list[Session]:
         """The blocks' sessions with their new tokens."""
         sessions = self._sessions.of_blocks(blocks)
-        for session, base, new in zip(sessions, blocks.base_lens, split(blocks.token_ids, blocks.lengths), strict=True):
+        for session, base, new in zip(sessions, blocks.base_lens, blocks.tokens.split(), strict=True):
             session.become(np.concatenate([session.tokens[:base], new]))
         return sessions
 

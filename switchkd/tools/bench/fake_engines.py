@@ -28,6 +28,7 @@ from switchkd.types import (
     BatchAssignment,
     Blocks,
     PackedWeights,
+    Ragged,
     Rollout,
     Sessions,
     StepResult,
@@ -125,9 +126,9 @@ class FakeTeacher:
 
     def score(self, blocks: Blocks) -> TeacherOutput:
         time.sleep(self.sleep_s)
-        rows = blocks.base_lens + blocks.lengths - blocks.first_rows
+        rows = blocks.base_lens + blocks.tokens.lengths - blocks.first_rows
         values = np.ones((int(rows.sum()), WIDTH), np.float32)
-        return TeacherOutput(kind="hidden_states", dtype="float32", values=values, lengths=rows.astype(np.int32))
+        return TeacherOutput(kind="hidden_states", dtype="float32", rows=Ragged(values, rows.astype(np.int32)))
 
     def write(self, request: WriteRequest) -> Written:
         raise NotImplementedError("with fake engines the student drafts")

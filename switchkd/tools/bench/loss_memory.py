@@ -182,7 +182,7 @@ def _rollouts(job: MemoryCase, teacher: torch.Tensor) -> list[Rollout]:
     import numpy as np
 
     from switchkd.engines.wire import to_numpy
-    from switchkd.types import CompletionSource, Rollout, TeacherOutput
+    from switchkd.types import CompletionSource, Ragged, Rollout, TeacherOutput
 
     values, dtype = to_numpy(teacher.cpu())
     ids, num = _ids(job).numpy().astype(np.int32), job.tokens
@@ -205,8 +205,7 @@ def _rollouts(job: MemoryCase, teacher: torch.Tensor) -> list[Rollout]:
             teacher_output=TeacherOutput(
                 kind="hidden_states",
                 dtype=dtype,
-                values=values[i * num : (i + 1) * num],
-                lengths=np.array([num], np.int32),
+                rows=Ragged.concat([values[i * num : (i + 1) * num]]),
             ),
         )
         for i, row in enumerate(ids)

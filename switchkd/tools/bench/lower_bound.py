@@ -22,7 +22,7 @@ from switchkd.algo.switching import Rule
 from switchkd.engines.hf.student import HFStudent
 from switchkd.engines.hf.teacher import HFTeacher
 from switchkd.rollout.speculation import SIZES
-from switchkd.types import Blocks, Prompt, Rollout, Sessions, TokenSource, WriteRequest
+from switchkd.types import Blocks, Prompt, Ragged, Rollout, Sessions, TokenSource, WriteRequest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +67,7 @@ def measure_costs(
     rng = np.random.default_rng(0)
     ids = rng.integers(5, student.head.vocab_size, (batch, base + block + 1)).astype(np.int32)
     slots, bases = np.arange(batch), np.full(batch, base, np.int32)
-    sessions = Sessions(session_ids=slots, token_ids=ids[:, :base].ravel(), lengths=np.full(batch, base, np.int32))
+    sessions = Sessions(session_ids=slots, tokens=Ragged.concat(list(ids[:, :base])))
     teacher.open(sessions)
     sizes = [size for size in SIZES if size <= block]
     prefill = _median(lambda: student.extend(slots, np.zeros(batch), ids[:, :base].ravel(), bases), 2)
@@ -133,8 +133,7 @@ def _blocks(slots: np.ndarray, ids: np.ndarray, base: int, size: int, again: boo
         session_ids=slots,
         base_lens=np.full(batch, kept, np.int32),
         first_rows=np.full(batch, base - (size == 0), np.int32),
-        token_ids=part.ravel(),
-        lengths=np.full(batch, part.shape[1], np.int32),
+        tokens=Ragged.concat(list(part)),
     )
 
 

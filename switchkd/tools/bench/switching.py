@@ -234,7 +234,7 @@ def agreements(engines: Engines, rollouts: Sequence[Rollout], params: RolloutPar
         q_logits = engines.student.head.logits(hidden[-num:])
         assert rollout.teacher_output is not None
         reader.set_format(rollout.teacher_output)
-        p_logits = reader.logits(rollout.teacher_output.values)
+        p_logits = reader.logits(rollout.teacher_output.rows.values)
         key = {"run_seed": params.seed, "rollout_ids": [rollout.rollout_id] * num, "positions": range(num)}
         purposes = (params.rule.replacement, Purpose.GUMBEL)
         of_teacher, of_student = (

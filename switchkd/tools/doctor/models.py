@@ -25,7 +25,7 @@ from switchkd.rollout.build import make_worker
 from switchkd.rollout.teacher_logits import TeacherLogits
 from switchkd.tools.doctor.check import CheckResult, fail, ok, warn
 from switchkd.tools.offline import first_rollouts
-from switchkd.types import Blocks, Rollout, Sessions, TokenSource
+from switchkd.types import Blocks, Ragged, Rollout, Sessions, TokenSource
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
 """Difference of a log-probability between batch shapes that the rounding of the dtype explains."""
@@ -152,14 +152,14 @@ def _logprobs(teacher: Teacher, reader: TeacherLogits, sequences: list[np.ndarra
     with the others, in sessions of their own."""
     ids = np.array([_SESSION + 8 * turn + i for i in range(len(sequences))], np.int64)
     lengths = np.array([len(tokens) for tokens in sequences], np.int32)
-    teacher.open(Sessions(session_ids=ids, token_ids=np.concatenate(sequences).astype(np.int32), lengths=lengths))
+    teacher.open(Sessions(session_ids=ids, tokens=Ragged.concat(sequences, np.int32)))
     nothing = np.zeros(len(ids), np.int32)
     teacher_output = teacher.score(
-        Blocks(session_ids=ids, base_lens=lengths, first_rows=nothing, token_ids=nothing[:0], lengths=nothing)
+        Blocks(session_ids=ids, base_lens=lengths, first_rows=nothing, tokens=Ragged(nothing[:0], nothing))
     )
     teacher.close(ids)
     reader.set_format(teacher_output)
-    rows = teacher_output.values[: lengths[0]]
+    rows = teacher_output.rows.values[: lengths[0]]
     if teacher_output.kind == "top_logprobs":
         return reader.top_rows(rows).logprobs.double().clamp(min=-30)
     return reader.logits(rows).double().log_softmax(-1).clamp(min=-30)

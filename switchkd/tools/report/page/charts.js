@@ -54,7 +54,6 @@ const GROUPS = [
         keys: { "teacher/bytes_per_token": "of a token that was kept", "teacher/bytes_per_row": "of a row that was sent" } },
       { title: "Calls to the teacher", unit: "a step", zero: true, keys: { "teacher/calls": "calls" } },
       { title: "Held in the replay", unit: "bytes", zero: true, keys: { "replay/bytes": "bytes" } },
-      { title: "Top k: asked again", percent: true, keys: { "teacher/undecided_frac": "to decide", "teacher/asked_frac": "for other ends" } },
       { title: "Top k: mass left out", percent: true, keys: { "teacher/tail_mass": "tail" } },
     ],
   },

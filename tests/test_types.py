@@ -1,0 +1,21 @@
+"""Records that cross processes."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+
+from switchkd.types import Ragged
+
+
+def test_ragged_arrays_come_apart_as_they_were_joined() -> None:
+    """Parts of any length, empty ones included, in any trailing shape; a selection is in the order asked for."""
+    parts = [np.arange(6).reshape(3, 2), np.zeros((0, 2), np.int64), np.full((1, 2), 9)]
+    ragged = Ragged.concat(parts, np.int32)
+    assert ragged.values.dtype == np.int32 and ragged.lengths.tolist() == [3, 0, 1]
+    for one, other in zip(ragged.split(), parts, strict=True):
+        np.testing.assert_array_equal(one, other)
+    chosen = pickle.loads(pickle.dumps(ragged.select([2, 0])))
+    assert chosen.lengths.tolist() == [1, 3] and chosen.values.tolist() == [[9, 9], [0, 1], [2, 3], [4, 5]]
+    assert Ragged(np.zeros(0), np.zeros(0, np.int32)).split() == []
