@@ -14,18 +14,16 @@ worker's call or the learner's step, and touches no tensor. `controller/dispatch
 from __future__ import annotations
 
 import math
-import os
 import signal
 import time
 from concurrent.futures import Future, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from switchkd.config import resources
-from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config
 from switchkd.controller import local
 from switchkd.controller.build import build_evaluator, build_schedule
@@ -74,14 +72,12 @@ class Trainer:
         self.weights: WeightRef | None = None  # of `state.version`, where a call needs them
         self.consistent = True  # learner and replay are at `state`
         self.stop_signal = 0
-        self.started = time.monotonic()
 
     # ── start and end ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Load a checkpoint: weights and optimizer, waiting rollouts, counters."""
         self._load_state(self.recovery.resume(checkpoint))
-        self.started -= self.state.elapsed_s
 
     def _load_state(self, state: TrainState) -> None:
         early_stop = self.config.train.early_stop  # may have changed
@@ -91,7 +87,7 @@ class Trainer:
         self.consistent = True
         self.reporter.restart(scores for _, scores in state.stage_scores)
 
-    def run(self) -> TrainState:
+    def run(self) -> None:
         """Train to the last step, to early stop, or to SIGTERM; then save. A lost learner or replay sends the loop back
         to the last checkpoint. A run that stalls or can write no rollout saves what it can and raises."""
         previous = signal.signal(signal.SIGTERM, self._on_signal)
@@ -103,7 +99,7 @@ class Trainer:
                         self.consistent = False
                         self._load_state(self.recovery.go_back(lost, self.state.step))
                     self._run_to_end()
-                    return self.state
+                    return
                 except StateLost as error:
                     lost = error
                     if self.stop_signal:
@@ -121,7 +117,7 @@ class Trainer:
             self._evaluate("start")
         while not self.finished and not self.stop_signal:
             self._one_step()
-        self._checkpoint()
+        self.state = self.recovery.save(self.state)
         if self.finished:
             best = self.config.train.select_by and self.state.best is not None
             self.recovery.export("student-last" if best else "student")
@@ -154,7 +150,7 @@ class Trainer:
             # no checkpoint comes before the end: a run that goes back begins anew, without these rollouts
             self.watchdog.wait_for(self.handles.replay.release_before(num_done), "the replay")
         elif num_done % self.config.train.checkpoint_every == 0:
-            self._checkpoint()
+            self.state = self.recovery.save(self.state)
 
     def _next_batch(self) -> list[Entry] | None:
         """Keep the workers busy until this step's rollouts are all in the replay; None when the run is to stop."""
@@ -239,7 +235,7 @@ class Trainer:
             self._wait_for_replay(self.handles.replay.quarantine(list(self.schedule.rollout_ids(step))))
         else:
             self.quarantine.num_passed += self.schedule.batch_size(step) - len(entries)
-        self.state = replace(self.state, step=step + 1, version=result.version, elapsed_s=self._elapsed_s())
+        self.state = replace(self.state, step=step + 1, version=result.version)
         self.consistent = True
 
     def _publish(self, *, evaluates: bool) -> WeightRef | None:
@@ -289,52 +285,43 @@ class Trainer:
         ended = ((stage_end, scores),) if stage_end else ()
         self.state = replace(state, stage_scores=(*state.stage_scores, *ended))
 
-    def _checkpoint(self) -> None:
-        self.state = replace(self.state, elapsed_s=self._elapsed_s())
-        self.recovery.save(self.state)
-
-    def _elapsed_s(self) -> float:
-        """Seconds of training, those before a resume included."""
-        return time.monotonic() - self.started
-
 
 def train(config: Config, *, resume: bool = False) -> Summary:
     """Run a config to its end, or to SIGTERM. Raises ConfigError before anything is started or overwritten."""
     ready = prepare(config)
-    log = MetricsLog(ready.config.metrics)
-    try:
-        return _train(ready, log, resume)
-    finally:
-        log.close()
-
-
-def _train(ready: PreparedRun, log: MetricsLog, resume: bool) -> Summary:
     config = ready.config
-    log.info(f"data: {config.rollout.recorded or ready.prompts.report()}")
-    _check_capacity(config, log)
-    with open_run(config, resume) as folder:
-        schedule = build_schedule(ready)
-        checkpoint = folder.checkpoint
-        log.open(folder.path, schedule.num_steps, checkpoint.state if checkpoint else TrainState())
-        with ExitStack() as opened:
-            watchdog = Watchdog(config.run.watchdog_s, folder.path, log.info)
-            opened.callback(watchdog.stop)
-            watchdog.start()
-            handles = _start_actors(ready, folder, log)
-            opened.callback(handles.close)
-            opened.callback(watchdog.progress, "the actors to end")
-            watchdog.heartbeats = handles.heartbeats
-            watchdog.progress("the first step")
-            trainer = Trainer(config, schedule, handles, folder, log, build_evaluator(ready), watchdog)
-            if checkpoint is not None:
-                trainer.resume(checkpoint)
-            state = trainer.run()
-        summary = summarize(folder, state, schedule, told_to_stop=bool(trainer.stop_signal))
-        if summary.student:
-            write_card(Path(summary.student), folder.path, config, summary.stage_scores, student_step(summary))
-        write_json_atomic(folder.path / "summary.json", asdict(summary))
-    log.summary(summary.stage_scores, summary.student, summary.finished)
+    with closing(MetricsLog(config.metrics)) as log:
+        log.info(f"data: {config.rollout.recorded or ready.prompts.report()}")
+        _check_capacity(config, log)
+        with open_run(config, resume) as folder:
+            trainer = _train(ready, folder, log)
+            told_to_stop = bool(trainer.stop_signal)
+            summary = summarize(folder, trainer.state, finished=trainer.finished, told_to_stop=told_to_stop)
+            if summary.student:
+                write_card(Path(summary.student), folder.path, config, summary.stage_scores, student_step(summary))
+            write_json_atomic(folder.path / "summary.json", asdict(summary))
+        log.summary(summary.stage_scores, summary.student, summary.finished)
     return summary
+
+
+def _train(ready: PreparedRun, folder: RunFolder, log: MetricsLog) -> Trainer:
+    """Start the actors, run to the end, end the actors."""
+    schedule, checkpoint = build_schedule(ready), folder.checkpoint
+    log.open(folder.path, schedule.num_steps, checkpoint.state if checkpoint else TrainState())
+    with ExitStack() as opened:
+        watchdog = Watchdog(ready.config.run.watchdog_s, folder.path, log.info)
+        opened.callback(watchdog.stop)
+        watchdog.start()
+        handles = _start_actors(ready, folder, log)
+        opened.callback(handles.close)
+        opened.callback(watchdog.progress, "the actors to end")
+        watchdog.heartbeats = handles.heartbeats
+        watchdog.progress("the first step")
+        trainer = Trainer(ready.config, schedule, handles, folder, log, build_evaluator(ready), watchdog)
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+        trainer.run()
+    return trainer
 
 
 def _check_capacity(config: Config, log: MetricsLog) -> None:
@@ -344,36 +331,14 @@ def _check_capacity(config: Config, log: MetricsLog) -> None:
     if config.run.mode == "inprocess":
         local.check_single(config)
     elif resources.is_private(config):
-        _check_private(config)
+        resources.check_private(config)
         process_setup.for_private_cluster()
     else:
         from switchkd.actors import launch
 
         launch.join(config, log)
         return
-    resources.check(config, _this_machine())
-
-
-def _check_private(config: Config) -> None:
-    """ConfigError for what only a joined cluster has."""
-    for role in resources.counts(config):
-        if labels := resources.of_role(config, role).labels:
-            raise ConfigError(
-                f"resources.{role}.labels={labels}: nodes of a joined cluster have labels, a private cluster has none; "
-                "set cluster.address or remove them"
-            )
-    for name in config.teacher_names:
-        if wanted := config.of_teacher(name).teacher.attach:
-            raise ConfigError(
-                f"{resources.role_of(name)}.attach={wanted} needs the cluster on which that teacher is served: set "
-                "cluster.address (auto, host:port) or start the run there as a job"
-            )
-
-
-def _this_machine() -> dict[str, float]:
-    import torch
-
-    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+    resources.check(config, local.this_machine())
 
 
 def _start_actors(ready: PreparedRun, folder: RunFolder, log: MetricsLog) -> ActorHandles:

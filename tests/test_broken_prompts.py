@@ -17,21 +17,21 @@ from switchkd.controller import dispatcher
 from switchkd.controller.local import LocalWorkerHandle
 from switchkd.controller.metrics import MetricsLog
 from switchkd.controller.quarantine import MAX_FAILURES, MAX_STRIKES, Strikes
-from switchkd.rollout.generator import SwitchingGenerator
+from switchkd.rollout.state import RolloutState
 from switchkd.train import train
 from switchkd.types import TeacherLost, Unreachable, WorkerLost
 
 
 def break_rollouts(patch: pytest.MonkeyPatch, broken: set[int]) -> None:
     """Writing these fails, whenever and beside whomever it is tried."""
-    start = SwitchingGenerator._start
+    start = RolloutState.start
 
-    def started(job: Any, slot: int) -> Any:
-        if job.task.rollout_id in broken:
-            raise ValueError(f"cannot write {job.task.rollout_id}")
-        return start(job, slot)
+    def started(task: Any, params: Any, slot: int) -> RolloutState:
+        if task.rollout_id in broken:
+            raise ValueError(f"cannot write {task.rollout_id}")
+        return start(task, params, slot)
 
-    patch.setattr(SwitchingGenerator, "_start", staticmethod(started))
+    patch.setattr(RolloutState, "start", staticmethod(started))
 
 
 def test_two_prompts_break(place, monkeypatch, capsys):
@@ -297,26 +297,29 @@ def test_something_does_not_answer(alone, place, monkeypatch, notes):
 def test_strikes_need_evidence():
     """A failure counts against a task if another rollout has finished since its last one; finishing clears them."""
     strikes = Strikes()
-    assert not any(strikes.fail(strikes.start_call(), [0], strike=True) for _ in range(MAX_STRIKES))
+
+    def fail(*rollout_ids: int, strike: bool = True) -> bool:
+        return strikes.fail(strikes.round, rollout_ids, strike=strike)
+
+    assert not any(fail(0) for _ in range(MAX_STRIKES))
     for _ in range(MAX_STRIKES - 1):
         strikes.finish([7])
-        assert strikes.fail(strikes.start_call(), [0, 1], strike=True) == []
-    assert strikes.fail(strikes.start_call(), [0], strike=True) == []
+        assert not fail(0, 1)
+    assert not fail(0)
     strikes.finish([1])
-    assert strikes.fail(strikes.start_call(), [1], strike=True) == []
-    assert strikes.fail(strikes.start_call(), [0], strike=False) == []
+    assert not fail(1) and not fail(0, strike=False)
     strikes.finish([8])
-    assert strikes.fail(strikes.start_call(), [0], strike=True) == [0]
+    assert fail(0)
 
 
 def test_failures_in_a_row():
     """Calls that were out together fail once; a rollout that finishes begins the count anew."""
     strikes = Strikes()
     for num in (1, 2):
-        for call in [strikes.start_call() for _ in range(8)]:
-            strikes.fail(call, [call], strike=True)
+        for rollout_id, call_round in enumerate([strikes.round] * 8):
+            strikes.fail(call_round, [rollout_id], strike=True)
         assert strikes.num_failures == num
-    late = strikes.start_call()
+    late = strikes.round
     strikes.finish([1])
     strikes.fail(late, [2], strike=True)
     assert strikes.num_failures == 1

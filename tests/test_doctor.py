@@ -137,12 +137,12 @@ class TestMachine:
 
     def test_processors(self, here, monkeypatch):
         """GPUs that are asked for and not there; a device without a GPU; GPUs that nobody asks for."""
-        monkeypatch.setattr(machine, "_this_machine", lambda: {"CPU": 2.0, "GPU": 0.0})
+        monkeypatch.setattr(machine, "this_machine", lambda: {"CPU": 2.0, "GPU": 0.0})
         results = quick(here, run={"mode": "ray"}, resources={"learner": {"num_gpus": 3}})
         assert "3 for learner.num_ranks=1" in one(results, "processors", "fail").text
         results = of(machine.processors, a_config(here, teacher={"device": "cuda"}))
         assert one(results, "processors", "fail").text == "teacher.device=cuda, torch sees no CUDA device"
-        monkeypatch.setattr(machine, "_this_machine", lambda: {"CPU": 2.0, "GPU": 2.0})
+        monkeypatch.setattr(machine, "this_machine", lambda: {"CPU": 2.0, "GPU": 2.0})
         results = of(machine.processors, a_config(here, run={"mode": "ray"}))
         assert one(results, "processors", "warn").remedy == "set resources.*.num_gpus"
 

@@ -153,22 +153,22 @@ def rule():
 
 def arm():
     from switchkd.actors.teacher_router import SESSION_BITS, TeacherRouter
-    from switchkd.rollout.generator import SwitchingGenerator
+    from switchkd.rollout.state import RolloutState
 
-    start, place = SwitchingGenerator._start, TeacherRouter._open_somewhere
+    start, place = RolloutState.start, TeacherRouter._open_somewhere
 
-    def started(job, slot):
-        if job.task.rollout_id == KILLS:
+    def started(task, params, slot):
+        if task.rollout_id == KILLS:
             os._exit(1)
-        if job.task.rollout_id == BREAKS:
+        if task.rollout_id == BREAKS:
             raise ValueError("no rule for this prompt")
-        return start(job, slot)
+        return start(task, params, slot)
 
     def placed(self, sessions):
         empty = np.zeros(0, np.int32)
         return place(self, {i: empty if i == BREAKS_THE_TEACHER else ids for i, ids in sessions.items()})
 
-    SwitchingGenerator._start = staticmethod(started)
+    RolloutState.start = staticmethod(started)
     TeacherRouter._open_somewhere = placed
 """
 """A rule that is the user's own code, and what it may do to a process: end it, or raise; the last one sends a session

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from switchkd.config.schema import MetricsConfig
 from switchkd.controller.checkpoint import TrainState
-from switchkd.controller.console import ROLES, LiveView
+from switchkd.controller.console import FIGURES, LiveView
 from switchkd.controller.metrics import MetricsLog
 
 ROW = {
@@ -29,8 +29,8 @@ def test_one_line_per_role():
     view.step(3, ROW, "warm  loss 0.5")
     head, *lines = drawn(view).splitlines()
     assert "3/8" in head and "loss 0.5" in head
-    assert [line.split()[0] for line in lines] == list(ROLES)
-    told = dict(zip(ROLES, lines, strict=True))
+    assert [line.split()[0] for line in lines] == list(FIGURES)
+    told = dict(zip(FIGURES, lines, strict=True))
     assert "answers 1 of 2 workers" in told["teacher"] and "12 calls" in told["teacher"] and "2.5 s" in told["teacher"]
     assert "346 tokens/s" in told["rollout"] and "idle for 0.25 s" in told["rollout"]
     assert "15.4 kB held" in told["replay"] and "7 rollouts wait" in told["replay"] and "  -  " in told["replay"]

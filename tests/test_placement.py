@@ -12,7 +12,6 @@ from switchkd.config import resources
 from switchkd.config.errors import ConfigError
 from switchkd.config.loader import parse
 from switchkd.config.schema import Config
-from switchkd.train import _check_private
 
 ROLES = ("teacher", "rollout", "learner")
 
@@ -161,6 +160,6 @@ def test_labels_need_a_joined_cluster():
     with pytest.raises(
         ConfigError, match=r"resources.learner.labels=.*pool.*: .* a private cluster has none; set cluster"
     ):
-        _check_private(config(cluster={}, resources={"learner": {"labels": {"pool": "x"}}}))
+        resources.check_private(config(cluster={}, resources={"learner": {"labels": {"pool": "x"}}}))
     with pytest.raises(ConfigError, match=r"teacher.attach=big needs the cluster on which that teacher is served"):
-        _check_private(config({"attach": "big"}, cluster={}))
+        resources.check_private(config({"attach": "big"}, cluster={}))

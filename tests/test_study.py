@@ -236,7 +236,7 @@ class Trains:
 
             def stopped(trainer: Any) -> None:
                 step(trainer)
-                trainer.started -= 1000  # seconds that a resumed run must know of
+                trainer.recovery.started -= 1000  # seconds that a resumed run must know of
                 signal.raise_signal(signal.SIGTERM)
 
             with pytest.MonkeyPatch.context() as patch:

@@ -104,6 +104,22 @@ def total(config: Config, cores: int | None = None) -> dict[str, dict[str, float
     return shares
 
 
+def check_private(config: Config) -> None:
+    """Raise ConfigError for what only a joined cluster has."""
+    for role in counts(config):
+        if labels := of_role(config, role).labels:
+            raise ConfigError(
+                f"resources.{role}.labels={labels}: nodes of a joined cluster have labels, a private cluster has none; "
+                "set cluster.address or remove them"
+            )
+    for name in config.teacher_names:
+        if namespace := config.of_teacher(name).teacher.attach:
+            raise ConfigError(
+                f"{role_of(name)}.attach={namespace} needs the cluster on which that teacher is served: set "
+                "cluster.address (auto, host:port) or start the run there as a job"
+            )
+
+
 def check(config: Config, available: Mapping[str, float]) -> None:
     """Raise ConfigError when the roles ask for more than this machine has, naming each role's share.
 

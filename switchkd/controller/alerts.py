@@ -48,14 +48,26 @@ class MetricAlerts:
         """Check a step's `row` of metrics.jsonl and, of its batch, the completions that were generated under `rule`."""
         if row["stage"] != self._stage:
             self._begin_stage(row["stage"])
-        lines = self._staleness(row["replay/staleness_max"])
+        staleness = row["replay/staleness_max"]
+        lines = self._once(
+            "staleness",
+            staleness > self._max_staleness,
+            f"trained on rollouts {staleness:.0f} versions old, above replay.max_staleness={self._max_staleness}: "
+            "replay.policy=fifo keeps to it, a smaller replay.capacity comes nearer",
+        )
         generated = [entry for entry in entries if entry.completion_source == CompletionSource.ROLLOUT]
         if not generated:
             return lines
         metrics = rollout_metrics(generated)
         lines += self._share(metrics["rollout/teacher_token_frac"], rule)
         lines += self._length(metrics["rollout/len_mean"])
-        return lines + self._repeats(metrics["rollout/repeat_frac"])
+        repeat_frac = metrics["rollout/repeat_frac"]
+        return lines + self._once(
+            "repeats",
+            repeat_frac > MAX_REPEAT_FRAC,
+            f"{repeat_frac:.0%} of the completions' tokens repeat earlier 4-grams: the student runs in circles; try "
+            "more steps on the data set before, or a student.temperature nearer to 1",
+        )
 
     def evaluation(self, scores: Mapping[str, float]) -> list[str]:
         now = scores.get("eval/agreement")
@@ -80,11 +92,12 @@ class MetricAlerts:
         self._shares.append(share)
         never = all(share <= STUCK_FRAC for share in self._shares)
         always = all(share >= 1 - STUCK_FRAC for share in self._shares)
+        may_switch = rule.type not in ("student", "teacher") and rule.prob not in (0, 1) and rule.teacher_budget != 0
         key, for_teacher, for_student = LEVERS.get(rule.type, ("params", "other", "other"))
         who, other = ("teacher", for_teacher) if never else ("student", for_student)
         return self._once(
             "share",
-            len(self._shares) == STUCK_STEPS and (never or always) and _may_switch(rule),
+            may_switch and len(self._shares) == STUCK_STEPS and (never or always),
             f"the teacher's share was {share:.1%} for {STUCK_STEPS} steps: under {rule.type} the {who} writes nothing; "
             f"try {other} rollout.rule.{key} (the stage's, if it has a rule of its own)",
         )
@@ -101,22 +114,6 @@ class MetricAlerts:
             "smaller learner.lr, or a stage on the data set before",
         )
 
-    def _repeats(self, frac: float) -> list[str]:
-        return self._once(
-            "repeats",
-            frac > MAX_REPEAT_FRAC,
-            f"{frac:.0%} of the completions' tokens repeat earlier 4-grams: the student runs in circles; try more "
-            "steps on the data set before, or a student.temperature nearer to 1",
-        )
-
-    def _staleness(self, worst: float) -> list[str]:
-        return self._once(
-            "staleness",
-            worst > self._max_staleness,
-            f"trained on rollouts {worst:.0f} versions old, above replay.max_staleness={self._max_staleness}: "
-            "replay.policy=fifo keeps to it, a smaller replay.capacity comes nearer",
-        )
-
     def _once(self, name: str, holds: bool, line: str) -> list[str]:
         new = holds and name not in self._open
         if holds:
@@ -124,8 +121,3 @@ class MetricAlerts:
         else:
             self._open.discard(name)
         return [line] if new else []
-
-
-def _may_switch(rule: RuleConfig) -> bool:
-    """Can both models write under it at all?"""
-    return rule.type not in ("student", "teacher") and rule.prob not in (0, 1) and rule.teacher_budget != 0

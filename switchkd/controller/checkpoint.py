@@ -174,15 +174,6 @@ class RunFolder:
         self.check()
         return finish(draft, state, self.keep_last)
 
-    def drop(self, draft: PartialCheckpoint) -> None:
-        """It could not be filled; its room may be what the next one lacks."""
-        shutil.rmtree(draft.path, ignore_errors=True)
-
-    def load_latest(self) -> Checkpoint | None:
-        """Go back, as a resume does, while the run goes on."""
-        self.check()
-        return load_latest(self.path)
-
     def check(self) -> None:
         """Raise when another process took the folder over: going on would mix two histories."""
         if not self.lock.held:
@@ -213,7 +204,8 @@ def open_run(config: Config, resume: bool = False) -> RunFolder:
         on_error.callback(lambda: lock.release())
         checkpoint = None
         if resume:
-            checkpoint = _reopen(path, config)
+            check_same(path, config)
+            checkpoint = load_latest(path)
         elif any((path / name).exists() for name in (CONFIG, "checkpoints", *HISTORY)):
             if not config.run.overwrite:
                 raise ConfigError(
@@ -224,11 +216,6 @@ def open_run(config: Config, resume: bool = False) -> RunFolder:
         write_text_atomic(path / CONFIG, redact(dump_yaml(config)))
         on_error.pop_all()
     return RunFolder(path=path, checkpoint=checkpoint, keep_last=config.checkpoint.keep_last, lock=lock)
-
-
-def _reopen(path: Path, config: Config) -> Checkpoint | None:
-    check_same(path, config)
-    return load_latest(path)
 
 
 def load_latest(path: Path) -> Checkpoint | None:

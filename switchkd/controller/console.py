@@ -1,6 +1,6 @@
-"""A run on a terminal: how far it is, and one line per role that says what it does now.
+"""Shows a run on a terminal: how far it is, and one line per role that says what it does now.
 
-In: what the loop tells (`now`) and each step's row. Out: a few lines that rich redraws several times a second, also
+In: what the loop does (`now`) and each step's row. Out: a few lines that rich redraws several times a second, also
 while the loop itself waits.
 """
 
@@ -16,7 +16,25 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-ROLES = ("teacher", "rollout", "replay", "learner")
+FIGURES = {
+    "teacher": (
+        ("teacher/calls", "{:.0f} calls a step".format),
+        ("time/wait_teacher_s", "awaited for {:.3g} s".format),
+    ),
+    "rollout": (
+        ("rollout/tokens_per_s", "{:,.0f} tokens/s".format),
+        ("time/rollout_idle_s", "idle for {:.3g} s".format),
+    ),
+    "replay": (
+        ("replay/bytes", lambda size: f"{decimal(int(size))} held"),
+        ("replay/waiting", "{:.0f} rollouts wait".format),
+    ),
+    "learner": (
+        ("time/learn_s", "{:.3g} s a step".format),
+        ("time/wait_rollouts_s", "waited for {:.3g} s".format),
+    ),
+}
+"""By role: its rate in the last step, and its queue or wait."""
 
 
 class LiveView:
@@ -33,12 +51,12 @@ class LiveView:
         self._live.start()
 
     def stop(self) -> None:
-        """How far it came stays on the terminal; nobody is at work any more."""
+        """Leave the progress bar on the terminal, without the roles."""
         self._over = True
         self._live.stop()
 
     def now(self, **doing: str) -> None:
-        """What roles do from now on; an empty text is nothing."""
+        """Show what roles do from now on; an empty text is nothing."""
         for role, text in doing.items():
             if self._now.get(role, ("", 0.0))[0] != text:
                 self._now[role] = (text, time.monotonic())
@@ -52,35 +70,10 @@ class LiveView:
         table = Table.grid(padding=(0, 2))
         for _ in range(4):
             table.add_column(overflow="ellipsis", no_wrap=True)
-        rates, queues = _rates(self._row), _queues(self._row)
-        for role in ROLES:
+        for role, figures in FIGURES.items():
             text, since = self._now.get(role, ("", 0.0))
             seconds = int(time.monotonic() - since)
             doing = f"{text} ({seconds} s)" if text and seconds >= 2 else text or "-"
-            table.add_row(role, doing, rates[role], queues[role])
+            shown = ["" if self._row.get(key) is None else text_of(self._row[key]) for key, text_of in figures]
+            table.add_row(role, doing, *shown)
         return Group(self._bar) if self._over else Group(self._bar, table)
-
-
-def _rates(row: Mapping[str, Any]) -> dict[str, str]:
-    """How fast each role was in the last step."""
-    return {
-        "teacher": _figure(row, "teacher/calls", "{:.0f} calls a step"),
-        "rollout": _figure(row, "rollout/tokens_per_s", "{:,.0f} tokens/s"),
-        "replay": f"{decimal(int(row['replay/bytes']))} held" if row.get("replay/bytes") is not None else "",
-        "learner": _figure(row, "time/learn_s", "{:.3g} s a step"),
-    }
-
-
-def _queues(row: Mapping[str, Any]) -> dict[str, str]:
-    """What stood before each role in the last step."""
-    return {
-        "teacher": _figure(row, "time/wait_teacher_s", "awaited for {:.3g} s"),
-        "rollout": _figure(row, "time/rollout_idle_s", "idle for {:.3g} s"),
-        "replay": _figure(row, "replay/waiting", "{:.0f} rollouts wait"),
-        "learner": _figure(row, "time/wait_rollouts_s", "waited for {:.3g} s"),
-    }
-
-
-def _figure(row: Mapping[str, Any], key: str, form: str) -> str:
-    value = row.get(key)
-    return "" if value is None else form.format(value)

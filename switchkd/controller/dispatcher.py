@@ -55,7 +55,7 @@ class Call:
 
     result: Future[Any]
     tasks: list[RolloutTask]
-    number: int = 0
+    round: int = 0  # of `Strikes`
 
 
 class TaskDispatcher:
@@ -95,7 +95,7 @@ class TaskDispatcher:
                 return
             self.show_progress(tasks)
             result = self.handles.workers[index].generate(tasks, weights if needs_student(tasks) else None)
-            self.working[index] = Call(result=result, tasks=tasks, number=self.strikes.start_call())
+            self.working[index] = Call(result=result, tasks=tasks, round=self.strikes.round)
 
     @property
     def in_flight(self) -> list[list[RolloutTask]]:
@@ -138,7 +138,7 @@ class TaskDispatcher:
         return any(map(needs_student, started)) or any(map(self.schedule.student_writes, range(step, end)))
 
     def _next_tasks(self, step: int) -> list[RolloutTask]:
-        """What one worker may start now: at most its share of a batch."""
+        """The tasks that one worker may start now: at most its share of a batch."""
         tasks: list[RolloutTask] = []
         while (rollout_id := self._next_admitted(step)) is not None:
             share = -(-self.schedule.batch_size(self.schedule.step_of(rollout_id)) // len(self.handles.workers))
@@ -152,8 +152,8 @@ class TaskDispatcher:
         return tasks
 
     def _next_admitted(self, step: int) -> int | None:
-        """The next one to start, if it may. New ones must find room in the replay: nobody who waits for the workers
-        shall wait for ever."""
+        """The next id, if it may start. A new one must fit into the replay: else its worker would wait while the
+        learner waits for others."""
         self._skip_reused_steps(step)
         if self.missing:
             return self.missing[0] if self._may_start(self.missing[0], step) else None
@@ -163,7 +163,7 @@ class TaskDispatcher:
         return self.next_id if self._may_start(self.next_id, step) else None
 
     def _skip_reused_steps(self, step: int) -> None:
-        """Of steps that draw from the replay buffer nothing is written."""
+        """Nothing is written for steps that draw from the reuse buffer."""
         if self.missing:
             self.missing = deque(self.unwritten(self.missing))
         last = self.schedule.num_tasks - 1
@@ -173,7 +173,7 @@ class TaskDispatcher:
             self.next_id = self.schedule.first_id(ahead + 1)
 
     def unwritten(self, missing: Iterable[int]) -> list[int]:
-        """Of started ids that never arrived, those that somebody was to write."""
+        """Drop the ids that are never written: quarantined ones, and those of steps that draw from the reuse buffer."""
         return [
             i for i in missing if i not in self.quarantine.ids and not self.schedule.reuses(self.schedule.step_of(i))
         ]
@@ -234,26 +234,26 @@ class TaskDispatcher:
                 self._fail(index, call, error)
 
     def _fail(self, index: int, call: Call, error: BaseException) -> None:
-        alone, teacher_died = len(call.tasks) == 1, isinstance(error, TeacherLost)
-        unreachable = isinstance(error, Unreachable) and not teacher_died
-        rollout_ids = [task.rollout_id for task in call.tasks]
-        strike = not unreachable and (alone or not teacher_died)
-        struck_out = self.strikes.fail(call.number, rollout_ids, strike=strike)
+        """Quarantine the task of a failed call, or let its tasks go out again: any worker may write them."""
+        tasks, alone = call.tasks, len(call.tasks) == 1
+        unreachable = isinstance(error, Unreachable) and not isinstance(error, TeacherLost)
+        strike = not isinstance(error, Unreachable) or (alone and not unreachable)
+        struck_out = self.strikes.fail(call.round, [task.rollout_id for task in tasks], strike=strike)
         message = self._recover(index, error)
         if self.strikes.num_failures >= MAX_FAILURES:
             self.failure = NothingFinishes(
                 f"{MAX_FAILURES} failures in a row and no rollout finished in between; the last: {message} at "
-                f"{rollouts_of(call.tasks)}; see its log, mend the cause and go on with --resume"
+                f"{rollouts_of(tasks)}; see its log, mend the cause and go on with --resume"
             )
-        elif call.tasks[0] is self.control:
-            self.log.info(f"{message}; it wrote rollout {rollout_ids[0]} again, as a control")
-        elif struck_out:
-            self.log.info(message)
-            self._quarantine(call.tasks[0], error)
+        elif tasks[0] is self.control:
+            self.log.info(f"{message}; it wrote {rollouts_of(tasks)} again, as a control")
+        elif struck_out:  # a task with a strike goes out alone
+            self._quarantine(tasks[0], message, error)
         else:
-            num = "its rollout is" if alone else f"its {len(rollout_ids)} rollouts are"
+            num = "its rollout is" if alone else f"its {len(tasks)} rollouts are"
             self.log.info(f"{message}; {num} written again{'' if alone or unreachable else ', each alone'}")
-            self._retry(call.tasks, unreachable)
+            num_finished = self.strikes.num_finished + 1 if alone and not unreachable else 0
+            self.retries.extend((group, num_finished) for group in ([tasks] if unreachable else [[t] for t in tasks]))
 
     def _recover(self, index: int, error: BaseException) -> str:
         """Let the worker of a failed call restart or pause; say what happened."""
@@ -265,19 +265,10 @@ class TaskDispatcher:
             return f"rollout worker {index} could not go on ({error})"
         return f"rollout worker {index} failed ({with_type(error)})"
 
-    def _retry(self, tasks: list[RolloutTask], unreachable: bool) -> None:
-        """Any worker may write them: the replay takes each rollout once."""
-        if unreachable:
-            self.retries.append((tasks, 0))
-        elif len(tasks) > 1:
-            self.retries.extend(([task], 0) for task in tasks)
-        else:
-            self.retries.append((tasks, self.strikes.num_finished + 1))
-
-    def _quarantine(self, task: RolloutTask, error: BaseException) -> None:
+    def _quarantine(self, task: RolloutTask, message: str, error: BaseException) -> None:
         self.log.info(
             f"warning: rollout {task.rollout_id} is quarantined: its prompt {task.prompt.prompt_id} fails "
-            f"({with_type(error)})"
+            f"({with_type(error)}); the last: {message}"
         )
         self.quarantine.add(task, error)
         self.watchdog.wait_for(self.handles.replay.quarantine([task.rollout_id]), "the replay to quarantine a rollout")

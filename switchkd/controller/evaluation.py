@@ -1,6 +1,6 @@
-"""An evaluation is shared out to the rollout workers and put together again.
+"""Evaluates the student: the rollout workers share the prompts, their rows become scores.
 
-In: the evaluation prompts and the workers' handles. Out: one flat dict of `eval/...` numbers.
+In: the evaluation prompts and the workers' handles. Out: one flat dict of `eval/...` numbers; the best step so far.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from switchkd.types import GREEDY, EvalRow, EvalShard, Prompt, Unreachable, Weig
 WITH_TEACHER = ("agreement", "kl")
 """Metrics that need the teacher beside the student."""
 MAX_TRIES = 5
+Value = Callable[[EvalRow], float]
 
 
 class Evaluator:
@@ -45,25 +46,16 @@ class Evaluator:
             for i in range(min(num_workers, len(numbered)))
         ]
 
-    def evaluate(
-        self,
-        workers: Sequence[WorkerHandle],
-        weights: WeightRef | None = None,
-        answer: Callable[[Future[list[EvalRow]]], list[EvalRow]] = Future.result,
-    ) -> dict[str, float]:
-        """Scores of these weights. Waits for all workers, with `answer`; raises WorkerLost when one died."""
-        return aggregate(self.rows(workers, weights, answer), self.settings.metrics, self.prompts)
-
     def rows(
         self,
         workers: Sequence[WorkerHandle],
         weights: WeightRef | None = None,
-        answer: Callable[[Future[list[EvalRow]]], list[EvalRow]] = Future.result,
+        wait_for: Callable[[Future[list[EvalRow]]], list[EvalRow]] = Future.result,
     ) -> list[EvalRow]:
-        """As `evaluate`, text by text, by seed and prompt."""
-        shares = self.shards(len(workers))
-        futures = [worker.evaluate(shard, weights) for worker, shard in zip(workers, shares, strict=False)]
-        rows: list[EvalRow] = [row for future in futures for row in answer(future)]
+        """Evaluate these weights on all workers; rows by seed and prompt. Raises what `wait_for` does."""
+        shards = self.shards(len(workers))
+        futures = [worker.evaluate(shard, weights) for worker, shard in zip(workers, shards, strict=False)]
+        rows: list[EvalRow] = [row for future in futures for row in wait_for(future)]
         return sorted(rows, key=lambda row: (row.seed, row.index))
 
 
@@ -75,12 +67,12 @@ def evaluate_with_retries(
     watchdog: Watchdog,
     log: MetricsLog,
 ) -> dict[str, float]:
-    """Evaluate again where a worker died or could not reach something: the weights, maybe, so they are published again.
-    Raises RuntimeError after MAX_TRIES."""
+    """Return the scores. A worker that died or could not reach something (the weights, maybe: they are published again)
+    lets the evaluation begin again. Raises RuntimeError after MAX_TRIES."""
     for _ in range(MAX_TRIES):
         try:
-            return evaluator.evaluate(
-                workers, weights, lambda rows: watchdog.wait_for(rows, "an evaluation by the rollout workers")
+            rows = evaluator.rows(
+                workers, weights, lambda future: watchdog.wait_for(future, "an evaluation by the rollout workers")
             )
         except (WorkerLost, Unreachable) as error:
             what = "died" if isinstance(error, WorkerLost) else f"could not go on ({error})"
@@ -89,6 +81,8 @@ def evaluate_with_retries(
                 watchdog.wait_for(worker.back(), "a rollout worker to come back")
             if isinstance(error, Unreachable):
                 weights = publish()
+        else:
+            return aggregate(rows, evaluator.settings.metrics, evaluator.prompts)
     raise RuntimeError(f"{MAX_TRIES} evaluations lost a rollout worker; see its log")
 
 
@@ -129,40 +123,37 @@ def stats(rows: Sequence[EvalRow], metrics: Iterable[str], prompts: Sequence[Pro
     the tokens of the references, `agreement_greedy` and `kl_greedy` over those of the student's own greedy texts;
     `loss` (nats) is the student's cross-entropy on the references.
     """
-    written = [row for row in rows if row.seed != GREEDY]
-    found = {"length": _over_seeds(written, lambda row: row.num_tokens, lambda row: 1)}
-    for metric in metrics:
-        if metric == "rouge_l":
-            found[metric] = _over_seeds(written, lambda row: _rouge_of(row, prompts), lambda row: 1)
-        elif metric == "exact_match":
-            found[metric] = _over_seeds(written, lambda row: _match_of(row, prompts), lambda row: 1)
-        elif metric == "agreement":
-            found[metric] = _over_seeds(rows, lambda row: row.reference_agree, lambda row: row.reference_tokens)
-            found[f"{metric}_greedy"] = _over_seeds(rows, lambda row: row.greedy_agree, lambda row: row.greedy_tokens)
-        elif metric == "kl":
-            found[metric] = _over_seeds(rows, lambda row: row.reference_kl, lambda row: row.reference_tokens)
-            found[f"{metric}_greedy"] = _over_seeds(rows, lambda row: row.greedy_kl, lambda row: row.greedy_tokens)
-        elif metric == "loss":
-            found[metric] = _over_seeds(rows, lambda row: row.reference_loss, lambda row: row.loss_tokens)
-    return {name: stat for name, stat in found.items() if stat.num_seeds}
+    scored = [row for row in rows if row.seed != GREEDY]
+
+    def rouge(row: EvalRow) -> float:
+        prompt = prompts[row.index]
+        return rouge_l(row.text, prompt.references or (prompt.reference,))
+
+    def match(row: EvalRow) -> float:
+        prompt = prompts[row.index]
+        return 100.0 * exact_match(row.text, prompt.answer or prompt.reference)
+
+    terms: dict[str, tuple[Sequence[EvalRow], Value, Value]] = {
+        "length": (scored, lambda row: row.num_tokens, lambda row: 1),
+        "rouge_l": (scored, rouge, lambda row: 1),
+        "exact_match": (scored, match, lambda row: 1),
+        "agreement": (rows, lambda row: row.reference_agree, lambda row: row.reference_tokens),
+        "agreement_greedy": (rows, lambda row: row.greedy_agree, lambda row: row.greedy_tokens),
+        "kl": (rows, lambda row: row.reference_kl, lambda row: row.reference_tokens),
+        "kl_greedy": (rows, lambda row: row.greedy_kl, lambda row: row.greedy_tokens),
+        "loss": (rows, lambda row: row.reference_loss, lambda row: row.loss_tokens),
+    }
+    names = ["length", *(name for metric in metrics for name in (metric, f"{metric}_greedy"))]
+    scores = {name: _over_seeds(*terms[name]) for name in names if name in terms}
+    return {name: stat for name, stat in scores.items() if stat.num_seeds}
 
 
-def _rouge_of(row: EvalRow, prompts: Sequence[Prompt]) -> float:
-    prompt = prompts[row.index]
-    return rouge_l(row.text, prompt.references or (prompt.reference,))
-
-
-def _match_of(row: EvalRow, prompts: Sequence[Prompt]) -> float:
-    prompt = prompts[row.index]
-    return 100.0 * exact_match(row.text, prompt.answer or prompt.reference)
-
-
-def _over_seeds(rows: Sequence[EvalRow], total: Callable[[EvalRow], float], weight: Callable[[EvalRow], float]) -> Stat:
+def _over_seeds(rows: Sequence[EvalRow], total: Value, weight: Value) -> Stat:
     """The weighted mean of each seed; then mean and sample deviation over those seeds that have any weight."""
     by_seed: dict[int, list[EvalRow]] = {}
     for row in rows:
         by_seed.setdefault(row.seed, []).append(row)
-    sums = [(sum(map(total, own)), sum(map(weight, own))) for own in by_seed.values()]
+    sums = [(sum(map(total, seed_rows)), sum(map(weight, seed_rows))) for seed_rows in by_seed.values()]
     means = [amount / num for amount, num in sums if num]
     if not means:
         return Stat(0.0, 0.0, 0)

@@ -5,11 +5,14 @@ Every handle runs its call at once and answers with a future that is already don
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from switchkd.config import resources
 from switchkd.config.errors import ConfigError
@@ -36,7 +39,8 @@ def completed(function: Callable[..., Any], *args: Any) -> Future[Any]:
 
 
 class LocalHandle:
-    """A handle to an object of this process: every method answers with a finished future."""
+    """A handle to an object of this process: every method returns a finished future. What never fails alone needs no
+    `restart`."""
 
     def __init__(self, target: Any) -> None:
         self._target = target
@@ -44,17 +48,6 @@ class LocalHandle:
     def __getattr__(self, name: str) -> Callable[..., Future[Any]]:
         method = getattr(self._target, name)
         return lambda *args: completed(method, *args)
-
-
-class LocalLearnerHandle(LocalHandle):
-    """It lives and dies with this process."""
-
-    def restart(self) -> Future[None]:
-        return completed(_cannot_restart)
-
-
-def _cannot_restart() -> None:
-    raise RuntimeError("a learner in this process cannot be started again; go on with --resume")
 
 
 class LocalWorkerHandle:
@@ -93,10 +86,15 @@ def check_single(config: Config) -> None:
             )
 
 
+def this_machine() -> dict[str, float]:
+    """CPUs and GPUs, as Ray counts them."""
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+
+
 def make_teachers(config: Config) -> Teachers:
     """All of them, in this process."""
-    found = {name: make_teacher(config.of_teacher(name)) for name in config.teacher_names}
-    return {name: (teacher, teacher.lm_head_state()) for name, teacher in found.items()}
+    teachers = {name: make_teacher(config.of_teacher(name)) for name in config.teacher_names}
+    return {name: (teacher, teacher.lm_head_state()) for name, teacher in teachers.items()}
 
 
 def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int]) -> ActorHandles:
@@ -108,7 +106,7 @@ def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int]) -> Act
     return ActorHandles(
         workers=[LocalWorkerHandle(worker, replay) for worker in workers],
         replay=LocalHandle(replay),
-        learner=LocalLearnerHandle(learner),
+        learner=LocalHandle(learner),
         heartbeats=lambda: [
             Heartbeat(name=f"rollout worker {i}", progress_counter=worker.progress_counter)
             for i, worker in enumerate(workers)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -34,7 +34,7 @@ def model_card(run_dir: Path, config: Config, scores: StageScores, steps: int) -
         head["base_model"] = config.student.path
     sections = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# {_name(run_dir)}",
+        f"# {run_dir.resolve().name}",
         "A student that was distilled with [switchkd](https://arxiv.org/abs/2410.19503): teacher and student write "
         "sequences together, token by token, and the student learns from the teacher's distribution at each of them.",
         "## How it was made",
@@ -51,13 +51,11 @@ def model_card(run_dir: Path, config: Config, scores: StageScores, steps: int) -
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what computes; packages that are not installed are left out."""
+    """Return versions of Python and of the installed PACKAGES."""
     numbers = {"Python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):  # run from a checkout, or not needed
             numbers[name] = version(name)
-        except PackageNotFoundError:  # run from a checkout, or a part that is not needed
-            continue
     return numbers
 
 
@@ -93,17 +91,10 @@ def _results(run_dir: Path, scores: StageScores) -> str:
     if not shown:
         return "Nothing was measured."
     table = [["after", *shown], ["---", *("---:" for _ in shown)]]
-    table += [[str(row["name"]), *(_cell(row.get(key)) for key in shown.values())] for row in rows]
+    for row in rows:
+        table.append([str(row["name"]), *(figure(row[k]) if is_number(row.get(k)) else "-" for k in shown.values())])
     lines = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
     return f"{lines}\n\nAgreement (equal arg max) and KL (nats a token) are with the teacher, on held-out data."
-
-
-def _cell(value: Any) -> str:
-    return figure(value) if is_number(value) else "-"
-
-
-def _name(run_dir: Path) -> str:
-    return run_dir.resolve().name
 
 
 def _list(lines: Sequence[str]) -> str:

@@ -39,15 +39,9 @@ class Strikes:
     def __init__(self) -> None:
         self.num_finished = 0  # rollouts
         self.num_failures = 0  # since a rollout finished
+        self.round = 0  # grows with each failure that counts; a call belongs to the round in which it goes out
         self._strikes: Counter[int] = Counter()
         self._finished_before: dict[int, int] = {}  # rollout id -> `num_finished` at its last failure
-        self._num_calls = 0
-        self._calls_before = 0  # `_num_calls` at the last failure that was counted
-
-    def start_call(self) -> int:
-        """Return the number of a call that goes out now."""
-        self._num_calls += 1
-        return self._num_calls
 
     def finish(self, rollout_ids: Iterable[int]) -> None:
         for rollout_id in rollout_ids:
@@ -56,19 +50,19 @@ class Strikes:
             self._finished_before.pop(rollout_id, None)
         self.num_failures = 0
 
-    def fail(self, call: int, rollout_ids: Iterable[int], *, strike: bool) -> list[int]:
-        """Record a failed call and return the ids that have MAX_STRIKES.
+    def fail(self, call_round: int, rollout_ids: Iterable[int], *, strike: bool) -> bool:
+        """Record a failed call; whether one of its rollouts has MAX_STRIKES.
 
-        Calls that were out together count as one failure in a row: a lost node may end them all at once.
+        Calls of one round count as one failure in a row: a lost node may end them all at once.
         """
-        if call > self._calls_before:
+        if call_round == self.round:
+            self.round += 1
             self.num_failures += 1
-            self._calls_before = self._num_calls
         for rollout_id in rollout_ids:
             if strike and self.num_finished > self._finished_before.get(rollout_id, 0):
                 self._strikes[rollout_id] += 1
             self._finished_before[rollout_id] = self.num_finished
-        return [rollout_id for rollout_id in rollout_ids if self._strikes[rollout_id] >= MAX_STRIKES]
+        return any(self._strikes[rollout_id] >= MAX_STRIKES for rollout_id in rollout_ids)
 
 
 class Quarantine:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from switchkd.config.errors import with_type
-from switchkd.controller.checkpoint import Checkpoint, RunFolder, TrainState
+from switchkd.controller.checkpoint import Checkpoint, RunFolder, TrainState, load_latest
 from switchkd.controller.dispatcher import TaskDispatcher
 from switchkd.controller.metrics import MetricsLog
 from switchkd.controller.watchdog import Stalled
@@ -81,11 +81,14 @@ class Recovery:
         self.log = log
         self.restarts = RestartPolicy(max_restarts, log.info)
         self.saved_step = -1
+        self.started = time.monotonic()  # less what a run before a resume took
 
-    def save(self, state: TrainState) -> None:
-        """Save learner, replay and counters, completely or not at all, once per step. Raises the last try's error."""
+    def save(self, state: TrainState) -> TrainState:
+        """Save learner, replay and counters, completely or not at all, once per step; return the state with the seconds
+        so far. Raises the last try's error."""
+        state = replace(state, elapsed_s=time.monotonic() - self.started)
         if self.saved_step == state.step:
-            return
+            return state
         self.log.now(learner=f"saves checkpoint {state.step}")
         extra = self.dispatcher.state_dict()
         if self.schedule.adaptive:
@@ -98,6 +101,7 @@ class Recovery:
         self.watchdog.wait_for(self.handles.replay.release_before(state.step), "the replay")
         self.saved_step = state.step
         self.restarts.saved()
+        return state
 
     def _write_checkpoint(self, state: TrainState) -> None:
         learner, replay = self.handles.learner, self.handles.replay
@@ -108,7 +112,7 @@ class Recovery:
             self.watchdog.wait_for(replay.save(draft.replay_file, state.step), "the replay to save its state")
             self.folder.finish(draft, state)
         except Exception:
-            self.folder.drop(draft)
+            shutil.rmtree(draft.path, ignore_errors=True)  # its space may be what the next try lacks
             raise
 
     def save_before_exit(self, state: TrainState, consistent: bool) -> None:
@@ -133,6 +137,7 @@ class Recovery:
 
     def resume(self, checkpoint: Checkpoint) -> TrainState:
         """Load a checkpoint into actors that have just started."""
+        self.started -= checkpoint.state.elapsed_s
         self.dispatcher.next_id = checkpoint.state.extra["num_started"]
         return self._load(checkpoint, keep_replay=False)
 
@@ -143,7 +148,8 @@ class Recovery:
         started = time.monotonic()
         self.log.close()
         self.watchdog.wait_for(self.handles.learner.restart(), "the learner to start again")
-        state = self._load(self.folder.load_latest(), keep_replay=True)
+        self.folder.check()
+        state = self._load(load_latest(self.folder.path), keep_replay=True)
         self.log.open(self.folder.path, self.schedule.num_steps, state)
         again = step - state.step
         self.log.info(

@@ -11,18 +11,11 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from itertools import accumulate
-from typing import Protocol
 
 from switchkd.config.schema import MixConfig, StageConfig
 from switchkd.controller.adaptive import BUFFERED, GENERATED, MIXED, AdaptiveSchedule
-from switchkd.data.prompts import ORIGIN_OF_BATCH, ORIGIN_OF_ROLLOUT, random_words
-from switchkd.types import CompletionSource, Prompt, RolloutTask
-
-
-class Prompts(Protocol):
-    """An endless list of (epoch, prompt)."""
-
-    def __getitem__(self, index: int) -> tuple[int, Prompt]: ...
+from switchkd.data.prompts import ORIGIN_OF_BATCH, ORIGIN_OF_ROLLOUT, PromptStream, random_words
+from switchkd.types import CompletionSource, RolloutTask
 
 
 class Schedule:
@@ -31,7 +24,7 @@ class Schedule:
     def __init__(
         self,
         stages: tuple[StageConfig, ...],
-        prompts: Prompts,
+        prompts: PromptStream,
         *,
         seed: int,
         samples_per_prompt: int = 1,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from switchkd.controller.checkpoint import RunFolder, TrainState
-from switchkd.controller.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,8 +28,7 @@ def student_step(summary: Summary) -> int:
     return summary.steps if summary.best_step is None else summary.best_step
 
 
-def summarize(folder: RunFolder, state: TrainState, schedule: Schedule, *, told_to_stop: bool) -> Summary:
-    finished = state.step >= schedule.num_steps or state.stopped_early
+def summarize(folder: RunFolder, state: TrainState, *, finished: bool, told_to_stop: bool) -> Summary:
     student = folder.path / "student"
     return Summary(
         run_dir=str(folder.path.resolve()),

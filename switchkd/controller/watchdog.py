@@ -1,10 +1,10 @@
-"""A run that no longer gets on says where it stands, and ends: it never hangs.
+"""A run that makes no progress says what it waits for, and ends: it never hangs.
 
-In: what the loop waits for, and the actors' pulses. Out: a `Stalled` in the loop, whose text names the actor and what
-it waits for, and a file with the stacks of all threads. A thread looks: should the loop not come back even from that,
-it ends the process.
+In: what the loop waits for, and the actors' heartbeats. Out: a `Stalled` in the loop, whose text names the actor and
+what it waits for, and a file with the stacks of all threads. A thread does the checks; where the loop does not raise
+even then, it ends the process.
 
-What counts as getting on: the loop's own answers, and the beats of actors that are at one long call.
+Progress is a result that the loop waited for, or a progress counter that grows while an actor is in one long call.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
 
+from switchkd.config.errors import with_type
 from switchkd.controller.handles import Heartbeat
 from switchkd.data.atomic_files import redact
 
 START_S = 300.0
-"""An actor may take so long to become ready after the one before, though `run.watchdog_s` be shorter."""
+"""Limit for an actor to become ready after the one before, where `run.watchdog_s` is shorter."""
 POLL_S = 0.5
-"""At most so long until somebody who waits hears that the run has stalled."""
+"""How often a wait checks whether the run has stalled."""
 EXIT_CODE = 1
 
 
 class Stalled(RuntimeError):
-    """The run did not get on for `run.watchdog_s`."""
+    """The run made no progress for `run.watchdog_s`."""
 
 
 class Watchdog:
@@ -45,17 +46,16 @@ class Watchdog:
         exit_process: Callable[[int], Any] = os._exit,
     ) -> None:
         self.limit_s, self.run_dir, self.log = limit_s, run_dir, log
-        self.heartbeats: Callable[[], list[Heartbeat]] = list
-        """Of the actors, once there are any."""
+        self.heartbeats: Callable[[], list[Heartbeat]] = list  # set once there are actors
         self.stalled = ""  # why, once it has
         self._clock, self._exit_process = clock, exit_process
-        self._waits_for = "the start"
+        self.waits_for = "the start"
         self._last, self._beats = clock(), 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Models are loaded now: until the first `progress` there is more time."""
+        """Allow more time until the first `progress`: models are loaded now."""
         self._last += 2 * max(self.limit_s, START_S)
         self._thread.start()
 
@@ -63,15 +63,15 @@ class Watchdog:
         self._stop.set()
 
     def progress(self, waits_for: str) -> None:
-        """Something got on; from now on it is for `waits_for` that the run waits."""
-        self._last, self._waits_for = self._clock(), waits_for
+        """Record progress; from now on the run waits for `waits_for`."""
+        self._last, self.waits_for = self._clock(), waits_for
 
     def waiting(self, waits_for: str) -> None:
-        """The run waits for this; nothing has got on."""
-        self._waits_for = waits_for
+        """The run waits for this; no progress is recorded."""
+        self.waits_for = waits_for
 
     def wait_for(self, future: Future[Any], waits_for: str) -> Any:
-        """The future's answer. Raises Stalled."""
+        """Return the future's result. Raises Stalled."""
         self.progress(waits_for)
         self.check()
         while not future.done():
@@ -80,39 +80,32 @@ class Watchdog:
         self.progress("the loop itself")
         return future.result()
 
-    @property
-    def waits_for(self) -> str:
-        return self._waits_for
-
     def check(self) -> None:
         if self.stalled:
             raise Stalled(self.stalled)
 
     def reset(self) -> None:
-        """One more such time, to save what can be saved."""
+        """Begin a new interval, to save what can be saved."""
         self.progress("saving")
         self.stalled = ""
 
     def detect_stall(self) -> bool:
-        """Has the run stalled? Beats of actors count as getting on."""
+        """Whether the run has stalled; reports it once."""
         idle = self._clock() - self._last
         if idle < self.limit_s / 2:
             return False
-        seen = self._asked()
-        progress_counter = sum(heartbeat.progress_counter for heartbeat in seen)
+        try:  # other processes, at a bad time
+            heartbeats = self.heartbeats()
+        except Exception as error:
+            heartbeats = [Heartbeat(name="actors", where=f"cannot be asked ({with_type(error)})")]
+        progress_counter = sum(heartbeat.progress_counter for heartbeat in heartbeats)
         if progress_counter != self._beats:
             self._beats, self._last = progress_counter, self._clock()
             return False
         if idle < self.limit_s:
             return False
-        self._report(seen)
+        self._report(heartbeats)
         return True
-
-    def _asked(self) -> list[Heartbeat]:
-        try:  # other processes, at a bad time
-            return self.heartbeats()
-        except Exception as error:
-            return [Heartbeat(name="the house", where=f"cannot be asked ({type(error).__name__}: {error})")]
 
     def _run(self) -> None:
         step = min(max(self.limit_s / 20, 0.05), 15.0)
@@ -122,29 +115,29 @@ class Watchdog:
                 self._exit_process(EXIT_CODE)
 
     def _loop_ends(self) -> bool:
-        """Once told, the loop has as long again to raise, and each time that it gets on meanwhile."""
-        self.progress(self._waits_for)
+        """The loop has as long again to raise, and again whenever it makes progress meanwhile."""
+        self.progress(self.waits_for)
         while self._clock() - self._last < self.limit_s:
             if self._stop.wait(POLL_S / 10) or not self.stalled:
                 return True
         return False
 
-    def _report(self, seen: list[Heartbeat]) -> None:
+    def _report(self, heartbeats: list[Heartbeat]) -> None:
         path = self.run_dir / "logs" / f"stall-{time.strftime('%Y%m%d-%H%M%S')}.txt"
-        lines = [f"  {heartbeat.name} {heartbeat.where or 'has no work'}" for heartbeat in seen]
-        told = f"no progress for {self.limit_s:g} s (run.watchdog_s), waiting for {self._waits_for}"
-        busy = "; ".join(f"{heartbeat.name} {heartbeat.where}" for heartbeat in seen if heartbeat.where)
-        self.log("\n".join([told, *lines, f"stacks of all threads: {path}"]))
+        lines = [f"  {heartbeat.name} {heartbeat.where or 'has no work'}" for heartbeat in heartbeats]
+        reason = f"no progress for {self.limit_s:g} s (run.watchdog_s), waiting for {self.waits_for}"
+        busy = "; ".join(f"{heartbeat.name} {heartbeat.where}" for heartbeat in heartbeats if heartbeat.where)
+        self.log("\n".join([reason, *lines, f"stacks of all threads: {path}"]))
         try:  # the disk may be what the run waits for
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("w", encoding="utf-8") as file:
-                file.write("\n".join([told, *lines]) + "\n\n== this process\n")
+                file.write("\n".join([reason, *lines]) + "\n\n== this process\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-                file.writelines(redact(f"\n== {heartbeat.name}\n{heartbeat.stacks}\n") for heartbeat in seen)
+                file.writelines(redact(f"\n== {heartbeat.name}\n{heartbeat.stacks}\n") for heartbeat in heartbeats)
         except OSError as error:
             self.log(f"the stacks could not be written: {error}")
-        self.stalled = f"{told}{f' ({busy})' if busy else ''}; stacks in {path}; --resume goes on from the checkpoint"
+        self.stalled = f"{reason}{f' ({busy})' if busy else ''}; stacks in {path}; --resume goes on from the checkpoint"
 
 
 def wait_for_all(awaited: Mapping[str, Future[Any]], limit_s: float) -> None:

@@ -20,13 +20,13 @@ from pathlib import Path
 from switchkd.config import resources
 from switchkd.config.schema import Config
 from switchkd.controller import local
+from switchkd.controller.local import this_machine
 from switchkd.controller.run_lock import LOCK, _read
 from switchkd.data.atomic_files import CONFIG
 from switchkd.engines.models.shape import Shape, object_store_bytes
 from switchkd.engines.models.sources import looks_local
 from switchkd.tools.doctor.check import CheckResult, fail, ok, warn
 from switchkd.tools.plan.memory import GIB, checkpoint_bytes, memory, total
-from switchkd.train import _this_machine
 
 PROBE = ".switchkd-doctor-"
 DASHBOARD_PORT = 8265
@@ -71,7 +71,7 @@ def _version(name: str, specifier: str) -> CheckResult | None:
 
 def processors(config: Config) -> Iterator[CheckResult]:
     """Compare the CPUs and GPUs that the roles ask for with this machine's; on a cluster Ray knows (node_check.py)."""
-    here = _this_machine()
+    here = this_machine()
     if config.run.mode == "inprocess":
         local.check_single(config)
     if resources.is_private(config):
