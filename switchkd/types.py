@@ -1,14 +1,13 @@
-"""What travels between the rooms: prompts in, rollouts out, and the teacher's signal beside every token.
+"""Records that cross processes: prompts in, rollouts out, and the teacher's output beside every token.
 
-Everything here is plain NumPy and integers, so that one record is one object on the wire. Ragged values are
-flat arrays with lengths. bfloat16 travels as uint16 (`TeacherOutput.dtype` says so).
+Everything here is plain NumPy and integers, so that one record is one object on the wire. Arrays that differ in length
+are joined (`Ragged`). bfloat16 travels as uint16 (`TeacherOutput.dtype` says so).
 
 Shapes: B sequences, N flat positions, T completion tokens of one rollout, D hidden width, V shared vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
@@ -217,10 +216,6 @@ class Rollout:
         return int(self.weight_versions.min()) if len(self.weight_versions) else 0
 
     @property
-    def teacher_frac(self) -> float:
-        return float((self.sources == TokenSource.TEACHER).mean()) if len(self.sources) else 0.0
-
-    @property
     def repeat_frac(self) -> float:
         """The share of completion tokens that lie in a 4-gram which occurred before in the same completion (the two may
         overlap): near 0 for ordinary text, near 1 for a loop."""
@@ -233,12 +228,6 @@ class Rollout:
         for offset in range(4):
             inside[offset : offset + len(grams)] |= again
         return float(inside.mean())
-
-    @property
-    def divergence_mean(self) -> float:
-        """The mean of the rule's statistic over the tokens where it is finite; NaN without such a token."""
-        finite = self.statistic[np.isfinite(self.statistic)]
-        return float(finite.mean(dtype=np.float64)) if len(finite) else math.nan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -322,8 +311,7 @@ class EvalShard:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """What must be known of a taken rollout to plan a batch and to report on it; the rollout itself is fetched by
-    whoever trains on it."""
+    """A rollout in the replay, as far as assigning a batch and reporting on it need it."""
 
     rollout_id: int
     batch: int
@@ -333,7 +321,7 @@ class Entry:
     num_teacher_tokens: int
     oldest_version: int
     repeat_frac: float
-    divergence_mean: float
+    divergence_mean: float  # of the rule's statistic, where it is finite; NaN where it is so nowhere
     finish_reason: str
     uncertainty: np.ndarray  # float32 [T]
 

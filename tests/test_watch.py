@@ -8,6 +8,7 @@ import pytest
 from switchkd.config.schema import RuleConfig
 from switchkd.controller.alerts import MetricAlerts
 from switchkd.controller.step_metrics import rollout_metrics
+from switchkd.data.replay import entry_of
 from switchkd.types import CompletionSource, Entry, Rollout
 
 SWITCH = RuleConfig(type="jsd_threshold")
@@ -76,8 +77,8 @@ def test_repeats_against_a_loop():
 
 def test_the_divergence_is_that_of_finite_statistics():
     """NaN (the rule did not look) and infinity do not count; a completion without a number has none."""
-    assert rollout([1, 2, 3, 4], [0.25, math.nan, math.inf, 0.75]).divergence_mean == 0.5
-    assert math.isnan(rollout([1, 2]).divergence_mean) and math.isnan(rollout([]).divergence_mean)
+    assert entry_of(rollout([1, 2, 3, 4], [0.25, math.nan, math.inf, 0.75])).divergence_mean == 0.5
+    assert math.isnan(entry_of(rollout([1, 2])).divergence_mean) and math.isnan(entry_of(rollout([])).divergence_mean)
 
 
 def test_rollout_metrics():

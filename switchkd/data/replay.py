@@ -319,6 +319,7 @@ class Replay:
 
 
 def entry_of(rollout: Rollout) -> Entry:
+    finite = rollout.statistic[np.isfinite(rollout.statistic)]
     return Entry(
         rollout_id=rollout.rollout_id,
         batch=rollout.batch,
@@ -328,7 +329,7 @@ def entry_of(rollout: Rollout) -> Entry:
         num_teacher_tokens=int((rollout.sources == TokenSource.TEACHER).sum()),
         oldest_version=rollout.oldest_version,
         repeat_frac=rollout.repeat_frac,
-        divergence_mean=rollout.divergence_mean,
+        divergence_mean=float(finite.mean(dtype=np.float64)) if len(finite) else math.nan,
         finish_reason=rollout.finish_reason,
         uncertainty=rollout.uncertainty,
     )

@@ -102,7 +102,7 @@ def rollout_to_row(
             for (source, num), text in zip(runs, texts, strict=True)
         ],
         "num_tokens": rollout.num_tokens,
-        "teacher_frac": rollout.teacher_frac,
+        "teacher_frac": sum(num for source, num in runs if source == TokenSource.TEACHER) / max(rollout.num_tokens, 1),
         "token_ids": rollout.token_ids,
         "pieces": pieces,
         "statistic": _rounded(rollout.statistic),
