@@ -14,7 +14,7 @@ from runs import STAGES, command, config, save_models
 from switchkd.config.errors import ConfigError
 from switchkd.tools.report.read import read_run
 from switchkd.tools.report.report import write_report
-from switchkd.tools.report.tally import MAX_POINTS, RolloutStatistics
+from switchkd.tools.report.rollout_statistics import MAX_POINTS, RolloutStatistics
 from switchkd.train import train
 
 EVIL = "</script><script>document.title = 'owned'</script><img src=x onerror=alert(1)>"
@@ -97,7 +97,7 @@ def test_everything_is_on_the_page(run, monkeypatch, capsys):
 
 def test_counts_are_those_of_the_rollouts(run):
     """Shares, divergences and block lengths by position equal those of a slow loop over rollouts.jsonl."""
-    tally = read_run(run, "run", 10).tally
+    statistics = read_run(run, "run", 10).statistics
     rows = [row for row in lines(run / "rollouts.jsonl") if row["origin"] == "rollout" and row["stage"] == 1]
     shares, statistic, threshold = [], [], []
     for t in range(max(row["num_tokens"] for row in rows)):
@@ -106,15 +106,15 @@ def test_counts_are_those_of_the_rollouts(run):
         shares.append([t, writers.count("teacher") / len(writers)])
         statistic.append([t, sum(row["statistic"][t] for row in own) / len(own)])
         threshold.append([t, sum(row["threshold"][t] for row in own) / len(own)])
-    assert tally.share_by_position()[1] == shares
-    own = sum(p["num_tokens"] for row in rows for p in row["segments"] if p["source"] == "student")
-    assert tally.student_share()[1] == pytest.approx(own / sum(row["num_tokens"] for row in rows))
-    for found, wanted in ((tally.rule_by_position()[1]["statistic"], statistic),
-                          (tally.rule_by_position()[1]["threshold"], threshold)):  # fmt: skip
+    assert statistics.share_by_position()[1] == shares
+    for found, wanted in ((statistics.rule_by_position()[1]["statistic"], statistic),
+                          (statistics.rule_by_position()[1]["threshold"], threshold)):  # fmt: skip
         assert [t for t, _ in found] == [t for t, _ in wanted]
         assert [v for _, v in found] == pytest.approx([v for _, v in wanted])
     blocks = [n for row in lines(run / "rollouts.jsonl") for n in row["stats"]["block_lengths"]]
-    assert dict(map(tuple, tally.block_lengths())) == pytest.approx({n: blocks.count(n) / len(blocks) for n in blocks})
+    assert dict(map(tuple, statistics.block_lengths())) == pytest.approx(
+        {n: blocks.count(n) / len(blocks) for n in blocks}
+    )
 
 
 def test_long_completions_are_binned():
@@ -125,9 +125,9 @@ def test_long_completions_are_binned():
         "segments": [{"source": "student", "num_tokens": 3}, {"source": "teacher", "num_tokens": num - 3}],
         "statistic": [None] * num, "threshold": [None] * num, "stats": {},
     }  # fmt: skip
-    tally = RolloutStatistics()
-    assert tally.add(row)
-    points = tally.share_by_position()[0]
+    statistics = RolloutStatistics()
+    assert statistics.add(row)
+    points = statistics.share_by_position()[0]
     assert len(points) <= MAX_POINTS and points[0][1] < 1 and points[-1] == [pytest.approx(points[-1][0]), 1]
 
 

@@ -1,8 +1,8 @@
-"""Models that only sleep, in the real rooms: what is left is the program itself, its calls and its waiting.
+"""Models that only sleep, in the real actors: what remains is the program itself, its calls and its waiting.
 
-In: a config, and `FakeLatency`. What `install_fakes` gives runs in every process of a bench's cluster and puts these
+In: a config, and `FakeLatency`. What `install_fakes` returns runs in every process of a bench's cluster and puts these
 engines where the real actors would load models; all else there (actors, router, replay, rollout worker, train loop) is
-what a run uses. Student and teacher agree on every token, so that each round settles a whole block.
+what a run uses. Student and teacher agree on every token, so that each round emits a whole block.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from switchkd.config.schema import Config
 from switchkd.data.replay import Replay
 from switchkd.engines.models.lm_head import LMHead, LMHeadState
 from switchkd.engines.weights import pack
-from switchkd.learner.rank import RankInfo
+from switchkd.learner.rank import Fetch, RankInfo
 from switchkd.rollout.build import Teachers, build_rollout_params
 from switchkd.rollout.generator import SwitchingGenerator
 from switchkd.rollout.worker import RolloutWorker
@@ -29,7 +30,6 @@ from switchkd.types import (
     Blocks,
     PackedWeights,
     Ragged,
-    Rollout,
     Sessions,
     StepResult,
     TeacherOutput,
@@ -51,8 +51,8 @@ class FakeLatency:
 
 
 def install_fakes(latency: FakeLatency) -> Callable[[], None]:
-    """What every process of the cluster does once, before its actor is built. Fails here, in the driver, where a room
-    is built otherwise than this file knows: a process that failed there would be started again for ever."""
+    """A function that every process of the cluster calls once, before its actor is built. A name that is not there any
+    more fails here, in the driver: Ray would start a process that fails there again for ever."""
     _replacements(latency)
 
     def replace_names() -> None:
@@ -63,27 +63,21 @@ def install_fakes(latency: FakeLatency) -> Callable[[], None]:
 
 
 def _replacements(latency: FakeLatency) -> list[tuple[Any, str, Any]]:
-    """Modules, names in them, and what stands there instead: the actors import them from there, later."""
+    """Modules, names in them, and their replacements: the actors import them from there, later."""
     from switchkd.data import build as data_build
     from switchkd.engines import build as engines_build
     from switchkd.learner import rank as learner_rank
     from switchkd.rollout import build as rollout_build
 
-    def worker(config: Config, teachers: Teachers, stop_ids: frozenset[int], new_weights: Any) -> RolloutWorker:
-        return make_worker(latency, config, teachers, stop_ids)
-
-    def rank(config: Config, gang: RankInfo, heads: Any, fetch: Callable[[list[int]], list[Rollout]]) -> FakeRank:
-        return FakeRank(latency, gang, fetch)
-
-    found: list[tuple[Any, str, Any]] = [
+    replacements: list[tuple[Any, str, Any]] = [
         (engines_build, "make_teacher", lambda config: FakeTeacher(latency.teacher)),
-        (rollout_build, "make_worker", worker),
+        (rollout_build, "make_worker", partial(make_worker, latency)),
         (data_build, "make_replay", make_replay),
-        (learner_rank, "LearnerRank", rank),
+        (learner_rank, "LearnerRank", partial(FakeRank, latency)),
     ]
-    for module, name, _ in found:
+    for module, name, _ in replacements:
         assert hasattr(module, name), f"{module.__name__} has no {name} any more"
-    return found
+    return replacements
 
 
 def head() -> LMHead:
@@ -137,8 +131,14 @@ class FakeTeacher:
         pass
 
 
-def make_worker(latency: FakeLatency, config: Config, teachers: Teachers, stop_ids: frozenset[int]) -> RolloutWorker:
-    """As `rollout.build.make_worker`, with a student that sleeps."""
+def make_worker(
+    latency: FakeLatency,
+    config: Config,
+    teachers: Teachers,
+    stop_ids: frozenset[int],
+    new_weights: Callable[[], PackedWeights | None] | None = None,
+) -> RolloutWorker:
+    """Like `rollout.build.make_worker`, with a student that sleeps."""
     torch.set_num_threads(1)
     teacher, arrays = teachers[""]
     assert arrays is not None
@@ -155,7 +155,7 @@ def make_worker(latency: FakeLatency, config: Config, teachers: Teachers, stop_i
 
 
 def make_replay(config: Config, run_dir: Path) -> Replay:
-    """As `data.build.make_replay`, without a tokenizer: nothing is written to rollouts.jsonl."""
+    """Like `data.build.make_replay`, without a tokenizer: nothing is written to rollouts.jsonl."""
     section = config.replay
     return Replay(capacity=section.capacity, policy=section.policy, lease_s=section.lease_s)
 
@@ -163,13 +163,15 @@ def make_replay(config: Config, run_dir: Path) -> Replay:
 class FakeRank:
     """A `LearnerRank` that fetches its rollouts, sleeps, and publishes real bytes."""
 
-    def __init__(self, latency: FakeLatency, gang: RankInfo, fetch: Callable[[list[int]], list[Rollout]]) -> None:
-        self.latency, self.gang, self.fetch = latency, gang, fetch
+    def __init__(self, latency: FakeLatency, config: Config, rank_info: RankInfo, lm_heads: Any, fetch: Fetch) -> None:
+        self.latency = latency
+        self.rank = rank_info.rank
+        self.fetch = fetch
         self.weights = torch.zeros(int(latency.weights_mb * 2**18))
 
     def step(self, plan: BatchAssignment, lr: float) -> StepResult:
         start = time.monotonic()
-        self.fetch(list(plan.rollout_ids[self.gang.rank]))
+        self.fetch(list(plan.rollout_ids[self.rank]))
         time.sleep(self.latency.learner)
         return StepResult(
             step=plan.step,

@@ -13,7 +13,7 @@ from switchkd.controller.metrics import is_number
 from switchkd.tools.report.read import RunData
 
 MAX_POINTS = 800
-"""Of a curve over steps: longer runs are averaged in bins."""
+"""Points of a curve over steps: longer runs are averaged in bins."""
 NOT_DRAWN = {"step", "stage", "stage_end"}
 
 
@@ -24,9 +24,9 @@ def payload(run: RunData) -> dict[str, Any]:
         "stages": stages(run),
         "steps": curves(run.steps),
         "evals": curves(run.evaluations),
-        "shareByPosition": run.tally.share_by_position(),
-        "ruleByPosition": run.tally.rule_by_position(),
-        "blockLengths": run.tally.block_lengths(),
+        "shareByPosition": run.statistics.share_by_position(),
+        "ruleByPosition": run.statistics.rule_by_position(),
+        "blockLengths": run.statistics.block_lengths(),
         "numRollouts": run.num_rollouts,
         "rollouts": [rollout(row) for row in run.rollouts],
     }
@@ -49,7 +49,6 @@ def rollout(row: dict[str, Any]) -> dict[str, Any]:
     """One completion for the viewer, by columns."""
     pieces = row.get("pieces")
     by_token = isinstance(pieces, list) and len(pieces) == row["num_tokens"]
-    sources = [[part["source"], part["num_tokens"] if by_token else 1] for part in row["segments"]]
     record = {
         "id": row.get("rollout_id"),
         "step": row["step"],
@@ -62,7 +61,7 @@ def rollout(row: dict[str, Any]) -> dict[str, Any]:
         "share": row.get("teacher_frac"),
         "approximate": bool(row.get("approximate")),
         "pieces": pieces if by_token else [str(part.get("text", "")) for part in row["segments"]],
-        "sources": sources,
+        "sources": [[part["source"], part["num_tokens"] if by_token else 1] for part in row["segments"]],
         "blocks": row["stats"].get("block_lengths", []) if by_token else [],
     }
     if by_token:

@@ -1,4 +1,4 @@
-"""A run folder is read as it stands: finished, still being written, half empty or damaged.
+"""Read a run folder in any state: finished, still being written, half empty or damaged.
 
 In: the folder. Out: a `RunData` with what could be read, and one sentence for everything that could not.
 """
@@ -15,15 +15,18 @@ from typing import Any
 import yaml
 
 from switchkd.config.schema import FORMAT
+from switchkd.controller.metrics import METRICS
 from switchkd.controller.resume import written_format
-from switchkd.tools.report.tally import RolloutStatistics
+from switchkd.data.atomic_files import CONFIG
+from switchkd.tools.report.rollout_statistics import RolloutStatistics
 
-CONFIG, METRICS, ROLLOUTS, SUMMARY = "config.yaml", "metrics.jsonl", "rollouts.jsonl", "summary.json"
+ROLLOUTS = "rollouts.jsonl"
+SUMMARY = "summary.json"
 
 
 @dataclass(slots=True)
 class RunData:
-    """What a folder holds. `rollouts` are at most so many as were asked for, spread evenly over the file."""
+    """What a folder holds. `rollouts` are a part of them, spread evenly over the file."""
 
     path: Path
     name: str
@@ -34,11 +37,11 @@ class RunData:
     summary: dict[str, Any] = field(default_factory=dict)
     rollouts: list[dict[str, Any]] = field(default_factory=list)
     num_rollouts: int = 0
-    tally: RolloutStatistics = field(default_factory=RolloutStatistics)
+    statistics: RolloutStatistics = field(default_factory=RolloutStatistics)
     missing: list[str] = field(default_factory=list)
 
     def section(self, name: str) -> dict[str, Any]:
-        """Of the config; empty where it is missing."""
+        """A section of the config; empty where it is missing."""
         section = self.config.get(name)
         return section if isinstance(section, dict) else {}
 
@@ -49,7 +52,7 @@ class RunData:
 
 
 def read_run(path: Path, name: str, max_rollouts: int) -> RunData:
-    """Never fails because of what stands in the folder."""
+    """Read what can be read; `missing` says what could not. Nothing in the folder makes it fail."""
     run = RunData(path=path, name=name)
     if not any((path / file).exists() for file in (CONFIG, METRICS, ROLLOUTS, SUMMARY)):
         run.missing.append("this folder holds nothing of a run yet")
@@ -96,7 +99,7 @@ def _read_rollouts(run: RunData, limit: int) -> None:
     """One pass; every `stride`-th is kept, and the stride doubles whenever there are too many."""
     stride, plain = 1, 0
     for row in _rows(run, ROLLOUTS):
-        if not run.tally.add(row):
+        if not run.statistics.add(row):
             plain += 1
             continue
         if run.num_rollouts % stride == 0:
@@ -117,18 +120,23 @@ def _read_rollouts(run: RunData, limit: int) -> None:
 
 
 def _read_summary(run: RunData) -> None:
-    try:
-        summary = json.loads((run.path / SUMMARY).read_text(encoding="utf-8"))
-        run.summary = summary if isinstance(summary, dict) else {}
-    except FileNotFoundError:
+    if not (run.path / SUMMARY).exists():
         run.missing.append(f"{SUMMARY} is missing: the run is still going on, or was killed{_since(run.path)}")
         return
-    except (OSError, ValueError):
-        pass
+    run.summary = _object((run.path / SUMMARY).read_bytes()) or {}
     if not run.summary:
         run.missing.append(f"{SUMMARY} cannot be read")
     elif not run.summary.get("finished"):
         run.missing.append(f"the run was stopped after {run.summary.get('steps')} steps; --resume goes on with it")
+
+
+def _object(text: str | bytes) -> dict[str, Any] | None:
+    """The JSON object in a text; None for anything else."""
+    try:
+        tree = json.loads(text)
+    except ValueError:
+        return None
+    return tree if isinstance(tree, dict) else None
 
 
 def _since(path: Path) -> str:
@@ -151,15 +159,9 @@ def _rows(run: RunData, name: str) -> Iterator[dict[str, Any]]:
         for line in file:
             if not line.endswith(b"\n"):
                 run.missing.append(f"the last line of {name} is incomplete: it is being written, or its writer died")
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError:
+            elif (row := _object(line)) is None:
                 damaged += 1
-                continue
-            if isinstance(row, dict):
-                yield row
             else:
-                damaged += 1
+                yield row
     if damaged:
         run.missing.append(f"{damaged} lines of {name} cannot be read and are left out")

@@ -1,4 +1,4 @@
-"""Runs become one HTML file that asks the network for nothing.
+"""Render runs as one HTML file that loads nothing from the network.
 
 In: `RunData`s. Out: the page's text. Whatever comes from a run is text in it: the template escapes, the script only
 ever sets text, data is JSON without a single `<`, and the page's own policy runs no script but its own.
@@ -31,7 +31,7 @@ SHOWN = {
     "seed": "seed",
     "folder": "run.dir",
 }
-"""What the head of the page says of a run."""
+"""Config keys in the head of the page."""
 
 
 def render(runs: Sequence[RunData]) -> str:
@@ -41,7 +41,11 @@ def render(runs: Sequence[RunData]) -> str:
     page = environment.from_string(_part("report.html.j2")).render(
         title=" and ".join(run.name for run in runs),
         version=__version__,
-        policy=_policy(script, style),
+        # the browser may run and apply what we wrote, and fetch nothing
+        policy=(
+            f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; img-src data:; "
+            "base-uri 'none'; form-action 'none'"
+        ),
         style=Markup(style),
         script=Markup(script),
         data=Markup(embedded({"runs": [payload(run) for run in runs]})),
@@ -58,14 +62,6 @@ def embedded(tree: Any) -> str:
     for letter in "<>&\u2028\u2029":
         text = text.replace(letter, f"\\u{ord(letter):04x}")
     return text
-
-
-def _policy(script: str, style: str) -> str:
-    """What the browser may do with the page: run and apply what we wrote, fetch nothing."""
-    return (
-        f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
-    )
 
 
 def _digest(text: str) -> str:
@@ -114,7 +110,7 @@ def _state(run: RunData, planned: int) -> str:
 
 
 def _table(runs: Sequence[RunData]) -> dict[str, Any]:
-    """Before and after each stage, all runs one below the other."""
+    """Scores before and after each stage, all runs one below the other."""
     rows = [(run.name, row) for run in runs for row in stage_rows(run.stage_scores, run.steps)]
     shown = {title: key for title, key in COLUMNS.items() if any(is_number(row.get(key)) for _, row in rows)}
     cells = [
@@ -128,9 +124,8 @@ def _differences(runs: Sequence[RunData]) -> list[list[str]]:
     """Keys in which the runs' configs differ, with each run's value."""
     trees = [dict(flatten_keys(run.config)) for run in runs]
     keys = dict.fromkeys(key for tree in trees for key in tree if key != "run.dir")
-    rows = [[key, *(_value(tree.get(key)) for tree in trees)] for key in keys]
+    rows = [
+        [key, *(json.dumps(json_safe(tree.get(key)), ensure_ascii=False, default=str) for tree in trees)]
+        for key in keys
+    ]
     return [row for row in rows if len(set(row[1:])) > 1] if all(trees) else []
-
-
-def _value(value: Any) -> str:
-    return json.dumps(json_safe(value), ensure_ascii=False, default=str)

@@ -1,11 +1,10 @@
-"""`switchkd report`: run folders become one self-contained HTML page with charts and coloured rollouts.
+"""`switchkd report`: one self-contained HTML page of run folders, with charts and coloured rollouts.
 
 In: run folders, in any state. Out: the path of the page.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,13 +38,9 @@ def write_report(folders: Sequence[Path], out: Path | None = None, max_rollouts:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Folder names, as long as they have to be to tell the runs apart."""
+    """Folder names, as long as it takes to tell the runs apart."""
     for depth in range(1, 4):
         names = ["/".join(path.resolve().parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):
             return names
-    counts: Counter[str] = Counter()
-    for i, name in enumerate(names):
-        counts[name] += 1
-        names[i] = f"{name} ({counts[name]})"
-    return names
+    return [f"{name} ({names[: i + 1].count(name)})" for i, name in enumerate(names)]
