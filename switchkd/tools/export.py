@@ -1,4 +1,4 @@
-"""The student's way out of a run folder: found, copied, pushed to the model hub.
+"""`switchkd export`: find a run's student, copy it, push it to the model hub.
 
 In: a run folder and what to do with its student. Out: the path of an ordinary transformers folder. The hub's token is
 read from $HF_TOKEN and goes nowhere else.
@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -23,37 +24,37 @@ from switchkd.controller.resume import written_format
 from switchkd.data.atomic_files import CONFIG
 from switchkd.engines.models.sources import new_folder
 
-_STEP = "step-"
-
 
 def export_run(run_dir: Path, *, step: int | None = None, out: Path | None = None, push: str | None = None) -> Path:
     """The student of a run (`student/`, or that of checkpoint `step`), copied to `out` and pushed to the hub repository
     `push` where given. Returns the folder. Raises ConfigError."""
     folder = find_student(run_dir) if step is None else _student_of_step(run_dir, step)
-    _note_format(run_dir)
+    config = _stored_config(run_dir)
+    if config is not None and written_format(config) != FORMAT:
+        print(
+            f"switchkd: {run_dir} was written in format {written_format(config)}, this is format {FORMAT}: the student "
+            "is exported, a model card is not made",
+            file=sys.stderr,
+        )
     token = os.environ.get("HF_TOKEN")
     if push and not token:
         raise ConfigError(f"--push {push} needs a token; set HF_TOKEN in the environment")
     if out is not None:
         folder = _copy(folder, out.expanduser())
-        if not (folder / CARD).exists():
-            _add_card(folder, run_dir, step)
+        if config is not None and not (folder / CARD).exists():
+            _add_card(folder, run_dir, config, step)
     if push:
         _push(folder, push, str(token))
     return folder
 
 
-def _note_format(run_dir: Path) -> None:
-    try:  # any folder with a student may be exported
+def _stored_config(run_dir: Path) -> dict[str, Any] | None:
+    """The run's config.yaml; None without one, as any folder with a student may be exported."""
+    try:
         stored = yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
-        return
-    if isinstance(stored, dict) and written_format(stored) != FORMAT:
-        print(
-            f"switchkd: {run_dir} was written in format {written_format(stored)}, this is format {FORMAT}: the student "
-            "is exported, a model card is not made",
-            file=sys.stderr,
-        )
+        return None
+    return stored if isinstance(stored, dict) else None
 
 
 def find_student(run_dir: Path) -> Path:
@@ -79,15 +80,15 @@ def _student_of_step(run_dir: Path, step: int) -> Path:
 def _steps(run_dir: Path) -> dict[int, Path]:
     """Checkpoints that hold a student, by step. Half-written ones have another name."""
     folders = {}
-    for path in (run_dir / "checkpoints").glob(f"{_STEP}*/student/config.json"):
-        number = path.parents[1].name.removeprefix(_STEP)
+    for path in (run_dir / "checkpoints").glob("step-*/student/config.json"):
+        number = path.parents[1].name.removeprefix("step-")
         if number.isdigit():
             folders[int(number)] = path.parent
     return folders
 
 
 def _copy(folder: Path, out: Path) -> Path:
-    """Beside, then renamed: what stands at `out` is whole."""
+    """Copy beside `out`, then rename: `out` is whole or does not exist."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} exists and is not empty; remove it or choose another folder")
     with new_folder(out) as partial:
@@ -95,12 +96,12 @@ def _copy(folder: Path, out: Path) -> Path:
     return out
 
 
-def _add_card(folder: Path, run_dir: Path, step: int | None) -> None:
-    """From what the run has written so far; a checkpoint's student has none of its own."""
+def _add_card(folder: Path, run_dir: Path, stored: dict[str, Any], step: int | None) -> None:
+    """Write a model card from what the run has recorded so far; a checkpoint's student has none."""
     try:
-        config = parse(yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8")))
+        config = parse(stored)
         lines = (run_dir / METRICS).read_text(encoding="utf-8").splitlines()
-    except (OSError, ConfigError, yaml.YAMLError):
+    except (OSError, ConfigError):
         return  # the student is whole without it
     rows = [json.loads(line) for line in lines]
     before = [row for row in rows if step is None or row["step"] < step]

@@ -49,24 +49,24 @@ def versions() -> Iterator[CheckResult]:
         yield fail("versions", f"Python {platform.python_version()} is outside {python}", "take another Python")
     needed = [Requirement(line) for line in requirements]
     needed = [package for package in needed if package.marker is None or package.marker.evaluate({"extra": ""})]
-    wrong = [result for package in needed if (result := _version(package.name, str(package.specifier)))]
-    yield from wrong
-    if not wrong:
+    num_wrong = 0
+    for package in needed:
+        installed = _installed(package.name)
+        if installed is not None and package.specifier.contains(installed, prereleases=True):
+            continue
+        num_wrong += 1
+        state = "is not installed" if installed is None else f"{installed} is outside {package.specifier}"
+        yield fail("versions", f"{package.name} {state}", f"pip install '{package.name}{package.specifier}'")
+    if not num_wrong:
         main = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "ray", "deepspeed"))
         yield ok("versions", f"{len(needed)} packages within their ranges ({main})")
 
 
-def _version(name: str, specifier: str) -> CheckResult | None:
-    from packaging.specifiers import SpecifierSet
-
-    remedy = f"pip install '{name}{specifier}'"
+def _installed(name: str) -> str | None:
     try:
-        installed = metadata.version(name)
+        return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return fail("versions", f"{name} is not installed", remedy)
-    if SpecifierSet(specifier, prereleases=True).contains(installed):
         return None
-    return fail("versions", f"{name} {installed} is outside {specifier}", remedy)
 
 
 def processors(config: Config) -> Iterator[CheckResult]:

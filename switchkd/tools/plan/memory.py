@@ -1,4 +1,4 @@
-"""What each process of a run holds in memory, from the config and the models' shapes.
+"""Memory of each process of a run, from the config and the models' shapes.
 
 In: a config and `Shape`s. Out: bytes by part, for one process of each role. Formulas, with d = bytes of an element of
 the role's dtype, P = parameters, T = trainable ones, V = shared vocabulary, D = the teacher's hidden width, G = ranks:
@@ -12,15 +12,24 @@ the role's dtype, P = parameters, T = trainable ones, V = shared vocabulary, D =
               on; activations of one micro-batch; rows of one chunk; the teacher's output matrix, and the gradient of
               its own
 
-What a process's libraries take (0.4 to 0.9 GiB) and a GPU's fragmentation are not in these numbers.
+A process's libraries (0.4 to 0.9 GiB) and a GPU's fragmentation are not in these numbers.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from switchkd.algo.chunked_loss import CPU_ELEMENTS
+from switchkd.algo.divergence import DEVICE_ELEMENTS
 from switchkd.config.schema import Config
+from switchkd.engines.build import device_of, max_len
+from switchkd.engines.hf.kv_cache import round_up
+from switchkd.engines.hf.model_runner import MAX_FORWARD_TOKENS
+from switchkd.engines.models.cpu_prepack import MAX_BYTES, _works
 from switchkd.engines.models.shape import BYTES, Shape
+from switchkd.rollout.verify import VERIFY_COLUMNS
 
 GIB = 2**30
 FEW_COPIES = 9
@@ -33,15 +42,12 @@ Parts = dict[str, float]
 
 def memory(config: Config, shapes: dict[str, Shape]) -> dict[str, Parts]:
     """Bytes by role and part, of one process each."""
-    found = {"rollout": worker_memory(config, shapes), "learner": learner_memory(config, shapes)}
-    return {"teacher": teacher_memory(config, shapes["teacher"]), **found} if "teacher" in shapes else found
+    parts = {"rollout": worker_memory(config, shapes), "learner": learner_memory(config, shapes)}
+    return {"teacher": teacher_memory(config, shapes["teacher"]), **parts} if "teacher" in shapes else parts
 
 
 def columns(config: Config) -> int:
-    """Positions that a slot of a cache has room for (engines/slot_cache.py)."""
-    from switchkd.engines.build import max_len
-    from switchkd.engines.hf.kv_cache import round_up
-
+    """Positions of one slot of a KV cache (engines/hf/kv_cache.py)."""
     return round_up(max_len(config) + 1)
 
 
@@ -59,7 +65,7 @@ def teacher_memory(config: Config, shape: Shape) -> Parts:
         "kv cache": kv_cache(shape, section.max_sessions, columns(config), section.dtype),
         "forward pass": forward_pass(shape, columns(config), each),
     }
-    if section.backend == "vllm":  # whatever its share of the GPU is: so much of it is needed
+    if section.backend == "vllm":  # of its share of the GPU this much is needed
         return {name: parts[name] for name in ("weights", "kv cache")}
     if section.output != "logits" and each < 4:
         parts["output matrix, float32"] = 4.0 * shape.head_params
@@ -85,35 +91,26 @@ def worker_memory(config: Config, shapes: dict[str, Shape]) -> Parts:
 
 
 def _packed(config: Config, role: str, shape: Shape, heads: float) -> Parts:
-    """Second copies that a CPU reads faster (engines/prepacked.py): of the products, and of output matrices."""
-    from switchkd.engines.build import device_of
-    from switchkd.engines.models.cpu_prepack import MAX_BYTES, _works
-
+    """Second copies that a CPU reads faster (engines/models/cpu_prepack.py): of products and of output matrices."""
     section = config.teacher if role == "teacher" else config.student
     resources = config.resources.teacher if role == "teacher" else config.resources.rollout
     if section.prepack == "off" or resources.num_gpus or device_of(section) != "cpu":
         return {}
-    import torch
-
     products = float(BYTES[section.dtype] * shape.products) if _works(getattr(torch, section.dtype)) else 0.0
     if section.prepack == "auto" and products > MAX_BYTES:
         products = 0.0
-    found = products + (heads if _works(torch.float32) else 0.0)
-    return {"packed copies": found} if found else {}
+    copies = products + (heads if _works(torch.float32) else 0.0)
+    return {"packed copies": copies} if copies else {}
 
 
 def _row_space(config: Config, shape: Shape) -> float:
-    """Drafted rows that are kept, both models' rows of one span, and what a draw needs."""
-    from switchkd.rollout.verify import VERIFY_COLUMNS
-
+    """Drafted rows that are kept, both models' rows of one window, and what a draw needs."""
     block = config.rollout.max_draft_tokens
     return 4.0 * shape.vocab * config.rollout.batch_size * (block + 2 * min(VERIFY_COLUMNS, block) + 3)
 
 
 def forward_pass(shape: Shape, num_columns: int, each: int, most: int | None = None) -> float:
-    """Of the largest padded pass without gradients: a layer's widest tensors, and its mask."""
-    from switchkd.engines.hf.model_runner import MAX_FORWARD_TOKENS
-
+    """The largest padded pass without gradients: a layer's widest tensors, and its mask."""
     tokens = min(MAX_FORWARD_TOKENS, most or MAX_FORWARD_TOKENS)
     widest = 3 * shape.width + max(2 * shape.attention + 2 * shape.kv, (3 if shape.gated else 2) * shape.ffn)
     groups = shape.attention // shape.kv
@@ -134,10 +131,6 @@ def learner_memory(config: Config, shapes: dict[str, Shape]) -> Parts:
 
 def _chunk_space(config: Config, shape: Shape) -> float:
     """The teacher's rows in float32, the student's in their own type, and what the loss of a few rows needs."""
-    from switchkd.algo.chunked_loss import CPU_ELEMENTS
-    from switchkd.algo.divergence import DEVICE_ELEMENTS
-    from switchkd.engines.build import device_of
-
     chunk = float(config.learner.chunk_tokens * shape.vocab)
     on_cpu = not config.resources.learner.num_gpus and device_of("auto") == "cpu"
     few = max(CPU_ELEMENTS if on_cpu else DEVICE_ELEMENTS, shape.vocab)
@@ -172,10 +165,8 @@ def states(config: Config, shape: Shape) -> Parts:
 
 
 def activations(config: Config, shape: Shape) -> float:
-    """What a micro-batch keeps for its backward pass: every layer's, or with gradient checkpointing every layer's input
-    and one layer's whole. A single sequence may be longer than `micro_batch_tokens`."""
-    from switchkd.engines.build import max_len
-
+    """A micro-batch's activations until its backward pass: every layer's, or with gradient checkpointing every layer's
+    input and one layer's whole. A single sequence may be longer than `micro_batch_tokens`."""
     longest = max_len(config)
     tokens = max(config.learner.micro_batch_tokens, longest)
     each = BYTES[config.learner.dtype]
@@ -202,9 +193,8 @@ def checkpoint_bytes(config: Config, shape: Shape) -> float:
     the rollouts that wait."""
     trained = float(shape.trainable or shape.params)
     each = BYTES[config.learner.dtype]
-    own = each * (trained if shape.trainable else shape.params)
     masters = 0.0 if config.learner.zero_stage == 0 and config.learner.dtype == "float32" else 4 * trained
-    return own + masters + 8 * trained + each * shape.params
+    return each * trained + masters + 8 * trained + each * shape.params
 
 
 def total(parts: Parts) -> float:
