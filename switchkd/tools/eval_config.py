@@ -1,4 +1,4 @@
-"""What `switchkd eval` was asked becomes a Config.
+"""The config of `switchkd eval`.
 
 In: a model folder, hub name or run folder, and options. Out: a checked Config whose student is that model. A run folder
 brings its own config; options and overrides win over it.

@@ -39,8 +39,7 @@ class MemoryCase:
     tokens: int  # T
     vocab: int
     folder: str
-    device: str
-    dtype: str
+    options: Options
     batch: int = 4
     width: int = 576  # SmolLM2-135M's
     layers: int = 2
@@ -63,9 +62,8 @@ def run(options: Options) -> Table:
     small: Any = {"batch": 2, "width": 32, "chunk": 4} if options.smoke else {}
     for tokens, vocab in SMOKE_SIZES if options.smoke else SIZES:
         with tempfile.TemporaryDirectory(prefix="switchkd-bench-") as folder:
-            where: Any = {"folder": folder, "device": options.device, "dtype": options.dtype}
-            job = MemoryCase(tokens=tokens, vocab=vocab, **where, **small)
-            rows += _measure(job, options)
+            job = MemoryCase(tokens=tokens, vocab=vocab, folder=folder, options=options, **small)
+            rows += _measure(job)
     notes = options.notes(batch=job.batch, width=job.width, layers=job.layers, chunk_tokens=job.chunk)
     return Table(title="Loss and gradient of one step", rows=rows, notes=notes, remarks=REMARKS)
 
@@ -77,11 +75,11 @@ REMARKS = (
 )
 
 
-def _measure(job: MemoryCase, options: Options) -> list[dict[str, Any]]:
+def _measure(job: MemoryCase) -> list[dict[str, Any]]:
     forms: dict[str, Callable[..., Step]] = {OURS: ours, NAIVE: naive, TRL: trl, ALONE: alone}
-    where: Any = {"device": options.device, "threads": options.threads}
+    where: Any = {"device": job.options.device, "threads": job.options.threads}
     sides = [BenchProcess(name, work, job, name, form, **where) for name, form in forms.items()]
-    pairs, reports = measure_processes(sides, options.repeats)
+    pairs, reports = measure_processes(sides, job.options.repeats)
     return [
         {
             "T": job.tokens,
@@ -146,10 +144,10 @@ def _models(job: MemoryCase) -> tuple[Any, torch.Tensor, torch.Tensor]:
         eos_token_id=None, max_position_embeddings=PROMPT_TOKENS + job.tokens,
     )  # fmt: skip
     model: Any = LlamaForCausalLM(config)
-    model = model.to(device=job.device, dtype=getattr(torch, job.dtype)).train()
+    model = model.to(device=job.options.device, dtype=getattr(torch, job.options.dtype)).train()
     teacher = torch.randn(job.num, job.width).to(model.dtype)
     head = (torch.randn(job.vocab, job.width) / job.width**0.5).to(model.dtype)
-    return model, teacher.to(job.device), head.to(job.device)
+    return model, teacher.to(job.options.device), head.to(job.options.device)
 
 
 def _ids(job: MemoryCase) -> torch.Tensor:
@@ -170,7 +168,7 @@ def ours(job: MemoryCase, model: Any, teacher: torch.Tensor, head: torch.Tensor)
     from switchkd.learner.loss_module import StepLoss, StudentModule
 
     rollouts = _rollouts(job, teacher)
-    batch = collate(rollouts, pad_id=0).to(job.device)
+    batch = collate(rollouts, pad_id=0).to(job.options.device)
     plan = assign_batch(0, 0, rollouts, num_ranks=1)
     module = StudentModule(model, vocab_size=job.vocab, scale=1.0, softcap=0.0, chunk=job.chunk)
     heads = {"": LMHead(head)}
@@ -216,7 +214,7 @@ def naive(job: MemoryCase, model: Any, teacher: torch.Tensor, head: torch.Tensor
     """The loss written out in torch; rows of logits are made for the completion only."""
     from torch.nn.functional import kl_div, linear, log_softmax
 
-    ids = _ids(job).to(job.device)
+    ids = _ids(job).to(job.options.device)
 
     def step() -> torch.Tensor:
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, PROMPT_TOKENS - 1 : -1]
@@ -229,7 +227,7 @@ def naive(job: MemoryCase, model: Any, teacher: torch.Tensor, head: torch.Tensor
 
 def alone(job: MemoryCase, model: Any, teacher: torch.Tensor, head: torch.Tensor) -> Step:
     """The model below its output layer, with next to no loss: what every form needs at least."""
-    ids = _ids(job).to(job.device)
+    ids = _ids(job).to(job.options.device)
 
     def step() -> torch.Tensor:
         hidden: torch.Tensor = model.model(input_ids=ids, use_cache=False).last_hidden_state
@@ -246,8 +244,8 @@ def trl(job: MemoryCase, model: Any, teacher: torch.Tensor, head: torch.Tensor) 
         from trl.trainer.distillation_trainer import _chunked_divergence_loss as divergence
     except ImportError as error:
         raise ConfigError(f"this TRL has no chunked divergence ({error}); install trl 1.16") from None
-    ids = _ids(job).to(job.device)
-    mask = torch.ones(job.batch, job.tokens, dtype=torch.long, device=job.device)
+    ids = _ids(job).to(job.options.device)
+    mask = torch.ones(job.batch, job.tokens, dtype=torch.long, device=job.options.device)
     states = teacher.view(job.batch, job.tokens, job.width)
 
     def step() -> torch.Tensor:

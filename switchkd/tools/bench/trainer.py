@@ -37,12 +37,10 @@ class TrainerCase:
     """What every side does."""
 
     models: ModelFolders
+    options: Options
     batch: int
     new_tokens: int
     loss: str
-    device: str
-    dtype: str
-    threads: int
 
     @property
     def prompts(self) -> list[str]:
@@ -62,9 +60,7 @@ def run(options: Options, teacher: str, student: str, *, batch: int, new_tokens:
         batch=min(batch, 2) if options.smoke else batch,
         new_tokens=min(new_tokens, 8) if options.smoke else new_tokens,
         loss=loss,
-        device=options.device,
-        dtype=options.dtype,
-        threads=options.threads,
+        options=options,
     )
     where: Any = {"device": options.device, "threads": options.threads}
     sides = [BenchProcess(OURS, ours, job, "inprocess", **where), BenchProcess(TRL, trl, job, **where)]
@@ -159,8 +155,8 @@ def _tokenized(job: TrainerCase, tokenizer: Any) -> list[Prompt]:
 
 
 def _config(job: TrainerCase, mode: str, longest: int) -> Config:
-    threads = {"threads": job.threads}
-    models = {"dtype": job.dtype, "device": job.device}
+    threads = {"threads": job.options.threads}
+    models = {"dtype": job.options.dtype, "device": job.options.device}
     return trainer_harness.endless_config(
         {
             "run": {"mode": mode, "dir": "unused"},
@@ -168,7 +164,7 @@ def _config(job: TrainerCase, mode: str, longest: int) -> Config:
             "student": {"path": job.models.student, **models},
             "data": {"max_prompt_tokens": longest, "max_reference_tokens": 1},
             "rollout": {"rule": {"type": "student"}, "batch_size": job.batch, "max_new_tokens": job.new_tokens},
-            "learner": {"lr": LR, "dtype": job.dtype, "loss": {"type": job.loss}},
+            "learner": {"lr": LR, "dtype": job.options.dtype, "loss": {"type": job.loss}},
             "train": {"batch_size": job.batch},
             "cluster": {"object_store_gb": 1.5},
             "resources": {"teacher": threads, "rollout": threads, "learner": threads},
@@ -203,7 +199,7 @@ def trl(repeats: Repeats, job: TrainerCase) -> None:
             if next(waiting, "over") == "over":
                 control.should_training_stop = True
 
-    dtype = getattr(torch, job.dtype)
+    dtype = getattr(torch, job.options.dtype)
     teacher = AutoModelForCausalLM.from_pretrained(job.models.teacher, dtype=dtype, use_safetensors=True)
     student = AutoModelForCausalLM.from_pretrained(job.models.student, dtype=torch.float32, use_safetensors=True)
     tokenizer = AutoTokenizer.from_pretrained(job.models.student, padding_side="left")
@@ -222,8 +218,8 @@ def trl(repeats: Repeats, job: TrainerCase) -> None:
             adam_beta2=0.95,  # as ours
             max_grad_norm=1.0,
             gradient_checkpointing=False,
-            bf16=job.dtype == "bfloat16",
-            use_cpu=job.device == "cpu",
+            bf16=job.options.dtype == "bfloat16",
+            use_cpu=job.options.device == "cpu",
             logging_steps=1,
             save_strategy="no",
             report_to="none",

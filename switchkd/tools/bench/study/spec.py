@@ -44,8 +44,7 @@ class Arithmetic(Section):
     digits: tuple[PositiveInt, ...] = Field(min_length=1)
     num_train: PositiveInt
     num_test: PositiveInt
-    num_valid: PositiveInt = 100
-    """For methods that look at validation scores (`eval.every`)."""
+    num_valid: PositiveInt = 100  # for methods that need validation scores (`eval.every`)
     seed: int = 0
     teacher: ModelSize
     student: ModelSize
@@ -54,29 +53,20 @@ class Arithmetic(Section):
 class Group(Section):
     """Scores are also given for parts of the test set."""
 
-    field: str = ""
-    """A field of its rows, such as `digits`: one part for each value."""
-    reference_tokens: tuple[PositiveInt, ...] = ()
-    """Or lengths at which the next part begins, in tokens of the reference."""
+    field: str = ""  # of its rows, such as `digits`: one part for each value
+    reference_tokens: tuple[PositiveInt, ...] = ()  # or lengths of the reference at which the next part begins
 
 
 class Study(Section):
     name: str
-    """Of what is compared: a folder belongs to one study."""
     task: Arithmetic | None = None
     seeds: tuple[int, ...] = Field(min_length=1)
-    base: Overrides
-    """What all runs share: an ordinary config without `run.dir`."""
-    teacher: Overrides | None = None
-    """What the run changes that makes the teacher. Without it, `base.teacher` is ready."""
-    teacher_at_least: float = 0.0
-    """In `rank_by`: a study with a worse teacher ends."""
-    warm_up: Overrides | None = None
-    """What the run changes from whose student all cells of a seed start. Without it, `base.student` is where they
-    do."""
+    base: Overrides  # what all runs share: an ordinary config without `run.dir`
+    teacher: Overrides | None = None  # changes of the run that makes the teacher; null: `base.teacher` is ready
+    teacher_at_least: float = 0.0  # in `rank_by`: a study with a worse teacher ends
+    warm_up: Overrides | None = None  # changes of the run from whose student a seed's cells start; else `base.student`
     methods: dict[str, Overrides] = Field(min_length=1)
-    main: tuple[str, ...] = ()
-    """Methods whose cells come first, and whose curves stand in the plot."""
+    main: tuple[str, ...] = ()  # methods whose cells come first, and whose curves are in the plot
     test_sets: dict[str, Overrides] = Field(default={"": {}}, min_length=1)
     """Test sets by name, each with what it changes in the shared config (`eval`, `data`). A score without a name in
     front is that of the set without a name, else the mean over all (each counts once, whatever its size)."""
