@@ -241,9 +241,9 @@ def outside_top_k(*, k: int = SKD_TOP_K) -> Rule:
 @torch.no_grad()
 def _rank(*, p_logits: Tensor, q_logits: Tensor | None, drafted: Tensor, coins: Tensor) -> Tensor:
     drafted = drafted.to(p_logits.device)[:, None]
-    own = p_logits.gather(1, drafted)
+    logit = p_logits.gather(1, drafted)
     lower_id = torch.arange(p_logits.shape[1], device=p_logits.device) < drafted
-    before = (p_logits > own) | ((p_logits == own) & lower_id)
+    before = (p_logits > logit) | ((p_logits == logit) & lower_id)
     return 1 + before.sum(dim=-1).double()
 
 

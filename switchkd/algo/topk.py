@@ -111,9 +111,9 @@ def coarse_grain_around(rows: TopK, q_logits: Tensor, token_ids: Tensor, unc: Te
     place = place_of(rows, token_ids)
     outside = (place == k)[:, None]
     none = torch.finfo(dtype).min
-    own = q_logits.gather(1, token_ids[:, None]).masked_fill(~outside, none)
+    token = q_logits.gather(1, token_ids[:, None]).masked_fill(~outside, none)
     rest = tail_of(tail_of(q_logits, rows.ids), token_ids[:, None]).logsumexp(dim=-1, keepdim=True)
-    q = torch.cat([q_logits.gather(1, rows.ids), own, rest], dim=1).log_softmax(dim=-1)
+    q = torch.cat([q_logits.gather(1, rows.ids), token, rest], dim=1).log_softmax(dim=-1)
     p_own = torch.where(outside[:, 0], (1 - unc.double()).clamp(min=0), 0.0)
     p_rest = (rows.tail_mass.double() - p_own).clamp(min=0)
     p = torch.cat([rows.logprobs.double(), p_own[:, None].log(), p_rest[:, None].log()], dim=1).to(dtype)

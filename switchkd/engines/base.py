@@ -1,4 +1,4 @@
-"""What the rest of the house expects of a teacher and of a student engine."""
+"""The protocols of a teacher and of a student engine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class UnknownSession(Exception):
 
 
 class Teacher(Protocol):
-    """Holds sessions and answers with its signal. Every call may be repeated without harm."""
+    """Holds sessions and answers with its rows. Every call may be repeated without harm."""
 
     def open(self, sessions: Sessions) -> None:
         """Take sequences in. Raises TeacherBusy (none is taken) when they do not all fit."""

@@ -1,7 +1,6 @@
-"""Rooms are furnished: from a resolved config to the teacher, the workers and the learner ranks of one run.
+"""A resolved config becomes a teacher; what each process that holds a model needs.
 
-Every process calls the one function for its role, with nothing but the config and what it must share with the others
-(the teacher's output head, ports). Whether the caller is a Ray actor or this process makes no difference here.
+In: a config. Out: the teacher of one process, whether that is a Ray actor or the run's only one.
 """
 
 from __future__ import annotations
@@ -15,8 +14,6 @@ from switchkd.config.schema import Config, ModelConfig
 from switchkd.engines.models.loading import load_model, load_tokenizer, shared_vocab
 
 if TYPE_CHECKING:
-    import torch
-
     from switchkd.engines.hf.teacher import HFTeacher
     from switchkd.engines.vllm.teacher import VLLMTeacher
 
@@ -29,10 +26,8 @@ def max_len(config: Config) -> int:
 
 
 def device_of(model: ModelConfig | str) -> str:
-    import torch
-
-    wanted = model if isinstance(model, str) else model.device
-    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+    device = model if isinstance(model, str) else model.device
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def _load(model: ModelConfig, device: str, device_map: str | None = None) -> torch.nn.Module:

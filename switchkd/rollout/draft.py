@@ -72,7 +72,7 @@ class Drafter:
         return Draft(tokens=tokens, counts=counts, q_logits=q_logits, read=read)
 
     def step_alone(self, rows: list[RolloutState], version: int) -> None:
-        """One token of the student's for rows in which nobody else has a say."""
+        """One token for rows that the student generates alone."""
         draft = self.draft(rows, 1)
         for r, row in enumerate(rows):
             row.student_len = int(draft.read[r])
@@ -137,9 +137,9 @@ class Drafter:
         tokens = np.zeros(len(alive), np.int64)
         for members in grouped(alive, lambda r: (rows[r].params.student, rows[r].params.seed, rows[r].params.purpose)):
             params = rows[alive[members[0]]].params
-            own = logits if len(members) == len(alive) else logits[members]
+            row_logits = logits if len(members) == len(alive) else logits[members]
             ahead = np.full(len(members), k)
-            tokens[members] = draws(rows, alive[members], ahead, own, params.student, params.purpose)
+            tokens[members] = draws(rows, alive[members], ahead, row_logits, params.student, params.purpose)
         return tokens
 
 

@@ -300,7 +300,7 @@ class SwitchingGenerator:
     # ── only one of the models writes ──────────────────────────────────────────────────────────────────────────────
 
     def _write_on(self, rows: list[RolloutState]) -> PendingCall:
-        """The teacher owns the rest of these rows: it goes on alone, nobody checks."""
+        """The teacher owns the rest of these rows: it generates alone, without verification."""
         (first, *_) = grouped(rows, lambda row: id(row.params))
         rows = [rows[r] for r in first]
         counts = np.array([min(WRITE_SPAN, row.params.max_new_tokens - row.t) for row in rows], np.int32)

@@ -1,6 +1,6 @@
 """Completions that the data set wrote become rollouts: the teacher reads each of them once.
 
-In: tasks with a reference. Out: rollouts whose tokens have the source `data`, or the teacher's signal alone.
+In: tasks with a reference. Out: rollouts whose tokens have the source `data`, or the teacher's output alone.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ReferenceScorer:
         return outputs[0]
 
     def read(self, tasks: Sequence[RolloutTask], take: Callable[[Sequence[RolloutTask], TeacherOutput], None]) -> None:
-        """The teacher reads all references; `score` gets its signal for every token while the sessions are open."""
+        """The teacher reads all references; `take` gets its rows for every token while the sessions are open."""
         while tasks:
             num = self.calls.open_some(tasks)
             now, tasks = tasks[:num], tasks[num:]

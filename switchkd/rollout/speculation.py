@@ -121,8 +121,8 @@ class _Rates:
         """The rate at places t; where nothing was seen yet that of the last place before it which was."""
         left = self._prior.min()
         overall = (self._breaks.sum() + _PRIOR * left) / (self._chances.sum() + left)
-        seen = np.maximum.accumulate(np.where(self._chances > 0, np.arange(len(self._chances)), 0))
-        bucket = seen[np.minimum(t // _BUCKET, len(seen) - 1)]
+        last_known = np.maximum.accumulate(np.where(self._chances > 0, np.arange(len(self._chances)), 0))
+        bucket = last_known[np.minimum(t // _BUCKET, len(last_known) - 1)]
         return (self._breaks[bucket] + overall * self._prior[bucket]) / (self._chances[bucket] + self._prior[bucket])
 
 
@@ -133,7 +133,7 @@ class SpeculationPolicy:
         self.drafter, self.max_draft_tokens = drafter, max_draft_tokens
         self.costs = costs or LatencyModel()
         self.rounds: dict[DraftPlan, int] = {}  # how often each way was taken ...
-        self.trials: dict[DraftPlan, int] = {}  # ... and how often that told its costs
+        self.trials: dict[DraftPlan, int] = {}  # ... and how often its costs were measured
         self._unseen = 0  # rounds since no draft was taken
         self._rates: dict[str, dict[str, _Rates]] = {}
 
@@ -202,7 +202,7 @@ class SpeculationPolicy:
         ahead = np.arange(most)
         live = ahead < limits[:, None]
         widths = live.sum(0)
-        found = {NO_DRAFT: num / sum(cost(kind, num) for kind in ("student", "read", "walk student"))}
+        throughput = {NO_DRAFT: num / sum(cost(kind, num) for kind in ("student", "read", "walk student"))}
         for who, step, block in (("student", "student", "read"), ("teacher", "write", "check")):
             stays = 1 - self._of(rows[0].params.rule.name)[who].at(t[:, None] + ahead)
             reached = np.cumprod(np.concatenate([np.ones((num, 1)), stays[:, :-1]], axis=1), axis=1) * live
@@ -212,5 +212,5 @@ class SpeculationPolicy:
                 # after a break the teacher also reads the token that replaced the drafted one
                 read = drafted[size - 1] + (num * 0.5 if who == "student" else 0)
                 seconds = steps[size - 1] + cost(block, read) + cost(f"walk {who}", drafted[size - 1])
-                found[DraftPlan(who, size)] = kept[size - 1] / seconds  # type: ignore[arg-type]
-        return found
+                throughput[DraftPlan(who, size)] = kept[size - 1] / seconds  # type: ignore[arg-type]
+        return throughput

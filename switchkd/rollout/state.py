@@ -33,7 +33,7 @@ class RolloutParams:
     teacher_budget: int | None = None  # tokens; then the student writes
     scheduled: bool = False  # the threshold changes over training steps, ...
     first_step: int = 0  # ... counted from the stage's first
-    scored: bool = True  # False: the student writes alone and nobody scores it
+    scored: bool = True  # False: without the teacher, the student generates alone
     wants_uncertainty: bool = False  # ATKD's UnC rides along
     top_logprobs: int = 0  # this many of each model's most likely ids ride along
 
@@ -61,7 +61,7 @@ class RolloutState:
     threshold: list[float] = field(default_factory=list)
     uncertainty: list[float] = field(default_factory=list)
     teacher_output: list[np.ndarray] = field(default_factory=list)  # pieces [n, D], one row per decided token
-    num_teacher_rows: int = 0  # rows in `signal`
+    num_teacher_rows: int = 0  # rows in `teacher_output`
     teacher_top: list[TopTokens] = field(default_factory=list)  # pieces, for `RolloutParams.top_logprobs`
     student_top: list[TopTokens] = field(default_factory=list)
     opened: bool = False  # the teacher holds a session
@@ -93,7 +93,7 @@ class RolloutState:
 
     @property
     def student_only(self) -> bool:
-        """The student writes all of it, and nobody looks before it has ended."""
+        """The student generates all of it; the teacher reads it once, when it has ended."""
         return not self.params.scored or self.params.rule.student_only
 
     @property
@@ -106,7 +106,7 @@ class RolloutState:
 
     @property
     def done(self) -> bool:
-        """Ended, and the teacher's signal is there if it is wanted."""
+        """Ended, and with the teacher's rows if they are wanted."""
         return bool(self.finish_reason) and (not self.params.scored or self.num_teacher_rows == self.t)
 
     @property

@@ -1,7 +1,7 @@
-"""All that a rollout worker asks of its teacher, and what it makes of the answers.
+"""A rollout worker's calls to its teacher.
 
-In: rows or tasks. Out: signals. Calls go one after the other, at once or, while flights overlap, in a thread of their
-own. `num_calls` counts those that the teacher computes for.
+In: rows or tasks. Out: teacher outputs. Calls go one after the other, at once or, while half-batches overlap, in a
+thread of their own. `num_calls` counts those that the teacher computes for.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class TeacherClient:
     @property
     def teacher(self) -> Teacher:
         if self._teacher is None:
-            raise RuntimeError("this run has no teacher, but a task needs its signal")
+            raise RuntimeError("this run has no teacher, but a task needs its output")
         return self._teacher
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Future:

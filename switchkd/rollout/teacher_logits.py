@@ -1,7 +1,7 @@
-"""The teacher's signal becomes distributions again: hidden states times the teacher's output head.
+"""Teacher outputs become distributions again: hidden states times the teacher's LM head, or rows from their top k.
 
-In: signal values as they travelled (NumPy, bfloat16 as uint16). Out: float32 logits over the shared vocabulary, only
-for the positions that are asked for.
+In: rows as they travelled (NumPy, bfloat16 as uint16). Out: float32 logits over the shared vocabulary, only for the
+positions that are asked for.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class TeacherLogits:
         return torch.cat(parts).numpy().astype(np.float32) if parts else np.zeros(0, np.float32)
 
     def top(self, values: np.ndarray, k: int, chunk: int = 64) -> TopTokens:
-        """The k most likely ids of signal rows [n, D] (with `teacher.output: top_logprobs` no more than it has)."""
+        """The k most likely ids of rows [n, D] (with `teacher.output: top_logprobs` no more than it has)."""
         if self.kind == "top_logprobs":
             rows = self.top_rows(values)
             return TopTokens.padded(rows.ids[:, :k], rows.logprobs[:, :k], k)

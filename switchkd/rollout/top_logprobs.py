@@ -36,10 +36,10 @@ class TopTokens:
     @classmethod
     def padded(cls, ids: Tensor, logprobs: Tensor, k: int) -> TopTokens:
         """At most k ids a row, filled up to k."""
-        found = cls.unknown(len(ids), k)
-        found.ids[:, : ids.shape[1]] = ids.cpu().numpy()
-        found.logprobs[:, : ids.shape[1]] = logprobs.float().cpu().numpy()
-        return found
+        tokens = cls.unknown(len(ids), k)
+        tokens.ids[:, : ids.shape[1]] = ids.cpu().numpy()
+        tokens.logprobs[:, : ids.shape[1]] = logprobs.float().cpu().numpy()
+        return tokens
 
     @classmethod
     def unknown(cls, num: int, k: int) -> TopTokens:

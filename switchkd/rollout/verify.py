@@ -3,7 +3,7 @@
 In: rows with the tokens that one of the models proposed, and both models' distributions at every proposed position.
 Out: the rows, longer by at least one token each, and how far each proposal held.
 
-Both models draw with the same keyed Gumbel numbers, so a token may be the proposed one whoever owns it. A block stays
+Both models draw with the same keyed Gumbel numbers, so a token may be the proposed one whichever owns it. A block stays
 valid as long as the settled token equals the proposed one. A student's proposal breaks where the teacher owns the
 token and draws another one; a teacher's proposal where the student does. Even then the settled token is kept. The
 outcome depends neither on the block size nor on who proposed.
@@ -39,7 +39,7 @@ Rows = Callable[[np.ndarray, np.ndarray], Tensor]
 """Float32 logits [n, V] of proposed position `positions[i]` of row `rows[i]`."""
 TopRows = Callable[[np.ndarray, np.ndarray], TopK]
 RecordOutcome = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
-"""Hears of settled positions: t int [n], owned by the teacher bool [n], whether both models' draws differ: 1, 0, or -1
+"""Gets settled positions: t int [n], owned by the teacher bool [n], whether both models' draws differ: 1, 0, or -1
 where only one of them was made."""
 
 
@@ -80,7 +80,7 @@ def verify(
     """Settle the tokens of one block per row; all rows share rule, sampling and training step.
 
     Returns held int [R]: how many settled tokens equal the proposed ones, from the left. With `record_outcome`, both
-    models draw at the first position of every block, whoever owns it.
+    models draw at the first position of every block, whichever owns it.
     """
     num_accepted = np.zeros(len(rows), np.int64)
     alive = np.arange(len(rows))
@@ -152,7 +152,7 @@ def _decide(rows: list[RolloutState], span: _Window, alive: np.ndarray, k: int) 
     memory = torch.cat([rows[r].memory for r in alive])
     t = torch.tensor([rows[r].t for r in alive])
     statistic = shown = span.statistic[alive, k - span.first]
-    if rule.teacher_only is not None:  # where nothing is decided any more, nothing is measured, whoever proposed
+    if rule.teacher_only is not None:  # after its switch a rule has no statistic, whichever model drafts
         settled = rule.teacher_only(memory)
         statistic, shown = statistic.masked_fill(settled, 0.0), shown.masked_fill(settled, torch.nan)
     threshold = rule.threshold(t, rows[alive[0]].step, memory)
@@ -180,8 +180,8 @@ def _tokens(
     drafted id, so sharing that noise would bend the law.
     """
     params, block = rows[0].params, span.block
-    own = block.tokens[alive, k]  # the proposer's
-    tokens, differ = own.copy(), np.full(len(alive), -1)
+    drafted = block.tokens[alive, k]
+    tokens, differ = drafted.copy(), np.full(len(alive), -1)
     replaced = params.rule.replacement != Purpose.GUMBEL
     if block.by_teacher:
         drawn = ~owned | probe
@@ -193,7 +193,7 @@ def _tokens(
         drawn = owned | (probe and not replaced)
         other = _teacher_draws(rows, span, alive[drawn], k, params.rule.replacement if replaced else params.purpose)
         tokens[owned] = other[owned[drawn]]
-    differ[drawn] = other != own[drawn]
+    differ[drawn] = other != drafted[drawn]
     return tokens, differ
 
 
@@ -283,9 +283,6 @@ class _Window:
         """The student's logits [n, V] at position k of rows `which`."""
         return self._rows(self._q, self.block.q_rows, which, k)
 
-    def _at(self, which: np.ndarray, k: int) -> Tensor:
-        return torch.from_numpy(self._place[which, k - self.first])
-
     def p_rows(self, which: np.ndarray, k: int) -> Tensor:
         """The teacher's logits [n, V] at position k of rows `which`."""
         return self._rows(self._p, self.block.p_rows, which, k)
@@ -303,4 +300,4 @@ class _Window:
     def _rows(self, ready: Tensor | None, make: Rows, which: np.ndarray, k: int) -> Tensor:
         if ready is None:
             return make(which, np.full(len(which), k))
-        return ready[self._at(which, k).to(ready.device)]
+        return ready[torch.from_numpy(self._place[which, k - self.first]).to(ready.device)]

@@ -153,7 +153,7 @@ def _why_not(model: Any, whole_rows: bool) -> str | None:
     if len(devices) > 1:
         return f"the model is spread over {', '.join(sorted(devices))} and a graph has one device"
     if whole_rows:
-        return "teacher.output is full and only hidden states are recorded"
+        return "teacher.output is logits and only hidden states are recorded"
     return None
 
 

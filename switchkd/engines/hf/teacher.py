@@ -1,7 +1,7 @@
-"""transformers models behind the house's two promises: the student that drafts, the teacher that keeps sessions.
+"""The teacher as a transformers model that keeps sessions.
 
-In: slots or sessions, and token ids to append to them. Out: final hidden states, as tensors (`HFStudent`) or as they
-travel (`HFTeacher`). One caller at a time.
+In: sessions, and token ids to append to them. Out: hidden states, logits or top log-probs, as they travel. One caller
+at a time.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class HFTeacher:
         return TeacherOutput(kind=self.kind, dtype=dtype, rows=Ragged(values, np.asarray(lengths, np.int32)))
 
     def _logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """The float32 rows that a worker would rebuild from the signal."""
+        """The float32 rows that a worker would rebuild from hidden states."""
         if self.kind == "logits":
             return rows[:, : self.vocab_size].float()
         if self._head is None:  # where the model is not float32 this is a second head, for those who use it

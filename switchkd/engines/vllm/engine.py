@@ -45,14 +45,14 @@ class Engine:
         self.path, self.revision, self.trust_remote_code = path, revision, trust_remote_code
         self.dtype, self.max_len, self.extended = getattr(torch, dtype), max_len, extended
         self.num_positions_read = 0
-        given = dict(arguments or {})
-        _check_arguments(given)
+        arguments = dict(arguments or {})
+        _check_arguments(arguments)
         settings = {
             "model": path, "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code,
-            "max_model_len": max_len + 1,  # vLLM wants room for one token to write
+            "max_model_len": max_len + 1,  # vLLM counts one token to write
             "max_num_seqs": min(max_sessions, 256), "max_logprobs": -1, "skip_tokenizer_init": True,
-            "enable_prefix_caching": True, "load_format": "safetensors", **_of_platform(given), **_of_workers(given),
-            **given,
+            "enable_prefix_caching": True, "load_format": "safetensors",
+            **_of_platform(arguments), **_of_workers(arguments), **arguments,
             "async_scheduling": False,  # a draw counts the tokens that were written before it
             "logits_processors": ["switchkd.engines.vllm.worker:KeyedDraws"],
         }  # fmt: skip
@@ -71,11 +71,11 @@ class Engine:
                 raise
 
     def call(self, method: str, *args: Any) -> list[Any]:
-        """Of every worker, its answer."""
+        """Call a method of the workers' extension: one answer per worker."""
         return self._llm.collective_rpc(method, args=args)
 
-    def run(self, jobs: Sequence[RowRequest], *, cached: bool = True, **wanted: Any) -> list[tuple[str, Any]]:
-        """Key and vLLM's output of each job. `cached` may read what earlier requests left; `wanted` are fields of
+    def run(self, jobs: Sequence[RowRequest], *, cached: bool = True, **options: Any) -> list[tuple[str, Any]]:
+        """Key and vLLM's output of each job. `cached` may read what earlier requests left; `options` are fields of
         SamplingParams."""
         keys = [next(self._keys) for _ in jobs]
         prompts, params = [], []
@@ -87,7 +87,7 @@ class Engine:
                 self._params(
                     temperature=0.0, max_tokens=job.count, stop_token_ids=list(job.stop_ids), ignore_eos=True,
                     detokenize=False, extra_args={"switchkd": {"key": key, "first": job.first, "draw": job.draw}},
-                    **skip, **wanted,
+                    **skip, **options,
                 )
             )  # fmt: skip
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
@@ -108,19 +108,19 @@ class Engine:
         gc.collect()  # what vLLM keeps for the process goes with its engine, which must be before the next one comes
 
 
-def _check_arguments(given: dict[str, Any]) -> None:
+def _check_arguments(arguments: dict[str, Any]) -> None:
     """ConfigError for a name that vLLM does not know."""
     from vllm.engine.arg_utils import EngineArgs
 
     known = [field.name for field in dataclasses.fields(EngineArgs)]
-    for name in given:
+    for name in arguments:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ConfigError(f"teacher.engine.{name} is no argument of this vLLM; {hint}see vLLM's engine arguments")
 
 
-def _of_platform(given: dict[str, Any]) -> dict[str, Any]:
+def _of_platform(arguments: dict[str, Any]) -> dict[str, Any]:
     """Defaults that suit a CPU: small blocks (a cut prefix is read again from the last whole one), no compilation, and
     a cache that leaves the machine its memory."""
     from vllm.platforms import current_platform
@@ -128,15 +128,15 @@ def _of_platform(given: dict[str, Any]) -> dict[str, Any]:
     if not current_platform.is_cpu():
         return {}
     settings: dict[str, Any] = {"block_size": 32, "enforce_eager": True}
-    if "gpu_memory_utilization" not in given and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+    if "gpu_memory_utilization" not in arguments and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         settings["kv_cache_memory_bytes"] = _CPU_CACHE_BYTES
     return settings
 
 
-def _of_workers(given: dict[str, Any]) -> dict[str, Any]:
+def _of_workers(arguments: dict[str, Any]) -> dict[str, Any]:
     """Several workers are processes of this one, on its node. Left to itself, vLLM would see the replica's placement
     group and start Ray actors, one in a bundle each; all of the replica's GPUs are one bundle, which it refuses."""
-    several = any((given.get(name) or 1) > 1 for name in SPLITS)
+    several = any((arguments.get(name) or 1) > 1 for name in SPLITS)
     return {"distributed_executor_backend": "mp"} if several else {}
 
 

@@ -1,7 +1,7 @@
 """Rows out of a vLLM engine: hidden states from its workers' extension, or the top k from its public log-probs.
 
-In: jobs (tokens to read, from which position on rows are wanted, what to write). Out: answers, and the Signal that
-travels. A session's tokens are all the state there is.
+In: jobs (tokens to read, from which position on rows are wanted, what to write). Out: answers, and the teacher output
+that travels. A session's tokens are all the state there is.
 
 Shapes: n rows, D hidden width, k ids that are kept, P tokens of a prompt, V shared vocabulary.
 """
