@@ -159,7 +159,7 @@ class ModelRunner:
             if start > held:
                 raise ValueError(f"slot {slot} holds {held} tokens, it cannot be cut to {start}")
             if end > self.max_len:
-                raise ValueError(f"slot {slot} would hold {end} tokens; it takes {self.max_len}")
+                raise ValueError(f"slot {slot} would hold {end} tokens; it has room for {self.max_len}")
 
     @torch.inference_mode()
     def _check_model(self) -> None:
