@@ -380,7 +380,7 @@ def test_draws_are_from_the_rows_that_travel(served):
             purpose=Purpose.GUMBEL, sampling=sampling, return_margin=True,
         )  # fmt: skip
         assert written.tokens.values.tolist() == tokens.tolist()
-        np.testing.assert_allclose(written.margins, margins, atol=1e-4)
+        np.testing.assert_allclose(written.margins.values, margins, atol=1e-4)
 
 
 # --- the public interface --------------------------------------------------------------------------------------------

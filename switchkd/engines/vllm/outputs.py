@@ -128,14 +128,14 @@ class PublicRows:
         num, prompt, written = len(job.tokens), output.prompt_logprobs, output.outputs[0]
         first = min(max(job.first, output.num_cached_tokens or 0), num - 1)
         rows = [self._row(prompt, len(prompt) - (num - 1 - p)) for p in range(first, num - 1)]
-        rows += [self._row(written.logprobs, i) for i in range(len(written.tokens.values))]
+        rows += [self._row(written.logprobs, i) for i in range(len(written.token_ids))]
         surplus = max(job.first - first, 0)
-        unknown = [float("inf")] * len(written.tokens.values)  # the public interface does not say how close a draw was
+        unknown = [float("inf")] * len(written.token_ids)  # the public interface does not say how close a draw was
         nothing = torch.zeros(0, 2 * self.top_k + 2, dtype=torch.int32)
         return Answer(
             first=first + surplus,
             rows=torch.stack(rows[surplus:]) if rows[surplus:] else nothing,
-            token_ids=list(written.tokens.values),
+            token_ids=list(written.token_ids),
             margins=unknown,
         )
 

@@ -96,7 +96,7 @@ def measure(
 ) -> dict[int, list[Measurement]]:
     """The first `n` workers for each `n`, in turns, each worker with the same load."""
     ids = count()
-    sides = {str(num): partial(_measure_once, handles[:num], waves * ROWS, ids) for num in num_workers}
+    sides = {str(num): partial(_measure_once, list(handles)[:num], waves * ROWS, ids) for num in num_workers}
     return {int(num): measured for num, measured in take_turns(sides, repeats).items()}
 
 
