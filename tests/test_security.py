@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import pickle
@@ -426,7 +427,8 @@ def test_head_without_an_address_is_closed(tmp_path):
         own = descendants(head.pid)
         for pid in (head.pid, *own):
             if processes().get(pid) == own.get(pid, processes().get(pid)):
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it may end by itself once the head is gone
+                    os.kill(pid, signal.SIGKILL)
         head.wait()
         shutil.rmtree(temp, ignore_errors=True)
 
