@@ -105,7 +105,7 @@ def atkd_threshold(unc: Tensor, *, hard_frac: float = 0.5) -> float:
 
 def token_weights(mask: Tensor, *, num_loss_tokens: float | None = None) -> Tensor:
     """1 / num_loss_tokens for each trained token, float32 [N]; `mask` is counted unless it is given (all ranks')."""
-    return mask / max(_count(mask) if num_loss_tokens is None else num_loss_tokens, 1)
+    return mask / max(float(mask.sum()) if num_loss_tokens is None else num_loss_tokens, 1)
 
 
 def atkd_weights(mask: Tensor, hard: Tensor, *, num_easy: float | None = None, num_hard: float | None = None) -> Tensor:
@@ -141,7 +141,3 @@ def _target_and_others(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Logits of [g, not g], [N, 2], and of the ids without g, [N, V]: a softmax renormalises each."""
     others = logits.scatter(1, target, torch.finfo(logits.dtype).min)  # finite: g may be the only id that is not -inf
     return torch.cat([logits.gather(1, target), others.logsumexp(dim=-1, keepdim=True)], dim=1), others
-
-
-def _count(mask: Tensor) -> float:
-    return float(mask.sum())

@@ -34,11 +34,6 @@ BOUNDED = ("forward_kl", "skew_kl", "jsd", "tvd", "cross_entropy")
 """`atkd` too, in its forward direction."""
 
 
-def is_bounded(name: str, direction: str | None) -> bool:
-    """Whether the loss of compressed rows has a stated error bound that is small where the tail is."""
-    return name in BOUNDED or (name == "atkd" and direction != "reverse")
-
-
 def coarse(
     loss: Callable[..., Tensor], row: TopK, q_logits: Tensor, labels: Tensor, mask: Tensor, **numbers: object
 ) -> Tensor:

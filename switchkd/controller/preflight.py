@@ -249,7 +249,8 @@ def check_topk(stage: StageConfig, teacher: TeacherConfig) -> None:
             f"rule outside_top_k asks for the teacher's first {stage.rule.top_k or switching.SKD_TOP_K} ids, "
             f"teacher.num_top_logprobs={num_ids} sends fewer; raise it, or take teacher.output=hidden_states"
         )
-    if not loss.approximate and not topk_losses.is_bounded(loss.type, loss.direction):
+    bounded = loss.type in topk_losses.BOUNDED or (loss.type == "atkd" and loss.direction != "reverse")
+    if not loss.approximate and not bounded:
         what = f" (direction {loss.direction})" if loss.direction else ""
         raise ConfigError(
             f"teacher.output=top_logprobs with loss {loss.type}{what}: what the tail leaves out has no small bound; "

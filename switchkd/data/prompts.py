@@ -36,10 +36,6 @@ class PromptSet:
     def num_skipped(self) -> int:
         return sum(self.skipped.values())
 
-    @property
-    def longest_prompt(self) -> int:
-        return max(len(prompt.token_ids) for prompt in self.prompts)
-
     def report(self) -> str:
         """One line for the console."""
         parts = [f"{len(self.prompts)} prompts"]

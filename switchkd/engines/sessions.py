@@ -36,11 +36,8 @@ class Session:
         """Hold these tokens; what was read and answered of a common beginning stays true."""
         common = _common(self.tokens, tokens)
         self.tokens, self.num_read = tokens, min(self.num_read, common)
-        self.cut_rows(common)
-
-    def cut_rows(self, end: int) -> None:
         if self.rows is not None:
-            self.rows = self.rows[: max(end - self.first, 0)]
+            self.rows = self.rows[: max(common - self.first, 0)]
 
 
 class SessionTable:

@@ -286,7 +286,7 @@ class SwitchingGenerator:
                 group = [rows[r] for r in members]
                 rule = group[0].params.rule.name
                 record_outcome = None
-                if self.speculation.watches:
+                if self.speculation.drafter == "auto":
                     record_outcome = partial(self.speculation.record_outcome, rule, block.by_teacher)
                 num_accepted[members] = verify(
                     group,

@@ -137,11 +137,6 @@ class SpeculationPolicy:
         self._unseen = 0  # rounds since no draft was taken
         self._rates: dict[str, dict[str, _Rates]] = {}
 
-    @property
-    def watches(self) -> bool:
-        """Whether break rates matter."""
-        return self.drafter == "auto"
-
     def choose(self, rows: Sequence[RolloutState]) -> DraftPlan:
         """For the coming round of rows that share a rule."""
         plan = self._choose(rows)

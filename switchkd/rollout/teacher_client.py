@@ -71,7 +71,9 @@ class TeacherClient:
     def open(self, tasks: Sequence[RolloutTask]) -> None:
         """Raises TeacherBusy when they do not all fit."""
         if tasks:
-            self.result(self.submit(self.teacher.open, sessions_of(tasks)))
+            ids = np.array([task.rollout_id for task in tasks], np.int64)
+            prompts = Ragged.concat([task.prompt.token_ids for task in tasks], np.int32)
+            self.result(self.submit(self.teacher.open, Sessions(session_ids=ids, tokens=prompts)))
 
     def open_some(self, tasks: Sequence[RolloutTask]) -> int:
         """How many of the tasks, from the first on, the teacher takes now: at least one, it may wait for that."""
@@ -94,13 +96,6 @@ class TeacherClient:
         teacher_output: TeacherOutput = self.result(self.submit(self.teacher.score, blocks))
         self.reader.set_format(teacher_output)
         return teacher_output
-
-
-def sessions_of(tasks: Sequence[RolloutTask]) -> Sessions:
-    return Sessions(
-        session_ids=np.array([task.rollout_id for task in tasks], np.int64),
-        tokens=Ragged.concat([task.prompt.token_ids for task in tasks], np.int32),
-    )
 
 
 def blocks_of(rows: Sequence[RolloutState], new_tokens: Sequence[list[int]], first_positions: Sequence[int]) -> Blocks:

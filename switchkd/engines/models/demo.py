@@ -146,7 +146,26 @@ def convert(gguf_file: Path, folder: Path, *, tensors_sha256: str) -> str:
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
     ids = {key: meta[f"tokenizer.ggml.{name}_token_id"] for key, name in names.items()}
-    (folder / "config.json").write_text(json.dumps(_model_config(meta, state) | ids, indent=2))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "float32",
+        "num_hidden_layers": meta["llama.block_count"],
+        "hidden_size": meta["llama.embedding_length"],
+        "intermediate_size": meta["llama.feed_forward_length"],
+        "num_attention_heads": meta["llama.attention.head_count"],
+        "num_key_value_heads": meta["llama.attention.head_count_kv"],
+        "max_position_embeddings": meta["llama.context_length"],
+        "rms_norm_eps": round(meta["llama.attention.layer_norm_rms_epsilon"], 10),  # stored in float32
+        "rope_theta": meta["llama.rope.freq_base"],
+        "vocab_size": len(state["model.embed_tokens.weight"]),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+        **ids,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "generation_config.json").write_text(json.dumps(ids, indent=2))
     _tokenizer(meta).save_pretrained(folder)
     return digest
@@ -187,27 +206,6 @@ def tensors_digest(state: dict[str, np.ndarray]) -> str:
         digest.update(name.encode())
         digest.update(state[name].tobytes())
     return digest.hexdigest()
-
-
-def _model_config(meta: dict[str, Any], state: dict[str, np.ndarray]) -> dict[str, Any]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": "float32",
-        "num_hidden_layers": meta["llama.block_count"],
-        "hidden_size": meta["llama.embedding_length"],
-        "intermediate_size": meta["llama.feed_forward_length"],
-        "num_attention_heads": meta["llama.attention.head_count"],
-        "num_key_value_heads": meta["llama.attention.head_count_kv"],
-        "max_position_embeddings": meta["llama.context_length"],
-        "rms_norm_eps": round(meta["llama.attention.layer_norm_rms_epsilon"], 10),  # stored in float32
-        "rope_theta": meta["llama.rope.freq_base"],
-        "vocab_size": len(state["model.embed_tokens.weight"]),
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": True,
-    }
 
 
 def _tokenizer(meta: dict[str, Any]) -> Any:

@@ -94,7 +94,8 @@ def data(ready: PreparedRun) -> Iterator[CheckResult]:
     for key, prompts in (("data.path", ready.prompts), ("eval.data", ready.eval_prompts)):
         if prompts is None:
             continue
-        text = f"{key}: {prompts.report()}; longest prompt {prompts.longest_prompt} of {limit} tokens"
+        longest = max(len(prompt.token_ids) for prompt in prompts.prompts)
+        text = f"{key}: {prompts.report()}; longest prompt {longest} of {limit} tokens"
         if prompts.num_skipped or prompts.num_cut:
             remedy = "raise data.max_prompt_tokens or data.max_reference_tokens, or correct those rows"
             yield warn("data", text, remedy)
