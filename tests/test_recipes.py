@@ -19,7 +19,7 @@ from switchkd.controller.preflight import prepare
 from switchkd.controller.schedule import Schedule
 from switchkd.data.prompts import PromptStream
 from switchkd.learner.build import build_loss
-from switchkd.rollout.build import build_rollout_params
+from switchkd.rollout.rules import build_rollout_params
 from switchkd.tools.eval_config import eval_config
 from switchkd.train import train
 from switchkd.types import CompletionSource, Prompt

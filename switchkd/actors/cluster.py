@@ -54,6 +54,8 @@ def start_private(config: Config) -> None:
 
 def _student_params(config: Config) -> int:
     """0 for a model that cannot be built without its weights, as remote code may demand."""
+    if config.is_fake:
+        return int(config.fake.weights_mb * 2**18)
     if looks_local(config.student.path):
         return num_params(Path(config.student.path).expanduser())
     with suppress(ConfigError):

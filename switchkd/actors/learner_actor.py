@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable
 from concurrent.futures import Future
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError
@@ -21,9 +21,11 @@ from switchkd.actors.process_setup import Secrets, prepare
 from switchkd.actors.ray_futures import gather_ranks, run_in_thread
 from switchkd.actors.replay_actor import RayReplayHandle
 from switchkd.config.schema import Config
-from switchkd.engines.models.lm_head import LMHeadState
-from switchkd.learner.rank import LearnerRank, RankInfo
+from switchkd.learner.rank import RankInfo, make_rank
 from switchkd.types import PackedWeights, Rollout, StateLost
+
+if TYPE_CHECKING:
+    from switchkd.engines.models.lm_head import LMHeadState
 
 MAX_RENDEZVOUS = 3
 """Tries to bring all ranks together."""
@@ -35,8 +37,8 @@ class LearnerActor(HeartbeatActor):
         prepare(secrets, working_dir)
         self.config = Config.model_validate(config)
         self.replay = RayReplayHandle(replay)
-        # what `start` needs and takes seconds, while the teacher, whose LM head `start` waits for, is loading
-        import_module("transformers.models.auto.modeling_auto")
+        if not self.config.is_fake:  # takes seconds, while the teacher, whose LM head `start` waits for, is loading
+            import_module("transformers.models.auto.modeling_auto")
 
     def address(self) -> tuple[str, int]:
         """Where the other ranks can reach rank 0: this node's address and a free port."""
@@ -46,7 +48,7 @@ class LearnerActor(HeartbeatActor):
 
     def start(self, rank_info: RankInfo, heads: dict[str, LMHeadState]) -> None:
         """Meet the other ranks and load the student."""
-        self.rank = LearnerRank(self.config, rank_info, heads, self._fetch)
+        self.rank = make_rank(self.config, rank_info, heads, self._fetch)
 
     def _fetch(self, rollout_ids: list[int]) -> list[Rollout]:
         with waiting_for("the replay"):

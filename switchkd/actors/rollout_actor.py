@@ -65,7 +65,7 @@ class RolloutActor(HeartbeatActor):
     def _newer(self) -> PackedWeights | None:
         """Return the pushed weights, if they are later than those in use."""
         pushed = self.pushed
-        return pushed if pushed is not None and pushed.order > self.worker.student.order else None
+        return pushed if pushed is not None and pushed.order > self.worker.order else None
 
     def _put(self, rollouts: list[Rollout]) -> None:
         """Wait while the replay is full, or is being started again."""

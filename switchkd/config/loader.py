@@ -203,6 +203,7 @@ def _check_across(config: Config) -> None:
             )
     _check_teachers(config)
     _check_adaptive(config)
+    _check_fakes(config)
     models: list[tuple[str, ModelConfig]] = [("student", config.student), ("teacher", config.teacher)]
     models += [(f"teachers.{name}", teacher) for name, teacher in config.teachers.items()]
     for role, model in models:
@@ -244,6 +245,18 @@ def _check_adaptive(config: Config) -> None:
             )
     if not any(stage.mix.rollout and stage.steps for stage in config.train.stages):
         raise ConfigError(f"{policy}, but no stage has rollouts; take mix {{rollout: 1, dataset: 1}} or policy fifo")
+
+
+def _check_fakes(config: Config) -> None:
+    """All models are fake, or none."""
+    backends = {"student": config.student.backend, "learner": config.learner.backend, "teacher": config.teacher.backend}
+    backends |= {f"teachers.{name}": teacher.backend for name, teacher in config.teachers.items()}
+    if config.teachers or not config.needs_teacher:
+        del backends["teacher"]
+    fakes = [role for role, backend in backends.items() if backend == "fake"]
+    if fakes and len(fakes) < len(backends):
+        others = ", ".join(f"{role}.backend={backend}" for role, backend in backends.items() if backend != "fake")
+        raise ConfigError(f"{fakes[0]}.backend=fake, but {others}: fake and real models do not mix; set all to fake")
 
 
 def _check_teachers(config: Config) -> None:

@@ -101,8 +101,9 @@ class ModelConfig(Section):
 
 
 class TeacherConfig(ModelConfig):
-    backend: Literal["hf", "vllm"] = "hf"
-    """`hf` runs any causal transformers model; `vllm`, an install of its own (see the README), is for large ones."""
+    backend: Literal["hf", "vllm", "fake"] = "hf"
+    """`hf` runs any causal transformers model; `vllm`, an install of its own (see the README), is for large ones;
+    `fake` (with `student.backend` and `learner.backend`) loads no model: for trying a cluster."""
     engine: dict[str, Any] = {}
     """With `vllm`: its engine arguments, passed on as they are (`tensor_parallel_size`, `gpu_memory_utilization`,
     `quantization`, ...)."""
@@ -139,6 +140,7 @@ class DepthPruneConfig(Section):
 
 
 class StudentConfig(ModelConfig):
+    backend: Literal["hf", "fake"] = "hf"
     prune: DepthPruneConfig | None = None
     """When set, `path` is not read: the student is pruned from the teacher."""
 
@@ -300,6 +302,7 @@ class LoraConfig(Section):
 
 
 class LearnerConfig(Section):
+    backend: Literal["deepspeed", "fake"] = "deepspeed"
     num_ranks: PositiveInt = 1
     zero_stage: Literal[0, 1, 2, 3] = 1
     lr: PositiveFloat = 1e-5
@@ -403,6 +406,16 @@ class MetricsConfig(Section):
     """On Ray: the same numbers on every node's metrics port, as `ray_switchkd_...`."""
 
 
+class FakeConfig(Section):
+    """With `backend: fake`: the seconds that calls take, whatever their size, and the size of a weight version."""
+
+    start_s: float = Field(0.0, ge=0)
+    student_s: float = Field(0.0, ge=0)
+    teacher_s: float = Field(0.0, ge=0)
+    learner_s: float = Field(0.0, ge=0)
+    weights_mb: float = Field(1.0, ge=0)
+
+
 class ClusterConfig(Section):
     address: str = ""
     """Address of a running Ray cluster (`auto`, `host:port`). Empty: the submitted job's, else a private one here."""
@@ -459,6 +472,7 @@ class Config(Section):
     resources: RoleResourcesConfig = RoleResourcesConfig()
     metrics: MetricsConfig = MetricsConfig()
     cluster: ClusterConfig = ClusterConfig()
+    fake: FakeConfig = FakeConfig()
 
     @field_validator("format")
     @classmethod
@@ -466,6 +480,11 @@ class Config(Section):
         if value != FORMAT:
             raise ValueError(f"this is format {FORMAT}; use the version that wrote it, or remove the key and try again")
         return value
+
+    @property
+    def is_fake(self) -> bool:
+        """No model is run: `loader.py` has checked that all are fake."""
+        return self.student.backend == "fake"
 
     @property
     def needs_teacher(self) -> bool:

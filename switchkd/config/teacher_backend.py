@@ -49,7 +49,7 @@ _SAME_ROWS = frozenset(
 def check_backend(config: Config) -> None:
     """Raises ConfigError for keys of the other backend, and for a vLLM that is not installed."""
     teacher = config.teacher
-    if teacher.backend == "hf":
+    if teacher.backend != "vllm":
         if teacher.engine:
             raise ConfigError("teacher.engine is for vLLM; set teacher.backend: vllm, or remove it")
         return

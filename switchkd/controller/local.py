@@ -22,8 +22,9 @@ from switchkd.data.build import make_replay
 from switchkd.data.recorded import heads_for
 from switchkd.data.replay import Replay
 from switchkd.engines.build import make_teacher
-from switchkd.learner.rank import LearnerRank, RankInfo
+from switchkd.learner.rank import RankInfo, make_rank
 from switchkd.rollout.build import Teachers, make_worker
+from switchkd.rollout.fake import FakeWorker
 from switchkd.rollout.worker import RolloutWorker
 from switchkd.types import EvalShard, RolloutTask, WeightRef
 
@@ -53,7 +54,7 @@ class LocalHandle:
 class LocalWorkerHandle:
     """A worker that puts into a replay of the same process."""
 
-    def __init__(self, worker: RolloutWorker, replay: Replay | None) -> None:
+    def __init__(self, worker: RolloutWorker | FakeWorker, replay: Replay | None) -> None:
         self.worker, self.replay = worker, replay
 
     def generate(self, tasks: list[RolloutTask], weights: WeightRef | None) -> Future[Any]:
@@ -102,7 +103,7 @@ def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int]) -> Act
     heads = heads_for(config, run_dir, {name: head for name, (_, head) in teachers.items() if head is not None})
     replay = make_replay(config, run_dir)
     workers = [] if config.rollout.recorded else [make_worker(config, teachers, stop_ids)]
-    learner = LearnerRank(config, RankInfo(), heads, replay.fetch)
+    learner = make_rank(config, RankInfo(), heads, replay.fetch)
     return ActorHandles(
         workers=[LocalWorkerHandle(worker, replay) for worker in workers],
         replay=LocalHandle(replay),

@@ -29,7 +29,8 @@ from switchkd.data.rollout_io import (
     read_column,
     read_records,
 )
-from switchkd.engines.build import max_len
+from switchkd.engines.build import make_tokenizer, max_len
+from switchkd.engines.fake import END
 from switchkd.engines.models.loading import (
     check_attention,
     read_config,
@@ -41,7 +42,7 @@ from switchkd.engines.models.loading import (
 from switchkd.engines.models.resolve import reads_teacher, resolve_models
 from switchkd.engines.models.sources import check_model_folder
 from switchkd.learner.build import build_loss
-from switchkd.rollout.build import build_rule
+from switchkd.rollout.rules import build_rule
 
 _JOB_VARIABLES = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_ID")
 
@@ -63,8 +64,11 @@ def prepare(config: Config) -> PreparedRun:
     if config.rollout.recorded:
         config = with_recorded_settings(config)
     check(config)
-    config = resolve_models(config)
-    tokenizer, ends = check_models(config)
+    if config.is_fake:
+        tokenizer, ends = make_tokenizer(config), frozenset([END])
+    else:
+        config = resolve_models(config)
+        tokenizer, ends = check_models(config)
     stop_id = answer_end(config.data, tokenizer, ends)
     if config.rollout.recorded:  # they bring prompts and completions with them, and nobody evaluates
         check_vocab(config, shared_vocab(tokenizer))
@@ -120,6 +124,8 @@ def check(config: Config) -> None:
             raise ConfigError(f"train.stages.{index} ({stage.name}): {error}") from None
     _check_eval(config)
     _check_data(config)
+    if config.is_fake:  # paths are not read
+        return
     for name in config.teacher_names or ("",) * reads_teacher(config):
         _check_teacher_folder(config.of_teacher(name).teacher, role_of(name))
     if config.student.prune is None and config.student.path != "demo":

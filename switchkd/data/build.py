@@ -10,14 +10,13 @@ from switchkd.data.atomic_files import TEACHER_OUTPUT
 from switchkd.data.recorded import RecordedRollouts
 from switchkd.data.replay import Replay
 from switchkd.data.reuse_buffer import ReuseBuffer
-from switchkd.engines.models.loading import load_tokenizer
+from switchkd.engines.build import make_tokenizer
 
 
 def make_replay(config: Config, run_dir: Path) -> Replay:
     """The replay of one run, or the rollouts that another run recorded."""
     section = config.replay
-    tokenizer = load_tokenizer(config.student.path, trust_remote_code=config.student.trust_remote_code)
-    decode = partial(tokenizer.decode, skip_special_tokens=False)
+    decode = partial(make_tokenizer(config).decode, skip_special_tokens=False)
     rollouts_file = run_dir / "rollouts.jsonl" if config.rollout.save else None
     if config.rollout.recorded:
         sizes = [stage.batch_size for stage in config.train.stages for _ in range(stage.steps)]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors import safe_open
@@ -22,8 +23,10 @@ from switchkd.config.schema import Config
 from switchkd.data.atomic_files import TEACHER_OUTPUT, write_atomic
 from switchkd.data.replay import EMPTY, Replay
 from switchkd.data.rollout_io import find_shards, load_rollouts, read_records, save_replay_state
-from switchkd.engines.models.lm_head import LMHeadState
 from switchkd.types import Entry
+
+if TYPE_CHECKING:
+    from switchkd.engines.models.lm_head import LMHeadState
 
 HEADS = "heads.safetensors"
 
@@ -51,6 +54,8 @@ def save_heads(path: Path, heads: dict[str, LMHeadState]) -> None:
 
 def load_heads(path: Path) -> dict[str, LMHeadState]:
     """Raises ConfigError."""
+    from switchkd.engines.models.lm_head import LMHeadState
+
     if not path.is_file():
         raise ConfigError(f"--from-rollouts: {path} is missing, without it hidden states cannot be read; record again")
     with safe_open(path, framework="numpy") as file:

@@ -5,15 +5,16 @@ In: a config. Out: the teacher of one process, whether that is a Ray actor or th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from switchkd.config import resources
 from switchkd.config.schema import Config, ModelConfig
+from switchkd.engines.fake import FakeTeacher, FakeTokenizer
 from switchkd.engines.models.loading import load_model, load_tokenizer, shared_vocab
 
 if TYPE_CHECKING:
+    import torch
+
     from switchkd.engines.hf.teacher import HFTeacher
     from switchkd.engines.vllm.teacher import VLLMTeacher
 
@@ -26,11 +27,13 @@ def max_len(config: Config) -> int:
 
 
 def device_of(model: ModelConfig | str) -> str:
+    import torch
+
     device = model if isinstance(model, str) else model.device
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def _load(model: ModelConfig, device: str, device_map: str | None = None) -> torch.nn.Module:
+def load_section(model: ModelConfig, device: str, device_map: str | None = None) -> torch.nn.Module:
     return load_model(
         model.path,
         dtype=model.dtype,
@@ -42,22 +45,36 @@ def _load(model: ModelConfig, device: str, device_map: str | None = None) -> tor
     )
 
 
-def make_teacher(config: Config) -> HFTeacher | VLLMTeacher:
+def make_tokenizer(config: Config) -> Any:
+    """The tokenizer of student and teachers."""
+    if config.is_fake:
+        return FakeTokenizer()
+    return load_tokenizer(config.student.path, trust_remote_code=config.student.trust_remote_code)
+
+
+def make_teacher(config: Config) -> HFTeacher | VLLMTeacher | FakeTeacher:
     """The teacher service of one process. Of several, `config.of_teacher(name)` is the config."""
-    set_threads(resources.of_role(config, "teacher").threads)
     match config.teacher.backend:
         case "hf":
             return _hf_teacher(config)
         case "vllm":
             return _vllm_teacher(config)
+        case "fake":
+            return _fake_teacher(config)
+
+
+def _fake_teacher(config: Config) -> FakeTeacher:
+    section = config.teacher
+    return FakeTeacher(config.fake, max_sessions=section.max_sessions, max_len=max_len(config), lease_s=section.lease_s)
 
 
 def _hf_teacher(config: Config) -> HFTeacher:
     from switchkd.engines.hf.cuda_graphs import capture_for
     from switchkd.engines.hf.teacher import HFTeacher
 
+    set_threads(resources.of_role(config, "teacher").threads)
     section = config.teacher
-    model = _load(section, device_of(section), section.device_map)
+    model = load_section(section, device_of(section), section.device_map)
     whole_rows = section.output == "logits"
     return HFTeacher(
         model,
@@ -76,6 +93,7 @@ def _vllm_teacher(config: Config) -> VLLMTeacher:
     from switchkd.engines.vllm.engine import Engine
     from switchkd.engines.vllm.teacher import VLLMTeacher
 
+    set_threads(resources.of_role(config, "teacher").threads)
     section = config.teacher
     tokenizer = load_tokenizer(section.path, trust_remote_code=section.trust_remote_code)
     engine = Engine(
@@ -100,4 +118,6 @@ def _vllm_teacher(config: Config) -> VLLMTeacher:
 
 def set_threads(num: int | None) -> None:
     """CPU threads of this process. Ray pins every actor to one, so each role says what it wants."""
+    import torch
+
     torch.set_num_threads(num or 1)

@@ -9,12 +9,15 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from switchkd.engines.base import TeacherBusy, UnknownSession
 from switchkd.types import Blocks, Sessions, WriteRequest
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(slots=True)

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from switchkd.config import resources
 from switchkd.config.schema import Config
-from switchkd.engines.models.lm_head import LMHeadState
-from switchkd.engines.models.loading import load_tokenizer, pad_id, shared_vocab
-from switchkd.learner.batching import LossSpec
-from switchkd.learner.build import build_loss
-from switchkd.learner.settings import LearnerSettings
+from switchkd.engines.build import make_tokenizer
+from switchkd.engines.models.loading import pad_id, shared_vocab
+from switchkd.learner.fake import FakeRank
 from switchkd.types import BatchAssignment, PackedWeights, Rollout, StepResult
+
+if TYPE_CHECKING:
+    from switchkd.engines.models.lm_head import LMHeadState
+    from switchkd.learner.batching import LossSpec
+    from switchkd.learner.settings import LearnerSettings
 
 Fetch = Callable[[list[int]], list[Rollout]]
 
@@ -31,7 +35,9 @@ class RankInfo:
 
 def learner_settings(config: Config) -> LearnerSettings:
     """The settings of every rank, from the config and the student's tokenizer."""
-    tokenizer = load_tokenizer(config.student.path, trust_remote_code=config.student.trust_remote_code)
+    from switchkd.learner.settings import LearnerSettings
+
+    tokenizer = make_tokenizer(config)
     return LearnerSettings(
         learner=config.learner,
         student=config.student,
@@ -42,10 +48,21 @@ def learner_settings(config: Config) -> LearnerSettings:
     )
 
 
+def make_rank(
+    config: Config, rank_info: RankInfo, lm_heads: dict[str, LMHeadState], fetch: Fetch
+) -> LearnerRank | FakeRank:
+    match config.learner.backend:
+        case "deepspeed":
+            return LearnerRank(config, rank_info, lm_heads, fetch)
+        case "fake":
+            return FakeRank(config, rank_info.rank, fetch)
+
+
 class LearnerRank:
     """One rank of the learner: fetches its rollouts itself, so that the driver never touches them."""
 
     def __init__(self, config: Config, rank_info: RankInfo, lm_heads: dict[str, LMHeadState], fetch: Fetch) -> None:
+        from switchkd.learner.build import build_loss
         from switchkd.learner.deepspeed import DeepSpeedLearner
 
         self.config = config
@@ -85,10 +102,7 @@ class LearnerRank:
         """A transformers folder; rank 0 adds the tokenizer."""
         self.learner.export(folder)
         if self.rank_info.rank == 0:
-            tokenizer = load_tokenizer(
-                self.config.student.path, trust_remote_code=self.config.student.trust_remote_code
-            )
-            tokenizer.save_pretrained(folder)
+            make_tokenizer(self.config).save_pretrained(folder)
 
     def close(self) -> None:
         self.learner.close()

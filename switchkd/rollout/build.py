@@ -1,131 +1,28 @@
-"""A config becomes a rollout worker: its rules, its rollout parameters, its engines.
+"""A config becomes a rollout worker.
 
-In: a checked config. Out: rules, parameters by stage, a `RolloutWorker`. A user's own rule is named `my_file:my_name`
-and imported from the working directory: it is the user's code and runs with the user's rights.
+In: a checked config, and its teachers. Out: a `RolloutWorker`, or its fake. What needs torch is imported late.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
-from switchkd.algo import switching
-from switchkd.algo.sampling import SamplingParams
-from switchkd.algo.switching import Rule
 from switchkd.config import resources
-from switchkd.config.errors import ConfigError
-from switchkd.config.schema import Config, SamplingConfig, StageConfig
-from switchkd.config.user_code import call_constructor, given_params, load_user_function
+from switchkd.config.schema import Config
 from switchkd.engines.base import Teacher
-from switchkd.engines.build import _load, device_of, max_len, set_threads
-from switchkd.engines.models.lm_head import LMHead, LMHeadState
-from switchkd.engines.models.loading import load_tokenizer, shared_vocab
-from switchkd.rollout.generator import SwitchingGenerator
-from switchkd.rollout.state import RolloutParams, StageParams
-from switchkd.rollout.worker import RolloutWorker
-from switchkd.types import CompletionSource, PackedWeights
+from switchkd.engines.build import device_of, load_section, make_tokenizer, max_len, set_threads
+from switchkd.engines.models.loading import shared_vocab
+from switchkd.rollout.fake import FakeWorker
+from switchkd.types import PackedWeights
 
+if TYPE_CHECKING:
+    from switchkd.engines.models.lm_head import LMHead, LMHeadState
+    from switchkd.rollout.generator import SwitchingGenerator
+    from switchkd.rollout.worker import RolloutWorker
 
-def build_rule(stage: StageConfig) -> Rule:
-    """The stage's switching rule. Raises ConfigError naming the parameter that it refuses."""
-    rule = call_constructor(_rule_constructor(stage.rule.type), f"rule {stage.rule.type}", _rule_params(stage))
-    if not isinstance(rule, Rule):
-        raise ConfigError(f"rule {stage.rule.type!r} returned {type(rule).__name__}; return a switchkd Rule")
-    schedule = stage.rule.step_schedule
-    if schedule is None:
-        return rule
-    return switching.with_step_schedule(rule, start=schedule.start, end=schedule.end, steps=max(stage.steps, 1))
-
-
-def _rule_constructor(kind: str) -> Callable[..., Any]:
-    match kind:
-        case "student":
-            return switching.student
-        case "teacher":
-            return switching.teacher
-        case "random":
-            return switching.random
-        case "mixture":
-            return switching.mixture
-        case "jsd_threshold":
-            return switching.jsd_threshold
-        case "kl_spike":
-            return switching.kl_spike
-        case "outside_top_k":
-            return switching.outside_top_k
-        case _:
-            return load_user_function(kind, "rule")
-
-
-_RULE_KEYS = {
-    "jsd_threshold": {"tau0": "tau_0", "decay": "decay", "half_life": "half_life", "schedule": "schedule",
-                      "log_base": "log_base"},
-    "kl_spike": {"factor": "K", "window": "L", "divergence": "divergence", "warm_up": "warm_up"},
-    "outside_top_k": {"top_k": "k"},
-    "random": {"prob": "prob"},
-    "mixture": {"prob": "alpha"},
-}  # fmt: skip
-"""Keys of `rule` that each rule takes, and what its constructor calls them."""
-
-
-def _rule_params(stage: StageConfig) -> dict[str, Any]:
-    rule, names = stage.rule, _RULE_KEYS.get(stage.rule.type, {})
-    params = {names[key]: value for key, value in given_params(rule, _RULE_KEYS).items()} | rule.params
-    if rule.type == "jsd_threshold":
-        params.setdefault("max_new_tokens", stage.max_new_tokens)
-    return params
-
-
-def sampling_params(section: SamplingConfig) -> SamplingParams:
-    """A completed section (config.py fills in the rule's own values)."""
-    return SamplingParams(
-        temperature=1.0 if section.temperature is None else section.temperature,
-        top_p=1.0 if section.top_p is None else section.top_p,
-        top_k=section.top_k or 0,
-    )
-
-
-def build_rollout_params(config: Config) -> list[StageParams]:
-    """How each stage's completions are generated, in order."""
-    stage_params = []
-    first_step = 0
-    for stage in config.train.stages:
-        stage_params.append(_stage_params(config, stage, first_step))
-        first_step += stage.steps
-    return stage_params
-
-
-def _stage_params(config: Config, stage: StageConfig, first_step: int) -> StageParams:
-    common: dict[str, Any] = {
-        "student": sampling_params(stage.rule.student),
-        "teacher": sampling_params(stage.rule.teacher),
-        "max_new_tokens": stage.max_new_tokens,
-        "seed": config.seed,
-        "first_step": first_step,
-        "wants_uncertainty": stage.loss.type == "atkd",
-        "top_logprobs": config.rollout.save_top_logprobs,
-    }
-    rollout = RolloutParams(
-        rule=build_rule(stage),
-        scheduled=stage.rule.step_schedule is not None,
-        teacher_budget=_budget(stage),
-        **common,
-    )
-    return {
-        CompletionSource.ROLLOUT: rollout,
-        CompletionSource.TEACHER: RolloutParams(rule=switching.teacher(), **common),
-        CompletionSource.DATASET: RolloutParams(rule=switching.student(), scored=stage.needs_teacher, **common),
-    }
-
-
-def _budget(stage: StageConfig) -> int | None:
-    """A float is a share of max_new_tokens, an int a number of tokens."""
-    budget = stage.rule.teacher_budget
-    return round(budget * stage.max_new_tokens) if isinstance(budget, float) else budget
-
-
-Teachers = Mapping[str, tuple[Teacher, LMHeadState | None]]
+Teachers = Mapping[str, tuple[Teacher, "LMHeadState | None"]]
 """By name, each with its output head (None unless hidden states travel); empty where no stage needs one."""
 
 
@@ -134,16 +31,30 @@ def make_worker(
     teachers: Teachers,
     stop_ids: frozenset[int],
     new_weights: Callable[[], PackedWeights | None] | None = None,
-) -> RolloutWorker:
+) -> RolloutWorker | FakeWorker:
     """One rollout worker with the student's folder as weight version 0. `stop_ids` are those of all models."""
+    newer = new_weights if config.rollout.on_new_weights == "reprefill" else None
+    match config.student.backend:
+        case "hf":
+            return _hf_worker(config, teachers, stop_ids, newer)
+        case "fake":
+            return FakeWorker(config, {name: teacher for name, (teacher, _) in teachers.items()}, newer)
+
+
+def _hf_worker(
+    config: Config, teachers: Teachers, stop_ids: frozenset[int], new_weights: Callable[[], PackedWeights | None] | None
+) -> RolloutWorker:
     from switchkd.engines.hf.cuda_graphs import capture_for
     from switchkd.engines.hf.student import HFStudent
+    from switchkd.rollout.generator import SwitchingGenerator
+    from switchkd.rollout.rules import build_rollout_params
+    from switchkd.rollout.worker import RolloutWorker
 
     set_threads(resources.of_role(config, "rollout").threads)
     section = config.student
     device = device_of(section)
-    tokenizer = load_tokenizer(section.path, trust_remote_code=section.trust_remote_code)
-    model = _load(section, device)
+    tokenizer = make_tokenizer(config)
+    model = load_section(section, device)
     student = HFStudent(
         model,
         num_slots=config.rollout.batch_size,
@@ -163,7 +74,7 @@ def make_worker(
             drafter=config.rollout.drafter,
             overlap=_overlaps(config.of_teacher(name)),
             device=device,
-            new_weights=new_weights if config.rollout.on_new_weights == "reprefill" else None,
+            new_weights=new_weights,
         )
 
     generators = {name: generator(name, *pair) for name, pair in teachers.items()} or {"": generator("", None, None)}
@@ -172,6 +83,8 @@ def make_worker(
 
 
 def _reading_head(arrays: LMHeadState, device: str, prepack: str) -> LMHead:
+    from switchkd.engines.models.lm_head import LMHead
+
     head = LMHead.from_arrays(arrays, device=device)
     return head if prepack == "off" else head.prepack()
 

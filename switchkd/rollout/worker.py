@@ -48,9 +48,14 @@ class RolloutWorker:
         """Grows while it generates or reads."""
         return sum(generator.num_rounds + generator.calls.num_calls for generator in self.generators.values())
 
+    @property
+    def order(self) -> tuple[int, int]:
+        """(incarnation, version) of the weights in use."""
+        return self.student.order
+
     def load_weights(self, weights: WeightRef | None, fetch: Callable[[WeightRef], PackedWeights]) -> None:
         """Load a published version, unless it or a later one is in use. None: any version will do."""
-        if weights is not None and weights.order > self.student.order:
+        if weights is not None and weights.order > self.order:
             self.student.load_weights(fetch(weights))
 
     def generate(self, tasks: Sequence[RolloutTask], put: Emit) -> WorkReport:

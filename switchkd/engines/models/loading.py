@@ -1,7 +1,8 @@
 """Names and folders become models and tokenizers, ready to be read from; what a tokenizer and a model agree on.
 
 In: what the user wrote in the config. Out: transformers' objects, stop ids, the size of the shared vocabulary.
-Weights are read from safetensors only: loading a checkpoint must not run code. transformers is imported late.
+Weights are read from safetensors only: loading a checkpoint must not run code. torch and transformers are imported
+late: an actor with fake models needs neither.
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ from __future__ import annotations
 import os
 from types import SimpleNamespace
 from typing import Any
-
-import torch
 
 from switchkd.config.errors import ConfigError, first_line
 from switchkd.config.schema import ModelConfig
@@ -53,6 +52,7 @@ def load_model(
 
     Raises ConfigError for a folder that holds no model, and for an attention that the model's numbers do not survive.
     """
+    import torch
     from transformers import AutoModelForCausalLM
 
     check_model_folder(name, "model", "config", "weights")
