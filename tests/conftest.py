@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores: before anything imports torch
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-from runs import STAGES, config, linked, save_models
+from runs import PROTECTED, STAGES, config, linked, save_models, save_prompts
 
 from switchkd.controller.metrics import MetricsLog
 
@@ -36,6 +40,55 @@ def alone(models) -> Path:
         patch.chdir(models)
         train(config(models, STAGES, name="alone.yaml", run={"dir": "alone"}))
     return models / "alone"
+
+
+@pytest.fixture
+def fake_place(tmp_path, monkeypatch) -> Path:
+    """A working directory of one's own with prompts and no models."""
+    monkeypatch.chdir(tmp_path)
+    return save_prompts(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def fake_alone(tmp_path_factory) -> Path:
+    """STAGES with fake models, without Ray and without accidents: what others are held against."""
+    from switchkd.train import train
+
+    place = save_prompts(tmp_path_factory.mktemp("fake"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        train(config(place, STAGES, name="alone.yaml", fake=True, run={"dir": "alone"}))
+    return place / "alone"
+
+
+TEACH, WRITE = {"pool": "teach"}, {"pool": "write"}
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Any]:
+    """One Ray for all tests: four nodes of this machine, a head (3 CPUs), two labelled `TEACH` and one `WRITE` (2 each).
+    `cluster.folder` holds its logs."""
+    os.environ.update(PROTECTED)
+    # a node counts as dead after 3 s, not 15; Ray's workers keep their CPU priority
+    os.environ.update(RAY_health_check_period_ms="1000", RAY_health_check_failure_threshold="3")
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from switchkd.actors.ray_futures import shut_down
+
+    folder = tempfile.mkdtemp(prefix="skd-", dir="/tmp")  # a socket's path must be short
+    os.makedirs("/tmp/ray", exist_ok=True)  # the cluster's address is written there
+    small = {"object_store_memory": 100_000_000}
+    head = {"num_cpus": 3, "include_dashboard": False, "temp_dir": folder, **small}
+    made = Cluster(initialize_head=True, head_node_args={**head, "_system_config": {"metrics_report_interval_ms": 500}})
+    for labels in (TEACH, TEACH, WRITE):
+        made.add_node(num_cpus=2, labels=labels, **small)
+    ray.init(address=made.address, log_to_driver=False, logging_level="ERROR")
+    made.folder = folder
+    yield made
+    shut_down()
+    made.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

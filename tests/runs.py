@@ -40,6 +40,9 @@ BASE: dict[str, Any] = {
     "train": {"batch_size": 4, "checkpoint_every": 3},
 }
 
+FAKE: dict[str, Any] = {role: {"backend": "fake"} for role in ("teacher", "student", "learner")}
+"""No models: for what a run's control does. `switchkd/engines/fake.py` says what they write."""
+
 WARM_UP = {"name": "warm-up", "steps": 3, "mix": {"dataset": 1}}
 SWITCH = {
     "name": "switch", "steps": 4, "mix": {"rollout": 0.75, "dataset": 0.25},
@@ -57,6 +60,11 @@ def save_models(place: Path, **model: Any) -> Path:
     """A teacher, a student and 30 questions; `model` overrides keys of both models' configs."""
     save_tiny(place / "teacher", num_hidden_layers=3, seed=1, **model)
     save_tiny(place / "student", seed=2, **model)
+    return save_prompts(place)
+
+
+def save_prompts(place: Path) -> Path:
+    """30 questions."""
     rows = [{"prompt": f"say {i} in the house", "reference": f"the answer is {i} there"} for i in range(30)]
     (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return place
@@ -69,11 +77,13 @@ def linked(models: Path, place: Path) -> Path:
     return place
 
 
-def config_file(place: Path, stages: list[dict[str, Any]], name: str = "config.yaml", **sections: Any) -> Path:
-    """A config in `place`: BASE with these stages, and with the given sections laid over it."""
+def config_file(
+    place: Path, stages: list[dict[str, Any]], name: str = "config.yaml", *, fake: bool = False, **sections: Any
+) -> Path:
+    """A config in `place`: BASE with these stages, and with the given sections laid over it; `fake`: without models."""
     config = deepcopy(BASE)
     config["train"]["stages"] = stages
-    for key, value in sections.items():
+    for key, value in [*(FAKE.items() if fake else ()), *sections.items()]:
         config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
     path = place / name
     path.write_text(yaml.safe_dump(config, sort_keys=False))

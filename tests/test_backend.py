@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import runs
 
 from switchkd.config import teacher_backend
 from switchkd.config.errors import ConfigError
@@ -127,3 +129,31 @@ def test_one_position_more(installed):
         _check_model(made, model, made.teacher, "teacher")
     text.max_position_embeddings = 641
     _check_model(made, model, made.teacher, "teacher")
+
+
+QUANTIZED = {"quantization": "fp8", "max_num_seqs": 8}
+
+
+@pytest.mark.parametrize(
+    ("served", "wanted", "told"),
+    [
+        (QUANTIZED, {}, r"its engine.quantization is 'fp8', this run's is None; set teacher as the config that it ser"),
+        ({}, QUANTIZED, r"its engine.quantization is None, this run's is 'fp8'"),
+        (QUANTIZED, {"quantization": "awq"}, r"its engine.quantization is 'fp8', this run's is 'awq'"),
+        (QUANTIZED, {"quantization": "fp8", "max_num_seqs": 4}, None),
+    ],
+)
+def test_engine_arguments_of_a_served_teacher(place, served, wanted, told):
+    """What changes a vLLM teacher's rows must be the same in the run, whichever of them has it; sizes may differ."""
+    from switchkd.actors import shared_teacher
+
+    def vllm(engine: dict[str, object]) -> Any:
+        teacher = {"path": "teacher", "backend": "vllm", "engine": engine, "attach": "big"}
+        return runs.config(place, runs.STAGES, teacher=teacher, run={"dir": "run", "mode": "ray"})
+
+    there = {**shared_teacher.teacher_identity(vllm(served), 120), "max_len": 96}
+    if told is None:
+        shared_teacher._check_identity(vllm(wanted), "teacher", there)
+        return
+    with pytest.raises(ConfigError, match=f"^teacher.attach=big: {told}"):
+        shared_teacher._check_identity(vllm(wanted), "teacher", there)

@@ -6,19 +6,18 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
 import numpy as np
 import pytest
-from runs import STAGES, SWITCH, command, config, config_file, descendants, rollouts, steps
-from test_ray_run import hear_at_once
+import runs
+from conftest import TEACH, WRITE
+from faults import FaultInjector, actors, nothing_left, report_at_once, same_losses, same_rollouts, wait_until
+from runs import STAGES, SWITCH, command
 
 from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config
@@ -27,50 +26,18 @@ from switchkd.types import Blocks, Ragged, Sessions
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
+config, config_file = partial(runs.config, fake=True), partial(runs.config_file, fake=True)
 JOINED = {"run": {"dir": "run", "mode": "ray"}, "cluster": {"address": "auto"}}
-TEACH, WRITE = {"pool": "teach"}, {"pool": "write"}
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """Four nodes of this machine: a head, two that teach, one that writes."""
-    import ray
-    from ray.cluster_utils import Cluster
-
-    from switchkd.actors.ray_futures import shut_down
-
-    folder = tempfile.mkdtemp(prefix="skd-", dir="/tmp")  # a socket's path must be short
-    os.makedirs("/tmp/ray", exist_ok=True)  # the cluster's address is written there
-    small = {"object_store_memory": 80_000_000}
-    made = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False, "temp_dir": folder, **small}
-    )
-    for labels in (TEACH, TEACH, WRITE):
-        made.add_node(num_cpus=2, labels=labels, **small)
-    ray.init(address=made.address, log_to_driver=False, logging_level="ERROR")
-    yield made
-    shut_down()
-    made.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+@pytest.fixture
+def place(fake_place) -> Path:
+    return fake_place
 
 
-class At:
-    """Does something just after tasks of a batch were given out, each thing once."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, by_batch: dict[int, Callable[[], None]]) -> None:
-        from switchkd.actors.worker_pool import RayWorkerHandle
-
-        self.by_batch = dict(by_batch)
-        generate = RayWorkerHandle.generate
-
-        def watched(worker: Any, tasks: Any, weights: Any) -> Any:
-            future = generate(worker, tasks, weights)
-            if action := self.by_batch.pop(tasks[0].batch, None):
-                time.sleep(0.05)  # let it begin
-                action()
-            return future
-
-        patch.setattr(RayWorkerHandle, "generate", watched)
+@pytest.fixture
+def alone(fake_alone) -> Path:
+    return fake_alone
 
 
 @pytest.fixture
@@ -94,36 +61,6 @@ def members(pool: Any) -> Any:
     from ray import cloudpickle
 
     return cloudpickle.loads(ray.get(pool.members.remote("test", {})))
-
-
-def same_rollouts(run: Path, other: Path) -> None:
-    ours, theirs = rollouts(run), rollouts(other)
-    assert sorted(ours) == sorted(theirs)
-    assert [i for i in ours if ours[i] != theirs[i]] == []
-
-
-def same_losses(run: Path, other: Path) -> None:
-    losses = [[row["loss/total"] for row in steps(folder)] for folder in (run, other)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-
-
-def nobody_left() -> None:
-    """No process, and no room set aside."""
-    import ray
-
-    wait_until(lambda: not actors(), "the run left actors behind")
-    wait_until(lambda: ray.available_resources().get("CPU", 0) >= 9, "the run left places behind")
-
-
-def actors(role: str = r"\w+Actor") -> list[int]:
-    return sorted(pid for pid, name in descendants(os.getpid()).items() if re.match(f"ray::{role}", name))
-
-
-def wait_until(true: Callable[[], bool], otherwise: str, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, otherwise
-        time.sleep(0.2)
 
 
 def nodes_of(role: str) -> set[str]:
@@ -169,7 +106,7 @@ def test_workers_come_and_go(cluster, alone, place, notes, monkeypatch):
     assert "rollout worker 2 is drained and has ended" in notes
     same_rollouts(place / "run", alone)
     same_losses(place / "run", alone)
-    nobody_left()
+    nothing_left()
 
 
 def test_teachers_die_leave_and_come(cluster, alone, place, notes, pools, monkeypatch):
@@ -193,15 +130,15 @@ def test_teachers_die_leave_and_come(cluster, alone, place, notes, pools, monkey
     def kill_pool() -> None:
         os.kill(actors("TeacherPoolActor")[0], signal.SIGKILL)
 
-    hear_at_once(monkeypatch)
-    At(monkeypatch, {3: kill_one, 5: drain_one, 8: kill_pool})
+    report_at_once(monkeypatch)
+    FaultInjector(monkeypatch, {3: kill_one, 5: drain_one, 8: kill_pool})
     train(config(place, STAGES, **JOINED, teacher={"path": "teacher", "replicas": 2}))
     assert 2 in ready[1:], "the third replica came for the one that died"
     for told in ("is lost", "is drained", "the teacher pool died"):
         assert any(told in note for note in notes), told
     same_rollouts(place / "run", alone)
     same_losses(place / "run", alone)
-    nobody_left()
+    nothing_left()
 
 
 def test_labels_and_a_node_that_goes(cluster, alone, place, notes, pools, monkeypatch):
@@ -226,7 +163,7 @@ def test_labels_and_a_node_that_goes(cluster, alone, place, notes, pools, monkey
 
         wait_until(lambda: any("died" in line or "lost" in line for line in told()), "the pool heard of no death")
 
-    At(monkeypatch, {4: look_and_strike, 6: hear})
+    FaultInjector(monkeypatch, {4: look_and_strike, 6: hear})
     each = {
         "teacher": {"threads": 1, "labels": frail["labels"]},
         "rollout": {"threads": 1, "labels": WRITE},
@@ -236,7 +173,7 @@ def test_labels_and_a_node_that_goes(cluster, alone, place, notes, pools, monkey
     assert found == {"TeacherActor": {"frail"}, "RolloutActor": {"write"}}
     assert any("died" in note or "lost" in note for note in notes)
     same_rollouts(place / "run", alone)
-    nobody_left()
+    nothing_left()
     for node in nodes:
         cluster.remove_node(node)
     wait_until(lambda: ray.cluster_resources().get("CPU") == 9, "the nodes did not go")
@@ -254,7 +191,7 @@ def test_several_teachers(cluster, place):
     train(config(place, STAGES, run={"dir": "one", "mode": "inprocess"}, teachers=one, data=data))
     same_rollouts(place / "run", place / "one")
     same_losses(place / "run", place / "one")
-    nobody_left()
+    nothing_left()
 
 
 # --- what does not fit -----------------------------------------------------------------------------------------------
@@ -342,7 +279,7 @@ def test_serve_attach_stop(cluster, alone, place, notes, pools, monkeypatch, cap
     assert code == 2 and "--name 'big/one': choose a name without a slash" in said
 
     attached = {"path": "teacher", "attach": "big"}
-    At(monkeypatch, {4: lambda: os.kill(actors("TeacherPoolActor")[0], signal.SIGKILL)})
+    FaultInjector(monkeypatch, {4: lambda: os.kill(actors("TeacherPoolActor")[0], signal.SIGKILL)})
     train(config(place, STAGES, **JOINED, teacher=attached))
     same_rollouts(place / "run", alone)
     assert actors("TeacherActor") == replica, "the pool came back and found its replica"
@@ -366,38 +303,10 @@ def test_serve_attach_stop(cluster, alone, place, notes, pools, monkeypatch, cap
 
     code, out, _ = command(monkeypatch, capsys, "serve-teacher", "--stop", "big")
     assert (code, out) == (0, "big is no longer served\n") and shared_teacher.list_shared() == []
-    nobody_left()
+    nothing_left()
     code, _, said = command(monkeypatch, capsys, "serve-teacher", "--stop", "big")
     assert code == 2 and "--stop big: no teacher of this name is served on the cluster (there: none)" in said
     wait_until(lambda: ray.available_resources().get("CPU", 0) >= 9, "its places were not given back")
-
-
-QUANTIZED = {"quantization": "fp8", "max_num_seqs": 8}
-
-
-@pytest.mark.parametrize(
-    ("served", "wanted", "told"),
-    [
-        (QUANTIZED, {}, r"its engine.quantization is 'fp8', this run's is None; set teacher as the config that it ser"),
-        ({}, QUANTIZED, r"its engine.quantization is None, this run's is 'fp8'"),
-        (QUANTIZED, {"quantization": "awq"}, r"its engine.quantization is 'fp8', this run's is 'awq'"),
-        (QUANTIZED, {"quantization": "fp8", "max_num_seqs": 4}, None),
-    ],
-)
-def test_engine_arguments_of_a_served_teacher(place, served, wanted, told):
-    """What changes a vLLM teacher's rows must be the same in the run, whichever of them has it; sizes may differ."""
-    from switchkd.actors import shared_teacher
-
-    def vllm(engine: dict[str, Any]) -> Config:
-        teacher = {"path": "teacher", "backend": "vllm", "engine": engine, "attach": "big"}
-        return config(place, STAGES, **JOINED, teacher=teacher)
-
-    there = {**shared_teacher.teacher_identity(vllm(served), 120), "max_len": 96}
-    if told is None:
-        shared_teacher._check_identity(vllm(wanted), "teacher", there)
-        return
-    with pytest.raises(ConfigError, match=f"^teacher.attach=big: {told}"):
-        shared_teacher._check_identity(vllm(wanted), "teacher", there)
 
 
 def test_a_served_pool_that_does_not_answer(cluster, place, monkeypatch, capsys):
@@ -512,4 +421,4 @@ def test_grows_with_its_queue_and_shrinks_without(cluster, place):
         assert "one is added" in said[0] and any("is drained" in line for line in said)
     finally:
         pool.close()
-    nobody_left()
+    nothing_left()

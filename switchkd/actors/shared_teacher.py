@@ -42,8 +42,9 @@ from switchkd.config.teacher_backend import engine_facts
 from switchkd.controller.metrics import MetricsLog
 from switchkd.controller.preflight import prepare_teacher
 from switchkd.controller.watchdog import START_S
-from switchkd.engines.build import max_len
+from switchkd.engines.build import make_tokenizer, max_len
 from switchkd.engines.models.lm_head import LMHeadState
+from switchkd.engines.models.loading import shared_vocab
 
 LEAVE_S = 10.0
 """How long a pool may take to close the sessions of a run, or to end."""
@@ -153,11 +154,8 @@ def _answer(ref: Any, key: str, name: str) -> Any:
 
 
 def _check_identity(config: Config, key: str, served: dict[str, Any]) -> None:
-    from switchkd.engines.models.loading import load_tokenizer, shared_vocab
-
     teacher = config.teacher
-    vocab = shared_vocab(load_tokenizer(teacher.path, trust_remote_code=teacher.trust_remote_code))
-    needed = teacher_identity(config, vocab)
+    needed = teacher_identity(config, shared_vocab(make_tokenizer(config)))
     for name in {**needed, **served}:
         if name != "max_len" and served.get(name) != needed.get(name):
             raise ConfigError(

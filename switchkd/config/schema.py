@@ -407,7 +407,8 @@ class MetricsConfig(Section):
 
 
 class FakeConfig(Section):
-    """With `backend: fake`: the seconds that calls take, whatever their size, and the size of a weight version."""
+    """With `backend: fake`: seconds of a process's start, of one forward pass and of one optimizer step, whatever their
+    size; size of a weight version."""
 
     start_s: float = Field(0.0, ge=0)
     student_s: float = Field(0.0, ge=0)

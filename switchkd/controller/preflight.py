@@ -100,6 +100,8 @@ def prepare_teacher(config: Config) -> tuple[Config, int]:
     if not config.needs_teacher:
         raise ConfigError("no stage of this config needs a teacher; there is nothing to serve")
     check_backend(config)
+    if config.is_fake:
+        return config, len(make_tokenizer(config))
     _check_teacher_folder(config.teacher, "teacher")
     config = resolve_models(config)
     tokenizer = read_tokenizer(config.teacher, "teacher.path")

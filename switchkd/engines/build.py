@@ -65,7 +65,9 @@ def make_teacher(config: Config) -> HFTeacher | VLLMTeacher | FakeTeacher:
 
 def _fake_teacher(config: Config) -> FakeTeacher:
     section = config.teacher
-    return FakeTeacher(config.fake, max_sessions=section.max_sessions, max_len=max_len(config), lease_s=section.lease_s)
+    return FakeTeacher(
+        section.path, config.fake, max_sessions=section.max_sessions, max_len=max_len(config), lease_s=section.lease_s
+    )
 
 
 def _hf_teacher(config: Config) -> HFTeacher:

@@ -20,8 +20,6 @@ from switchkd.types import Blocks, Ragged, Sessions, TeacherOutput, WriteRequest
 
 END = 256
 """Ids 0 to 255 are bytes; this one ends a completion."""
-TEACHER = 0
-"""The teacher's weights; a student's are any other number."""
 FIRST_WEIGHTS = 1
 """The student's before its first step."""
 _WORDS = [*b"abcdefghijklmnopqrstuvwxyz      ", END]
@@ -83,9 +81,9 @@ class FakeTokenizer:
         return END + 1
 
     def __call__(self, texts: str | Sequence[str], **options: Any) -> dict[str, Any]:
-        one = isinstance(texts, str)
-        ids = [list(text.encode()) for text in ([texts] if one else texts)]
-        return {"input_ids": ids[0] if one else ids}
+        if isinstance(texts, str):
+            return {"input_ids": list(texts.encode())}
+        return {"input_ids": [list(text.encode()) for text in texts]}
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         text = bytes(i for i in token_ids if i != END).decode(errors="replace")
@@ -93,12 +91,13 @@ class FakeTokenizer:
 
 
 class FakeTeacher:
-    """A teacher (see base.Teacher): its rows follow from the tokens of its sessions, so a session that went wrong shows
-    in the rollout. Rows are float32 [N, 1]."""
+    """A teacher (see base.Teacher): its rows follow from its name and the tokens of its sessions, so a wrong session
+    shows in the rollout. Rows are float32 [N, 1]."""
 
-    def __init__(self, fake: FakeConfig, *, max_sessions: int, max_len: int, lease_s: float) -> None:
+    def __init__(self, name: str, fake: FakeConfig, *, max_sessions: int, max_len: int, lease_s: float) -> None:
         time.sleep(fake.start_s)
         self.sleep_s = fake.teacher_s
+        self.weights = context(name.encode())
         self._sessions = SessionTable(max_sessions=max_sessions, max_len=max_len, lease_s=lease_s, clock=time.monotonic)
 
     def lm_head_state(self) -> None:
@@ -109,24 +108,26 @@ class FakeTeacher:
 
     def score(self, blocks: Blocks) -> TeacherOutput:
         sessions = self._read(blocks)
-        return _output([_rows(s, int(first)) for s, first in zip(sessions, blocks.first_rows, strict=True)])
+        return _output([self._rows(s, int(first)) for s, first in zip(sessions, blocks.first_rows, strict=True)])
 
     def write(self, request: WriteRequest) -> Written:
         self._sessions.check_write(request)
         sessions, stops = self._read(request.blocks), set(request.stop_ids.tolist())
-        rows, written = [], []
+        rows: list[list[int]] = []
+        written: list[list[int]] = []
         for b, session in enumerate(sessions):
-            rows.append(_rows(session, int(request.blocks.first_rows[b])))
+            rows.append(self._rows(session, int(request.blocks.first_rows[b])))
             written.append([])
             digest = context(session.tokens)
             while len(written[b]) < request.counts[b] and not stops & set(written[b]):
                 position = int(request.positions[b]) + len(written[b])
                 key = draw_key(request.run_seed, int(request.rollout_ids[b]), position, request.purpose)
-                p_row = row(TEACHER, digest)
+                p_row = row(self.weights, digest)
                 rows[b] += [p_row] * bool(written[b])
                 written[b].append(draw(p_row, digest, key))
                 digest = context(written[b][-1:], digest)
             session.tokens = np.append(session.tokens, written[b])
+        time.sleep(self.sleep_s * (max(map(len, written)) - 1))  # the first token took the pass that read the blocks
         margins = Ragged.concat([np.ones(len(tokens)) for tokens in written], np.float32)
         return Written(tokens=Ragged.concat(written, np.int32), margins=margins, teacher_output=_output(rows))
 
@@ -140,12 +141,11 @@ class FakeTeacher:
             session.tokens = np.concatenate([session.tokens[:base], tokens])
         return sessions
 
-
-def _rows(session: Session, first: int) -> list[int]:
-    """The rows of the session's positions from `first` on."""
-    digest = context(session.tokens[:first])
-    digests = [digest := context([token], digest) for token in session.tokens[first:]]
-    return [row(TEACHER, digest) for digest in digests]
+    def _rows(self, session: Session, first: int) -> list[int]:
+        """The rows of the session's positions from `first` on."""
+        digest = context(session.tokens[:first])
+        digests = [digest := context([token], digest) for token in session.tokens[first:]]
+        return [row(self.weights, digest) for digest in digests]
 
 
 def _output(rows: Sequence[Sequence[int]]) -> TeacherOutput:

@@ -182,8 +182,8 @@ class FakeWorker:
         drafting = [row for row in rows if row not in alone] if alone else list(rows)
         if not drafting:
             return
-        time.sleep(self.config.fake.student_s)
         drafts = [self._draft(row) for row in drafting]
+        time.sleep(self.config.fake.student_s * max(map(len, drafts)))
         if teacher is None:
             for row, draft in zip(drafting, drafts, strict=True):
                 self._settle(row, draft, [None] * len(draft))
@@ -328,12 +328,13 @@ class FakeWorker:
 
     def _text(self, index: int, prompt: Prompt, seed: int, shard: EvalShard) -> EvalRow:
         self.num_rounds += 1
-        time.sleep(self.config.fake.student_s)
-        tokens, digest = [], fake.context(prompt.token_ids)
+        tokens: list[int] = []
+        digest = fake.context(prompt.token_ids)
         while len(tokens) < shard.max_new_tokens and fake.END not in tokens:
             key = 0 if seed == GREEDY or shard.temperature == 0 else fake.draw_key(seed, index, len(tokens), 3)
             tokens.append(fake.draw(fake.row(self.weights, digest), digest, key))
             digest = fake.context(tokens[-1:], digest)
+        time.sleep(self.config.fake.student_s * len(tokens))
         text = fake.FakeTokenizer().decode(tokens, skip_special_tokens=True)
         return EvalRow(index=index, prompt_id=prompt.prompt_id, seed=seed, text=text, num_tokens=len(tokens))
 
