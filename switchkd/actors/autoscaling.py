@@ -1,11 +1,11 @@
-"""When a pool of processes grows and when it shrinks: a pure function of what was measured lately.
+"""Decides when a pool of processes grows and when it shrinks: a pure function of the last measurements.
 
-In: a few `Load`s of a pool, oldest first, all since its size last changed. Out: +1, -1 or 0.
+In: the `Load`s of a pool since its size last changed, oldest first. Out: +1, -1 or 0.
 
-One is added when requests both queue (at least half a request waits per process) and spend a quarter of their time
-waiting, three measurements in a row. One is drained when requests hardly wait and the others would be busy at most 60%
-of the time with its work too, ten measurements in a row. Between the two lies a wide band in which nothing happens, and
-every change starts the count anew, so that a pool settles and does not swing.
+One process is added when, in three measurements in a row, requests queue (at least half a request per process) and
+spend a quarter of their time waiting. One is drained when, in ten measurements in a row, requests hardly wait and the
+others, with its work, would be busy at most 60% of the time. The band between the two is wide, and every change
+restarts the count, so that the size of a pool does not oscillate.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ DRAIN_LOOKS = 10
 class Load:
     """One measurement of a pool."""
 
-    num: int  # processes that work in it
-    busy_frac: float  # of their time, in which they computed
-    queue: float  # requests that wait, on average, per process
-    wait_frac: float  # of the time until a request's answer, in which it waited
+    num: int  # processes that work
+    busy_frac: float  # share of their time in which they computed
+    queue: float  # mean number of waiting requests per process
+    wait_frac: float  # share of a request's time in which it waited
 
     @classmethod
     def from_calls(cls, *, num: int, elapsed_s: float, busy_s: float, calls: int, wait_s: float) -> Load:
-        """The load of servers that answer one call at a time: `busy_s` and `calls` of all together, `wait_s` the mean
-        time that a call queued. The queue is as long as their rate times that (Little)."""
+        """The load of servers that answer one call at a time: `busy_s` and `calls` of all servers, `wait_s` the mean
+        time that a call queued. The queue's length is the rate of calls times `wait_s` (Little's law)."""
         call_s = busy_s / calls if calls else 0.0
         return cls(
             num=num,
@@ -49,8 +49,8 @@ class Load:
     def from_tasks(
         cls, *, num: int, elapsed_s: float, busy_s: float, waited_s: float, tasks: Sequence[int], rows: int
     ) -> Load:
-        """The load of rollout workers: `tasks` of each call, of which `rows` are written at the same time and the
-        others wait; `waited_s` the time that the learner waited for them."""
+        """The load of rollout workers: `tasks` counts each call's tasks, of which `rows` are written at the same time;
+        `waited_s` is the time that the learner waited."""
         queues = [max(0, num_tasks - rows) / rows for num_tasks in tasks]
         return cls(
             num=num,

@@ -1,4 +1,4 @@
-"""The Ray cluster of a run: join one, or start a private one."""
+"""Joins a Ray cluster, or starts a private one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def connect(address: str) -> None:
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS") or address
-    # Ray by itself would try for a quarter of an hour
+    # the default of Ray is a quarter of an hour
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
     try:  # the network
         host, _, port = address.rpartition(":")
@@ -41,7 +41,7 @@ def connect(address: str) -> None:
 
 
 def start_private(config: Config) -> None:
-    """Start a cluster for this process alone, without a dashboard. `process_setup.for_private_cluster` goes before."""
+    """Start a cluster for this process, without a dashboard. Call `process_setup.for_private_cluster` before."""
     ray.init(
         address="local",
         num_cpus=os.cpu_count() or 1,
@@ -53,7 +53,7 @@ def start_private(config: Config) -> None:
 
 
 def _student_params(config: Config) -> int:
-    """0 for a model that cannot be built without its weights, as remote code may demand."""
+    """Number of parameters; 0 for a model that cannot be built without its weights, such as remote code."""
     if config.is_fake:
         return int(config.fake.weights_mb * 2**18)
     if looks_local(config.student.path):

@@ -1,6 +1,6 @@
-"""Every actor reports on a thread of its own where its work is: it answers while it computes, and while it hangs.
+"""Reports where an actor's current call is, on a separate thread, which answers also while the call hangs.
 
-In: the actors' handles by name. Out: a `Heartbeat` of each; one that does not answer says so.
+In: the actors' handles by name. Out: a `Heartbeat` of each; it says so where the actor does not answer.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from switchkd.controller.handles import Heartbeat
 
 ANSWER_S = 5.0
 HEARTBEAT_GROUP = {"heartbeat": 1}
-"""Goes into `concurrency_groups` of every actor."""
+"""Part of `concurrency_groups` of every actor."""
 _PACKAGE = Path(__file__).parents[1]
 _waiting: dict[int, str] = {}  # by thread
 
 
 @contextmanager
 def waiting_for(what: str) -> Iterator[None]:
-    """This thread waits for an answer of another process; its heartbeat says so."""
+    """Let the heartbeat report that this thread waits for `what`, in another process."""
     thread = threading.get_ident()
     outer = _waiting.get(thread)
     _waiting[thread] = what
@@ -43,10 +43,10 @@ def waiting_for(what: str) -> Iterator[None]:
 
 
 class HeartbeatActor:
-    """What every actor answers beside its own calls."""
+    """Methods that every actor has beside its own."""
 
     def ready(self) -> bool:
-        """Answers once the actor has started."""
+        """Answer once the actor has started."""
         return True
 
     def progress_counter(self) -> int:
@@ -55,7 +55,7 @@ class HeartbeatActor:
 
     @ray.method(concurrency_group="heartbeat")
     def heartbeat(self) -> tuple[int, str, str]:
-        """The progress counter, where the call at hand is (empty without one), and the stacks of all threads."""
+        """The progress counter, where the current call is (empty without one), and the stacks of all threads."""
         frames = sys._current_frames()
         del frames[threading.get_ident()]
         where = next(filter(None, (self._location(thread, frame) for thread, frame in frames.items())), "")

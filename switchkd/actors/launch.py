@@ -1,6 +1,6 @@
-"""Starts a run's actors on Ray: join or start a cluster, reserve every process's placement, start the actors.
+"""Starts a run's actors on Ray: joins or starts a cluster, reserves every process's placement, starts the actors.
 
-In: a checked config. Out: `ActorHandles` for `train.py`. What does not fit is an error before anything starts.
+In: a checked config. Out: `ActorHandles` for `train.py`. A run that does not fit is an error before any actor starts.
 """
 
 from __future__ import annotations
@@ -17,12 +17,7 @@ from ray import cloudpickle
 from switchkd.actors.cluster import connect, start_private
 from switchkd.actors.heartbeat import heartbeats
 from switchkd.actors.learner_actor import LearnerActor, LearnerGroup
-from switchkd.actors.placement_group import (
-    ProcessPlacement,
-    beside_driver,
-    resolve_resources,
-    wait_for_placements,
-)
+from switchkd.actors.placement_group import ProcessPlacement, beside_driver, resolve_resources, wait_for_placements
 from switchkd.actors.process_setup import Secrets
 from switchkd.actors.prometheus import Exporter
 from switchkd.actors.ray_futures import retry_until_alive, shut_down
@@ -40,8 +35,7 @@ from switchkd.data.recorded import heads_for
 
 
 def join(config: Config, log: MetricsLog) -> None:
-    """Join the job's or the named cluster, and check that all processes can be placed at once and that the shared
-    teachers are there. Raises ConfigError."""
+    """Join the job's or the named cluster, and check that it has room and the shared teachers. Raises ConfigError."""
     connect(config.cluster.address)
     with ExitStack() as rehearsal:
         _reserve(resolve_resources(config), rehearsal, log)
@@ -51,8 +45,7 @@ def join(config: Config, log: MetricsLog) -> None:
 
 
 def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int], log: MetricsLog) -> ActorHandles:
-    """Start all actors of the run: on the cluster that was joined, else on a private one. Where one cannot start, all
-    are ended again."""
+    """Start all actors on the joined cluster, else on a private one. Where one cannot start, all are ended."""
     config = resolve_resources(config)
     config_dict = config.model_dump()
     setup = (Secrets.of_this_process(), os.getcwd())
@@ -65,7 +58,7 @@ def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int], log: M
         replay = cast(Any, ReplayActor).options(**beside_driver()).remote(config_dict, str(run_dir), *setup)
         opened.callback(ray.kill, replay)
         pools = {name: _start_pool(opened, config, name, placements, *setup) for name in config.teacher_names}
-        # trap: as they are, handles would go into the object store, where the restart of a worker may not find them
+        # trap: unpickled handles would go into the object store, where a restarted worker may not find them
         handles = cloudpickle.dumps(({name: (pool.actor, pool.namespace) for name, pool in pools.items()}, replay))
 
         def create_worker(index: int, options: dict[str, Any]) -> Any:
@@ -73,7 +66,7 @@ def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int], log: M
 
         workers = WorkerPool(config, placements.get("rollout", []), create_worker)
         opened.callback(workers.close)
-        # ranks that are started again take the placements of the first ones
+        # restarted ranks reuse the placements of the first ones
         ranks = [cast(Any, LearnerActor).options(**placement.options()) for placement in placements["learner"]]
         learner = LearnerGroup(lambda: [rank.remote(config_dict, replay, *setup) for rank in ranks])
         opened.callback(learner.close)
@@ -110,7 +103,7 @@ def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int], log: M
 
 
 def _reserve(config: Config, opened: ExitStack, log: MetricsLog) -> dict[str, list[ProcessPlacement]]:
-    """A placement for every process that the run starts with, before any of them starts. Raises ConfigError."""
+    """Reserve a placement for every initial process of the run. Raises ConfigError."""
     placements = {
         role: [ProcessPlacement(resources.of_role(config, role)) for _ in range(span.min)]
         for role, span in resources.spans(config).items()
@@ -129,7 +122,7 @@ def _start_pool(
     secrets: Secrets,
     working_dir: str,
 ) -> TeacherPoolHandle:
-    """The run's own pool of this teacher, or a shared one."""
+    """Start the run's own pool of this teacher, or attach to a shared one."""
     config = config.of_teacher(name)
     role = resources.role_of(name)
     if config.teacher.attach:

@@ -1,7 +1,7 @@
 """One learner rank behind Ray, and all ranks as one handle.
 
-When a rank is lost its peers cannot continue. `restart` ends them and starts new ranks, which meet on another port; the
-run goes on from its last checkpoint.
+When a rank is lost the others cannot continue. `restart` ends them and starts new ranks, with a rendezvous on another
+port; the run goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ class LearnerActor(HeartbeatActor):
         prepare(secrets, working_dir)
         self.config = Config.model_validate(config)
         self.replay = RayReplayHandle(replay)
-        if not self.config.is_fake:  # takes seconds, while the teacher, whose LM head `start` waits for, is loading
+        if not self.config.is_fake:
+            # `start` needs it: import it now, while the teacher loads, whose LM head `start` waits for
             import_module("transformers.models.auto.modeling_auto")
 
     def address(self) -> tuple[str, int]:
-        """Where the other ranks can reach rank 0: this node's address and a free port."""
+        """Address of this node and a free port, where the other ranks reach rank 0."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
@@ -52,18 +53,17 @@ class LearnerActor(HeartbeatActor):
 
     def _fetch(self, rollout_ids: list[int]) -> list[Rollout]:
         with waiting_for("the replay"):
-            rollouts: list[Rollout] = self.replay.fetch(rollout_ids).result()
-        return rollouts
+            return self.replay.fetch(rollout_ids).result()
 
     def call(self, method: str, *args: Any) -> Any:
-        """Call a method of `learner.rank.LearnerRank`. Packed weights are answered by a reference to the object store,
-        in a list. Raises OSError where they do not fit."""
+        """Call a method of `learner.rank.LearnerRank`. Packed weights are returned as a list with one reference to the
+        object store. Raises OSError where they do not fit."""
         answer = getattr(self.rank, method)(*args)
         if not isinstance(answer, PackedWeights):
             return answer
         try:
             return [ray.put(answer)]
-        except (OutOfDiskError, ObjectStoreFullError) as error:  # the rank lives, and can be asked again
+        except (OutOfDiskError, ObjectStoreFullError) as error:  # the rank lives, and the call can be repeated
             size = sum(bucket.nbytes for bucket in answer.buckets) / 1e9
             raise OSError(
                 errno.ENOSPC,
@@ -73,8 +73,7 @@ class LearnerActor(HeartbeatActor):
 
 
 class LearnerGroup:
-    """All ranks as one `handles.LearnerHandle`: every call enters every rank, rank 0 answers. `make` starts the actors
-    of all ranks."""
+    """All ranks as one `handles.LearnerHandle`: a call enters every rank, rank 0 answers. `make` starts all actors."""
 
     def __init__(self, make: Callable[[], list[Any]]) -> None:
         self.make = make
@@ -82,7 +81,7 @@ class LearnerGroup:
         self.heads: dict[str, LMHeadState] = {}
 
     def start(self, heads: dict[str, LMHeadState]) -> Future[None]:
-        """Done when the ranks have met and hold the student."""
+        """Connect the ranks and load the student."""
         self.heads = heads
         return run_in_thread(self._start_ranks)
 
@@ -98,11 +97,11 @@ class LearnerGroup:
         address, port = gather_ranks([self.ranks[0].address.remote()]).result()
         world = len(self.ranks)
         heads = ray.put(self.heads)
-        infos = [
-            RankInfo(rank=i, local_rank=i, world_size=world, master_addr=address, master_port=port)
-            for i in range(world)
-        ]
-        gather_ranks([rank.start.remote(info, heads) for rank, info in zip(self.ranks, infos, strict=True)]).result()
+        starting = []
+        for i, rank in enumerate(self.ranks):
+            info = RankInfo(rank=i, local_rank=i, world_size=world, master_addr=address, master_port=port)
+            starting.append(rank.start.remote(info, heads))
+        gather_ranks(starting).result()
 
     def restart(self) -> Future[None]:
         self._respawn()
@@ -118,5 +117,5 @@ class LearnerGroup:
         self.ranks = []
 
     def __getattr__(self, method: str) -> Callable[..., Future[Any]]:
-        """A method of `learner.rank.LearnerRank` that every rank enters."""
+        """Return a method of `learner.rank.LearnerRank` that every rank enters."""
         return lambda *args: gather_ranks([rank.call.remote(method, *args) for rank in self.ranks])

@@ -1,4 +1,4 @@
-"""Checks the nodes of a cluster for `switchkd doctor`: each has to see the run's folder and have the same software.
+"""Checks for `switchkd doctor` that all nodes of a cluster see the run's folder and have the same software.
 
 In: a config and a file that was just written. Out: each node's answer. Joins the cluster and leaves it again.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,12 +35,12 @@ class Look:
 
 class _Quiet:
     def info(self, text: str) -> None:
-        """The doctor prints results only."""
+        """Print nothing: the doctor prints results only."""
 
 
 def look(config: Config, file: str, nonce: str) -> tuple[str, list[Look]]:
-    """The cluster's resources in words, and each node's answer. Raises ConfigError where the cluster cannot be joined
-    or is too small."""
+    """Return a line about the cluster's resources, and each node's answer. Raises ConfigError where the cluster cannot
+    be joined or is too small."""
     joined_here = not ray.is_initialized()
     try:
         join(config, cast(Any, _Quiet()))
@@ -77,8 +78,6 @@ def _look(file: str, nonce: str) -> tuple[bool, str]:
 
 
 def versions() -> str:
-    """The versions that have to be the same on all nodes."""
-    from importlib.metadata import version
-
+    """Versions that must be the same on all nodes."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "ray"))
     return f"switchkd {switchkd.__version__}, Python {platform.python_version()}, {packages}"

@@ -1,7 +1,7 @@
-"""Resources of a cluster, reserved for each process before any actor starts.
+"""Reserves a cluster's resources for each process before any actor starts.
 
-In: what a process takes. Out: a `ProcessPlacement`, a placement group of one bundle (STRICT_PACK): all GPUs of a
-process lie on one node that has the labels of its role, and a process that is restarted gets its placement again.
+In: the resources of a process. Out: a `ProcessPlacement`, a placement group of one bundle (STRICT_PACK): all GPUs of a
+process are on one node with the labels of its role, and a restarted process gets its placement again.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from switchkd.config.schema import Config, ResourcesConfig, RoleResourcesConfig
 
 
 class ProcessPlacement:
-    """The resources of one process. Empty where it takes nothing and may run anywhere."""
+    """The reserved resources of one process; no group where it needs none."""
 
     def __init__(
         self, each: ResourcesConfig, *, name: str = "", detached: bool = False, existing: bool = False
     ) -> None:
-        """`existing`: take over the placement that was made under this name."""
+        """`existing`: take over the placement of this name."""
         self.amounts = {"num_cpus": float(each.num_cpus or 0), "num_gpus": float(each.num_gpus)}
         bundle = {"CPU": self.amounts["num_cpus"], "GPU": self.amounts["num_gpus"]}
         packed = {key: num for key, num in bundle.items() if num}
@@ -49,11 +49,11 @@ class ProcessPlacement:
         return self.group.id.hex() if self.group is not None else ""
 
     def alive(self) -> bool:
-        """It was not freed."""
+        """Whether it was not freed."""
         return self.group is None or self._state() != "REMOVED"
 
     def wait(self, timeout_s: float) -> bool:
-        """Returns whether the resources are reserved, after so long at most."""
+        """Wait up to `timeout_s`; return whether the resources are reserved."""
         if self.group is not None and timeout_s > 0:
             self.group.wait(timeout_s)
         return self.group is None or self._state() == "CREATED"
@@ -62,36 +62,36 @@ class ProcessPlacement:
         return str(placement_group_table(self.group).get("state"))
 
     def options(self) -> dict[str, Any]:
-        """Options of the actor that runs there."""
+        """Ray options of the actor that runs there."""
         if self.group is None:
             return {**self.amounts, "label_selector": self.labels} if self.labels else dict(self.amounts)
         strategy = PlacementGroupSchedulingStrategy(placement_group=self.group, placement_group_bundle_index=0)
         return {**self.amounts, "scheduling_strategy": strategy}
 
     def free(self) -> None:
-        """Ends the process that still runs there."""
+        """Free the resources. Ends the process that still runs there."""
         if self.group is not None and ray.is_initialized():
             remove_placement_group(self.group)
 
 
 def free_all(prefix: str) -> None:
-    """Free placements under such names, made by a process that died: Ray keeps them until the job ends."""
+    """Free the placements under these names of a process that died: Ray keeps them until the job ends."""
     for group in placement_group_table().values():
         if group["name"].startswith(prefix) and group["state"] != "REMOVED":
-            with suppress(ValueError):  # it was freed meanwhile
+            with suppress(ValueError):  # freed in between
                 remove_placement_group(get_placement_group(group["name"]))
 
 
 def beside_driver() -> dict[str, Any]:
-    """Options of an actor that takes nothing and whose death would cost more than its own work: where Ray puts it by
-    chance, it dies with any node of the cluster; here it dies only with the driver's, and then starts elsewhere."""
+    """Ray options that place an actor without resources on the driver's node, so that the loss of another node does not
+    end it. If the driver's node is lost, it restarts elsewhere."""
     here = ray.get_runtime_context().get_node_id()
     return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=here, soft=True)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Node:
-    """A living machine of the cluster, as Ray counts it."""
+    """A living node of the cluster, with Ray's amounts."""
 
     name: str
     labels: Mapping[str, str]  # without those that Ray gives every node
@@ -115,14 +115,14 @@ def nodes() -> list[Node]:
 
 
 RELEASE_S = 15.0
-"""How long the placements of a run that has just ended may take to come back."""
+"""Time that Ray may take to release the placements of a run that has just ended."""
 
 
 def wait_for_placements(
     config: Config, placements: Mapping[str, Sequence[ProcessPlacement]], log: Callable[[str], None]
 ) -> None:
-    """Wait until each process of each role has its placement: `cluster.wait_s`, at least RELEASE_S. Raises ConfigError
-    that names a role which lacks some, after a table of what is asked and what each node has free."""
+    """Wait `cluster.wait_s`, at least RELEASE_S, until each process has its placement. Raises ConfigError that names a
+    role without enough of them, after logging a table of requested and free resources."""
     wait_s = config.cluster.wait_s
     deadline = time.monotonic() + max(wait_s, RELEASE_S)
     if not wait_s:
@@ -130,8 +130,7 @@ def wait_for_placements(
     first_look = min(time.monotonic() + 1.0, deadline)
     if wait_s and (lacking := _lacking(placements, first_look)):
         log(f"waiting up to {wait_s:g} s: {shortage(config, placements, lacking, nodes())}")
-    lacking = _lacking(placements, deadline)
-    if lacking:
+    if lacking := _lacking(placements, deadline):
         there = nodes()
         check_labels(config, placements, there)
         log(table(config, placements, lacking, there))
@@ -139,7 +138,7 @@ def wait_for_placements(
 
 
 def _lacking(placements: Mapping[str, Sequence[ProcessPlacement]], deadline: float) -> dict[str, int]:
-    """Processes of each role that have no placement at the deadline, where there are any."""
+    """Numbers of processes without a placement at the deadline, by role; roles without any are left out."""
     num = {
         role: sum(not placement.wait(deadline - time.monotonic()) for placement in members)
         for role, members in placements.items()
@@ -148,7 +147,7 @@ def _lacking(placements: Mapping[str, Sequence[ProcessPlacement]], deadline: flo
 
 
 def check_labels(config: Config, roles: Iterable[str], there: Sequence[Node]) -> None:
-    """Raises ConfigError for labels that no node has."""
+    """Raise ConfigError for labels that no node has."""
     for role in roles:
         labels = resources.of_role(config, role).labels
         if not any(labels.items() <= node.labels.items() for node in there):
@@ -162,14 +161,14 @@ def check_labels(config: Config, roles: Iterable[str], there: Sequence[Node]) ->
 def shortage(
     config: Config, placements: Mapping[str, Sequence[object]], lacking: Mapping[str, int], there: Sequence[Node]
 ) -> str:
-    """Which role lacks placements, what each of its processes needs, what is free, and what can be done."""
+    """Error text: the role that lacks placements, the needs of each process, the free resources, the remedies."""
     role, num = next(iter(lacking.items()))
     each = resources.of_role(config, role)
     suited = [node for node in there if each.labels.items() <= node.labels.items()]
     most = " and ".join(
         f"{max((node.free.get(name, 0.0) for node in suited), default=0.0):g} {name}s"
-        for name, asked in (("CPU", each.num_cpus), ("GPU", each.num_gpus))
-        if asked
+        for name, requested in (("CPU", each.num_cpus), ("GPU", each.num_gpus))
+        if requested
     )
     gpus = f"{each.num_gpus:g} GPUs" if each.num_gpus >= 1 else f"{each.num_gpus:g} of one GPU"
     needs = " and ".join([f"{each.num_cpus:g} CPUs"] * bool(each.num_cpus) + [gpus] * bool(each.num_gpus))
@@ -184,7 +183,7 @@ def shortage(
 def table(
     config: Config, placements: Mapping[str, Sequence[object]], lacking: Mapping[str, int], there: Sequence[Node]
 ) -> str:
-    """What each role asks for and lacks, and what each node has free beside the placements of this run."""
+    """Table of the resources that each role requests and lacks, and of the free ones of each node."""
     rows = [("role", "number", "CPUs each", "GPUs each", "labels", "not placed")]
     for role, members in placements.items():
         each = resources.of_role(config, role)
@@ -203,8 +202,8 @@ def _listed(labels: Mapping[str, str]) -> str:
 
 
 def resolve_resources(config: Config) -> Config:
-    """The config with nothing left open in `resources`: an actor sees another machine and another environment than the
-    driver, and would work out something else."""
+    """Return the config with all of `resources` filled in, by the driver: an actor sees another machine and another
+    environment."""
     roles = {role: resources.of_role(config, role) for role in resources.ROLES}
     each = {name: resources.of_role(config, resources.role_of(name)) for name in config.teachers}
     return config.model_copy(update={"resources": RoleResourcesConfig(**roles, teachers=each)})

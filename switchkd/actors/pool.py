@@ -1,8 +1,7 @@
-"""A pool of processes of one role: one loop starts them, replaces lost ones, adds and drains by load, and ends them.
+"""Keeps a pool of processes of one role (rollout workers, teacher replicas) running, and sizes it by load.
 
-In: what the pool's owner knows (`PoolOwner`): how to start a process, what load they carry, when a drained one may end.
-Out: the members and their states, and a line for every change. The rollout workers and the replicas of a teacher are
-such pools.
+In: a `PoolOwner`: how to start a process, the load of the pool, when a drained process may end. Out: the members and
+their states, and a line for every change.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from switchkd.config.errors import first_line
 from switchkd.config.schema import ReplicaRange
 
 PATIENCE_S = 60.0
-"""How long an additional process may wait for its placement before the pool gives up on it."""
+"""Time limit for the placement of an additional process."""
 MAX_FAILURES = 3
-"""Processes in a row that could not start, after which the pool is broken."""
+"""Processes in a row that fail to start, after which the pool is broken."""
 
 
 class State(Enum):
@@ -35,11 +34,11 @@ class State(Enum):
 
 
 class Probe:
-    """A call that is out, and when it was answered. It queues with all other calls of the process."""
+    """A pending call, and when it was answered. It queues with all other calls of the process."""
 
     def __init__(self, ref: Any) -> None:
         self.ref = ref
-        self.asked = time.monotonic()
+        self.sent = time.monotonic()
         self.answered = 0.0
         ref.future().add_done_callback(self._done)
 
@@ -48,8 +47,8 @@ class Probe:
 
     @property
     def waited_s(self) -> float:
-        """Until now, where it is still out."""
-        return (self.answered or time.monotonic()) - self.asked
+        """Seconds until the answer, or until now."""
+        return (self.answered or time.monotonic()) - self.sent
 
 
 @dataclass(slots=True)
@@ -60,33 +59,33 @@ class Member:
     placement: ProcessPlacement
     state: State
     since: float
-    announced: bool  # that it becomes ready is worth a line
-    probe: Probe | None = None  # of `ready` while it starts, then of the pool's question
-    answer: Any = None  # the last one to the pool's question ...
-    waits: list[float] = field(default_factory=list)  # ... and how long calls have queued since the last measurement
+    announced: bool  # an event reports when it becomes ready
+    probe: Probe | None = None  # of `ready` while it starts, then of the pool's `question`
+    answer: Any = None  # the last one to `question` ...
+    waits: list[float] = field(default_factory=list)  # ... and how long calls queued since the last measurement
     measured: Any = None  # the answer at the last measurement
 
 
 class PoolOwner(Protocol):
-    """What a pool asks of its owner. `number`: of a process, counted from 0."""
+    """Interface of a pool's owner. `number` counts processes from 0."""
 
     def place(self, number: int) -> ProcessPlacement: ...
 
     def create(self, number: int, options: dict[str, Any]) -> Any:
-        """Start the actor with these options; its handle."""
+        """Start the actor with these options; return its handle."""
 
     def measure(self, now: float) -> Load | None:
-        """The load since the last time; None where it is too early to say."""
+        """The load since the last measurement; None where it is too early to measure."""
 
     def num_sessions(self, number: int, now: float) -> int:
-        """What would have to move if this process were drained."""
+        """Number of sessions that must move if this process is drained."""
 
     def is_drained(self, number: int, now: float) -> bool:
-        """A draining process may end."""
+        """Whether a draining process may end."""
 
 
 class ProcessPool:
-    """`question`: the method that a ready process is asked again and again. `placements`: for the first processes."""
+    """`question`: the method that is polled on ready processes. `placements`: for the first processes."""
 
     def __init__(
         self,
@@ -104,20 +103,20 @@ class ProcessPool:
         self.next_number = 0
         self.placements = list(placements)
         self.events: list[str] = []
-        self.broken = ""  # why no process can be started any more
+        self.broken = ""  # the reason why no process can start
         self._owner = owner
         self._question = question
         self._patience_s = max(PATIENCE_S, wait_s)
         self._ever_ready = False
         self._num_failed = 0
-        self._hold_until = 0.0  # no process is added before
+        self._hold_until = 0.0  # earliest time to add a process
         self._loads: list[Load] = []
 
     def within(self, *states: State) -> dict[int, Member]:
         return {number: member for number, member in self.members.items() if member.state in states}
 
     def reconcile(self, now: float) -> None:
-        """Take in what processes answered, end drained ones, replace lost ones, and add or drain one by load."""
+        """Process the answers, end drained members, replace lost ones, and add or drain one by load."""
         for number in list(self.members):
             self._poll(number, now)
         for number in reversed(self.within(State.DRAINING)):
@@ -129,7 +128,7 @@ class ProcessPool:
         self._scale(now)
 
     def start(self, now: float, state: State = State.STARTING) -> None:
-        """One more process. READY: the caller waits for it."""
+        """Start one more process. With READY the caller waits until it is ready."""
         number = self.next_number
         placement = self.placements.pop(0) if self.placements else self._owner.place(number)
         self.register(number, self._owner.create(number, placement.options()), placement, now, state)
@@ -137,7 +136,7 @@ class ProcessPool:
     def register(
         self, number: int, handle: Any, placement: ProcessPlacement, now: float, state: State = State.STARTING
     ) -> None:
-        """Take in a process that was started."""
+        """Add a started process to the pool."""
         member = Member(handle=handle, placement=placement, state=state, since=now, announced=self._ever_ready)
         if state is State.STARTING:
             member.probe = Probe(handle.ready.remote())
@@ -146,7 +145,7 @@ class ProcessPool:
         self.next_number = number + 1
 
     def drain(self, number: int, now: float, reason: str) -> None:
-        """It gets no new work, and ends when it has none."""
+        """Give a process no new work, and end it once it has none."""
         self._loads = []
         self.members[number].state, self.members[number].since = State.DRAINING, now
         self.events.append(f"{reason}: {self.role} {number} is drained")
@@ -164,7 +163,7 @@ class ProcessPool:
             placement.free()
 
     def _poll(self, number: int, now: float) -> None:
-        """Take in a process's answer, and ask again."""
+        """Process a member's answer, and poll it again."""
         member = self.members[number]
         if member.probe is None:
             return
@@ -193,7 +192,7 @@ class ProcessPool:
         member.probe = Probe(getattr(member.handle, self._question).remote()) if self._question else None
 
     def _restarted(self, number: int, now: float) -> None:
-        """Ray starts it again by itself; it is asked until it answers, or for RESTART_S."""
+        """Poll a member that Ray restarts until it answers, for RESTART_S at most."""
         member = self.members[number]
         if member.state is State.DRAINING:
             self.end(number)
@@ -208,7 +207,7 @@ class ProcessPool:
         member.probe = Probe(member.handle.ready.remote())
 
     def _lost(self, number: int, reason: str, now: float) -> None:
-        """It will not come back: another one replaces it where too few are left."""
+        """Remove a member that does not come back. `reconcile` replaces it where too few are left."""
         starting = self.members[number].state is State.STARTING
         self.end(number)
         self.events.append(f"{self.role} {number} is lost: {reason}")
@@ -241,7 +240,6 @@ class ProcessPool:
             self.events.append(f"{waiting}, {load.wait_frac:.0%} of the time: one is added")
             self.start(now)
         elif change < 0:
-            emptiest = min(
-                self.within(State.READY), key=lambda number: (self._owner.num_sessions(number, now), -number)
-            )
+            ready = self.within(State.READY)
+            emptiest = min(ready, key=lambda number: (self._owner.num_sessions(number, now), -number))
             self.drain(emptiest, now, f"{load.num} {self.role}s are busy {load.busy_frac:.0%}")

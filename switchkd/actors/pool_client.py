@@ -1,6 +1,6 @@
-"""Asks the pool's actor now and then which replicas there are.
+"""Polls a pool's actor for its replicas.
 
-In: how many sessions the asking router has at each replica. Out: `ReplicaView`.
+In: the number of the router's sessions at each replica. Out: `ReplicaView`.
 """
 
 from __future__ import annotations
@@ -16,33 +16,32 @@ from ray.exceptions import ActorDiedError, RayError
 from switchkd.actors.replicas import ReplicaView
 
 POLL_S = 1.0
-"""How often a router asks for the replicas and their load."""
+"""Interval at which a router polls the replicas and their load."""
 ASK_S = 10.0
-"""How long the pool may take to answer."""
+"""Time limit for the pool's answer."""
 
 
 class PoolClient:
-    """`router`: the asking router's name, the same after a restart."""
+    """`router`: the router's name, the same after a restart."""
 
     def __init__(self, pool: Any, router: str) -> None:
         self._pool = pool
         self._router = router
-        self._pending: Any = None  # the question that is out
+        self._pending: Any = None  # the call in flight
         self._next = 0.0
 
     def ask(self, sessions: Mapping[int, int]) -> ReplicaView | None:
-        """Wait for the answer; None where the pool is just being started again."""
+        """Wait for the answer; None where the pool is restarting."""
         self._pending, self._next = None, time.monotonic() + POLL_S
         try:
-            view: ReplicaView = cloudpickle.loads(ray.get(self._question(sessions), timeout=ASK_S))
-            return view
-        except ActorDiedError:  # it always comes back, unless it was ended
+            return cloudpickle.loads(ray.get(self._question(sessions), timeout=ASK_S))
+        except ActorDiedError:  # Ray restarts it unless it was ended
             return ReplicaView(ready={}, draining={}, sessions={}, broken="their pool was ended")
         except RayError:
             return None
 
     def poll(self, sessions: Mapping[int, int]) -> ReplicaView | None:
-        """The answer to the last question, where it has arrived; asks again where it is time. Never waits."""
+        """Return the answer to the last call, where it has arrived; call again after POLL_S. Never waits."""
         if self._pending is None:
             if time.monotonic() >= self._next:
                 self._pending = self._question(sessions)
@@ -51,8 +50,7 @@ class PoolClient:
             return None
         answer, self._pending, self._next = self._pending, None, time.monotonic() + POLL_S
         try:
-            view: ReplicaView = cloudpickle.loads(ray.get(answer))
-            return view
+            return cloudpickle.loads(ray.get(answer))
         except RayError:
             return None
 

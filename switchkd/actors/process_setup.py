@@ -10,17 +10,17 @@ from collections.abc import Mapping
 from switchkd.config.errors import ConfigError
 
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
-"""Travel as an argument from process to process: never in a runtime environment, which Ray logs."""
+"""Environment variables that are passed between processes as an argument: Ray logs runtime environments."""
 
 THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
-"""Read by a process when it loads torch. Roles take turns on the cores: an OpenMP thread that waits for the next
-product of its pass spins for some microseconds (without that a pass takes a third longer), then it sleeps. By default
-it would spin for milliseconds, and two workers on two cores were hardly faster than one."""
+"""Read by a process when it loads torch. Roles share the cores: an OpenMP thread that waits for the next product of its
+pass spins for microseconds (without spinning a pass takes a third longer), then it sleeps. By default it spins for
+milliseconds, and two workers on two cores are hardly faster than one."""
 
 
 def for_private_cluster() -> None:
-    """Loopback only, a token that is in memory only, no usage report, threads that take turns; nothing where the caller
-    runs a Ray already. Raises ConfigError when it comes too late: Ray reads these once, when it is imported."""
+    """Restrict Ray to loopback, with a token in memory, no usage report and threads that share the cores. Does nothing
+    where Ray already runs. Raises ConfigError where Ray was imported before: it reads these settings then."""
     settings = {
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -38,13 +38,13 @@ def for_private_cluster() -> None:
 
 
 def share_the_cores() -> None:
-    """THREADS for this process, where torch is not loaded yet, and for those that it starts; else as the user said."""
+    """Set THREADS for this process, before it loads torch, and for its children, unless the user has set any."""
     if not THREADS.keys() & os.environ.keys():
         os.environ.update(THREADS)
 
 
 class Secrets:
-    """Values that must not show up in a log: their repr is empty."""
+    """Values that must not appear in a log: their repr is hidden."""
 
     def __init__(self, values: Mapping[str, str]) -> None:
         self._values = dict(values)
@@ -61,7 +61,7 @@ class Secrets:
 
 
 def prepare(secrets: Secrets, working_dir: str) -> None:
-    """Take over the driver's secrets and its working directory, from which a user's own rule or loss is imported."""
+    """Apply the driver's secrets and working directory, from which a user's own rule or loss is imported."""
     secrets.apply()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if working_dir not in sys.path:

@@ -1,4 +1,4 @@
-"""A run's numbers for Prometheus, through Ray: every node's metrics port shows them as `ray_switchkd_...`.
+"""Exports a run's numbers to Prometheus through Ray: every node's metrics port has them as `ray_switchkd_...`.
 
 In: the rows that go to metrics.jsonl. Out: gauges with the tag `run`, such as `switchkd_rollout_teacher_token_frac`.
 """
@@ -12,7 +12,7 @@ from ray.util.metrics import Gauge
 
 
 class Exporter:
-    """A sink of `MetricsLog`. `run` tells runs on one cluster apart."""
+    """A sink of `MetricsLog`. `run` distinguishes runs on one cluster."""
 
     def __init__(self, run: str) -> None:
         self.run = run

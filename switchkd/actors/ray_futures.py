@@ -1,7 +1,7 @@
-"""Ray's object references as plain futures, which `train.py` needs no Ray to read, and Ray's errors as this program's.
+"""Converts Ray's object references into plain futures, and Ray's errors into those of this package.
 
-What broke decides: a worker that died (WorkerLost), a process that a worker called (Unreachable), state that only a
-dead process held (StateLost). Everything else is what the actor itself raised.
+A rollout worker that died becomes WorkerLost, a process that a worker cannot reach Unreachable, state that only a dead
+process held StateLost. All other errors are those that the actor itself raised.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from switchkd.config.errors import first_line, last_line, with_type
 from switchkd.types import StateLost, Unreachable, WorkerLost
 
 RESTART_S = 600.0
-"""How long a dead worker or replay may take to come back before the run ends, and a teacher before it is replaced."""
+"""Time limit for the restart of a worker or the replay (then the run ends) or of a teacher (then it is replaced)."""
 GRACE_S = 10.0
-"""How long a rank's failure waits for Ray to report that another one died: survivors notice before Ray does."""
+"""Time that a rank's failure waits for Ray to report that another rank died: the others notice before Ray does."""
 CALL_S = 5.0
-"""Starting a remote call takes milliseconds."""
+"""Time limit for starting a remote call, which takes milliseconds."""
 
 
 class _CallGate:
@@ -39,11 +39,10 @@ class _CallGate:
         with self._lock:
             if self._closed or not ray.is_initialized():
                 raise RaySystemError("Ray was shut down")
-            answer: Future[Any] = call().future()
-            return answer
+            return call().future()
 
     def close(self) -> None:
-        """Wait for a call that is being started, but not for one that hangs."""
+        """Wait up to CALL_S for a call that is being started."""
         held = self._lock.acquire(timeout=CALL_S)
         self._closed = True
         if held:
@@ -54,11 +53,11 @@ class _CallGate:
 
 
 _gate = _CallGate()
-atexit.register(_gate.close)  # behind Ray's own registration, so before its shutdown
+atexit.register(_gate.close)  # registered after Ray's own handler, so it runs before
 
 
 def shut_down() -> None:
-    """`ray.shutdown()`, with no remote calls meanwhile."""
+    """Call `ray.shutdown()`, and refuse remote calls until it returns."""
     _gate.close()
     try:
         ray.shutdown()
@@ -67,7 +66,7 @@ def shut_down() -> None:
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """What the actor raised, without Ray's wrapping where it can be taken off."""
+    """Return the error that the actor raised, without Ray's wrapping where possible."""
     if isinstance(error, RayTaskError) and error.cause is not None:
         return error.cause
     if isinstance(error, ActorDiedError) and "creation task" in first_line(error):
@@ -78,13 +77,13 @@ def cause_of(error: BaseException) -> BaseException:
 
 
 def _actor_died(error: BaseException) -> bool:
-    """Returns whether the called actor died: not one that it called itself, and not one that never started."""
+    """Whether the called actor died: not an actor that it called, and not one that never started."""
     lost = isinstance(error, RayActorError) and not isinstance(error, RayTaskError)
     return lost and "creation task" not in first_line(error)
 
 
 def worker_future(ref: Any) -> Future[Any]:
-    """The answer of a rollout worker. Raises WorkerLost, Unreachable, or what its work raised."""
+    """The answer of a rollout worker. Its errors are WorkerLost, Unreachable, and those of its work."""
     answer: Future[Any] = Future()
 
     def settle(done: Future[Any]) -> None:
@@ -95,7 +94,7 @@ def worker_future(ref: Any) -> Future[Any]:
             answer.set_exception(WorkerLost(first_line(error)))
         else:
             cause = cause_of(error)
-            # outside of the worker: actors, the object store, the network, the disk
+            # outside the worker: actors, the object store, the network, the disk
             outside = isinstance(cause, RayError | StateLost | OSError)
             answer.set_exception(Unreachable(with_type(cause)) if outside else cause)
 
@@ -104,7 +103,7 @@ def worker_future(ref: Any) -> Future[Any]:
 
 
 def retry_until_alive(call: Callable[[], Any]) -> Future[Any]:
-    """The answer of an actor that Ray starts again when it dies: called again, ever more slowly, until it answers."""
+    """The answer of an actor that Ray restarts when it dies; the call is repeated with growing pauses until then."""
     answer: Future[Any] = Future()
     deadline = time.monotonic() + RESTART_S
 
@@ -122,7 +121,7 @@ def retry_until_alive(call: Callable[[], Any]) -> Future[Any]:
     def attempt(pause_s: float) -> None:
         try:
             future = _gate.start(call)
-        except Exception as error:  # Ray itself was shut down meanwhile
+        except Exception as error:  # Ray was shut down in between
             answer.set_exception(error)
         else:
             future.add_done_callback(lambda done: settle(done, pause_s))
@@ -132,7 +131,7 @@ def retry_until_alive(call: Callable[[], Any]) -> Future[Any]:
 
 
 def run_in_thread(function: Callable[[], Any]) -> Future[Any]:
-    """The answer of a function that waits. The thread does not keep the process alive."""
+    """The result of a function that waits, from a thread that does not keep the process alive."""
     answer: Future[Any] = Future()
 
     def work() -> None:
@@ -146,8 +145,8 @@ def run_in_thread(function: Callable[[], Any]) -> Future[Any]:
 
 
 def gather_ranks(refs: list[Any]) -> Future[Any]:
-    """The answer of rank 0, once all have answered. Raises StateLost when a rank died or could not reach what it needs,
-    in place of the errors of the others that follow from it."""
+    """The answer of rank 0, once all ranks have answered. Raises StateLost when a rank died or could not reach what it
+    needs, in place of the other ranks' errors that follow from it."""
     futures = [ref.future() for ref in refs]
     return run_in_thread(lambda: _gather(futures))
 
@@ -167,14 +166,11 @@ def _gather(futures: list[Future[Any]]) -> Any:
             continue
         if lost is None and waiting and isinstance(cause_of(errors[0]), OSError):
             lost = errors[0]
-        raise cause_of(errors[0]) if lost is None else StateLost(_describe_loss(lost))
+        if lost is None:
+            raise cause_of(errors[0])
+        failure = "died" if _actor_died(lost) else f"failed ({with_type(cause_of(lost))})"
+        raise StateLost(f"a learner rank {failure}")
 
 
 def _loses_state(error: BaseException) -> bool:
     return _actor_died(error) or isinstance(cause_of(error), RayError | StateLost)
-
-
-def _describe_loss(error: BaseException) -> str:
-    if _actor_died(error):
-        return "a learner rank died"
-    return f"a learner rank failed ({with_type(cause_of(error))})"

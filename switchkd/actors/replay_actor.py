@@ -1,6 +1,6 @@
 """The replay behind Ray. It writes rollouts.jsonl and its part of the checkpoint itself.
 
-Ray starts a dead one again, empty: until `restore` has filled it, every call raises StateLost.
+Ray restarts a dead one empty: until `restore` has filled it, every call raises StateLost.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ReplayActor(HeartbeatActor):
         return self.replay.num_put
 
     def call(self, method: str, *args: Any) -> Any:
-        """Call a method of `data.replay.Replay`."""
+        """Call a method of `data.replay.Replay`. Raises StateLost before `restore`; `rewind` then returns False."""
         if not self.restored and method != "restore":
             if method == "rewind":
                 return False
@@ -41,7 +41,7 @@ class ReplayActor(HeartbeatActor):
 
 
 class RayReplayHandle:
-    """The methods of `data.replay.Replay`, as futures. While Ray starts the actor again they wait."""
+    """The methods of `data.replay.Replay`, as futures, which wait while Ray restarts the actor."""
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor

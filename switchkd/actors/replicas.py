@@ -1,6 +1,6 @@
-"""A pool of teacher replicas as a router sees it, and how many sessions each replica has.
+"""A router's view of a pool of teacher replicas, and the number of sessions at each replica.
 
-In: what routers report. Out: `ReplicaView`. Handles are opaque here.
+In: the routers' reports. Out: `ReplicaView`. Handles are opaque here.
 """
 
 from __future__ import annotations
@@ -10,26 +10,26 @@ from dataclasses import dataclass
 from typing import Any
 
 FORGET_S = 60.0
-"""A router that has not reported for so long has died: its sessions no longer count."""
+"""Time after which a router without a report counts as dead, and its sessions no longer count."""
 DRAIN_S = 60.0
-"""How long the sessions of a draining replica may take to finish before they are moved."""
+"""Time limit for the sessions of a draining replica to finish; then they are moved."""
 NOTICE_S = 5.0
-"""By then every router knows of a drain."""
+"""Time within which every router learns of a drain."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplicaView:
-    """What a router needs to know. Replicas are numbered; a number is never used again."""
+    """The replicas of a pool by number. A number is never reused."""
 
     ready: Mapping[int, Any]  # take new sessions
-    draining: Mapping[int, Any]  # finish those that they have
-    sessions: Mapping[int, int]  # of all routers but the one that asks
+    draining: Mapping[int, Any]  # finish their sessions
+    sessions: Mapping[int, int]  # of all other routers
     num_starting: int = 0
-    broken: str = ""  # why no replica can be started any more
+    broken: str = ""  # the reason why no replica can start
 
 
 class SessionReports:
-    """How many sessions each router has at each replica, as it last reported."""
+    """The last reported number of sessions of each router at each replica."""
 
     def __init__(self) -> None:
         self._reports: dict[str, tuple[float, Mapping[int, int]]] = {}
@@ -38,13 +38,11 @@ class SessionReports:
         self._reports[router] = now, dict(sessions)
 
     def count(self, number: int, now: float, without: str = "") -> int:
-        """Sessions of all routers but one at a replica."""
-        reports = ((router, at, sessions) for router, (at, sessions) in self._reports.items())
-        return sum(
-            sessions.get(number, 0) for router, at, sessions in reports if router != without and now - at <= FORGET_S
-        )
+        """Sessions at a replica, of all routers but `without`."""
+        others = [report for router, report in self._reports.items() if router != without]
+        return sum(sessions.get(number, 0) for at, sessions in others if now - at <= FORGET_S)
 
     def is_drained(self, number: int, since: float, now: float) -> bool:
-        """A replica that is draining since then may end: no router has a session there, and every one had NOTICE_S to
-        know of the drain and to report; or its time is up."""
+        """Whether a replica that drains since `since` may end: no router has a session there and NOTICE_S have passed
+        for routers to learn of the drain and report; or DRAIN_S have passed."""
         return now - since > DRAIN_S or (now - since > NOTICE_S and not self.count(number, now))

@@ -1,4 +1,4 @@
-"""One rollout worker behind Ray: writes rollouts, puts them into the replay itself, fetches new weights."""
+"""One rollout worker behind Ray: generates rollouts, puts them into the replay, fetches new weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from switchkd.types import EvalRow, EvalShard, PackedWeights, ReplayFull, Rollou
 
 @ray.remote(max_restarts=-1, max_task_retries=0, concurrency_groups={"weights": 1, **HEARTBEAT_GROUP})
 class RolloutActor(HeartbeatActor):
-    """Calls of the default group run one after another; `push_weights` comes in between (`reprefill`)."""
+    """Calls of the default group run one after another; `push_weights` runs beside them (`reprefill`)."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class RolloutActor(HeartbeatActor):
         secrets: Secrets,
         working_dir: str,
     ) -> None:
-        """`handles`: of the teachers' pools, each with the run's number there, and of the replay, pickled."""
+        """`handles`, pickled: the teachers' pools, each with the run's number there, and the replay."""
         prepare(secrets, working_dir)
         pools, replay = cloudpickle.loads(handles)
         self.replay = RayReplayHandle(replay)
@@ -46,7 +46,7 @@ class RolloutActor(HeartbeatActor):
 
     @ray.method(concurrency_group="weights")
     def push_weights(self, weights: WeightRef) -> None:
-        """Fetch weights that the running rollouts load at their next round. Calls may overtake each other."""
+        """Fetch weights that the running rollouts load at their next round. Calls may arrive out of order."""
         packed = fetch_weights(weights)
         if self.pushed is None or packed.order > self.pushed.order:
             self.pushed = packed
@@ -63,12 +63,12 @@ class RolloutActor(HeartbeatActor):
         return self.worker.progress_counter
 
     def _newer(self) -> PackedWeights | None:
-        """Return the pushed weights, if they are later than those in use."""
+        """Return the pushed weights, if they are newer than those in use."""
         pushed = self.pushed
         return pushed if pushed is not None and pushed.order > self.worker.order else None
 
     def _put(self, rollouts: list[Rollout]) -> None:
-        """Wait while the replay is full, or is being started again."""
+        """Put rollouts into the replay; wait while it is full or restarting."""
         with waiting_for("the replay"):
             while rollouts:
                 try:
@@ -81,6 +81,6 @@ class RolloutActor(HeartbeatActor):
 
 @waiting_for("weights")
 def fetch_weights(weights: WeightRef) -> PackedWeights:
-    """`ref` holds one object reference: this process pulls the weights once, straight from the store."""
+    """Fetch the weights from the object store; `weights.ref` holds one reference."""
     packed: PackedWeights = ray.get(weights.ref[0])
     return replace(packed, incarnation=weights.incarnation)

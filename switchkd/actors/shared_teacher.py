@@ -1,7 +1,7 @@
-"""One teacher for many runs: a named pool that outlives the command that started it, and a run's handle of it.
+"""Shares one teacher among runs: a named pool that outlives the command that starts it, and a run's handle of it.
 
 In: a config whose teacher is shared, or a run's config with `teacher.attach`. Out: a pool on the joined cluster, or the
-handle of one that is there. Each run has a number of its own, which keeps its sessions apart from those of others.
+handle of an existing one. Each run has its own number, which separates its sessions from those of other runs.
 """
 
 from __future__ import annotations
@@ -16,12 +16,7 @@ from ray import cloudpickle
 from ray.exceptions import GetTimeoutError, RayError
 
 from switchkd.actors.cluster import connect
-from switchkd.actors.placement_group import (
-    ProcessPlacement,
-    free_all,
-    resolve_resources,
-    wait_for_placements,
-)
+from switchkd.actors.placement_group import ProcessPlacement, free_all, resolve_resources, wait_for_placements
 from switchkd.actors.pool_client import PoolClient
 from switchkd.actors.process_setup import Secrets
 from switchkd.actors.ray_futures import cause_of, retry_until_alive
@@ -47,20 +42,20 @@ from switchkd.engines.models.lm_head import LMHeadState
 from switchkd.engines.models.loading import shared_vocab
 
 LEAVE_S = 10.0
-"""How long a pool may take to close the sessions of a run, or to end."""
+"""Time limit for a pool to close the sessions of a run, or to end."""
 ANSWER_S = 60.0
-"""How long a shared pool may take to answer a new run: enough for one that is just started again."""
+"""Time limit for a shared pool to answer a new run: enough for a pool that is restarting."""
 
 
 class TeacherPoolHandle:
-    """A run's handle of a pool: its own (namespace 0), or a shared one that goes on without it."""
+    """A run's handle of a pool: the run's own (namespace 0), or a shared one that outlives the run."""
 
     def __init__(self, actor: Any, name: str, namespace: int = 0, cursor: EventCursor = NO_EVENTS) -> None:
         self.actor = actor
         self.name = name
         self.namespace = namespace
         self._cursor = cursor
-        self._events: Any = None  # the question that is out
+        self._events: Any = None  # the pending call
         self._client = PoolClient(actor, "driver")
         self._view: ReplicaView | None = None
 
@@ -69,18 +64,18 @@ class TeacherPoolHandle:
         return f"teacher {self.name}".strip()
 
     def lm_head_state(self) -> LMHeadState | None:
-        """The LM head, once the pool works. Raises RuntimeError where it cannot start."""
+        """Return the LM head once the pool is ready. Raises RuntimeError where it cannot start."""
         retry_until_alive(self.actor.ready.remote).result()
         return TeacherRouter(self._client).lm_head_state()
 
     def replicas(self) -> dict[str, Any]:
-        """Handles of the working replicas by name, as last known. Never waits."""
+        """Return the last known handles of the working replicas by name. Never waits."""
         self._view = self._client.poll({}) or self._view
         handles = {**self._view.ready, **self._view.draining} if self._view else {}
         return {f"{self.role} {number}": handle for number, handle in handles.items()}
 
     def events(self) -> list[str]:
-        """What has happened there since the last answer. Never waits."""
+        """Return the pool's events since the last answer. Never waits."""
         if self._events is None:
             self._events = self.actor.events.remote(self._cursor)
         if not ray.wait([self._events], timeout=0)[0]:
@@ -95,15 +90,15 @@ class TeacherPoolHandle:
     def close(self) -> None:
         """End the run's own pool; close the run's sessions in a shared one."""
         leave = self.actor.detach.remote(self.namespace) if self.namespace else self.actor.stop.remote()
-        with suppress(RayError):  # it has died: there is nothing left to end
+        with suppress(RayError):  # it has died
             ray.get(leave, timeout=LEAVE_S)
         if not self.namespace:
             ray.kill(self.actor)
-            free_all(replica_name(self.actor._actor_id.hex(), ""))  # where it could not do so itself
+            free_all(replica_name(self.actor._actor_id.hex(), ""))  # of a pool that died
 
 
 def teacher_identity(config: Config, vocab_size: int) -> dict[str, Any]:
-    """What decides a teacher's rows, and `max_len`: where these are equal and the length is enough, so are the rows."""
+    """Return the settings that a teacher's rows depend on, and `max_len`, for comparison with another config's."""
     teacher = config.teacher
     path = os.path.realpath(os.path.expanduser(teacher.path))
     identity = {
@@ -124,13 +119,7 @@ def teacher_identity(config: Config, vocab_size: int) -> dict[str, Any]:
 def attach(config: Config, key: str) -> TeacherPoolHandle:
     """Attach to the shared teacher that `config.teacher` names. `key`: its section. Raises ConfigError."""
     name = config.teacher.attach
-    pool = find_pool(name)
-    if pool is None:
-        names = ", ".join(list_shared()) or "none"
-        raise ConfigError(
-            f"{key}.attach={name}: no teacher of this name is served on the cluster (there: {names}); start it with "
-            f"`switchkd serve-teacher CONFIG --name {name}`"
-        )
+    pool = _require_pool(name, f"{key}.attach={name}", f"; start it with `switchkd serve-teacher CONFIG --name {name}`")
     namespace, identity = _answer(pool.attach.remote(), key, name)
     try:
         _check_identity(config, key, identity)
@@ -177,6 +166,14 @@ def find_pool(name: str) -> Any | None:
         return None
 
 
+def _require_pool(name: str, key: str, remedy: str = "") -> Any:
+    """Return the pool of this name. Raises ConfigError, which begins with `key`."""
+    if (pool := find_pool(name)) is None:
+        names = ", ".join(list_shared()) or "none"
+        raise ConfigError(f"{key}: no teacher of this name is served on the cluster (there: {names}){remedy}")
+    return pool
+
+
 def list_shared() -> list[str]:
     """Names of the teachers that are served on the cluster."""
     return sorted(actor_suffixes(_pool_name("")))
@@ -187,8 +184,7 @@ def _pool_name(name: str) -> str:
 
 
 def _start(config: Config, name: str, vocab_size: int, log: Callable[[str], None]) -> int:
-    """Start the named pool on the joined cluster, wait until it works and return the number of its replicas. Raises
-    ConfigError."""
+    """Start the named pool on the joined cluster. Returns the number of replicas, once ready; raises ConfigError."""
     if find_pool(name) is not None:
         raise ConfigError(
             f"--name {name}: a teacher of this name is served already; attach to it (teacher.attach={name}), take "
@@ -202,22 +198,10 @@ def _start(config: Config, name: str, vocab_size: int, log: Callable[[str], None
     pool = None
     try:
         wait_for_placements(config, {"teacher": placements}, log)
-        identity = teacher_identity(config, vocab_size)
-        options = {"name": _pool_name(name), "namespace": NAMESPACE, "lifetime": "detached"}
-        pool = (
-            cast(Any, TeacherPoolActor)
-            .options(**options)
-            .remote(
-                config.model_dump(),
-                cloudpickle.dumps(placements),
-                Secrets.of_this_process(),
-                os.getcwd(),
-                name,
-                identity,
-            )
-        )
-        num: int = ray.get(pool.ready.remote(), timeout=patience)
-        return num
+        identity, pickled = teacher_identity(config, vocab_size), cloudpickle.dumps(placements)
+        actor = cast(Any, TeacherPoolActor).options(name=_pool_name(name), namespace=NAMESPACE, lifetime="detached")
+        pool = actor.remote(config.model_dump(), pickled, Secrets.of_this_process(), os.getcwd(), name, identity)
+        return ray.get(pool.ready.remote(), timeout=patience)
     except BaseException as error:
         if pool is not None:
             _end(pool, name)
@@ -232,21 +216,20 @@ def _start(config: Config, name: str, vocab_size: int, log: Callable[[str], None
 
 
 def _end(pool: Any, name: str) -> None:
-    """End the pool, and its replicas where it cannot do so itself any more."""
-    with suppress(RayError):  # it has died: it is only to be removed
+    """End the pool, and its replicas where the pool's own process has died."""
+    with suppress(RayError):  # it has died
         ray.get(pool.stop.remote(), timeout=LEAVE_S)
     ray.kill(pool)
     prefix = replica_name(name, "")
     for number in actor_suffixes(prefix):
-        with suppress(ValueError):  # it is just ending
+        with suppress(ValueError):  # it is ending
             ray.kill(ray.get_actor(f"{prefix}{number}", namespace=NAMESPACE))
     free_all(prefix)
 
 
 def serve_teacher(config: Config, name: str) -> int:
-    """Start a named teacher on the cluster that the config joins, and return the number of its replicas. Raises
-    ConfigError."""
-    if "/" in name or not name:  # its replicas are found by its name and a slash
+    """Start a named teacher on the cluster of the config. Returns the number of its replicas; raises ConfigError."""
+    if "/" in name or not name:  # replicas are found by the name and a slash
         raise ConfigError(f"--name {name!r}: choose a name without a slash")
     config, vocab_size = prepare_teacher(config)
     if resources.is_private(config):
@@ -264,8 +247,4 @@ def serve_teacher(config: Config, name: str) -> int:
 def stop_teacher(name: str, address: str) -> None:
     """End a teacher that `serve_teacher` started on the cluster at this address. Raises ConfigError."""
     connect(address)
-    pool = find_pool(name)
-    if pool is None:
-        names = ", ".join(list_shared()) or "none"
-        raise ConfigError(f"--stop {name}: no teacher of this name is served on the cluster (there: {names})")
-    _end(pool, name)
+    _end(_require_pool(name, f"--stop {name}"), name)

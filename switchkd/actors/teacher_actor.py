@@ -1,7 +1,7 @@
 """One teacher replica behind Ray: the calls of `engines.base.Teacher`, one at a time.
 
-Sessions are in this process only. After a restart it knows none and raises UnknownSession; the router opens them
-again. Calls are never retried by Ray: `base_lens` makes the router's own retries harmless.
+Sessions exist in this process only. After a restart it raises UnknownSession, and the router opens them again. Ray
+never retries calls: `base_lens` makes the router's own retries harmless.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplicaLoad:
-    """What a replica has done since it started."""
+    """A replica's work since it started."""
 
     calls: int
     busy_s: float
@@ -35,7 +35,7 @@ class ReplicaLoad:
 class TeacherActor(HeartbeatActor):
     def __init__(self, config: dict[str, Any], secrets: Secrets, working_dir: str) -> None:
         prepare(secrets, working_dir)
-        # here, not above: the pool, which imports this class to start it, has no need of torch
+        # not at the top: the pool imports this module, and needs no torch
         from switchkd.engines.build import make_teacher
 
         self.teacher = make_teacher(Config.model_validate(config))
@@ -44,11 +44,11 @@ class TeacherActor(HeartbeatActor):
         self.busy_s = 0.0
 
     def load(self) -> ReplicaLoad:
-        """Queues with every other call: how long the answer takes is how long calls wait."""
+        """Report the load. The call queues with all others, so its duration is the time that calls wait."""
         return ReplicaLoad(calls=self.calls, busy_s=self.busy_s)
 
     def lm_head_state(self) -> LMHeadState | None:
-        """The LM head that turns hidden states into rows; None when the answers are logits."""
+        """The LM head that turns hidden states into logits; None where the answers are logits."""
         return self.teacher.lm_head_state()
 
     def open(self, sessions: Sessions) -> None:
@@ -66,9 +66,8 @@ class TeacherActor(HeartbeatActor):
         self.held.difference_update(session_ids.tolist())
 
     def close_within(self, first: int, end: int) -> None:
-        """Close what a run has left behind: sessions first, ..., end - 1."""
-        left = [session for session in self.held if first <= session < end]
-        if left:
+        """Close the open sessions of a run: first, ..., end - 1."""
+        if left := [session for session in self.held if first <= session < end]:
             self.close(np.array(left, np.int64))
 
     def _timed(self, function: Callable[..., Any], *args: Any) -> Any:

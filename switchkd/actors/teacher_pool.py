@@ -1,8 +1,9 @@
-"""A pool of teacher replicas as an actor: it keeps them running, and tells routers where they are.
+"""An actor that keeps a pool of teacher replicas running.
 
-In: the config of one teacher, and how many. Out: a `ReplicaView` for every router that asks (`PoolClient`, in the
-rollout workers). No session and no row passes through here. A run's own pool ends with the run, its replicas with the
-pool; a shared one (`shared_teacher.py`) is detached, its replicas have names, and a restarted pool attaches them again.
+In: the config of one teacher, and the number of replicas. Out: a `ReplicaView` for every router that polls
+(`PoolClient`, in the rollout workers). No session and no row passes through it. A run's own pool ends with the run, its
+replicas with the pool; a shared one (`shared_teacher.py`) is detached, its replicas are named, and a restarted pool
+attaches them again.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ from switchkd.config.resources import of_role
 from switchkd.config.schema import Config, ReplicaRange
 
 TICK_S = 0.5
-"""How often the pool looks after its replicas."""
+"""Interval at which the pool checks its replicas."""
 MEASURE_S = 2.0
-"""How long one measurement of the load takes."""
+"""Duration of one measurement of the load."""
 NAMESPACE = "switchkd"
-"""Of the names of shared teachers."""
+"""Ray namespace of shared teachers."""
 
 
 class EventCursor(NamedTuple):
-    """A number of lines of a pool's log since the pool's process started: a restarted one begins a new log."""
+    """A position in a pool's list of events; a restarted pool begins a new list, with another `epoch`."""
 
     epoch: str
     num: int
@@ -48,8 +49,8 @@ NO_EVENTS = EventCursor("", 0)
 
 @ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=0, max_concurrency=32)
 class TeacherPoolActor:
-    """`placements`: for the first replicas, pickled. `shared_name`: the pool's name where it is detached; `identity`:
-    what runs that attach compare."""
+    """`placements`: for the first replicas, pickled. `shared_name`: the name of a detached pool; `identity`: the
+    settings that an attaching run compares."""
 
     def __init__(
         self,
@@ -82,7 +83,7 @@ class TeacherPoolActor:
         )
         if context.was_current_actor_reconstructed:
             self.pool.events.append("the teacher pool died and is started again")
-            if not shared_name:  # its replicas died with it, their placements did not
+            if not shared_name:  # its replicas died with it, their placements exist
                 free_all(replica_name(self.key, ""))
         if shared_name:
             self._reattach()
@@ -91,7 +92,7 @@ class TeacherPoolActor:
     # ── what the driver asks ───────────────────────────────────────────────────────────────────────────────────────
 
     def ready(self) -> int:
-        """Replicas that work, once there are as many as it starts with. Raises RuntimeError where they cannot start."""
+        """Wait for the initial replicas; return how many are ready. Raises RuntimeError where they cannot start."""
         while True:
             with self.lock:
                 if self.pool.broken:
@@ -101,7 +102,7 @@ class TeacherPoolActor:
             time.sleep(0.1)
 
     def attach(self) -> tuple[int, dict[str, Any]]:
-        """A number for a run, which no other run has, and the identity of the teacher."""
+        """Return a new number for a run, and the identity of the teacher."""
         with self.lock:
             number = 1 + random_tokens.randbelow((1 << 20) - 1)
             while number in self.runs:
@@ -110,7 +111,7 @@ class TeacherPoolActor:
             return number, self.identity
 
     def detach(self, namespace: int) -> None:
-        """The run of this number has ended."""
+        """Close the sessions of a run that has ended."""
         first = namespace << SESSION_BITS
         with self.lock:
             self.runs.discard(namespace)
@@ -119,13 +120,13 @@ class TeacherPoolActor:
             member.handle.close_within.remote(first, first + (1 << SESSION_BITS))
 
     def events(self, cursor: EventCursor) -> tuple[EventCursor, list[str]]:
-        """What happened since the cursor, and the next one."""
+        """Return the next cursor, and the events since `cursor`."""
         with self.lock:
             num = cursor.num if cursor.epoch == self.epoch else 0
             return EventCursor(self.epoch, len(self.pool.events)), self.pool.events[num:]
 
     def drain(self, number: int) -> None:
-        """Drain a replica by hand. It is replaced where fewer than the smallest number are left."""
+        """Drain a replica by hand. It is replaced where fewer than the minimum are left."""
         with self.lock:
             self.pool.drain(number, time.monotonic(), "by hand")
 
@@ -138,7 +139,7 @@ class TeacherPoolActor:
     # ── what routers ask ───────────────────────────────────────────────────────────────────────────────────────────
 
     def members(self, router: str, sessions: Mapping[int, int]) -> bytes:
-        """Pickled: as they are, handles would go into the object store, where a restart may not find them."""
+        """Return a pickled `ReplicaView`: unpickled handles would go into the object store and be lost at a restart."""
         now = time.monotonic()
         with self.lock:
             self.reports.add(router, sessions, now)
@@ -152,7 +153,7 @@ class TeacherPoolActor:
             return cloudpickle.dumps(view)
 
     def lost(self) -> None:
-        """A router met a dead replica: look at once."""
+        """Check the replicas at once: a router found a dead one."""
         self.wake.set()
 
     # ── what the pool asks ─────────────────────────────────────────────────────────────────────────────────────────
@@ -195,13 +196,15 @@ class TeacherPoolActor:
                 with self.lock:
                     if not self.stopped:
                         self.pool.reconcile(time.monotonic())
-            except Exception:  # the pool must outlive whatever its replicas do
-                logging.getLogger(__name__).error("the teacher pool stumbled: %s", traceback.format_exc())
+            except Exception:  # the pool must survive all errors of its replicas
+                logging.getLogger(__name__).error(
+                    "the teacher pool failed to check its replicas: %s", traceback.format_exc()
+                )
             self.wake.wait(TICK_S)
             self.wake.clear()
 
     def _reattach(self) -> None:
-        """Take in the replicas of a shared pool whose own process died."""
+        """Register the replicas of a shared pool whose own process died."""
         numbers = sorted(map(int, actor_suffixes(replica_name(self.key, ""))))
         for number in numbers:
             name = replica_name(self.key, number)
@@ -216,19 +219,19 @@ class TeacherPoolActor:
 
 
 def _activity(member: Member, elapsed_s: float) -> tuple[ReplicaLoad, float] | None:
-    """What a replica did since the last measurement, and how long calls queued; None at the first one."""
+    """Return a replica's load since the last measurement, and how long calls queued; None at the first one."""
     waits, member.waits = member.waits, []
     before, member.measured = member.measured, member.answer
     if before is None or member.answer is None or member.probe is None:
         return None
-    if not waits:  # it has been at one call all the time
+    if not waits:  # busy with one call all the time
         return ReplicaLoad(calls=1, busy_s=elapsed_s), member.probe.waited_s
     calls, busy_s = member.answer.calls - before.calls, member.answer.busy_s - before.busy_s
     return ReplicaLoad(calls=calls, busy_s=busy_s), sum(waits) / len(waits)
 
 
 def actor_suffixes(prefix: str) -> list[str]:
-    """What follows the prefix in the names of the cluster's actors."""
+    """Suffixes of the names of the cluster's actors that begin with the prefix."""
     names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
     return [name.removeprefix(prefix) for name in names if name and name.startswith(prefix)]
 

@@ -1,9 +1,8 @@
-"""A worker's way to a pool of teachers: each session sticks to one replica, and outlives it.
+"""Routes a worker's calls to a pool of teachers: each session stays at one replica, and survives its loss.
 
 In: the calls of `engines.base.Teacher`. The router keeps every session's tokens, so that a lost replica (or a lost
-session) costs one re-prefill elsewhere and nothing else. One router per rollout worker and pool, in the worker's
-process. It asks the pool for its replicas now and then, between calls, without waiting for the answer; it waits only
-where no replica can be reached.
+session) costs only a re-prefill elsewhere. Each rollout worker has one router per pool, in the worker's process. It
+polls the pool for its replicas between calls, and waits for the answer only where no replica can be reached.
 """
 
 from __future__ import annotations
@@ -22,38 +21,29 @@ from switchkd.actors.heartbeat import waiting_for
 from switchkd.actors.pool_client import PoolClient
 from switchkd.actors.replicas import ReplicaView
 from switchkd.engines.base import TeacherBusy, UnknownSession
-from switchkd.types import (
-    Blocks,
-    Ragged,
-    Sessions,
-    TeacherLost,
-    TeacherOutput,
-    WriteRequest,
-    Written,
-)
+from switchkd.types import Blocks, Ragged, Sessions, TeacherLost, TeacherOutput, WriteRequest, Written
 
 if TYPE_CHECKING:
     from switchkd.engines.models.lm_head import LMHeadState
 
 Ask = Callable[[Any, list[int]], Any]
-"""(replica, which blocks) -> a reference to its answer."""
+"""(replica, indices of blocks) -> a reference to its answer."""
 
 RETRY_FOR_S = 300.0
-"""How long a router looks for a living replica, while none is being started, before it gives up."""
+"""Time limit for finding a living replica while none is starting."""
 QUARANTINE_S = 5.0
-"""How long a replica that failed gets no new session."""
+"""Time for which a replica that failed gets no new session."""
 PAUSE_S = 0.2
-"""How long a router waits before it asks again; each time twice as long."""
+"""First pause before a retry; each one is twice as long, up to MAX_PAUSE_S."""
 MAX_PAUSE_S = 3.0
 MAX_DEATHS = 3
-"""Rounds of one call in which a replica is lost, after which the call fails."""
+"""Rounds of one call with a lost replica after which the call fails."""
 SESSION_BITS = 42
-"""The lower bits of a session's number; the run's number is above them."""
+"""Lower bits of a session's number; the run's number is above them."""
 
 
 class TeacherRouter:
-    """`namespace`: the run's number, where several share the pool. `first`: the replica that is taken first of equally
-    loaded ones, another one for each worker."""
+    """`namespace`: the run's number in a shared pool. `first`: the replica that this worker prefers at equal load."""
 
     def __init__(self, pool: PoolClient, *, namespace: int = 0, first: int = 0) -> None:
         self._pool = pool
@@ -63,8 +53,8 @@ class TeacherRouter:
         self._replica_of: dict[int, int] = {}  # session id -> replica
         self._tokens: dict[int, np.ndarray] = {}  # session id -> its tokens, as last sent
         self._quarantined_until: dict[int, float] = {}
-        self._unreachable: set[int] = set()  # replicas that failed, until they answer or were seen to restart
-        self._num_deaths = 0  # rounds of the call at hand in which a replica was lost
+        self._unreachable: set[int] = set()  # replicas that failed, until they answer or restart
+        self._num_deaths = 0  # rounds of the current call with a lost replica
 
     # ── the Teacher protocol ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -78,7 +68,7 @@ class TeacherRouter:
 
     @waiting_for("a teacher")
     def score(self, blocks: Blocks) -> TeacherOutput:
-        """Split by replica, ask all at once, put together in the order asked. Lost sessions are opened again."""
+        """Split the blocks by replica, call all replicas at once, and join the answers. Lost sessions are reopened."""
         blocks = self._in_namespace(blocks)
         answers = self._until_answered(blocks, lambda replica, some: replica.score.remote(_select(blocks, some)))
         self._remember(blocks, blocks.tokens.split())
@@ -86,7 +76,7 @@ class TeacherRouter:
 
     @waiting_for("a teacher")
     def write(self, request: WriteRequest) -> Written:
-        """As `score`. A repeated request gives the same tokens, so a lost replica costs time only."""
+        """Split like `score`. A repeated request gives the same tokens, so a lost replica costs time only."""
         blocks = self._in_namespace(request.blocks)
 
         def ask(replica: Any, some: list[int]) -> Any:
@@ -111,7 +101,7 @@ class TeacherRouter:
         )
 
     def close(self, session_ids: np.ndarray) -> None:
-        """Does not wait for the replicas."""
+        """Close sessions, without waiting for the replicas."""
         self._update(self._pool.poll(self._load()))
         by_replica: dict[int, list[int]] = {}
         for session in (session_ids + self._offset).tolist():
@@ -130,8 +120,7 @@ class TeacherRouter:
             number = self._least_loaded(set())
             if number is not None:
                 try:
-                    state: LMHeadState | None = ray.get(self._view.ready[number].lm_head_state.remote())
-                    return state
+                    return ray.get(self._view.ready[number].lm_head_state.remote())
                 except RayActorError as error:
                     self._lose(number, error)
             next(retries)
@@ -139,7 +128,7 @@ class TeacherRouter:
     # ── replicas ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _in_namespace(self, blocks: Blocks) -> Blocks:
-        """The blocks with session numbers that no other run uses."""
+        """Return the blocks with session numbers that no other run uses."""
         return replace(blocks, session_ids=blocks.session_ids + self._offset)
 
     def _load(self) -> Counter[int]:
@@ -156,11 +145,11 @@ class TeacherRouter:
         if view.broken and not view.ready:
             raise RuntimeError(f"there is no teacher any more: {view.broken}")
         self._view = view
-        self._unreachable.intersection_update(view.ready)  # one that left and is back is another process
+        self._unreachable.intersection_update(view.ready)  # a replica that left and came back is another process
 
     def _retries(self, most_s: float = MAX_PAUSE_S) -> Iterator[None]:
-        """Each turn waits, ever longer up to `most_s`, and updates the view. Raises RuntimeError after RETRY_FOR_S in
-        which no replica was starting."""
+        """Pause and update the view at each turn; the pause doubles up to `most_s`. Raises RuntimeError after
+        RETRY_FOR_S in which no replica was starting."""
         deadline, pause, hopeful = time.monotonic() + RETRY_FOR_S, PAUSE_S, False
         while True:
             time.sleep(pause)
@@ -177,8 +166,7 @@ class TeacherRouter:
         return self._view.ready.get(number) or self._view.draining.get(number)
 
     def _lose(self, number: int, error: RayActorError) -> bool:
-        """A replica died, or cannot be reached just now: it gets no new session for a while. Returns whether it could
-        be reached before."""
+        """Quarantine a replica that died or cannot be reached. Returns whether it could be reached before."""
         self._quarantined_until[number] = time.monotonic() + QUARANTINE_S
         if isinstance(error, ActorDiedError):
             self._pool.lost()
@@ -192,12 +180,12 @@ class TeacherRouter:
             raise TeacherLost(f"{MAX_DEATHS} times in a row its teacher died over the same call")
 
     def _until_answered(self, blocks: Blocks, ask: Ask) -> list[tuple[Any, int]]:
-        """For every block, in order: the answer that contains it, and its index there."""
+        """Return for every block, in order, the answer that contains it, and its index there."""
         self._begin_call()
         answers: dict[int, tuple[Any, int]] = {}
         missing = list(range(len(blocks.session_ids)))
         retries = self._retries()
-        at_once = True  # a session that was forgotten has been opened again by then
+        at_once = True  # the first retry has no pause: a forgotten session has been reopened
         while missing:
             answers.update(self._ask_once(blocks, ask, missing))
             missing = [i for i in missing if i not in answers]
@@ -207,8 +195,8 @@ class TeacherRouter:
         return [answers[i] for i in range(len(blocks.session_ids))]
 
     def _ask_once(self, blocks: Blocks, ask: Ask, which: list[int]) -> dict[int, tuple[Any, int]]:
-        """One call per replica for the blocks `which`. What failed is missing from the answers; its sessions are opened
-        elsewhere. Raises TeacherLost where replicas were lost in MAX_DEATHS rounds of one call."""
+        """Make one call per replica for the blocks `which`. Failed blocks are missing from the answers; their sessions
+        are opened elsewhere. Raises TeacherLost after MAX_DEATHS rounds of one call with lost replicas."""
         ids = blocks.session_ids.tolist()
         self._reopen([ids[i] for i in which if self._handle(self._replica_of[ids[i]]) is None], blocks)
         by_replica: dict[int, list[int]] = {}
@@ -241,12 +229,12 @@ class TeacherRouter:
             self._tokens[session] = np.concatenate([self._tokens[session][:base], part])
 
     def _reopen(self, session_ids: Sequence[int], blocks: Blocks) -> None:
-        """Open lost sessions with the tokens that the coming block keeps of them."""
+        """Open lost sessions with the tokens that the next block keeps of them."""
         if not session_ids:
             return
         base = dict(zip(blocks.session_ids.tolist(), blocks.base_lens.tolist(), strict=True))
         tokens = {session: self._tokens[session][: base[session]] for session in session_ids}
-        retries = self._retries(PAUSE_S)  # slots are free as soon as another rollout has ended
+        retries = self._retries(PAUSE_S)  # a slot is free as soon as another rollout ends
         while True:
             try:
                 return self._open_somewhere(tokens)
@@ -256,8 +244,7 @@ class TeacherRouter:
     def _open_somewhere(self, tokens: dict[int, np.ndarray]) -> None:
         """Open sessions at the replica that holds the fewest of all. Raises TeacherBusy when none has slots left."""
         sessions = Sessions(
-            session_ids=np.array(list(tokens), np.int64),
-            tokens=Ragged.concat(list(tokens.values()), np.int32),
+            session_ids=np.array(list(tokens), np.int64), tokens=Ragged.concat(list(tokens.values()), np.int32)
         )
         retries = self._retries()
         busy: set[int] = set()
@@ -281,7 +268,7 @@ class TeacherRouter:
                 next(retries)
 
     def _least_loaded(self, without: set[int]) -> int | None:
-        """The first by health, load (that of all workers), and distance from this worker's first replica."""
+        """The first replica by health, load (of all workers), and distance from this worker's first replica."""
         now, load, ready = time.monotonic(), self._load(), self._view.ready
 
         def order(number: int) -> tuple[bool, int, int]:
@@ -306,5 +293,5 @@ def _joined_output(places: Sequence[tuple[TeacherOutput, int]]) -> TeacherOutput
 
 
 def _joined(places: Sequence[tuple[Ragged, int]]) -> Ragged:
-    """Part i of each pair, in order."""
+    """Join part i of each pair, in order."""
     return Ragged.concat([ragged.split()[i] for ragged, i in places])

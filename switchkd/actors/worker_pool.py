@@ -1,8 +1,7 @@
-"""The rollout workers as `train.py` sees them: a sequence that grows and shrinks at its end, between two steps.
+"""The rollout workers as a sequence of handles that grows and shrinks at its end, between two steps.
 
-In: how to start worker number i, and the config. Out: handles. A worker that is drained gets no new task, ends the one
-it has, and is then gone; its number stays valid until that. What a worker writes depends on its tasks alone, so neither
-changes a token.
+In: a function that starts worker i, and the config. Out: handles. A drained worker gets no new task, finishes its call,
+and ends; its number is valid until then. Completions depend on tasks alone, so resizing changes no token.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ class RayWorkerHandle:
 
     def __init__(self, member: Member) -> None:
         self.actor = member.handle
-        self.was_idle = False  # at the last look, since it is draining
+        self.was_idle = False  # at the last check, while it drains
         self._member = member
         self._busy_s = 0.0  # since the last measurement
-        self._num_tasks = list[int]()  # of each call since then
+        self._num_tasks = list[int]()  # of each call since the last measurement
         self._call: Future[Any] | None = None
         self._since = 0.0
 
@@ -46,7 +45,7 @@ class RayWorkerHandle:
         return self._timed(worker_future(self.actor.evaluate.remote(shard, weights)))
 
     def back(self) -> Future[None]:
-        if self._member.state is State.DRAINING:  # it is not waited for
+        if self._member.state is State.DRAINING:  # its restart is not awaited
             return completed(lambda: None)
         return self._timed(retry_until_alive(self.actor.ready.remote))
 
@@ -55,7 +54,7 @@ class RayWorkerHandle:
         return self._call is None or self._call.done()
 
     def measure(self) -> tuple[float, list[int]]:
-        """Seconds at work and the sizes of its calls, since the last measurement."""
+        """Busy seconds, and the numbers of tasks of its calls, since the last measurement."""
         if not self.idle:
             self._count()
         measured = self._busy_s, self._num_tasks
@@ -73,8 +72,8 @@ class RayWorkerHandle:
 
 
 class WorkerPool(Sequence[WorkerHandle]):
-    """`len` and iteration are of those that take new tasks; draining ones follow them, by their number. `create`
-    starts a worker with its number and an actor's options; one for each of `placements` is started at once."""
+    """`len` and iteration cover the workers that take new tasks; draining ones follow, by number. `create` starts a
+    worker with its number and an actor's options; one for each of `placements` is started at once."""
 
     def __init__(
         self, config: Config, placements: Sequence[ProcessPlacement], create: Callable[[int, dict[str, Any]], Any]
@@ -102,7 +101,7 @@ class WorkerPool(Sequence[WorkerHandle]):
         return [member.handle for member in self._pool.within(State.READY, State.DRAINING).values()]
 
     def autoscale(self, waited_s: float, elapsed_s: float) -> list[str]:
-        """After a step that took `elapsed_s`, for `waited_s` of which the learner waited: what changed, in words."""
+        """Resize after a step of `elapsed_s`, in which the learner waited `waited_s`. Returns messages."""
         pool = self._pool
         if pool.limits.min == pool.limits.max or not pool.members:
             return []
@@ -120,7 +119,7 @@ class WorkerPool(Sequence[WorkerHandle]):
         return ProcessPlacement(resources.of_role(self._config, "rollout"))
 
     def measure(self, now: float) -> Load | None:
-        """None while one is draining: another one would come behind it."""
+        """The load; None while one is draining: a new worker would be placed behind it."""
         waited_s, elapsed_s = self._step
         measured = [self._handles[number].measure() for number in self._pool.within(State.READY, State.DRAINING)]
         if self._pool.within(State.DRAINING):
@@ -135,11 +134,11 @@ class WorkerPool(Sequence[WorkerHandle]):
         )
 
     def num_sessions(self, number: int, now: float) -> int:
-        """None is moved: the last worker is drained."""
+        """Zero for all, so that the last worker is drained."""
         return 0
 
     def is_drained(self, number: int, now: float) -> bool:
-        """One step after its last call, so that its answer has been taken."""
+        """Whether the worker was idle at the last check already, so that its answer has been collected."""
         handle = self._handles[number]
         was_idle, handle.was_idle = handle.was_idle, handle.idle
         return was_idle

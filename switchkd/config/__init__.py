@@ -1,1 +1,1 @@
-"""What a user may write: the schema, the loader, resources, a user's own code. Imports no torch."""
+"""The user's config: schema, loader, resources, a user's own code. Imports no torch."""

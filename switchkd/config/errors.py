@@ -1,6 +1,6 @@
 """ConfigError, and the message of any exception as one line.
 
-In: an exception. Out: text without line breaks, never empty: an error without a message is named by its type.
+In: an exception. Out: text without line breaks, never empty: without a message it is the name of the error's type.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ def first_line(error: BaseException) -> str:
 
 
 def last_line(error: BaseException) -> str:
-    """The line that names the error where its message carries a traceback."""
+    """The last line, which names the error where its message contains a traceback."""
     return _lines(error)[-1]
 
 
 def one_line(error: BaseException) -> str:
-    """The whole message, joined."""
+    """The whole message on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def with_type(error: BaseException) -> str:
-    """`ValueError: no rule for this prompt`."""
+    """The type and the first line, such as `ValueError: no rule for this prompt`."""
     name, line = type(error).__name__, first_line(error)
     return name if line == name else f"{name}: {line}"
 

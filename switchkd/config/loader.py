@@ -1,9 +1,8 @@
 """Loads one YAML file with dotted overrides into one checked `Config`.
 
 In: a path and overrides such as `rollout.num_workers=2`. Out: a frozen tree of sections (`schema.py`), or a ConfigError
-whose text names the key, the value and the remedy. Imports nothing heavy, so that a typo is answered at once.
-
-Defaults that come from a paper are those of the rule (see `SAMPLING_OF_RULE`); `resolved()` shows them filled in.
+whose text names the key, the value and the remedy. Imports nothing heavy, so that errors come at once. Defaults from a
+paper depend on the rule (see `SAMPLING_OF_RULE`); `resolved()` has them filled in.
 """
 
 from __future__ import annotations
@@ -20,31 +19,28 @@ from switchkd.config.renamed import replacement
 from switchkd.config.schema import AdaptiveScheduleConfig, Config, ModelConfig, SamplingConfig, Section, StageConfig
 
 ALIASES = {"switch": "jsd_threshold", "adaswitch": "kl_spike", "skd": "outside_top_k"}
-"""The papers' names, accepted wherever a rule's type is."""
+"""Names of rules in the papers, accepted as a rule's type."""
 
 _ADASWITCH_SAMPLING = {"student": (0.5, 0.5), "teacher": (0.2, 0.5)}
 SAMPLING_OF_RULE = {"kl_spike": _ADASWITCH_SAMPLING, "outside_top_k": _ADASWITCH_SAMPLING}
-"""Temperature and top-p that a rule's paper names; all others sample at temperature 1, untruncated."""
+"""Temperature and top-p from a rule's paper; other rules sample at temperature 1, untruncated."""
 
 RULES = ("student", "teacher", "random", "mixture", "jsd_threshold", "kl_spike", "outside_top_k")
 LOSSES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "cross_entropy", "atkd")
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a YAML file, apply `a.b=value` overrides, check everything that can be checked without the models.
-
-    Relative data paths are taken from the config file's folder. Raises ConfigError.
-    """
+    """Read a YAML file, apply `a.b=value` overrides, and run all checks that need no models. Relative data paths start
+    at the config file's folder. Raises ConfigError."""
     path = Path(path)
     raw = read_yaml(path, "config file", "configs/quickstart.yaml")
     for override in overrides:
         apply_override(raw, override)
-    config = parse(raw)
-    return _anchor_data(config, path.resolve().parent)
+    return _anchor_data(parse(raw), path.resolve().parent)
 
 
 def read_yaml(path: Path, what: str, example: str) -> dict[str, Any]:
-    """The keys of a file. Raises ConfigError, which calls the file a `what` and names `example` as a valid one."""
+    """Read the keys of a file. The ConfigError calls the file a `what` and names `example` as a valid one."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -70,7 +66,7 @@ def parse(raw: dict[str, Any]) -> Config:
 
 
 def _with_teachers(raw: dict[str, Any]) -> dict[str, Any]:
-    """Fill in what each of `teachers` leaves out from `teacher`."""
+    """Fill in the keys that each of `teachers` leaves out from `teacher`."""
     shared, teachers = raw.get("teacher") or {}, raw.get("teachers")
     if not isinstance(shared, dict) or not isinstance(teachers, dict):
         return raw
@@ -78,14 +74,16 @@ def _with_teachers(raw: dict[str, Any]) -> dict[str, Any]:
     return {**raw, "teachers": filled}
 
 
-_FROM_ROLLOUT = ("rule", "max_new_tokens")
-_FROM_LEARNER = ("loss", "lr", "scheduler", "warmup_steps", "min_lr_frac")
-_FROM_TRAIN = ("batch_size", "mix")
+_SHARED_KEYS = {
+    "rollout": ("rule", "max_new_tokens"),
+    "learner": ("loss", "lr", "scheduler", "warmup_steps", "min_lr_frac"),
+    "train": ("batch_size", "mix"),
+}
 
 
 def _with_stages(raw: dict[str, Any]) -> dict[str, Any]:
-    """Fill in what each stage leaves out from `rollout`, `learner` and `train`; without stages there is one.
-    `train.num_steps` sets the last one's steps. What is not a section is left for pydantic to name."""
+    """Fill in the keys that a stage leaves out from `rollout`, `learner` and `train`; without stages there is one.
+    `train.num_steps` sets the last one's steps. Wrong types are left to pydantic."""
     train = raw.get("train")
     if not isinstance(train, dict):
         return raw
@@ -95,7 +93,7 @@ def _with_stages(raw: dict[str, Any]) -> dict[str, Any]:
     if train.get("num_steps") is None and stages[-1].get("steps") is None:
         raise ConfigError("train.num_steps: this key is required where train.stages does not say the steps; add it")
     shared: dict[str, Any] = {}
-    for section, keys in (("rollout", _FROM_ROLLOUT), ("learner", _FROM_LEARNER), ("train", _FROM_TRAIN)):
+    for section, keys in _SHARED_KEYS.items():
         values = raw.get(section)
         shared |= {key: values[key] for key in keys if isinstance(values, dict) and key in values}
     filled = [{**shared, **{key: _merged(shared.get(key), key, stage[key]) for key in stage}} for stage in stages]
@@ -105,7 +103,7 @@ def _with_stages(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _merged(shared: Any, key: str, value: Any) -> Any:
-    """A stage's rule or loss that names no type changes single keys of the shared one."""
+    """Return a stage's value; a rule or loss without a type is merged into the shared one."""
     if key in ("rule", "loss") and isinstance(shared, dict) and isinstance(value, dict) and "type" not in value:
         return {**shared, **value}
     return value
@@ -152,8 +150,7 @@ def _index(node: list, part: str, key: str) -> int:
 
 
 def _complete_stage(config: Config, index: int, stage: StageConfig) -> StageConfig:
-    """Fill in names and sampling (the stage's, else the model's, else the rule's own), so that the resolved config is
-    complete."""
+    """Fill in the stage's name and sampling (the stage's, else the model's, else the rule's)."""
     rule = stage.rule
     kind = ALIASES.get(rule.type, rule.type)
     if ":" not in kind and kind not in RULES:
@@ -175,7 +172,7 @@ def _complete_stage(config: Config, index: int, stage: StageConfig) -> StageConf
 
 
 def _key_of(shared_value: Any, value: Any, shared_key: str, index: int, key: str) -> str:
-    """The key that a stage's value comes from: the shared one, or the stage's own."""
+    """Return the key that a stage's value comes from: the shared one, or the stage's own."""
     return shared_key if shared_value == value else f"train.stages.{index}.{key}"
 
 
@@ -184,19 +181,15 @@ def _first(*values: Any) -> Any:
 
 
 def _check_across(config: Config) -> None:
-    stages = config.train.stages
+    stages, ranks = config.train.stages, config.learner.num_ranks
     names = [stage.name for stage in stages]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"train.stages: two stages have the name {name!r}; give each its own")
-    ranks = config.learner.num_ranks
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"train.stages: two stages have the name {repeated[0]!r}; give each its own")
     for i, stage in enumerate(stages):
         key = _key_of(config.train.batch_size, stage.batch_size, "train.batch_size", i, "batch_size")
         if stage.batch_size % ranks:
-            raise ConfigError(
-                f"{key}={stage.batch_size} is no multiple of learner.num_ranks={ranks}; take "
-                f"{-(-stage.batch_size // ranks) * ranks}"
-            )
+            larger = -(-stage.batch_size // ranks) * ranks
+            raise ConfigError(f"{key}={stage.batch_size} is no multiple of learner.num_ranks={ranks}; take {larger}")
         if stage.batch_size > config.replay.capacity:
             raise ConfigError(
                 f"{key}={stage.batch_size} is above replay.capacity={config.replay.capacity}; raise the capacity"
@@ -213,17 +206,17 @@ def _check_across(config: Config) -> None:
             )
     if config.learner.zero_stage == 0 and config.learner.dtype == "bfloat16":
         raise ConfigError("learner.zero_stage=0 with learner.dtype=bfloat16 has a wrong first Adam step; take stage 1")
-    if (config.train.select_by or config.train.early_stop) and not config.eval.data:
-        raise ConfigError("train.select_by and train.early_stop need eval.data; name a file or remove them")
-    if config.train.early_stop and not config.train.select_by:
-        raise ConfigError("train.early_stop needs train.select_by; name a metric such as rouge_l")
     metric = config.train.select_by
+    if (metric or config.train.early_stop) and not config.eval.data:
+        raise ConfigError("train.select_by and train.early_stop need eval.data; name a file or remove them")
+    if config.train.early_stop and not metric:
+        raise ConfigError("train.early_stop needs train.select_by; name a metric such as rouge_l")
     if metric and metric not in config.eval.metrics:
         raise ConfigError(_unknown("train.select_by", metric, config.eval.metrics, "one of eval.metrics"))
 
 
 def _check_adaptive(config: Config) -> None:
-    """DistiLLM's replay needs evaluations, and draws between rollouts and the data set."""
+    """Check `replay.policy: adaptive`, which needs evaluations and chooses between rollouts and the data set."""
     replay, policy = config.replay, "replay.policy=adaptive"
     if replay.policy != "adaptive":
         if replay.adaptive != AdaptiveScheduleConfig():
@@ -279,7 +272,7 @@ def _check_teachers(config: Config) -> None:
 
 
 def _anchor_data(config: Config, folder: Path) -> Config:
-    """Make paths of files absolute, relative to `folder`; other names are left for the hub."""
+    """Make relative paths of files absolute, from `folder`; other names are hub names."""
 
     def anchored(name: str) -> str:
         is_file = name.startswith((".", "/", "~")) or Path(name).suffix in (".jsonl", ".json", ".parquet")
@@ -304,8 +297,8 @@ _KINDS = {"tuple_type": "give a list", "model_type": "give a group of keys", "di
 
 
 def explain(error: ValidationError, root: type[Section] = Config) -> str:
-    """The first mistake in one line: key, value, remedy. `root` is the section that was read."""
-    # what stages inherit is wrong once, not once a stage
+    """Format the first mistake in one line: key, value, remedy. `root` is the section that was read."""
+    # a wrong value that stages inherit is one mistake
     shared = [repr(mistake["input"]) for mistake in error.errors() if mistake["loc"][:2] != _STAGES]
     errors = [m for m in error.errors() if m["loc"][:2] != _STAGES or repr(m["input"]) not in shared]
     first = errors[0]

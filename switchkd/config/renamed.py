@@ -1,4 +1,4 @@
-"""Keys and values of format 1 configs, with what replaces each. Used for the text of errors only; none is accepted.
+"""Names the replacements of keys and values of format 1 configs. None of these is accepted any more.
 
 In: a dotted key and its value. Out: one sentence that names the new key and value, or nothing.
 """
@@ -24,18 +24,18 @@ VALUES = {
     "rollout.drafter": {"lockstep": "none"},
     "replay.policy": {"completion": "first_finished"},
 }
-"""By the present key: the old value and the new one."""
+"""By the new key: old value, new value."""
 
 REMOVED = {
     "teacher.decide": "remove it: with teacher.output=top_logprobs every rollout is approximate",
     "teacher.interface": "remove it: vLLM teachers always send through the worker extension",
     "replay.policy=uniform": "take replay.policy=adaptive with replay.adaptive={start: 1, step: 0}",
 }
-"""A key, or a key with one of its values, and what to do instead."""
+"""Keys, or keys with a value, and their remedies."""
 
 
 def replacement(key: str, value: Any) -> str | None:
-    """The error text for `key` with `value`; None for a key and a value that are not in the tables."""
+    """Return the error text for `key` with `value`; None where neither is in the tables."""
     name = key
     if key.startswith("teachers.") and key.count(".") > 1:  # teachers.NAME.output
         name = f"teacher.{key.split('.', 2)[2]}"

@@ -1,8 +1,8 @@
-"""The CPUs and GPUs of each process of a run, as Ray counts them, and its CPU threads.
+"""Computes the CPUs and GPUs of each process of a run, as Ray counts them, and its CPU threads.
 
-In: a config. Out: plain numbers. On a private cluster (one's own machine) the roles share the cores. Ray is asked for
-no more than there are; teachers and workers divide the threads; the learner, while it works alone
-(`replay.max_staleness: 0`), has all of them. On another cluster placement groups answer whether a run fits.
+In: a config. Out: plain numbers. On a private cluster (one's own machine) the roles share the cores: the run requests
+no more than exist; teachers and workers divide the threads; the learner has all of them where it works alone
+(`replay.max_staleness: 0`). On another cluster placement groups decide whether a run fits.
 """
 
 from __future__ import annotations
@@ -17,14 +17,10 @@ ROLES = ("teacher", "rollout", "learner")
 
 
 def spans(config: Config) -> dict[str, ReplicaRange]:
-    """Processes of each role that the run starts itself: none of a teacher that runs already (`teacher.attach`) or that
-    no stage needs, no worker where rollouts were recorded. One of several teachers is a role of its own,
-    `teachers.NAME`."""
-    ranges = {}
-    for name in config.teacher_names:
-        teacher = config.of_teacher(name).teacher
-        if not teacher.attach:
-            ranges[role_of(name)] = ReplicaRange.of(teacher.replicas)
+    """Processes of each role that the run starts: no attached teacher, no worker where rollouts were recorded. Each of
+    several teachers is a role, `teachers.NAME`."""
+    teachers = {role_of(name): config.of_teacher(name).teacher for name in config.teacher_names}
+    ranges = {role: ReplicaRange.of(teacher.replicas) for role, teacher in teachers.items() if not teacher.attach}
     if not config.rollout.recorded:
         ranges["rollout"] = ReplicaRange.of(config.rollout.num_workers)
     return {**ranges, "learner": ReplicaRange.of(config.learner.num_ranks)}
@@ -35,25 +31,25 @@ def role_of(teacher: str) -> str:
 
 
 def key_of(role: str) -> str:
-    """The key that says how many processes a role has."""
+    """The config key of a role's number of processes."""
     return {"rollout": "rollout.num_workers", "learner": "learner.num_ranks"}.get(role, f"{role}.replicas")
 
 
 def counts(config: Config) -> dict[str, int]:
-    """Processes of each role that have to fit: as many as it starts with; on a private cluster, whose cores are shared
-    out once, as many as it may become."""
+    """Processes of each role that must fit: the initial number; on a private cluster, whose cores are divided once, the
+    largest number."""
     private = is_private(config)
     return {role: span.max if private else span.min for role, span in spans(config).items()}
 
 
 def is_private(config: Config) -> bool:
-    """Returns whether this run has the machine to itself, as far as Ray knows: not inside a submitted job."""
+    """Whether the run uses no Ray, or a Ray cluster of its own: no address, and not inside a submitted job."""
     in_job = os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID")
     return config.run.mode == "inprocess" or not (config.cluster.address or in_job)
 
 
 def of_role(config: Config, role: str, cores: int | None = None) -> ResourcesConfig:
-    """One process's share, with nothing left null. `cores` is for tests."""
+    """The resources of one process of a role, with all keys filled in. `cores` is for tests."""
     section = _section(config, role)
     cores = cores or os.cpu_count() or 1
     num_cpus = section.num_cpus
@@ -65,14 +61,12 @@ def of_role(config: Config, role: str, cores: int | None = None) -> ResourcesCon
 
 def _section(config: Config, role: str) -> ResourcesConfig:
     if role in ROLES:
-        section: ResourcesConfig = getattr(config.resources, role)
-        return section
+        return getattr(config.resources, role)
     return config.of_teacher(role.removeprefix("teachers.")).resources.teacher
 
 
 def _even_share(config: Config, cores: int) -> float:
-    """What the roles with a number of CPUs of their own leave to each process of the others; Ray counts hundredths
-    exactly."""
+    """CPUs of each process without `num_cpus`: the rest, divided evenly, in hundredths, which Ray counts exactly."""
     left, sharing = float(cores), 0
     for role, number in counts(config).items():
         num_cpus = _section(config, role).num_cpus
@@ -96,7 +90,7 @@ def _threads(config: Config, role: str, num_cpus: float, cores: int) -> int:
 
 
 def total(config: Config, cores: int | None = None) -> dict[str, dict[str, float]]:
-    """CPUs and GPUs that each role asks for, all its processes together."""
+    """CPUs and GPUs that all processes of each role request together."""
     shares = {}
     for role, number in counts(config).items():
         each = of_role(config, role, cores)
@@ -105,7 +99,7 @@ def total(config: Config, cores: int | None = None) -> dict[str, dict[str, float
 
 
 def check_private(config: Config) -> None:
-    """Raise ConfigError for what only a joined cluster has."""
+    """Raise ConfigError for settings that need a joined cluster."""
     for role in counts(config):
         if labels := of_role(config, role).labels:
             raise ConfigError(
@@ -121,25 +115,23 @@ def check_private(config: Config) -> None:
 
 
 def check(config: Config, available: Mapping[str, float]) -> None:
-    """Raise ConfigError when the roles ask for more than this machine has, naming each role's share.
-
-    Roles that share its cores take turns, so each may be as many processes as there are cores, no more.
-    """
+    """Raise ConfigError where the roles request more than this machine has, naming each role's share. A role that
+    shares the cores may have as many processes as there are cores."""
     cores = int(available.get("CPU", 0.0))
-    asked = total(config, cores or None)
+    requested = total(config, cores or None)
     for role, number in counts(config).items():
         if _section(config, role).num_cpus is None and number > cores:
             _check_sum(config, "CPU", {role: float(number)}, cores)
     for resource in ("CPU", "GPU"):
-        shares = {role: share[resource] for role, share in asked.items()}
+        shares = {role: share[resource] for role, share in requested.items()}
         _check_sum(config, resource, shares, available.get(resource, 0.0))
 
 
-def _check_sum(config: Config, resource: str, asked: Mapping[str, float], available: float) -> None:
-    needed = sum(asked.values())
+def _check_sum(config: Config, resource: str, requested: Mapping[str, float], available: float) -> None:
+    needed = sum(requested.values())
     if needed > available + 1e-6:
         number = counts(config)
-        listed = ", ".join(f"{num:g} for {key_of(role)}={number[role]}" for role, num in asked.items() if num)
+        listed = ", ".join(f"{num:g} for {key_of(role)}={number[role]}" for role, num in requested.items() if num)
         raise ConfigError(
             f"the run needs {needed:g} {resource}s ({listed}) and the machine has {available:g}; lower them, or "
             f"resources.*.num_{resource.lower()}s"

@@ -1,4 +1,4 @@
-"""The keys of a config file: one class per section, each key with its default and what it means.
+"""The keys of a config file: one class per section, each key with its default and its meaning.
 
 Imports nothing heavy. `loader.py` reads files into these classes and names mistakes in them.
 """
@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 FORMAT = 2
-"""The format of configs and run folders. A change of what a seed generates, or a file means, raises the number."""
+"""The format of configs and run folders. It grows when the results of a seed, or the meaning of a file, change."""
 Frac = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Switch = Annotated[
@@ -52,7 +52,7 @@ class ReplicaRange(Section):
 
     @classmethod
     def of(cls, count: int | ReplicaRange) -> ReplicaRange:
-        """A plain number neither grows nor shrinks."""
+        """Return a range; a plain number neither grows nor shrinks."""
         return count if isinstance(count, ReplicaRange) else cls(min=count, max=count)
 
 
@@ -70,13 +70,13 @@ class RunConfig(Section):
     """`ray` joins the cluster of a submitted job or of `cluster.address`, else starts a private one on this machine.
     `inprocess` uses no Ray."""
     overwrite: bool = False
-    """Rename a folder that holds another run, and start anew."""
+    """Rename a folder that holds another run, and begin a new run."""
     watchdog_s: PositiveFloat = 1800.0
-    """A run that does not get on for so long says which actor it waits for, saves what it can, and ends. Raise it where
-    a single optimizer step takes longer. The start has at least 5 minutes for each actor."""
+    """A run without progress for this time reports the actor that it waits for, saves its state, and ends. Raise it
+    where an optimizer step takes longer. At the start each actor has at least 5 minutes."""
     max_restarts: NonNegativeInt = 8
-    """After losing a learner rank or the replay a run goes back to its checkpoint by itself, at most so often without
-    reaching another checkpoint; then it ends, and --resume goes on."""
+    """A run that loses a learner rank or the replay goes back to its checkpoint, at most so often in a row without
+    another checkpoint; then it ends, and --resume goes on."""
 
 
 class ModelConfig(Section):
@@ -88,40 +88,35 @@ class ModelConfig(Section):
     """`auto` (a GPU when the process sees one), `cpu`, `cuda`, `cuda:1`."""
     attn: Literal["sdpa", "eager"] = "sdpa"
     graphs: Switch = "auto"
-    """Record short forward passes as CUDA graphs. `auto`: where the model is on one GPU (a teacher: with output
-    `hidden_states`)."""
+    """Record short forward passes as CUDA graphs. `auto`: models on one GPU (teachers: with output `hidden_states`)."""
     prepack: Switch = "auto"
-    """On a CPU: keep a second copy of the weights, in the order that its matrix unit reads. `auto`: models up to
-    4 GB."""
+    """On a CPU: keep a second copy of the weights, in its matrix unit's order. `auto`: models up to 4 GB."""
     trust_remote_code: bool = False
     temperature: float | None = Field(None, ge=0)
-    """With which it writes; 0 is greedy. Null takes what the rule's paper says (else 1)."""
+    """Sampling temperature; 0 is greedy. Null takes that of the rule's paper (else 1)."""
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: NonNegativeInt | None = None
 
 
 class TeacherConfig(ModelConfig):
     backend: Literal["hf", "vllm", "fake"] = "hf"
-    """`hf` runs any causal transformers model; `vllm`, an install of its own (see the README), is for large ones;
-    `fake` (with `student.backend` and `learner.backend`) loads no model: for trying a cluster."""
+    """`hf` runs any causal transformers model; `vllm`, a separate install (see the README), is for large ones; `fake`
+    (with `student.backend` and `learner.backend`) loads no model: for trying a cluster."""
     engine: dict[str, Any] = {}
-    """With `vllm`: its engine arguments, passed on as they are (`tensor_parallel_size`, `gpu_memory_utilization`,
-    `quantization`, ...)."""
+    """With `vllm`: its engine arguments, passed on unchanged (`tensor_parallel_size`, `quantization`, ...)."""
     output: Literal["hidden_states", "logits", "top_logprobs"] = "hidden_states"
-    """The rows that it sends, one for each position: its hidden state, all its logits, or (approximate) its most likely
-    ids with the mass and the entropy of the rest. Then rules see the rest as one bin, the teacher draws from those ids
-    alone, and every rollout is marked approximate."""
+    """The rows that it sends, one per position: its hidden state, all logits, or its most likely ids with the mass and
+    the entropy of the rest. With these, rules see the rest as one bin, the teacher draws from these ids only, and every
+    rollout is marked approximate."""
     num_top_logprobs: PositiveInt = 64
-    """With `top_logprobs`: how many ids."""
+    """With `top_logprobs`: the number of ids."""
     replicas: Count = 1
-    """A number, or `{min: 1, max: 4}`: one is added while calls wait for it, one is drained while the others would
-    do."""
+    """A number, or `{min: 1, max: 4}`: one is added while calls wait, one is drained while the others suffice."""
     attach: str = ""
-    """Use the running teacher of this name (`switchkd serve-teacher`) instead of starting one. `path` must name the
-    same model."""
+    """Use the running teacher of this name (`switchkd serve-teacher`). `path` must name the same model."""
     max_sessions: PositiveInt = 64
     lease_s: PositiveFloat = 600.0
-    """A session not used for so long is forgotten."""
+    """A session that is unused for this time is closed."""
     device_map: str | None = None
 
 
@@ -130,7 +125,7 @@ class DepthPruneConfig(Section):
 
     layers: tuple[NonNegativeInt, ...] | None = None
     num_layers: PositiveInt | None = None
-    """Keep so many layers, first and last always, evenly spread. Give this or `layers`."""
+    """Keep so many layers, evenly spread, with the first and the last. Give this or `layers`."""
 
     @model_validator(mode="after")
     def _one(self) -> DepthPruneConfig:
@@ -147,15 +142,15 @@ class StudentConfig(ModelConfig):
 
 class DataConfig(Section):
     path: str = ""
-    """JSONL or parquet (relative to the config file), a hub name that `datasets` knows (`name:subset` too), or one such
-    file of a data set on the hub (`hf://datasets/owner/name/file.jsonl`)."""
+    """A JSONL or parquet file (relative to the config file), a hub name (`name`, `name:subset`), or a file of a hub
+    data set (`hf://datasets/owner/name/file.jsonl`)."""
     split: str = "train"
     """The split of a hub name. Any kind can be sliced: `train[500:]`, `train[:500]`."""
     prompt_field: str = "prompt"
     input_field: str | None = None
-    """A field that belongs to the prompt (a context, an input); where it holds text that follows after a blank line."""
+    """A second field of the prompt (a context, an input); its text follows after a blank line."""
     reference_field: str = "reference"
-    """A text, or a list of them, the first of which is trained on."""
+    """A text, or a list of texts, of which the first is trained on."""
     teacher_field: str = "teacher"
     """With `teachers`: the field that names a prompt's teacher."""
     messages_field: str | None = None
@@ -169,8 +164,8 @@ class DataConfig(Section):
     max_reference_tokens: PositiveInt = 512
     max_skipped_frac: Frac = 0.1
     max_quarantined_frac: Frac = 0.01
-    """A rollout that fails three times while others finish is quarantined (`quarantined.jsonl` says why). More of them
-    than this share of the run's rollouts end the run."""
+    """A rollout that fails three times while others finish is quarantined (`quarantined.jsonl` has the reason). A
+    larger share than this of the run's rollouts ends the run."""
     num_rows: PositiveInt | None = None
     shuffle: bool = True
 
@@ -189,8 +184,8 @@ class StepScheduleConfig(Section):
 
 
 class RuleConfig(Section):
-    """Who writes the next token (`algo/switching.py`). Null takes the rule's own default; a key that the rule does not
-    know is an error."""
+    """The rule that decides who writes the next token (`algo/switching.py`). Null takes the rule's default; a key that
+    the rule does not have is an error."""
 
     type: str = "jsd_threshold"
     """A name, or `my_file:my_rule` from the working directory: your own code, which runs with your rights."""
@@ -213,10 +208,10 @@ class RuleConfig(Section):
     params: dict[str, Any] = {}
     """Parameters of a rule of your own (`my_file:my_rule`)."""
     student: SamplingConfig = SamplingConfig()
-    """In this stage; null takes `student.temperature` and so on."""
+    """Sampling in this stage; null takes `student.temperature` and so on."""
     teacher: SamplingConfig = SamplingConfig()
     teacher_budget: float | int | None = None
-    """A float is a share of max_new_tokens, an int a number of tokens; then the student writes."""
+    """Largest number of teacher tokens: a float is a share of max_new_tokens, an int a number of tokens."""
     step_schedule: StepScheduleConfig | None = None
 
 
@@ -236,13 +231,13 @@ class LossConfig(Section):
     params: dict[str, Any] = {}
     """Parameters of a loss of your own (`my_file:my_loss`)."""
     lm_coef: float = Field(0.0, ge=0)
-    """Adds this much cross-entropy on the labels of tokens that the data set wrote."""
+    """Weight of the cross-entropy on data-set tokens that is added."""
     approximate: bool = False
     """With `teacher.output: top_logprobs`: take this loss although its error from the tail has no bound."""
 
 
 class MixConfig(Section):
-    """Where completions come from; fractions are normalised."""
+    """Shares of the sources of completions; they are normalised."""
 
     rollout: float = Field(0.0, ge=0)
     dataset: float = Field(0.0, ge=0)
@@ -260,7 +255,7 @@ Scheduler = Literal["constant", "linear", "cosine"]
 
 
 class StageConfig(Section):
-    """A part of the run. What it leaves out it takes from `rollout`, `learner` and `train` (see `loader.py`)."""
+    """A part of the run. Missing keys are taken from `rollout`, `learner` and `train` (see `loader.py`)."""
 
     name: str = ""
     steps: NonNegativeInt
@@ -281,9 +276,9 @@ class StageConfig(Section):
 
 class TrainConfig(Section):
     num_steps: NonNegativeInt | None = None
-    """Given by itself it sets the last stage's steps; without stages, the run's."""
+    """Steps of the last stage; without stages, of the run."""
     batch_size: PositiveInt = 8
-    """Rollouts of one optimizer step, over all ranks."""
+    """Rollouts of an optimizer step, over all ranks."""
     mix: MixConfig = MixConfig(rollout=1.0)
     stages: tuple[StageConfig, ...] = ()
     checkpoint_every: NonNegativeInt = 50
@@ -322,43 +317,43 @@ class LearnerConfig(Section):
     chunk_tokens: PositiveInt = 256
     """Positions whose logits exist at the same time."""
     deepspeed: dict[str, Any] = {}
-    """Passed through into DeepSpeed's own config, over what switchkd sets."""
+    """Keys of DeepSpeed's config, which override those that switchkd sets."""
     timeout_s: PositiveFloat = 600.0
 
 
 class RolloutConfig(Section):
     rule: RuleConfig = RuleConfig()
     num_workers: Count = 1
-    """A number, or `{min: 1, max: 4}`: one is added while the learner waits and tasks wait for a row, one is drained
-    while the others would do."""
+    """A number, or `{min: 1, max: 4}`: one is added while the learner and tasks wait, one is drained while the others
+    suffice."""
     batch_size: PositiveInt = 8
-    """Rows that one worker holds: sequences that it writes at the same time."""
+    """Sequences that one worker generates at the same time."""
     max_new_tokens: PositiveInt = 128
     samples_per_prompt: PositiveInt = 1
     max_draft_tokens: PositiveInt = 8
-    """Tokens that one model drafts before the other reads them; with drafter `auto` the most."""
+    """Tokens that one model drafts before the other verifies them; with drafter `auto` the largest number."""
     drafter: Literal["auto", "student", "teacher", "none"] = "auto"
     """The model that drafts. `auto` measures what is faster. Speed only: the tokens are the same."""
     overlap: bool | None = None
-    """Two half-batches per worker: one drafts while the other is at the teacher. Null: where the two have processors of
-    their own."""
+    """Two half-batches per worker: one drafts while the other is at the teacher. Null: where both models have their own
+    processors."""
     on_new_weights: Literal["finish", "reprefill"] = "finish"
     save: bool = True
     """Write rollouts.jsonl."""
     save_top_logprobs: NonNegativeInt = 0
-    """Number of each model's most likely tokens that rollouts.jsonl holds beside every token, for `switchkd report`."""
+    """Number of each model's most likely tokens in rollouts.jsonl, for each token, for `switchkd report`."""
     save_teacher_output: bool = False
-    """Keep what was trained on, with the teacher's output, in `teacher_output/`, for `train --from-rollouts`."""
+    """Keep trained rollouts with the teacher's output in `teacher_output/`, for `train --from-rollouts`."""
     recorded: str = ""
     """A run folder with `teacher_output/`: train on its rollouts, without a teacher and rollout workers."""
 
 
 class AdaptiveScheduleConfig(Section):
-    """With `replay.policy: adaptive`: the share of steps that train on text of the student (see `adaptive.py`)."""
+    """With `replay.policy: adaptive`: the share of steps that train on the student's completions (`adaptive.py`)."""
 
     start: Frac = 0.0
     step: Frac = 0.1
-    """It rises by this after an evaluation ..."""
+    """The share rises by this after an evaluation ..."""
     margin: float = Field(0.1, ge=0)
     """... whose `eval/loss` (nats a token) was, by this much, ..."""
     rises: Literal["worse", "no_better"] = "worse"
@@ -368,13 +363,13 @@ class AdaptiveScheduleConfig(Section):
 
 class ReplayConfig(Section):
     max_staleness: NonNegativeInt = 0
-    """How many weight versions a trained token may lag behind; 0 is strictly synchronous."""
+    """Largest number of weight versions that a trained token may lag behind; 0 is strictly synchronous."""
     capacity: PositiveInt = 4096
-    """Rollouts that wait for the learner and, with `adaptive`, that are kept to be drawn again."""
+    """Rollouts that wait for the learner and, with `adaptive`, that the reuse buffer holds."""
     policy: Literal["fifo", "first_finished", "adaptive"] = "fifo"
-    """`fifo`: each step its own; `first_finished`: the first to finish; `adaptive`: DistiLLM's, where validation loss
-    decides how often a step trains on the student's completions, new or from a buffer, and how often on the data set
-    (`phi` then replaces the fractions of `mix`)."""
+    """`fifo`: each step its own; `first_finished`: the first to finish; `adaptive` (DistiLLM): validation loss decides
+    how often a step trains on the student's completions, new or from a buffer, and how often on the data set (`phi`
+    then replaces the fractions of `mix`)."""
     adaptive: AdaptiveScheduleConfig = AdaptiveScheduleConfig()
     lease_s: PositiveFloat = 3600.0
 
@@ -389,7 +384,7 @@ class EvalConfig(Section):
     num_prompts: PositiveInt = 200
     seeds: tuple[int, ...] = (0,)
     temperature: float = Field(1.0, ge=0)
-    """Sampling of the scored completions; agreement and KL are also taken on the greedy ones."""
+    """Sampling of the scored completions; agreement and KL are also measured on the greedy ones."""
     max_new_tokens: PositiveInt = 128
 
 
@@ -403,7 +398,7 @@ class MetricsConfig(Section):
     wandb: str | None = None
     """A W&B project."""
     prometheus: bool = True
-    """On Ray: the same numbers on every node's metrics port, as `ray_switchkd_...`."""
+    """On Ray: export the numbers on every node's metrics port, as `ray_switchkd_...`."""
 
 
 class FakeConfig(Section):
@@ -421,9 +416,9 @@ class ClusterConfig(Section):
     address: str = ""
     """Address of a running Ray cluster (`auto`, `host:port`). Empty: the submitted job's, else a private one here."""
     wait_s: float = Field(0.0, ge=0)
-    """Wait so long for a cluster to grow to what the run needs, or for others to leave it."""
+    """Time to wait until a cluster has the resources of the run, as it grows or other runs end."""
     object_store_gb: PositiveFloat | None = None
-    """Object store of a private cluster. Null: half a gigabyte, and space for two versions of the student."""
+    """Object store of a private cluster. Null: half a gigabyte, and room for two versions of the student."""
 
 
 class ResourcesConfig(Section):
@@ -432,11 +427,11 @@ class ResourcesConfig(Section):
     num_cpus: float | None = Field(None, ge=0)
     """Null: 1, and on a private cluster an even share of this machine."""
     num_gpus: float = Field(0.0, ge=0)
-    """All of them on one node; a share of one (0.5), or a whole number."""
+    """All on one node: a share of one GPU (0.5), or a whole number."""
     threads: PositiveInt | None = None
     """CPU threads. Null: see `resources.py`."""
     labels: dict[str, str] = {}
-    """Ray node labels that every process of the role asks for, such as `switchkd.io/role: teacher`."""
+    """Ray node labels that every process of the role requires, such as `switchkd.io/role: teacher`."""
 
     @field_validator("num_gpus")
     @classmethod
@@ -451,7 +446,7 @@ class RoleResourcesConfig(Section):
     rollout: ResourcesConfig = ResourcesConfig()
     learner: ResourcesConfig = ResourcesConfig()
     teachers: dict[str, ResourcesConfig] = {}
-    """Single ones of `teachers`, by name, instead of `teacher`."""
+    """Resources of single `teachers`, by name, instead of `teacher`."""
 
 
 class Config(Section):
@@ -460,8 +455,7 @@ class Config(Section):
     run: RunConfig
     teacher: TeacherConfig = TeacherConfig()
     teachers: dict[str, TeacherConfig] = {}
-    """Several, by name: `data.teacher_field` of a prompt says which one steps in. What one leaves out it takes from
-    `teacher`."""
+    """Several teachers by name: `data.teacher_field` names a prompt's one. Missing keys are taken from `teacher`."""
     student: StudentConfig = StudentConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -489,7 +483,7 @@ class Config(Section):
 
     @property
     def needs_teacher(self) -> bool:
-        """Is one started? Recorded rollouts carry its output."""
+        """Whether the run needs a teacher. Recorded rollouts contain its output."""
         return not self.rollout.recorded and any(stage.needs_teacher for stage in self.train.stages)
 
     @property
@@ -498,14 +492,13 @@ class Config(Section):
 
     @property
     def teacher_names(self) -> tuple[str, ...]:
-        """Names of `teachers`; the only one has the name ""; none where no stage needs one."""
+        """Names of `teachers`; a single one has the name ""; none where no stage needs one."""
         return (tuple(self.teachers) or ("",)) if self.needs_teacher else ()
 
     def of_teacher(self, name: str) -> Config:
-        """The config as a run with this one teacher alone would have it."""
+        """Return the config of a run with this teacher alone."""
         if name not in self.teachers:
             return self
-        resources = self.resources.model_copy(
-            update={"teacher": self.resources.teachers.get(name, self.resources.teacher), "teachers": {}}
-        )
+        each = self.resources.teachers.get(name, self.resources.teacher)
+        resources = self.resources.model_copy(update={"teacher": each, "teachers": {}})
         return self.model_copy(update={"teacher": self.teachers[name], "teachers": {}, "resources": resources})

@@ -1,4 +1,4 @@
-"""Checks the keys of a teacher backend, from the config alone: keys that would be ignored are errors.
+"""Checks the keys of a teacher backend, from the config alone: keys that the backend would ignore are errors.
 
 In: a config. Out: nothing, or a ConfigError of one line.
 """
@@ -18,7 +18,7 @@ _OWN_KEYS = {
     "revision": "teacher.revision",
     "trust_remote_code": "teacher.trust_remote_code",
 }
-"""vLLM's arguments that have a key of their own here."""
+"""vLLM's arguments that have a config key."""
 _NOT_SUPPORTED = {
     "worker_extension_cls": "hidden states are read by one",
     "async_scheduling": "keyed draws count the tokens before them",
@@ -34,7 +34,7 @@ _SAFE_LOAD_FORMATS = (
     "safetensors", "fastsafetensors", "instanttensor", "mistral", "runai_streamer", "runai_streamer_sharded",
     "sharded_state",
 )  # fmt: skip
-"""vLLM's ways to read weights that open safetensors and nothing else."""
+"""vLLM's load formats that read safetensors only."""
 _SAME_ROWS = frozenset(
     {
         "attention_backend", "block_size", "cpu_offload_gb", "disable_custom_all_reduce", "disable_log_stats",
@@ -43,11 +43,11 @@ _SAME_ROWS = frozenset(
         "max_model_len", "max_num_batched_tokens", "max_num_seqs", "seed", "swap_space", *SPLITS,
     }
 )  # fmt: skip
-"""Engine arguments about memory, speed and place: at most the last bits of a row depend on them."""
+"""Engine arguments for memory, speed and placement, which change at most the last bits of a row."""
 
 
 def check_backend(config: Config) -> None:
-    """Raises ConfigError for keys of the other backend, and for a vLLM that is not installed."""
+    """Raise ConfigError for keys of the other backend, and where vLLM is needed and not installed."""
     teacher = config.teacher
     if teacher.backend != "vllm":
         if teacher.engine:
@@ -63,7 +63,7 @@ def check_backend(config: Config) -> None:
 
 
 def engine_facts(teacher: TeacherConfig) -> dict[str, Any]:
-    """The engine arguments that rows depend on (quantization, a cache of another dtype, ...), by their keys."""
+    """The engine arguments that rows depend on (quantization, the cache's dtype, ...), by key."""
     arguments = sorted(teacher.engine.items())
     return {f"engine.{name}": value for name, value in arguments if name not in _SAME_ROWS and value is not None}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 import sysconfig
 from collections.abc import Callable, Collection, Mapping
@@ -15,8 +16,8 @@ from switchkd.config.schema import LossConfig, RuleConfig
 
 
 def load_user_function(name: str, what: str) -> Callable[..., Any]:
-    """`my_file:my_name` from the working directory (or PYTHONPATH). Raises ConfigError, also for a function of the
-    standard library or of an installed package: a config alone must not name `os:system`."""
+    """Import `my_file:my_name` from the working directory (or PYTHONPATH). Raises ConfigError, also for functions of
+    the standard library and of installed packages: a config alone must not name `os:system`."""
     module, _, attribute = name.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:
@@ -26,9 +27,8 @@ def load_user_function(name: str, what: str) -> Callable[..., Any]:
     try:
         function = getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"{what} {name!r}: no module {error.name!r} in {here}; start in the folder of {module}.py"
-        ) from None
+        missing = f"no module {error.name!r} in {here}"
+        raise ConfigError(f"{what} {name!r}: {missing}; start in the folder of {module}.py") from None
     except AttributeError:
         raise ConfigError(f"{what} {name!r}: {module}.py has no {attribute!r}") from None
     if not callable(function):
@@ -37,7 +37,7 @@ def load_user_function(name: str, what: str) -> Callable[..., Any]:
 
 
 def _installed(module: str) -> bool:
-    """Does its top-level module belong to Python or an installed package? Decided without running any of it."""
+    """Whether the top-level module belongs to Python or an installed package, without importing it."""
     spec = importlib.util.find_spec(module.partition(".")[0]) if module else None
     if spec is None:
         return False
@@ -49,13 +49,13 @@ def _installed(module: str) -> bool:
 
 
 def given_params(section: RuleConfig | LossConfig, keys: Mapping[str, Collection[str]]) -> dict[str, Any]:
-    """The parameters that the user set, of those of any type (`keys`). Raises ConfigError for one of another type."""
+    """Return the parameters that are set, out of all types' `keys`. Raises ConfigError for one of another type."""
     what = "rule" if isinstance(section, RuleConfig) else "loss"
-    own_keys, all_keys = keys.get(section.type, ()), sorted(set().union(*keys.values()))
+    allowed, all_keys = keys.get(section.type, ()), sorted(set().union(*keys.values()))
     params = {key: value for key in all_keys if (value := getattr(section, key)) is not None}
     for key, value in params.items():
-        if key not in own_keys:
-            choices = ", ".join(sorted(own_keys)) or ("its own, under params" if ":" in section.type else "none")
+        if key not in allowed:
+            choices = ", ".join(sorted(allowed)) or ("its own, under params" if ":" in section.type else "none")
             raise ConfigError(f"{what} {section.type}: unknown parameter {key!r} (value {value!r}); it takes {choices}")
     return params
 
@@ -69,8 +69,6 @@ def call_constructor(function: Callable[..., Any], what: str, params: dict[str, 
 
 
 def check_params(function: Callable[..., Any], what: str, params: dict[str, Any]) -> None:
-    import inspect
-
     known = inspect.signature(function).parameters
     if any(p.kind is p.VAR_KEYWORD for p in known.values()):
         return

@@ -1,1 +1,1 @@
-"""Who does what when: schedule, dispatch, recovery, checkpoints, evaluation, metrics."""
+"""The loop's parts: schedule, dispatch, recovery, checkpoints, evaluation, metrics."""

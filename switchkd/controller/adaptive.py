@@ -1,12 +1,12 @@
-"""DistiLLM's schedule (arXiv 2402.03898, Algorithm 1): how often a step trains on text that the student wrote, new or
-from the buffer, follows from the validation loss.
+"""DistiLLM's schedule (arXiv 2402.03898, Algorithm 1): the validation loss decides how often a step trains on
+completions of the student, new or from the buffer.
 
-In: a coin for each step, the loss of each evaluation. Out: `phi`, and where each step's batch comes from.
+In: a coin for each step, the loss of each evaluation. Out: `phi`, and the source of each step's batch.
 
 A step of index t among T, with coin u in [0, 1), is
 
-    GENERATED   u < phi (1 - t/T), or u < phi while the buffer is not full: the student writes; kept in the buffer
-    BUFFERED    else u < phi: drawn from the buffer
+    GENERATED   u < phi (1 - t/T), or u < phi while the buffer is not full: written by the student, put into the buffer
+    BUFFERED    else if u < phi: drawn from the buffer
     FIXED       else: the data set's references
 """
 
@@ -18,18 +18,16 @@ from typing import Any
 from switchkd.config.schema import AdaptiveScheduleConfig
 
 GENERATED, BUFFERED, FIXED, MIXED = "g", "b", "f", "-"
-"""Where a step's batch comes from; MIXED: its stage has a mix of its own, without rollouts."""
+"""Sources of a step's batch; MIXED: its stage has a mix without rollouts."""
 
 
 @dataclass(kw_only=True)
 class AdaptiveSchedule:
-    """phi, the validation loss that it is held against, and what was decided so far.
-
-    What is decided stays: its tasks may have been started, and a resume with more steps changes T.
-    """
+    """phi, the reference validation loss, and the decisions so far, which never change: their tasks may have been
+    started, and a resume with more steps changes T."""
 
     settings: AdaptiveScheduleConfig
-    capacity: int  # rollouts that the buffer holds
+    capacity: int  # of the buffer, in rollouts
     every: int  # steps between evaluations
     phi: float = field(init=False)
     reference: float | None = None
@@ -40,7 +38,7 @@ class AdaptiveSchedule:
         self.phi = self.settings.start
 
     def decide(self, coin: float, progress: float, batch_size: int) -> None:
-        """Of the next step; `progress` is t/T."""
+        """Decide the next step's source; `progress` is t/T."""
         if coin < self.phi * (1 - progress) or (coin < self.phi and self.stored < self.capacity):
             self.sources += GENERATED
             self.stored = min(self.stored + batch_size, self.capacity)
@@ -48,12 +46,12 @@ class AdaptiveSchedule:
             self.sources += BUFFERED if coin < self.phi else FIXED
 
     def skip(self) -> None:
-        """The next step belongs to a stage without rollouts."""
+        """Decide the next step, which belongs to a stage without rollouts."""
         self.sources += MIXED
 
     def record_loss(self, loss: float, *, counts: bool) -> bool:
-        """The validation loss of an evaluation; did phi rise? One that does not count (before the first step, and in
-        stages without rollouts) is what later ones are held against."""
+        """Record the validation loss of an evaluation. Returns whether phi rose. A loss that does not count (before the
+        first step, and in stages without rollouts) becomes the reference of later ones."""
         reference, margin = self.reference, self.settings.margin
         if reference is None or not counts:
             self.reference = loss
@@ -76,7 +74,7 @@ class AdaptiveSchedule:
         return {"phi": self.phi, "reference": self.reference, "sources": self.sources, "stored": self.stored}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Take a checkpoint's values (None: those of the start). What this process decided since stays decided."""
+        """Load a checkpoint's values (None: those of the start). Decisions of this process since then stay."""
         state = state or {"phi": self.settings.start, "reference": None, "sources": "", "stored": 0}
         self.phi, self.reference = state["phi"], state["reference"]
         if not self.sources.startswith(state["sources"]):

@@ -1,7 +1,7 @@
-"""A run is watched for what goes wrong quietly: its completions in numbers, and one-line warnings.
+"""Warns of problems that raise no error, such as collapsing completions or a teacher that never writes.
 
-In: the entries of a step's batch, rows of metrics.jsonl, evaluations. Out: `rollout/...` numbers; lines that name a
-number and a likely remedy. A warning comes when its condition begins to hold, and again only after it has ceased to.
+In: the entries of a step's batch, rows of metrics.jsonl, evaluations. Out: lines that name a number and a likely
+remedy. A warning is given when its condition begins to hold, and again only after the condition ceased to hold.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from switchkd.controller.step_metrics import rollout_metrics
 from switchkd.types import CompletionSource, Entry
 
 STUCK_STEPS = 10
-"""So many steps with rollouts in a row make a teacher share a habit."""
+"""Steps in a row, with rollouts, after which a constant teacher share is reported."""
 STUCK_FRAC = 0.005
-"""This near to 0 or to 1 is as good as there."""
+"""Teacher shares this close to 0 or 1 count as 0 or 1."""
 LENGTH_STEPS = 5
-"""From so many steps on their mean length is something to compare with."""
+"""Smallest number of steps whose mean length is compared with."""
 MAX_REPEAT_FRAC = 0.5
 MAX_AGREEMENT_LOSS = 0.05
 
@@ -32,11 +32,11 @@ LEVERS = {
     "random": ("prob", "larger", "smaller"),
     "mixture": ("prob", "larger", "smaller"),
 }
-"""By rule: the key that moves the teacher's share, and which way lets the teacher write, or the student."""
+"""By rule: the key that changes the teacher's share, and the direction for more teacher, or student, tokens."""
 
 
 class MetricAlerts:
-    """The memory of one run (a resumed one begins with `evaluation` of the scores before)."""
+    """Keeps the recent steps and the best score of one run. After a resume, pass the earlier scores to `evaluation`."""
 
     def __init__(self, max_staleness: float) -> None:
         self._max_staleness = max_staleness
@@ -45,7 +45,7 @@ class MetricAlerts:
         self._begin_stage("")
 
     def step(self, row: Mapping[str, Any], entries: Sequence[Entry], rule: RuleConfig) -> list[str]:
-        """Check a step's `row` of metrics.jsonl and, of its batch, the completions that were generated under `rule`."""
+        """Check a step's `row` of metrics.jsonl, and the completions of its batch that were generated under `rule`."""
         if row["stage"] != self._stage:
             self._begin_stage(row["stage"])
         staleness = row["replay/staleness_max"]
@@ -82,7 +82,7 @@ class MetricAlerts:
         )
 
     def _begin_stage(self, name: str) -> None:
-        """What a stage changes by intention is no event: these begin anew."""
+        """Forget shares and lengths: a new stage may change them on purpose."""
         self._stage = name
         self._shares: deque[float] = deque(maxlen=STUCK_STEPS)
         self._lengths: list[float] = []
@@ -105,7 +105,7 @@ class MetricAlerts:
     def _length(self, length: float) -> list[str]:
         before = statistics.fmean(self._lengths) if self._lengths else length
         short = len(self._lengths) >= LENGTH_STEPS and length < before / 4
-        if not short:  # else the collapse would become the custom
+        if not short:  # a collapsed length must not lower the mean
             self._lengths.append(length)
         return self._once(
             "length",

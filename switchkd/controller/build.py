@@ -1,4 +1,4 @@
-"""From a prepared run to its plan and its examiner."""
+"""Builds the schedule and the evaluator of a prepared run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from switchkd.data.prompts import PromptStream
 
 
 def build_schedule(ready: PreparedRun, stages: tuple[StageConfig, ...] | None = None) -> Schedule:
-    """Of the run's stages, or of others."""
+    """Build the schedule of the run's stages, or of `stages`."""
     config = ready.config
     stream = PromptStream(ready.prompts.prompts, seed=config.seed, shuffle=config.data.shuffle)
     samples, replay, adaptive = config.rollout.samples_per_prompt, config.replay, None
-    if replay.policy == "adaptive" and stages is None:  # other stages are looked at, not trained
+    if replay.policy == "adaptive" and stages is None:  # `stages` are inspected, not trained
         adaptive = AdaptiveSchedule(settings=replay.adaptive, capacity=replay.capacity, every=config.eval.every)
     return Schedule(
         stages or config.train.stages, stream, seed=config.seed, samples_per_prompt=samples, adaptive=adaptive

@@ -1,18 +1,17 @@
-"""A run's folder is opened, and the run is saved in it and found again.
+"""Opens a run's folder, and writes and finds the checkpoints in it.
 
-In: a Config, and whether to resume; later a learner and a replay that have written their parts, and the loop's own
-numbers. Out: a RunFolder that no other live process holds, and one folder per checkpoint, complete or ignored:
+In: a Config, and whether to resume; later a learner and a replay that have written their parts, and the loop's numbers.
+Out: a RunFolder that no other live process holds, and one folder per checkpoint, which is ignored unless complete:
 
-    <run.dir>/config.yaml                                    what was resolved
+    <run.dir>/config.yaml                                    the resolved config
     <run.dir>/checkpoints/step-00000050/learner/             DeepSpeed writes here
                                         student/             the student as a transformers folder
                                         replay.safetensors   rollouts not yet trained
                                         state.json           TrainState; size and checksum of every other file
     <run.dir>/checkpoints/LATEST                             "step-00000050"
 
-The order makes a crash harmless: everything is written into `step-00000050.partial` and fsynced, the folder gets its
-name, the pointer moves, older ones go. Killed anywhere between, the previous checkpoint still stands.
-
+The order makes a crash harmless: all files are written into `step-00000050.partial` and fsynced, the folder gets its
+name, LATEST is updated, older checkpoints are deleted. After a kill at any point the previous checkpoint is valid.
 Nothing of an earlier run is deleted: its folder is moved to `<dir>.old-<n>`, lines that a resume cuts to `lost/`.
 """
 
@@ -41,11 +40,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainState:
-    """What the loop must know to go on. Plain JSON values."""
+    """The loop's own state. Plain JSON values."""
 
-    step: int = 0  # the next optimizer step, 0-based over the run: as many are done
+    step: int = 0  # the next optimizer step, 0-based over the run
     version: int = 0  # weight version of the student as saved
-    incarnation: int = 0  # counts restarts of the learner; versions are told apart by it
+    incarnation: int = 0  # counts restarts of the learner, to distinguish equal versions
     best: float | None = None  # of `train.select_by`
     best_step: int | None = None
     evals_since_best: int = 0
@@ -59,10 +58,9 @@ class TrainState:
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> TrainState:
-        """Missing keys take their default; a key that this version does not know is an error."""
+        """Read `to_json`. Missing keys take their default; unknown ones raise ValueError."""
         values = {key: value for key, value in stored.items() if key != "format"}
-        unknown = set(values) - {field.name for field in fields(cls)}
-        if unknown:
+        if unknown := set(values) - {field.name for field in fields(cls)}:
             raise ValueError(f"unknown keys {sorted(unknown)}: written by another version of switchkd")
         scores = tuple((name, score) for name, score in values.get("stage_scores", ()))
         return cls(**{**values, "stage_scores": scores})
@@ -70,14 +68,14 @@ class TrainState:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartialCheckpoint:
-    """A checkpoint's folder while it is being filled."""
+    """A checkpoint's folder while it is filled."""
 
     path: Path
     step: int
 
     @property
     def tag(self) -> str:
-        """Fresh for every checkpoint: DeepSpeed leaves stale shards under a tag that is used again."""
+        """DeepSpeed's tag, new for every checkpoint: under a reused tag DeepSpeed leaves stale shards."""
         return _name(self.step)
 
     @property
@@ -95,13 +93,13 @@ class PartialCheckpoint:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint(PartialCheckpoint):
-    """A complete one, whose files were checked."""
+    """A complete checkpoint, whose files were checked."""
 
     state: TrainState
 
 
 def begin(run_dir: Path, step: int) -> PartialCheckpoint:
-    """A fresh folder. What a crash left under its name is moved aside."""
+    """Make an empty folder for a checkpoint. A folder that a crash left under its name is moved aside."""
     path = run_dir / "checkpoints" / f"{_name(step)}.partial"
     path.parent.mkdir(parents=True, exist_ok=True)
     _move_aside(path)
@@ -111,10 +109,8 @@ def begin(run_dir: Path, step: int) -> PartialCheckpoint:
 
 
 def finish(draft: PartialCheckpoint, state: TrainState, keep_last: int = 2) -> Checkpoint:
-    """Make a filled draft durable and point to it; then delete all but the last `keep_last`.
-
-    Nothing may write into the folder any more. Afterwards `Replay.release_before(state.step)` is safe.
-    """
+    """Make a filled draft durable and point LATEST to it; delete all but the last `keep_last`. No process may write
+    to the folder any more. Afterwards `Replay.release_before(state.step)` is safe."""
     if draft.step != state.step:
         raise ValueError(f"{draft.path.name} was begun for another step than {state.step}")
     for part in (draft.learner_folder, draft.replay_file):
@@ -132,11 +128,10 @@ def finish(draft: PartialCheckpoint, state: TrainState, keep_last: int = 2) -> C
 
 
 def latest(run_dir: Path) -> Checkpoint | None:
-    """The checkpoint that LATEST points to or, if that one is damaged, the newest whole one before it; says so. Raises
-    ConfigError where that one is of another format.
+    """The checkpoint that LATEST points to or, if that one is damaged, the newest intact one before it, with a warning.
+    Raises ConfigError where that one has another format.
 
-    Folders newer than the pointer are not looked at: they were never finished, or belong to a history that a resume
-    has cut away.
+    Newer folders than LATEST's are ignored: they were never finished, or belong to a history that a resume cut away.
     """
     root = run_dir / "checkpoints"
     pointed = (root / LATEST).read_text().strip() if (root / LATEST).exists() else ""
@@ -159,10 +154,10 @@ def latest(run_dir: Path) -> Checkpoint | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunFolder:
-    """Held by this process until `close`."""
+    """A run's folder, locked by this process until `close`."""
 
     path: Path
-    checkpoint: Checkpoint | None  # to go on from; None: begin at step 0
+    checkpoint: Checkpoint | None  # to resume from; None: begin at step 0
     keep_last: int
     lock: RunLock
 
@@ -175,7 +170,7 @@ class RunFolder:
         return finish(draft, state, self.keep_last)
 
     def check(self) -> None:
-        """Raise when another process took the folder over: going on would mix two histories."""
+        """Raise RuntimeError when another process took the folder over: going on would mix two histories."""
         if not self.lock.held:
             raise RuntimeError(f"{self.path} was taken over by another process; this one must stop")
 
@@ -190,10 +185,8 @@ class RunFolder:
 
 
 def open_run(config: Config, resume: bool = False) -> RunFolder:
-    """Make or reopen `run.dir` and write the resolved config into it. Raises ConfigError.
-
-    A resume cuts the history back to the checkpoint it goes on from; without one the run begins anew.
-    """
+    """Make or reopen `run.dir` and write the resolved config into it. A resume cuts the history back to its checkpoint;
+    without a checkpoint the run begins at step 0. Raises ConfigError."""
     path = Path(config.run.dir).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -210,7 +203,7 @@ def open_run(config: Config, resume: bool = False) -> RunFolder:
             if not config.run.overwrite:
                 raise ConfigError(
                     f"run.dir={path} already holds a run; add --resume to go on with it, run.overwrite=true to move it "
-                    f"aside, or give another run.dir"
+                    "aside, or give another run.dir"
                 )
             lock = _start_over(path, lock)
         write_text_atomic(path / CONFIG, redact(dump_yaml(config)))
@@ -219,16 +212,18 @@ def open_run(config: Config, resume: bool = False) -> RunFolder:
 
 
 def load_latest(path: Path) -> Checkpoint | None:
-    """The checkpoint to go on from, with the history cut back to it; None: from step 0. ConfigError where there are
-    only damaged ones."""
+    """Return the checkpoint to resume from (None: step 0), and cut the history back to it. Raises ConfigError where all
+    are damaged."""
     checkpoint = latest(path)
     if checkpoint is None and _numbered(path / "checkpoints"):
         raise ConfigError(
             f"{path}/checkpoints holds no checkpoint that can be read (see the messages above); bring one back, or "
-            f"start anew with run.overwrite=true and without --resume"
+            "start anew with run.overwrite=true and without --resume"
         )
     if checkpoint is not None:
-        _point_to(checkpoint)  # first: a damaged one that reads well later must not meet a history without its steps
+        _point_to(
+            checkpoint
+        )  # first: a damaged one that can be read later must not be resumed with a history without its steps
     else:
         log.warning("%s holds no checkpoint: the run begins at step 0", path)
     quarantined = checkpoint.state.extra.get("quarantined", ()) if checkpoint else ()
@@ -239,7 +234,7 @@ def load_latest(path: Path) -> Checkpoint | None:
 
 
 def _start_over(path: Path, lock: RunLock) -> RunLock:
-    """Move the folder aside, its lock with it, and begin an empty one."""
+    """Move the folder aside together with its lock, and lock a new empty folder."""
     num = 0
     while (old := path.with_name(f"{path.name}.old-{num}")).exists():
         num += 1
@@ -257,11 +252,11 @@ def _point_to(checkpoint: Checkpoint) -> None:
 
 
 def _prune(pointed: Path, keep_last: int) -> None:
-    """Delete what is neither pointed to nor among the last before it: older ones, and leftovers of crashes."""
+    """Delete all but `pointed` and the last ones before it: older checkpoints, and leftovers of crashes."""
     earlier = sorted((path for path in _numbered(pointed.parent) if _step_of(path) <= _step_of(pointed)), key=_step_of)
     for path in pointed.parent.glob("step-*"):
         if path not in earlier[-keep_last:]:
-            # half deleted, it must not look like a checkpoint
+            # renamed first: a partly deleted folder must not look like a checkpoint
             shutil.rmtree(path if ".aside-" in path.name else _move_aside(path))
 
 
@@ -275,7 +270,7 @@ def _move_aside(path: Path) -> Path:
 
 
 def _numbered(root: Path) -> list[Path]:
-    """All folders that carry a checkpoint's final name, whole or not."""
+    """All folders with a checkpoint's final name, intact or not."""
     return [path for path in root.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
 
 

@@ -1,7 +1,7 @@
-"""Shows a run on a terminal: how far it is, and one line per role that says what it does now.
+"""Shows a run on a terminal: a progress bar, and one line per role with its current activity.
 
-In: what the loop does (`now`) and each step's row. Out: a few lines that rich redraws several times a second, also
-while the loop itself waits.
+In: the activities of roles (`now`) and each step's row. Out: lines that rich redraws several times a second, also while
+the loop waits.
 """
 
 from __future__ import annotations
@@ -29,12 +29,9 @@ FIGURES = {
         ("replay/bytes", lambda size: f"{decimal(int(size))} held"),
         ("replay/waiting", "{:.0f} rollouts wait".format),
     ),
-    "learner": (
-        ("time/learn_s", "{:.3g} s a step".format),
-        ("time/wait_rollouts_s", "waited for {:.3g} s".format),
-    ),
+    "learner": (("time/learn_s", "{:.3g} s a step".format), ("time/wait_rollouts_s", "waited for {:.3g} s".format)),
 }
-"""By role: its rate in the last step, and its queue or wait."""
+"""By role: its rate in the last step, and its queue or its waiting time."""
 
 
 class LiveView:
@@ -42,7 +39,7 @@ class LiveView:
         columns = (MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.fields[line]}"))
         self._bar = Progress(*columns, TimeRemainingColumn(), console=console, auto_refresh=False)
         self._task = self._bar.add_task("", total=num_steps, completed=first_step, line="starting")
-        self._now: dict[str, tuple[str, float]] = {}  # what a role does, and since when
+        self._now: dict[str, tuple[str, float]] = {}  # by role: its activity, and since when
         self._row: Mapping[str, Any] = {}
         self._over = False
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
@@ -51,12 +48,12 @@ class LiveView:
         self._live.start()
 
     def stop(self) -> None:
-        """Leave the progress bar on the terminal, without the roles."""
+        """Stop redrawing, and leave only the progress bar on the terminal."""
         self._over = True
         self._live.stop()
 
     def now(self, **doing: str) -> None:
-        """Show what roles do from now on; an empty text is nothing."""
+        """Show what roles do from now on; an empty text means no activity."""
         for role, text in doing.items():
             if self._now.get(role, ("", 0.0))[0] != text:
                 self._now[role] = (text, time.monotonic())

@@ -1,16 +1,16 @@
-"""Tasks go out to the rollout workers, and go out again after a failed call.
+"""Sends tasks to the rollout workers, and sends them again after a failed call.
 
 In: the schedule's tasks, as far as admission lets them start; the workers' results. Out: rollouts (the workers put them
-into the replay themselves), reports, quarantined tasks. What a failed call does:
+into the replay themselves), reports, quarantined tasks. After a failed call:
 
-    its work raised, or the worker died   each task goes out alone; a dead worker gets new tasks when it is back
-    its teacher died (TeacherLost)        the same, after a pause of the worker that doubles from failure to failure
-    it could not reach something else     the tasks go out again as they were, after the same pause
+    its work raised, or the worker died   each task is sent alone; a dead worker gets new tasks when it is back
+    its teacher died (TeacherLost)        the same, after a pause of the worker that doubles with each failure
+    it could not reach something else     the tasks are sent again together, after the same pause
        (Unreachable)
 
-A task that failed alone goes out again once another rollout has finished. Where no other can, one that finished before
-is written again as a control, and the replay drops it: it shows whether anything can be written at all. What counts
-against a task, and when the run ends, is decided in `quarantine.py`.
+A task that failed alone is sent again once another rollout has finished. Where no other can finish, the last finished
+task is sent again as a control, and the replay drops its rollout: the control shows whether any rollout can be written.
+`quarantine.py` decides what counts against a task and when the run ends.
 """
 
 from __future__ import annotations
@@ -29,20 +29,12 @@ from switchkd.controller.metrics import MetricsLog
 from switchkd.controller.quarantine import MAX_FAILURES, Quarantine, Strikes
 from switchkd.controller.schedule import Schedule
 from switchkd.controller.watchdog import Watchdog
-from switchkd.types import (
-    CompletionSource,
-    RolloutTask,
-    TeacherLost,
-    Unreachable,
-    WeightRef,
-    WorkerLost,
-    WorkReport,
-)
+from switchkd.types import CompletionSource, RolloutTask, TeacherLost, Unreachable, WeightRef, WorkerLost, WorkReport
 
 PREFETCH = 2
-"""Steps that completions which do not need the student (data set, teacher) may run ahead."""
+"""Steps by which completions that do not need the student (data set, teacher) may run ahead."""
 BACKOFF_S = 0.5
-"""Half of a worker's first pause; it doubles with each failure in a row."""
+"""Half of a worker's first pause in seconds; the pause doubles with each failure in a row."""
 
 
 class NothingFinishes(RuntimeError):
@@ -59,7 +51,7 @@ class Call:
 
 
 class TaskDispatcher:
-    """Knows which worker has which tasks."""
+    """Tracks which worker has which tasks."""
 
     def __init__(
         self,
@@ -70,7 +62,7 @@ class TaskDispatcher:
         watchdog: Watchdog,
         quarantine: Quarantine,
     ) -> None:
-        self.config = config
+        self.replay_config = config.replay
         self.schedule = schedule
         self.handles = handles
         self.log = log
@@ -78,15 +70,15 @@ class TaskDispatcher:
         self.quarantine = quarantine
         self.strikes = Strikes()
         self.next_id = 0
-        self.missing: deque[int] = deque()  # started once, never arrived
-        self.retries: deque[tuple[list[RolloutTask], int]] = deque()  # tasks, rollouts that must have finished before
-        self.control: RolloutTask | None = None  # finished last
+        self.missing: deque[int] = deque()  # ids that were started and never arrived
+        self.retries: deque[tuple[list[RolloutTask], int]] = deque()  # tasks, `num_finished` to wait for
+        self.control: RolloutTask | None = None  # the task that finished last
         self.working: dict[int, Call] = {}  # by worker
         self.reports: list[WorkReport] = []
-        self.failure: NothingFinishes | None = None  # the loop raises it where its state can be saved
+        self.failure: NothingFinishes | None = None  # raised by the loop where its state can be saved
 
     def feed(self, step: int, weights: WeightRef | None) -> None:
-        """Give every idle worker the next tasks that may start now. `weights` were published where `needs_weights`."""
+        """Give every idle worker the next tasks that may start. `weights` are needed where `needs_weights` is True."""
         for index in range(len(self.handles.workers)):
             if index in self.working or self.failure:
                 continue
@@ -103,7 +95,7 @@ class TaskDispatcher:
         return [call.tasks for call in self.working.values() if call.tasks]
 
     def show_progress(self, starting: Iterable[RolloutTask] = ()) -> None:
-        """Show on a terminal how many workers are busy; `starting` are about to go out."""
+        """Show on a terminal how many workers are busy; `starting` are the tasks about to be sent."""
         groups = [*self.in_flight, *([list(starting)] if starting else [])]
         scored = any(self.schedule.stages[task.stage].needs_teacher for tasks in groups for task in tasks)
         workers = f"{len(groups)} of {len(self.handles.workers)} workers"
@@ -113,7 +105,7 @@ class TaskDispatcher:
         )
 
     def _next_retry(self, step: int) -> list[RolloutTask]:
-        """Admission holds for retries too: the run may have gone back to an earlier step."""
+        """Return the next tasks to retry. Admission holds here too: the run may have gone back to an earlier step."""
         for index, (tasks, num_finished) in enumerate(self.retries):
             if self.strikes.num_finished >= num_finished and self._all_may_start(tasks, step):
                 del self.retries[index]
@@ -121,7 +113,7 @@ class TaskDispatcher:
         return []
 
     def _next_control(self, step: int) -> list[RolloutTask]:
-        """Only tasks that failed alone may start, and no call is out that could finish before them."""
+        """Return the control where only tasks that failed alone may start and no call is in flight."""
         if self.in_flight or not any(self._all_may_start(tasks, step) for tasks, _ in self.retries):
             return []
         return [self.control] if self.control else self.retries.popleft()[0]
@@ -130,15 +122,15 @@ class TaskDispatcher:
         return all(self._may_start(task.rollout_id, step) for task in tasks)
 
     def needs_weights(self, step: int) -> bool:
-        """Whether the student writes in a call that may go out before the end of `step`."""
+        """Whether the student writes in a call that may be sent before the end of `step`."""
         if not self.handles.workers or step >= self.schedule.num_steps:
             return False
-        end = min(step + self.config.replay.max_staleness + 1, self.schedule.open_until(step))
+        end = min(step + self.replay_config.max_staleness + 1, self.schedule.open_until(step))
         started = [*(tasks for tasks, _ in self.retries), *self.in_flight, map(self.schedule.task, self.missing)]
         return any(map(needs_student, started)) or any(map(self.schedule.student_writes, range(step, end)))
 
     def _next_tasks(self, step: int) -> list[RolloutTask]:
-        """The tasks that one worker may start now: at most its share of a batch."""
+        """Return the tasks that one worker may start: at most its share of a batch."""
         tasks: list[RolloutTask] = []
         while (rollout_id := self._next_admitted(step)) is not None:
             share = -(-self.schedule.batch_size(self.schedule.step_of(rollout_id)) // len(self.handles.workers))
@@ -152,18 +144,18 @@ class TaskDispatcher:
         return tasks
 
     def _next_admitted(self, step: int) -> int | None:
-        """The next id, if it may start. A new one must fit into the replay: else its worker would wait while the
-        learner waits for others."""
+        """Return the next id, if it may start. A new one must fit into the replay: else its worker would block while
+        the learner waits for other rollouts."""
         self._skip_reused_steps(step)
         if self.missing:
             return self.missing[0] if self._may_start(self.missing[0], step) else None
-        crowded = self.next_id >= self.schedule.first_id(step) + self.config.replay.capacity
+        crowded = self.next_id >= self.schedule.first_id(step) + self.replay_config.capacity
         if self.next_id >= self.schedule.num_tasks or crowded:
             return None
         return self.next_id if self._may_start(self.next_id, step) else None
 
     def _skip_reused_steps(self, step: int) -> None:
-        """Nothing is written for steps that draw from the reuse buffer."""
+        """Skip steps that draw from the reuse buffer: nothing is written for them."""
         if self.missing:
             self.missing = deque(self.unwritten(self.missing))
         last = self.schedule.num_tasks - 1
@@ -179,23 +171,24 @@ class TaskDispatcher:
         ]
 
     def _may_start(self, rollout_id: int, step: int) -> bool:
-        """Admission bounds staleness: a rollout for step s may start once s - version <= max_staleness. Where the next
-        evaluation has a say in what a step trains on, that is waited for."""
-        if self.schedule.step_of(rollout_id) >= self.schedule.open_until(step):
+        """Whether admission, which bounds staleness, lets a rollout for step s start: s - version <= max_staleness. A
+        step whose batch depends on the next evaluation (`Schedule.open_until`) waits for it."""
+        batch = self.schedule.step_of(rollout_id)
+        if batch >= self.schedule.open_until(step):
             return False
-        limit = self.config.replay.max_staleness
+        limit = self.replay_config.max_staleness
         if self.schedule.completion_source(rollout_id) != CompletionSource.ROLLOUT:
             limit = max(limit, PREFETCH)
-        return self.schedule.step_of(rollout_id) - step <= limit
+        return batch - step <= limit
 
     def push_weights(self, weights: WeightRef) -> None:
-        """Send newer weights for the rollouts that are being written."""
+        """Send newer weights to the workers whose rollouts the student writes."""
         for index, call in self.working.items():
             if needs_student(call.tasks):
                 self.handles.workers[index].push_weights(weights)
 
     def wait(self, others: list[Future[Any]], waits_for: str = "") -> None:
-        """Wait until a call or one of `others` ends, at most a second (so that a signal is noticed); collect calls."""
+        """Wait until a call or one of `others` ends, at most a second (to notice signals); collect the ended calls."""
         futures = [*others, *(call.result for call in self.working.values())]
         self.watchdog.waiting(waits_for or self.describe())
         self.watchdog.check()
@@ -204,7 +197,7 @@ class TaskDispatcher:
         self.collect()
 
     def describe(self) -> str:
-        """Say in words what the workers do."""
+        """Describe what the workers do."""
         return ", ".join(
             f"{rollouts_of(call.tasks)} from rollout worker {index}"
             if call.tasks
@@ -217,7 +210,7 @@ class TaskDispatcher:
             self.wait([])
 
     def collect(self) -> None:
-        """Take the results of the calls that ended. Raises what is no rollout's fault."""
+        """Collect the results of the calls that ended. Raises errors that no rollout caused."""
         for index, call in list(self.working.items()):
             if not call.result.done():
                 continue
@@ -234,7 +227,7 @@ class TaskDispatcher:
                 self._fail(index, call, error)
 
     def _fail(self, index: int, call: Call, error: BaseException) -> None:
-        """Quarantine the task of a failed call, or let its tasks go out again: any worker may write them."""
+        """Quarantine the task of a failed call, or queue its tasks again, for any worker."""
         tasks, alone = call.tasks, len(call.tasks) == 1
         unreachable = isinstance(error, Unreachable) and not isinstance(error, TeacherLost)
         strike = not isinstance(error, Unreachable) or (alone and not unreachable)
@@ -243,11 +236,11 @@ class TaskDispatcher:
         if self.strikes.num_failures >= MAX_FAILURES:
             self.failure = NothingFinishes(
                 f"{MAX_FAILURES} failures in a row and no rollout finished in between; the last: {message} at "
-                f"{rollouts_of(tasks)}; see its log, mend the cause and go on with --resume"
+                f"{rollouts_of(tasks)}; see its log, fix the cause and go on with --resume"
             )
         elif tasks[0] is self.control:
             self.log.info(f"{message}; it wrote {rollouts_of(tasks)} again, as a control")
-        elif struck_out:  # a task with a strike goes out alone
+        elif struck_out:  # a task with a strike is sent alone
             self._quarantine(tasks[0], message, error)
         else:
             num = "its rollout is" if alone else f"its {len(tasks)} rollouts are"
@@ -256,7 +249,7 @@ class TaskDispatcher:
             self.retries.extend((group, num_finished) for group in ([tasks] if unreachable else [[t] for t in tasks]))
 
     def _recover(self, index: int, error: BaseException) -> str:
-        """Let the worker of a failed call restart or pause; say what happened."""
+        """Let the worker of a failed call restart or pause. Returns a description of the failure."""
         if isinstance(error, WorkerLost):
             self.working[index] = Call(result=self.handles.workers[index].back(), tasks=[])
             return f"rollout worker {index} died"
@@ -274,7 +267,7 @@ class TaskDispatcher:
         self.watchdog.wait_for(self.handles.replay.quarantine([task.rollout_id]), "the replay to quarantine a rollout")
 
     def take_reports(self) -> list[WorkReport]:
-        """Return the reports of the calls that ended since the last time."""
+        """Return the reports of the calls that ended since the last call of this method."""
         self.collect()
         reports, self.reports = self.reports, []
         return reports
@@ -284,8 +277,8 @@ class TaskDispatcher:
         return {"num_started": self.next_id, **self.quarantine.state_dict()}
 
     def reset(self, missing: Iterable[int]) -> None:
-        """The replay is a new one and lacks these started rollouts. Those that are being written will arrive, or fail
-        and go out again."""
+        """Begin again with a new replay, which lacks these started rollouts. Those in flight arrive, or fail and are
+        sent again."""
         in_flight = {task.rollout_id for tasks in self.in_flight for task in tasks}
         self.retries.clear()
         self.strikes = Strikes()
@@ -293,7 +286,7 @@ class TaskDispatcher:
 
 
 def needs_student(tasks: Iterable[RolloutTask]) -> bool:
-    """Whether the student writes a part of any of them."""
+    """Whether the student writes a part of any task."""
     return any(task.completion_source == CompletionSource.ROLLOUT for task in tasks)
 
 

@@ -1,4 +1,4 @@
-"""Evaluates the student: the rollout workers share the prompts, their rows become scores.
+"""Evaluates the student: the rollout workers share the prompts, and their rows become scores.
 
 In: the evaluation prompts and the workers' handles. Out: one flat dict of `eval/...` numbers; the best step so far.
 """
@@ -19,7 +19,7 @@ from switchkd.controller.watchdog import Watchdog
 from switchkd.types import GREEDY, EvalRow, EvalShard, Prompt, Unreachable, WeightRef, WorkerLost
 
 WITH_TEACHER = ("agreement", "kl")
-"""Metrics that need the teacher beside the student."""
+"""Metrics that compare the student with the teacher."""
 MAX_TRIES = 5
 Value = Callable[[EvalRow], float]
 
@@ -31,9 +31,8 @@ class Evaluator:
         self.has_teacher = has_teacher
 
     def shards(self, num_workers: int) -> list[EvalShard]:
-        """Every n-th prompt for each worker, so that lengths are spread evenly."""
-        numbered = list(enumerate(self.prompts))
-        settings = self.settings
+        """Give each worker every n-th prompt, so that lengths are spread evenly."""
+        numbered, settings = list(enumerate(self.prompts)), self.settings
         return [
             EvalShard(
                 prompts=tuple(numbered[i::num_workers]),
@@ -52,7 +51,7 @@ class Evaluator:
         weights: WeightRef | None = None,
         wait_for: Callable[[Future[list[EvalRow]]], list[EvalRow]] = Future.result,
     ) -> list[EvalRow]:
-        """Evaluate these weights on all workers; rows by seed and prompt. Raises what `wait_for` does."""
+        """Evaluate these weights on all workers. Returns rows by seed and prompt; raises what `wait_for` does."""
         shards = self.shards(len(workers))
         futures = [worker.evaluate(shard, weights) for worker, shard in zip(workers, shards, strict=False)]
         rows: list[EvalRow] = [row for future in futures for row in wait_for(future)]
@@ -67,16 +66,16 @@ def evaluate_with_retries(
     watchdog: Watchdog,
     log: MetricsLog,
 ) -> dict[str, float]:
-    """Return the scores. A worker that died or could not reach something (the weights, maybe: they are published again)
-    lets the evaluation begin again. Raises RuntimeError after MAX_TRIES."""
+    """Return the scores. Where a worker dies or cannot reach something (such as the weights, which are then published
+    again), the evaluation begins again. Raises RuntimeError after MAX_TRIES."""
     for _ in range(MAX_TRIES):
         try:
             rows = evaluator.rows(
                 workers, weights, lambda future: watchdog.wait_for(future, "an evaluation by the rollout workers")
             )
         except (WorkerLost, Unreachable) as error:
-            what = "died" if isinstance(error, WorkerLost) else f"could not go on ({error})"
-            log.info(f"a rollout worker {what}; the evaluation begins again")
+            reason = "died" if isinstance(error, WorkerLost) else f"could not go on ({error})"
+            log.info(f"a rollout worker {reason}; the evaluation begins again")
             for worker in workers:
                 watchdog.wait_for(worker.back(), "a rollout worker to come back")
             if isinstance(error, Unreachable):
@@ -87,7 +86,7 @@ def evaluate_with_retries(
 
 
 def update_best(state: TrainState, scores: Mapping[str, float], train: TrainConfig) -> TrainState:
-    """Record the best score by `train.select_by` so far, and stop early when it no longer improves."""
+    """Record the best score by `train.select_by`, and stop early when it no longer improves."""
     if not train.select_by or state.step == 0:
         return state
     score = scores[f"eval/{train.select_by}"] * (-1 if train.select_by in ("kl", "loss") else 1)
@@ -100,7 +99,7 @@ def update_best(state: TrainState, scores: Mapping[str, float], train: TrainConf
 
 @dataclass(frozen=True, slots=True)
 class Stat:
-    """Mean and standard deviation over seeds; 0 for a single one."""
+    """Mean and standard deviation over seeds; the deviation of a single seed is 0."""
 
     mean: float
     std: float
@@ -108,19 +107,16 @@ class Stat:
 
 
 def aggregate(rows: Sequence[EvalRow], metrics: Iterable[str], prompts: Sequence[Prompt]) -> dict[str, float]:
-    """The `stats` as `eval/rouge_l`, `eval/rouge_l_std`, ..."""
-    flat = {}
-    for name, stat in stats(rows, metrics, prompts).items():
-        flat[f"eval/{name}"] = stat.mean
-        flat[f"eval/{name}_std"] = stat.std
-    return flat
+    """Return `stats` as `eval/rouge_l`, `eval/rouge_l_std`, ..."""
+    named = stats(rows, metrics, prompts).items()
+    return {f"eval/{name}{end}": value for name, stat in named for end, value in (("", stat.mean), ("_std", stat.std))}
 
 
 def stats(rows: Sequence[EvalRow], metrics: Iterable[str], prompts: Sequence[Prompt]) -> dict[str, Stat]:
-    """Scores by name; one that no row has the numbers for is left out.
+    """Scores by name; a score without numbers in any row is left out.
 
     `rouge_l` and `exact_match` are means over prompts, 0 to 100; `agreement` (0 to 1) and `kl` (nats) are means over
-    the tokens of the references, `agreement_greedy` and `kl_greedy` over those of the student's own greedy texts;
+    the tokens of the references, `agreement_greedy` and `kl_greedy` over those of the student's greedy completions;
     `loss` (nats) is the student's cross-entropy on the references.
     """
     scored = [row for row in rows if row.seed != GREEDY]
@@ -149,7 +145,7 @@ def stats(rows: Sequence[EvalRow], metrics: Iterable[str], prompts: Sequence[Pro
 
 
 def _over_seeds(rows: Sequence[EvalRow], total: Value, weight: Value) -> Stat:
-    """The weighted mean of each seed; then mean and sample deviation over those seeds that have any weight."""
+    """Mean and sample deviation, over the seeds with a positive weight, of the weighted mean of each seed."""
     by_seed: dict[int, list[EvalRow]] = {}
     for row in rows:
         by_seed.setdefault(row.seed, []).append(row)

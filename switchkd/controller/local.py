@@ -1,6 +1,6 @@
-"""The whole house in one process: no Ray, one teacher, one worker, one learner rank. For tests and debugging.
+"""Runs all actors in one process, without Ray: teachers, one worker, one learner rank. For tests and debugging.
 
-Every handle runs its call at once and answers with a future that is already done.
+Every handle runs its call at once and returns a completed future.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from switchkd.types import EvalShard, RolloutTask, WeightRef
 
 
 def completed(function: Callable[..., Any], *args: Any) -> Future[Any]:
-    """Call now; the answer or the error as a future."""
+    """Call the function, and return its result or error as a future."""
     future: Future[Any] = Future()
     try:
         future.set_result(function(*args))
@@ -40,8 +40,7 @@ def completed(function: Callable[..., Any], *args: Any) -> Future[Any]:
 
 
 class LocalHandle:
-    """A handle to an object of this process: every method returns a finished future. What never fails alone needs no
-    `restart`."""
+    """A handle of an object in this process. It has no `restart`: the object does not fail alone."""
 
     def __init__(self, target: Any) -> None:
         self._target = target
@@ -52,13 +51,13 @@ class LocalHandle:
 
 
 class LocalWorkerHandle:
-    """A worker that puts into a replay of the same process."""
+    """A worker that puts its rollouts into a replay of the same process; without a replay it only evaluates."""
 
     def __init__(self, worker: RolloutWorker | FakeWorker, replay: Replay | None) -> None:
         self.worker, self.replay = worker, replay
 
     def generate(self, tasks: list[RolloutTask], weights: WeightRef | None) -> Future[Any]:
-        assert self.replay is not None, "this worker only takes examinations"
+        assert self.replay is not None, "this worker only evaluates"
         self.push_weights(weights)
         return completed(self.worker.generate, tasks, self.replay.put)
 
@@ -74,13 +73,13 @@ class LocalWorkerHandle:
 
 
 def check_single(config: Config) -> None:
-    """ConfigError for what one process cannot be."""
+    """Raise ConfigError for runs that one process cannot hold."""
     numbers = resources.counts(config)
     if max(numbers.values()) > 1:
-        asked = ", ".join(f"{resources.key_of(role)}={num}" for role, num in reversed(numbers.items()))
-        raise ConfigError(f"run.mode=inprocess is one process: {asked} must be 1; take run.mode=ray")
+        requested = ", ".join(f"{resources.key_of(role)}={num}" for role, num in reversed(numbers.items()))
+        raise ConfigError(f"run.mode=inprocess is one process: {requested} must be 1; take run.mode=ray")
     for name in config.teacher_names:
-        if config.of_teacher(name).teacher.backend == "vllm":  # two owners of one process's torch.distributed
+        if config.of_teacher(name).teacher.backend == "vllm":  # both initialise torch.distributed
             raise ConfigError(
                 "run.mode=inprocess puts vLLM and DeepSpeed into one process, which they do not share; take "
                 f"run.mode=ray, or {resources.role_of(name)}.backend=hf"
@@ -93,7 +92,7 @@ def this_machine() -> dict[str, float]:
 
 
 def make_teachers(config: Config) -> Teachers:
-    """All of them, in this process."""
+    """Make all teachers in this process, by name, each with its LM head."""
     teachers = {name: make_teacher(config.of_teacher(name)) for name in config.teacher_names}
     return {name: (teacher, teacher.lm_head_state()) for name, teacher in teachers.items()}
 

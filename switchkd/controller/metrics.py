@@ -1,4 +1,4 @@
-"""Numbers go to metrics.jsonl, the console and, where asked for, TensorBoard and W&B.
+"""Writes a run's numbers to metrics.jsonl, the console and, if configured, TensorBoard and W&B.
 
 In: one row per optimizer step, with names such as `loss/...`, `rollout/...` or `time/...`, and evaluations with
 `eval/...`. Out: a line each, flushed at once; on a terminal a live view, else a plain line per `log_every` steps.
@@ -23,7 +23,7 @@ from switchkd.controller.console import LiveView
 from switchkd.data.atomic_files import CONFIG, json_safe, write_text_atomic
 
 StageScores = Sequence[tuple[str, Mapping[str, float]]]
-"""The evaluation at each stage's end; "start" is the one before the first step."""
+"""The evaluation at the end of each stage; "start" names the one before the first step."""
 
 METRICS = "metrics.jsonl"
 WANDB_ID = "wandb_run_id"
@@ -39,18 +39,14 @@ COLUMNS = {
     "teacher share": "rollout/teacher_token_frac",
     "tokens/s": "rollout/tokens_per_s",
 }
-"""The final table: titles and metrics. One that no row has is left out."""
+"""Titles and metrics of the final table. A column without numbers is left out."""
 
-SHORT = {
-    "loss/total": "loss",
-    "rollout/teacher_token_frac": "teacher",
-    "rollout/tokens_per_s": "tokens/s",
-}
-"""What a console line shows of a step."""
+SHORT = {"loss/total": "loss", "rollout/teacher_token_frac": "teacher", "rollout/tokens_per_s": "tokens/s"}
+"""Metrics that a console line shows of a step, with their short names."""
 
 
 class MetricsLog:
-    """All sinks of one run: the console from the start, files from `open` on."""
+    """All sinks of a run: the console from the start, the others from `open` on."""
 
     def __init__(self, settings: MetricsConfig, console: Console | None = None) -> None:
         self.settings = settings
@@ -65,7 +61,7 @@ class MetricsLog:
         self._sinks: list[Callable[[int, Mapping[str, float]], None]] = []
 
     def open(self, run_dir: Path, num_steps: int, state: TrainState) -> None:
-        """Append to the run folder's files, which a resume has cut back to `state`. ConfigError without wandb."""
+        """Append to the run folder's files, which a resume has cut back to `state`. Raises ConfigError (wandb)."""
         self._run_dir, self._num_steps, self._first_step = run_dir, num_steps, state.step
         self._started = time.monotonic()
         self._file = (run_dir / METRICS).open("a", encoding="utf-8")
@@ -78,48 +74,44 @@ class MetricsLog:
             self._live.start()
 
     def now(self, **doing: str) -> None:
-        """What roles (`teacher`, `rollout`, `replay`, `learner`) do from now on; only a terminal shows it."""
+        """Show on a terminal what roles (`teacher`, `rollout`, `replay`, `learner`) do from now on."""
         if self._live is not None:
             self._live.now(**doing)
 
     def export(self, sink: Callable[[int, Mapping[str, float]], None]) -> None:
-        """One more sink: it gets each row's step and numbers."""
+        """Add a sink, which gets the step and the numbers of each row."""
         self._sinks.append(sink)
 
     def step(self, step: int, row: Mapping[str, Any]) -> None:
-        """What an optimizer step (0-based) reports."""
-        told = self._write({"step": step, **row})
-        line = _line(told)
+        """Write the row of an optimizer step (0-based)."""
+        written = self._write({"step": step, **row})
+        line = _line(written)
         if self._live is not None:
-            self._live.step(step + 1, told, line)
+            self._live.step(step + 1, written, line)
         elif (step + 1) % self.settings.log_every == 0 or step + 1 == self._num_steps:
             self.info(f"step {step + 1}/{self._num_steps}  {line}  {self._eta(step + 1)}")
 
     def evaluation(self, num_done: int, stage_end: str, scores: Mapping[str, float]) -> None:
-        """Scores after `num_done` steps; `stage_end` names the stage that ended with them, "start" before the first.
-
-        Filed under the last step done (-1 before the first), so that a checkpoint taken now keeps it.
-        """
+        """Write the scores after `num_done` steps. `stage_end` names the stage that ended ("start" before the first
+        step). The row carries the last step done (-1 before the first), so that a checkpoint taken now keeps it."""
         self._write({"step": num_done - 1, **({"stage_end": stage_end} if stage_end else {}), **scores})
-        told = "  ".join(f"{k.removeprefix('eval/')} {v:.4g}" for k, v in scores.items() if not k.endswith("_std"))
-        self.info(f"evaluation after {num_done} steps: {told}")
+        text = "  ".join(f"{k.removeprefix('eval/')} {v:.4g}" for k, v in scores.items() if not k.endswith("_std"))
+        self.info(f"evaluation after {num_done} steps: {text}")
 
     def info(self, text: str) -> None:
-        """A line for the console."""
+        """Print a line on the console."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def summary(self, stage_scores: StageScores, student: str, finished: bool) -> None:
-        """The last words: the table, and where the student is or how to go on."""
+        """Print the final table, and the student's folder or how to resume."""
         self._stop_live()
         if self._run_dir and (rows := summary_rows(stage_scores, self._run_dir / METRICS)):
             self.console.print(summary_table(rows))
-        if finished:
-            self.info(f"student: {student}")
-        else:
-            self.info(f"stopped before the end; --resume goes on with {self._run_dir}")
+        stopped = f"stopped before the end; --resume goes on with {self._run_dir}"
+        self.info(f"student: {student}" if finished else stopped)
 
     def close(self) -> None:
-        """`open` may come again: a run that goes back to its checkpoint cuts the files in between."""
+        """Close the files. `open` may follow: a run that goes back to its checkpoint cuts them in between."""
         self._stop_live()
         if self._file:
             self._file.close()
@@ -133,10 +125,10 @@ class MetricsLog:
             self._live.stop()
             self._live = None
 
-    def _write(self, told: dict[str, Any]) -> dict[str, Any]:
-        """To all sinks; returns the row in plain values."""
+    def _write(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Write a row to all sinks; return it in plain values."""
         assert self._file is not None, "open() comes first"
-        row = json_safe(told)
+        row = json_safe(values)
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         numbers = {key: float(value) for key, value in row.items() if key != "step" and is_number(value)}
@@ -157,28 +149,26 @@ class MetricsLog:
 
 
 def summary_rows(stage_scores: StageScores, metrics_file: Path) -> list[dict[str, Any]]:
-    """One row per stage, and one for the start: its scores, and the means over its steps of what COLUMNS asks for.
-
-    The means come from metrics.jsonl, which also has the steps before a resume.
-    """
+    """One row for the start and one per stage: its scores, and the means of the metrics in COLUMNS over its steps, from
+    metrics.jsonl, which also has the steps before a resume."""
     with metrics_file.open(encoding="utf-8") as lines:
         return stage_rows(stage_scores, [row for row in map(json.loads, lines) if "stage" in row])
 
 
 def stage_rows(stage_scores: StageScores, steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """`summary_rows` from the rows of the steps."""
+    """Return the rows of `summary_rows` from the rows of the steps."""
     scores = dict(stage_scores)
     rows = []
     for name in dict.fromkeys([*scores, *(row["stage"] for row in steps)]):
-        own = [row for row in steps if row["stage"] == name]
-        columns = {key: [row[key] for row in own if is_number(row.get(key))] for key in COLUMNS.values()}
+        stage = [row for row in steps if row["stage"] == name]
+        columns = {key: [row[key] for row in stage if is_number(row.get(key))] for key in COLUMNS.values()}
         means = {key: sum(values) / len(values) for key, values in columns.items() if values}
         rows.append({"name": name, **means, **scores.get(name, {})})
     return rows
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Before and after each stage: rows have a `name`, metrics of COLUMNS, and a `..._std` where seeds were several."""
+    """Table of `rows`: each has a `name`, metrics of COLUMNS and, with several seeds, their `..._std`."""
     shown = {title: key for title, key in COLUMNS.items() if any(is_number(row.get(key)) for row in rows)}
     table = Table(title="before and after each stage", caption="agreement and KL (nats a token): with the teacher")
     table.add_column("after")
@@ -200,14 +190,13 @@ def _line(row: Mapping[str, Any]) -> str:
     """The stage and the numbers of SHORT."""
     parts = [str(row.get("stage", ""))]
     for key, name in SHORT.items():
-        value = row.get(key)
-        if is_number(value):
+        if is_number(value := row.get(key)):
             parts.append(f"{name} {value:.1%}" if key.endswith("_frac") else f"{name} {figure(value)}")
     return "  ".join(part for part in parts if part)
 
 
 def figure(value: float) -> str:
-    """Four figures, or all that stand before the point."""
+    """Four significant figures, or all digits before the decimal point."""
     return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
@@ -222,8 +211,8 @@ def _tensorboard(run_dir: Path, first_step: int) -> Any:
 
 
 def _wandb(run_dir: Path, project: str) -> Any:
-    """A resumed run goes on under its old id. The x axis is our own step: W&B's cannot go back to a checkpoint."""
-    try:  # not among what we require
+    """Start or continue a W&B run. The x axis is the run's step: W&B's own cannot go back to a checkpoint."""
+    try:  # an optional dependency
         import wandb
     except ImportError:
         raise ConfigError(f"metrics.wandb={project!r} needs wandb: pip install 'switchkd[wandb]'") from None

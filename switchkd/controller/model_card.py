@@ -1,6 +1,6 @@
-"""The model card beside an exported student: what taught it, how, on what, for how long, and with which result.
+"""Writes the model card of an exported student: its teacher, stages, data, number of steps and results.
 
-In: a run's folder and the config that it ran. Out: README.md, as the model hub reads it.
+In: a run's folder and its config. Out: README.md in the format of the model hub.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PACKAGES = ("switchkd", "torch", "transformers", "deepspeed", "ray")
 
 
 def write_card(folder: Path, run_dir: Path, config: Config, scores: StageScores, steps: int) -> None:
-    """Beside the student in `folder`, after `steps` steps of the run in `run_dir`."""
+    """Write the card of the student in `folder`, exported after `steps` steps of the run in `run_dir`."""
     write_text_atomic(folder / CARD, redact(model_card(run_dir, config, scores, steps)))
 
 
@@ -51,7 +51,7 @@ def model_card(run_dir: Path, config: Config, scores: StageScores, steps: int) -
 
 
 def versions() -> dict[str, str]:
-    """Return versions of Python and of the installed PACKAGES."""
+    """Return the versions of Python and of the installed PACKAGES."""
     numbers = {"Python": platform.python_version()}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):  # run from a checkout, or not needed
@@ -60,19 +60,18 @@ def versions() -> dict[str, str]:
 
 
 def _origin(config: Config, steps: int) -> list[str]:
-    teacher = f"`{config.teacher.path}`, {config.teacher.dtype}, signal {config.teacher.output}"
+    teacher = f"`{config.teacher.path}`, {config.teacher.dtype}, output {config.teacher.output}"
     if not any(stage.needs_teacher for stage in config.train.stages):
         teacher = "none"
-    data = f"`{config.data.path}`"
-    if config.rollout.recorded:
-        data = f"the rollouts that were recorded in `{config.rollout.recorded}`"
+    recorded, lora = config.rollout.recorded, config.learner.lora
+    data = f"the rollouts that were recorded in `{recorded}`" if recorded else f"`{config.data.path}`"
     return [
         f"**Teacher**: {teacher}",
         f"**Student before**: `{config.student.path}`, {config.student.dtype}",
         f"**Data**: {data}",
         f"**Steps**: {steps} of {config.num_steps}, seed {config.seed}",
         f"**Learner**: {config.learner.dtype}, learning rate {config.learner.lr:g}"
-        + ("" if config.learner.lora is None else f", LoRA of rank {config.learner.lora.r}"),
+        + ("" if lora is None else f", LoRA of rank {lora.r}"),
     ]
 
 
@@ -80,9 +79,8 @@ def _stage(stage: StageConfig) -> str:
     shares = {"rollouts": stage.mix.rollout, "data": stage.mix.dataset, "teacher's text": stage.mix.teacher}
     mix = " + ".join(f"{share:g} {name}" for name, share in shares.items() if share > 0)
     rule = f", rule {stage.rule.type}" if stage.mix.rollout > 0 else ""
-    return (
-        f"**{stage.name}**: {stage.steps} steps of {stage.batch_size} completions ({mix}){rule}, loss {stage.loss.type}"
-    )
+    size = f"{stage.steps} steps of {stage.batch_size} completions"
+    return f"**{stage.name}**: {size} ({mix}){rule}, loss {stage.loss.type}"
 
 
 def _results(run_dir: Path, scores: StageScores) -> str:

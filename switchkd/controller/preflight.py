@@ -1,7 +1,7 @@
-"""Refuses what cannot work, before any actor starts; and fetches, cuts and reads what the actors will need.
+"""Checks a run before any actor starts, and prepares its models, tokenizer and prompts.
 
-In: a checked config. Out: a `PreparedRun` (config with model folders, tokenizer, prompts), or a ConfigError of one line
-that names the key, the value and the remedy. `check` costs seconds and writes nothing; `prepare` adds models and data.
+In: a parsed config. Out: a `PreparedRun`, or a ConfigError of one line that names the key, the value and the remedy.
+`check` costs seconds and writes nothing; `prepare` adds models and data.
 """
 
 from __future__ import annotations
@@ -24,11 +24,7 @@ from switchkd.controller.resume import check_format
 from switchkd.data.atomic_files import CONFIG, TEACHER_OUTPUT
 from switchkd.data.prompts import PromptSet, answer_end, eval_data, load_prompts
 from switchkd.data.recorded import HEADS, load_heads
-from switchkd.data.rollout_io import (
-    find_shards,
-    read_column,
-    read_records,
-)
+from switchkd.data.rollout_io import find_shards, read_column, read_records
 from switchkd.engines.build import make_tokenizer, max_len
 from switchkd.engines.fake import END
 from switchkd.engines.models.loading import (
@@ -49,18 +45,18 @@ _JOB_VARIABLES = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_ID")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreparedRun:
-    """Everything that was made while looking."""
+    """The results of `prepare`."""
 
-    config: Config  # `demo` and `cut` replaced by folders
+    config: Config  # with `demo` and `student.prune` replaced by folders
     tokenizer: Any
-    stop_ids: frozenset[int]  # of both models: each ends a completion
-    stop_id: int  # the one that ends the data set's references
+    stop_ids: frozenset[int]  # of both models; each ends a completion
+    stop_id: int  # ends the data set's references
     prompts: PromptSet
     eval_prompts: PromptSet | None
 
 
 def prepare(config: Config) -> PreparedRun:
-    """All checks that need no cluster, in the order of their cost. Raises ConfigError."""
+    """Run all checks that need no cluster, in the order of their cost. Raises ConfigError."""
     if config.rollout.recorded:
         config = with_recorded_settings(config)
     check(config)
@@ -70,27 +66,25 @@ def prepare(config: Config) -> PreparedRun:
         config = resolve_models(config)
         tokenizer, ends = check_models(config)
     stop_id = answer_end(config.data, tokenizer, ends)
-    if config.rollout.recorded:  # they bring prompts and completions with them, and nobody evaluates
-        check_vocab(config, shared_vocab(tokenizer))
-        nothing = PromptSet(prompts=(), num_rows=0, skipped={}, num_cut=0)
-        return PreparedRun(
-            config=config, tokenizer=tokenizer, stop_ids=ends, stop_id=stop_id, prompts=nothing, eval_prompts=None
-        )
-    needs = any(stage.mix.dataset > 0 and stage.steps for stage in config.train.stages)
-    names = tuple(config.teachers) if config.needs_teacher else ()
-    prompts = load_prompts(config.data, tokenizer, stop_id=stop_id, need_references=needs, teachers=names)
     evaluated = None
-    if config.eval.data:
-        loss = "loss" in config.eval.metrics
-        evaluated = load_prompts(eval_data(config), tokenizer, stop_id=stop_id, need_references=loss, teachers=names)
+    if config.rollout.recorded:  # with their own prompts, and without a worker that evaluates
+        check_vocab(config, shared_vocab(tokenizer))
+        prompts = PromptSet(prompts=(), num_rows=0, skipped={}, num_cut=0)
+    else:
+        needs = any(stage.mix.dataset > 0 and stage.steps for stage in config.train.stages)
+        names = tuple(config.teachers) if config.needs_teacher else ()
+        prompts = load_prompts(config.data, tokenizer, stop_id=stop_id, need_references=needs, teachers=names)
+        if config.eval.data:
+            needs = "loss" in config.eval.metrics
+            data = eval_data(config)
+            evaluated = load_prompts(data, tokenizer, stop_id=stop_id, need_references=needs, teachers=names)
     return PreparedRun(
         config=config, tokenizer=tokenizer, stop_ids=ends, stop_id=stop_id, prompts=prompts, eval_prompts=evaluated
     )
 
 
 def prepare_teacher(config: Config) -> tuple[Config, int]:
-    """What `serve-teacher` needs to know: the config with the teacher's folder, and the vocabulary's size. Raises
-    ConfigError."""
+    """Return the config of `serve-teacher` with the teacher's folder, and the vocabulary's size. Raises ConfigError."""
     if config.teachers:
         raise ConfigError(
             f"serve-teacher serves one: the config has teachers {', '.join(config.teachers)}; set teacher instead"
@@ -113,7 +107,7 @@ def prepare_teacher(config: Config) -> tuple[Config, int]:
 
 
 def check(config: Config) -> None:
-    """What can be said without a model in memory. Raises ConfigError."""
+    """Run the checks that need no model in memory. Raises ConfigError."""
     _check_run_dir(config)
     for name in config.teacher_names or ("",):
         check_backend(config.of_teacher(name))
@@ -124,9 +118,12 @@ def check(config: Config) -> None:
                 check_topk(stage, config.of_teacher(name).teacher)
         except ConfigError as error:
             raise ConfigError(f"train.stages.{index} ({stage.name}): {error}") from None
-    _check_eval(config)
-    _check_data(config)
-    if config.is_fake:  # paths are not read
+    by = config.train.select_by
+    if by in WITH_TEACHER and not config.needs_teacher:
+        raise ConfigError(f"train.select_by={by} compares with a teacher, and no stage has one; take rouge_l")
+    if not config.rollout.recorded:
+        _check_data(config)
+    if config.is_fake:  # no path is read
         return
     for name in config.teacher_names or ("",) * reads_teacher(config):
         _check_teacher_folder(config.of_teacher(name).teacher, role_of(name))
@@ -135,7 +132,7 @@ def check(config: Config) -> None:
 
 
 def _check_teacher_folder(teacher: TeacherConfig, role: str) -> None:
-    if teacher.path != "demo" and not teacher.attach:  # who serves it has the weights
+    if teacher.path != "demo" and not teacher.attach:  # a served teacher's weights may be elsewhere
         check_model_folder(teacher.path, f"{role}.path")
 
 
@@ -151,7 +148,7 @@ def _check_run_dir(config: Config) -> None:
 
 
 def check_stage(stage: StageConfig) -> None:
-    """Rule and loss are built and tried, to hear what they refuse; then combinations that would train on nothing."""
+    """Build and call rule and loss, then check combinations that train on nothing. Raises ConfigError."""
     for kind, name, attempt in (("rule", stage.rule.type, build_rule), ("loss", stage.loss.type, _try_loss)):
         try:
             attempt(stage)
@@ -159,11 +156,9 @@ def check_stage(stage: StageConfig) -> None:
             raise
         except Exception as error:
             if ":" not in name and not isinstance(error, ValueError):
-                raise  # ours, not the user's
-            told = f"{type(error).__name__}: {one_line(error)}"
-            raise ConfigError(f"{kind} {name}: {told}") from None
-    plain = stage.loss.type == "cross_entropy"
-    if plain and stage.mix.rollout > 0 and stage.rule.type == "student":
+                raise  # a bug of this package, not of the user
+            raise ConfigError(f"{kind} {name}: {type(error).__name__}: {one_line(error)}") from None
+    if stage.loss.type == "cross_entropy" and stage.mix.rollout > 0 and stage.rule.type == "student":
         raise ConfigError(
             "loss cross_entropy on tokens that the student wrote itself teaches it nothing; take a distillation loss, "
             "or mix.dataset or mix.teacher instead of mix.rollout"
@@ -173,7 +168,7 @@ def check_stage(stage: StageConfig) -> None:
 
 
 def _try_loss(stage: StageConfig) -> None:
-    """A loss says what it thinks of its numbers when it is called; so does a user's own, with its shapes."""
+    """Call the loss once: losses check their parameters, and a user's loss its shapes, when they are called."""
     import torch
 
     loss = build_loss(stage)
@@ -191,15 +186,7 @@ def _try_loss(stage: StageConfig) -> None:
         raise ConfigError(f"loss {stage.loss.type}: hard_frac is {loss.hard_frac}: give a share from 0 to 1")
 
 
-def _check_eval(config: Config) -> None:
-    by = config.train.select_by
-    if by in WITH_TEACHER and not config.needs_teacher:
-        raise ConfigError(f"train.select_by={by} compares with a teacher, and no stage has one; take rouge_l")
-
-
 def _check_data(config: Config) -> None:
-    if config.rollout.recorded:
-        return
     if not config.data.path:
         raise ConfigError("data.path is empty; name a JSONL or parquet file, or a data set of the hub")
     for key, name in (("data.path", config.data.path), ("eval.data", config.eval.data)):
@@ -211,8 +198,8 @@ def _check_data(config: Config) -> None:
 
 
 def check_models(config: Config) -> tuple[Any, frozenset[int]]:
-    """The student's tokenizer and the stop ids of both models, from their small files alone. Raises ConfigError where
-    the tokenizers differ or the run needs more positions than a model has."""
+    """Return the student's tokenizer and the stop ids of both models, without reading weights. Raises ConfigError where
+    tokenizers differ or the run needs more positions than a model has."""
     student = read_tokenizer(config.student, "student.path")
     ends: frozenset[int] = frozenset()
     roles: list[tuple[str, ModelConfig]] = [("student", config.student)]
@@ -236,7 +223,7 @@ def _check_model(config: Config, model: Any, section: ModelConfig, role: str) ->
     text = model.config.get_text_config(decoder=True)
     on_vllm = isinstance(section, TeacherConfig) and section.backend == "vllm"
     limit, prompt = getattr(text, "max_position_embeddings", None), config.data.max_prompt_tokens
-    needed = max_len(config) + on_vllm  # vLLM needs a position for the token that it may write
+    needed = max_len(config) + on_vllm  # vLLM needs a position for a generated token
     if limit and needed > limit:
         raise ConfigError(
             f"{role}.path={section.path} has {limit} positions, but data.max_prompt_tokens={prompt} and the longest "
@@ -248,7 +235,7 @@ def _check_model(config: Config, model: Any, section: ModelConfig, role: str) ->
 
 
 def check_topk(stage: StageConfig, teacher: TeacherConfig) -> None:
-    """Raises ConfigError for what compressed rows (`teacher.output: top_logprobs`) can neither decide nor train."""
+    """Raise ConfigError for rules and losses that `teacher.output: top_logprobs` cannot serve."""
     if teacher.output != "top_logprobs" or not stage.needs_teacher:
         return
     loss, num_ids = stage.loss, teacher.num_top_logprobs
@@ -259,16 +246,16 @@ def check_topk(stage: StageConfig, teacher: TeacherConfig) -> None:
         )
     bounded = loss.type in topk_losses.BOUNDED or (loss.type == "atkd" and loss.direction != "reverse")
     if not loss.approximate and not bounded:
-        what = f" (direction {loss.direction})" if loss.direction else ""
+        detail = f" (direction {loss.direction})" if loss.direction else ""
         raise ConfigError(
-            f"teacher.output=top_logprobs with loss {loss.type}{what}: what the tail leaves out has no small bound; "
+            f"teacher.output=top_logprobs with loss {loss.type}{detail}: what the tail leaves out has no small bound; "
             "take teacher.output=hidden_states, another loss (forward_kl, skew_kl, jsd, tvd, atkd), or set "
             "loss.approximate=true"
         )
 
 
 def with_recorded_settings(config: Config) -> Config:
-    """The config as recorded rollouts need it: the kind of their teacher output, and their age. Raises ConfigError."""
+    """Return the config with teacher output and staleness of the recorded rollouts. Raises ConfigError."""
     if config.train.select_by:
         raise ConfigError(
             f"train.select_by={config.train.select_by} evaluates during training, but --from-rollouts starts no worker "
@@ -284,9 +271,9 @@ def with_recorded_settings(config: Config) -> Config:
         raw = read_yaml(stored, "config file", "configs/quickstart.yaml")
         check_format(raw, f"--from-rollouts: {stored.parent}", remedy)
     kinds: set[str] = set()
-    age = 0
+    age = config.replay.max_staleness
     for step, path in find_shards(Path(config.rollout.recorded)):
-        try:  # somebody else's files
+        try:  # files of another run
             kinds |= {record["teacher_output"]["kind"] for record in read_records(path) if record["teacher_output"]}
             age = max(age, step - int(read_column(path, "weight_versions").min(initial=step)))
         except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -296,18 +283,13 @@ def with_recorded_settings(config: Config) -> Config:
             f"--from-rollouts {config.rollout.recorded}: its rollouts carry no teacher output, but the loss needs one; "
             "record them with a loss that has a teacher, or take learner.loss.type=cross_entropy"
         )
-    teacher_output = {"output": sorted(kinds)[0]} if kinds else {}
-    staleness = max(config.replay.max_staleness, age)
-    return config.model_copy(
-        update={
-            "teacher": config.teacher.model_copy(update=teacher_output),
-            "replay": config.replay.model_copy(update={"max_staleness": staleness}),
-        }
-    )
+    teacher = config.teacher.model_copy(update={"output": min(kinds)} if kinds else {})
+    replay = config.replay.model_copy(update={"max_staleness": age})
+    return config.model_copy(update={"teacher": teacher, "replay": replay})
 
 
 def check_vocab(config: Config, vocab_size: int) -> None:
-    """ConfigError where the recorded token ids are not those of the student's tokenizer."""
+    """Raise ConfigError where the recorded token ids are not those of the student's tokenizer."""
     for head in load_heads(Path(config.rollout.recorded) / TEACHER_OUTPUT / HEADS).values():
         if len(head.weight) != vocab_size:
             raise ConfigError(

@@ -1,7 +1,7 @@
-"""The run saves its state, and goes back to it when the learner or the replay dies.
+"""Saves a run's state, and goes back to it when the learner or the replay dies.
 
-In: the actors' handles, the run's folder, a StateLost. Out: checkpoints, complete or not at all; the state to go on
-from. A write that fails is tried again, each time after a longer pause, before the run ends.
+In: the actors' handles, the run's folder, a StateLost. Out: complete checkpoints; the state to continue from. A write
+that fails is repeated, each time after a longer pause, before the run ends.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from switchkd.data.atomic_files import replace_dir
 from switchkd.types import StateLost
 
 RETRY_S = (1.0, 4.0, 16.0)
-"""Pauses before each new try to write; after the last one the run ends."""
+"""Pause before each repetition of a write; after the last one the run ends."""
 MAX_PAUSE_S = 60.0
 
 T = TypeVar("T")
 
 
 class RestartPolicy:
-    """How often in a row, and how fast, a run goes back to the same checkpoint."""
+    """Limits how often in a row, and how fast, a run goes back to the same checkpoint."""
 
     def __init__(self, limit: int, log: Callable[[str], None], sleep: Callable[[float], None] = time.sleep) -> None:
         self.limit, self._log, self._sleep = limit, log, sleep
         self.num = 0
 
     def begin(self, lost: StateLost) -> None:
-        """Raises RuntimeError beyond the limit."""
+        """Count a restart, and pause before it. Raises RuntimeError beyond the limit."""
         if self.num >= self.limit:
             raise RuntimeError(
                 f"{lost}, after {self.num} restarts without another checkpoint (run.max_restarts={self.limit}); "
@@ -47,17 +47,14 @@ class RestartPolicy:
         self._sleep(pause)
 
     def saved(self) -> None:
-        """A new checkpoint: the next loss is counted from one."""
+        """Reset the count: there is a new checkpoint."""
         self.num = 0
 
 
 def retry(
-    description: str,
-    call: Callable[[], T],
-    log: Callable[[str], None],
-    sleep: Callable[[float], None] = time.sleep,
+    description: str, call: Callable[[], T], log: Callable[[str], None], sleep: Callable[[float], None] = time.sleep
 ) -> T:
-    """Return the result of `call`, which may be repeated: a full disk may have room later. Raises its last error."""
+    """Return the result of `call`, repeated where it fails: a disk may have room later. Raises the last error."""
     for pause in RETRY_S:
         try:
             return call()
@@ -70,7 +67,7 @@ def retry(
 
 
 class Recovery:
-    """Knows which step was saved last."""
+    """Saves checkpoints and loads them; keeps the step that was saved last."""
 
     def __init__(self, dispatcher: TaskDispatcher, folder: RunFolder, log: MetricsLog, max_restarts: int) -> None:
         self.dispatcher = dispatcher
@@ -81,11 +78,11 @@ class Recovery:
         self.log = log
         self.restarts = RestartPolicy(max_restarts, log.info)
         self.saved_step = -1
-        self.started = time.monotonic()  # less what a run before a resume took
+        self.started = time.monotonic()  # earlier by the time that the run took before a resume
 
     def save(self, state: TrainState) -> TrainState:
-        """Save learner, replay and counters, completely or not at all, once per step; return the state with the seconds
-        so far. Raises the last try's error."""
+        """Save learner, replay and counters, completely or not at all, once per step. Returns the state with the
+        seconds so far; raises the error of the last try."""
         state = replace(state, elapsed_s=time.monotonic() - self.started)
         if self.saved_step == state.step:
             return state
@@ -112,13 +109,13 @@ class Recovery:
             self.watchdog.wait_for(replay.save(draft.replay_file, state.step), "the replay to save its state")
             self.folder.finish(draft, state)
         except Exception:
-            shutil.rmtree(draft.path, ignore_errors=True)  # its space may be what the next try lacks
+            shutil.rmtree(draft.path, ignore_errors=True)  # the next try may need its space
             raise
 
     def save_before_exit(self, state: TrainState, consistent: bool) -> None:
-        """Save what a run that must end has reached. An actor that it waits for in vain may be the learner."""
+        """Save the state of a run that must end, unless the learner does not answer."""
         if not consistent or "the learner" in self.watchdog.waits_for:
-            self.log.info("the state of the step at hand cannot be saved; the last checkpoint stands")
+            self.log.info("the state of the current step cannot be saved; the last checkpoint stands")
             return
         self.watchdog.reset()
         try:
@@ -129,7 +126,7 @@ class Recovery:
             self.log.info(f"saved checkpoint {state.step}; --resume goes on from there")
 
     def export(self, name: str) -> None:
-        """Write the student beside its place, then rename it: a reader of the folder never meets half a student."""
+        """Write the student into a partial folder, then rename it: no reader sees an incomplete student."""
         partial = self.folder.path / f"{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         self.watchdog.wait_for(self.handles.learner.export(partial), "the learner to write the student")
@@ -142,8 +139,8 @@ class Recovery:
         return self._load(checkpoint, keep_replay=False)
 
     def go_back(self, lost: StateLost, step: int) -> TrainState:
-        """Start the learner again and load the last checkpoint (without one: the start), as a resume does; the actors
-        that live go on. Raises StateLost when another one dies meanwhile, RuntimeError beyond `run.max_restarts`."""
+        """Restart the learner and load the last checkpoint (without one: the start). Living actors go on. Raises
+        StateLost when another actor dies in between, RuntimeError beyond `run.max_restarts`."""
         self.restarts.begin(lost)
         started = time.monotonic()
         self.log.close()
@@ -159,8 +156,8 @@ class Recovery:
         return state
 
     def _load(self, checkpoint: Checkpoint | None, *, keep_replay: bool) -> TrainState:
-        """A replay that is kept has what was written since, and gives each step the same rollouts again. One that died
-        is filled from the checkpoint, and what it lacks is written again."""
+        """Load a checkpoint into learner, replay and dispatcher. A kept replay rewinds and gives each step the same
+        rollouts again. A replay that died is filled from the checkpoint, and what it lacks is written again."""
         learner, replay, wait_for = self.handles.learner, self.handles.replay, self.watchdog.wait_for
         state = checkpoint.state if checkpoint else TrainState()
         if checkpoint:

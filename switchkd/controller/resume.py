@@ -1,8 +1,7 @@
-"""What a resume may change, and what it takes back.
+"""Checks the config of a resume, and cuts the run's history back to the checkpoint.
 
-In: a run's folder, the config that was asked for, the step to go on from. Out: a ConfigError that names each key that
-may not change, and a history (metrics.jsonl, rollouts.jsonl, quarantined.jsonl) in which every step stands once. Cut
-lines are kept in `lost/`.
+In: a run's folder, the new config, the step to resume from. Out: a ConfigError that names each key that may not change,
+and a history (metrics.jsonl, rollouts.jsonl, quarantined.jsonl) with every step once. Cut lines are kept in `lost/`.
 """
 
 from __future__ import annotations
@@ -57,28 +56,27 @@ MAY_CHANGE = (
     "learner.chunk_tokens",
     "replay.lease_s",
 )
-"""Keys that say where, how fast or how long, never what is computed: a resume may change them. The last stage's steps
-may grow besides."""
+"""Keys that a resume may change: they set where, how fast or how long, not the result. The steps of the last stage may
+also grow."""
 
 RESUME_REMEDY = "resume with the version that wrote it, or start a new run in another run.dir"
 
 
 def written_format(stored: dict[str, Any]) -> Any:
-    """The format of a run's config.yaml or train state. Format 1 did not name it."""
+    """The format of a run's config.yaml or train state. Format 1 has no such key."""
     return stored.get("format", 1)
 
 
 def check_format(stored: dict[str, Any], what: str, remedy: str) -> None:
     """Raise ConfigError for a run (`what`) that a version of switchkd with another format wrote."""
-    if written_format(stored) != FORMAT:
+    if (old := written_format(stored)) != FORMAT:
         raise ConfigError(
-            f"{what} was written in format {written_format(stored)} and switchkd {__version__} reads format {FORMAT}; "
-            f"{remedy}"
+            f"{what} was written in format {old} and switchkd {__version__} reads format {FORMAT}; {remedy}"
         )
 
 
 def check_same(run_dir: Path, config: Config) -> None:
-    """ConfigError when a config differs from the stored one in more than a resume may change."""
+    """Raise ConfigError where a config differs from the stored one in keys that may not change."""
     path = run_dir / CONFIG
     if not path.exists():
         return
@@ -101,11 +99,11 @@ def check_same(run_dir: Path, config: Config) -> None:
 
 
 def truncate_history(run_dir: Path, step: int | None, quarantined: Collection[int] = ()) -> dict[str, int]:
-    """Cut metrics.jsonl and rollouts.jsonl to rows of steps before `step` (None: to nothing), and quarantined.jsonl to
-    the rollouts that a checkpoint knows of.
+    """Cut metrics.jsonl and rollouts.jsonl to rows of steps before `step` (None: all rows), and quarantined.jsonl to
+    the rollouts in `quarantined`. Returns the number of cut lines by file.
 
-    Cut lines, a half-written last one included, are appended to `lost/<file>`. Returns how many, by file. What
-    `rollout.save_teacher_output` kept of those steps goes there too.
+    Cut lines, a partly written last one included, are appended to `lost/<file>`. The shards of those
+    steps (`rollout.save_teacher_output`) are moved there too.
     """
 
     def before(row: dict[str, Any]) -> bool:
@@ -114,17 +112,16 @@ def truncate_history(run_dir: Path, step: int | None, quarantined: Collection[in
     def known(row: dict[str, Any]) -> bool:
         return row.get("rollout_id") in quarantined
 
-    wanted = {**dict.fromkeys(HISTORY, before), QUARANTINED: known}
-    cut = {name: _cut_file(run_dir / name, stays) for name, stays in wanted.items() if (run_dir / name).exists()}
+    rules = {**dict.fromkeys(HISTORY, before), QUARANTINED: known}
+    cut = {name: _cut_file(run_dir / name, stays) for name, stays in rules.items() if (run_dir / name).exists()}
     moved = _cut_shards(run_dir, step)
     return {**cut, TEACHER_OUTPUT: moved} if moved else cut
 
 
 def _cut_shards(run_dir: Path, step: int | None) -> int:
-    """Recorded rollouts of steps that are taken back go to `lost/` too."""
-    late = [
-        path for path in (run_dir / TEACHER_OUTPUT).glob("step-*") if step is None or path.stem >= f"step-{step:08d}"
-    ]
+    """Move the recorded rollouts of the cut steps to `lost/`. Returns the number of files."""
+    shards = (run_dir / TEACHER_OUTPUT).glob("step-*")
+    late = [path for path in shards if step is None or path.stem >= f"step-{step:08d}"]
     for path in late:
         lost = run_dir / "lost" / TEACHER_OUTPUT / path.name
         lost.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +130,7 @@ def _cut_shards(run_dir: Path, step: int | None) -> int:
 
 
 def _stored(path: Path) -> dict[str, Any]:
-    """The stored config, with the defaults of keys that are newer than it."""
+    """The stored config, with defaults for keys that it lacks."""
     raw = read_yaml(path, "config file", "configs/quickstart.yaml")
     check_format(raw, f"--resume: {path.parent}", RESUME_REMEDY)
     try:
@@ -143,7 +140,7 @@ def _stored(path: Path) -> dict[str, Any]:
 
 
 def flatten_keys(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values; the items of a list of sections are numbered."""
+    """Yield dotted keys and values; the items of a list of sections are numbered."""
     if isinstance(tree, dict) and tree:
         for name, value in tree.items():
             yield from flatten_keys(value, f"{key}.{name}" if key else str(name))
@@ -158,7 +155,7 @@ KeepRow = Callable[[dict[str, Any]], bool]
 
 
 def _cut_file(path: Path, stays: KeepRow) -> int:
-    """Streams: rollouts.jsonl may be larger than memory. Lost lines are safe before the file gets shorter."""
+    """Stream the file, which may exceed memory. Lost lines are durable before the file gets shorter."""
     with path.open("rb") as lines:
         num_cut = sum(not _keep_row(line, stays) for line in lines)
     if not num_cut:
@@ -180,7 +177,7 @@ def _keep(path: Path, beside: Path, stays: KeepRow) -> None:
 
 
 def _keep_row(line: bytes, stays: KeepRow) -> bool:
-    """Only whole rows may. A line without an end was being written when the process died."""
+    """Whether a line is a complete row that stays. A process that died may leave a line without an end."""
     if not line.endswith(b"\n"):
         return False
     try:

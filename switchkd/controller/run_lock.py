@@ -1,8 +1,8 @@
-"""One live process per run folder: a lock file that says who holds it and that it is still alive.
+"""Locks a run folder for one live process: a lock file names its holder and carries the holder's heartbeat.
 
 In: a folder. Out: a held lock, or a ConfigError that names the holder. A holder on this machine is dead when its
-process is gone; one on another machine (a pod that was moved) when its heartbeat stands still while we watch. Clocks
-are not compared, so machines may disagree about the time.
+process is gone; a holder on another machine (a pod that was moved) when its heartbeat stops while this process watches.
+Clocks are not compared, so machines may disagree about the time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LOCK = "run.lock"
 
 
 class RunLock:
-    """Held from construction to `release`. A daemon thread writes a heartbeat every `beat_s` seconds."""
+    """Lock held from construction to `release`. A daemon thread writes a heartbeat every `beat_s` seconds."""
 
     def __init__(self, folder: Path, beat_s: float = 5.0, watch_s: float = 30.0) -> None:
         self.path = folder / LOCK
@@ -43,11 +43,11 @@ class RunLock:
 
     @property
     def held(self) -> bool:
-        """False after another process took the folder, because this one stood still for too long."""
+        """False after another process took the folder over because this one's heartbeat stopped for `watch_s`."""
         return _read(self.path).get("nonce", self._owner["nonce"]) == self._owner["nonce"]
 
     def move(self, folder: Path) -> None:
-        """The folder was moved, and the lock with it."""
+        """Follow a folder that was moved together with the lock."""
         self.path = folder / LOCK
 
     def stop(self) -> None:
@@ -70,7 +70,7 @@ class RunLock:
         return True
 
     def _take_over(self) -> None:
-        """Remove the lock of a dead holder; ConfigError if it lives."""
+        """Remove the lock of a dead holder. Raises ConfigError where the holder lives."""
         owner = _read(self.path)
         if owner.get("machine") == self._owner["machine"]:
             dead = _start_time(owner["pid"]) != owner["started"]
@@ -79,12 +79,12 @@ class RunLock:
         if not dead:
             raise ConfigError(
                 f"{self.path.parent} is in use by process {owner.get('pid', '?')} on {owner.get('host', '?')}; wait "
-                f"for it, stop it, or give another run.dir"
+                "for it, stop it, or give another run.dir"
             )
         stale = self.path.with_name(f"{LOCK}.{self._owner['nonce']}")
         try:
             os.replace(self.path, stale)
-        except FileNotFoundError:  # released meanwhile
+        except FileNotFoundError:  # released in between
             return
         if _read(stale).get("nonce") != owner.get("nonce"):  # a third process was faster
             os.replace(stale, self.path)
@@ -96,7 +96,7 @@ class RunLock:
         while time.monotonic() < deadline:
             time.sleep(min(self._beat_s, self._watch_s) / 4)
             if (now := _read(self.path)) != owner:
-                return not now  # gone: released meanwhile
+                return not now  # empty: released in between
         return True
 
     def _beat(self) -> None:
@@ -104,7 +104,7 @@ class RunLock:
         while not self._stop.wait(self._beat_s) and self.held:
             num_beats += 1
             beside = self.path.with_name(LOCK + ".tmp")
-            with suppress(OSError):  # a disk that is away for a moment: the next beat tries again
+            with suppress(OSError):  # a disk that fails for a moment: the next beat tries again
                 beside.write_text(self._line(num_beats))
                 os.replace(beside, self.path)
 
@@ -113,7 +113,7 @@ class RunLock:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Empty when there is no lock, or one that is just being written."""
+    """The lock's content; empty where there is no lock, or one that is being written."""
     try:
         owner = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -122,7 +122,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Where process ids mean the same: one boot of one host, one container."""
+    """Identifies the scope of a process id: one boot of one host, one container."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     space = Path("/proc/self/ns/pid")
     known = (boot.read_text().strip(), os.readlink(space)) if boot.exists() and space.is_symlink() else ()
@@ -130,7 +130,7 @@ def _machine() -> str:
 
 
 def _start_time(pid: int) -> str:
-    """Tells a process from a later one with the same id; empty when there is none (or a zombie)."""
+    """Distinguishes a process from a later one with the same id; empty where there is none (or a zombie)."""
     stat = Path(f"/proc/{pid}/stat")
     if Path("/proc/self/stat").exists():
         if not stat.exists():

@@ -1,9 +1,9 @@
-"""What a run does at each step: which rollout ids train in it, where each completion comes from, and the learning rate.
+"""Defines each step of a run: its rollout ids, the source of each completion, and the learning rate.
 
-In: the stages and a PromptStream. Out: Tasks and numbers, all pure functions of (config, seed, index): workers, learner
-and a resumed run ask the same questions and get the same answers. Rollout ids are start indices and continue over
-stages; more steps in the last stage change no earlier task. With `adaptive`, where a step's batch comes from depends on
-the evaluations before it, and is asked only once those are known (`open_until`).
+In: the stages and a PromptStream. Out: tasks and numbers, pure functions of (config, seed, index), so that a resumed
+run gets the same ones. Rollout ids are start indices and continue over stages; more steps in the last stage change no
+earlier task. With `adaptive`, the source of a step's batch depends on the evaluations before it, and may be read only
+once those are known (`open_until`).
 """
 
 from __future__ import annotations
@@ -31,12 +31,10 @@ class Schedule:
         adaptive: AdaptiveSchedule | None = None,
     ) -> None:
         self.stages, self.prompts, self.seed = stages, prompts, seed
-        self.samples_per_prompt = samples_per_prompt
-        self.adaptive = adaptive
+        self.samples_per_prompt, self.adaptive = samples_per_prompt, adaptive
         self.stage_ends = list(accumulate(stage.steps for stage in stages))
         """First step after each stage."""
-        sizes = [stage.batch_size for stage in stages for _ in range(stage.steps)]
-        self.batch_ends = list(accumulate(sizes))
+        self.batch_ends = list(accumulate(stage.batch_size for stage in stages for _ in range(stage.steps)))
         """First rollout id after each step."""
 
     @property
@@ -48,7 +46,7 @@ class Schedule:
         return self.batch_ends[-1] if self.batch_ends else 0
 
     def stage_index(self, step: int) -> int:
-        """Which stage a step belongs to."""
+        """Index of the stage that a step belongs to."""
         self._check_step(step)
         return bisect_right(self.stage_ends, step)
 
@@ -69,25 +67,19 @@ class Schedule:
         return self.batch_ends[step - 1] if step else 0
 
     def rollout_ids(self, step: int) -> range:
-        """All rollouts that a step trains on under `fifo`."""
+        """The rollouts that a step trains on under `fifo`."""
         self._check_step(step)
         return range(self.first_id(step), self.batch_ends[step])
 
     def task(self, rollout_id: int) -> RolloutTask:
-        """What to do for one start index."""
-        step = self.step_of(rollout_id)
+        """The task of one rollout id."""
+        step, source = self.step_of(rollout_id), self.completion_source(rollout_id)
         _, prompt = self.prompts[rollout_id // self.samples_per_prompt]
-        completion_source = self.completion_source(rollout_id)
-        return RolloutTask(
-            rollout_id=rollout_id,
-            batch=step,
-            stage=self.stage_index(step),
-            completion_source=completion_source,
-            prompt=prompt,
-        )
+        stage = self.stage_index(step)
+        return RolloutTask(rollout_id=rollout_id, batch=step, stage=stage, completion_source=source, prompt=prompt)
 
     def completion_source(self, rollout_id: int) -> CompletionSource:
-        """Where a completion comes from, drawn from its id, or from its batch's number."""
+        """The source of a completion, drawn from its id or (`per_batch`) from its step."""
         step = self.step_of(rollout_id)
         mix = self.stage(step).mix
         source = self._source(step)
@@ -98,24 +90,24 @@ class Schedule:
         return _draw_source(mix, _coin(self.seed, rollout_id, ORIGIN_OF_ROLLOUT))
 
     def student_writes(self, step: int) -> bool:
-        """Whether the student takes part in writing any completion of a step."""
+        """Whether the student writes a part of any completion of a step."""
         if not self.stage(step).mix.rollout:
             return False
         return any(self.completion_source(i) == CompletionSource.ROLLOUT for i in self.rollout_ids(step))
 
     def reuses(self, step: int) -> bool:
-        """Does a step train on the replay buffer? Its own ids then stand for nothing."""
+        """Whether a step trains on the reuse buffer. The ids of such a step are never written."""
         return self._source(step) == BUFFERED
 
     def open_until(self, step: int) -> int:
-        """The first step of which it is not known yet, at the time of `step`, where its batch comes from."""
+        """The first step whose batch has no known source yet at the time of `step`."""
         if self.adaptive is None:
             return self.num_steps
         every = self.adaptive.every
         return min((step // every + 1) * every, self.stage_ends[self.stage_index(step)])
 
     def _source(self, step: int) -> str:
-        """As `adaptive.py` has it. Steps are decided in order, and once."""
+        """The source of a step's batch (see `adaptive.py`). Steps are decided once, in order."""
         if self.adaptive is None:
             return MIXED
         for undecided in range(len(self.adaptive.sources), step + 1):
@@ -129,7 +121,7 @@ class Schedule:
         return self.adaptive.sources[step]
 
     def record_validation_loss(self, step: int, loss: float) -> str:
-        """Let an adaptive schedule see the evaluation before `step`; return a line where phi rises."""
+        """Pass the evaluation before `step` to an adaptive schedule; return a message where phi rises, else ""."""
         adaptive = self.adaptive
         if adaptive is None:
             return ""
@@ -160,15 +152,12 @@ def _draw_source(mix: MixConfig, coin: float) -> CompletionSource:
         CompletionSource.DATASET: mix.dataset,
         CompletionSource.TEACHER: mix.teacher,
     }
-    present = [completion_source for completion_source, share in shares.items() if share > 0]
-    ends = accumulate(shares[completion_source] / sum(shares.values()) for completion_source in present)
-    # the last one takes what rounding left over
-    return next(
-        (completion_source for completion_source, end in zip(present[:-1], ends, strict=False) if coin < end),
-        present[-1],
-    )
+    present = [source for source, share in shares.items() if share > 0]
+    ends = accumulate(shares[source] / sum(shares.values()) for source in present)
+    # rounding may leave the last end below 1: the last source takes the rest
+    return next((source for source, end in zip(present[:-1], ends, strict=False) if coin < end), present[-1])
 
 
 def _coin(seed: int, index: int, purpose: int) -> float:
-    """A number in [0, 1) with 53 random bits, a function of its arguments only."""
+    """A number in [0, 1) with 53 random bits, a function of the arguments only."""
     return (int(random_words(seed, index, purpose, 1)[0]) >> 11) * 2.0**-53

@@ -1,4 +1,4 @@
-"""What a step's line in metrics.jsonl says, put together from those who took part in it.
+"""Puts together a step's line of metrics.jsonl.
 
 In: the learner's result, the batch's entries, the workers' reports. Out: one flat dict of numbers.
 """
@@ -15,8 +15,8 @@ from switchkd.types import CompletionSource, Entry, StepResult, WorkReport
 def step_row(
     result: StepResult, entries: Sequence[Entry], reports: Sequence[WorkReport], staleness: Sequence[int]
 ) -> dict[str, float]:
-    """`entries` are what the step trained on, `reports` what the workers did since the last step (under asynchrony that
-    is other work), `staleness` the ages in versions of the rollouts that the student wrote at."""
+    """Return a step's numbers. `entries` are the rollouts that it trained on, `reports` the workers' calls since the
+    last step (under asynchrony those of other steps), `staleness` the ages in versions of the student's rollouts."""
     work = sum(reports, WorkReport())
     return {
         "weight_version": result.version,
@@ -42,7 +42,7 @@ def step_row(
 
 
 def _ratios(work: WorkReport) -> dict[str, float]:
-    """Those whose denominator is not 0: nothing was drafted, no teacher sent rows, or it sent whole ones."""
+    """Ratios whose denominator is not 0; it is 0 where no token was drafted or the teacher sent no (top) rows."""
     stats = work.stats
     pairs = {
         "rollout/acceptance_rate": (stats.num_accepted, stats.num_drafted),
@@ -55,8 +55,8 @@ def _ratios(work: WorkReport) -> dict[str, float]:
 
 
 def rollout_metrics(entries: Sequence[Entry]) -> dict[str, float]:
-    """Means over completions, each counting once; NaN where none has the number. `rollout/teacher_token_frac` is the
-    teacher's share of all tokens of the completions that both models generated together; absent without any."""
+    """Means over completions, NaN where none has the number. `rollout/teacher_token_frac` is the teacher's share of all
+    tokens of the completions that both models generated; it is absent where there are none."""
     together = [entry for entry in entries if entry.completion_source == CompletionSource.ROLLOUT]
     num_tokens = sum(entry.num_tokens for entry in together)
     num_teacher_tokens = sum(entry.num_teacher_tokens for entry in together)

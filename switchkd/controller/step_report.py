@@ -22,7 +22,7 @@ MAX_SKIPPED = 3
 
 
 class StepReporter:
-    """Compares each step with those before it, since the last `restart`."""
+    """Writes rows and warnings; compares each step with those since the last `restart`."""
 
     def __init__(self, replay: ReplayConfig, dispatcher: TaskDispatcher, log: MetricsLog, run_dir: Path) -> None:
         # rollouts from the reuse buffer are old on purpose
@@ -37,7 +37,7 @@ class StepReporter:
         self.restart([])
 
     def restart(self, evaluations: Iterable[Mapping[str, float]]) -> None:
-        """Begin anew, with the scores of the evaluations so far."""
+        """Forget all steps; `evaluations` are the scores so far."""
         self.num_skipped = 0
         self.alerts = MetricAlerts(self.max_staleness)
         for scores in evaluations:
@@ -46,7 +46,7 @@ class StepReporter:
     def step(
         self, step: int, entries: Sequence[Entry], staleness: Sequence[int], result: StepResult, wait_s: float
     ) -> None:
-        """Write the row of a step. The learner waited `wait_s` for its rollouts."""
+        """Write the row of a step, for whose rollouts the learner waited `wait_s`."""
         now = time.monotonic()
         step_s, self.last_end = now - self.last_end, now
         stage, num_quarantined = self.schedule.stage(step), len(self.dispatcher.quarantine.ids)
@@ -66,13 +66,13 @@ class StepReporter:
         self._count_skipped(step, entries, result)
 
     def evaluation(self, num_done: int, stage_end: str, scores: Mapping[str, float]) -> None:
-        """Write the scores after `num_done` steps. The time that they took belongs to no step."""
+        """Write the scores after `num_done` steps. The evaluation's time counts towards no step."""
         self.log.evaluation(num_done, stage_end, scores)
         self._warn(self.alerts.evaluation(scores))
         self.last_end = time.monotonic()
 
     def _queue_metrics(self) -> dict[str, float]:
-        """What waits for the learner, and what is being written."""
+        """Rollouts that wait for the learner, and rollouts in flight."""
         stats = self.watchdog.wait_for(self.handles.replay.stats(), "the replay")
         return {
             "replay/waiting": stats["num_waiting"],
@@ -82,13 +82,13 @@ class StepReporter:
         }
 
     def _adaptive_metrics(self, step: int) -> dict[str, float]:
-        """DistiLLM's phi, and whether this step was trained on the reuse buffer."""
+        """DistiLLM's phi, and whether this step trained on the reuse buffer."""
         if self.schedule.adaptive is None:
             return {}
         return {"replay/phi": self.schedule.adaptive.phi, "replay/reused": float(self.schedule.reuses(step))}
 
     def _count_skipped(self, step: int, entries: Sequence[Entry], result: StepResult) -> None:
-        """Let a skipped step pass; after MAX_SKIPPED in a row save its batch and end the run."""
+        """Count a skipped step. After MAX_SKIPPED in a row save its batch and raise RuntimeError."""
         self.num_skipped = self.num_skipped + 1 if result.skipped else 0
         if not result.skipped:
             return
@@ -101,7 +101,7 @@ class StepReporter:
         self.watchdog.wait_for(saving, "the replay to save a batch")
         raise RuntimeError(
             f"step {step}: {what} is not finite, as in the {MAX_SKIPPED - 1} steps before; its rollouts are in {path} "
-            "(read them with switchkd.data.rollout_io.load_rollouts); mend the data or the loss and go on with "
+            "(read them with switchkd.data.rollout_io.load_rollouts); fix the data or the loss and go on with "
             "--resume, or start anew with a smaller learner.lr"
         )
 

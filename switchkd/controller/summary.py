@@ -1,4 +1,4 @@
-"""How a run ended: summary.json."""
+"""The contents of summary.json: the end of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from switchkd.controller.checkpoint import RunFolder, TrainState
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Summary:
-    """How a run ended. Written to summary.json."""
+    """The end of a run."""
 
     run_dir: str
     student: str
@@ -20,11 +20,11 @@ class Summary:
     best_step: int | None
     elapsed_s: float
     stage_scores: tuple[tuple[str, dict[str, float]], ...]
-    told_to_stop: bool = False  # SIGTERM came, be it behind the last step
+    told_to_stop: bool = False  # SIGTERM arrived, even after the last step
 
 
 def student_step(summary: Summary) -> int:
-    """After which step `student/` was saved: with `train.select_by` that is the best one."""
+    """The step after which `student/` was saved: with `train.select_by` the best one."""
     return summary.steps if summary.best_step is None else summary.best_step
 
 

@@ -1,6 +1,6 @@
-"""The student alone is scored: ROUGE-L, exact match, agreement with the teacher and distance from it.
+"""Scores a completion against references: ROUGE-L, and exact match of the final number.
 
-In: what the workers measured, one EvalRow per prompt and seed. Out: `eval/...` numbers. No engines here.
+In: texts. Out: a score from 0 to 100, or whether the texts match.
 """
 
 from __future__ import annotations
@@ -13,20 +13,18 @@ from typing import Any
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
-    """ROUGE-L F-measure, 0 to 100, the best over the references.
-
-    With Porter stemming, as in Super-NaturalInstructions' script, which MiniLLM, DistiLLM and SWITCH report with. Its
-    tokenizer keeps a-z and 0-9 only: other scripts score 0.
-    """
+    """ROUGE-L F-measure, 0 to 100, the best over the references; with Porter stemming, as in the script of
+    Super-NaturalInstructions, which MiniLLM, DistiLLM and SWITCH use. Its tokenizer keeps a-z and 0-9 only: other
+    scripts score 0."""
     scorer = _scorer()
     return max((100.0 * scorer.score(target, prediction)["rougeL"].fmeasure for target in references), default=0.0)
 
 
 def final_number(text: str) -> str | None:
-    """The number that an answer ends in, as a reduced fraction or decimal: "1,200.50" and "$1200.5" give "1200.5".
+    """The final number of an answer, as a reduced fraction or decimal: "1,200.50" and "$1200.5" give "1200.5".
 
-    GSM8K's form: what follows the first `####` (a model that runs on writes more of them); without one, the last number
-    of the text. None where there is none, as in "#### None".
+    In GSM8K's form it follows the first `####` (a model that does not stop may write more of them); without `####` it
+    is the last number of the text. None where there is no number, as in "#### None".
     """
     _, mark, answer = text.partition("####")
     numbers = _NUMBER.findall(_FRAC.sub(r"\1/\2", answer.partition("\n")[0] if mark else text))
@@ -36,8 +34,8 @@ def final_number(text: str) -> str | None:
 def exact_match(prediction: str, answer: str) -> bool:
     """Whether a text ends in the answer's number.
 
-    GSM-Plus has questions without an answer (`None`): right is `#### None` or, without `####`, a text that says so.
-    Its own script also takes any text that lacks `####`, which a model earns by not coming to an end; we do not.
+    GSM-Plus has questions without an answer (`None`): `#### None` is right and, without `####`, a text that says so.
+    The script of GSM-Plus also accepts every text without `####`, and so every unfinished one; this function does not.
     """
     if answer.strip() != "None":
         return (expected := final_number(answer)) is not None and final_number(prediction) == expected

@@ -1,10 +1,9 @@
-"""A run that makes no progress says what it waits for, and ends: it never hangs.
+"""Ends a run that makes no progress, and reports what the run waits for.
 
-In: what the loop waits for, and the actors' heartbeats. Out: a `Stalled` in the loop, whose text names the actor and
-what it waits for, and a file with the stacks of all threads. A thread does the checks; where the loop does not raise
-even then, it ends the process.
-
-Progress is a result that the loop waited for, or a progress counter that grows while an actor is in one long call.
+In: what the loop waits for, and the actors' heartbeats. Out: a `Stalled` in the loop, whose message names the actor and
+what it waits for, and a file with the stacks of all threads. A thread does the checks; if the loop does not raise even
+then, the thread ends the process. Progress is a result that the loop waited for, or a progress counter that grows
+while an actor is in one long call.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from switchkd.controller.handles import Heartbeat
 from switchkd.data.atomic_files import redact
 
 START_S = 300.0
-"""Limit for an actor to become ready after the one before, where `run.watchdog_s` is shorter."""
+"""Smallest limit for the time between two actors that become ready; `run.watchdog_s` may be longer."""
 POLL_S = 0.5
-"""How often a wait checks whether the run has stalled."""
+"""Interval at which a wait checks whether the run has stalled."""
 EXIT_CODE = 1
 
 
@@ -34,7 +33,7 @@ class Stalled(RuntimeError):
 
 
 class Watchdog:
-    """Watches from `start` to `stop`."""
+    """Watches a run from `start` to `stop`."""
 
     def __init__(
         self,
@@ -46,8 +45,8 @@ class Watchdog:
         exit_process: Callable[[int], Any] = os._exit,
     ) -> None:
         self.limit_s, self.run_dir, self.log = limit_s, run_dir, log
-        self.heartbeats: Callable[[], list[Heartbeat]] = list  # set once there are actors
-        self.stalled = ""  # why, once it has
+        self.heartbeats: Callable[[], list[Heartbeat]] = list  # replaced once there are actors
+        self.stalled = ""  # the reason, once the run has stalled
         self._clock, self._exit_process = clock, exit_process
         self.waits_for = "the start"
         self._last, self._beats = clock(), 0
@@ -55,7 +54,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Allow more time until the first `progress`: models are loaded now."""
+        """Start watching, with more time until the first `progress`: models are loaded now."""
         self._last += 2 * max(self.limit_s, START_S)
         self._thread.start()
 
@@ -67,7 +66,7 @@ class Watchdog:
         self._last, self.waits_for = self._clock(), waits_for
 
     def waiting(self, waits_for: str) -> None:
-        """The run waits for this; no progress is recorded."""
+        """Record what the run waits for, without recording progress."""
         self.waits_for = waits_for
 
     def wait_for(self, future: Future[Any], waits_for: str) -> Any:
@@ -85,7 +84,7 @@ class Watchdog:
             raise Stalled(self.stalled)
 
     def reset(self) -> None:
-        """Begin a new interval, to save what can be saved."""
+        """Begin a new interval, in which the run saves its state."""
         self.progress("saving")
         self.stalled = ""
 
@@ -94,7 +93,7 @@ class Watchdog:
         idle = self._clock() - self._last
         if idle < self.limit_s / 2:
             return False
-        try:  # other processes, at a bad time
+        try:  # calls into other processes, which may be failing
             heartbeats = self.heartbeats()
         except Exception as error:
             heartbeats = [Heartbeat(name="actors", where=f"cannot be asked ({with_type(error)})")]
@@ -115,7 +114,7 @@ class Watchdog:
                 self._exit_process(EXIT_CODE)
 
     def _loop_ends(self) -> bool:
-        """The loop has as long again to raise, and again whenever it makes progress meanwhile."""
+        """Wait another `limit_s` for the loop to raise; progress restarts the interval."""
         self.progress(self.waits_for)
         while self._clock() - self._last < self.limit_s:
             if self._stop.wait(POLL_S / 10) or not self.stalled:
@@ -141,8 +140,7 @@ class Watchdog:
 
 
 def wait_for_all(awaited: Mapping[str, Future[Any]], limit_s: float) -> None:
-    """Wait for all actors of a start; raise the first error, or Stalled with the names of the rest when no other one
-    became ready for `limit_s`."""
+    """Wait until all actors are ready. Raises the first error, or Stalled where none became ready for `limit_s`."""
     left = dict(awaited)
     while left:
         done, _ = wait(left.values(), timeout=limit_s, return_when=FIRST_COMPLETED)

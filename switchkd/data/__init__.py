@@ -1,1 +1,1 @@
-"""Prompts in, rollouts waiting: data sets, the replay, rollout files."""
+"""Data sets and prompts, the replay, rollout files."""

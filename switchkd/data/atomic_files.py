@@ -1,8 +1,8 @@
-"""Files that survive a crash: whole or not at all.
+"""Writes files that a crash leaves complete or absent.
 
-In: a path and what shall stand there. Out: the file, written beside, fsynced, renamed; a reader sees the old one or
-the new one. A killed writer leaves `<name>.tmp`, which the next write of that file replaces. A whole folder is sealed:
-one file in it tells the sizes and checksums of all others.
+In: a path and its content. Out: the file, written beside, fsynced, renamed: a reader sees the old one or the new one. A
+killed writer leaves `<name>.tmp`, which the next write of that file replaces. `seal` protects a whole folder: one file
+in it lists the sizes and checksums of all others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from typing import Any
 import numpy as np
 
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
-"""Environment variables whose values never reach a file of ours."""
+"""Environment variables whose values are never written to a file."""
+
+CONFIG = "config.yaml"
+HISTORY = ("metrics.jsonl", "rollouts.jsonl")
+QUARANTINED = "quarantined.jsonl"
+TEACHER_OUTPUT = "teacher_output"
+"""Folder of `rollout.save_teacher_output`: a file per step, `step-00000012.safetensors`, and the teachers' LM heads."""
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -37,12 +43,12 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def write_json_atomic(path: Path, obj: Any) -> None:
-    """NaN and infinity become null, NumPy values plain ones."""
+    """Write JSON; NaN and infinity become null, NumPy values plain ones."""
     write_text_atomic(path, json.dumps(json_safe(obj), indent=1, allow_nan=False) + "\n")
 
 
 def append_whole(path: Path, text: str) -> None:
-    """Add to a file all or nothing: OSError, for instance of a full disk, leaves it as it was."""
+    """Append all of `text` or nothing: an OSError, for instance of a full disk, leaves the file unchanged."""
     rest = memoryview(text.encode("utf-8"))
     with path.open("ab", buffering=0) as file:
         end = file.tell()
@@ -55,7 +61,7 @@ def append_whole(path: Path, text: str) -> None:
 
 
 def replace_dir(new: Path, path: Path) -> None:
-    """Put a finished folder in the place of an older one. Killed in between, the older one is `<name>.old`."""
+    """Replace a folder by a finished one. After a kill in between, the older one is `<name>.old`."""
     old = path.with_name(path.name + ".old")
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -71,14 +77,14 @@ def fsync_file(path: Path) -> None:
 
 
 def fsync_dir(path: Path) -> None:
-    """Make the names in a folder durable: a rename alone may be lost with the power."""
+    """Make the names in a folder durable: a rename alone may be lost in a power failure."""
     folder = os.open(path, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
 
 
 def seal(folder: Path, name: str, content: dict[str, Any]) -> None:
-    """Push all files of a folder to the disk and write `name`: `content`, and each file's size and checksum."""
+    """Fsync all files of a folder and write `name`: `content`, and each file's size and checksum."""
     paths = [path for path in sorted(folder.rglob("*")) if path.name != name]
     files = {}
     for path in paths:
@@ -92,7 +98,7 @@ def seal(folder: Path, name: str, content: dict[str, Any]) -> None:
 
 
 def unseal(folder: Path, name: str) -> dict[str, Any]:
-    """The content that `seal` wrote. Raises ValueError or OSError when anything in the folder is not as it was."""
+    """Return the content that `seal` wrote. Raises ValueError or OSError where a file of the folder changed."""
     sealed = json.loads((folder / name).read_text(encoding="utf-8"))
     if not isinstance(sealed, dict) or sealed.pop("checksum", "") != _checksum(sealed):
         raise ValueError(f"{name} was changed")
@@ -108,7 +114,7 @@ def unseal(folder: Path, name: str) -> dict[str, Any]:
 
 
 def json_safe(obj: Any) -> Any:
-    """The same tree in values that strict JSON knows."""
+    """Return the same tree in values of strict JSON."""
     if isinstance(obj, dict):
         return {str(key): json_safe(value) for key, value in obj.items()}
     if isinstance(obj, np.ndarray):
@@ -123,7 +129,7 @@ def json_safe(obj: Any) -> Any:
 
 
 def redact(text: str) -> str:
-    """Take tokens out of a text: the values of SECRETS and whatever looks like a hub token."""
+    """Replace the values of SECRETS, and strings of the form of a hub token, by ***."""
     for name in SECRETS:
         value = os.environ.get(name, "")
         text = text.replace(value, "***") if len(value) >= 8 else text
@@ -137,16 +143,3 @@ def _sha256(path: Path) -> str:
 
 def _checksum(sealed: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()
-
-
-CONFIG = "config.yaml"
-
-
-TEACHER_OUTPUT = "teacher_output"
-"""Of `rollout.save_teacher_output`: a file per step, `step-00000012.safetensors`, and the teachers' output heads."""
-
-
-HISTORY = ("metrics.jsonl", "rollouts.jsonl")
-
-
-QUARANTINED = "quarantined.jsonl"

@@ -1,4 +1,4 @@
-"""The replay of one run, by its config."""
+"""Builds the replay of a run from its config."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from switchkd.engines.build import make_tokenizer
 
 
 def make_replay(config: Config, run_dir: Path) -> Replay:
-    """The replay of one run, or the rollouts that another run recorded."""
+    """Build the replay, or the one with another run's recorded rollouts (`rollout.recorded`)."""
     section = config.replay
     decode = partial(make_tokenizer(config).decode, skip_special_tokens=False)
     rollouts_file = run_dir / "rollouts.jsonl" if config.rollout.save else None

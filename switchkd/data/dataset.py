@@ -1,4 +1,4 @@
-"""Files and hub data sets become Records: rows with the place they came from, so that a complaint can name it.
+"""Reads files and hub data sets into Records: rows with their place, which errors name.
 
 In: a `data` section. Out: a list of Records. JSONL is read here line by line; hub names go through `datasets`, single
 files of the hub through its cache. Every error is a ConfigError of one line.
@@ -21,11 +21,12 @@ from switchkd.config.schema import DataConfig
 _JSON = (".jsonl", ".json")
 _HUB_FILE = re.compile(r"hf://datasets/([^/]+/[^/]+)/(.+)")
 _SLICE = re.compile(r"\w*\[(\d*):(\d*)\]")
+_EXAMPLE = '{"prompt": "...", "reference": "..."}'
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row. Its methods read a field or say, with the place, what is wrong with it."""
+    """One row. Its methods read a field, or raise ConfigError with the place and the mistake."""
 
     where: str  # file:line
     fields: dict[str, Any]
@@ -33,9 +34,9 @@ class Record:
     def text(self, field: str, *, needed: bool = False) -> str:
         """Empty where the field is missing (unless needed) or null."""
         if needed and field not in self.fields:
-            there = ", ".join(map(repr, self.fields)) or "none"
+            known = ", ".join(map(repr, self.fields)) or "none"
             raise ConfigError(
-                f"{self.where}: no field {field!r}, only {there}; set data.prompt_field and its neighbours"
+                f"{self.where}: no field {field!r}, only {known}; set data.prompt_field and its neighbours"
             )
         value = self.fields.get(field)
         if value is None:
@@ -47,7 +48,7 @@ class Record:
         return self._clean(value, field)
 
     def _clean(self, value: str, field: str) -> str:
-        """Half a UTF-16 pair is valid JSON, but no text: tokenizers fail on it."""
+        """Return `value`; raise for half a surrogate pair, which is valid JSON but makes tokenizers fail."""
         if any("\ud800" <= letter <= "\udfff" for letter in value):
             raise ConfigError(
                 f"{self.where}: field {field!r} holds half a surrogate pair (\\ud800 to \\udfff); remove it"
@@ -69,16 +70,13 @@ class Record:
         if not isinstance(value, list):
             raise ConfigError(f"{self.where}: field {field!r} is {_kind(value)}, not a list of messages")
         for i, message in enumerate(value):
-            known = isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
-            if not known:
+            if not (isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))):
                 raise ConfigError(f"{self.where}: message {i} of {field!r} needs a role and a content, both texts")
         return [{"role": item["role"], "content": self._clean(item["content"], field)} for item in value]
 
 
 def read_records(data: DataConfig) -> list[Record]:
-    """All rows of `data.path`, or the first `num_rows`. Raises ConfigError; never returns an empty list."""
-    if not data.path:
-        raise ConfigError("data.path is empty; name a JSONL or parquet file, or a data set of the hub")
+    """All rows of `data.path`, or the first `num_rows`. Raises ConfigError, also where there are none."""
     path = Path(data.path).expanduser()
     if data.path.startswith("hf://"):
         rows = _sliced(_read_file(_fetch(data.path), data.path), data.split)
@@ -92,11 +90,8 @@ def read_records(data: DataConfig) -> list[Record]:
     return records
 
 
-_EXAMPLE = '{"prompt": "...", "reference": "..."}'
-
-
 def _sliced(rows: Iterator[Record], split: str) -> Iterator[Record]:
-    """The rows that `train[500:1000]` names; all where no slice is given."""
+    """Select the rows of a split such as `train[500:1000]`; all where it has no slice."""
     if "[" not in split:
         return rows
     cut = _SLICE.fullmatch(split)
@@ -107,7 +102,7 @@ def _sliced(rows: Iterator[Record], split: str) -> Iterator[Record]:
 
 
 def _fetch(name: str) -> Path:
-    """A file of a data set on the hub, fetched or found in the cache. Raises ConfigError."""
+    """Fetch a file of a hub data set, or find it in the cache. Raises ConfigError."""
     from huggingface_hub import hf_hub_download
 
     match = _HUB_FILE.fullmatch(name)
@@ -145,10 +140,8 @@ def _read_jsonl(path: Path, name: str) -> Iterator[Record]:
             except UnicodeDecodeError as error:
                 raise ConfigError(f"{where}: not UTF-8 text (byte {error.start}); convert the file") from None
             except json.JSONDecodeError as error:
-                text = (
-                    f"{where}: not JSON ({error.msg} at column {error.colno}); each line is one object, as {_EXAMPLE}"
-                )
-                raise ConfigError(text) from None
+                place = f"{error.msg} at column {error.colno}"
+                raise ConfigError(f"{where}: not JSON ({place}); each line is one object, as {_EXAMPLE}") from None
             if not isinstance(row, dict):
                 raise ConfigError(f"{where}: {_kind(row)}, not an object; each line is one, as {_EXAMPLE}")
             yield Record(where, row)
@@ -157,7 +150,7 @@ def _read_jsonl(path: Path, name: str) -> Iterator[Record]:
 def _read_parquet(path: Path, name: str) -> Iterator[Record]:
     import pyarrow.parquet
 
-    try:  # a file from elsewhere
+    try:  # any file
         batches = pyarrow.parquet.ParquetFile(path).iter_batches()
     except (OSError, ValueError) as error:
         raise ConfigError(f"data file {path} cannot be read as parquet: {first_line(error)[:200]}") from None
@@ -166,11 +159,11 @@ def _read_parquet(path: Path, name: str) -> Iterator[Record]:
 
 
 def _read_hub(name: str, split: str) -> Iterator[Record]:
-    """`owner/name`, or `owner/name:subset` where the data set has several."""
+    """Read `owner/name`, or `owner/name:subset` where the data set has several."""
     from datasets import load_dataset
 
     repo, _, subset = name.partition(":")
-    try:  # the network, and other people's files
+    try:  # the network, and any file
         rows = load_dataset(repo, subset or None, split=split)
     except Exception as error:
         raise ConfigError(
@@ -181,12 +174,6 @@ def _read_hub(name: str, split: str) -> Iterator[Record]:
 
 
 def _kind(value: Any) -> str:
-    names = {
-        str: "a text",
-        int: "a number",
-        float: "a number",
-        bool: "true or false",
-        list: "a list",
-        dict: "an object",
-    }
-    return "null" if value is None else names.get(type(value), type(value).__name__)
+    names = {str: "a text", int: "a number", float: "a number", bool: "true or false", list: "a list"}
+    names |= {dict: "an object", type(None): "null"}
+    return names.get(type(value), type(value).__name__)

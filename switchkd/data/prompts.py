@@ -1,7 +1,7 @@
-"""A data set becomes Prompts: read, put through the template, tokenized, filtered, and dealt out in a fixed order.
+"""Reads a data set, applies the template, tokenizes and filters it, and orders its prompts.
 
 In: the `data` section and a tokenizer. Out: a PromptSet, and a PromptStream that is a pure function of (seed, index),
-so that a run resumes anywhere. Every complaint names the file and, for JSONL, the line.
+so that a run resumes at any step. Every error names the file and, for JSONL, the line.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from switchkd.data.dataset import Record, read_records
 from switchkd.types import Prompt
 
 TOO_LONG, EMPTY, NO_REFERENCE = "over max_prompt_tokens", "empty prompt", "no reference"
-EPOCH_ORDER, ORIGIN_OF_ROLLOUT, ORIGIN_OF_BATCH, DRAW_OF_BUFFER = 1, 2, 3, 4  # what random words are for
+EPOCH_ORDER, ORIGIN_OF_ROLLOUT, ORIGIN_OF_BATCH, DRAW_OF_BUFFER = 1, 2, 3, 4  # purposes of random words
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptSet:
-    """The usable rows of a data set, and what became of the others."""
+    """The usable rows of a data set, and counts of the others."""
 
     prompts: tuple[Prompt, ...]
     num_rows: int
@@ -45,7 +45,7 @@ class PromptSet:
 
 
 def eval_data(config: Config) -> DataConfig:
-    """The `data` section as evaluation reads it: same fields and template, its own file and number of rows."""
+    """The `data` section of evaluation: same fields and template, another file and number of rows."""
     overrides = {"path": config.eval.data, "split": config.eval.split, "num_rows": config.eval.num_prompts}
     return config.data.model_copy(update=overrides)
 
@@ -53,22 +53,20 @@ def eval_data(config: Config) -> DataConfig:
 def load_prompts(
     data: DataConfig, tokenizer: Any, *, stop_id: int, need_references: bool = False, teachers: Sequence[str] = ()
 ) -> PromptSet:
-    """Read `data.path` and tokenize it. `stop_id` ends every reference (see `answer_end`). Where there are several
-    `teachers`, `teacher_field` of each row names one of them.
+    """Read `data.path` and tokenize it. `stop_id` ends every reference (see `answer_end`). With `teachers`, the
+    `teacher_field` of each row names one of them.
 
-    Prompts that are empty or over `max_prompt_tokens` are skipped and counted, rows without a reference too where
-    references are needed. Raises ConfigError, for more than `max_skipped_frac` of them as well.
+    Prompts that are empty or over `max_prompt_tokens` are skipped and counted, and rows without a reference where
+    references are needed. Raises ConfigError, also where more than `max_skipped_frac` of the rows are skipped.
     """
     _check_template(data, tokenizer)
-    records = read_records(data)
-    rows = [_Row.read(record, data, need_references, teachers) for record in records]
+    rows = [_Row.read(record, data, need_references, teachers) for record in read_records(data)]
     texts = [_templated(row, data, tokenizer) for row in rows]
     prompt_ids = _tokenize(tokenizer, texts, whole=not _writes_start(data, tokenizer))
     reference_ids = _tokenize(tokenizer, [row.reference for row in rows], whole=False)
     prompts, skipped, num_cut = [], Counter[str](), 0
     for row, ids, answer in zip(rows, prompt_ids, reference_ids, strict=True):
-        reason = _unusable(row, ids, data, need_references)
-        if reason:
+        if reason := _unusable(row, ids, data, need_references):
             skipped[reason] += 1
             continue
         cut = len(answer) >= data.max_reference_tokens
@@ -80,15 +78,14 @@ def load_prompts(
 
 
 def answer_end(data: DataConfig, tokenizer: Any, stop_ids: Iterable[int]) -> int:
-    """The id that ends an answer: the first stop id that the chat template writes after an assistant's words, else the
-    tokenizer's end-of-sequence id. Raises ConfigError when there is none."""
+    """The id that ends an answer: the first stop id that the chat template writes after an assistant's message, else
+    the tokenizer's end-of-sequence id. Raises ConfigError where there is none."""
     if _uses_chat(data, tokenizer):
         word = "answer"
         chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": word}]
         after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(word)[2]
         known = set(stop_ids)
-        ends = [i for i in tokenizer(after, add_special_tokens=False)["input_ids"] if i in known]
-        if ends:
+        if ends := [i for i in tokenizer(after, add_special_tokens=False)["input_ids"] if i in known]:
             return ends[0]
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
@@ -97,11 +94,11 @@ def answer_end(data: DataConfig, tokenizer: Any, stop_ids: Iterable[int]) -> int
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Row:
-    """What a record says, checked, before templating."""
+    """The checked fields of a record, before templating."""
 
     where: str
     prompt_id: str
-    messages: tuple[dict[str, str], ...]  # without the answer; for plain prompts one message of the user
+    messages: tuple[dict[str, str], ...]  # without the answer; a plain prompt is one user message
     parts: tuple[str, str]  # of a plain prompt: prompt_field and input_field
     reference: str
     references: tuple[str, ...]
@@ -162,7 +159,7 @@ def _teacher(record: Record, field: str, teachers: Sequence[str]) -> str:
 
 
 def _conversation(record: Record, field: str) -> tuple[tuple[dict[str, str], ...], str]:
-    """The messages before the last answer of the assistant, and that answer."""
+    """Split messages into those before the assistant's last answer, and that answer."""
     messages = record.messages(field)
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
     if last is None:
@@ -175,7 +172,7 @@ def _uses_chat(data: DataConfig, tokenizer: Any) -> bool:
 
 
 def _writes_start(data: DataConfig, tokenizer: Any) -> bool:
-    """Chat templates write the start token themselves, a template of the user's may."""
+    """Whether the template writes the start token: chat templates do, the user's template may."""
     start = tokenizer.bos_token
     return _uses_chat(data, tokenizer) or bool(start and data.template and data.template.startswith(start))
 
@@ -184,7 +181,12 @@ def _check_template(data: DataConfig, tokenizer: Any) -> None:
     if data.template is not None and "{prompt}" not in data.template:
         raise ConfigError(f"data.template={data.template!r} does not contain {{prompt}}; put it where the prompt goes")
     if data.template_with_input is not None:
-        _check_with_input(data)
+        if data.template is None or data.input_field is None:
+            raise ConfigError("data.template_with_input belongs to data.template and data.input_field; set all three")
+        if not all(name in data.template_with_input for name in ("{prompt}", "{input}")):
+            raise ConfigError(
+                f"data.template_with_input={data.template_with_input!r} does not contain both {{prompt}} and {{input}}"
+            )
     if data.messages_field and not _uses_chat(data, tokenizer):
         reason = "the tokenizer has no chat template" if data.template is None else "data.template takes bare prompts"
         raise ConfigError(
@@ -194,17 +196,8 @@ def _check_template(data: DataConfig, tokenizer: Any) -> None:
         raise ConfigError("data.system needs the tokenizer's chat template; write it into data.template instead")
 
 
-def _check_with_input(data: DataConfig) -> None:
-    if data.template is None or data.input_field is None:
-        raise ConfigError("data.template_with_input belongs to data.template and data.input_field; set all three")
-    if not all(name in (data.template_with_input or "") for name in ("{prompt}", "{input}")):
-        raise ConfigError(
-            f"data.template_with_input={data.template_with_input!r} does not contain both {{prompt}} and {{input}}"
-        )
-
-
 def _templated(row: _Row, data: DataConfig, tokenizer: Any) -> str:
-    """The text that the model reads; empty for an empty prompt."""
+    """The text that the models read; empty for an empty prompt."""
     if not row.text.strip():
         return ""
     if data.template is not None:
@@ -218,14 +211,14 @@ def _templated(row: _Row, data: DataConfig, tokenizer: Any) -> str:
     messages = list(row.messages)
     if data.system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": data.system})
-    try:  # templates are programs of their own, and refuse what they do not know (system messages, two users in a row)
+    try:  # templates raise for messages that they do not support (system messages, two user messages in a row)
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:
         raise ConfigError(f"{row.where}: the chat template refuses these messages: {one_line(error)}") from None
 
 
 def _tokenize(tokenizer: Any, texts: list[str], *, whole: bool) -> list[list[int]]:
-    """Token ids of each text. `whole`: with the tokenizer's start token if it has one, but never with an end token."""
+    """Token ids of each text. `whole`: with the tokenizer's start token, where it has one, and without an end token."""
     ids = tokenizer(texts, add_special_tokens=whole, truncation=False, verbose=False)["input_ids"]
     end = tokenizer.eos_token_id
     return [row[:-1] if whole and len(row) > 1 and row[-1] == end else row for row in ids]
@@ -252,14 +245,14 @@ def _check_skipped(data: DataConfig, skipped: Counter[str], num_rows: int, longe
 
 
 class PromptStream:
-    """An endless, seeded walk over a PromptSet: `stream[i]` is `(epoch, prompt)`, the same whenever it is asked."""
+    """An endless seeded order of prompts: `stream[i]` is `(epoch, prompt)`, a function of (seed, i)."""
 
     def __init__(self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool = True) -> None:
         self.prompts, self.seed, self.shuffle = prompts, seed, shuffle
         self._orders: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
-        """Prompts of one epoch."""
+        """Number of prompts of one epoch."""
         return len(self.prompts)
 
     def __getitem__(self, index: int) -> tuple[int, Prompt]:
@@ -270,13 +263,13 @@ class PromptStream:
         if epoch not in self._orders:
             while len(self._orders) > 2:
                 del self._orders[next(iter(self._orders))]
-            # sorted raw words, not Generator.permutation: NumPy may change what the latter makes of them
+            # sorted raw words, not Generator.permutation, whose algorithm NumPy may change
             words = random_words(self.seed, epoch, EPOCH_ORDER, len(self.prompts))
             self._orders[epoch] = np.argsort(words, kind="stable")
         return self._orders[epoch]
 
 
 def random_words(seed: int, index: int, purpose: int, num: int) -> np.ndarray:
-    """uint64 [num], a function of the arguments only."""
+    """Random words, uint64 [num], a function of the arguments only."""
     key = np.array([seed % (1 << 64), index], np.uint64)
     return np.random.Philox(key=key, counter=[0, 0, 0, purpose]).random_raw(num)

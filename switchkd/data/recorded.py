@@ -1,8 +1,8 @@
-"""Rollouts that a run recorded with `rollout.save_teacher_output` stand in for workers and teacher in another run.
+"""Serves the rollouts that a run recorded (`rollout.save_teacher_output`) to another run without workers or teacher.
 
-In: `<run>/teacher_output/`: a shard per optimizer step (tokens, who wrote them, the teacher's output) and the teachers'
-LM heads. Out: the heads, and a replay that answers the same calls as `replay.Replay`. The rollouts come in the order in
-which they were trained on, and again from the first on when they run out.
+In: `<run>/teacher_output/`: a shard per optimizer step (tokens, their sources, the teacher's output) and the teachers'
+LM heads. Out: the heads, and a replay with the methods of `replay.Replay`. The rollouts are in the order in which they
+were trained on, and repeat when they run out.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HEADS = "heads.safetensors"
 
 
 def heads_for(config: Config, run_dir: Path, heads: dict[str, LMHeadState]) -> dict[str, LMHeadState]:
-    """The LM heads for the learner: `heads`, saved beside the teacher's output, or those of the recorded run."""
+    """Return the LM heads for the learner: those of the recorded run, else `heads`, saved with the teacher's output."""
     if config.rollout.recorded:
         return load_heads(Path(config.rollout.recorded) / TEACHER_OUTPUT / HEADS)
     if config.rollout.save_teacher_output:
@@ -53,7 +53,7 @@ def save_heads(path: Path, heads: dict[str, LMHeadState]) -> None:
 
 
 def load_heads(path: Path) -> dict[str, LMHeadState]:
-    """Raises ConfigError."""
+    """Read the LM heads by teacher. Raises ConfigError where the file is missing."""
     from switchkd.engines.models.lm_head import LMHeadState
 
     if not path.is_file():
@@ -69,8 +69,8 @@ def load_heads(path: Path) -> dict[str, LMHeadState]:
 
 
 class RecordedRollouts(Replay):
-    """A replay that another run has filled. Step s of this run gets the next `batch_sizes[s]` rollouts; they take this
-    run's ids, stages and weight versions (their age stays what it was)."""
+    """A replay filled by another run. Step s of this run gets the next `batch_sizes[s]` rollouts, with this run's ids,
+    stages and weight versions (their age is unchanged)."""
 
     def __init__(
         self,
@@ -101,11 +101,11 @@ class RecordedRollouts(Replay):
         return super().take(step, num, version, stage)
 
     def save(self, path: Path, step: int) -> None:
-        """A resumed run reads the shards again."""
+        """Write an empty state: a resumed run reads the shards again."""
         save_replay_state(path, EMPTY)
 
     def restore(self, path: Path | None, num_started: int) -> list[int]:
-        """Any step may be taken again: the shards stay where they are."""
+        """Begin empty: any step may be taken again from the shards."""
         self.load_state_dict(EMPTY)
         return []
 

@@ -1,9 +1,9 @@
-"""Rollouts wait here between the workers that make them and the learner that trains on them.
+"""Stores rollouts between the workers that generate them and the learner that trains on them.
 
 In: finished Rollouts, in any order, any number of times. Out: for each optimizer step its entries, leased until the
 step is committed; a line per trained rollout, and the state that a checkpoint needs. A rollout is `waiting`, `leased`,
-`committed` (trained, kept until a checkpoint is durable, so that a restarted learner can have it again) or `retired`
-(only its id is remembered). Plain Python, one thread.
+`committed` (trained, and kept for a restarted learner until a checkpoint is durable) or `retired` (only its id is
+kept). Plain Python, one thread.
 
 A rollout's id is its position in the run's start order. The `capacity` earliest untrained ids are accepted, whether
 they have arrived or not: the store is bounded, and the rollout that a step waits for is never refused.
@@ -64,10 +64,10 @@ class Replay:
     """The store. `policy` says which rollouts a step gets:
 
     `fifo`: exactly those of batch == step, sorted by id. Deterministic, staleness bounded by admission.
-    `first_finished`: the first finished of the stage. Faster, leans to short answers, staleness unbounded.
+    `first_finished`: the first finished of the stage. Faster, biased to short completions, staleness unbounded.
 
-    What was trained on is written to `rollouts_file`, a line per rollout, and with the teacher's output to
-    `teacher_output_dir`. With a `buffer` later steps can draw it again.
+    Trained rollouts are written to `rollouts_file`, a line each, and with the teacher's output to `teacher_output_dir`.
+    With a `buffer` later steps can draw them again.
     """
 
     def __init__(
@@ -94,13 +94,13 @@ class Replay:
         self.load_state_dict(EMPTY)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Become what `state_dict` described, whatever was here before."""
+        """Replace the state by one of `state_dict`."""
         rollouts = state["rollouts"] if self._buffer is None else self._buffer.load_state_dict(state)
         # in order of arrival
         self._rollouts: dict[int, Rollout] = {rollout.rollout_id: rollout for rollout in rollouts}
         self._leases: dict[int, _Lease] = {}  # by step
         self._committed: dict[int, tuple[int, ...]] = {done: tuple(ids) for done, ids in state["committed"]}
-        # by step: a rewound step gets the same rollouts
+        # by step; a rewound step gets the same rollouts
         self._again: dict[int, tuple[int, ...]] = {done: tuple(ids) for done, ids in state["again"]}
         self._waiting: set[int] = set(self._rollouts).difference(*self._committed.values())
         self._retired = _Retired(state["retired_below"], state["retired"])
@@ -109,10 +109,8 @@ class Replay:
         self._last_staleness: list[int] = []
 
     def put(self, rollouts: Sequence[Rollout]) -> list[int]:
-        """Take in finished rollouts; return the ids that are new here. Putting one again changes nothing.
-
-        Raises ReplayFull, after taking what fits.
-        """
+        """Store finished rollouts; return the ids that are new. Putting one again changes nothing. Raises ReplayFull,
+        after storing those that fit."""
         self._expire()
         accepted: list[int] = []
         refused: list[int] = []
@@ -132,10 +130,10 @@ class Replay:
         return accepted
 
     def take(self, step: int, num: int, version: int, stage: int) -> list[Entry] | None:
-        """Lease `num` rollouts to a step and return their entries, sorted by id; None when they are not there yet.
+        """Lease `num` rollouts to a step and return their entries, sorted by id; None while some are missing. A
+        repeated call for the same step returns the same rollouts and renews the lease.
 
-        Asked again for the same step, it gives the same rollouts and a new lease. `version` is the learner's weight
-        version; `stats` reports its distance to each rollout's oldest token.
+        `version` is the learner's weight version; `stats` reports its distance to each rollout's oldest token.
         """
         self._expire()
         if step in self._committed:
@@ -151,12 +149,12 @@ class Replay:
         return [entry_of(rollout) for rollout in rollouts]
 
     def draw(self, step: int, num: int, version: int) -> list[Entry]:
-        """`num` rollouts that earlier steps were trained on (`replay.policy: adaptive`)."""
+        """Draw `num` rollouts that earlier steps trained on (`replay.policy: adaptive`)."""
         assert self._buffer is not None, "only replay.policy=adaptive draws"
         return [entry_of(rollout) for rollout in self._buffer.draw(step, num)]
 
     def fetch(self, rollout_ids: Sequence[int]) -> list[Rollout]:
-        """The rollouts themselves, in the order asked for. KeyError for one that is not here."""
+        """Return the rollouts in the order of the ids. Raises KeyError for one that is not stored."""
         if self._buffer is not None and self._buffer.holds(rollout_ids):
             return self._buffer.fetch(rollout_ids)
         missing = [rollout_id for rollout_id in rollout_ids if rollout_id not in self._rollouts]
@@ -165,11 +163,10 @@ class Replay:
         return [self._rollouts[rollout_id] for rollout_id in rollout_ids]
 
     def commit(self, step: int, rollout_ids: Sequence[int]) -> bool:
-        """The step is trained on all that it took: write its lines. A repeated commit changes nothing and
-        answers False.
+        """Mark a step's rollouts as trained and write their lines. A repeated commit changes nothing and returns False.
 
-        It may come after the lease ran out, unless another step was given the rollouts meanwhile (ValueError). It can
-        be repeated where the files could not be written (OSError).
+        It may come after the lease ran out, unless another step got the rollouts in between (ValueError). It can be
+        repeated where the files could not be written (OSError).
         """
         if step < self._durable_step or step in self._committed:
             return False
@@ -194,7 +191,7 @@ class Replay:
         return True
 
     def release_before(self, step: int) -> None:
-        """A checkpoint that begins with `step` is safe: rollouts trained in earlier steps are forgotten."""
+        """Forget rollouts trained before `step`, from which a durable checkpoint goes on."""
         self._durable_step = max(self._durable_step, step)
         for done in [done for done in self._committed if done < step]:
             for rollout_id in self._committed.pop(done):
@@ -205,11 +202,9 @@ class Replay:
             self._buffer.release_before(step)
 
     def rewind(self, step: int, num_started: int) -> bool:
-        """The learner went back to its checkpoint: what was leased to or trained in steps >= `step` waits again.
-
-        Those steps will be given the same rollouts, and the `num_started` started ones still fit, though less is
-        trained now. False when the rollouts of `step` are forgotten already.
-        """
+        """Go back to `step` with the learner: rollouts leased to or trained in steps >= `step` wait again, for the same
+        steps. The `num_started` started ones still fit, though fewer are trained now. Returns False where the rollouts
+        of `step` are forgotten already."""
         if step < self._durable_step:
             return False
         for leased in [leased for leased in self._leases if leased >= step]:
@@ -223,18 +218,18 @@ class Replay:
         return True
 
     def quarantine(self, rollout_ids: Iterable[int]) -> None:
-        """These will never arrive, and are not missing."""
+        """Mark rollouts that will never arrive, so that they are not missing."""
         for rollout_id in rollout_ids:
             if rollout_id not in self._rollouts:
                 self._retired.add(rollout_id)
 
     def missing(self, num_started: int) -> list[int]:
-        """Started ids that never arrived: what a resumed run has to make again."""
+        """Started ids that never arrived, which a resumed run must generate again."""
         ids = range(self._retired.floor, num_started)
         return [i for i in ids if i not in self._rollouts and i not in self._retired]
 
     def save(self, path: Path, step: int) -> None:
-        """Write what a run resumed at `step` needs."""
+        """Write the state that a run resumed at `step` needs."""
         save_replay_state(path, self.state_dict(step))
 
     def save_batch(self, path: Path, rollout_ids: Sequence[int]) -> None:
@@ -242,18 +237,15 @@ class Replay:
         save_rollouts(path, self.fetch(rollout_ids))
 
     def restore(self, path: Path | None, num_started: int) -> list[int]:
-        """Take over what `save` wrote (None: the start); return those of the `num_started` started ids that have to be
-        made again."""
+        """Load what `save` wrote (None: the start). Returns those of the `num_started` started ids that must be
+        generated again."""
         self.load_state_dict(load_replay_state(path) if path else EMPTY)
         self._accepted_below = num_started
         return self.missing(num_started)
 
     def state_dict(self, step: int = 0) -> dict[str, Any]:
-        """All that `load_state_dict` needs: "rollouts" and, in plain JSON values, their states. Leased ones count as
-        waiting.
-
-        A checkpoint that begins with `step` needs nothing that was trained before: it is left out.
-        """
+        """Return the state for `load_state_dict`: "rollouts" and, in plain JSON values, their states. Leased rollouts
+        count as waiting; those trained before `step` are left out."""
         committed = {done: ids for done, ids in self._committed.items() if done >= step}
         retired = _Retired(self._retired.floor, self._retired.above)
         for done, ids in self._committed.items():
@@ -274,7 +266,7 @@ class Replay:
         }
 
     def stats(self) -> dict[str, float]:
-        """Counts, bytes held, the oldest version that still waits, and the staleness of what was taken last."""
+        """Counts, bytes held, the oldest waiting version, and the staleness of the rollouts taken last."""
         self._expire()
         waiting = self._waiting - self._leased()
         stale = self._last_staleness
@@ -290,7 +282,7 @@ class Replay:
         }
 
     def _choose(self, step: int, num: int, stage: int) -> tuple[int, ...] | None:
-        """Sorted ids for a step, or None when too few are there."""
+        """Sorted ids for a step, or None where there are too few."""
         if step in self._again:
             return self._again[step]
         if self._policy == "fifo":

@@ -1,8 +1,8 @@
-"""Rollouts go to disk and come back, without pickle; and one rollout becomes one readable line of rollouts.jsonl.
+"""Writes and reads rollouts without pickle, and formats a rollout as a line of rollouts.jsonl.
 
-In: Rollouts. Out: one safetensors file, in which each field of all rollouts is one flat tensor, signals are grouped by
-width and dtype, and what is not an array stands as JSON in the tensor `records` (a file's header is limited, a tensor
-is not). Every array comes back bit for bit, NaN included.
+In: Rollouts. Out: one safetensors file: each field of all rollouts is one flat tensor, teacher outputs are grouped by
+width and dtype, and values that are not arrays are JSON in the tensor `records` (a file's header is limited, a tensor
+is not). Every array is restored bit for bit, NaN included.
 """
 
 from __future__ import annotations
@@ -41,27 +41,25 @@ CANDIDATE_FIELDS = {
     "student_ids": np.int32,
     "student_logprobs": np.float32,
 }
-"""Arrays [T, K], where rollouts have them; one K in a file."""
+"""Arrays [T, K] of rollouts with `top_logprobs`; one K in a file."""
 
 PLAIN_FIELDS = ("rollout_id", "batch", "stage", "prompt_id", "finish_reason", "approximate", "teacher")
 
 
 def save_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:
-    """Write them whole or not at all."""
+    """Write the file, completely or not at all."""
     _save(path, rollouts, {})
 
 
 def read_column(path: Path, name: str) -> np.ndarray:
-    """One of TOKEN_FIELDS of all rollouts of a file, flat; nothing else is read."""
+    """Read one of TOKEN_FIELDS of all rollouts of a file, flat, and nothing else."""
     with safe_open(path, framework="numpy") as file:
-        column: np.ndarray = file.get_tensor(name)
-    return column
+        return file.get_tensor(name)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """What is not an array of all rollouts of a file; nothing else is read."""
-    records: list[dict[str, Any]] = json.loads(read_column(path, "records").tobytes())["rollouts"]
-    return records
+    """Read the values of all rollouts of a file that are not arrays, and nothing else."""
+    return json.loads(read_column(path, "records").tobytes())["rollouts"]
 
 
 def load_rollouts(path: Path) -> list[Rollout]:
@@ -69,7 +67,7 @@ def load_rollouts(path: Path) -> list[Rollout]:
 
 
 def save_replay_state(path: Path, state: dict[str, Any]) -> None:
-    """What `Replay.state_dict` returns, in one file."""
+    """Write the result of `Replay.state_dict` into one file."""
     _save(path, state["rollouts"], {key: value for key, value in state.items() if key != "rollouts"})
 
 
@@ -81,11 +79,11 @@ def load_replay_state(path: Path) -> dict[str, Any]:
 def rollout_to_row(
     rollout: Rollout, prompt_text: str, decode: Callable[[Sequence[int]], str], step: int | None = None
 ) -> dict[str, Any]:
-    """One line of rollouts.jsonl: who wrote what, and what the rule saw. Strict JSON, NaN is null.
+    """Format a rollout as a line of rollouts.jsonl: strict JSON, NaN is null.
 
     `step` is the optimizer step that trained on it (by default its own batch). `pieces` are the tokens' texts, joined
     the completion; `segments` the runs of tokens with one source; `versions` runs `[weight_version, num_tokens]`;
-    `top_logprobs` each model's most likely tokens (null without `rollout.save_top_logprobs`).
+    `candidates` each model's most likely tokens (null without `rollout.save_top_logprobs`).
     """
     runs = _runs(rollout.sources)
     ends = np.cumsum([0, *(num for _, num in runs)]).tolist()
@@ -118,40 +116,36 @@ def rollout_to_row(
 def append_rows(
     path: Path, rollouts: Sequence[Rollout], decode: Callable[[Sequence[int]], str], step: int | None = None
 ) -> None:
-    """Add a line per rollout to a rollouts.jsonl. Raises OSError; then not one of them was added."""
+    """Append a line per rollout to a rollouts.jsonl. Raises OSError, and then appends none."""
     rows = [rollout_to_row(rollout, decode(rollout.prompt_ids.tolist()), decode, step) for rollout in rollouts]
     append_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _candidates_row(found: TopLogprobs, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
-    """By model: lists [T][up to K] of ids, texts and log-probs; an empty list where its row was never made."""
-    sides = {
-        "teacher": (found.teacher_ids, found.teacher_logprobs),
-        "student": (found.student_ids, found.student_logprobs),
-    }
+def _candidates_row(top: TopLogprobs, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
+    """By model: lists [T][up to K] of ids, texts and logprobs; an empty list where a position has no row."""
+    sides = {"teacher": (top.teacher_ids, top.teacher_logprobs), "student": (top.student_ids, top.student_logprobs)}
     names = {i: decode([i]) for ids, _ in sides.values() for i in np.unique(ids[ids >= 0]).tolist()}
     return {
         side: {
             "ids": [row[row >= 0] for row in ids],
             "texts": [[names[i] for i in row if i >= 0] for row in ids.tolist()],
-            "logprobs": [_rounded(row[own >= 0], 4) for own, row in zip(ids, logprobs, strict=True)],
+            "logprobs": [_rounded(row[kept >= 0], 4) for kept, row in zip(ids, logprobs, strict=True)],
         }
         for side, (ids, logprobs) in sides.items()
     }
 
 
 def texts_between(token_ids: Sequence[int], ends: Iterable[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
-    """The text of each run of tokens that ends before ends[i]; joined they are the text of all.
+    """The text of each run of tokens that ends before ends[i]; joined they are the text of all tokens.
 
-    Tokens cannot be decoded one run at a time: a character may lie across two of them, and some tokenizers drop the
-    space in front of the first. So each run is what it adds to the run before; a half character waits for the next.
+    Runs cannot be decoded one by one: a character may span two of them, and some tokenizers drop the space before the
+    first token. So a run's text is what it adds to the run before; an incomplete character is part of the next run.
     """
     texts: list[str] = []
     start = read = 0
-    last = len(token_ids)
     for end in ends:
         before, text = decode(token_ids[start:read]), decode(token_ids[start:end])
-        if text.endswith("\ufffd") and end < last:
+        if text.endswith("\ufffd") and end < len(token_ids):
             texts.append("")
             continue
         texts.append(text[len(before) :])
@@ -166,16 +160,16 @@ def _save(path: Path, rollouts: Sequence[Rollout], rest: dict[str, Any]) -> None
         "prompt_ids": _flat([rollout.prompt_ids for rollout in rollouts], np.int32),
         **{name: _flat([getattr(r, name) for r in rollouts], dtype) for name, dtype in TOKEN_FIELDS.items()},
     }
-    seen = [rollout.top_logprobs for rollout in rollouts if rollout.top_logprobs is not None]
-    for name, dtype in CANDIDATE_FIELDS.items() if seen else ():
-        tensors[f"candidates.{name}"] = np.concatenate([getattr(one, name).astype(dtype, copy=False) for one in seen])
+    tops = [rollout.top_logprobs for rollout in rollouts if rollout.top_logprobs is not None]
+    for name, dtype in CANDIDATE_FIELDS.items() if tops else ():
+        tensors[f"candidates.{name}"] = np.concatenate([getattr(top, name).astype(dtype, copy=False) for top in tops])
     groups: dict[str, list[TeacherOutput]] = {}
     for rollout in rollouts:
         if rollout.teacher_output is not None:
             groups.setdefault(_group(rollout.teacher_output), []).append(rollout.teacher_output)
-    for name, teacher_outputs in groups.items():
-        tensors[f"values.{name}"] = np.concatenate([teacher_output.rows.values for teacher_output in teacher_outputs])
-        tensors[f"lengths.{name}"] = np.concatenate([teacher_output.rows.lengths for teacher_output in teacher_outputs])
+    for name, outputs in groups.items():
+        tensors[f"values.{name}"] = np.concatenate([output.rows.values for output in outputs])
+        tensors[f"lengths.{name}"] = np.concatenate([output.rows.lengths for output in outputs])
     write_atomic(path, lambda beside: save_file(tensors, beside, metadata=FORMAT))
 
 
@@ -183,13 +177,13 @@ def _load(path: Path) -> tuple[list[Rollout], dict[str, Any]]:
     tensors = load_file(path)
     if "records" not in tensors:
         raise ValueError(f"{path} holds no rollouts of this program (no tensor `records`)")
-    told = json.loads(tensors["records"].tobytes())
-    records = told["rollouts"]
+    content = json.loads(tensors["records"].tobytes())
+    records = content["rollouts"]
     prompts = _split(tensors["prompt_ids"], [record["prompt_length"] for record in records])
     lengths = [record["length"] for record in records]
     columns: dict[str, list[Any]] = {name: _split(tensors[name], lengths) for name in TOKEN_FIELDS}
     teacher_outputs = _split_teacher_outputs(tensors, records)
-    seen = _split_candidates(tensors, records)
+    tops = _split_candidates(tensors, records)
     rollouts = [
         Rollout(
             **{name: record[name] for name in PLAIN_FIELDS},
@@ -198,11 +192,11 @@ def _load(path: Path) -> tuple[list[Rollout], dict[str, Any]]:
             **{name: column[i] for name, column in columns.items()},
             teacher_output=teacher_outputs[i],
             stats=RolloutStats(**record["stats"]),
-            top_logprobs=seen[i],
+            top_logprobs=tops[i],
         )
         for i, record in enumerate(records)
     ]
-    return rollouts, told["rest"]
+    return rollouts, content["rest"]
 
 
 def _split_candidates(tensors: dict[str, np.ndarray], records: list[dict[str, Any]]) -> list[TopLogprobs | None]:
@@ -217,6 +211,10 @@ def _split_candidates(tensors: dict[str, np.ndarray], records: list[dict[str, An
 
 
 def _record(rollout: Rollout) -> dict[str, Any]:
+    stored: dict[str, Any] | None = None
+    if (output := rollout.teacher_output) is not None:
+        sizes = {"num_rows": len(output.rows.values), "num_lengths": len(output.rows.lengths)}
+        stored = {"group": _group(output), "kind": output.kind, "dtype": output.dtype, **sizes}
     return {
         **{name: getattr(rollout, name) for name in PLAIN_FIELDS},
         "origin": int(rollout.completion_source),
@@ -224,25 +222,21 @@ def _record(rollout: Rollout) -> dict[str, Any]:
         "prompt_length": len(rollout.prompt_ids),
         "length": rollout.num_tokens,
         "candidates": rollout.top_logprobs is not None,
-        "teacher_output": None if rollout.teacher_output is None else _teacher_output_record(rollout.teacher_output),
+        "teacher_output": stored,
     }
 
 
-def _teacher_output_record(teacher_output: TeacherOutput) -> dict[str, Any]:
-    sizes = {"num_rows": len(teacher_output.rows.values), "num_lengths": len(teacher_output.rows.lengths)}
-    return {"group": _group(teacher_output), "kind": teacher_output.kind, "dtype": teacher_output.dtype, **sizes}
-
-
 def _group(teacher_output: TeacherOutput) -> str:
-    """Signals of one group fit into one tensor, such as `uint16x576`."""
-    return f"{teacher_output.rows.values.dtype.name}x{'x'.join(map(str, teacher_output.rows.values.shape[1:]))}"
+    """Name of the tensor that the output's rows fit into, such as `uint16x576`."""
+    values = teacher_output.rows.values
+    return f"{values.dtype.name}x{'x'.join(map(str, values.shape[1:]))}"
 
 
 def _split_teacher_outputs(tensors: dict[str, np.ndarray], records: list[dict[str, Any]]) -> list[TeacherOutput | None]:
     teacher_outputs: list[TeacherOutput | None] = [None] * len(records)
-    told = [(i, record["teacher_output"]) for i, record in enumerate(records) if record["teacher_output"]]
-    for group in sorted({one["group"] for _, one in told}):
-        members = [(i, one) for i, one in told if one["group"] == group]
+    present = [(i, record["teacher_output"]) for i, record in enumerate(records) if record["teacher_output"]]
+    for group in sorted({one["group"] for _, one in present}):
+        members = [(i, one) for i, one in present if one["group"] == group]
         values = _split(tensors[f"values.{group}"], [one["num_rows"] for _, one in members])
         lengths = _split(tensors[f"lengths.{group}"], [one["num_lengths"] for _, one in members])
         for (i, one), rows, counts in zip(members, values, lengths, strict=True):
@@ -255,7 +249,7 @@ def _flat(arrays: list[np.ndarray], dtype: Any) -> np.ndarray:
 
 
 def _split(flat: np.ndarray, lengths: list[int]) -> list[np.ndarray]:
-    """Copies, not views: one rollout must not keep all others in memory."""
+    """Split into copies, not views: one rollout must not keep all others in memory."""
     return [part.copy() for part in Ragged(flat, np.array(lengths, np.int64)).split()]
 
 
@@ -265,21 +259,18 @@ def _runs(values: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _rounded(values: np.ndarray, digits: int = 6) -> list[float]:
-    """Six digits: what float32 holds, without the tail that float64 shows."""
+    """Round to six digits, the precision of float32."""
     return [float(f"{value:.{digits}g}") for value in values.tolist()]
 
 
-_NUMBERS = {"int": "int64", "float": "float64"}
-
-
 def rollout_features() -> Any:
-    """`datasets.Features` of the lines that `rollout_io.rollout_to_row` makes."""
+    """Return the `datasets.Features` of the lines of `rollout_to_row`."""
     from datasets import Features, List, Value  # seconds to import
 
     integer, number, text, flag = (Value(kind) for kind in ("int64", "float64", "string", "bool"))
     side = {"ids": List(List(integer)), "texts": List(List(text)), "logprobs": List(List(number))}
-    stats = {one.name: Value(_NUMBERS[kind]) if (kind := str(one.type)) in _NUMBERS else List(integer)
-             for one in fields(RolloutStats)}  # fmt: skip
+    kinds = {"int": integer, "float": number}
+    stats = {one.name: kinds.get(str(one.type), List(integer)) for one in fields(RolloutStats)}
     return Features(
         {
             "step": integer, "rollout_id": integer, "batch": integer, "stage": integer, "prompt_id": text,
@@ -296,7 +287,7 @@ _SHARD = re.compile(r"step-(\d{8})\.safetensors")
 
 
 def shard(teacher_output_dir: Path, step: int) -> Path:
-    """Where the rollouts that a step trained on are kept; its folder is made."""
+    """Path of the file with the rollouts that a step trained on; makes its folder."""
     teacher_output_dir.mkdir(parents=True, exist_ok=True)
     return teacher_output_dir / f"step-{step:08d}.safetensors"
 
@@ -306,10 +297,10 @@ def find_shards(run_dir: Path) -> list[tuple[int, Path]]:
     if not run_dir.is_dir():
         raise ConfigError(f"--from-rollouts {run_dir}: there is no such folder; give the folder of a run")
     named = [(_SHARD.fullmatch(path.name), path) for path in (run_dir / TEACHER_OUTPUT).glob("step-*.safetensors")]
-    found = sorted((int(name[1]), path) for name, path in named if name)
-    if not found:
+    shards = sorted((int(name[1]), path) for name, path in named if name)
+    if not shards:
         raise ConfigError(
-            f"--from-rollouts {run_dir}: it has no {TEACHER_OUTPUT}/ with the teacher's signal; run it with "
+            f"--from-rollouts {run_dir}: it has no {TEACHER_OUTPUT}/ with the teacher's output; run it with "
             "rollout.save_teacher_output=true"
         )
-    return found
+    return shards
