@@ -1,4 +1,5 @@
-"""The same runs on Ray: any number of processes, some of them killed, write the rollouts that one process writes."""
+"""Runs as jobs: they join a cluster or start one, are submitted to one, are refused by one that is too small, and are
+resumed after their driver was killed. Fake models."""
 
 from __future__ import annotations
 
@@ -11,192 +12,36 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import (
-    BASE,
-    NUM_ROLLOUTS,
-    STAGES,
-    SWITCH,
-    config,
-    config_file,
-    descendants,
-    distance,
-    lines,
-    linked,
-    processes,
-    rollouts,
-    seconds_beyond,
-    small_ray,
-    steps,
-)
+import runs
+from faults import FaultInjector, actors, same_losses, same_rollouts, wait_until
+from runs import BASE, STAGES, descendants, distance, lines, processes, seconds_beyond, steps
 
 from switchkd.config.errors import ConfigError
 from switchkd.controller.metrics import MetricsLog
-from switchkd.controller.summary import Summary
 from switchkd.train import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
+config, config_file = partial(runs.config, fake=True), partial(runs.config_file, fake=True)
 EVAL = {"data": "./data.jsonl", "num_prompts": 6, "max_new_tokens": 12}
 ON_RAY = {"dir": "run", "mode": "ray"}
-TWO_OF_ALL = {
-    "rollout": {"num_workers": 2, "batch_size": 4, "max_new_tokens": 12},
-    "teacher": {"path": "teacher", "replicas": 2},
-    "learner": {"lr": 1e-3, "num_ranks": 2},
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    with small_ray(8, num_gpus=2) as folder:  # for Ray's books only: nobody asks what these GPUs can do
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def alone(models) -> tuple[Path, Summary]:
-    """The run without Ray that the others are held against."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(models)
-        summary = train(config(models, STAGES, name="alone.yaml", run={"dir": "alone"}, eval=EVAL))
-    return models / "alone", summary
 
 
 @pytest.fixture
-def place(models, tmp_path, monkeypatch) -> Path:
-    """A working directory of one's own with the models in it."""
-    monkeypatch.chdir(tmp_path)
-    return linked(models, tmp_path)
+def place(fake_place) -> Path:
+    return fake_place
 
 
-def actors(role: str = r"\w+Actor") -> list[int]:
-    """Process ids of our own actors of a role. Ray names them `ray::RolloutActor`, with the method that runs."""
-    return sorted(pid for pid, name in descendants(os.getpid()).items() if re.match(f"ray::{role}", name))
-
-
-def kill(role: str) -> None:
-    os.kill(actors(role)[0], signal.SIGKILL)
-
-
-class Murder:
-    """Kills at set moments: just after tasks of a batch were given out, or an examination began; each once. The only
-    teacher dies while a worker waits for its answer about a block: `in_flight`."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, *, at_batch: dict[int, str], at_examination: int | None) -> None:
-        from switchkd.actors.worker_pool import RayWorkerHandle
-
-        self.at_batch, self.at_examination = dict(at_batch), at_examination
-        self.generate, self.evaluate = RayWorkerHandle.generate, RayWorkerHandle.evaluate
-        self.victims: list[str] = []
-        self.in_flight: list[str] = []  # where the asker stood
-        patch.setattr(
-            RayWorkerHandle, "generate", lambda worker, tasks, weights: self._generate(worker, tasks, weights)
-        )
-        patch.setattr(RayWorkerHandle, "evaluate", lambda worker, *args: self._evaluate(worker, *args))
-
-    def _generate(self, worker: Any, tasks: Any, weights: Any) -> Any:
-        future = self.generate(worker, tasks, weights)
-        self._strike(self.at_batch.pop(tasks[0].batch, ""), worker)
-        return future
-
-    def _evaluate(self, worker: Any, shard: Any, weights: Any) -> Any:
-        future = self.evaluate(worker, shard, weights)
-        if self.at_examination == (weights.version if weights else 0):
-            self.at_examination = None
-            self._strike("RolloutActor", worker)
-        return future
-
-    def _strike(self, role: str, worker: Any) -> None:
-        if not role:
-            return
-        if role == "TeacherActor" and len(actors(role)) == 1:
-            self.in_flight.append(stopped_within_a_block(worker))
-        else:
-            time.sleep(0.05)  # let it begin
-        kill(role)
-        self.victims.append(role)
-
-
-def stopped_within_a_block(worker: Any) -> str:
-    """The only teacher stands still, and the worker waits for its answer about a block: where."""
-    import ray
-
-    (teacher,) = actors("TeacherActor")
-    os.kill(teacher, signal.SIGSTOP)
-    deadline = time.monotonic() + 60
-    while "_ask_once" not in (where := ray.get(worker.actor.heartbeat.remote())[1]):
-        assert time.monotonic() < deadline, f"no block was asked about; the worker stands at {where!r}"
-        if "teacher_router.py" in where:  # it opens sessions, or the like: let that be done
-            os.kill(teacher, signal.SIGCONT)
-            time.sleep(0.01)
-            os.kill(teacher, signal.SIGSTOP)
-    return where
-
-
-def hear_at_once(patch: pytest.MonkeyPatch) -> None:
-    """What the teachers' pool tells is waited for after every step; else the last steps may be over before."""
-    from switchkd.actors.shared_teacher import TeacherPoolHandle
-
-    events = TeacherPoolHandle.events
-
-    def heard(pool: Any) -> list[str]:
-        import ray
-
-        pool._events = pool._events or pool.actor.events.remote(pool._cursor)
-        ray.wait([pool._events], timeout=60)
-        return events(pool)
-
-    patch.setattr(TeacherPoolHandle, "events", heard)
-
-
-def same_rollouts(run: Path, other: Path) -> None:
-    ours, theirs = rollouts(run), rollouts(other)
-    assert sorted(ours) == sorted(theirs) == list(range(NUM_ROLLOUTS))
-    assert [i for i in ours if ours[i] != theirs[i]] == []
-
-
-def same_numbers(run: Path, other: Path, tolerance: float) -> None:
-    losses = [[row["loss/total"] for row in steps(folder)] for folder in (run, other)]
-    assert losses[0] == pytest.approx(losses[1], abs=tolerance)
-
-
-def test_one_of_each_and_all_of_them_die(cluster, alone, place, monkeypatch, notes):
-    """With one worker, one teacher and one rank the run equals the one without Ray, its losses and evaluations too,
-    though its worker is killed while it writes and while it is examined, and its only teacher while a call about a
-    block waits for its answer. The user is told of each death."""
-    hear_at_once(monkeypatch)
-    murder = Murder(monkeypatch, at_batch={4: "RolloutActor", 5: "TeacherActor"}, at_examination=3)
-    summary = train(config(place, STAGES, run=ON_RAY, eval=EVAL))
-    assert sorted(murder.victims) == ["RolloutActor", "RolloutActor", "TeacherActor"]
-    assert summary.finished and "waits for a teacher" in murder.in_flight[0]
-    wait_until(lambda: not actors(), "the run left actors behind")
-    assert [note for note in notes if " died" in note] == [
-        "a rollout worker died; the evaluation begins again",
-        "rollout worker 0 died; its 4 rollouts are written again, each alone",
-        "teacher replica 0 died and is started again",
-    ]
-    assert "teacher replica 0 works" in notes
-    same_rollouts(place / "run", alone[0])
-    assert steps(place / "run")[0]["loss/total"] == steps(alone[0])[0]["loss/total"]
-    same_numbers(place / "run", alone[0], 1e-5)
-    assert distance(place / "run" / "student", alone[0] / "student") < 1e-4
-    for (name, ours), (same, theirs) in zip(summary.stage_scores, alone[1].stage_scores, strict=True):
-        assert name == same and ours == pytest.approx(theirs, abs=1e-4)
-
-
-def test_two_of_each_and_one_of_them_dies(cluster, alone, place, monkeypatch, notes):
-    """Two workers, two teachers and two ranks write the same rollouts and compute the same losses, though a worker and
-    a teacher are killed at their work."""
-    murder = Murder(monkeypatch, at_batch={4: "TeacherActor", 6: "RolloutActor"}, at_examination=None)
-    summary = train(config(place, STAGES, run=ON_RAY, **TWO_OF_ALL))
-    assert murder.victims == ["TeacherActor", "RolloutActor"] and summary.finished
-    assert [note for note in notes if re.match(r"rollout worker \d died; its 2 rollouts are written again", note)]
-    same_rollouts(place / "run", alone[0])
-    same_numbers(place / "run", alone[0], 1e-5)
+@pytest.fixture
+def alone(fake_alone) -> Path:
+    return fake_alone
 
 
 def test_shares_of_gpus(cluster, alone, place, monkeypatch):
@@ -220,42 +65,7 @@ def test_shares_of_gpus(cluster, alone, place, monkeypatch):
     train(config(place, STAGES, run=ON_RAY, cluster={"address": "auto"}, resources=taken, **two))
     assert set(free) == {2 - 2 * 0.5 - 2 * 0.25 - 0.125}
     wait_until(lambda: ray.available_resources().get("GPU") == 2, "the GPUs were not given back")
-    same_rollouts(place / "run", alone[0])
-
-
-OWN_RULE = """
-import os
-from switchkd.algo import switching
-
-
-def guarded():
-    '''Fails in a process that was not given the token.'''
-    in_actor = "RAY_JOB_ID" in os.environ
-    assert not in_actor or os.environ.get("HF_TOKEN", "").startswith("hf_"), "no token here"
-    return switching.jsd_threshold(half_life=6)
-"""
-
-
-def test_stale_weights_and_a_secret(cluster, place, monkeypatch):
-    """With max_staleness 1 and weights taken in mid-rollout the run ends, no token ever older than one version. Its
-    actors know HF_TOKEN, which Ray was started without (and say why they cannot start without it), and no file of the
-    run or of Ray's logs holds it."""
-    token = "hf_" + "abcDEF0123456789" * 2
-    assert "HF_TOKEN" not in os.environ
-    (place / "my_rule.py").write_text(OWN_RULE)
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    writers = {"num_workers": 2, "batch_size": 4, "max_new_tokens": 12, "on_new_weights": "reprefill"}
-    stage = {**SWITCH, "steps": 6, "mix": {"rollout": 1}, "rule": {"type": "my_rule:guarded"}}
-    with pytest.raises(RuntimeError, match="an actor could not start: AssertionError: no token here"):
-        train(config(place, [stage], run={**ON_RAY, "dir": "without"}))
-    wait_until(lambda: not actors(), "the failed run left actors behind")
-    monkeypatch.setenv("HF_TOKEN", token)
-    assert train(config(place, [stage], run=ON_RAY, rollout=writers, replay={"max_staleness": 1})).finished
-    ages = [row["replay/staleness_max"] for row in steps(place / "run")]
-    assert max(ages) == 1 and sorted(rollouts(place / "run")) == list(range(24))
-    files = [path for folder in (place / "run", Path(cluster)) for path in folder.rglob("*") if path.is_file()]
-    assert any("logs" in path.parts for path in files) and len(files) > 20
-    assert [path for path in files if token.encode() in path.read_bytes()] == []
+    same_rollouts(place / "run", alone)
 
 
 def test_kill_everything_and_resume(cluster, alone, place, monkeypatch, done_at):
@@ -274,13 +84,13 @@ def test_kill_everything_and_resume(cluster, alone, place, monkeypatch, done_at)
     wait_until(lambda: not seen.keys() & processes().keys(), "processes outlived their driver")
     assert [row["step"] for row in steps(place / "run")] == [0, 1, 2, 3, 4]
     with monkeypatch.context() as patch:
-        murder = Murder(patch, at_batch={8: "LearnerActor"}, at_examination=None)
+        injector = FaultInjector(patch, {8: "LearnerActor"})
         assert train(config(place, STAGES, run=ON_RAY), resume=True).finished
     print("a step beyond, after the driver's death:", seconds_beyond(4, died, done_at))
-    assert murder.victims == ["LearnerActor"]
-    same_rollouts(place / "run", alone[0])
-    same_numbers(place / "run", alone[0], 0)
-    assert distance(place / "run" / "student", alone[0] / "student") == 0
+    assert injector.victims == ["LearnerActor"]
+    same_rollouts(place / "run", alone)
+    same_losses(place / "run", alone, 0)
+    assert distance(place / "run" / "student", alone / "student") == 0
     assert [row["step"] for row in lines(place / "run" / "lost" / "metrics.jsonl")] == [3, 4, 6, 7]
 
 
@@ -304,8 +114,8 @@ def test_the_driver_dies_on_a_joined_cluster(cluster, alone, place, done_at):
     print(f"its actors were gone after {time.time() - died:.1f} s")
     assert train(config(place, STAGES, run=ON_RAY, cluster={"address": address}), resume=True).finished
     print("a step beyond, after the driver's death:", seconds_beyond(4, died, done_at))
-    same_rollouts(place / "run", alone[0])
-    assert distance(place / "run" / "student", alone[0] / "student") == 0
+    same_rollouts(place / "run", alone)
+    assert distance(place / "run" / "student", alone / "student") == 0
     assert [row["step"] for row in lines(place / "run" / "lost" / "metrics.jsonl")] == [3, 4]
 
 
@@ -410,9 +220,9 @@ def test_submitted_job(head, alone, place, tmp_path_factory):
     done = subprocess.run(command, cwd=job, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert all(f"step {step}/10  " in done.stdout for step in range(1, 11)) and f"student: {run}/student" in done.stdout
-    assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in alone[0].iterdir())
-    same_rollouts(run, alone[0])
-    same_numbers(run, alone[0], 1e-5)
+    assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in alone.iterdir())
+    same_rollouts(run, alone)
+    same_losses(run, alone, 1e-5)
 
 
 def ray_command() -> str:
@@ -432,13 +242,6 @@ def free_ports(num: int) -> list[int]:
 def answers(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def wait_until(true: Callable[[], bool], otherwise: str, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, otherwise
-        time.sleep(0.2)
 
 
 NOBODY = """

@@ -1,0 +1,175 @@
+"""Real engines on Ray: the rollouts, losses and students of one process, whatever number of processes, though some are
+killed. What needs no model is held by fake ones (test_pools.py, test_faults.py, test_jobs.py)."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from faults import FaultInjector, actors, report_at_once, same_losses, same_rollouts, wait_until
+from runs import STAGES, SWITCH, config, distance, lines, rollouts, steps
+from test_broken_prompts import break_rollouts
+
+from switchkd.controller.summary import Summary
+from switchkd.train import train
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+EVAL = {"data": "./data.jsonl", "num_prompts": 6, "max_new_tokens": 12}
+ON_RAY = {"dir": "run", "mode": "ray"}
+
+
+@pytest.fixture(scope="module")
+def alone(models) -> tuple[Path, Summary]:
+    """The run without Ray that the others are held against."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(models)
+        summary = train(config(models, STAGES, name="alone.yaml", run={"dir": "alone"}, eval=EVAL))
+    return models / "alone", summary
+
+
+def test_one_of_each_and_all_of_them_die(cluster, alone, place, monkeypatch, notes):
+    """With one worker, one teacher and one rank the run equals the one without Ray, its losses and evaluations too,
+    though its worker is killed while it writes and while it evaluates, and its only teacher while a call about a
+    block waits for its answer. The user is told of each death."""
+    report_at_once(monkeypatch)
+    injector = FaultInjector(monkeypatch, {4: "RolloutActor", 5: "TeacherActor"}, at_evaluation=3)
+    summary = train(config(place, STAGES, run=ON_RAY, eval=EVAL))
+    assert sorted(injector.victims) == ["RolloutActor", "RolloutActor", "TeacherActor"]
+    assert summary.finished and "waits for a teacher" in injector.in_flight[0]
+    wait_until(lambda: not actors(), "the run left actors behind")
+    assert [note for note in notes if " died" in note] == [
+        "a rollout worker died; the evaluation begins again",
+        "rollout worker 0 died; its 4 rollouts are written again, each alone",
+        "teacher replica 0 died and is started again",
+    ]
+    assert "teacher replica 0 works" in notes
+    same_rollouts(place / "run", alone[0])
+    assert steps(place / "run")[0]["loss/total"] == steps(alone[0])[0]["loss/total"]
+    same_losses(place / "run", alone[0], 1e-5)
+    assert distance(place / "run" / "student", alone[0] / "student") < 1e-4
+    for (name, ours), (same, theirs) in zip(summary.stage_scores, alone[1].stage_scores, strict=True):
+        assert name == same and ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_two_of_each_and_one_of_them_dies(cluster, place, monkeypatch, notes):
+    """Two teachers (one of two replicas), two workers and two ranks write the same rollouts and compute the same losses
+    as one process, though a replica, a worker and a rank are killed at their work."""
+    rows = [json.loads(line) for line in (place / "data.jsonl").read_text().splitlines()]
+    named = [{**row, "source": ("near", "far")[i % 2]} for i, row in enumerate(rows)]
+    (place / "named.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
+    data = {"path": "./named.jsonl", "max_prompt_tokens": 64, "max_reference_tokens": 32, "teacher_field": "source"}
+    teachers = {"near": {"path": "teacher"}, "far": {"path": "student"}}
+    train(config(place, STAGES, run={"dir": "one"}, teachers=teachers, data=data))
+    injector = FaultInjector(monkeypatch, {4: "TeacherActor", 6: "RolloutActor", 8: "LearnerActor"})
+    two = {
+        "rollout": {"num_workers": 2, "batch_size": 4, "max_new_tokens": 12},
+        "teachers": {**teachers, "near": {"path": "teacher", "replicas": 2}},
+        "learner": {"lr": 1e-3, "num_ranks": 2},
+        "cluster": {"address": "auto"},
+    }
+    summary = train(config(place, STAGES, run=ON_RAY, data=data, **two))
+    assert injector.victims == ["TeacherActor", "RolloutActor", "LearnerActor"] and summary.finished
+    assert [note for note in notes if re.match(r"rollout worker \d died; its 2 rollouts are written again", note)]
+    assert "a learner rank died; going back to the last checkpoint (restart 1 of 8)" in notes
+    same_rollouts(place / "run", place / "one")
+    same_losses(place / "run", place / "one", 1e-5)
+    assert distance(place / "run" / "student", place / "one" / "student") < 1e-4
+
+
+DEADLY = """
+import os
+import numpy as np
+from switchkd.algo import switching
+
+KILLS, BREAKS, BREAKS_THE_TEACHER = 6, 9, 13
+
+
+def rule():
+    if "RAY_JOB_ID" in os.environ:
+        arm()
+    return switching.jsd_threshold(half_life=6)
+
+
+def arm():
+    from switchkd.actors.teacher_router import SESSION_BITS, TeacherRouter
+    from switchkd.rollout.state import RolloutState
+
+    start, place = RolloutState.start, TeacherRouter._open_somewhere
+
+    def started(task, params, slot):
+        if task.rollout_id == KILLS:
+            os._exit(1)
+        if task.rollout_id == BREAKS:
+            raise ValueError("no rule for this prompt")
+        return start(task, params, slot)
+
+    def placed(self, sessions):
+        empty = np.zeros(0, np.int32)
+        return place(self, {i: empty if i == BREAKS_THE_TEACHER else ids for i, ids in sessions.items()})
+
+    RolloutState.start = staticmethod(started)
+    TeacherRouter._open_somewhere = placed
+"""
+"""A rule that is the user's own code, and what it may do to a process: end it, or raise; the last one sends a session
+without tokens, at which the teacher raises."""
+
+
+def test_prompts_that_break_and_kill(cluster, place, monkeypatch, notes):
+    """A prompt that ends its worker's process, one its rule and one its teacher raise at are quarantined with
+    their reasons; the others are written and trained on as in a run without Ray where those could not be written."""
+    stage = {**SWITCH, "steps": 4, "mix": {"rollout": 1}}
+    broken = {"path": "./data.jsonl", "max_prompt_tokens": 64, "max_reference_tokens": 32, "max_quarantined_frac": 0.2}
+    with monkeypatch.context() as patch:
+        break_rollouts(patch, {6, 9, 13})
+        train(config(place, [stage], run={"dir": "sound"}, data=broken))
+    (place / "deadly.py").write_text(DEADLY)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    summary = train(config(place, [{**stage, "rule": {"type": "deadly:rule"}}], run=ON_RAY, data=broken))
+    assert summary.finished
+    told = {row["rollout_id"]: row["reason"] for row in lines(place / "run" / "quarantined.jsonl")}
+    assert told[6].startswith("WorkerLost")
+    assert told[9] == "ValueError: no rule for this prompt"
+    assert "ValueError: session 13 has 0 tokens" in told[13] and len(told) == 3
+    assert notes.count("rollout worker 0 died; its 4 rollouts are written again, each alone") == 1
+    assert any(re.match("warning: rollout 6 is quarantined: its prompt .* fails", note) for note in notes)
+    assert rollouts(place / "run") == rollouts(place / "sound") and len(rollouts(place / "run")) == 13
+    assert distance(place / "run" / "student", place / "sound" / "student") < 1e-4
+
+
+OWN_RULE = """
+import os
+from switchkd.algo import switching
+
+
+def guarded():
+    '''Fails in a process that was not given the token.'''
+    in_actor = "RAY_JOB_ID" in os.environ
+    assert not in_actor or os.environ.get("HF_TOKEN", "").startswith("hf_"), "no token here"
+    return switching.jsd_threshold(half_life=6)
+"""
+
+
+def test_stale_weights_and_a_secret(cluster, place, monkeypatch):
+    """With max_staleness 1 and weights taken in mid-rollout the run ends, no token ever older than one version. Its
+    actors know HF_TOKEN, which Ray was started without (and say why they cannot start without it), and no file of the
+    run or of Ray's logs holds it."""
+    token = "hf_" + "abcDEF0123456789" * 2
+    assert "HF_TOKEN" not in os.environ
+    (place / "my_rule.py").write_text(OWN_RULE)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    writers = {"num_workers": 2, "batch_size": 4, "max_new_tokens": 12, "on_new_weights": "reprefill"}
+    stage = {**SWITCH, "steps": 6, "mix": {"rollout": 1}, "rule": {"type": "my_rule:guarded"}}
+    with pytest.raises(RuntimeError, match="an actor could not start: AssertionError: no token here"):
+        train(config(place, [stage], run={**ON_RAY, "dir": "without"}))
+    wait_until(lambda: not actors(), "the failed run left actors behind")
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert train(config(place, [stage], run=ON_RAY, rollout=writers, replay={"max_staleness": 1})).finished
+    ages = [row["replay/staleness_max"] for row in steps(place / "run")]
+    assert max(ages) == 1 and sorted(rollouts(place / "run")) == list(range(24))
+    files = [path for folder in (place / "run", Path(cluster.folder)) for path in folder.rglob("*") if path.is_file()]
+    assert any("logs" in path.parts for path in files) and len(files) > 20
+    assert [path for path in files if token.encode() in path.read_bytes()] == []
