@@ -1,4 +1,4 @@
-"""The traceback of an error that the user did not cause, written into the run's folder.
+"""Writes the traceback of an error that the user did not cause into the run's folder.
 
 In: a run folder and the block that may fail. Out: `logs/error-TIME.txt`, and a `Failed` of one line that names it.
 """
@@ -16,7 +16,7 @@ from switchkd.config.errors import ConfigError, with_type
 
 
 class Failed(Exception):
-    """An error that the user did not cause. Its text says what broke and where the traceback is."""
+    """An error that the user did not cause. Its text names what broke and the file with the traceback."""
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""The config of `switchkd eval`.
+"""Makes the config of `switchkd eval`.
 
-In: a model folder, hub name or run folder, and options. Out: a checked Config whose student is that model. A run folder
-brings its own config; options and overrides win over it.
+In: a model folder, hub name or run folder, and options. Out: a checked Config whose student is that model. Options and
+overrides take precedence over the config of a run folder.
 """
 
 from __future__ import annotations
@@ -29,10 +29,7 @@ def eval_config(
     config: Path | None = None,
     overrides: Sequence[str] = (),
 ) -> Config:
-    """The config to evaluate `model` with. Raises ConfigError.
-
-    Without a teacher (neither option nor config) only the metrics that need none are taken.
-    """
+    """Return the config; without a teacher (option or config) with the metrics that need none. Raises ConfigError."""
     folder = Path(model).expanduser()
     is_run = (folder / "config.yaml").is_file() and not (folder / "config.json").is_file()
     file = config or (folder / "config.yaml" if is_run else None)
@@ -50,7 +47,7 @@ def eval_config(
         raw["eval"]["data"] = str(Path(data).expanduser().resolve()) if Path(data).expanduser().exists() else data
     if not raw["eval"]["data"]:
         raise ConfigError("eval needs data; give --data FILE, or eval.data=FILE")
-    raw["data"] |= {"path": raw["eval"]["data"], "split": raw["eval"]["split"]}  # nothing else is read
+    raw["data"] |= {"path": raw["eval"]["data"], "split": raw["eval"]["split"]}  # no other data is read
     raw["eval"]["metrics"] = _metrics(metrics, raw["eval"]["metrics"], compared)
     return parse(raw)
 
@@ -58,9 +55,9 @@ def eval_config(
 def _metrics(requested: Sequence[str] | None, default: Sequence[str], compared: bool) -> list[str]:
     if requested is None:
         return [name for name in default if compared or name not in WITH_TEACHER]
-    alone = [name for name in requested if name in WITH_TEACHER]
-    if alone and not compared:
-        raise ConfigError(f"--metric {alone[0]} compares with a teacher; give --teacher MODEL")
+    with_teacher = [name for name in requested if name in WITH_TEACHER]
+    if with_teacher and not compared:
+        raise ConfigError(f"--metric {with_teacher[0]} compares with a teacher; give --teacher MODEL")
     return list(requested)
 
 

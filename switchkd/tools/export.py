@@ -1,7 +1,6 @@
 """`switchkd export`: find a run's student, copy it, push it to the model hub.
 
-In: a run folder and what to do with its student. Out: the path of an ordinary transformers folder. The hub's token is
-read from $HF_TOKEN and goes nowhere else.
+In: a run folder, and where its student goes. Out: the path of a transformers folder. $HF_TOKEN goes to the hub only.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from switchkd.engines.models.sources import new_folder
 
 
 def export_run(run_dir: Path, *, step: int | None = None, out: Path | None = None, push: str | None = None) -> Path:
-    """The student of a run (`student/`, or that of checkpoint `step`), copied to `out` and pushed to the hub repository
-    `push` where given. Returns the folder. Raises ConfigError."""
+    """Copy a run's student (`student/`, or that of checkpoint `step`) to `out`, and push it to the hub repository
+    `push`, where given. Returns the student's folder. Raises ConfigError."""
     folder = find_student(run_dir) if step is None else _student_of_step(run_dir, step)
     config = _stored_config(run_dir)
     if config is not None and written_format(config) != FORMAT:
@@ -40,7 +39,12 @@ def export_run(run_dir: Path, *, step: int | None = None, out: Path | None = Non
     if push and not token:
         raise ConfigError(f"--push {push} needs a token; set HF_TOKEN in the environment")
     if out is not None:
-        folder = _copy(folder, out.expanduser())
+        out = out.expanduser()
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"--out {out} exists and is not empty; remove it or choose another folder")
+        with new_folder(out) as partial:  # renamed when it is whole
+            shutil.copytree(folder, partial, dirs_exist_ok=True)
+        folder = out
         if config is not None and not (folder / CARD).exists():
             _add_card(folder, run_dir, config, step)
     if push:
@@ -49,7 +53,7 @@ def export_run(run_dir: Path, *, step: int | None = None, out: Path | None = Non
 
 
 def _stored_config(run_dir: Path) -> dict[str, Any] | None:
-    """The run's config.yaml; None without one, as any folder with a student may be exported."""
+    """Read the run's config.yaml; None without one, since any folder with a student may be exported."""
     try:
         stored = yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
@@ -58,7 +62,7 @@ def _stored_config(run_dir: Path) -> dict[str, Any] | None:
 
 
 def find_student(run_dir: Path) -> Path:
-    """`student/` of a run folder. Raises ConfigError."""
+    """Return `student/` of a run folder. Raises ConfigError."""
     if not run_dir.is_dir():
         raise ConfigError(f"run folder {run_dir} does not exist")
     folder = run_dir / "student"
@@ -72,37 +76,25 @@ def find_student(run_dir: Path) -> Path:
 def _student_of_step(run_dir: Path, step: int) -> Path:
     steps = _steps(run_dir)
     if step not in steps:
-        there = f"there are {', '.join(map(str, sorted(steps)))}" if steps else "there is none"
-        raise ConfigError(f"run folder {run_dir} has no checkpoint of step {step} with a student; {there}")
+        available = f"there are {', '.join(map(str, sorted(steps)))}" if steps else "there is none"
+        raise ConfigError(f"run folder {run_dir} has no checkpoint of step {step} with a student; {available}")
     return steps[step]
 
 
 def _steps(run_dir: Path) -> dict[int, Path]:
-    """Checkpoints that hold a student, by step. Half-written ones have another name."""
-    folders = {}
-    for path in (run_dir / "checkpoints").glob("step-*/student/config.json"):
-        number = path.parents[1].name.removeprefix("step-")
-        if number.isdigit():
-            folders[int(number)] = path.parent
-    return folders
-
-
-def _copy(folder: Path, out: Path) -> Path:
-    """Copy beside `out`, then rename: `out` is whole or does not exist."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out} exists and is not empty; remove it or choose another folder")
-    with new_folder(out) as partial:
-        shutil.copytree(folder, partial, dirs_exist_ok=True)
-    return out
+    """Map each checkpoint's step to its student folder. Half-written checkpoints have another name."""
+    students = [path.parent for path in (run_dir / "checkpoints").glob("step-*/student/config.json")]
+    numbers = [student.parent.name.removeprefix("step-") for student in students]
+    return {int(number): student for number, student in zip(numbers, students, strict=True) if number.isdigit()}
 
 
 def _add_card(folder: Path, run_dir: Path, stored: dict[str, Any], step: int | None) -> None:
-    """Write a model card from what the run has recorded so far; a checkpoint's student has none."""
+    """Write a model card from the run's metrics so far; a checkpoint's student has none."""
     try:
         config = parse(stored)
         lines = (run_dir / METRICS).read_text(encoding="utf-8").splitlines()
     except (OSError, ConfigError):
-        return  # the student is whole without it
+        return  # the card is optional
     rows = [json.loads(line) for line in lines]
     before = [row for row in rows if step is None or row["step"] < step]
     scores = [(row["stage_end"], row) for row in before if "stage_end" in row]
@@ -113,9 +105,8 @@ def _push(folder: Path, repo: str, token: str) -> None:
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
-    try:  # the network, and a repository that may not be ours
+    try:  # the network, and the user's rights on the hub
         api.create_repo(repo, exist_ok=True, private=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a student trained with switchkd")
     except Exception as error:
-        line = first_line(error).replace(token, "***")
-        raise ConfigError(f"--push {repo} failed: {line}") from None
+        raise ConfigError(f"--push {repo} failed: {first_line(error).replace(token, '***')}") from None

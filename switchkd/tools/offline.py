@@ -1,6 +1,6 @@
-"""Parts of a run without the run: its checks, an evaluation, a few rollouts.
+"""Runs the checks, the evaluation or a few rollouts of a config in this process.
 
-In: a config. Out: scores or rollouts, computed in this process.
+In: a config. Out: scores or rollouts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from switchkd.types import EvalRow, Prompt, Rollout
 
 
 def show_dry_run(config: Config) -> None:
-    """Print the config with all its defaults on stdout, and on stderr what models and data hold. Raises ConfigError."""
+    """Print the config with its defaults to stdout, and the steps and data to stderr. Raises ConfigError."""
     ready = prepare(config)
     print(dump_yaml(config), end="")
     held_out = f"; held out: {ready.eval_prompts.report()}" if ready.eval_prompts else ""
@@ -32,7 +32,7 @@ def show_dry_run(config: Config) -> None:
 
 
 def stage_index(config: Config, name: str | None) -> int:
-    """The stage of that name; without one the last that writes rollouts. Raises ConfigError."""
+    """Return the index of the stage `name`, by default the last that generates rollouts. Raises ConfigError."""
     names = [stage.name for stage in config.train.stages]
     if name is None:
         return max((i for i, stage in enumerate(config.train.stages) if stage.mix.rollout > 0), default=len(names) - 1)
@@ -42,15 +42,14 @@ def stage_index(config: Config, name: str | None) -> int:
 
 
 def evaluate(config: Config) -> dict[str, float]:
-    """Scores of the student that the config names, by metric, on `eval.data`, in this process."""
+    """Score the config's student on `eval.data`, by metric."""
     rows, prompts = evaluate_rows(config)
     scores = aggregate(rows, config.eval.metrics, prompts)
-    by_metric = {name.removeprefix("eval/"): value for name, value in scores.items()}
-    return {**by_metric, "num_prompts": len(prompts)}
+    return {**{name.removeprefix("eval/"): value for name, value in scores.items()}, "num_prompts": len(prompts)}
 
 
 def evaluate_rows(config: Config) -> tuple[list[EvalRow], list[Prompt]]:
-    """Each completion of that student on `eval.data`, and the prompts that `EvalRow.index` counts."""
+    """Return the student's completions on `eval.data`, and the prompts that `EvalRow.index` counts."""
     if not config.eval.data:
         raise ConfigError("eval.data is empty; name a JSONL or parquet file with prompts and references")
     ready = prepare(config)
@@ -68,17 +67,15 @@ def show_scores(scores: dict[str, float], as_json: bool) -> None:
 
 
 def sample_rollouts(config: Config, num: int, stage: int) -> tuple[list[tuple[Prompt, Rollout]], RolloutWorker]:
-    """The first rollouts of a stage, each with its prompt, and the worker that generated them. They are generated anew
-    also where the run trains on recorded ones."""
-    anew = config.rollout.model_copy(update={"recorded": ""})
-    ready = prepare(config.model_copy(update={"rollout": anew}))
+    """Generate the first rollouts of a stage, also where the run trains on recorded ones. Returns the worker too."""
+    rollout = config.rollout.model_copy(update={"recorded": ""})
+    ready = prepare(config.model_copy(update={"rollout": rollout}))
     worker = _local_worker(ready)
     return first_rollouts(ready, worker, num, stage), worker
 
 
 def first_rollouts(ready: PreparedRun, worker: RolloutWorker, num: int, stage: int) -> list[tuple[Prompt, Rollout]]:
-    """The first rollouts of a stage as a run with the student's present weights generates them, each with its prompt.
-    A stage with fewer rollouts is made longer."""
+    """Generate the first `num` rollouts of a stage, each with its prompt; a stage with fewer is made longer."""
     stages = ready.config.train.stages[: stage + 1]
     steps = max(stages[-1].steps, -(-num // stages[-1].batch_size))
     schedule = build_schedule(ready, (*stages[:-1], stages[-1].model_copy(update={"steps": steps})))
@@ -89,7 +86,7 @@ def first_rollouts(ready: PreparedRun, worker: RolloutWorker, num: int, stage: i
 
 
 def _local_worker(ready: PreparedRun) -> RolloutWorker:
-    """A worker with teachers in this process, which may use all cores."""
+    """Make a worker with teachers in this process, which may use all cores."""
     run = ready.config.run.model_copy(update={"mode": "inprocess"})
     config = ready.config.model_copy(update={"run": run})
     return make_worker(config, local.make_teachers(config), ready.stop_ids)

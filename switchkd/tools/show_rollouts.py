@@ -1,4 +1,4 @@
-"""`switchkd rollout`: rollouts on the terminal, coloured by who wrote what, or as JSON lines.
+"""`switchkd rollout`: print rollouts, coloured by token source, or write them as JSON lines.
 
 In: a config and a number. Out: records of plain values, printed or written.
 """
@@ -40,8 +40,8 @@ def show_rollouts(config: Config, num: int, stage: str | None, out: Path | None)
 
 
 def record(prompt: Prompt, rollout: Rollout, decode: Decode) -> dict[str, Any]:
-    """One line of `switchkd rollout --out`. `prompt` is the data's own text, before any template; `sources`: 0 student,
-    1 teacher, 2 data. An end-of-sequence token that was generated is the last of `token_ids`."""
+    """Return one line of `switchkd rollout --out`. `prompt` is the data's text, before any template; `sources` are 0
+    student, 1 teacher, 2 data. A generated end-of-sequence token is the last of `token_ids`."""
     return {
         "rollout_id": rollout.rollout_id,
         "prompt": prompt.text,
@@ -74,8 +74,8 @@ def _print(records: Iterable[dict[str, Any]], decode: Decode) -> None:
 
 
 def runs(row: dict[str, Any], decode: Decode) -> Iterator[tuple[TokenSource, str]]:
-    """Yield the completion in texts of one writer each. It is decoded from the start each time: a letter may be several
-    tokens, and some decoders drop a leading space."""
+    """Yield the completion's text by runs of one source. Each run is decoded from the start of the completion: a letter
+    may be several tokens, and some decoders drop a leading space."""
     done, end = "", 0
     for source, group in groupby(row["sources"]):
         end += len(list(group))

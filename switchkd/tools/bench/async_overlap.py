@@ -1,7 +1,7 @@
-"""The whole loop by `replay.max_staleness`: rollouts, publishing and learning in turn (0), or beside each other.
+"""Times the whole loop by `replay.max_staleness`: rollouts, publishing and learning in turn (0), or concurrently.
 
 In: seconds of one student call, one teacher call and one optimizer step, which sleep (`fake_engines.py`). Out: seconds
-per step of the real program with its real actors; a version's bytes are really packed, put, fetched and checked.
+per step with the real actors, which pack, put, fetch and check a version's bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ UNMEASURED = 2
 
 
 class StepTimer:
-    """Notes when steps end, and ends the run after enough of them."""
+    """Records the ends of steps, and ends the run after `num_steps` measured ones."""
 
     def __init__(self, num_steps: int) -> None:
         self.num_steps = num_steps
@@ -78,17 +78,12 @@ def run(options: Options, *, student_s: float, teacher_s: float, learner_s: floa
 
 
 def _train(limit: int, num_steps: int, num_workers: int) -> StepTimer:
-    """One run of new actors."""
+    """Run `num_steps` measured steps with new actors."""
     from switchkd.actors.launch import start_actors
 
     timer = StepTimer(num_steps)
     config = sleeping_config(num_workers, 1, replay={"max_staleness": limit}, train={"batch_size": num_workers * ROWS})
-    trainer_harness.run(
-        config,
-        [fake_task(0).prompt],
-        lambda config, run_dir, log: start_actors(config, run_dir, frozenset(), log),
-        timer,
-    )
+    trainer_harness.run(config, [fake_task(0).prompt], start_actors, timer)
     return timer
 
 
@@ -97,9 +92,8 @@ def _spread(timers: Sequence[StepTimer], key: str) -> Spread:
 
 
 def _remarks(strict: Sequence[StepTimer]) -> tuple[str, ...]:
-    """The bound: what rollouts and learning can save that take turns."""
-    wait = _spread(strict, "time/wait_rollouts_s").median
-    learn = _spread(strict, "time/learn_s").median
+    """Return the bound on what overlap can save."""
+    wait, learn = (_spread(strict, key).median for key in ("time/wait_rollouts_s", "time/learn_s"))
     return (
         f"In turn a step is {wait:.3f} s of rollouts (publishing included) and {learn:.3f} s of learning; beside each "
         f"other it cannot for long be shorter than the longer one, {max(wait, learn) / (wait + learn):.2f} of that.",

@@ -1,8 +1,8 @@
-"""A naive switching loop in plain transformers, as the baseline of `bench switching`.
+"""A naive switching loop in plain transformers, the baseline of `bench switching`.
 
-Two transformers models with their own `DynamicCache`s, left-padded batches, one token a step for both, the owner's
-token by `torch.multinomial`; when every live row of AdaSwitch has switched the student is left out. A batch ends when
-its longest row does. In: prompts. Out: token ids per prompt, with the engine's distributions but not its draws.
+In: prompts. Out: token ids per prompt, with the engine's distributions but not its draws. Two models with a
+`DynamicCache` each generate one token a step in left-padded batches; `torch.multinomial` draws the owner's token. Once
+all live rows of AdaSwitch have switched, the student is not called. A batch ends when its longest row does.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class NaiveSwitching:
     def run(
         self, prompts: Sequence[Sequence[int]], rule: Callable[[], Decide], *, batch_size: int, max_new_tokens: int
     ) -> list[list[int]]:
-        """Completions of all prompts, batch by batch. `rule()` gives a fresh decision for each batch."""
+        """Generate all completions, batch by batch. `rule()` returns a new decision for each batch."""
         completions: list[list[int]] = []
         for first in range(0, len(prompts), batch_size):
             completions += self._batch(prompts[first : first + batch_size], rule(), max_new_tokens)
@@ -86,24 +86,22 @@ def _draw(logits: Tensor) -> Tensor:
 # --- the three rules: their papers' formulas on a batch ------------------------------------------------------------
 
 
-def switch(*, half_life: float) -> Decide:
-    """JSD in base 2 against 2^(-t / half_life)."""
+HALF_LIFE = 16.0
+K, L = 3.0, 10
 
-    def decide(p_logits: Tensor, q_logits: Tensor, drafted: Tensor, t: int) -> Tensor:
-        p, q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
-        m = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0))
-        nats = 0.5 * ((p.exp() * (p - m)).sum(-1) + (q.exp() * (q - m)).sum(-1))
-        return nats / torch.log(torch.tensor(2.0)) > 2 ** (-t / half_life)
 
-    return decide
+def switch(p_logits: Tensor, q_logits: Tensor, drafted: Tensor, t: int) -> Tensor:
+    """Compare JSD in base 2 with 2^(-t / HALF_LIFE)."""
+    p, q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
+    m = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0))
+    nats = 0.5 * ((p.exp() * (p - m)).sum(-1) + (q.exp() * (q - m)).sum(-1))
+    return nats / torch.log(torch.tensor(2.0)) > 2 ** (-t / HALF_LIFE)
 
 
 class AdaSwitch:
-    """KL(p‖q) against K times the mean of its last L values; after the switch the teacher stays."""
+    """Compares KL(p‖q) with K times the mean of its last L values; after the switch the teacher owns all tokens."""
 
-    def __init__(self, *, K: float = 3.0, L: int = 10) -> None:
-        self.K = K
-        self.L = L
+    def __init__(self) -> None:
         self.divergences: list[Tensor] = []
         self.switched = torch.zeros(0, dtype=torch.bool)
 
@@ -114,17 +112,12 @@ class AdaSwitch:
             return self.switched
         p, q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
         kl = (p.exp() * (p - q)).sum(-1)
-        if len(self.divergences) >= self.L:
-            self.switched = self.switched | (kl > self.K * torch.stack(self.divergences[-self.L :]).mean(0))
+        if len(self.divergences) >= L:
+            self.switched = self.switched | (kl > K * torch.stack(self.divergences[-L:]).mean(0))
         self.divergences.append(kl)
         return self.switched
 
 
-def skd(*, k: int = 25) -> Decide:
-    """The drafted id is not among the teacher's k most likely."""
-
-    def decide(p_logits: Tensor, q_logits: Tensor, drafted: Tensor, t: int) -> Tensor:
-        best = p_logits.topk(k, dim=-1).indices
-        return ~(best == drafted[:, None]).any(-1)
-
-    return decide
+def skd(p_logits: Tensor, q_logits: Tensor, drafted: Tensor, t: int) -> Tensor:
+    """Return whether the drafted id is not among the teacher's 25 most likely."""
+    return ~(p_logits.topk(25, dim=-1).indices == drafted[:, None]).any(-1)

@@ -1,7 +1,7 @@
 """The benches: `switchkd bench switching|trainer|learner|weights|scale|overlap|soak|quality`.
 
-In: a command line. Out: one table on stdout, and as JSON with --json. A bench that lacks the device, a model or the
-other side of a comparison says so in one line (ConfigError, exit code 2). Imports nothing heavy until a command runs.
+In: a command line. Out: one table on stdout, and as JSON with --json. A missing device, model or peer is a ConfigError
+of one line (exit code 2). Imports nothing heavy until a command runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the table as JSON.")]
-Smoke = Annotated[bool, typer.Option("--smoke", help="As small as it goes: does it work? The numbers mean nothing.")]
+Smoke = Annotated[
+    bool, typer.Option("--smoke", help="Smallest sizes, to check that it runs: the numbers mean nothing.")
+]
 NumRepeats = Annotated[int | None, typer.Option("--repeats", min=1, help="Measured runs per side.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
@@ -51,7 +53,7 @@ def switching(
 ) -> None:
     """Tokens per second of each rule against no draft, a naive loop, on-policy sampling, and the bound."""
     options = _options(smoke, repeats, 3, json, device, dtype, threads)
-    # all sides take turns in this one process: a thread that spins while it waits holds up no other
+    # the sides take turns in this one process, so that a thread that spins while it waits delays no other
     os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
     from switchkd.tools.bench.switching import run
 
@@ -107,7 +109,7 @@ def weights(
     student: Student = "12",
     json: Json = None,
 ) -> None:
-    """From the learner's weights to a rollout worker that uses them, in one process and through Ray."""
+    """Time a weight version from the learner to a rollout worker, in one process and through Ray."""
     options = _options(smoke, repeats, 7, json, device, dtype, threads)
     from switchkd.tools.bench.weight_sync import run
 
@@ -166,11 +168,9 @@ def quality(
     out: Annotated[Path, typer.Option(metavar="DIR", help="The study's folder; the same command goes on in it.")],
     methods: Annotated[list[str] | None, typer.Option(help="Run this method only; may be repeated.")] = None,
     cells: Annotated[list[str] | None, typer.Option(help="Run this cell (NAME-seed1) only; may be repeated.")] = None,
-    only_table: Annotated[
-        bool, typer.Option("--only-table", help="Run nothing; table and plot of what is there.")
-    ] = False,
+    only_table: Annotated[bool, typer.Option("--only-table", help="Make table and plot; run nothing.")] = False,
 ) -> None:
-    """Which method teaches better: a study's grid of methods and seeds on equal terms, its table and its plot."""
+    """Compare methods on equal terms: a study's grid of methods and seeds, its table and its plot."""
     from switchkd.tools.bench.study.run import run
 
     if not run(study, out, methods=methods or (), cell_names=cells or (), only_table=only_table):
@@ -186,7 +186,7 @@ def _options(
     dtype: str = "float32",
     threads: int | None = None,
 ) -> Options:
-    """Refuse what can be refused before minutes are spent."""
+    """Check the options before a model is loaded. Raises ConfigError."""
     from switchkd.tools.bench.table import Options, check_device
 
     if dtype not in ("float32", "bfloat16"):
@@ -194,13 +194,8 @@ def _options(
     if json is not None and not json.resolve().parent.is_dir():
         raise ConfigError(f"--json {json}: the folder {json.resolve().parent} does not exist; make it first")
     check_device(device)
-    return Options(
-        smoke=smoke,
-        repeats=repeats or (1 if smoke else default_repeats),
-        device=device,
-        dtype=dtype,
-        threads=threads or os.cpu_count() or 1,
-    )
+    repeats = repeats or (1 if smoke else default_repeats)
+    return Options(smoke=smoke, repeats=repeats, device=device, dtype=dtype, threads=threads or os.cpu_count() or 1)
 
 
 def _finish(table: Table, json: Path | None) -> None:

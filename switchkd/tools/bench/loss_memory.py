@@ -1,8 +1,8 @@
-"""The loss of a step in three forms: ours in chunks, naive with whole rows of logits, and TRL's in tiles.
+"""Times the loss of a step in three forms: switchkd's in chunks, naive with whole rows of logits, TRL's in tiles.
 
 In: a random student, a random teacher's last hidden states and output matrix, sizes. Out: seconds of forward and
-backward pass, the most memory they take on top of weights and gradients, and how far the gradients lie apart. All forms
-compute the mean forward KL over the same tokens of the same model.
+backward pass, peak memory beyond weights and gradients, and the distance of the gradients. All forms compute the mean
+forward KL over the same tokens of the same model.
 
 Shapes: B sequences, T completion tokens of each, N = B x T, D hidden width, V vocabulary.
 """
@@ -34,7 +34,7 @@ PROMPT_TOKENS = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryCase:
-    """One size, and the folder into which the sides write their gradients."""
+    """One size, and the folder for the sides' gradients."""
 
     tokens: int  # T
     vocab: int
@@ -51,16 +51,15 @@ class MemoryCase:
 
 
 SIZES = ((128, 16_384), (256, 16_384), (512, 16_384), (256, 8_192), (256, 49_152))
-SMOKE_SIZES = ((16, 256),)
 
 
 def run(options: Options) -> Table:
-    """Raises ConfigError without TRL."""
+    """Measure all forms for each size. Raises ConfigError without TRL."""
     if importlib.util.find_spec("trl") is None:
         raise ConfigError("the peer of this bench, TRL, is not installed: pip install 'switchkd[bench]'")
     rows: list[dict[str, Any]] = []
     small: Any = {"batch": 2, "width": 32, "chunk": 4} if options.smoke else {}
-    for tokens, vocab in SMOKE_SIZES if options.smoke else SIZES:
+    for tokens, vocab in ((16, 256),) if options.smoke else SIZES:
         with tempfile.TemporaryDirectory(prefix="switchkd-bench-") as folder:
             job = MemoryCase(tokens=tokens, vocab=vocab, folder=folder, options=options, **small)
             rows += _measure(job)
@@ -97,12 +96,12 @@ def _measure(job: MemoryCase) -> list[dict[str, Any]]:
 
 
 def distance(job: MemoryCase, name: str, other: str) -> float:
-    """Largest relative distance between the gradients that two sides have written."""
+    """Return the largest relative distance between the gradients that two sides have written."""
     import torch
 
-    ours, theirs = (torch.load(_file(job, side), weights_only=True, mmap=True) for side in (name, other))
-    assert ours.keys() == theirs.keys()
-    return max(float((ours[key].float() - theirs[key]).norm() / theirs[key].float().norm()) for key in ours)
+    grads, base = (torch.load(_file(job, side), weights_only=True, mmap=True) for side in (name, other))
+    assert grads.keys() == base.keys()
+    return max(float((grads[key].float() - base[key]).norm() / base[key].float().norm()) for key in grads)
 
 
 def _file(job: MemoryCase, name: str) -> Path:
@@ -110,7 +109,7 @@ def _file(job: MemoryCase, name: str) -> Path:
 
 
 def work(repeats: Repeats, job: MemoryCase, name: str, form: Callable[..., Step]) -> None:
-    """Run in a side's process: the first repeat, a warm-up, also writes the gradients to a file."""
+    """Run one side; the first repeat, a warm-up, also writes the gradients to a file."""
     import torch
 
     model, teacher, head = _models(job)
@@ -132,7 +131,7 @@ def work(repeats: Repeats, job: MemoryCase, name: str, form: Callable[..., Step]
 
 
 def _models(job: MemoryCase) -> tuple[Any, torch.Tensor, torch.Tensor]:
-    """The student, the teacher's hidden states [N, D], its output matrix [V, D]: the same for all sides."""
+    """Return the student, the teacher's hidden states [N, D] and its output matrix [V, D], equal on all sides."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -161,7 +160,7 @@ def _ids(job: MemoryCase) -> torch.Tensor:
 
 
 def ours(job: MemoryCase, model: Any, teacher: torch.Tensor, head: torch.Tensor) -> Step:
-    """The learner's way: rollouts are collated, the student's module computes the loss (`StudentModule`)."""
+    """Return the learner's step: collate the rollouts, and compute the loss with `StudentModule`."""
     from switchkd.algo.losses import forward_kl
     from switchkd.engines.models.lm_head import LMHead
     from switchkd.learner.batching import LossSpec, assign_batch, collate
@@ -184,7 +183,7 @@ def _rollouts(job: MemoryCase, teacher: torch.Tensor) -> list[Rollout]:
 
     values, dtype = to_numpy(teacher.cpu())
     ids, num = _ids(job).numpy().astype(np.int32), job.tokens
-    nothing = np.zeros(num, np.float32)
+    zeros = np.zeros(num, np.float32)
     return [
         Rollout(
             rollout_id=i,
@@ -196,14 +195,12 @@ def _rollouts(job: MemoryCase, teacher: torch.Tensor) -> list[Rollout]:
             token_ids=row[PROMPT_TOKENS:],
             sources=np.zeros(num, np.uint8),
             weight_versions=np.zeros(num, np.int32),
-            statistic=nothing,
-            threshold=nothing,
-            uncertainty=nothing,
+            statistic=zeros,
+            threshold=zeros,
+            uncertainty=zeros,
             finish_reason="length",
             teacher_output=TeacherOutput(
-                kind="hidden_states",
-                dtype=dtype,
-                rows=Ragged.concat([values[i * num : (i + 1) * num]]),
+                kind="hidden_states", dtype=dtype, rows=Ragged.concat([values[i * num : (i + 1) * num]])
             ),
         )
         for i, row in enumerate(ids)
@@ -211,7 +208,7 @@ def _rollouts(job: MemoryCase, teacher: torch.Tensor) -> list[Rollout]:
 
 
 def naive(job: MemoryCase, model: Any, teacher: torch.Tensor, head: torch.Tensor) -> Step:
-    """The loss written out in torch; rows of logits are made for the completion only."""
+    """Return a step with the loss in plain torch; only completions have rows of logits."""
     from torch.nn.functional import kl_div, linear, log_softmax
 
     ids = _ids(job).to(job.options.device)
@@ -226,7 +223,7 @@ def naive(job: MemoryCase, model: Any, teacher: torch.Tensor, head: torch.Tensor
 
 
 def alone(job: MemoryCase, model: Any, teacher: torch.Tensor, head: torch.Tensor) -> Step:
-    """The model below its output layer, with next to no loss: what every form needs at least."""
+    """Return a step of the model below its output layer with a trivial loss: the lower limit of every form."""
     ids = _ids(job).to(job.options.device)
 
     def step() -> torch.Tensor:
@@ -237,7 +234,7 @@ def alone(job: MemoryCase, model: Any, teacher: torch.Tensor, head: torch.Tensor
 
 
 def trl(job: MemoryCase, model: Any, teacher: torch.Tensor, head: torch.Tensor) -> Step:
-    """The loss of `trl.DistillationTrainer` from hidden states on, at beta 0 (forward KL)."""
+    """Return a step with the loss of `trl.DistillationTrainer` from hidden states on, at beta 0 (forward KL)."""
     import torch
 
     try:  # private to TRL

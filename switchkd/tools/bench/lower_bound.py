@@ -1,8 +1,8 @@
-"""The least time in which a set of rollouts could have been generated: the bound of `bench switching`.
+"""Computes the least time in which a set of rollouts could be generated: the bound of `bench switching`.
 
 In: finished rollouts with, for every token, its owner and whether both models' keyed draws differ there; the measured
-costs of steps and blocks. Out: seconds. Each row is charged its share of a full batch, so a batch that runs empty, or
-rows that ask for different drafts, are losses against the bound, as are admissions and bookkeeping.
+costs of steps and blocks. Out: seconds. Each row costs its share of a full batch; partly filled batches, mixed drafts,
+admissions and bookkeeping are losses against the bound.
 """
 
 from __future__ import annotations
@@ -27,15 +27,14 @@ from switchkd.types import Blocks, Prompt, Ragged, Rollout, Sessions, TokenSourc
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepCosts:
-    """Seconds per row of a full batch: one student step (LM head and draw included), one teacher step of `write`,
-    blocks by size, the decision of one token, and one prompt token for both models."""
+    """Seconds per row of a full batch."""
 
-    student: float
-    write: float
+    student: float  # one step, LM head and draw included
+    write: float  # one step of the teacher's `write`
     read: dict[int, float]  # the teacher's block of K
     check: dict[int, float]  # the student's block of K, its head included
-    decide: float
-    prompt: float
+    decide: float  # one token
+    prompt: float  # one token of both models
 
     @classmethod
     def mean(cls, several: Sequence[StepCosts]) -> StepCosts:
@@ -49,7 +48,7 @@ class StepCosts:
         return cls(**{field.name: average([getattr(costs, field.name) for costs in several]) for field in fields(cls)})
 
     def as_ms(self) -> dict[str, Any]:
-        """Milliseconds, rounded."""
+        """Return rounded milliseconds."""
 
         def rounded(value: Any) -> Any:
             if isinstance(value, dict):
@@ -60,9 +59,9 @@ class StepCosts:
 
 
 def measure_costs(
-    student: HFStudent, teacher: HFTeacher, head: Any, prompt: Prompt, batch: int, block: int, repeats: int = 5
+    student: HFStudent, teacher: HFTeacher, head: Any, prompt: Prompt, batch: int, block: int
 ) -> StepCosts:
-    """Medians over `repeats` calls of full batches, each at the place where a completion is half written."""
+    """Measure full batches at the position of a half-written completion."""
     base = len(prompt.token_ids) + 24
     rng = np.random.default_rng(0)
     ids = rng.integers(5, student.head.vocab_size, (batch, base + block + 1)).astype(np.int32)
@@ -82,15 +81,11 @@ def measure_costs(
         part = ids[:, base : base + size].ravel()
         return lambda: student.head.logits(student.extend(slots, bases, part, np.full(batch, size, np.int32)))
 
+    sampling = SamplingParams()
+
     def step() -> Any:
-        return draw(
-            check(1)(),
-            run_seed=0,
-            rollout_ids=slots,
-            positions=slots,
-            purpose=Purpose.GUMBEL,
-            sampling=SamplingParams(),
-        )
+        logits = check(1)()
+        return draw(logits, run_seed=0, rollout_ids=slots, positions=slots, purpose=Purpose.GUMBEL, sampling=sampling)
 
     def write() -> Any:
         return teacher.write(
@@ -101,31 +96,26 @@ def measure_costs(
             )
         )  # fmt: skip
 
-    costs = StepCosts(
-        student=_median(step, repeats) / batch,
-        write=_median(write, repeats) / batch / 4,
-        read={size: _median(read(size), repeats) / batch for size in sizes},
-        check={size: _median(check(size), repeats) / batch for size in sizes},
-        decide=_decide_s(head, teacher, batch, repeats),
-        prompt=prefill / batch / base,
-    )
-    teacher.close(slots)
-    return costs
-
-
-def _decide_s(head: Any, teacher: HFTeacher, batch: int, repeats: int) -> float:
-    """Seconds of one token's decision: the teacher's logits, and a divergence, 4 tokens a row at once."""
     hidden = torch.randn(4 * batch, head.weight.shape[1], device=head.weight.device)
 
     def decide() -> None:
         rows = head.logits(hidden)
         divergence.per_row(divergence.jsd, rows, rows.roll(1, 0))
 
-    return _median(decide, repeats) / (4 * batch)
+    costs = StepCosts(
+        student=_median(step) / batch,
+        write=_median(write) / batch / 4,
+        read={size: _median(read(size)) / batch for size in sizes},
+        check={size: _median(check(size)) / batch for size in sizes},
+        decide=_median(decide) / (4 * batch),
+        prompt=prefill / batch / base,
+    )
+    teacher.close(slots)
+    return costs
 
 
 def _blocks(slots: np.ndarray, ids: np.ndarray, base: int, size: int, again: bool = False) -> Blocks:
-    """`size` tokens behind `base`; `again` reads the last token once more."""
+    """Return `size` tokens from `base` on; `again` reads the token before `base` once more."""
     batch = len(slots)
     kept = base - 1 if again else base
     part = ids[:, kept : base + size]
@@ -137,7 +127,7 @@ def _blocks(slots: np.ndarray, ids: np.ndarray, base: int, size: int, again: boo
     )
 
 
-def _median(call: Callable[[], Any], repeats: int) -> float:
+def _median(call: Callable[[], Any], repeats: int = 3) -> float:
     call()
     times = []
     for _ in range(repeats):
@@ -156,7 +146,7 @@ def bound_s(rollouts: Sequence[Rollout], reads: Sequence[Any], costs: StepCosts,
 
 
 def row_bound_s(rollout: Rollout, differ: np.ndarray, costs: StepCosts, rule: Rule) -> float:
-    """Dynamic programming from the last token to the first, over the three ways to take the next round."""
+    """Minimize over the three kinds of the next round, by dynamic programming from the last token to the first."""
     num = rollout.num_tokens
     teacher_only, ends = _course(rollout, differ, rule)
     best = np.zeros(num + 1)
@@ -176,21 +166,18 @@ def row_bound_s(rollout: Rollout, differ: np.ndarray, costs: StepCosts, rule: Ru
 
 
 def steady_s(rollouts: Sequence[Rollout], reads: Sequence[Any], costs: StepCosts, rule: Rule) -> float:
-    """Seconds at the same costs without hindsight: every round of every row drafts the same way, the one that turns out
-    best for all of them. Only knowing the draws in advance could gain what lies between this and `bound_s`."""
+    """Return the seconds without hindsight: every round drafts the same way, the best one for all rows."""
     prompts = sum(len(rollout.prompt_ids) for rollout in rollouts) * costs.prompt
     ways = [("student", size) for size in costs.read] + [("teacher", size) for size in costs.check]
+    pairs = list(zip(rollouts, reads, strict=True))
     return prompts + min(
-        sum(
-            row_steady_s(rollout, read.differ, costs, rule, drafter, most)
-            for rollout, read in zip(rollouts, reads, strict=True)
-        )
+        sum(row_steady_s(rollout, read.differ, costs, rule, drafter, most) for rollout, read in pairs)
         for drafter, most in ways
     )
 
 
 def row_steady_s(rollout: Rollout, differ: np.ndarray, costs: StepCosts, rule: Rule, drafter: str, most: int) -> float:
-    """One row whose every round `drafter` drafts, with blocks of `most` tokens, or of as many as are left."""
+    """Return one row's seconds where `drafter` drafts every round, with blocks of `most` tokens or of those left."""
     teacher_only, ends = _course(rollout, differ, rule)
     step, block = (costs.write, costs.check) if drafter == "teacher" else (costs.student, costs.read)
     t, seconds = 0, 0.0
@@ -205,14 +192,14 @@ def row_steady_s(rollout: Rollout, differ: np.ndarray, costs: StepCosts, rule: R
 
 
 def _course(rollout: Rollout, differ: np.ndarray, rule: Rule) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """For each token: is the teacher alone from there on, and at which token does either drafter's block end?"""
+    """Return, for each token, whether only the teacher writes from it on, and where each drafter's block ends."""
     owned = rollout.sources == TokenSource.TEACHER
     teacher_only = np.isneginf(rollout.threshold) if rule.teacher_only is not None else np.zeros(len(owned), bool)
     return teacher_only, {"student": _next(owned & differ), "teacher": _next(~owned & differ)}
 
 
 def _next(rejected: np.ndarray) -> np.ndarray:
-    """For every position the first rejection at or behind it, or the last position. bool [T] -> int [T]."""
+    """Return for every position the first rejection at or after it, or the last position. bool [T] -> int [T]."""
     last = len(rejected) - 1
     positions = np.where(rejected, np.arange(len(rejected)), last)
     return np.minimum.accumulate(positions[::-1])[::-1]

@@ -1,4 +1,4 @@
-"""The models and prompts that all sides of a bench share.
+"""Models and prompts that all sides of a bench share.
 
 In: the command line's teacher and student. Out: two folders, and the same prompts for all sides.
 """
@@ -32,7 +32,7 @@ class ModelFolders:
 
 
 def resolve(teacher: str, student: str) -> ModelFolders:
-    """Fetch and prune the models where need be. Raises ConfigError for a model that is not there."""
+    """Fetch and prune the models where necessary. Raises ConfigError for a model that does not exist."""
     teacher = resolve_path(teacher)
     check_model_folder(teacher, "--teacher")
     if student.isdigit():
@@ -44,7 +44,7 @@ def resolve(teacher: str, student: str) -> ModelFolders:
 
 
 def prompts(num: int) -> list[str]:
-    """Plain instructions of about the same length; always the same ones. Raises ConfigError."""
+    """Return the first `num` of a fixed list of instructions of similar length. Raises ConfigError."""
     if num > MAX_PROMPTS:
         raise ConfigError(f"--prompts {num}: there are {MAX_PROMPTS}; ask for fewer")
     return [instruction.format(topic) for instruction in INSTRUCTIONS for topic in TOPICS][:num]

@@ -1,8 +1,8 @@
-"""Memory and CPU time of this process and of those that it started.
+"""Memory and CPU time of this process and its descendants.
 
-Memory on a CPU: the kernel's high-water mark of resident memory above what was resident before. Trap: `ru_maxrss` is no
-such mark in a process that another one started, since it begins with what its parent held; `VmHWM` is the process's
-own, and can be set back. On CUDA it is the allocator's own peak.
+Memory on a CPU is the peak of resident memory above the resident memory at the start. Trap: `ru_maxrss` of a started
+process begins with its parent's memory; `VmHWM` is the process's own and can be reset. On CUDA it is the allocator's
+peak.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 class Gauge:
-    """Counts from the moment it is made."""
+    """Measures the peak since its construction."""
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
@@ -24,12 +24,13 @@ class Gauge:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             return
-        _give_back()
+        with suppress(OSError, AttributeError):  # freed memory that the allocator still holds would hide new memory
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         self.before = {pid: kilobytes(pid, "VmRSS") for pid in (os.getpid(), *descendants())}
 
     def peak_mb(self) -> float:
-        """MiB. On a CPU over all processes, each at its own peak: shared pages count once per process."""
+        """Return MiB; on a CPU the sum of all processes' own peaks, in which shared pages count once per process."""
         if self.device == "cuda":
             import torch
 
@@ -39,19 +40,19 @@ class Gauge:
 
 
 def descendants() -> list[int]:
-    """Processes that this one started, at any depth."""
+    """Return the ids of the processes that this one started, at any depth."""
     parents: dict[int, int] = {}
     for path in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError, IndexError, ValueError):  # it ended meanwhile
+        with suppress(OSError, IndexError, ValueError):  # the process has ended
             parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-    found = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return sorted(found - {os.getpid()})
+    tree = {os.getpid()}
+    while children := {pid for pid, parent in parents.items() if parent in tree} - tree:
+        tree |= children
+    return sorted(tree - {os.getpid()})
 
 
 def cpu_seconds() -> float:
-    """CPU time that the living ones have used so far."""
+    """Return the CPU time of this process and its living descendants so far."""
     ticks = 0
     for pid in (os.getpid(), *descendants()):
         with suppress(OSError, IndexError, ValueError):
@@ -61,15 +62,9 @@ def cpu_seconds() -> float:
 
 
 def kilobytes(pid: int, key: str) -> int:
-    """A line of /proc/PID/status, such as VmRSS; 0 for a process that has ended."""
+    """Return a line of /proc/PID/status, such as VmRSS; 0 for a process that has ended."""
     with suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith(f"{key}:"):
                 return int(line.split()[1])
     return 0
-
-
-def _give_back() -> None:
-    """What was freed before goes back to the kernel, so that it cannot hide what is taken afterwards."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)

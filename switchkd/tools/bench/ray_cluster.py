@@ -1,6 +1,7 @@
-"""A small Ray cluster for the benches, and two actors that time how a weight version reaches a rollout worker.
+"""A small Ray cluster for the benches, and two actors that time the transfer of a weight version.
 
-The only file outside actors/ that imports ray. Import it late: `cluster` first protects what Ray reads at import.
+The only file outside actors/ that imports ray. Trap: import it after `process_setup.for_private_cluster`, since Ray
+reads the environment at import.
 """
 
 from __future__ import annotations
@@ -19,16 +20,15 @@ from switchkd.actors.ray_futures import shut_down
 
 
 @contextmanager
-def cluster(num_cpus: float, object_store_mb: int, setup_hook: Callable[[], None] | None = None) -> Iterator[None]:
-    """A Ray of this process alone, in a folder of its own; call `process_setup.for_private_cluster` before.
-    `setup_hook` (a plain function) runs in each of its processes before anything else."""
-    # Ray lets its workers wait behind every other program of the machine
+def cluster(num_cpus: int, object_store_mb: int, setup_hook: Callable[[], None] | None = None) -> Iterator[None]:
+    """Start a private Ray in its own folder. `setup_hook` (a plain function) runs first in each of its processes."""
+    # by default Ray gives its workers a low CPU priority
     os.environ.setdefault("RAY_worker_niceness", "0")
     folder = tempfile.mkdtemp(prefix="skd-", dir="/tmp")  # a socket's path must be short
     try:
         ray.init(
             address="local",
-            num_cpus=int(num_cpus),
+            num_cpus=num_cpus,
             include_dashboard=False,
             object_store_memory=object_store_mb * 2**20,
             logging_level="ERROR",
@@ -43,7 +43,7 @@ def cluster(num_cpus: float, object_store_mb: int, setup_hook: Callable[[], None
 
 
 def object_store_mb() -> float:
-    """Size of all objects in the store of this process's cluster (by address: this machine may have others)."""
+    """Return the size of all objects in this cluster's store (by address: the machine may run other clusters)."""
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
     stats = get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address)).store_stats
@@ -51,7 +51,7 @@ def object_store_mb() -> float:
 
 
 class WeightSender:
-    """The learner's side: publishes a model as `DeepSpeedLearner.publish` does without partitions."""
+    """Publishes a model as `DeepSpeedLearner.publish` does without partitions."""
 
     def __init__(self, folder: str, dtype: str, device: str, threads: int) -> None:
         import torch
@@ -63,7 +63,7 @@ class WeightSender:
         self.model = load_model(folder, dtype=dtype, device=device)
 
     def publish(self, to_store: bool) -> tuple[Any, dict[str, float]]:
-        """The packed weights, or a list with their reference; seconds to pack and to put."""
+        """Return the packed weights, or a list with their reference, and the seconds to pack and to put."""
         from switchkd.engines.weights import pack
         from switchkd.learner.loss_module import full_tensors
 
@@ -90,7 +90,7 @@ class WeightReceiver:
         self.engine = HFStudent(model, num_slots=1, max_len=16, vocab_size=vocab_size)
 
     def receive(self, weights: Any) -> dict[str, float]:
-        """Take what `publish` returned; seconds to fetch, and to load until the engine can use them."""
+        """Fetch and load the result of `publish`. Returns the seconds of both."""
         import torch
 
         start = time.perf_counter()
@@ -103,7 +103,7 @@ class WeightReceiver:
 
 
 def remote_pair(folder: str, dtype: str, device: str, threads: int) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
-    """`publish` of a sender and `receive` of a receiver, each in a process of its own."""
+    """Start a sender and a receiver, a process each. Returns the sender's `publish` and the receiver's `receive`."""
     num_gpus = 0.5 if device == "cuda" else 0.0
     sender, receiver = (
         cast(Any, ray.remote(actor)).options(num_gpus=num_gpus).remote(folder, dtype, device, threads)

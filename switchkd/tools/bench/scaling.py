@@ -1,7 +1,7 @@
-"""Throughput by number of rollout workers and teachers: the real actors, with models that sleep (`fake_engines.py`).
+"""Measures throughput by number of rollout workers and teachers, with models that sleep (`fake_engines.py`).
 
-In: seconds of one student call and of one teacher call. Out: tokens per second against what workers and teachers could
-do at most, and how busy this machine's cores were, which shows what limits the throughput.
+In: seconds of one student call and of one teacher call. Out: tokens per second against the limits of workers and of
+teachers, and how busy this machine's cores are.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from switchkd.tools.bench.table import Options, Spread, Table, take_turns
 from switchkd.tools.bench.trainer_harness import StepLog, endless_config
 
 if TYPE_CHECKING:
-    from switchkd.controller.handles import ActorHandles, WorkerHandle
+    from switchkd.controller.handles import WorkerHandle
     from switchkd.types import RolloutTask, WorkReport
 
 BLOCK, ROWS, NEW_TOKENS = 4, 8, 32
 NEAR = 0.85
-"""A limit is named as the reason where this share of it was reached."""
+"""Share of a limit from which on it is named as the reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """One turn of a number of workers."""
+    """One turn of a group of workers."""
 
     elapsed_s: float
     num_calls: int  # of teachers
@@ -44,16 +44,18 @@ def run(options: Options, *, student_s: float, teacher_s: float) -> Table:
     from switchkd.actors import process_setup
 
     process_setup.for_private_cluster()
+    from switchkd.actors.launch import start_actors
     from switchkd.tools.bench.fake_engines import FakeLatency, install_fakes
     from switchkd.tools.bench.ray_cluster import cluster
 
+    log = cast(Any, StepLog(lambda _: None))
     num_workers, num_teachers = ((1, 2), (1,)) if options.smoke else ((1, 2, 4, 8, 16), (1, 2, 4))
     waves = 1 if options.smoke else 2
     by_teachers: dict[int, dict[int, list[Measurement]]] = {}
     with cluster(os.cpu_count() or 1, 200, install_fakes(FakeLatency(student=student_s, teacher=teacher_s))):
         for num in num_teachers:
             with tempfile.TemporaryDirectory() as folder:
-                handles = _start_actors(num, max(num_workers), Path(folder))
+                handles = start_actors(sleeping_config(max(num_workers), num), Path(folder), frozenset(), log)
                 try:
                     by_teachers[num] = measure(handles.workers, num_workers, waves, options.repeats)
                 finally:
@@ -69,7 +71,7 @@ def run(options: Options, *, student_s: float, teacher_s: float) -> Table:
 
 
 def sleeping_config(num_workers: int, replicas: int, **sections: Mapping[str, Any]) -> Config:
-    """A config whose processes ask Ray for next to nothing: they sleep."""
+    """Return a config whose processes request almost no CPUs from Ray, since they sleep."""
     little = {"num_cpus": 0.01, "threads": 1}
     base: dict[str, Mapping[str, Any]] = {
         "teacher": {"path": "fake", "replicas": replicas},
@@ -84,17 +86,10 @@ def sleeping_config(num_workers: int, replicas: int, **sections: Mapping[str, An
     return endless_config({key: {**base.get(key, {}), **sections.get(key, {})} for key in {*base, *sections}})
 
 
-def _start_actors(replicas: int, num_workers: int, folder: Path) -> ActorHandles:
-    from switchkd.actors.launch import start_actors
-
-    log = cast(Any, StepLog(lambda _: None))
-    return start_actors(sleeping_config(num_workers, replicas), folder, frozenset(), log)
-
-
 def measure(
     handles: Sequence[WorkerHandle], num_workers: Sequence[int], waves: int, repeats: int
 ) -> dict[int, list[Measurement]]:
-    """The first `n` workers for each `n`, in turns, each worker with the same load."""
+    """Measure the first `n` workers for each `n`, in turns, each worker with the same load."""
     ids = count()
     sides = {str(num): partial(_measure_once, list(handles)[:num], waves * ROWS, ids) for num in num_workers}
     return {int(num): measured for num, measured in take_turns(sides, repeats).items()}
@@ -118,22 +113,20 @@ def fake_task(rollout_id: int) -> RolloutTask:
 
     from switchkd.types import CompletionSource, Prompt, RolloutTask
 
-    prompt = Prompt(prompt_id="", text="", token_ids=np.ones(4, np.int32))
-    return RolloutTask(
-        rollout_id=rollout_id, batch=0, stage=0, completion_source=CompletionSource.ROLLOUT, prompt=prompt
-    )
+    source, prompt = CompletionSource.ROLLOUT, Prompt(prompt_id="", text="", token_ids=np.ones(4, np.int32))
+    return RolloutTask(rollout_id=rollout_id, batch=0, stage=0, completion_source=source, prompt=prompt)
 
 
 def table_rows(
     num_teachers: int, by_workers: dict[int, list[Measurement]], waves: int, teacher_s: float
 ) -> list[dict[str, Any]]:
-    """Rows with the two limits: n times what one worker does, and as many calls as sleeping teachers can take."""
+    """Return rows with both limits: n times one worker's throughput, and the calls that sleeping teachers can serve."""
     per_worker = waves * ROWS * NEW_TOKENS
-    alone_per_s = per_worker / _median_s(by_workers[1])
+    alone_per_s = per_worker / median(one.elapsed_s for one in by_workers[1])
     rows = []
     for num, measured in by_workers.items():
         speed = Spread.from_values([num * per_worker / one.elapsed_s for one in measured])
-        tokens_per_call = num * per_worker / _median_calls(measured)
+        tokens_per_call = num * per_worker / median(one.num_calls for one in measured)
         limits = {"workers": num * alone_per_s, "teachers": num_teachers / teacher_s * tokens_per_call}
         rows.append(
             {
@@ -151,22 +144,14 @@ def table_rows(
     return rows
 
 
-def _median_s(measured: Sequence[Measurement]) -> float:
-    return median(one.elapsed_s for one in measured)
-
-
-def _median_calls(measured: Sequence[Measurement]) -> float:
-    return median(one.num_calls for one in measured)
-
-
 def bound(speed: float, limits: Mapping[str, float]) -> str:
-    """Name the lower limit, or neither: then it is what the table does not vary, the machine's cores and queues."""
+    """Name the lower limit where it is nearly reached; else the machine's cores and queues are the limit."""
     name = min(limits, key=lambda key: limits[key])
     return name if speed >= NEAR * limits[name] else "cores, queues"
 
 
 def _remarks(alone: Sequence[Measurement], student_s: float, teacher_s: float) -> tuple[str, ...]:
-    round_s = _median_s(alone) / _median_calls(alone)
+    round_s = median(one.elapsed_s for one in alone) / median(one.num_calls for one in alone)
     slept = BLOCK * student_s + teacher_s
     cores, busy = os.cpu_count() or 1, median(one.busy_cores for one in alone)
     return (

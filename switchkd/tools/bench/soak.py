@@ -1,12 +1,11 @@
-"""A long run of tiny models while its processes are killed at random: is anything lost, and does memory stay flat?
+"""Runs tiny models for many steps while their processes are killed at random, and checks rollouts and memory.
 
 In: a number of steps, a seed, how often a process is killed. Out: a table of every process's memory and its slope;
-faults and seconds to recover; how full the replay was. Raises RuntimeError when a rollout was lost or is in the history
-twice, or when more of them waited than may.
+faults and seconds to recover; how full the replay was. Raises RuntimeError for a rollout that is lost or in the history
+twice, and for a replay above its capacity.
 
-It is the real program on a private Ray cluster, with two workers that may be one version ahead, a replay that holds one
-batch (so that it is full whenever the learner is slower, and empty whenever the workers are), and a checkpoint every 10
-steps.
+The run uses a private Ray cluster, two workers that may be one version ahead, a replay of one batch (full whenever the
+learner is slower, empty whenever the workers are), and a checkpoint every 10 steps.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,29 +32,25 @@ from switchkd.tools.bench.table import Options, Spread, Table
 BATCH = 8
 CHECKPOINT_EVERY = 10
 MOST_WAITING = BATCH * (1 + CHECKPOINT_EVERY)
-"""The replay's capacity, and what was trained since the checkpoint to which a run goes back: it is given again."""
+"""The replay's capacity, and the rollouts trained since a checkpoint: a run that resumes from it gets them again."""
 ROLES = {
     "rollout worker": "RolloutActor",
     "teacher": "TeacherActor",
     "learner rank": "LearnerActor",
     "replay": "ReplayActor",
 }
-CALM = 10
-"""Last steps, in which no sample is taken: Ray ends a process that asks a cluster which has gone."""
-SETTLE = 0.25
-"""The first part of a process's samples is left out of its slope: buffers and caches fill."""
 
 
 @dataclass(slots=True)
 class Fault:
-    step: int  # after which the process was killed
+    step: int  # the last one before the process was killed
     role: str
-    recover_s: float = 0.0  # until a step beyond it was done
+    recover_s: float = 0.0  # until a later step was done
 
 
 @dataclass(slots=True)
 class FaultInjector:
-    """Kills a run's processes on schedule, from outside, and takes samples of their memory."""
+    """Kills a run's processes on schedule, and samples their memory."""
 
     run_dir: Path
     due: list[Fault]
@@ -63,12 +58,12 @@ class FaultInjector:
     last_sampled: int
     faults: list[Fault] = field(default_factory=list)
     samples: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # process: (steps trained, MB)
-    _stop: threading.Event = field(default_factory=threading.Event)
+    stopped: threading.Event = field(default_factory=threading.Event)
 
     def watch(self) -> None:
-        """Follow the run until `stop`; runs in a thread."""
+        """Follow the run until `stopped` is set; runs in a thread."""
         num_trained, last, killed_at = 0, -1, 0.0
-        while not self._stop.wait(0.1):
+        while not self.stopped.wait(0.1):
             step = last_step(self.run_dir / "metrics.jsonl")
             if step is None or step == last:
                 continue
@@ -80,9 +75,6 @@ class FaultInjector:
             if self.due and not killed_at and step >= self.due[0].step and self._kill(self.due[0], step):
                 self.due.pop(0)
                 killed_at = time.monotonic()
-
-    def stop(self) -> None:
-        self._stop.set()
 
     def _kill(self, fault: Fault, step: int) -> bool:
         pids = [pid for pid, role in actor_processes().items() if role == fault.role]
@@ -100,12 +92,12 @@ class FaultInjector:
         processes = {f"{role} {pid}": pid for pid, role in actor_processes().items()} | {"driver": os.getpid()}
         for name, pid in processes.items():
             self.samples.setdefault(name, []).append((num_trained, kilobytes(pid, "RssAnon") / 2**10))
-        with suppress(Exception):  # at the end the cluster goes
+        with suppress(Exception):  # at the end the cluster shuts down
             self.samples.setdefault("object store", []).append((num_trained, object_store_mb()))
 
 
 def run(options: Options, *, steps: int, seed: int, every: int) -> Table:
-    """`every`: steps between faults, on average."""
+    """Run for `steps` steps, with a fault every `every` steps on average."""
     from switchkd.actors import process_setup
 
     process_setup.for_private_cluster()
@@ -115,14 +107,15 @@ def run(options: Options, *, steps: int, seed: int, every: int) -> Table:
         run_dir = Path(parent) / "run"
         config = soak_config(Path(parent), steps, seed)
         rng = random.Random(seed)
-        injector = FaultInjector(run_dir, schedule(steps, every, rng), rng, last_sampled=steps - CALM)
+        # no sample in the last steps: Ray ends a process that calls a cluster which has shut down
+        injector = FaultInjector(run_dir, schedule(steps, every, rng), rng, last_sampled=steps - 10)
         thread = threading.Thread(target=injector.watch, name="fault injector", daemon=True)
         thread.start()
         started = time.monotonic()
         try:
             train(config)
         finally:
-            injector.stop()
+            injector.stopped.set()
             thread.join()
         elapsed = time.monotonic() - started
         num_lost, num_double = account(run_dir / "rollouts.jsonl", steps * BATCH)
@@ -130,9 +123,8 @@ def run(options: Options, *, steps: int, seed: int, every: int) -> Table:
     if max(waiting) > MOST_WAITING:
         raise RuntimeError(f"{max(waiting)} rollouts waited in a replay where {MOST_WAITING} may at most")
     if num_lost or num_double:
-        raise RuntimeError(
-            f"of {steps * BATCH} rollouts {num_lost} were lost and {num_double} are in the history twice"
-        )
+        counts = f"{num_lost} were lost and {num_double} are in the history twice"
+        raise RuntimeError(f"of {steps * BATCH} rollouts {counts}")
     return Table(
         title=f"Soak of {steps} steps",
         rows=_rows(injector.samples),
@@ -142,7 +134,7 @@ def run(options: Options, *, steps: int, seed: int, every: int) -> Table:
 
 
 def schedule(steps: int, every: int, rng: random.Random) -> list[Fault]:
-    """Which role is killed after which step: every role in turn, in an order and at distances from the seed."""
+    """Draw the step and the role of each fault: every role once before any is killed again."""
     faults, step = [], every // 2
     while step < steps - 1:
         for role in rng.sample(list(ROLES), len(ROLES)):
@@ -152,21 +144,21 @@ def schedule(steps: int, every: int, rng: random.Random) -> list[Fault]:
 
 
 def account(path: Path, num: int) -> tuple[int, int]:
-    """Count the rollouts that the history lacks, and the lines that repeat one."""
+    """Count the rollouts missing in the history, and the lines that repeat one."""
     with path.open(encoding="utf-8") as lines:
         ids = [json.loads(line)["rollout_id"] for line in lines]
     return len(set(range(num)) - set(ids)), len(ids) - len(set(ids))
 
 
 def queue(path: Path) -> list[int]:
-    """Rollouts that waited in the replay at each step's end."""
+    """Return the number of rollouts that wait in the replay at each step's end."""
     with path.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     return [int(row["replay/waiting"]) for row in rows if "replay/waiting" in row]
 
 
 def last_step(path: Path) -> int | None:
-    """The last step in a file that is being written; None without one."""
+    """Read the last step of a file that is being written; None without one."""
     with suppress(OSError, ValueError, KeyError, IndexError), path.open("rb") as file:
         file.seek(max(path.stat().st_size - 4096, 0))
         return int(json.loads(file.read().rpartition(b"\n")[0].rpartition(b"\n")[2])["step"])
@@ -174,7 +166,7 @@ def last_step(path: Path) -> int | None:
 
 
 def actor_processes() -> dict[int, str]:
-    """Process ids of this run's actors, and their roles. Ray names them `ray::RolloutActor`."""
+    """Map the process ids of this run's actors to their roles. Ray names the processes `ray::RolloutActor`."""
     roles = {}
     for pid in descendants():
         with suppress(OSError):
@@ -185,17 +177,16 @@ def actor_processes() -> dict[int, str]:
     return roles
 
 
-def slope(samples: Iterable[tuple[int, float]]) -> float:
-    """MB per 100 steps: the least-squares line through what follows the settling; NaN for fewer than three."""
-    points = list(samples)
-    points = points[int(len(points) * SETTLE) :]
+def slope(samples: Sequence[tuple[int, float]]) -> float:
+    """Fit a least-squares line, and return MB per 100 steps; NaN for fewer than three samples."""
+    points = samples[len(samples) // 4 :]  # in the first quarter buffers and caches fill
     if len(points) < 3:
         return float("nan")
     return 100 * statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
 def _rows(samples: Mapping[str, list[tuple[int, float]]]) -> list[dict[str, Any]]:
-    """One row for each role: its process with the most samples."""
+    """Return one row for each role: its process with the most samples."""
     longest: dict[str, list[tuple[int, float]]] = {}
     for process, measured in samples.items():
         role = process.rstrip("0123456789").strip()
@@ -229,31 +220,19 @@ def _killed(role: str, faults: Sequence[Fault]) -> str:
 
 
 def soak_config(folder: Path, steps: int, seed: int) -> Any:
-    """Models, data and config of a run in `folder`."""
+    """Write models and data of a run in `folder`, and return its config."""
     from switchkd.config.loader import parse
 
-    size = {"hidden": 32, "heads": 4}
-    write_task(
-        folder / "task",
-        digits=(2,),
-        num_train=64,
-        num_test=1,
-        num_valid=1,
-        seed=seed,
-        teacher={"layers": 2, **size},
-        student={"layers": 1, **size},
-    )
+    task = folder / "task"
+    teacher, student = ({"layers": layers, "hidden": 32, "heads": 4} for layers in (2, 1))
+    write_task(task, digits=(2,), num_train=64, num_test=1, num_valid=1, seed=seed, teacher=teacher, student=student)
     return parse(
         {
             "seed": seed,
             "run": {"dir": str(folder / "run"), "watchdog_s": 120},
-            "teacher": {"path": str(folder / "task" / "teacher-init"), "replicas": 2},
-            "student": {"path": str(folder / "task" / "student-init")},
-            "data": {
-                "path": str(folder / "task" / "train.jsonl"),
-                "max_prompt_tokens": 16,
-                "max_reference_tokens": 32,
-            },
+            "teacher": {"path": str(task / "teacher-init"), "replicas": 2},
+            "student": {"path": str(task / "student-init")},
+            "data": {"path": str(task / "train.jsonl"), "max_prompt_tokens": 16, "max_reference_tokens": 32},
             "rollout": {
                 "rule": {"type": "random", "prob": 0.3},
                 "num_workers": 2,

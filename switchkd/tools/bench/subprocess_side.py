@@ -1,7 +1,7 @@
-"""One side of a comparison in a process of its own, apart from the other sides' threads, caches and memory.
+"""Runs each side of a comparison in its own process, apart from the other sides' threads, caches and memory.
 
-In: a function `work(repeats, *args)` that builds what it needs, then does its work once for each item of `repeats`.
-Out: seconds of alternating runs, and what each side reported. While one side works the others wait.
+In: a function `work(repeats, *args)` that prepares itself, then does its work once for each item of `repeats`.
+Out: seconds of alternating runs, and each side's report. Only one side works at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from switchkd.tools.bench.table import Pairs, compare, take_turns
 
 
 class Repeats:
-    """The measured runs, as the side's process sees them: one item each. It may `report` numbers for the table."""
+    """Iterates over the runs in the side's process. `report` adds numbers to the table."""
 
     def __init__(self, connection: Connection, device: str) -> None:
         self.connection = connection
@@ -32,7 +32,7 @@ class Repeats:
         self.gauge = Gauge()
 
     def count_memory_from_here(self) -> None:
-        """Start the peak that counts. Call it once, at the latest when everything is built."""
+        """Restart the measurement of peak memory; without a call it starts with the process."""
         self.gauge = Gauge(self.device)
 
     def report(self, **numbers: Any) -> None:
@@ -43,62 +43,54 @@ class Repeats:
         while self.connection.recv() == "go":
             start = time.perf_counter()
             yield
-            self._synchronize()
+            if self.device == "cuda":  # kernels that still run belong to this run
+                import torch
+
+                torch.cuda.synchronize()
             self.connection.send(("seconds", time.perf_counter() - start))
         self.connection.send(("report", {**self.reported, "peak_mb": self.gauge.peak_mb()}))
 
-    def _synchronize(self) -> None:
-        """Wait for what a GPU still computes: it belongs to this run."""
-        if self.device == "cuda":
-            import torch
-
-            torch.cuda.synchronize()
-
 
 class BenchProcess:
-    """The handle: `start` it, call it for the seconds of one run, `finish` it for its report."""
+    """Handle of a side's process. `start` it, call it for the seconds of one run, `finish` it for its report."""
 
     def __init__(self, name: str, work: Callable[..., None], *args: Any, device: str = "cpu", threads: int = 0) -> None:
         self.name = name
-        context = multiprocessing.get_context("spawn")  # no side inherits what this process has loaded
-        self.connection, self._theirs = context.Pipe()
-        arguments = (self._theirs, device, threads, work, args)
+        context = multiprocessing.get_context("spawn")  # a side inherits no loaded module or memory
+        self.connection, self._child_connection = context.Pipe()
+        arguments = (self._child_connection, device, threads, work, args)
         self.process = context.Process(target=_main, args=arguments, name=name)
 
     def start(self) -> None:
         self.process.start()
-        self._theirs.close()
-
-    def wait_until_built(self) -> None:
-        """Raises ConfigError as the side did, RuntimeError for anything else that went wrong in it."""
-        self._receive("ready")
+        self._child_connection.close()
 
     def __call__(self) -> float:
         self.connection.send("go")
-        return float(self._receive("seconds"))
+        return float(self.receive("seconds"))
 
     def finish(self) -> dict[str, Any]:
-        """End it. Returns what it reported, with `peak_mb`."""
+        """End the process. Returns its report, with `peak_mb`."""
         self.connection.send("stop")
-        report: dict[str, Any] = self._receive("report")
+        report: dict[str, Any] = self.receive("report")
         self.process.join(60)
         return report
 
     def close(self) -> None:
-        """End it at once, whatever it does."""
+        """End the process without its report."""
         self.connection.close()
-        self.process.join(10)  # it sees the closed pipe and takes down what it started
+        self.process.join(10)  # time to notice the closed pipe and to end its own children
         if self.process.is_alive():
             self.process.kill()
 
-    def _receive(self, expected: str) -> Any:
+    def receive(self, expected: str) -> Any:
+        """Wait for a message: `ready`, `seconds` or `report`. Raises the side's ConfigError, else RuntimeError."""
         try:
             kind, value = self.connection.recv()
         except (EOFError, ConnectionResetError):
             self.process.join(10)
-            raise RuntimeError(
-                f"{self.name}: its process ended with code {self.process.exitcode} (-9: out of memory?)"
-            ) from None
+            code = self.process.exitcode
+            raise RuntimeError(f"{self.name}: its process ended with code {code} (-9: out of memory?)") from None
         if kind == "refused":
             raise ConfigError(value)
         if kind == "failed":
@@ -110,19 +102,19 @@ class BenchProcess:
 def measure_processes(
     sides: Sequence[BenchProcess], repeats: int, warmup: int = 1
 ) -> tuple[Pairs, dict[str, dict[str, Any]]]:
-    """Build all sides at the same time, measure them in turns, and end them. Returns their seconds and reports."""
+    """Start all sides concurrently, measure them in turns, and end them. Returns their seconds and reports."""
     with ExitStack() as stack:
         for side in sides:
             side.start()
             stack.callback(side.close)
         for side in sides:
-            side.wait_until_built()
+            side.receive("ready")
         pairs = compare(take_turns({side.name: side for side in sides}, repeats, warmup))
         return pairs, {side.name: side.finish() for side in sides}
 
 
 def _main(connection: Connection, device: str, threads: int, work: Callable[..., None], args: tuple[Any, ...]) -> None:
-    """Run in the other process. What libraries print goes to a file, so that stdout holds the table only."""
+    """Run a side in its process. Libraries print to a file, so that stdout only has the table."""
     with tempfile.TemporaryFile() as output:
         sys.stdout.flush()
         os.dup2(output.fileno(), 1)
@@ -136,6 +128,6 @@ def _main(connection: Connection, device: str, threads: int, work: Callable[...,
         except ConfigError as error:
             connection.send(("refused", str(error)))
         except (EOFError, BrokenPipeError, ConnectionResetError):
-            pass  # the bench is gone
+            pass  # the bench has ended
         except BaseException:
             connection.send(("failed", traceback.format_exc()))

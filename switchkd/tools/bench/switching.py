@@ -1,18 +1,18 @@
-"""What switching costs: tokens/s of each rule against no draft, a naive loop, on-policy sampling, and the bound.
+"""Measures the cost of switching: tokens/s of each rule against no draft, a naive loop, on-policy sampling, the bound.
 
 In: a teacher, a student, prompts. Out: a Table, one row per rule. All sides generate completions of the same prompts,
 at temperature 1, with the same limit, batch and dtype, in turns (A B C, C B A, ...) after a warm-up.
 
 The bound is the hindsight optimum: for every rollout the cheapest sequence of rounds (drafted by the student, by the
-teacher, or without a draft), found by dynamic programming over the recorded owners and agreements, at the costs of full
-batches. These are measured before and after every turn that is compared with them: a shared machine's speed drifts.
+teacher, or without a draft), by dynamic programming over the recorded owners and agreements. The costs of full batches
+are measured before and after every turn, since a shared machine's speed drifts.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,16 @@ from switchkd.engines.models.loading import load_model, load_tokenizer, pad_id, 
 from switchkd.rollout.generator import GenerationRequest, SwitchingGenerator
 from switchkd.rollout.state import RolloutParams
 from switchkd.rollout.teacher_logits import TeacherLogits
-from switchkd.tools.bench.baseline_loop import AdaSwitch, Decide, NaiveSwitching, skd, switch
+from switchkd.tools.bench.baseline_loop import HALF_LIFE, AdaSwitch, Decide, NaiveSwitching, skd, switch
 from switchkd.tools.bench.lower_bound import StepCosts, bound_s, measure_costs, steady_s
 from switchkd.tools.bench.models import prompts, resolve
 from switchkd.tools.bench.table import Cell, Options, Spread, Table, compare, take_turns
 from switchkd.types import CompletionSource, Prompt, Rollout, RolloutTask, TokenSource
 
-HALF_LIFE = 16.0
 RULES: dict[str, tuple[Callable[[], switching.Rule], Callable[[], Decide]]] = {
-    "switch": (lambda: switching.jsd_threshold(half_life=HALF_LIFE), lambda: switch(half_life=HALF_LIFE)),
+    "switch": (lambda: switching.jsd_threshold(half_life=HALF_LIFE), lambda: switch),
     "adaswitch": (switching.kl_spike, AdaSwitch),
-    "skd": (switching.outside_top_k, skd),
+    "skd": (switching.outside_top_k, lambda: skd),
 }
 SEED = 1
 LONGER = "A reader who knows a little about it asks, and would like to learn the most useful things first. "
@@ -54,12 +53,12 @@ REMARKS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
-    """What is generated: prompts, rows at the same time, tokens and drafted tokens at most."""
+    """Number and size of the completions."""
 
     prompts: int
-    batch: int
-    tokens: int
-    block: int
+    batch: int  # rows at the same time
+    tokens: int  # at most
+    block: int  # most drafted tokens
 
 
 REAL = Workload(prompts=24, batch=8, tokens=48, block=16)
@@ -67,7 +66,7 @@ SMOKE = Workload(prompts=4, batch=2, tokens=12, block=4)
 
 
 class Engines:
-    """A teacher and a student, twice: behind the engine, and as plain transformers models for the naive loop."""
+    """A teacher and a student, both as switchkd's engines and as transformers models for the naive loop."""
 
     def __init__(self, teacher: str, student: str, *, device: str, dtype: str, load: Workload) -> None:
         tokenizer = load_tokenizer(student)
@@ -87,9 +86,8 @@ class Engines:
         self.head = LMHead.from_arrays(self.teacher.head().to_arrays(), device=device).prepack()
 
     def params(self, rule: switching.Rule) -> RolloutParams:
-        return RolloutParams(
-            rule=rule, student=SamplingParams(), teacher=SamplingParams(), max_new_tokens=self.load.tokens, seed=SEED
-        )
+        plain = SamplingParams()
+        return RolloutParams(rule=rule, student=plain, teacher=plain, max_new_tokens=self.load.tokens, seed=SEED)
 
     def generator(self, drafter: str) -> SwitchingGenerator:
         return SwitchingGenerator(
@@ -102,22 +100,22 @@ class Engines:
         )
 
     def warm_up(self, generator: SwitchingGenerator, params: RolloutParams) -> None:
-        """Generate one batch of short completions: kernels are chosen, and each draft has been tried."""
+        """Generate one batch of short completions, so that kernels are chosen and each draft is tried."""
         short = replace(params, max_new_tokens=min(24, self.load.tokens))
         requests = [GenerationRequest(task=task, params=short) for task in self.tasks[: self.load.batch]]
         generator.run(requests, lambda _: None)
 
     def timed(self, generator: SwitchingGenerator, params: RolloutParams) -> tuple[float, list[Rollout]]:
-        """Seconds per token, and the completions of all prompts."""
+        """Generate all completions. Returns the seconds per token, and the rollouts in order."""
         rollouts: list[Rollout] = []
         start = time.perf_counter()
         generator.run([GenerationRequest(task=task, params=params) for task in self.tasks], rollouts.extend)
         seconds = time.perf_counter() - start
-        rollouts.sort(key=lambda rollout: rollout.rollout_id)
-        return seconds / sum(rollout.num_tokens for rollout in rollouts), rollouts
+        per_token = seconds / sum(rollout.num_tokens for rollout in rollouts)
+        return per_token, sorted(rollouts, key=lambda rollout: rollout.rollout_id)
 
     def timed_naively(self, decide: Callable[[], Decide]) -> float:
-        """Seconds per token of the naive loop."""
+        """Generate all completions with the naive loop. Returns the seconds per token."""
         torch.manual_seed(SEED)
         ids = [task.prompt.token_ids.tolist() for task in self.tasks]
         start = time.perf_counter()
@@ -126,35 +124,29 @@ class Engines:
 
     def measure_costs(self) -> StepCosts:
         prompt = self.tasks[0].prompt
-        return measure_costs(self.student, self.teacher, self.head, prompt, self.load.batch, self.load.block, repeats=3)
+        return measure_costs(self.student, self.teacher, self.head, prompt, self.load.batch, self.load.block)
 
 
 def run(options: Options, teacher: str, student: str, rules: Sequence[str], num_prompts: int | None) -> Table:
-    """One row per rule (all by default). Raises ConfigError for a rule that is not measured here."""
+    """Measure one row per rule, by default all. Raises ConfigError for a rule that is not in RULES."""
     for name in rules:
         if name not in RULES:
             raise ConfigError(f"--rule {name}: choose from {', '.join(RULES)}")
     load = SMOKE if options.smoke else REAL
     load = replace(load, prompts=num_prompts or load.prompts)
-    prompts(load.prompts)  # refuses too many before a model is loaded
+    prompts(load.prompts)  # raises for too many before a model is loaded
     folders = resolve(teacher, student)
     torch.set_num_threads(options.threads)
     engines = Engines(folders.teacher, folders.student, device=options.device, dtype=options.dtype, load=load)
     costs: list[StepCosts] = []
     rows = [_row(engines, name, options.repeats, costs) for name in rules or RULES]
-    notes = options.notes(
-        teacher=folders.teacher,
-        student=folders.student,
-        prompts=load.prompts,
-        batch=load.batch,
-        max_new_tokens=load.tokens,
-        costs_ms_per_row=StepCosts.mean(costs).as_ms(),
-    )
+    sizes = {"prompts": load.prompts, "batch": load.batch, "max_new_tokens": load.tokens}
+    notes = options.notes(**asdict(folders), **sizes, costs_ms_per_row=StepCosts.mean(costs).as_ms())
     return Table(title=f"switching, {Path(folders.student).name}", rows=rows, notes=notes, remarks=REMARKS)
 
 
 def _row(engines: Engines, name: str, repeats: int, all_costs: list[StepCosts]) -> dict[str, Cell]:
-    """Measure all sides of one rule. Adds each turn's costs to `all_costs`."""
+    """Measure all sides of one rule. Appends each turn's costs to `all_costs`."""
     rule, decide = RULES[name][0](), RULES[name][1]
     params, student_only = engines.params(rule), engines.params(switching.student())
     auto, no_draft, on_policy = (engines.generator(drafter) for drafter in ("auto", "none", "auto"))
@@ -183,7 +175,7 @@ def _row(engines: Engines, name: str, repeats: int, all_costs: list[StepCosts]) 
     rounds = auto.speculation.rounds
 
     def share(least_s: Callable[..., float]) -> Spread:
-        """The least time over ours, turn by turn."""
+        """Return the least time over ours, turn by turn."""
         turns = zip(costs, pairs.values["ours"], strict=True)
         return Spread.from_values([least_s(rollouts, reads, cost, rule) / num_tokens / ours for cost, ours in turns])
 
@@ -216,11 +208,10 @@ def _per_token(rollouts: Sequence[Rollout], num_tokens: int) -> dict[str, Cell]:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Both models on a finished rollout of T tokens: do their keyed draws differ, is their most likely id equal; bool
-    [T] each."""
+    """Both models' agreement on a finished rollout of T tokens."""
 
-    differ: np.ndarray
-    agree: np.ndarray
+    differ: np.ndarray  # whether their keyed draws differ, bool [T]
+    agree: np.ndarray  # whether their most likely ids are equal, bool [T]
 
 
 @torch.inference_mode()
@@ -246,17 +237,16 @@ def agreements(engines: Engines, rollouts: Sequence[Rollout], params: RolloutPar
 
 
 def _tasks(tokenizer: Any, num: int) -> list[RolloutTask]:
-    """Prompts of mixed lengths under the tokenizer's chat template, each a rollout of its own."""
+    """Return prompts of mixed lengths in the tokenizer's chat template, one task each."""
     tasks = []
     for i, text in enumerate(prompts(num)):
-        # short, middling and long prompts in turn, and answers to match
+        # short, medium and long prompts in turn, with completions of similar length
         text = (f"{text} Answer in one short sentence.", text, LONGER * 2 + text)[i % 3]
         if tokenizer.chat_template:
             chat = [{"role": "user", "content": text}]
             text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         ids = np.array(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"], np.int32)
         prompt = Prompt(prompt_id=str(i), text=text, token_ids=ids)
-        tasks.append(
-            RolloutTask(rollout_id=i, batch=0, stage=0, completion_source=CompletionSource.ROLLOUT, prompt=prompt)
-        )
+        source = CompletionSource.ROLLOUT
+        tasks.append(RolloutTask(rollout_id=i, batch=0, stage=0, completion_source=source, prompt=prompt))
     return tasks

@@ -1,7 +1,7 @@
-"""How a bench takes its numbers, and the table that it prints.
+"""Measures the sides of a bench in turns, and prints the results as a table.
 
-In: sides to compare, as functions that do one piece of work and return what they measured. Out: medians of alternating
-runs with their spread, and a `Table` for the terminal and for a JSON file.
+In: sides to compare, as functions that do one piece of work and return a measurement. Out: medians of alternating runs
+with their spread, and a `Table` for the terminal and for a JSON file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What the command line says about the measurement itself."""
+    """Options of the measurement itself."""
 
     smoke: bool
     repeats: int
@@ -34,23 +34,27 @@ class Options:
     threads: int
 
     def notes(self, **more: Any) -> dict[str, Any]:
-        """The notes of a table: where and with what it was measured."""
-        device = device_name(self.device)
+        """Return the notes of a table: machine, versions and settings of the measurement."""
+        device = self.device
+        if device == "cuda":
+            import torch
+
+            device = f"cuda ({torch.cuda.get_device_name()})"
         return surroundings(device=device, dtype=self.dtype, threads=self.threads, repeats=self.repeats, **more)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spread:
-    """Several measurements of one quantity: their median, and how far they are apart."""
+    """Median and spread of several measurements of one quantity."""
 
     median: float
-    low: float  # of four and more the quartiles, of fewer the extremes
+    low: float  # with `high`: the quartiles of four and more values, the extremes of fewer
     high: float
     num: int
 
     @classmethod
     def from_values(cls, values: Sequence[float]) -> Spread:
-        """Raises ValueError without values."""
+        """Compute median and spread. Raises ValueError without values."""
         if not values:
             raise ValueError("no measurements: repeats must be at least 1")
         if len(values) < 4:
@@ -60,7 +64,7 @@ class Spread:
         return cls(median=statistics.median(values), low=low, high=high, num=len(values))
 
     def map(self, function: Callable[[float], float]) -> Spread:
-        """The spread of a monotonous function of the values, such as a rate of a time."""
+        """Return the spread of a monotonic function of the values, such as the rate of a time."""
         low, high = sorted((function(self.low), function(self.high)))
         return Spread(median=function(self.median), low=low, high=high, num=self.num)
 
@@ -72,12 +76,11 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pairs:
-    """Seconds of sides that were measured in turns."""
+    """Seconds of sides measured in turns."""
 
     values: dict[str, list[float]]
     spread: dict[str, Spread]
-    ratios: dict[str, Spread]
-    """Each side's value divided by that of the first side in the same turn."""
+    ratios: dict[str, Spread]  # each side's value over the first side's in the same turn
 
 
 Cell = str | int | float | Spread | None
@@ -85,12 +88,12 @@ Cell = str | int | float | Spread | None
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """Rows by column. Columns are named with their unit; the first says what a row is. `notes` say on what it ran."""
+    """Rows by column. A column's name has its unit; the first column names the row. `notes` describe the machine."""
 
     title: str
     rows: Sequence[Mapping[str, Cell]]
     notes: Mapping[str, Any]
-    remarks: tuple[str, ...] = ()  # sentences for the reader
+    remarks: tuple[str, ...] = ()
 
     @property
     def columns(self) -> list[str]:
@@ -100,11 +103,11 @@ class Table:
         return {**asdict(self), "columns": self.columns}
 
     def write(self, path: Path) -> None:
-        """Write one JSON object, whole or not at all."""
+        """Write one JSON object atomically."""
         write_json_atomic(path, self.to_json())
 
     def show(self) -> None:
-        """Print it. A table that is too wide for the terminal is printed on long lines, never with numbers cut off."""
+        """Print the table; where it is wider than the terminal, on longer lines, so that no number is cut off."""
         from rich.console import Console
         from rich.table import Table as RichTable
 
@@ -122,8 +125,8 @@ class Table:
 
 
 def take_turns(sides: Mapping[str, Callable[[], T]], repeats: int, warmup: int = 1) -> dict[str, list[T]]:
-    """Call all sides in turns, there and back again (A B C, C B A, ...), so that a machine that warms up or is shared
-    weighs on all alike. Returns what each side returned, without the warm-up. Raises ValueError for nothing to do."""
+    """Call all sides in turns, forwards and backwards (A B C, C B A, ...), so that a machine's drift affects all alike.
+    Returns each side's results without the warm-up. Raises ValueError where there is nothing to measure."""
     if not sides or repeats < 1 or warmup < 0:
         raise ValueError(f"{len(sides)} sides, repeats {repeats}, warmup {warmup}: nothing to measure")
     results: dict[str, list[T]] = {name: [] for name in sides}
@@ -136,32 +139,29 @@ def take_turns(sides: Mapping[str, Callable[[], T]], repeats: int, warmup: int =
 
 
 def compare(values: Mapping[str, Sequence[float]]) -> Pairs:
-    """Spreads and, within each turn, ratios against the first side."""
+    """Return spreads and, within each turn, ratios against the first side."""
     first = next(iter(values.values()))
+    ratios = {name: [x / base for x, base in zip(numbers, first, strict=True)] for name, numbers in values.items()}
     return Pairs(
         values={name: list(numbers) for name, numbers in values.items()},
         spread={name: Spread.from_values(numbers) for name, numbers in values.items()},
-        ratios={
-            name: Spread.from_values([ours / theirs for ours, theirs in zip(numbers, first, strict=True)])
-            for name, numbers in values.items()
-        },
+        ratios={name: Spread.from_values(numbers) for name, numbers in ratios.items()},
     )
 
 
 def check_device(device: str) -> None:
-    """ConfigError where a bench would have to fall back to another device."""
-    if device == "cpu":
-        return
-    if device != "cuda":
+    """Raise ConfigError for a device that is not available."""
+    if device not in ("cpu", "cuda"):
         raise ConfigError(f"--device {device}: choose cpu or cuda")
-    import torch
+    if device == "cuda":
+        import torch
 
-    if not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no CUDA device here; take --device cpu")
+        if not torch.cuda.is_available():
+            raise ConfigError("--device cuda: torch sees no CUDA device here; take --device cpu")
 
 
 def surroundings(**more: Any) -> dict[str, Any]:
-    """Machine, versions, date, and what the bench adds."""
+    """Return machine, versions, date, and the bench's own notes."""
     versions = {name: _version(name) for name in VERSIONS}
     return {
         "cpu": cpu_model(),
@@ -171,15 +171,6 @@ def surroundings(**more: Any) -> dict[str, Any]:
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def device_name(device: str) -> str:
-    """`cpu`, or the GPU's own name."""
-    if device == "cpu":
-        return "cpu"
-    import torch
-
-    return f"cuda ({torch.cuda.get_device_name()})"
 
 
 def cpu_model() -> str:
@@ -203,7 +194,7 @@ def _text(value: Any) -> str:
 
 
 def _short(value: float) -> str:
-    """Three significant digits; an exponent only for very small and very large numbers."""
+    """Format three significant digits; with an exponent only for very small and very large numbers."""
     if value != 0 and not 1e-3 <= abs(value) < 1e6:
         return f"{value:.2e}"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -1,16 +1,15 @@
-"""A whole on-policy step, ours and TRL's: the student generates, the teacher scores, loss, backward, optimizer step,
-and the weights go back to where the student generates.
+"""Times a whole on-policy step of switchkd and of TRL: rollouts, scoring, loss, backward, optimizer step, weights.
 
 In: a teacher and a student. Out: samples/s and peak memory of switchkd in one process, of switchkd on Ray, and of
-`trl.DistillationTrainer`, which is always on-policy. All sides have the same prompts, batch, number of new tokens (no
-completion may end early), loss, optimizer, dtype and threads, and each its key-value cache.
+`trl.DistillationTrainer`. All sides have the same prompts, batch, number of new tokens (no completion ends early),
+loss, optimizer, dtype and threads, and a key-value cache each.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,15 +25,14 @@ if TYPE_CHECKING:
     from switchkd.types import Prompt
 
 BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
-"""TRL's names for the losses: its beta interpolates between the two KLs."""
+"""TRL's values for the losses: its beta interpolates between the two KLs."""
 LR = 1e-5
-StartActors = Callable[[Config, Path, frozenset[int], Any], Any]
 OURS, ON_RAY, TRL = "switchkd, one process", "switchkd, Ray", "TRL"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainerCase:
-    """What every side does."""
+    """The work of every side."""
 
     models: ModelFolders
     options: Options
@@ -44,13 +42,13 @@ class TrainerCase:
 
     @property
     def prompts(self) -> list[str]:
-        """Four batches, which every side takes in order."""
-        some = prompts(min(4 * self.batch, 64))
-        return [some[i % len(some)] for i in range(4 * self.batch)]
+        """Return four batches, which every side reads in order."""
+        distinct = prompts(min(4 * self.batch, 64))
+        return [distinct[i % len(distinct)] for i in range(4 * self.batch)]
 
 
 def run(options: Options, teacher: str, student: str, *, batch: int, new_tokens: int, loss: str, on_ray: bool) -> Table:
-    """Raises ConfigError without TRL, and for a loss that it does not have."""
+    """Measure all sides. Raises ConfigError without TRL, and for a loss that it does not have."""
     if importlib.util.find_spec("trl") is None:
         raise ConfigError("the peer of this bench, TRL, is not installed: pip install 'switchkd[bench]'")
     if loss not in BETA:
@@ -68,14 +66,8 @@ def run(options: Options, teacher: str, student: str, *, batch: int, new_tokens:
         sides.insert(1, BenchProcess(ON_RAY, ours, job, "ray", **where))
     pairs, reports = measure_processes(sides, options.repeats, warmup=1 if options.smoke else 2)
     rows = [_row(job, name, pairs, report) for name, report in reports.items()]
-    notes = options.notes(
-        batch=job.batch,
-        new_tokens=job.new_tokens,
-        loss=loss,
-        lr=LR,
-        teacher=Path(job.models.teacher).name,
-        student=Path(job.models.student).name,
-    )
+    names = {"teacher": Path(job.models.teacher).name, "student": Path(job.models.student).name}
+    notes = options.notes(batch=job.batch, new_tokens=job.new_tokens, loss=loss, lr=LR, **names)
     return Table(title="One on-policy step", rows=rows, notes=notes, remarks=REMARKS)
 
 
@@ -105,16 +97,27 @@ REMARKS = (
 
 
 def ours(repeats: Repeats, job: TrainerCase, mode: str) -> None:
-    """The real training loop: a repeat ends when a step has."""
+    """Run `train.Trainer`; a repeat is one step."""
     from switchkd.engines.models.loading import load_tokenizer
 
-    start_actors = _ray_starter() if mode == "ray" else _local_starter()
+    if mode == "ray":
+        from switchkd.actors import process_setup
+
+        process_setup.for_private_cluster()
+        from switchkd.actors import launch
+    else:
+        from switchkd.controller import local
+
+        importlib.import_module("deepspeed")  # a library, not memory of the run
     repeats.count_memory_from_here()
     tokenized = _tokenized(job, load_tokenizer(job.models.student))
     waiting = iter(repeats)
 
-    def start(config: Config, run_dir: Path, log: Any) -> Any:
-        handles = start_actors(config, run_dir, frozenset(), log)  # without stop ids no completion ends early
+    def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int], log: Any) -> Any:
+        if mode == "ray":
+            handles = launch.start_actors(config, run_dir, stop_ids, log)
+        else:
+            handles = local.start_actors(config, run_dir, stop_ids)
         next(waiting)
         return handles
 
@@ -124,23 +127,7 @@ def ours(repeats: Repeats, job: TrainerCase, mode: str) -> None:
             raise trainer_harness.StopTraining
 
     longest = max(len(prompt.token_ids) for prompt in tokenized)
-    trainer_harness.run(_config(job, mode, longest), tokenized, start, on_step)
-
-
-def _ray_starter() -> StartActors:
-    from switchkd.actors import process_setup
-
-    process_setup.for_private_cluster()
-    from switchkd.actors.launch import start_actors
-
-    return start_actors
-
-
-def _local_starter() -> StartActors:
-    from switchkd.controller.local import start_actors
-
-    importlib.import_module("deepspeed")  # a library, not memory of the run
-    return lambda config, run_dir, stop_ids, log: start_actors(config, run_dir, stop_ids)
+    trainer_harness.run(_config(job, mode, longest), tokenized, start_actors, on_step)
 
 
 def _tokenized(job: TrainerCase, tokenizer: Any) -> list[Prompt]:
@@ -176,7 +163,7 @@ def _config(job: TrainerCase, mode: str, longest: int) -> Config:
 
 
 def trl(repeats: Repeats, job: TrainerCase) -> None:
-    """TRL's own loop, `DistillationTrainer.train`: a repeat ends when its callback is called at a step's end."""
+    """Run TRL's loop, `DistillationTrainer.train`; a repeat ends when its callback is called at a step's end."""
     import tempfile
 
     import torch
@@ -203,9 +190,9 @@ def trl(repeats: Repeats, job: TrainerCase) -> None:
     teacher = AutoModelForCausalLM.from_pretrained(job.models.teacher, dtype=dtype, use_safetensors=True)
     student = AutoModelForCausalLM.from_pretrained(job.models.student, dtype=torch.float32, use_safetensors=True)
     tokenizer = AutoTokenizer.from_pretrained(job.models.student, padding_side="left")
-    with tempfile.TemporaryDirectory(prefix="switchkd-bench-") as place:
+    with tempfile.TemporaryDirectory(prefix="switchkd-bench-") as folder:
         args = DistillationConfig(
-            output_dir=place,
+            output_dir=folder,
             max_steps=trainer_harness.NUM_STEPS,
             per_device_train_batch_size=job.batch,
             max_completion_length=job.new_tokens,
@@ -215,7 +202,7 @@ def trl(repeats: Repeats, job: TrainerCase) -> None:
             learning_rate=LR,
             lr_scheduler_type="constant",
             weight_decay=0.0,
-            adam_beta2=0.95,  # as ours
+            adam_beta2=0.95,  # switchkd's
             max_grad_norm=1.0,
             gradient_checkpointing=False,
             bf16=job.options.dtype == "bfloat16",

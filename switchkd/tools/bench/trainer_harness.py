@@ -1,7 +1,7 @@
-"""The real training loop, step by step: `train.Trainer` on actors of the caller's, with a call at each step's end.
+"""Runs `train.Trainer` on the caller's actors, with a call at each step's end.
 
-In: a config, prompts, a function that starts the actors. Out: nothing but the calls of `on_step`; the run ends when it
-raises `StopTraining`, without a checkpoint and without a student.
+In: a config, prompts, a function that starts the actors. Out: the calls of `on_step`. The run ends without a checkpoint
+and without a student when `on_step` raises `StopTraining`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from switchkd.types import Prompt
 
 NUM_STEPS = 10_000
-"""More than any bench waits for."""
+"""More steps than any bench runs."""
 
 
 class StopTraining(Exception):
@@ -26,7 +26,7 @@ class StopTraining(Exception):
 
 
 class StepLog:
-    """Stands in for `MetricsLog`: no files, no console, one call per step."""
+    """Replaces `MetricsLog`: no files, no console, one call per step."""
 
     def __init__(self, on_step: Callable[[Mapping[str, Any]], None]) -> None:
         self.on_step = on_step
@@ -38,14 +38,14 @@ class StepLog:
         """Show nothing."""
 
     def export(self, sink: Any) -> None:
-        """Pass the numbers to `on_step` alone."""
+        """Export nothing."""
 
     def step(self, step: int, row: Mapping[str, Any]) -> None:
         self.on_step(row)
 
 
 def endless_config(sections: Mapping[str, Mapping[str, Any]]) -> Config:
-    """The config of a run of one long stage that writes nothing but its folder. Raises ConfigError."""
+    """Return the config of a run of one long stage that only writes its folder. Raises ConfigError."""
     from switchkd.config.loader import parse
 
     base: dict[str, dict[str, Any]] = {
@@ -60,10 +60,10 @@ def endless_config(sections: Mapping[str, Mapping[str, Any]]) -> Config:
 def run(
     config: Config,
     prompts: Sequence[Prompt],
-    start: Callable[[Config, Path, Any], ActorHandles],
+    start_actors: Callable[[Config, Path, frozenset[int], Any], ActorHandles],
     on_step: Callable[[Mapping[str, Any]], None],
 ) -> None:
-    """Start actors for a folder that is removed again, and train until `on_step` raises StopTraining."""
+    """Train in a temporary folder until `on_step` raises StopTraining. Without stop ids completions are full-length."""
     from switchkd.controller.checkpoint import open_run
     from switchkd.controller.evaluation import Evaluator
     from switchkd.controller.schedule import Schedule
@@ -76,10 +76,10 @@ def run(
     with tempfile.TemporaryDirectory(prefix="switchkd-bench-") as parent:
         config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(Path(parent) / "run")})})
         with open_run(config) as folder:
-            handles = start(config, folder.path, log)
+            handles = start_actors(config, folder.path, frozenset(), log)
             try:
                 evaluator = Evaluator(config.eval, (), has_teacher=False)
-                watchdog = Watchdog(config.run.watchdog_s, folder.path, log.info)  # never started: a bench may sleep
+                watchdog = Watchdog(config.run.watchdog_s, folder.path, log.info)  # not started: a bench may sleep
                 Trainer(config, schedule, handles, folder, log, evaluator, watchdog).run()
             except StopTraining:
                 pass

@@ -1,7 +1,7 @@
-"""The way of a weight version: packed by the learner, put into the store, fetched and loaded by a rollout worker.
+"""Times a weight version: packed by the learner, put into the store, fetched and loaded by a rollout worker.
 
-In: a student's folder. Out: seconds of each part, GB/s, and how long rollouts pause: in one process all the time, on
-Ray while the worker fetches and loads.
+In: a student's folder. Out: seconds of each part, GB/s, and the pause of the rollouts: in one process the whole time,
+on Ray while the worker fetches and loads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from switchkd.tools.bench.table import Options, Spread, Table, take_turns
 ONE_PROCESS, ON_RAY = "one process", "Ray object store"
 PARTS = ("pack", "put", "fetch", "load")
 TOTAL = "total"
-REMARKS = ("GB/s: from the call to publish until the worker has the weights, checksums and calls included.",)
 
 
 def run(options: Options, teacher: str, student: str) -> Table:
@@ -42,14 +41,14 @@ def run(options: Options, teacher: str, student: str) -> Table:
         title="A weight version's way",
         rows=[_row(name, measured, num_bytes) for name, measured in seconds.items()],
         notes=options.notes(student=Path(folder).name, megabytes=num_bytes / 1e6),
-        remarks=REMARKS,
+        remarks=("GB/s: from the call to publish until the worker has the weights, checksums and calls included.",),
     )
 
 
 def _send(
     publish: Callable[[], tuple[Any, dict[str, float]]], receive: Callable[[Any], dict[str, float]]
 ) -> dict[str, float]:
-    """Seconds of each part of one version, and of all."""
+    """Publish and load one version. Returns the seconds of each part and of all."""
     start = time.perf_counter()
     weights, sent = publish()
     parts = {**sent, **receive(weights)}

@@ -1,4 +1,4 @@
-"""The result of one of `switchkd doctor`'s checks: a line, with the remedy where something is wrong."""
+"""Results of `switchkd doctor`'s checks: one line each, with a remedy where something is wrong."""
 
 from __future__ import annotations
 
@@ -38,14 +38,13 @@ def fail(check: str, text: str, remedy: str) -> CheckResult:
 
 
 def from_config_error(check: str, error: ConfigError) -> CheckResult:
-    """The text before the error's first semicolon says what is wrong, the text behind it what to do."""
+    """Split an error at its first semicolon: the text before it names the fault, the text after it the remedy."""
     text, _, remedy = one_line(error).partition("; ")
     return fail(check, text, remedy or "change it in the config")
 
 
 def run_check(check: str, act: Callable[[], Iterable[CheckResult]]) -> Generator[CheckResult, None, bool]:
-    """Yield a check's results and return whether none failed. An exception is a failed result: one check that breaks
-    must not hide the others. What libraries print goes to stderr."""
+    """Yield a check's results, an exception as a failed one; return whether none failed. Output goes to stderr."""
     results: list[CheckResult] = []
     with redirect_stdout(sys.stderr):
         try:

@@ -1,7 +1,7 @@
 """`switchkd doctor`: check everything that a run needs, one line each, every failure with its remedy.
 
-In: a checked config. Out: check results. Cheap checks come first, what loads models last; one that fails does not stop
-the others, only those that need what it checked. Nothing is written into `run.dir` but a probe that is removed.
+In: a checked config. Out: check results, the cheap checks first. A check that fails only stops those that depend on it.
+Nothing is written into `run.dir` but a probe that is removed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from switchkd.tools.offline import stage_index
 
 
 def run_checks(config: Config, *, quick: bool = False) -> Iterator[CheckResult]:
-    """Yield each result as soon as its check has ended. `quick` leaves out what loads models."""
+    """Yield each result as soon as its check has ended. `quick` leaves out the checks that load models."""
     yield from run_check("versions", machine.versions)
     config_passed = yield from run_check("config", lambda: _config(config))
     processors_passed = yield from run_check("processors", lambda: machine.processors(config))
@@ -70,7 +70,7 @@ def _left_out(name: str, needed: str) -> CheckResult:
 
 
 def _config(config: Config) -> Iterator[CheckResult]:
-    """Check rules, losses, folders and files as `train` does first."""
+    """Check rules, losses, folders and files as `train` does at its start."""
     check(config)
     stages = ", ".join(f"{stage.name} ({stage.steps} steps)" for stage in config.train.stages)
     yield ok("config", f"rules, losses and files are there; stages {stages}")
@@ -86,15 +86,14 @@ def _sizes(config: Config) -> Iterator[CheckResult]:
 
 
 def _is_demo_missing(config: Config) -> bool:
-    """Whether the demo model is needed and would have to be fetched first."""
+    """Return whether the demo model is needed and is not in the cache."""
     paths = [config.student.path] if config.student.prune is None else []
     paths += [config.teacher.path] if reads_teacher(config) else []
     return "demo" in paths and not (cache_dir() / NAME).is_dir()
 
 
 def _without_pruning(config: Config) -> Config:
-    """The config with the teacher's folder for a student that is still to be pruned, which would load the teacher. The
-    student will have that folder's tokenizer."""
+    """Use the teacher's folder, which has the same tokenizer, for a student that is still to be pruned."""
     if config.student.prune is None:
         return config
     student = config.student.model_copy(update={"path": config.teacher.path, "prune": None})
@@ -102,7 +101,7 @@ def _without_pruning(config: Config) -> Config:
 
 
 def _cluster(config: Config) -> Iterator[CheckResult]:
-    """Check that Ray is reached and large enough, has the same software, and that every node sees the run's folder."""
+    """Check that Ray answers, is large enough and has the same software, and that every node sees the run's folder."""
     from switchkd.actors import node_check
 
     with machine.probe(config) as (file, nonce):
@@ -114,19 +113,17 @@ def _cluster(config: Config) -> Iterator[CheckResult]:
         elif node.versions != node_check.versions():
             text = f"node {node.name} has {node.versions}, here is {node_check.versions()}"
             yield warn("cluster", text, "install the same there")
-    blind = [node.name for node in nodes if not node.error and not node.sees]
-    if blind:
-        yield fail(
-            "shared run.dir",
-            f"{len(blind)} of {len(nodes)} nodes do not see {file.parent}: {', '.join(blind[:5])}",
-            "mount the same storage at the same path on every node, or give another run.dir",
-        )
+    without = [node.name for node in nodes if not node.error and not node.sees]
+    if without:
+        text = f"{len(without)} of {len(nodes)} nodes do not see {file.parent}: {', '.join(without[:5])}"
+        remedy = "mount the same storage at the same path on every node, or give another run.dir"
+        yield fail("shared run.dir", text, remedy)
     elif nodes:
         yield ok("shared run.dir", f"all {len(nodes)} nodes see {file.parent}")
 
 
 def show(results: Iterable[CheckResult], as_json: bool) -> bool:
-    """Print each result as it comes, or all of them as one JSON object. Returns whether none failed."""
+    """Print each result as its check ends, or all of them as one JSON object. Returns whether none failed."""
     from rich.console import Console
     from rich.text import Text
 

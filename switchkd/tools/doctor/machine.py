@@ -1,6 +1,6 @@
 """Checks that need no model: packages, processors, ports, tokens, memory, disk, the run's folder.
 
-In: a config. Out: check results. Writes nothing but a probe beside or in `run.dir`, which is removed again.
+In: a config. Out: check results. The only file written is a probe in or above `run.dir`, which is removed.
 """
 
 from __future__ import annotations
@@ -19,20 +19,18 @@ from pathlib import Path
 
 from switchkd.config import resources
 from switchkd.config.schema import Config
-from switchkd.controller import local
-from switchkd.controller.local import this_machine
+from switchkd.controller.local import check_single, this_machine
 from switchkd.controller.run_lock import LOCK, _read
 from switchkd.data.atomic_files import CONFIG
 from switchkd.engines.models.shape import Shape, object_store_bytes
 from switchkd.engines.models.sources import looks_local
 from switchkd.tools.doctor.check import CheckResult, fail, ok, warn
-from switchkd.tools.plan.memory import GIB, checkpoint_bytes, memory, total
+from switchkd.tools.plan.memory import GIB, checkpoint_bytes, memory
 
 PROBE = ".switchkd-doctor-"
 DASHBOARD_PORT = 8265
-CONNECT_S = 3.0
 LIBRARIES = 0.6 * GIB
-"""Memory that torch, transformers and Ray take in every process."""
+"""Memory of torch, transformers and Ray in every process."""
 
 
 def versions() -> Iterator[CheckResult]:
@@ -49,15 +47,14 @@ def versions() -> Iterator[CheckResult]:
         yield fail("versions", f"Python {platform.python_version()} is outside {python}", "take another Python")
     needed = [Requirement(line) for line in requirements]
     needed = [package for package in needed if package.marker is None or package.marker.evaluate({"extra": ""})]
-    num_wrong = 0
+    passed = True
     for package in needed:
         installed = _installed(package.name)
-        if installed is not None and package.specifier.contains(installed, prereleases=True):
-            continue
-        num_wrong += 1
-        state = "is not installed" if installed is None else f"{installed} is outside {package.specifier}"
-        yield fail("versions", f"{package.name} {state}", f"pip install '{package.name}{package.specifier}'")
-    if not num_wrong:
+        if installed is None or not package.specifier.contains(installed, prereleases=True):
+            passed = False
+            state = "is not installed" if installed is None else f"{installed} is outside {package.specifier}"
+            yield fail("versions", f"{package.name} {state}", f"pip install '{package.name}{package.specifier}'")
+    if passed:
         main = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "ray", "deepspeed"))
         yield ok("versions", f"{len(needed)} packages within their ranges ({main})")
 
@@ -70,10 +67,10 @@ def _installed(name: str) -> str | None:
 
 
 def processors(config: Config) -> Iterator[CheckResult]:
-    """Compare the CPUs and GPUs that the roles ask for with this machine's; on a cluster Ray knows (node_check.py)."""
+    """Compare the roles' CPUs and GPUs with this machine's; a cluster's are compared by `actors/node_check.py`."""
     here = this_machine()
     if config.run.mode == "inprocess":
-        local.check_single(config)
+        check_single(config)
     if resources.is_private(config):
         resources.check(config, here)
         asked = resources.total(config)
@@ -87,7 +84,7 @@ def processors(config: Config) -> Iterator[CheckResult]:
 
 
 def ports(config: Config) -> Iterator[CheckResult]:
-    """Connect to the named cluster; a private one needs a port on loopback."""
+    """Connect to the named cluster, or bind a port on loopback for a private one."""
     address = os.environ.get("RAY_ADDRESS") or config.cluster.address
     if resources.is_private(config):
         with socket.socket() as probe:
@@ -104,27 +101,23 @@ def ports(config: Config) -> Iterator[CheckResult]:
         return
     yield ok("ports", f"{host}:{port} answers")
     if not _reached(host, DASHBOARD_PORT):
-        yield warn(
-            "ports",
-            f"the dashboard at {host}:{DASHBOARD_PORT} does not answer",
-            "`ray job submit` needs it: start the head with --dashboard-port",
-        )
+        remedy = "`ray job submit` needs it: start the head with --dashboard-port"
+        yield warn("ports", f"the dashboard at {host}:{DASHBOARD_PORT} does not answer", remedy)
 
 
 def _reached(host: str, port: int) -> bool:
     try:  # the network
-        socket.create_connection((host, port), timeout=CONNECT_S).close()
+        socket.create_connection((host, port), timeout=3.0).close()
     except OSError:
         return False
     return True
 
 
 def tokens(config: Config) -> Iterator[CheckResult]:
-    """Check that Ray's token is there, and that only its owner may read it. The file itself is never read."""
+    """Check that Ray's token exists and that only its owner may read it. The file's content is never read."""
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token").expanduser()
-    private, mode = resources.is_private(config), None
-    if path.is_file():
-        mode = stat.S_IMODE(path.stat().st_mode)
+    private = resources.is_private(config)
+    mode = stat.S_IMODE(path.stat().st_mode) if path.is_file() else None
     if mode is not None and mode & 0o077:
         result = warn if private else fail
         yield result("tokens", f"{path} has mode {mode:04o}: others can read Ray's token", f"chmod 600 {path}")
@@ -140,7 +133,7 @@ def tokens(config: Config) -> Iterator[CheckResult]:
 
 
 def secrets(config: Config) -> Iterator[CheckResult]:
-    """Check that tokens are set where a name of the hub or W&B is used. Their values are never read."""
+    """Check that tokens are set where the config names the hub or W&B. Their values are never read."""
     names = {"teacher.path": config.teacher.path if config.needs_teacher else "", "student.path": config.student.path}
     names |= {"data.path": config.data.path, "eval.data": config.eval.data}
     if config.student.prune is not None:
@@ -176,7 +169,7 @@ def _wandb(project: str) -> Iterator[CheckResult]:
 
 
 def run_dir(config: Config) -> Iterator[CheckResult]:
-    """Check that the folder is absolute where other machines must find it, free of another run, and writable."""
+    """Check that the folder is absolute where other machines need it, holds no other run, and is writable."""
     path = Path(config.run.dir).expanduser()
     if not resources.is_private(config) and not path.is_absolute():
         yield fail("run.dir", f"run.dir={config.run.dir} is relative", "give an absolute path on shared storage")
@@ -198,8 +191,7 @@ def run_dir(config: Config) -> Iterator[CheckResult]:
 
 @contextmanager
 def probe(config: Config) -> Iterator[tuple[Path, str]]:
-    """Write a file in `run.dir` (or, while that is not there, in the nearest folder above it); yield its path and its
-    content, and remove it at the end."""
+    """Write a file in `run.dir` or the nearest existing folder above; yield its path and content, then remove it."""
     nonce = uuid.uuid4().hex
     file = _nearest(Path(config.run.dir).expanduser().resolve()) / f"{PROBE}{nonce}"
     try:
@@ -214,7 +206,7 @@ def _nearest(path: Path) -> Path:
 
 
 def disk(config: Config, shapes: dict[str, Shape]) -> Iterator[CheckResult]:
-    """Compare the free space with the checkpoints that are kept, one that is being written, and two students."""
+    """Compare the free space with the kept checkpoints, the one being written, and two students."""
     one = checkpoint_bytes(config, shapes["student"])
     student = shapes["student"].params * 4.0
     needed = one * (config.checkpoint.keep_last + 1) + 2 * student
@@ -230,16 +222,17 @@ def disk(config: Config, shapes: dict[str, Shape]) -> Iterator[CheckResult]:
 
 
 def host_memory(config: Config, shapes: dict[str, Shape]) -> Iterator[CheckResult]:
-    """Compare the memory of all processes of a private cluster, by the formulas of `plan`, with this machine's."""
+    """Compare the memory of a private cluster's processes, by the formulas of `plan`, with this machine's."""
     if not resources.is_private(config):
         return
     parts, numbers = memory(config, shapes), resources.counts(config)
     on_gpus = {role for role in parts if getattr(config.resources, role).num_gpus}
-    needed = sum((total(parts[role]) + LIBRARIES) * numbers.get(role, 0) for role in parts if role not in on_gpus)
-    there = _available()
-    text = f"about {needed / GIB:.3g} GiB of {there / GIB:.3g} free"
+    on_cpu = {role: sum(sizes.values()) + LIBRARIES for role, sizes in parts.items() if role not in on_gpus}
+    needed = sum(size * numbers.get(role, 0) for role, size in on_cpu.items())
+    available = _available()
+    text = f"about {needed / GIB:.3g} GiB of {available / GIB:.3g} free"
     remedy = "lower learner.micro_batch_tokens, teacher.max_sessions or rollout.batch_size (see `switchkd plan`)"
-    yield ok("memory", text) if needed <= there else warn("memory", text, remedy)
+    yield ok("memory", text) if needed <= available else warn("memory", text, remedy)
 
 
 def _available() -> float:
@@ -250,7 +243,7 @@ def _available() -> float:
 
 
 def object_store(config: Config, shapes: dict[str, Shape]) -> Iterator[CheckResult]:
-    """Compare the size of a private cluster's object store with the shared memory that is free."""
+    """Compare the size of a private cluster's object store with the free shared memory."""
     shm = Path("/dev/shm")
     if not resources.is_private(config) or config.run.mode == "inprocess" or not shm.is_dir():
         return

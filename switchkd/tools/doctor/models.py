@@ -1,6 +1,6 @@
 """Checks that read the models: tokenizers, templates, data, the teacher's determinism, a dry pass.
 
-In: a config. Out: check results. What loads weights runs in this process, one model after the other.
+In: a config. Out: check results. Weights are loaded into this process, one model after the other.
 """
 
 from __future__ import annotations
@@ -28,20 +28,18 @@ from switchkd.tools.offline import first_rollouts
 from switchkd.types import Blocks, Ragged, Rollout, Sessions, TokenSource
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
-"""Difference of a log-probability between batch shapes that the rounding of the dtype explains."""
-_SESSION = 1 << 50
-_MOST_TOKENS = 64
+"""Largest difference of a log-probability between batch shapes that comes from the rounding of the dtype."""
 
 
 def tokenizers(ready: PreparedRun) -> Iterator[CheckResult]:
-    """Name what `preflight.check_models` has compared."""
+    """Report the comparison that `preflight.check_models` has made."""
     config, num_ids = ready.config, len(ready.tokenizer)
-    who = "teacher and student have one tokenizer" if config.needs_teacher else "the student has a tokenizer"
-    yield ok("tokenizers", f"{who}, {num_ids:,} ids, and room for {max_len(config)} tokens")
+    models = "teacher and student have one tokenizer" if config.needs_teacher else "the student has a tokenizer"
+    yield ok("tokenizers", f"{models}, {num_ids:,} ids, and room for {max_len(config)} tokens")
 
 
 def chat_templates(config: Config) -> Iterator[CheckResult]:
-    """Compare the templates: prompts are written with the student's, the teacher reads them as they are."""
+    """Compare the templates: prompts are formatted with the student's, also for the teacher."""
     student = _template(config.student)
     if config.data.template is not None:
         yield ok("chat templates", "data.template is used instead")
@@ -50,36 +48,27 @@ def chat_templates(config: Config) -> Iterator[CheckResult]:
         yield ok("chat templates", "the student's is used" if student else "none: prompts are bare text")
         return
     teacher = _template(config.teacher)
+    remedy = "save the teacher's tokenizer into the student's folder, or set data.template"
     if student == teacher:
         yield ok("chat templates", "the same in teacher and student" if student else "none: prompts are bare text")
     elif not student:
-        yield warn(
-            "chat templates",
-            "the teacher has one, the student has none: prompts are bare text",
-            "save the teacher's tokenizer into the student's folder, or set data.template",
-        )
+        yield warn("chat templates", "the teacher has one, the student has none: prompts are bare text", remedy)
     elif not teacher:
-        yield warn(
-            "chat templates",
-            "the student has one, the teacher has none: it reads what it was not trained on",
-            "choose an instruct model as the teacher, or set data.template",
-        )
+        text = "the student has one, the teacher has none: it reads what it was not trained on"
+        yield warn("chat templates", text, "choose an instruct model as the teacher, or set data.template")
     else:
-        yield warn(
-            "chat templates",
-            f"the student writes {_short(student)}, the teacher {_short(teacher)}; the student's is used",
-            "save the teacher's tokenizer into the student's folder, or set data.template",
-        )
+        text = f"the student writes {_short(student)}, the teacher {_short(teacher)}; the student's is used"
+        yield warn("chat templates", text, remedy)
 
 
 def _template(section: ModelConfig) -> str:
-    """A short talk as the model's template writes it; empty without one."""
+    """Format a short chat with the model's template; empty without one."""
     tokenizer = load_tokenizer(section.path, trust_remote_code=section.trust_remote_code, revision=section.revision)
     if not getattr(tokenizer, "chat_template", None):
         return ""
-    talk = [{"role": "user", "content": "question"}]
-    try:  # templates are programs of their own
-        return str(tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True))
+    messages = [{"role": "user", "content": "question"}]
+    try:  # a template is a program
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except Exception as error:
         return f"an error ({' '.join(str(error).split())[:80]})"
 
@@ -89,7 +78,7 @@ def _short(text: str) -> str:
 
 
 def data(ready: PreparedRun) -> Iterator[CheckResult]:
-    """Report what `preflight.prepare` has read."""
+    """Report the data that `preflight.prepare` has read."""
     limit = ready.config.data.max_prompt_tokens
     for key, prompts in (("data.path", ready.prompts), ("eval.data", ready.eval_prompts)):
         if prompts is None:
@@ -107,17 +96,17 @@ def data(ready: PreparedRun) -> Iterator[CheckResult]:
 
 
 def with_weights(ready: PreparedRun, index: int) -> Iterator[CheckResult]:
-    """Check each teacher's determinism, then take one prompt of stage `index` through teacher, student and learner."""
+    """Check each teacher's determinism, then run one prompt of stage `index` through teacher, student and learner."""
     run = ready.config.run.model_copy(update={"mode": "inprocess"})
     learner = ready.config.learner.model_copy(update={"num_ranks": 1})
     config = ready.config.model_copy(update={"run": run, "learner": learner})
     teachers: dict[str, Any] = {}
     for name in config.teacher_names:
-        alone = config.of_teacher(name)
-        teacher = make_teacher(alone)
+        teacher_config = config.of_teacher(name)
+        teacher = make_teacher(teacher_config)
         head = teacher.lm_head_state()
-        tokens = ready.prompts.prompts[0].token_ids[:_MOST_TOKENS]
-        yield determinism(alone, teacher, None if head is None else LMHead.from_arrays(head), tokens)
+        tokens = ready.prompts.prompts[0].token_ids[:64]
+        yield determinism(teacher_config, teacher, None if head is None else LMHead.from_arrays(head), tokens)
         teachers[name] = (teacher, head)
     heads = {name: head for name, (_, head) in teachers.items() if head is not None}
     worker = make_worker(config, teachers, ready.stop_ids)
@@ -131,7 +120,7 @@ def with_weights(ready: PreparedRun, index: int) -> Iterator[CheckResult]:
 
 
 def determinism(config: Config, teacher: Teacher, head: LMHead | None, tokens: np.ndarray) -> CheckResult:
-    """Score the same tokens twice, and once more beside other sessions: the largest difference of a log-probability."""
+    """Score the same tokens twice, and once beside other sessions; compare log-probabilities within the tolerance."""
     reader = TeacherLogits(head)
     limit = TOLERANCE[config.teacher.dtype]
     first, again = (_logprobs(teacher, reader, [tokens], i) for i in (0, 1))
@@ -149,15 +138,13 @@ def determinism(config: Config, teacher: Teacher, head: LMHead | None, tokens: n
 
 
 def _logprobs(teacher: Teacher, reader: TeacherLogits, sequences: list[np.ndarray], turn: int) -> torch.Tensor:
-    """Log-probabilities [T, V] (with `top_logprobs` [T, k], of the kept ids) of the first sequence, read in one call
-    with the others, in sessions of their own."""
-    ids = np.array([_SESSION + 8 * turn + i for i in range(len(sequences))], np.int64)
+    """Score sequences in one call; return the first one's log-probabilities [T, V], with `top_logprobs` [T, k]."""
+    ids = np.arange(len(sequences), dtype=np.int64) + (1 << 50) + 8 * turn  # apart from the rollouts' sessions
     lengths = np.array([len(tokens) for tokens in sequences], np.int32)
     teacher.open(Sessions(session_ids=ids, tokens=Ragged.concat(sequences, np.int32)))
-    nothing = np.zeros(len(ids), np.int32)
-    teacher_output = teacher.score(
-        Blocks(session_ids=ids, base_lens=lengths, first_rows=nothing, tokens=Ragged(nothing[:0], nothing))
-    )
+    zeros = np.zeros(len(ids), np.int32)
+    blocks = Blocks(session_ids=ids, base_lens=lengths, first_rows=zeros, tokens=Ragged(zeros[:0], zeros))
+    teacher_output = teacher.score(blocks)
     teacher.close(ids)
     reader.set_format(teacher_output)
     rows = teacher_output.rows.values[: lengths[0]]

@@ -1,4 +1,4 @@
-"""Memory of each process of a run, from the config and the models' shapes.
+"""Computes the memory of each process of a run from the config and the models' shapes.
 
 In: a config and `Shape`s. Out: bytes by part, for one process of each role. Formulas, with d = bytes of an element of
 the role's dtype, P = parameters, T = trainable ones, V = shared vocabulary, D = the teacher's hidden width, G = ranks:
@@ -33,40 +33,38 @@ from switchkd.rollout.verify import VERIFY_COLUMNS
 
 GIB = 2**30
 FEW_COPIES = 9
-"""Copies in float32 of the few rows over which a loss and its gradient are taken."""
-LIVE_PARAMS = 1e9
-"""ZeRO-3's default for parameters that are whole at the same time."""
+"""Copies in float32 of the rows over which a loss and its gradient are computed at a time."""
 
 Parts = dict[str, float]
 
 
 def memory(config: Config, shapes: dict[str, Shape]) -> dict[str, Parts]:
-    """Bytes by role and part, of one process each."""
+    """Return bytes by role and part, of one process each."""
     parts = {"rollout": worker_memory(config, shapes), "learner": learner_memory(config, shapes)}
     return {"teacher": teacher_memory(config, shapes["teacher"]), **parts} if "teacher" in shapes else parts
 
 
 def columns(config: Config) -> int:
-    """Positions of one slot of a KV cache (engines/hf/kv_cache.py)."""
+    """Return the positions of one slot of a KV cache (engines/hf/kv_cache.py)."""
     return round_up(max_len(config) + 1)
 
 
 def kv_cache(shape: Shape, slots: int, num_columns: int, dtype: str) -> float:
-    """Keys and values of all layers."""
+    """Return the bytes of the keys and values of all layers."""
     return 2.0 * BYTES[dtype] * shape.layers * shape.kv * slots * num_columns
 
 
 def teacher_memory(config: Config, shape: Shape) -> Parts:
     section = config.teacher
     each = BYTES[section.dtype]
-    # `device_map` spreads one replica over several devices: these are its sums
+    # with `device_map` these are the sums over one replica's devices
     parts = {
         "weights": float(each * shape.params),
         "kv cache": kv_cache(shape, section.max_sessions, columns(config), section.dtype),
-        "forward pass": forward_pass(shape, columns(config), each),
     }
-    if section.backend == "vllm":  # of its share of the GPU this much is needed
-        return {name: parts[name] for name in ("weights", "kv cache")}
+    if section.backend == "vllm":  # needed of the share of the GPU that vLLM reserves
+        return parts
+    parts["forward pass"] = forward_pass(shape, columns(config), each)
     if section.output != "logits" and each < 4:
         parts["output matrix, float32"] = 4.0 * shape.head_params
     return parts | _packed(config, "teacher", shape, 4.0 * shape.head_params)
@@ -86,12 +84,14 @@ def worker_memory(config: Config, shapes: dict[str, Shape]) -> Parts:
         parts["teacher's output matrix"] = 4.0 * shapes["teacher"].head_params
     heads = 4.0 * shape.head_params + parts.get("teacher's output matrix", 0.0)
     parts |= _packed(config, "rollout", shape, heads)
-    parts["rows"] = _row_space(config, shape)
+    # drafted rows that are kept, both models' rows of one window, and the copies of a draw
+    block = config.rollout.max_draft_tokens
+    parts["rows"] = 4.0 * shape.vocab * rows * (block + 2 * min(VERIFY_COLUMNS, block) + 3)
     return parts
 
 
 def _packed(config: Config, role: str, shape: Shape, heads: float) -> Parts:
-    """Second copies that a CPU reads faster (engines/models/cpu_prepack.py): of products and of output matrices."""
+    """Return bytes of packed copies of weight and output matrices on a CPU (engines/models/cpu_prepack.py)."""
     section = config.teacher if role == "teacher" else config.student
     resources = config.resources.teacher if role == "teacher" else config.resources.rollout
     if section.prepack == "off" or resources.num_gpus or device_of(section) != "cpu":
@@ -103,14 +103,8 @@ def _packed(config: Config, role: str, shape: Shape, heads: float) -> Parts:
     return {"packed copies": copies} if copies else {}
 
 
-def _row_space(config: Config, shape: Shape) -> float:
-    """Drafted rows that are kept, both models' rows of one window, and what a draw needs."""
-    block = config.rollout.max_draft_tokens
-    return 4.0 * shape.vocab * config.rollout.batch_size * (block + 2 * min(VERIFY_COLUMNS, block) + 3)
-
-
 def forward_pass(shape: Shape, num_columns: int, each: int, most: int | None = None) -> float:
-    """The largest padded pass without gradients: a layer's widest tensors, and its mask."""
+    """Return the bytes of the largest padded pass without gradients: a layer's widest tensors, and its mask."""
     tokens = min(MAX_FORWARD_TOKENS, most or MAX_FORWARD_TOKENS)
     widest = 3 * shape.width + max(2 * shape.attention + 2 * shape.kv, (3 if shape.gated else 2) * shape.ffn)
     groups = shape.attention // shape.kv
@@ -123,14 +117,14 @@ def learner_memory(config: Config, shapes: dict[str, Shape]) -> Parts:
     if "teacher" in shapes and config.teacher.output == "hidden_states":
         parts["teacher's output matrix"] = 4.0 * shapes["teacher"].head_params
     parts["rows of a chunk"] = _chunk_space(config, shape)
-    if not shape.trainable:  # summed over chunks in float32; of a short type also one chunk's
+    if not shape.trainable:  # summed over chunks in float32; with a 16-bit dtype also one chunk's
         each = 4.0 + (BYTES[learner.dtype] if learner.dtype != "float32" else 0)
         parts["gradient of the output matrix"] = each * shape.head_params
     return parts
 
 
 def _chunk_space(config: Config, shape: Shape) -> float:
-    """The teacher's rows in float32, the student's in their own type, and what the loss of a few rows needs."""
+    """Return bytes of the teacher's rows in float32, the student's in its dtype, and copies of the rows in work."""
     chunk = float(config.learner.chunk_tokens * shape.vocab)
     on_cpu = not config.resources.learner.num_gpus and device_of("auto") == "cpu"
     few = max(CPU_ELEMENTS if on_cpu else DEVICE_ELEMENTS, shape.vocab)
@@ -138,11 +132,9 @@ def _chunk_space(config: Config, shape: Shape) -> float:
 
 
 def states(config: Config, shape: Shape) -> Parts:
-    """Weights, gradients and optimizer states of one rank, at the time of the optimizer step.
-
-    In bfloat16 gradients are summed in float32; ZeRO 1 then holds those of the backward pass, 2 T, beside them. From
-    ZeRO 1 on there are float32 masters, of float32 weights too.
-    """
+    """Return weights, gradients and optimizer states of one rank at the optimizer step. In bfloat16 gradients are
+    summed in float32, and ZeRO 1 holds those of the backward pass, 2 T, beside them. From ZeRO 1 on there are float32
+    masters, also of float32 weights."""
     learner, ranks = config.learner, config.learner.num_ranks
     each, short = BYTES[learner.dtype], learner.dtype != "float32"
     stage = max(learner.zero_stage, 1) if short else learner.zero_stage
@@ -159,14 +151,14 @@ def states(config: Config, shape: Shape) -> Parts:
         "buckets": each * bucket if stage >= 2 else 0.0,
     }
     if stage == 3:
-        live = min(float(zero.get("stage3_max_live_parameters", LIVE_PARAMS)), float(shape.params))
+        live = min(float(zero.get("stage3_max_live_parameters", 1e9)), float(shape.params))  # 1e9: ZeRO-3's default
         parts["gathered weights"] = each * live
     return {name: value for name, value in parts.items() if value}
 
 
 def activations(config: Config, shape: Shape) -> float:
-    """A micro-batch's activations until its backward pass: every layer's, or with gradient checkpointing every layer's
-    input and one layer's whole. A single sequence may be longer than `micro_batch_tokens`."""
+    """Return a micro-batch's activations before its backward pass: all of every layer, or with gradient checkpointing
+    every layer's input and all of one layer. A single sequence may be longer than `micro_batch_tokens`."""
     longest = max_len(config)
     tokens = max(config.learner.micro_batch_tokens, longest)
     each = BYTES[config.learner.dtype]
@@ -177,7 +169,7 @@ def activations(config: Config, shape: Shape) -> float:
 
 
 def layer_activations(shape: Shape, length: int, each: int) -> float:
-    """Bytes a token that autograd keeps of one decoder layer in sequences of `length`.
+    """Return the bytes per token that autograd keeps of one decoder layer in sequences of `length`.
 
     Two norms: input and normalised input (float32 and d bytes; d and d in float32) and output; queries, keys and values
     repeated over the query heads, and the attention's output: 4 A; its log-sums and the norms' roots in float32; the
@@ -189,13 +181,8 @@ def layer_activations(shape: Shape, length: int, each: int) -> float:
 
 
 def checkpoint_bytes(config: Config, shape: Shape) -> float:
-    """One checkpoint on the disk: weights, float32 masters and Adam's moments of all ranks, the student's folder, and
-    the rollouts that wait."""
+    """Return a checkpoint's bytes: weights, float32 masters, Adam's moments of all ranks, the student's folder."""
     trained = float(shape.trainable or shape.params)
     each = BYTES[config.learner.dtype]
     masters = 0.0 if config.learner.zero_stage == 0 and config.learner.dtype == "float32" else 4 * trained
     return each * trained + masters + 8 * trained + each * shape.params
-
-
-def total(parts: Parts) -> float:
-    return sum(parts.values())

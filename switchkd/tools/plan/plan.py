@@ -1,12 +1,11 @@
 """`switchkd plan`: memory of each process, bytes on the wire, and each role's share of the machines.
 
-In: a checked config. Out: a `Plan`, plain numbers with their units in their names, and a way to print it. No weights
-are read, so a model of any size is planned in seconds. Speed is not estimated: it follows from how many drafted tokens
-are rejected, and only a run shows that.
+In: a checked config. Out: a `Plan`, printed as tables or as JSON. No weights are read. Speed is not estimated: it
+depends on how many drafted tokens are rejected.
 
 Bytes on the wire, with D = the teacher's hidden width, d = bytes of its dtype, V = shared vocabulary: the teacher sends
 one row for every drafted token, D x d bytes (`hidden_states`), 4 V (`logits`) or 8 k + 8 (`top_logprobs`). A rollout
-travels twice, worker to replay and replay to learner, with one row a token. Per step the weights go once to every
+is sent twice, worker to replay and replay to learner, with one row a token. Per step the weights are sent once to every
 worker, and the gradients of T trainable parameters among G learner ranks, 2 (G - 1) / G x 4 T each.
 """
 
@@ -22,19 +21,19 @@ from switchkd.config.schema import Config, StageConfig
 from switchkd.controller.dispatcher import PREFETCH
 from switchkd.engines.models.shape import BYTES, Shape, object_store_bytes, shapes
 from switchkd.tools.offline import stage_index
-from switchkd.tools.plan.memory import GIB, Parts, memory, total
+from switchkd.tools.plan.memory import GIB, Parts, memory
 
 RECORD_BYTES = 21
-"""A rollout's token beside its row: id, source, version, statistic, threshold, uncertainty."""
+"""One token of a rollout without its row: id, source, version, statistic, threshold, uncertainty."""
 ROLES = {"teacher": "teacher", "rollout": "rollout worker", "learner": "learner rank"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wire:
-    """Bytes that travel between processes."""
+    """Bytes sent between processes."""
 
     teacher_row: float  # teacher to worker, for each drafted token
-    rollout_token: float  # worker to replay, and the same again from there to the learner
+    rollout_token: float  # worker to replay, and again replay to learner
     weights_per_step: float  # to all workers
     gradients_per_step: float  # among all ranks
     lm_head_at_start: float  # the teacher's output matrix, to every worker and rank
@@ -42,7 +41,7 @@ class Wire:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Share:
-    """Processes of a role, and what each of them gets."""
+    """Processes of a role, and the resources of each."""
 
     num_processes: int
     num_cpus: float
@@ -59,16 +58,16 @@ class Plan:
     memory: dict[str, Parts]  # bytes of one process
     wire: Wire
     replay_rollouts: int  # at most
-    replay_bytes: float  # of so many, each as long as the stage lets it be
+    replay_bytes: float  # if all have the stage's full length
     object_store_bytes: int
 
     def to_json(self) -> dict[str, Any]:
-        totals = {role: {**parts, "total": total(parts)} for role, parts in self.memory.items()}
+        totals = {role: {**parts, "total": sum(parts.values())} for role, parts in self.memory.items()}
         return {**asdict(self), "memory": totals}
 
 
 def make_plan(config: Config, stage_name: str | None = None) -> Plan:
-    """The plan of a stage, by default the last that writes rollouts. Raises ConfigError."""
+    """Plan a stage, by default the last that generates rollouts. Raises ConfigError."""
     stage = config.train.stages[stage_index(config, stage_name)]
     num_processes = resources.counts(config)
     if config.needs_teacher and "teacher" not in num_processes:
@@ -95,10 +94,7 @@ def make_plan(config: Config, stage_name: str | None = None) -> Plan:
 def _share(config: Config, role: str, num_processes: int) -> Share:
     each = resources.of_role(config, role)
     return Share(
-        num_processes=num_processes,
-        num_cpus=each.num_cpus or 0.0,
-        num_gpus=each.num_gpus,
-        threads=each.threads or 1,
+        num_processes=num_processes, num_cpus=each.num_cpus or 0.0, num_gpus=each.num_gpus, threads=each.threads or 1
     )
 
 
@@ -107,13 +103,13 @@ def wire(config: Config, stage: StageConfig, sizes: dict[str, Shape], num_proces
     teacher = sizes["teacher"] if stage.needs_teacher else None
     row = row_bytes(config, teacher) if teacher else 0.0
     num_workers, num_ranks = num_processes.get("rollout", 0), num_processes["learner"]
-    takes_lm_head = teacher is not None and config.teacher.output == "hidden_states"
+    head_params = teacher.head_params if teacher and config.teacher.output == "hidden_states" else 0
     return Wire(
         teacher_row=row,
         rollout_token=row + RECORD_BYTES,
         weights_per_step=float(BYTES[config.student.dtype] * student.params * num_workers),
         gradients_per_step=2.0 * (num_ranks - 1) * 4 * (student.trainable or student.params),
-        lm_head_at_start=4.0 * teacher.head_params * (num_workers + num_ranks) if teacher and takes_lm_head else 0.0,
+        lm_head_at_start=4.0 * head_params * (num_workers + num_ranks),
     )
 
 
@@ -128,7 +124,7 @@ def row_bytes(config: Config, teacher: Shape) -> float:
 
 
 def replay_rollouts(config: Config, stage: StageConfig) -> int:
-    """The most that the replay holds: admitted ones, trained ones until a checkpoint, and the buffer to draw again."""
+    """Return the most rollouts that the replay holds: admitted, trained since a checkpoint, and kept to draw again."""
     ahead = max(config.replay.max_staleness, PREFETCH if stage.mix.dataset + stage.mix.teacher else 0)
     untrained = min(config.replay.capacity, (1 + ahead) * stage.batch_size)
     trained = min(config.train.checkpoint_every or stage.steps, stage.steps) * stage.batch_size
@@ -161,13 +157,11 @@ def _memory_table(plan: Plan) -> Any:
     table = _table("Memory of one process", "role", "each")
     table.add_column("of that")
     for role, parts in plan.memory.items():
-        table.add_row(
-            ROLES[role], _mem(total(parts)), ", ".join(f"{name} {_mem(size)}" for name, size in parts.items())
-        )
+        listed = ", ".join(f"{name} {_mem(size)}" for name, size in parts.items())
+        table.add_row(ROLES[role], _mem(sum(parts.values())), listed)
     table.add_row("replay", _mem(plan.replay_bytes), f"at most {plan.replay_rollouts} rollouts, all of full length")
-    table.add_row(
-        "object store", _mem(plan.object_store_bytes), "two versions of the weights, and rollouts on their way"
-    )
+    content = "two versions of the weights, and rollouts on their way"
+    table.add_row("object store", _mem(plan.object_store_bytes), content)
     return table
 
 

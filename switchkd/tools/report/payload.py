@@ -1,4 +1,4 @@
-"""What the page's script draws: one plain tree per run.
+"""Converts a run to the plain tree that the page's script draws.
 
 In: a `RunData`. Out: lists and numbers, small enough to be embedded in the page.
 """
@@ -13,12 +13,11 @@ from switchkd.controller.metrics import is_number
 from switchkd.tools.report.read import RunData
 
 MAX_POINTS = 800
-"""Points of a curve over steps: longer runs are averaged in bins."""
-NOT_DRAWN = {"step", "stage", "stage_end"}
+"""Most points of a curve over steps: longer runs are averaged in bins."""
 
 
 def payload(run: RunData) -> dict[str, Any]:
-    """Everything about one run that changes with time or token."""
+    """Return everything about one run that varies with the step or the token."""
     return {
         "name": run.name,
         "stages": stages(run),
@@ -33,20 +32,20 @@ def payload(run: RunData) -> dict[str, Any]:
 
 
 def stages(run: RunData) -> list[dict[str, Any]]:
-    """Name and first step of each stage that has begun."""
-    runs = [(name, list(rows)) for name, rows in groupby(run.steps, key=lambda row: str(row.get("stage")))]
-    return [{"name": name, "first": rows[0]["step"]} for name, rows in runs]
+    """Return name and first step of each stage that has begun."""
+    by_stage = groupby(run.steps, key=lambda row: str(row.get("stage")))
+    return [{"name": name, "first": next(rows)["step"]} for name, rows in by_stage]
 
 
 def curves(rows: list[dict[str, Any]]) -> dict[str, list[list[float]]]:
-    """[step, value] of every number that rows have."""
-    keys = dict.fromkeys(key for row in rows for key in row if key not in NOT_DRAWN)
+    """Return [step, value] points by key, for every key with a number."""
+    keys = dict.fromkeys(key for row in rows for key in row if key not in ("step", "stage", "stage_end"))
     points = {key: [[row["step"], row[key]] for row in rows if is_number(row.get(key))] for key in keys}
     return {key: _thinned(values) for key, values in points.items() if values}
 
 
 def rollout(row: dict[str, Any]) -> dict[str, Any]:
-    """One completion for the viewer, by columns."""
+    """Return one completion for the viewer, by columns."""
     pieces = row.get("pieces")
     by_token = isinstance(pieces, list) and len(pieces) == row["num_tokens"]
     record = {
@@ -77,7 +76,7 @@ def rollout(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _short(values: Any) -> list[float | None] | None:
-    """Four digits; None where there is not one number."""
+    """Round to four digits; None where the list has no number."""
     if not isinstance(values, list) or not any(is_number(value) for value in values):
         return None
     return [float(f"{value:.4g}") if is_number(value) and math.isfinite(value) else None for value in values]

@@ -1,6 +1,6 @@
-"""Read a run folder in any state: finished, still being written, half empty or damaged.
+"""Reads a run folder in any state: finished, still being written, half empty or damaged.
 
-In: the folder. Out: a `RunData` with what could be read, and one sentence for everything that could not.
+In: the folder. Out: a `RunData` with the readable part, and one sentence for each missing part.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SUMMARY = "summary.json"
 
 @dataclass(slots=True)
 class RunData:
-    """What a folder holds. `rollouts` are a part of them, spread evenly over the file."""
+    """Content of a run folder. `rollouts` are a sample, spread evenly over the file."""
 
     path: Path
     name: str
@@ -41,18 +41,18 @@ class RunData:
     missing: list[str] = field(default_factory=list)
 
     def section(self, name: str) -> dict[str, Any]:
-        """A section of the config; empty where it is missing."""
+        """Return a section of the config; empty where it is missing."""
         section = self.config.get(name)
         return section if isinstance(section, dict) else {}
 
     @property
     def stage_scores(self) -> list[tuple[str, dict[str, float]]]:
-        """The evaluation at each stage's end."""
+        """Return the evaluation at each stage's end."""
         return [(row["stage_end"], row) for row in self.evaluations if isinstance(row.get("stage_end"), str)]
 
 
 def read_run(path: Path, name: str, max_rollouts: int) -> RunData:
-    """Read what can be read; `missing` says what could not. Nothing in the folder makes it fail."""
+    """Read the folder; `missing` names what cannot be read. No content of the folder raises an error."""
     run = RunData(path=path, name=name)
     if not any((path / file).exists() for file in (CONFIG, METRICS, ROLLOUTS, SUMMARY)):
         run.missing.append("this folder holds nothing of a run yet")
@@ -65,7 +65,7 @@ def read_run(path: Path, name: str, max_rollouts: int) -> RunData:
 
 
 def _read_config(run: RunData) -> None:
-    try:  # it may be anything
+    try:  # the file may have been edited
         run.config_text = (run.path / CONFIG).read_text(encoding="utf-8")
         config = yaml.safe_load(run.config_text)
     except FileNotFoundError:
@@ -73,22 +73,21 @@ def _read_config(run: RunData) -> None:
         return
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         config = None
-    if isinstance(config, dict):
-        run.config = config
-        if written_format(config) != FORMAT:
-            run.missing.append(
-                f"the run was written in format {written_format(config)}, this page is made for format {FORMAT}: "
-                "metrics that have another name since are not drawn"
-            )
-    else:
+    if not isinstance(config, dict):
         run.missing.append(f"{CONFIG} cannot be read: the settings cannot be shown")
+        return
+    run.config = config
+    if written_format(config) != FORMAT:
+        run.missing.append(
+            f"the run was written in format {written_format(config)}, this page is made for format {FORMAT}: "
+            "metrics that have another name since are not drawn"
+        )
 
 
 def _read_metrics(run: RunData) -> None:
     for row in _rows(run, METRICS):
-        if not isinstance(row.get("step"), int):
-            continue
-        (run.steps if "stage" in row else run.evaluations).append(row)
+        if isinstance(row.get("step"), int):
+            (run.steps if "stage" in row else run.evaluations).append(row)
     if not run.steps:
         run.missing.append(f"{METRICS} has no steps yet: there is nothing to draw over time")
     if not run.evaluations:
@@ -96,11 +95,11 @@ def _read_metrics(run: RunData) -> None:
 
 
 def _read_rollouts(run: RunData, limit: int) -> None:
-    """One pass; every `stride`-th is kept, and the stride doubles whenever there are too many."""
-    stride, plain = 1, 0
+    """Keep every `stride`-th rollout in one pass; the stride doubles whenever too many are kept."""
+    stride, num_invalid = 1, 0
     for row in _rows(run, ROLLOUTS):
         if not run.statistics.add(row):
-            plain += 1
+            num_invalid += 1
             continue
         if run.num_rollouts % stride == 0:
             run.rollouts.append(row)
@@ -109,12 +108,11 @@ def _read_rollouts(run: RunData, limit: int) -> None:
             run.rollouts, stride = run.rollouts[::2], 2 * stride
     if len(run.rollouts) > limit:
         run.rollouts = [run.rollouts[i * len(run.rollouts) // limit] for i in range(limit)]
-    if plain:
-        run.missing.append(f"{plain} lines of {ROLLOUTS} are not rollouts and are left out")
+    if num_invalid:
+        run.missing.append(f"{num_invalid} lines of {ROLLOUTS} are not rollouts and are left out")
     if not run.num_rollouts:
-        off = run.section("rollout").get("save") is False
-        why = "rollout.save is false" if off else "none was trained on"
-        run.missing.append(f"{ROLLOUTS} has no rollouts yet ({why}): who wrote what cannot be shown")
+        reason = "rollout.save is false" if run.section("rollout").get("save") is False else "none was trained on"
+        run.missing.append(f"{ROLLOUTS} has no rollouts yet ({reason}): who wrote what cannot be shown")
     elif run.rollouts and not any("pieces" in row for row in run.rollouts):
         run.missing.append(f"{ROLLOUTS} has no texts of single tokens: they are shown in runs of one writer")
 
@@ -131,7 +129,7 @@ def _read_summary(run: RunData) -> None:
 
 
 def _object(text: str | bytes) -> dict[str, Any] | None:
-    """The JSON object in a text; None for anything else."""
+    """Parse a JSON object; None for anything else."""
     try:
         tree = json.loads(text)
     except ValueError:
@@ -145,23 +143,21 @@ def _since(path: Path) -> str:
 
 
 def _rows(run: RunData, name: str) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file that may be growing while it is read."""
-    damaged = 0
+    """Yield the objects of a JSONL file that may be growing while it is read."""
+    num_damaged = 0
     try:
         file = (run.path / name).open("rb")
-    except FileNotFoundError:
-        run.missing.append(f"{name} is missing")
-        return
     except OSError as error:
-        run.missing.append(f"{name} cannot be read ({error.strerror})")
+        missing = isinstance(error, FileNotFoundError)
+        run.missing.append(f"{name} is missing" if missing else f"{name} cannot be read ({error.strerror})")
         return
     with file:
         for line in file:
             if not line.endswith(b"\n"):
                 run.missing.append(f"the last line of {name} is incomplete: it is being written, or its writer died")
             elif (row := _object(line)) is None:
-                damaged += 1
+                num_damaged += 1
             else:
                 yield row
-    if damaged:
-        run.missing.append(f"{damaged} lines of {name} cannot be read and are left out")
+    if num_damaged:
+        run.missing.append(f"{num_damaged} lines of {name} cannot be read and are left out")

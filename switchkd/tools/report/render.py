@@ -1,7 +1,7 @@
-"""Render runs as one HTML file that loads nothing from the network.
+"""Renders runs as one HTML file that loads nothing from the network.
 
-In: `RunData`s. Out: the page's text. Whatever comes from a run is text in it: the template escapes, the script only
-ever sets text, data is JSON without a single `<`, and the page's own policy runs no script but its own.
+In: `RunData`s. Out: the page's text. A run's content is text in it: the template escapes, the script only sets text,
+data is JSON without `<`, and the page's policy allows no script but its own.
 """
 
 from __future__ import annotations
@@ -24,13 +24,7 @@ from switchkd.tools.report.payload import payload
 from switchkd.tools.report.read import RunData
 
 SCRIPTS = ("chart.js", "charts.js", "viewer.js", "main.js")
-SHOWN = {
-    "teacher": "teacher.path",
-    "student": "student.path",
-    "data": "data.path",
-    "seed": "seed",
-    "folder": "run.dir",
-}
+SHOWN = {"teacher": "teacher.path", "student": "student.path", "data": "data.path", "seed": "seed", "folder": "run.dir"}
 """Config keys in the head of the page."""
 
 
@@ -41,7 +35,7 @@ def render(runs: Sequence[RunData]) -> str:
     page = environment.from_string(_part("report.html.j2")).render(
         title=" and ".join(run.name for run in runs),
         version=__version__,
-        # the browser may run and apply what we wrote, and fetch nothing
+        # the browser runs this script, applies this style and fetches nothing
         policy=(
             f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; img-src data:; "
             "base-uri 'none'; form-action 'none'"
@@ -53,11 +47,11 @@ def render(runs: Sequence[RunData]) -> str:
         table=_table(runs),
         differences=_differences(runs),
     )
-    return page.encode("utf-8", errors="replace").decode()  # half a surrogate pair is no text
+    return page.encode("utf-8", errors="replace").decode()  # half a surrogate pair cannot be encoded
 
 
 def embedded(tree: Any) -> str:
-    """JSON that can stand inside a script element: nothing in it can end the element or begin a comment."""
+    """Return JSON for a script element: nothing in it can end the element or begin a comment."""
     text = json.dumps(json_safe(tree), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for letter in "<>&\u2028\u2029":
         text = text.replace(letter, f"\\u{ord(letter):04x}")
@@ -74,17 +68,15 @@ def _part(name: str) -> str:
 
 def _head(run: RunData) -> dict[str, Any]:
     keys = dict(flatten_keys(run.config))
-    stages = run.section("train").get("stages") or []
-    facts = {title: str(keys[key]) for title, key in SHOWN.items() if keys.get(key) not in (None, "")}
-    methods = [_method(stage) for stage in stages if isinstance(stage, dict)]
+    stages = [stage for stage in run.section("train").get("stages") or [] if isinstance(stage, dict)]
     return {
         "name": run.name,
         "folder": str(run.path),
-        "facts": facts,
-        "methods": methods,
+        "facts": {title: str(keys[key]) for title, key in SHOWN.items() if keys.get(key) not in (None, "")},
+        "methods": [_method(stage) for stage in stages],
         "missing": run.missing,
         "config": run.config_text,
-        "state": _state(run, sum(stage.get("steps") or 0 for stage in stages if isinstance(stage, dict))),
+        "state": _state(run, sum(stage.get("steps") or 0 for stage in stages)),
     }
 
 
@@ -101,16 +93,14 @@ def _method(stage: dict[str, Any]) -> str:
 
 def _state(run: RunData, planned: int) -> str:
     done = run.steps[-1]["step"] + 1 if run.steps else 0
-    of = f" of {planned}" if planned else ""
-    if run.summary.get("finished"):
-        seconds = run.summary.get("elapsed_s")
-        took = f" in {seconds / 60:.1f} min" if isinstance(seconds, int | float) else ""
-        return f"finished: {done} steps{took}"
-    return f"{done}{of} steps so far"
+    if not run.summary.get("finished"):
+        return f"{done}{f' of {planned}' if planned else ''} steps so far"
+    seconds = run.summary.get("elapsed_s")
+    return f"finished: {done} steps" + (f" in {seconds / 60:.1f} min" if isinstance(seconds, int | float) else "")
 
 
 def _table(runs: Sequence[RunData]) -> dict[str, Any]:
-    """Scores before and after each stage, all runs one below the other."""
+    """Return the scores before and after each stage, all runs in one table."""
     rows = [(run.name, row) for run in runs for row in stage_rows(run.stage_scores, run.steps)]
     shown = {title: key for title, key in COLUMNS.items() if any(is_number(row.get(key)) for _, row in rows)}
     cells = [
@@ -121,11 +111,11 @@ def _table(runs: Sequence[RunData]) -> dict[str, Any]:
 
 
 def _differences(runs: Sequence[RunData]) -> list[list[str]]:
-    """Keys in which the runs' configs differ, with each run's value."""
+    """Return the keys in which the runs' configs differ, with each run's value."""
     trees = [dict(flatten_keys(run.config)) for run in runs]
-    keys = dict.fromkeys(key for tree in trees for key in tree if key != "run.dir")
-    rows = [
-        [key, *(json.dumps(json_safe(tree.get(key)), ensure_ascii=False, default=str) for tree in trees)]
-        for key in keys
-    ]
-    return [row for row in rows if len(set(row[1:])) > 1] if all(trees) else []
+    rows = []
+    for key in dict.fromkeys(key for tree in trees for key in tree if key != "run.dir"):
+        values = [json.dumps(json_safe(tree.get(key)), ensure_ascii=False, default=str) for tree in trees]
+        if len(set(values)) > 1:
+            rows.append([key, *values])
+    return rows if all(trees) else []

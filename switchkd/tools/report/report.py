@@ -1,4 +1,4 @@
-"""`switchkd report`: one self-contained HTML page of run folders, with charts and coloured rollouts.
+"""`switchkd report`: write one self-contained HTML page of run folders, with charts and coloured rollouts.
 
 In: run folders, in any state. Out: the path of the page.
 """
@@ -17,16 +17,14 @@ PAGE = "report.html"
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None, max_rollouts: int = 200) -> Path:
-    """One page about all `folders`. `out`: by default `report.html`, in the run's folder where there is one run, else
-    here. Raises ConfigError for a folder that does not exist and a page that cannot be written."""
+    """Write the page to `out`, by default `report.html` in the folder of a single run, else in the working directory.
+    Raises ConfigError for a folder that does not exist and a page that cannot be written."""
     paths = [folder.expanduser() for folder in folders]
     for path in paths:
         if not path.is_dir():
-            what = "is a file" if path.exists() else "does not exist"
-            raise ConfigError(f"run folder {path} {what}; give the run.dir of a run")
-    if out is None:
-        out = paths[0] / PAGE if len(paths) == 1 else Path(PAGE)
-    out = out.expanduser()
+            state = "is a file" if path.exists() else "does not exist"
+            raise ConfigError(f"run folder {path} {state}; give the run.dir of a run")
+    out = (out or (paths[0] / PAGE if len(paths) == 1 else Path(PAGE))).expanduser()
     if out.is_dir() or not out.resolve().parent.is_dir():
         raise ConfigError(f"--out {out} is a folder, or its folder does not exist; give a file such as report.html")
     page = render([read_run(path, name, max_rollouts) for path, name in zip(paths, _names(paths), strict=True)])
@@ -38,7 +36,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None, max_rollouts:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Folder names, as long as it takes to tell the runs apart."""
+    """Return folder names with as many parents as distinguish the runs."""
     for depth in range(1, 4):
         names = ["/".join(path.resolve().parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):

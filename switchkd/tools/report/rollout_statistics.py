@@ -1,6 +1,6 @@
 """Sums over all rollouts of a run: the teacher's share and the rule's numbers by position, and block lengths.
 
-In: rows of rollouts.jsonl, one after the other. Out: plain lists for charts. T tokens of a completion.
+In: rows of rollouts.jsonl. Out: plain lists for charts. T: tokens of a completion.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from switchkd.controller.metrics import is_number
 
 MAX_POINTS = 160
-"""Points of a curve over positions: longer completions are averaged in bins."""
+"""Most points of a curve over positions: longer completions are averaged in bins."""
 TOKENS, BY_TEACHER, MEASURED, STATISTIC, THRESHOLD = range(5)
 """Rows of a stage's sums; `MEASURED` counts the positions at which the rule has numbers."""
 
@@ -26,7 +26,7 @@ class RolloutStatistics:
     blocks: Counter[int] = field(default_factory=Counter)
 
     def add(self, row: dict[str, Any]) -> bool:
-        """Count one rollout; False where the row is none."""
+        """Count one rollout; False where the row is not a rollout."""
         try:  # the file may have been edited
             num = len(row["token_ids"])
             if not isinstance(row["prompt"], str) or not isinstance(row["step"], int) or row["num_tokens"] != num:
@@ -49,27 +49,25 @@ class RolloutStatistics:
         self.stages[stage] = sums
 
     def share_by_position(self) -> dict[int, list[list[float]]]:
-        """By stage: [position, the teacher's share there]."""
+        """Return [position, teacher's share] points by stage."""
         return {stage: _ratio(sums[BY_TEACHER], sums[TOKENS]) for stage, sums in sorted(self.stages.items())}
 
     def rule_by_position(self) -> dict[int, dict[str, list[list[float]]]]:
-        """By stage: [position, mean] of the statistic and of its threshold."""
+        """Return [position, mean] points of the statistic and of its threshold, by stage."""
+        rows = {"statistic": STATISTIC, "threshold": THRESHOLD}
         return {
-            stage: {
-                "statistic": _ratio(sums[STATISTIC], sums[MEASURED]),
-                "threshold": _ratio(sums[THRESHOLD], sums[MEASURED]),
-            }
+            stage: {name: _ratio(sums[row], sums[MEASURED]) for name, row in rows.items()}
             for stage, sums in sorted(self.stages.items())
             if sums[MEASURED].any()
         }
 
     def block_lengths(self) -> list[list[float]]:
-        """[length, share of all blocks]."""
+        """Return [length, share of all blocks] points."""
         return [[length, count / self.blocks.total()] for length, count in sorted(self.blocks.items())]
 
 
 def _by_position(row: dict[str, Any], num: int) -> np.ndarray:
-    """One completion's addends [5, T]."""
+    """Return one completion's addends [5, T]."""
     sources = [part["source"] for part in row["segments"] for _ in range(part["num_tokens"])]
     numbers = np.full((2, num), np.nan)
     for column, key in zip(numbers, ("statistic", "threshold"), strict=True):

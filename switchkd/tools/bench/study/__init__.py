@@ -1,1 +1,1 @@
-"""Which method teaches better: a grid of runs, their scores, a table and a plot."""
+"""Comparison of methods: a grid of runs, their scores, a table and a plot."""

@@ -1,10 +1,9 @@
-"""Additions with written-out steps: a reasoning task, its tokenizer and two small models, made here without a network.
+"""Additions with written-out steps: a reasoning task, its tokenizer and two small models, made without a network.
 
-In: how many problems, of which numbers of digits, and a seed. Out: a folder with train.jsonl, test.jsonl, valid.jsonl
-and the two untrained models. A problem `385+947=` is answered column by column from the right, each with the carry it
-was handed, then by the result: `5+7+0=12,8+4+1=13,3+9+1=13####1332`. All columns are of one width. One wrong column
-spoils all that follow, so what a student does after its own mistakes shows in the result, and the more the longer the
-numbers are.
+In: numbers of problems and of digits, and a seed. Out: a folder with train.jsonl, test.jsonl, valid.jsonl and the two
+untrained models. The answer to `385+947=` is one column after the other from the right, each with its carry, then the
+result: `5+7+0=12,8+4+1=13,3+9+1=13####1332`. All columns have one width. One wrong column makes all later ones wrong,
+so the result shows what a student does after its own mistakes.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ TOKENS = (PAD, EOS, *"0123456789", "+", "=", ",", "####")
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Two numbers of the same number of digits, the first digits not 0."""
+    """Two summands with the same number of digits, without leading zeros."""
 
     first: int
     second: int
@@ -45,7 +44,7 @@ class Problem:
 
     @property
     def solution(self) -> str:
-        """The written-out steps and, after `####`, the answer."""
+        """Return the written-out steps and, after `####`, the answer."""
         columns, carry = [], 0
         for a, b in zip(reversed(str(self.first)), reversed(str(self.second)), strict=True):
             total = int(a) + int(b) + carry
@@ -55,27 +54,26 @@ class Problem:
 
 
 def draw(digits: Sequence[int], num: int, seed: int, apart_from: Sequence[Problem] = ()) -> list[Problem]:
-    """`num` different problems, as many of each number of digits as of any other (the first ones one more), in random
-    order; none of them, or its summands swapped, is in `apart_from`. ConfigError where there are not so many."""
+    """Draw `num` distinct problems in random order, divided evenly among `digits`. None is in `apart_from`, also not
+    with its summands swapped. Raises ConfigError where there are too few."""
     drawn = {_pair(problem) for problem in apart_from}
     rng = random.Random(f"arithmetic {seed}")
     problems: list[Problem] = []
     for i, length in enumerate(digits):
         num_needed = num // len(digits) + (i < num % len(digits))
         low, high = 10 ** (length - 1), 10**length - 1
-        there = (high - low + 1) * (high - low + 2) // 2 - sum(len(str(small)) == length for small, _ in drawn)
-        if num_needed > there // 2:  # drawing until a new one comes up ends soon only while half is left
+        available = (high - low + 1) * (high - low + 2) // 2 - sum(len(str(small)) == length for small, _ in drawn)
+        if num_needed > available // 2:  # rejection sampling is fast only while half are left
             raise ConfigError(
-                f"task.digits has {length}: {num_needed} problems of {length} digits are needed, {there} are there and "
+                f"task.digits has {length}: {num_needed} problems of {length} digits are needed, {available} exist and "
                 "at most half of them are drawn; ask for fewer problems or more digits"
             )
-        num_left = num_needed
-        while num_left:
+        num_target = len(problems) + num_needed
+        while len(problems) < num_target:
             problem = Problem(rng.randint(low, high), rng.randint(low, high))
             if _pair(problem) not in drawn:
                 drawn.add(_pair(problem))
                 problems.append(problem)
-                num_left -= 1
     rng.shuffle(problems)
     return problems
 
@@ -85,14 +83,14 @@ def _pair(problem: Problem) -> tuple[int, int]:
 
 
 def rows(problems: Sequence[Problem]) -> Iterator[dict[str, Any]]:
-    """Yield rows for `data.path`; the number of digits is what a study groups by."""
+    """Yield rows for `data.path`, with the number of digits for a study's groups."""
     for problem in problems:
         yield {"id": problem.prompt, "prompt": problem.prompt, "reference": problem.solution,
                "answer": problem.answer, "digits": problem.digits}  # fmt: skip
 
 
 def tokenizer() -> Any:
-    """Digit by digit; `####` is one token."""
+    """Make a tokenizer with one token a character, and one for `####`."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -105,18 +103,15 @@ def tokenizer() -> Any:
     )
 
 
-def model(*, layers: int, hidden: int, heads: int, seed: int, positions: int) -> Any:
-    """An untrained Llama of this size with the tokenizer's vocabulary. Same arguments, same weights.
-
-    They are drawn as wide as the width asks for: Llama's own 0.02 is for models forty times as wide, and costs a small
-    one several times the steps until it can copy a digit.
-    """
+def model(*, layers: int, hidden: int, heads: int, seed: int) -> Any:
+    """Make an untrained Llama; the same arguments make the same weights. Their standard deviation is 1 / sqrt(width):
+    with Llama's 0.02, which fits models forty times as wide, a small model learns to copy a digit far more slowly."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
         "llama", vocab_size=len(TOKENS), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=positions,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=256,
         tie_word_embeddings=True, initializer_range=hidden**-0.5, bos_token_id=None, eos_token_id=TOKENS.index(EOS),
         pad_token_id=TOKENS.index(PAD),
     )  # fmt: skip
@@ -136,18 +131,17 @@ def write_task(
     teacher: dict[str, int],
     student: dict[str, int],
 ) -> None:
-    """Write the three files, teacher-init/ and student-init/; the folder is whole or does not exist."""
+    """Write the three files, teacher-init/ and student-init/; the folder is complete or does not exist."""
     test = draw(digits, num_test, seed)
     train = draw(digits, num_train, seed + 1, apart_from=test)
     valid = draw(digits, num_valid, seed + 2, apart_from=[*test, *train])
-    making = folder.with_name(f"{folder.name}.making")
-    shutil.rmtree(making, ignore_errors=True)
-    making.mkdir(parents=True)
+    partial = folder.with_name(f"{folder.name}.making")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     for name, problems in (("train", train), ("test", test), ("valid", valid)):
         text = "".join(json.dumps(row) + "\n" for row in rows(problems))
-        (making / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    for number, (name, size) in enumerate((("teacher", teacher), ("student", student))):
-        untrained = model(**size, seed=seed + number, positions=256)
-        untrained.save_pretrained(making / f"{name}-init")
-        tokenizer().save_pretrained(making / f"{name}-init")
-    replace_dir(making, folder)
+        (partial / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    for i, (name, size) in enumerate((("teacher", teacher), ("student", student))):
+        model(**size, seed=seed + i).save_pretrained(partial / f"{name}-init")
+        tokenizer().save_pretrained(partial / f"{name}-init")
+    replace_dir(partial, folder)

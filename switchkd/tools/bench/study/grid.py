@@ -1,15 +1,15 @@
-"""Run a study cell by cell: teacher and warmed-up students once, then each cell as an ordinary run and an evaluation.
+"""Runs a study cell by cell: teacher and warm-ups once, then each cell as an ordinary run and an evaluation.
 
 In: a Study and a folder. Out, in the folder:
 
-    study.json                whose folder it is
+    study.json                the study
     task/                     data and untrained models, where the study makes them
-    teacher/, warm-up-seed1/  runs that come before
-    cells/NAME-seed1.json     one file per finished cell, written beside and renamed
-    runs/NAME-seed1/          the cell's run, without its checkpoints; NAME-seed1.log is what it printed
+    teacher/, warm-up-seed1/  runs before the cells
+    cells/NAME-seed1.json     one file per finished cell, written atomically
+    runs/NAME-seed1/          the cell's run, without its checkpoints; NAME-seed1.log is its output
 
-Killed anywhere, the same command goes on: finished cells are read, the others run. A run with a checkpoint is resumed,
-one without begins anew. A cell that fails does not keep the others from running, a warm-up only those of its seed.
+After any interruption the same command continues: finished cells are read, the others run. A run with a checkpoint is
+resumed, one without restarts. A failed cell does not stop the others; a failed warm-up only those of its seed.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ WITHOUT_TEACHER: Overrides = {"learner": {"loss": {"type": "cross_entropy"}}, "t
 
 
 class Stopped(Exception):
-    """SIGTERM came; the text names the first cell that has no result."""
+    """SIGTERM was received; the text names the first cell without a result."""
 
 
 class Failed(Exception):
-    """Some cells have no result; the text names them and their logs."""
+    """Some cells have failed; the text names them and their logs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
-    """A study in its folder. `home` is where the study file's relative paths start."""
+    """A study in its folder. The study file's relative paths start at `home`."""
 
     study: Study
     home: Path
     out: Path
-    signals: list[int] = field(default_factory=list)  # that ask to stop
+    signals: list[int] = field(default_factory=list)  # SIGTERMs received
 
     def run(self, chosen: Sequence[Cell]) -> None:
-        """Run all chosen cells that have no result yet. Raises ConfigError, Stopped, and at the end Failed."""
+        """Run the chosen cells that have no result. Raises ConfigError, Stopped, and at the end Failed."""
         lock = RunLock(self.out)
         previous = signal.signal(signal.SIGTERM, self._on_signal)
         try:
@@ -76,7 +76,7 @@ class Grid:
         self.signals.append(number)
 
     def _with_warm_ups(self, missing: Sequence[Cell]) -> list[Cell]:
-        """Each seed's warm-up before its first cell."""
+        """Insert each seed's missing warm-up before its first cell."""
         queue: list[Cell] = []
         for cell in missing:
             warm_up = Cell(WARM_UP, cell.seed)
@@ -94,7 +94,7 @@ class Grid:
             if self.signals:  # a signal after its last step does not stop a run
                 raise Stopped("; ".join([cell.name, *failed.values()]))
             started = time.monotonic()
-            try:  # one method, or one seed, that diverges must not end the study
+            try:  # a cell that diverges must not end the study
                 self._run_cell(cell)
             except (ConfigError, Stopped):
                 raise
@@ -134,7 +134,7 @@ class Grid:
     # --- one run -----------------------------------------------------------------------------------------------------
 
     def _run_cell(self, cell: Cell) -> None:
-        """Train, evaluate, keep the result. Raises Stopped, and ConfigError for a teacher below `teacher_at_least`."""
+        """Train, evaluate, write the result. Raises Stopped, and ConfigError for a teacher below `teacher_at_least`."""
         result = self._train(cell)
         scores, rank_by, least = result["scores"], self.study.rank_by, self.study.teacher_at_least
         if cell.method == TEACHER and scores[rank_by] < least:
@@ -149,10 +149,11 @@ class Grid:
         print(f"{cell.name}  {main}  {result['seconds']['train']:.0f} s", flush=True)
 
     def _train(self, cell: Cell) -> dict[str, Any]:
-        """Run the training, or resume it, and evaluate its student."""
+        """Run or resume the training, and evaluate its student."""
         from switchkd.train import train
 
-        overrides, run_dir = self._overrides(cell), self._run_dir(cell)
+        changes = {TEACHER: self.study.teacher, WARM_UP: self.study.warm_up, **self.study.methods}
+        overrides, run_dir = changes[cell.method] or {}, self._run_dir(cell)
         config = self._train_config(cell, overrides)
         resume = (run_dir / "checkpoints" / "LATEST").exists()
         if not resume:
@@ -161,7 +162,7 @@ class Grid:
         started = time.monotonic()
         with self._log(cell).open("w") as log, redirect_stdout(log), redirect_stderr(log):
             summary = train(config, resume=resume)
-            signal.signal(signal.SIGTERM, self._on_signal)  # Ray has a handler of its own
+            signal.signal(signal.SIGTERM, self._on_signal)  # Ray installs its own handler
             if summary.told_to_stop:
                 self.signals.append(signal.SIGTERM)
             if not summary.finished:
@@ -176,17 +177,13 @@ class Grid:
             "overrides": overrides,
             "scores": scores,
             "rollouts": rollout_numbers(run_dir / "metrics.jsonl"),
-            # a resumed run's own clock counts from its first start, this process's only from the last one
+            # `elapsed_s` counts from the run's first start, `started` from its last resume
             "seconds": {"train": max(trained - started, summary.elapsed_s), "evaluation": ended - trained},
             "resumed": resume,
         }
 
-    def _overrides(self, cell: Cell) -> Overrides:
-        before = {TEACHER: self.study.teacher, WARM_UP: self.study.warm_up}
-        return (before[cell.method] or {}) if cell.method in before else self.study.methods[cell.method]
-
     def _train_config(self, cell: Cell, overrides: Overrides) -> Config:
-        """Where a method needs evaluations during training (`eval.every`), they never see a task's test set."""
+        """Return a cell's config for training. Its evaluations (`eval.every`) use the task's validation set only."""
         paths = {"eval": ""}
         if merged(self.study.base.get("eval", {}), overrides.get("eval", {})).get("every"):
             paths = {"eval": str(self.out / "task" / "valid.jsonl")} if self.study.task else {}
@@ -198,7 +195,7 @@ class Grid:
         return self._config({**overrides, "seed": cell.seed}, self._run_dir(cell), **paths)
 
     def _evaluate(self, cell: Cell, student: str) -> dict[str, float]:
-        """Score a student on every test set, beside the teacher but for the teacher itself."""
+        """Score a student on every test set, compared with the teacher except for the teacher itself."""
         scores: dict[str, float] = {}
         for name, changes in self.study.test_sets.items():
             if cell.method == TEACHER:
@@ -223,7 +220,7 @@ class Grid:
         return self.out / "cells" / f"{cell.name}.json"
 
     def read(self, cell: Cell) -> dict[str, Any] | None:
-        """A cell's result; None without one. ConfigError where it was run with another method of that name."""
+        """Return a cell's result, or None. Raises ConfigError where the method of that name had other changes."""
         path = self._path(cell)
         if not path.exists():
             return None
@@ -238,7 +235,7 @@ class Grid:
 
 
 def claim(study: Study, out: Path) -> None:
-    """Make the folder this study's. ConfigError where it is another's."""
+    """Write the study into its folder. Raises ConfigError where the folder belongs to another study."""
     path = out / "study.json"
     if not path.exists():
         if out.is_file() or (out.is_dir() and any(out.iterdir())):
@@ -257,7 +254,7 @@ def claim(study: Study, out: Path) -> None:
 
 
 def rollout_numbers(metrics: Path) -> dict[str, float]:
-    """Tokens that both models generated over the whole run (the data set's do not count), and the teacher's share."""
+    """Return the number of generated tokens of the whole run, the teacher's share, and the number of steps."""
     with metrics.open(encoding="utf-8") as lines:
         steps = [row for row in map(json.loads, lines) if "loss/total" in row]
     student = sum(row["rollout/student_tokens"] for row in steps)

@@ -1,4 +1,4 @@
-"""The table as one picture: the gain (or score) that ranks with its intervals, and scores by part for the main methods.
+"""Draws a study's table: the gain or score that ranks with its intervals, and the main methods' scores by part.
 
 In: a QualityTable. Out: a PNG.
 """
@@ -16,7 +16,7 @@ MARKS = "osv^D<>Ph*Xpd"
 
 
 def draw(table: QualityTable, main: tuple[str, ...], path: Path) -> None:
-    """`main` names whose curves are drawn; without any, all."""
+    """Write the picture to `path`. Curves are drawn for `main`, or for all methods where it is empty."""
     figure = check_matplotlib()(figsize=(13, 1.5 + 0.33 * max(len(table.rows), 12)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
     _ranking(left, table)
@@ -26,7 +26,7 @@ def draw(table: QualityTable, main: tuple[str, ...], path: Path) -> None:
 
 
 def _ranking(axes: Any, table: QualityTable) -> None:
-    """Draw gains where there are starts: seeds differ more by where they start than methods do by what they add."""
+    """Draw gains where the starts are known: seeds differ more in their starts than methods do in their gains."""
     rows = table.rows[::-1]  # the best on top
     means = [row.gain if table.by_gain and row.gain else row.scores[table.rank_by] for row in rows]
     seeds = [list((row.gains if table.by_gain else row.by_seed).values()) for row in rows]
@@ -49,11 +49,11 @@ def _curves(axes: Any, table: QualityTable, main: tuple[str, ...]) -> None:
     if means := [mean.mean for row in drawn for part in parts if (mean := table.part(row, part)) is not None]:
         axes.set_ylim(*_around(means))
     for i, row in enumerate(drawn):
-        there = [(place, mean) for place, part in enumerate(parts) if (mean := table.part(row, part)) is not None]
-        shift = 0.5 * (i / max(len(drawn) - 1, 1) - 0.5)  # side by side, not one over the other
+        points = [(place, mean) for place, part in enumerate(parts) if (mean := table.part(row, part)) is not None]
+        shift = 0.5 * (i / max(len(drawn) - 1, 1) - 0.5)  # side by side instead of overlapping
         axes.errorbar(
-            [place + shift for place, _ in there], [mean.mean for _, mean in there],
-            yerr=[mean.half or 0 for _, mean in there], marker=MARKS[i % len(MARKS)], color=f"C{i % 10}",
+            [place + shift for place, _ in points], [mean.mean for _, mean in points],
+            yerr=[mean.half or 0 for _, mean in points], marker=MARKS[i % len(MARKS)], color=f"C{i % 10}",
             linestyle="-" if i < 10 else "--", capsize=2, linewidth=1, label=row.method,
         )  # fmt: skip
     axes.set_xticks(range(len(parts)), parts, rotation=20, ha="right")  # names may be long
@@ -63,15 +63,15 @@ def _curves(axes: Any, table: QualityTable, main: tuple[str, ...]) -> None:
 
 
 def _around(scores: list[float]) -> tuple[float, float]:
-    """Limits that show all scores; the intervals of two seeds would be far wider."""
+    """Return axis limits that show all scores; the intervals of two seeds may be far wider."""
     low, high = min(scores), max(scores)
     margin = 0.15 * (high - low) or 1.0
     return low - margin, high + margin
 
 
 def check_matplotlib() -> Any:
-    """matplotlib's Figure; ConfigError where it is not installed."""
-    try:  # not among what switchkd requires
+    """Return matplotlib's Figure. Raises ConfigError where it is not installed."""
+    try:  # of the bench extra
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("the plot needs matplotlib: pip install 'switchkd[bench]'") from None

@@ -1,7 +1,6 @@
-"""`switchkd bench quality`: which method teaches better, on equal terms.
+"""`switchkd bench quality`: compare methods on equal terms.
 
-In: a study file and a folder. Out: the folder's finished cells, and from those that are there `table.md`, `table.json`
-and `plot.png`.
+In: a study file and a folder. Out: finished cells in the folder, and `table.md`, `table.json` and `plot.png` of them.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from switchkd.tools.bench.study.table import QualityTable, check_scipy
 
 
 def run(study_file: Path, out: Path, *, methods: Sequence[str], cell_names: Sequence[str], only_table: bool) -> bool:
-    """Run what is missing, then make the table of all that is there. Returns whether nothing is missing because of a
-    failure or SIGTERM. Raises ConfigError."""
+    """Run missing cells, then write the table of all finished ones; False after a failure or SIGTERM. Raises
+    ConfigError."""
     study = read_study(study_file)
     chosen = cells(study, methods, cell_names)
     check_scipy()  # before hours are spent
@@ -51,13 +50,7 @@ def run(study_file: Path, out: Path, *, methods: Sequence[str], cell_names: Sequ
 
 def _table(grid: Grid) -> QualityTable:
     study = grid.study
-    order = list(study.methods)
-    finished = [grid.read(cell) for cell in sorted(cells(study), key=lambda cell: order.index(cell.method))]
+    finished = [grid.read(Cell(method, seed)) for method in study.methods for seed in study.seeds]
     before = [grid.read(cell) for cell in (Cell(TEACHER, 0), *(Cell(WARM_UP, seed) for seed in study.seeds))]
-    return QualityTable.from_cells(
-        study.name,
-        study.rank_by,
-        len(study.seeds),
-        [cell for cell in finished if cell],
-        [cell for cell in before if cell],
-    )
+    results, results_before = ([result for result in part if result] for part in (finished, before))
+    return QualityTable.from_cells(study.name, study.rank_by, len(study.seeds), results, results_before)

@@ -1,7 +1,7 @@
 """Scores of one student on a study's test sets, whole and in parts.
 
-In: its completions. Out: a flat dict, `exact_match` for all and `exact_match/digits=3` for a part; with
-several test sets `dolly/rouge_l` for one of them.
+In: completions. Out: a flat dict: `exact_match` of all rows, `exact_match/digits=3` of a part, and with several test
+sets `dolly/rouge_l` of one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from switchkd.types import EvalRow, Prompt
 
 
 def scores_of(rows: Sequence[EvalRow], prompts: Sequence[Prompt], config: Config, group: Group) -> dict[str, float]:
-    """Means over the evaluation's seeds, of all rows and of each part's."""
+    """Return means over the evaluation's seeds, of all rows and of each part."""
     metrics = config.eval.metrics
     scores = {name: stat.mean for name, stat in stats(rows, metrics, prompts).items()}
     parts = parts_of(prompts, config, group)
@@ -32,8 +32,7 @@ def scores_of(rows: Sequence[EvalRow], prompts: Sequence[Prompt], config: Config
 
 
 def over_test_sets(scores: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
-    """Add, under its bare name, the mean of a score over all test sets that have it. A test set without a name has its
-    scores there already."""
+    """Add each score's mean over the test sets that have it. A test set with the empty name has these keys itself."""
     if "" in names:
         return dict(scores)
     by_score: dict[str, list[float]] = {}
@@ -45,7 +44,7 @@ def over_test_sets(scores: Mapping[str, float], names: Sequence[str]) -> dict[st
 
 
 def parts_of(prompts: Sequence[Prompt], config: Config, group: Group) -> list[str]:
-    """Name each prompt's part; none without a grouping. ConfigError for a row without the field."""
+    """Return each prompt's part; empty without a grouping. Raises ConfigError for a row without the field."""
     if group.reference_tokens:
         edges = sorted(group.reference_tokens)
         names = [f"reference_tokens={low}.." for low in (0, *edges)]
@@ -61,7 +60,7 @@ def parts_of(prompts: Sequence[Prompt], config: Config, group: Group) -> list[st
 
 
 def _order(part: str) -> tuple[str, float, str]:
-    """Sort key with numbers by size: digits=9 before digits=10."""
+    """Return a sort key with numbers by size: digits=9 before digits=10."""
     name, _, value = part.partition("=")
     number = value.removesuffix("..")
     return (name, float(number), "") if number.replace(".", "", 1).isdigit() else (name, 0.0, value)

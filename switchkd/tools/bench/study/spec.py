@@ -1,8 +1,7 @@
-"""A study file: one task, one student, one teacher, many methods, a few seeds; every cell is an ordinary run.
+"""Reads a study file: one task, one student, one teacher, many methods, a few seeds; every cell is an ordinary run.
 
 In: a YAML file (`configs/study/`). Out: a checked `Study` and its `Cell`s, each with the config of its run; or a
-ConfigError of one line. Nothing is started here. A method is a name and what it changes in the shared config, as a
-nested group of ordinary keys.
+ConfigError of one line. A method is a name and its changes of the shared config, as nested keys.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from switchkd.config.loader import explain, parse, read_yaml
 from switchkd.config.schema import Config, Section
 
 TEACHER, WARM_UP = "teacher", "warm-up"
-"""Runs that come before the cells, and their rows in the table."""
+"""Runs before the cells, and their rows in the table."""
 
 Overrides = dict[str, Any]
 
 
 class ModelSize(Section):
-    """Of a small Llama."""
+    """Size of a small Llama."""
 
     layers: PositiveInt
     hidden: PositiveInt
@@ -37,8 +36,7 @@ class ModelSize(Section):
 
 
 class Arithmetic(Section):
-    """Additions with written-out steps (`arithmetic_task.py`), made once in the study's folder. Data and untrained
-    models then come from there."""
+    """Additions with written-out steps (`arithmetic_task.py`): data and untrained models in the study's folder."""
 
     type: Literal["arithmetic"]
     digits: tuple[PositiveInt, ...] = Field(min_length=1)
@@ -51,25 +49,25 @@ class Arithmetic(Section):
 
 
 class Group(Section):
-    """Scores are also given for parts of the test set."""
+    """Parts of the test set that have scores of their own."""
 
-    field: str = ""  # of its rows, such as `digits`: one part for each value
-    reference_tokens: tuple[PositiveInt, ...] = ()  # or lengths of the reference at which the next part begins
+    field: str = ""  # a field of the rows, such as `digits`: one part for each value
+    reference_tokens: tuple[PositiveInt, ...] = ()  # or the lengths of the reference at which the next part begins
 
 
 class Study(Section):
     name: str
     task: Arithmetic | None = None
     seeds: tuple[int, ...] = Field(min_length=1)
-    base: Overrides  # what all runs share: an ordinary config without `run.dir`
-    teacher: Overrides | None = None  # changes of the run that makes the teacher; null: `base.teacher` is ready
-    teacher_at_least: float = 0.0  # in `rank_by`: a study with a worse teacher ends
+    base: Overrides  # the shared config, without `run.dir`
+    teacher: Overrides | None = None  # changes of the run that trains the teacher; null: `base.teacher` is trained
+    teacher_at_least: float = 0.0  # least `rank_by` of the teacher; below it the study ends
     warm_up: Overrides | None = None  # changes of the run from whose student a seed's cells start; else `base.student`
     methods: dict[str, Overrides] = Field(min_length=1)
-    main: tuple[str, ...] = ()  # methods whose cells come first, and whose curves are in the plot
+    main: tuple[str, ...] = ()  # methods whose cells run first, and whose curves are in the plot
     test_sets: dict[str, Overrides] = Field(default={"": {}}, min_length=1)
-    """Test sets by name, each with what it changes in the shared config (`eval`, `data`). A score without a name in
-    front is that of the set without a name, else the mean over all (each counts once, whatever its size)."""
+    """Changes of the shared config (`eval`, `data`) by test set. A score without a set's name is that of the set with
+    the empty name, else the mean over all sets with equal weights."""
     rank_by: str = "exact_match"
     group: Group = Group()
 
@@ -83,7 +81,7 @@ class Study(Section):
 
     @property
     def digest(self) -> str:
-        """Of all that cells share. Methods and seeds may be added to a study that has begun."""
+        """Return a digest without methods, seeds and `main`, which may change in a study that has begun."""
         shared = self.model_dump(mode="json", exclude={"methods", "seeds", "main"})
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -101,7 +99,7 @@ class Cell:
 
 
 def read_study(path: Path) -> Study:
-    """Raises ConfigError, also for a method whose config would be refused."""
+    """Read and check a study file. Raises ConfigError, also for an invalid config of a method."""
     raw = read_yaml(path, "--study", "configs/study/arithmetic.yaml")
     try:
         study = Study.model_validate(raw)
@@ -114,14 +112,13 @@ def read_study(path: Path) -> Study:
 
 
 def _check_configs(study: Study, path: Path) -> None:
-    """Parse every run's config and build its rule and loss, so that a typo in the last method is found first."""
+    """Parse every run's config and build its rule and loss before anything is trained."""
     from switchkd.controller.preflight import check_stage
 
     runs = {f"methods.{name}": overrides for name, overrides in study.methods.items()}
     runs |= {f"test_sets.{name}": overrides for name, overrides in study.test_sets.items()}
-    runs |= {
-        name: before for name, before in ((TEACHER, study.teacher), (WARM_UP, study.warm_up)) if before is not None
-    }
+    before = {TEACHER: study.teacher, WARM_UP: study.warm_up}
+    runs |= {name: overrides for name, overrides in before.items() if overrides is not None}
     paths = {"data": "train.jsonl", "eval": "valid.jsonl"} if study.task else {}
     for name, overrides in runs.items():
         try:
@@ -130,16 +127,14 @@ def _check_configs(study: Study, path: Path) -> None:
                 check_stage(stage)
         except ConfigError as error:
             raise ConfigError(f"{path}: {name}: {error}") from None
-        if name.startswith("test_sets.") and not any(
-            study.rank_by.startswith(metric) for metric in config.eval.metrics
-        ):
+        if name.startswith("test_sets.") and not study.rank_by.startswith(tuple(config.eval.metrics)):
             known = ", ".join(config.eval.metrics)
             raise ConfigError(f"{path}: {name}: rank_by={study.rank_by} is not scored; eval.metrics has {known}")
 
 
 def cells(study: Study, methods: Sequence[str] = (), names: Sequence[str] = ()) -> list[Cell]:
-    """Main methods before the others, and in both all methods of a seed before the next seed, so that a part of the
-    grid is balanced. `methods` and `names` (of cells) choose some; ConfigError for names that are not there."""
+    """Return the cells in their order: main methods first, and all methods of a seed before the next seed, so that an
+    unfinished grid is balanced. `methods` and cell `names` select some. Raises ConfigError for unknown names."""
     for method in methods:
         _check_known(method, study.methods, "--methods")
     others = [name for name in study.methods if name not in study.main]
@@ -158,8 +153,8 @@ def _check_known(name: str, known: Mapping[str, Any] | Sequence[str], key: str) 
 
 
 def configured(study: Study, overrides: Overrides, run_dir: Path, home: Path, **paths: str) -> Config:
-    """The config of one run. `home` is where relative data paths start; `paths` replace `data`, `eval`, `teacher`,
-    `student` (what the study makes itself). Raises ConfigError."""
+    """Return the config of one run. Relative data paths start at `home`; `paths` replace the paths of `data`, `eval`,
+    `teacher`, `student` by the study's own. Raises ConfigError."""
     raw = merged(merged(study.base, overrides), {"run": {"dir": str(run_dir), "overwrite": True}})
     for section, key in (("data", "path"), ("eval", "data"), ("teacher", "path"), ("student", "path")):
         name = raw.get(section, {}).get(key) if isinstance(raw.get(section), dict) else None
@@ -173,16 +168,16 @@ def configured(study: Study, overrides: Overrides, run_dir: Path, home: Path, **
 
 
 def merged(base: Overrides, over: Mapping[str, Any]) -> Overrides:
-    """Groups of keys are merged, all else is replaced; neither argument is changed."""
+    """Merge groups of keys and replace all other values; neither argument is changed."""
     result = dict(base)
     for key, value in over.items():
-        below = result.get(key)
-        result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+        group = result.get(key)
+        result[key] = merged(group, value) if isinstance(group, dict) and isinstance(value, Mapping) else value
     return result
 
 
 def flat(overrides: Mapping[str, Any], above: str = "") -> Iterator[str]:
-    """Yield `learner.loss.type=atkd`, ...: what a method changes."""
+    """Yield a method's changes as `learner.loss.type=atkd`."""
     for key, value in overrides.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{above}{key}.")

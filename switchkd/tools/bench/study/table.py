@@ -1,14 +1,14 @@
-"""Finished cells become one table: means with 95% intervals over seeds, and paired tests between neighbours.
+"""Makes a table of finished cells: means with 95% intervals over seeds, and paired tests between neighbours.
 
-In: cells as `grid.py` wrote them. Out: markdown and JSON. Intervals are Student's t, tests are paired t-tests over the
-seeds that both methods have (`scipy.stats.ttest_rel`), their p-values also as Holm corrects them for their number.
+In: cells as `grid.py` writes them. Out: markdown and JSON. Intervals are Student's t. Tests are paired t-tests over the
+seeds that both methods have (`scipy.stats.ttest_rel`), with p-values also in Holm's correction.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -22,20 +22,24 @@ MEASURES = {
     "kl_greedy": "KL, own text", "agreement_greedy": "agreement, own text", "kl": "KL", "agreement": "agreement",
     "length": "length",
 }  # fmt: skip
-"""Scores beside the one that ranks, where a study has them; KL in nats a token, length in tokens."""
+"""Further scores of a study, by their titles; KL in nats a token, length in tokens."""
+
+
+Results = Sequence[Mapping[str, Any]]
+"""Finished cells."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """A mean over seeds, with half the width of its 95% interval; None for a single seed."""
+    """A mean over seeds with its 95% interval."""
 
     mean: float
-    half: float | None
+    half: float | None  # half the interval's width; None for a single seed
     num: int
 
     @classmethod
     def from_values(cls, values: Sequence[float]) -> Mean:
-        """Raises ValueError without values."""
+        """Compute mean and interval. Raises ValueError without values."""
         half = None
         if len(values) > 1:
             t = check_scipy().t.ppf(0.5 + LEVEL / 2, len(values) - 1)
@@ -49,7 +53,7 @@ class Mean:
 
 @dataclass(frozen=True, slots=True)
 class Paired:
-    """`method` less `other`, seed by seed. `p` is None below two seeds, or without any spread."""
+    """`method` minus `other`, seed by seed. `p` is None below two seeds, or without any spread."""
 
     method: str
     other: str
@@ -60,7 +64,7 @@ class Paired:
 
     @classmethod
     def from_scores(cls, method: str, by_seed: Mapping[int, float], other: str, others: Mapping[int, float]) -> Paired:
-        """The test over the seeds that both have; there must be one."""
+        """Test the seeds that both have, at least one."""
         seeds = sorted(by_seed.keys() & others.keys())
         differences = [by_seed[seed] - others[seed] for seed in seeds]
         if len(set(differences)) < 2:
@@ -74,20 +78,18 @@ class TableRow:
     """A method over its seeds: scores by name."""
 
     method: str
-    what: str  # what it changes
+    what: str  # the keys it changes
     scores: dict[str, Mean]
-    by_seed: dict[int, float]  # of the score that ranks
-    gains: dict[int, float]  # in it over the student that the seed started from, where there is one
+    by_seed: dict[int, float]  # the score that ranks
+    gains: dict[int, float]  # that score minus the score of the seed's start, where there is one
     gain: Mean | None
     teacher_frac: Mean
     rollout_tokens: Mean
     train_s: Mean
 
     @classmethod
-    def from_cells(
-        cls, method: str, cells: Sequence[Mapping[str, Any]], rank_by: str, started: Mapping[int, float]
-    ) -> TableRow:
-        """`started`: the score of each seed's student before."""
+    def from_cells(cls, method: str, cells: Results, rank_by: str, started: Mapping[int, float]) -> TableRow:
+        """Average a method's cells. `started` is the score of each seed's student at its start."""
         by_seed = {cell["seed"]: cell["scores"][rank_by] for cell in cells}
         gains = {seed: score - started[seed] for seed, score in by_seed.items() if seed in started}
         names = [name for name in cells[0]["scores"] if all(name in cell["scores"] for cell in cells)]
@@ -106,7 +108,7 @@ class TableRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QualityTable:
-    """`rows` by rank; `before` are the teacher and the students that all methods start from."""
+    """`rows` by rank; `before` has the teacher and the students that all methods start from."""
 
     name: str
     rank_by: str
@@ -117,19 +119,10 @@ class QualityTable:
     neighbours: tuple[Paired, ...]
 
     @classmethod
-    def from_cells(
-        cls,
-        name: str,
-        rank_by: str,
-        num_seeds: int,
-        cells: Sequence[Mapping[str, Any]],
-        before: Sequence[Mapping[str, Any]],
-    ) -> QualityTable:
-        """`cells` of the methods, `before` of the runs that came before. Raises ConfigError without a cell."""
+    def from_cells(cls, name: str, rank_by: str, num_seeds: int, cells: Results, before: Results) -> QualityTable:
+        """Rank the methods of `cells`; `before` has the runs before them. Raises ConfigError without a cell."""
         if not cells:
-            raise ConfigError(
-                f"{name}: no cell is finished yet; run `switchkd bench quality` without --only-table first"
-            )
+            raise ConfigError(f"{name}: no cell is finished yet; run `switchkd bench quality` without --only-table")
         started = {cell["seed"]: cell["scores"][rank_by] for cell in before if cell["method"] == WARM_UP}
         rows = _rows(cells, rank_by, started)
         by_gain = all(row.gain for row in rows)  # methods may have other seeds, and seeds other starts
@@ -150,20 +143,20 @@ class QualityTable:
 
     @property
     def parts(self) -> list[str]:
-        """Parts of the test set, and further test sets, for which the score that ranks is there."""
+        """Return the parts of the test set, and the further test sets, that have the score that ranks."""
         names = self.rows[0].scores
         ends = [name for name in names if name.startswith(f"{self.rank_by}/") or name.endswith(f"/{self.rank_by}")]
         return [name.removeprefix(f"{self.rank_by}/").removesuffix(f"/{self.rank_by}") for name in ends]
 
     def part(self, row: TableRow, part: str) -> Mean | None:
-        """The score that ranks, of one part."""
+        """Return the score that ranks, of one part."""
         return row.scores.get(f"{self.rank_by}/{part}", row.scores.get(f"{part}/{self.rank_by}"))
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "level": LEVEL, "notes": surroundings(device="cpu", dtype="as the study says")}
 
     def markdown(self) -> str:
-        """The scores, the parts, the tests, the methods: four tables and what they are."""
+        """Return four tables with their titles: scores, parts, tests and methods."""
         few = [row.method for row in self.rows if len(row.by_seed) < self.num_seeds]
         parts = [
             f"# {self.name}",
@@ -186,22 +179,20 @@ class QualityTable:
         return "\n\n".join(parts) + "\n"
 
     def _scores(self) -> str:
-        there = [name for name in MEASURES if name in self.rows[0].scores]
-        titles = ("method", "seeds", self.rank_by, "gain", *(MEASURES[name] for name in there), "teacher share",
+        names = [name for name in MEASURES if name in self.rows[0].scores]
+        titles = ("method", "seeds", self.rank_by, "gain", *(MEASURES[name] for name in names), "teacher share",
                   "tokens written", "seconds")  # fmt: skip
         rows = []
         for row in (*self.rows, *self.before):
-            measures = [str(row.scores[name]) if name in row.scores else "-" for name in there]
+            measures = [str(row.scores.get(name, "-")) for name in names]
             rest = (f"{row.teacher_frac.mean:.1%}", f"{row.rollout_tokens.mean:,.0f}", f"{row.train_s.mean:.0f}")
             first = (row.method, str(len(row.by_seed)), str(row.scores[self.rank_by]), str(row.gain or "-"))
             rows.append((*first, *measures, *rest))
         return _table(titles, rows)
 
     def _parts(self) -> str:
-        rows = [
-            (row.method, *(str(self.part(row, part) or "-") for part in self.parts))
-            for row in (*self.rows, *self.before)
-        ]
+        all_rows = (*self.rows, *self.before)
+        rows = [(row.method, *(str(self.part(row, part) or "-") for part in self.parts)) for row in all_rows]
         return _table(("method", *self.parts), rows)
 
     def _tests(self) -> str:
@@ -212,11 +203,11 @@ class QualityTable:
         return _table(("pair", "seeds", "difference", "p", "p (Holm)"), rows)
 
 
-def _rows(cells: Iterable[Mapping[str, Any]], rank_by: str, started: Mapping[int, float]) -> list[TableRow]:
+def _rows(cells: Results, rank_by: str, started: Mapping[int, float]) -> list[TableRow]:
     by_method: dict[str, list[Mapping[str, Any]]] = {}
     for cell in cells:
         by_method.setdefault(cell["method"], []).append(cell)
-    return [TableRow.from_cells(method, its_cells, rank_by, started) for method, its_cells in by_method.items()]
+    return [TableRow.from_cells(method, group, rank_by, started) for method, group in by_method.items()]
 
 
 def _neighbours(rows: Sequence[TableRow]) -> list[Paired]:
@@ -230,8 +221,7 @@ def _neighbours(rows: Sequence[TableRow]) -> list[Paired]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction (1979): the i-th smallest of m is multiplied by m - i + 1, and none is below the one
-    before it."""
+    """Apply Holm's step-down correction (1979): the i-th smallest of m times m - i + 1, never below its predecessor."""
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(order):
@@ -250,8 +240,8 @@ def _p(value: float | None) -> str:
 
 
 def check_scipy() -> Any:
-    """scipy.stats; ConfigError where it is not installed."""
-    try:  # not among what switchkd requires
+    """Return scipy.stats. Raises ConfigError where it is not installed."""
+    try:  # of the bench extra
         from scipy import stats
     except ImportError:
         raise ConfigError("the table's intervals and tests need scipy: pip install 'switchkd[bench]'") from None
