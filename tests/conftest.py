@@ -66,10 +66,10 @@ TEACH, WRITE = {"pool": "teach"}, {"pool": "write"}
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Any]:
-    """One Ray for all tests: four nodes of this machine, a head (3 CPUs), two labelled `TEACH` and one `WRITE` (2 each).
+    """One Ray for all tests, four nodes of this machine: a head with 3 CPUs, two `TEACH` and one `WRITE` with 2 each.
     `cluster.folder` holds its logs."""
     os.environ.update(PROTECTED)
-    # a node counts as dead after 3 s, not 15; Ray's workers keep their CPU priority
+    # a node counts as dead after 3 s, not 15
     os.environ.update(RAY_health_check_period_ms="1000", RAY_health_check_failure_threshold="3")
     import ray
     from ray.cluster_utils import Cluster

@@ -93,9 +93,9 @@ class FullDisk:
 
 
 def test_one_run_with_six_faults(cluster, alone, place, monkeypatch, notes, done_at):
-    """The disk is full, a worker, a teacher, the teachers' pool, a rank and the replay die, in one run: a checkpoint that
-    cannot be written is tried again, a lost rank or replay sends the run back to its checkpoint. What was written since
-    is trained on again or written again; the student has the weights of the other run."""
+    """In one run the disk is full, and a worker, a teacher, the teachers' pool, a rank and the replay die. A checkpoint
+    that cannot be written is tried again; a lost rank or replay sends the run back to its checkpoint. What was written
+    since is trained on again or written again; the student has the weights of the other run."""
     report_at_once(monkeypatch)
     FullDisk(monkeypatch, after=2)
     order = ["RolloutActor", "TeacherActor", "LearnerActor", "ReplayActor", "TeacherPoolActor", "LearnerActor"]

@@ -4,6 +4,7 @@ killed. What needs no model is held by fake ones (test_pools.py, test_faults.py,
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from pathlib import Path

@@ -41,7 +41,6 @@ def test_the_slope():
     assert soak.slope(samples) == pytest.approx(2)
 
 
-@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_hundred_steps(tmp_path, monkeypatch, capsys):

@@ -402,9 +402,10 @@ class MetricsConfig(Section):
 
 
 class FakeConfig(Section):
-    """With `backend: fake`: seconds of a process's start, of one forward pass and of one optimizer step, whatever their
-    size; size of a weight version."""
+    """With `backend: fake`: seconds of a process's start, one forward pass, one optimizer step, of any size."""
 
+    agreement: Frac = 0.75
+    """Share of positions at which the models draw a common token."""
     start_s: float = Field(0.0, ge=0)
     student_s: float = Field(0.0, ge=0)
     teacher_s: float = Field(0.0, ge=0)

@@ -48,10 +48,10 @@ def row(weights: int, digest: int) -> int:
     return mix(weights, digest) >> (64 - _WORD_BITS)
 
 
-def draw(row: int, digest: int, key: int) -> int:
-    """The token that a model draws from its row. The noise is common to both models: in three rows of four they draw
-    the same token, whatever their weights."""
-    return _WORDS[mix(digest if row % 4 else row, key) % len(_WORDS)]
+def draw(row: int, digest: int, key: int, agreement: float) -> int:
+    """The token that a model draws from its row. The noise is common to both models: at an `agreement` of all rows a
+    model draws a token that does not depend on its weights."""
+    return _WORDS[mix(digest if row % 1000 < 1000 * agreement else row, key) % len(_WORDS)]
 
 
 def distance(p_row: int, q_row: int) -> float:
@@ -96,7 +96,7 @@ class FakeTeacher:
 
     def __init__(self, name: str, fake: FakeConfig, *, max_sessions: int, max_len: int, lease_s: float) -> None:
         time.sleep(fake.start_s)
-        self.sleep_s = fake.teacher_s
+        self.fake = fake
         self.weights = context(name.encode())
         self._sessions = SessionTable(max_sessions=max_sessions, max_len=max_len, lease_s=lease_s, clock=time.monotonic)
 
@@ -124,10 +124,12 @@ class FakeTeacher:
                 key = draw_key(request.run_seed, int(request.rollout_ids[b]), position, request.purpose)
                 p_row = row(self.weights, digest)
                 rows[b] += [p_row] * bool(written[b])
-                written[b].append(draw(p_row, digest, key))
+                written[b].append(draw(p_row, digest, key, self.fake.agreement))
                 digest = context(written[b][-1:], digest)
             session.tokens = np.append(session.tokens, written[b])
-        time.sleep(self.sleep_s * (max(map(len, written)) - 1))  # the first token took the pass that read the blocks
+        time.sleep(
+            self.fake.teacher_s * (max(map(len, written)) - 1)
+        )  # the first token took the pass that read the blocks
         margins = Ragged.concat([np.ones(len(tokens)) for tokens in written], np.float32)
         return Written(tokens=Ragged.concat(written, np.int32), margins=margins, teacher_output=_output(rows))
 
@@ -135,7 +137,7 @@ class FakeTeacher:
         self._sessions.close(session_ids)
 
     def _read(self, blocks: Blocks) -> list[Session]:
-        time.sleep(self.sleep_s)
+        time.sleep(self.fake.teacher_s)
         sessions = self._sessions.of_blocks(blocks)
         for session, base, tokens in zip(sessions, blocks.base_lens, blocks.tokens.split(), strict=True):
             session.tokens = np.concatenate([session.tokens[:base], tokens])

@@ -38,7 +38,7 @@ def make_worker(
         case "hf":
             return _hf_worker(config, teachers, stop_ids, newer)
         case "fake":
-            return FakeWorker(config, {name: teacher for name, (teacher, _) in teachers.items()}, newer)
+            return FakeWorker(config, {name: teacher for name, (teacher, _) in teachers.items()}, stop_ids, newer)
 
 
 def _hf_worker(

@@ -56,6 +56,7 @@ class _Row:
     statistic: list[float] = field(default_factory=list)
     threshold: list[float] = field(default_factory=list)
     teacher_rows: list[int] = field(default_factory=list)
+    finish_reason: str = ""
     teacher_len: int = 0  # tokens that the teacher's session shares with this row
     stats: RolloutStats = field(default_factory=RolloutStats)
     started: float = field(default_factory=time.monotonic)
@@ -64,14 +65,14 @@ class _Row:
     def t(self) -> int:
         return len(self.sources)
 
-    @property
-    def done(self) -> bool:
-        return self.t > 0 and (self.tokens[-1] == fake.END or self.t >= self.limit)
-
-    def accept(self, token: int, source: TokenSource, version: int) -> None:
+    def accept(self, token: int, source: TokenSource, version: int, stop_ids: frozenset[int]) -> None:
         self.tokens.append(token)
         self.sources.append(source)
         self.versions.append(version)
+        if token in stop_ids:
+            self.finish_reason = "eos"
+        elif self.t >= self.limit:
+            self.finish_reason = "length"
 
 
 class FakeWorker:
@@ -81,10 +82,11 @@ class FakeWorker:
         self,
         config: Config,
         teachers: Mapping[str, Teacher],
+        stop_ids: frozenset[int],
         new_weights: Callable[[], PackedWeights | None] | None = None,
     ) -> None:
         time.sleep(config.fake.start_s)
-        self.config, self.teachers, self.new_weights = config, dict(teachers), new_weights
+        self.config, self.teachers, self.stop_ids, self.new_weights = config, dict(teachers), stop_ids, new_weights
         self.order = (0, 0)
         self.weights = fake.FIRST_WEIGHTS
         self.num_rounds = 0
@@ -145,8 +147,8 @@ class FakeWorker:
             waiting = waiting[len(rows) :]
             while rows:
                 self._round(rows, teacher if scored else None)
-                ended = [row for row in rows if row.done]
-                rows = [row for row in rows if not row.done]
+                ended = [row for row in rows if row.finish_reason]
+                rows = [row for row in rows if not row.finish_reason]
                 if ended and teacher and scored:
                     teacher.close(np.array([row.task.rollout_id for row in ended], np.int64))
                 yield from ended
@@ -201,9 +203,9 @@ class FakeWorker:
         draft: list[int] = []
         digest = fake.context(row.tokens)
         num = min(self.config.rollout.max_draft_tokens, row.limit - row.t)
-        while len(draft) < num and fake.END not in draft:
+        while len(draft) < num and not self.stop_ids & set(draft[-1:]):
             key = self._key(row, len(draft))
-            draft.append(fake.draw(fake.row(self.weights, digest), digest, key))
+            draft.append(self._draw(fake.row(self.weights, digest), digest, key))
             digest = fake.context(draft[-1:], digest)
         return draft
 
@@ -219,8 +221,8 @@ class FakeWorker:
                 threshold = _OWNED_FROM
                 source = TokenSource.TEACHER if statistic > threshold else TokenSource.STUDENT
             key = self._key(row, 0)
-            kept = fake.draw(p_row, digest, key) if source == TokenSource.TEACHER and p_row is not None else token
-            row.accept(kept, source, self.order[1])
+            kept = self._draw(p_row, digest, key) if source == TokenSource.TEACHER and p_row is not None else token
+            row.accept(kept, source, self.order[1], self.stop_ids)
             row.statistic.append(statistic)
             row.threshold.append(threshold)
             if p_row is not None:
@@ -228,7 +230,7 @@ class FakeWorker:
                 row.teacher_len = len(row.tokens) - (kept != token)
             digest = fake.context([kept], digest)
             replaced = kept != token
-            if replaced or row.done:
+            if replaced or row.finish_reason:
                 break
         row.stats.num_rounds += 1
         row.stats.num_drafted += len(draft)
@@ -254,7 +256,7 @@ class FakeWorker:
             temperature=1.0,
             top_p=1.0,
             top_k=0,
-            stop_ids=np.array([fake.END], np.int64),
+            stop_ids=np.array(sorted(self.stop_ids), np.int64),
         )
         self.num_calls += 1
         with self._waiting():
@@ -263,7 +265,7 @@ class FakeWorker:
         for row, tokens, teacher_rows in parts:
             row.teacher_rows += teacher_rows[:, 0].astype(int).tolist()
             for token in tokens.tolist():
-                row.accept(token, TokenSource.TEACHER, self.order[1])
+                row.accept(token, TokenSource.TEACHER, self.order[1], self.stop_ids)
             row.statistic += [np.nan] * len(tokens)
             row.threshold += [-np.inf] * len(tokens)
             row.teacher_len = len(row.tokens)
@@ -272,6 +274,9 @@ class FakeWorker:
 
     def _key(self, row: _Row, ahead: int, purpose: int = 0) -> int:
         return fake.draw_key(self.config.seed, row.task.rollout_id, row.t + ahead, purpose)
+
+    def _draw(self, row: int, digest: int, key: int) -> int:
+        return fake.draw(row, digest, key, self.config.fake.agreement)
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -306,7 +311,7 @@ class FakeWorker:
             threshold=np.array(row.threshold, np.float32),
             uncertainty=uncertainty,
             teacher_output=output,
-            finish_reason="eos" if row.tokens[-1] == fake.END else "length",
+            finish_reason=row.finish_reason,
             teacher=task.prompt.teacher,
             stats=row.stats,
         )
@@ -330,9 +335,9 @@ class FakeWorker:
         self.num_rounds += 1
         tokens: list[int] = []
         digest = fake.context(prompt.token_ids)
-        while len(tokens) < shard.max_new_tokens and fake.END not in tokens:
+        while len(tokens) < shard.max_new_tokens and not self.stop_ids & set(tokens[-1:]):
             key = 0 if seed == GREEDY or shard.temperature == 0 else fake.draw_key(seed, index, len(tokens), 3)
-            tokens.append(fake.draw(fake.row(self.weights, digest), digest, key))
+            tokens.append(self._draw(fake.row(self.weights, digest), digest, key))
             digest = fake.context(tokens[-1:], digest)
         time.sleep(self.config.fake.student_s * len(tokens))
         text = fake.FakeTokenizer().decode(tokens, skip_special_tokens=True)

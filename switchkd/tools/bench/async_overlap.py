@@ -1,6 +1,6 @@
 """Times the whole loop by `replay.max_staleness`: rollouts, publishing and learning in turn (0), or concurrently.
 
-In: seconds of one student call, one teacher call and one optimizer step, which sleep (`fake_engines.py`). Out: seconds
+In: seconds of one student call, one teacher call and one optimizer step, which sleep (`engines/fake.py`). Out: seconds
 per step with the real actors, which pack, put, fetch and check a version's bytes.
 """
 
@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from switchkd.tools.bench import trainer_harness
-from switchkd.tools.bench.scaling import NEW_TOKENS, ROWS, fake_task, sleeping_config
+from switchkd.tools.bench.scaling import NEW_TOKENS, ROWS, WEIGHTS_MB, fake_task, sleeping_config
 from switchkd.tools.bench.table import Cell, Options, Spread, Table, compare, take_turns
 
 UNMEASURED = 2
@@ -47,13 +47,12 @@ def run(options: Options, *, student_s: float, teacher_s: float, learner_s: floa
     from switchkd.actors import process_setup
 
     process_setup.for_private_cluster()
-    from switchkd.tools.bench.fake_engines import FakeLatency, install_fakes
     from switchkd.tools.bench.ray_cluster import cluster
 
-    latency = FakeLatency(student=student_s, teacher=teacher_s, learner=learner_s)
+    latency = {"student_s": student_s, "teacher_s": teacher_s, "learner_s": learner_s}
     limits, num_steps, num_workers = ((0, 1), 2, 1) if options.smoke else ((0, 1, 2), 8, 2)
-    with cluster(os.cpu_count() or 1, 400, install_fakes(latency)):
-        sides = {str(limit): partial(_train, limit, num_steps, num_workers) for limit in limits}
+    with cluster(os.cpu_count() or 1, 400):
+        sides = {str(limit): partial(_train, limit, num_steps, num_workers, latency) for limit in limits}
         timers = take_turns(sides, options.repeats, warmup=0)
     pairs = compare({limit: [timer.step_s for timer in measured] for limit, measured in timers.items()})
     num_tokens = num_workers * ROWS * NEW_TOKENS
@@ -71,18 +70,19 @@ def run(options: Options, *, student_s: float, teacher_s: float, learner_s: floa
     ]
     notes = options.notes(
         student_ms=1e3 * student_s, teacher_ms=1e3 * teacher_s, learner_ms=1e3 * learner_s, workers=num_workers,
-        teachers=1, rows=ROWS, new_tokens=NEW_TOKENS, weights_mb=latency.weights_mb, steps=num_steps,
+        teachers=1, rows=ROWS, new_tokens=NEW_TOKENS, weights_mb=WEIGHTS_MB, steps=num_steps,
     )  # fmt: skip
     title = "The loop by how stale a rollout may be (models that sleep)"
     return Table(title=title, rows=rows, notes=notes, remarks=_remarks(timers["0"]))
 
 
-def _train(limit: int, num_steps: int, num_workers: int) -> StepTimer:
+def _train(limit: int, num_steps: int, num_workers: int, latency: Mapping[str, float]) -> StepTimer:
     """Run `num_steps` measured steps with new actors."""
     from switchkd.actors.launch import start_actors
 
     timer = StepTimer(num_steps)
-    config = sleeping_config(num_workers, 1, replay={"max_staleness": limit}, train={"batch_size": num_workers * ROWS})
+    strictness = {"replay": {"max_staleness": limit}, "train": {"batch_size": num_workers * ROWS}}
+    config = sleeping_config(num_workers, 1, latency, **strictness)
     trainer_harness.run(config, [fake_task(0).prompt], start_actors, timer)
     return timer
 

@@ -20,8 +20,8 @@ from switchkd.actors.ray_futures import shut_down
 
 
 @contextmanager
-def cluster(num_cpus: int, object_store_mb: int, setup_hook: Callable[[], None] | None = None) -> Iterator[None]:
-    """Start a private Ray in its own folder. `setup_hook` (a plain function) runs first in each of its processes."""
+def cluster(num_cpus: int, object_store_mb: int) -> Iterator[None]:
+    """Start a private Ray in its own folder."""
     # by default Ray gives its workers a low CPU priority
     os.environ.setdefault("RAY_worker_niceness", "0")
     folder = tempfile.mkdtemp(prefix="skd-", dir="/tmp")  # a socket's path must be short
@@ -34,7 +34,6 @@ def cluster(num_cpus: int, object_store_mb: int, setup_hook: Callable[[], None] 
             logging_level="ERROR",
             log_to_driver=False,
             _temp_dir=folder,
-            runtime_env={} if setup_hook is None else {"worker_process_setup_hook": setup_hook},
         )
         yield
     finally:

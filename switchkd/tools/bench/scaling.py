@@ -1,4 +1,4 @@
-"""Measures throughput by number of rollout workers and teachers, with models that sleep (`fake_engines.py`).
+"""Measures throughput by number of rollout workers and teachers, with models that sleep (`engines/fake.py`).
 
 In: seconds of one student call and of one teacher call. Out: tokens per second against the limits of workers and of
 teachers, and how busy this machine's cores are.
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from switchkd.types import RolloutTask, WorkReport
 
 BLOCK, ROWS, NEW_TOKENS = 4, 8, 32
+WEIGHTS_MB = 8.0
 NEAR = 0.85
 """Share of a limit from which on it is named as the reason."""
 
@@ -45,17 +46,18 @@ def run(options: Options, *, student_s: float, teacher_s: float) -> Table:
 
     process_setup.for_private_cluster()
     from switchkd.actors.launch import start_actors
-    from switchkd.tools.bench.fake_engines import FakeLatency, install_fakes
     from switchkd.tools.bench.ray_cluster import cluster
 
     log = cast(Any, StepLog(lambda _: None))
     num_workers, num_teachers = ((1, 2), (1,)) if options.smoke else ((1, 2, 4, 8, 16), (1, 2, 4))
     waves = 1 if options.smoke else 2
     by_teachers: dict[int, dict[int, list[Measurement]]] = {}
-    with cluster(os.cpu_count() or 1, 200, install_fakes(FakeLatency(student=student_s, teacher=teacher_s))):
+    latency = {"student_s": student_s, "teacher_s": teacher_s}
+    with cluster(os.cpu_count() or 1, 200):
         for num in num_teachers:
             with tempfile.TemporaryDirectory() as folder:
-                handles = start_actors(sleeping_config(max(num_workers), num), Path(folder), frozenset(), log)
+                config = sleeping_config(max(num_workers), num, latency)
+                handles = start_actors(config, Path(folder), frozenset(), log)
                 try:
                     by_teachers[num] = measure(handles.workers, num_workers, waves, options.repeats)
                 finally:
@@ -70,12 +72,17 @@ def run(options: Options, *, student_s: float, teacher_s: float) -> Table:
     )
 
 
-def sleeping_config(num_workers: int, replicas: int, **sections: Mapping[str, Any]) -> Config:
-    """Return a config whose processes request almost no CPUs from Ray, since they sleep."""
+def sleeping_config(
+    num_workers: int, replicas: int, latency: Mapping[str, float], **sections: Mapping[str, Any]
+) -> Config:
+    """Return a config whose processes request almost no CPUs from Ray, since they sleep. The models agree on every
+    token, so each round emits whole blocks."""
     little = {"num_cpus": 0.01, "threads": 1}
     base: dict[str, Mapping[str, Any]] = {
-        "teacher": {"path": "fake", "replicas": replicas},
-        "student": {"path": "fake"},
+        "teacher": {"backend": "fake", "replicas": replicas},
+        "student": {"backend": "fake"},
+        "learner": {"backend": "fake"},
+        "fake": {"agreement": 1.0, "weights_mb": WEIGHTS_MB, **latency},
         "rollout": {
             "rule": {"type": "random", "prob": 0.5}, "num_workers": num_workers, "batch_size": ROWS, "save": False,
             "max_new_tokens": NEW_TOKENS, "max_draft_tokens": BLOCK, "drafter": "student", "overlap": False,
