@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 
 from switchkd.config.errors import ConfigError
 from switchkd.config.loader import dump_yaml
@@ -17,6 +19,7 @@ from switchkd.controller.evaluation import aggregate
 from switchkd.controller.preflight import PreparedRun, prepare
 from switchkd.data.atomic_files import json_safe
 from switchkd.rollout.build import make_worker
+from switchkd.rollout.fake import FakeWorker
 from switchkd.rollout.worker import RolloutWorker
 from switchkd.types import EvalRow, Prompt, Rollout
 
@@ -66,15 +69,18 @@ def show_scores(scores: dict[str, float], as_json: bool) -> None:
         print(f"{name:<28} {value:.4f}" if isinstance(value, float) else f"{name:<28} {value}")
 
 
-def sample_rollouts(config: Config, num: int, stage: int) -> tuple[list[tuple[Prompt, Rollout]], RolloutWorker]:
-    """Generate the first rollouts of a stage, also where the run trains on recorded ones. Returns the worker too."""
+def sample_rollouts(config: Config, num: int, stage: int) -> tuple[list[tuple[Prompt, Rollout]], Callable[..., str]]:
+    """Generate the first rollouts of a stage, also where the run trains on recorded ones. Returns the tokenizer's
+    `decode` too."""
     rollout = config.rollout.model_copy(update={"recorded": ""})
     ready = prepare(config.model_copy(update={"rollout": rollout}))
-    worker = _local_worker(ready)
-    return first_rollouts(ready, worker, num, stage), worker
+    decode = partial(ready.tokenizer.decode, skip_special_tokens=True)
+    return first_rollouts(ready, _local_worker(ready), num, stage), decode
 
 
-def first_rollouts(ready: PreparedRun, worker: RolloutWorker, num: int, stage: int) -> list[tuple[Prompt, Rollout]]:
+def first_rollouts(
+    ready: PreparedRun, worker: RolloutWorker | FakeWorker, num: int, stage: int
+) -> list[tuple[Prompt, Rollout]]:
     """Generate the first `num` rollouts of a stage, each with its prompt; a stage with fewer is made longer."""
     stages = ready.config.train.stages[: stage + 1]
     steps = max(stages[-1].steps, -(-num // stages[-1].batch_size))
@@ -85,7 +91,7 @@ def first_rollouts(ready: PreparedRun, worker: RolloutWorker, num: int, stage: i
     return [(task.prompt, by_id[task.rollout_id]) for task in tasks]
 
 
-def _local_worker(ready: PreparedRun) -> RolloutWorker:
+def _local_worker(ready: PreparedRun) -> RolloutWorker | FakeWorker:
     """Make a worker with teachers in this process, which may use all cores."""
     run = ready.config.run.model_copy(update={"mode": "inprocess"})
     config = ready.config.model_copy(update={"run": run})

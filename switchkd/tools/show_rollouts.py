@@ -30,10 +30,10 @@ def show_rollouts(config: Config, num: int, stage: str | None, out: Path | None)
     index = stage_index(config, stage)
     if out is not None and not out.resolve().parent.is_dir():
         raise ConfigError(f"--out {out}: the folder {out.resolve().parent} does not exist; make it first")
-    rollouts, worker = sample_rollouts(config, num, index)
-    records = [record(prompt, rollout, worker.decode) for prompt, rollout in rollouts]
+    rollouts, decode = sample_rollouts(config, num, index)
+    records = [record(prompt, rollout, decode) for prompt, rollout in rollouts]
     if out is None:
-        _print(records, worker.decode)
+        _print(records, decode)
     else:
         write_text_atomic(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in records))
         print(out)
