@@ -18,7 +18,7 @@ from switchkd.config.schema import Config
 from switchkd.engines import fake
 from switchkd.types import BatchAssignment, PackedWeights, Rollout, StepResult
 
-STATE = "weights.json"
+STATE = "weights.bin"
 
 
 class FakeRank:
@@ -37,10 +37,12 @@ class FakeRank:
             digest = fake.context(rollout.token_ids, fake.context(rollout.sources))
             self.weights = fake.mix(self.weights, rollout.rollout_id, digest, fake.context(output))
         time.sleep(self.config.fake.learner_s)
+        loss = fake.distance(0, fake.row(self.weights, assignment.stage))
         return StepResult(
             step=assignment.step,
             version=assignment.step + 1,
-            loss=fake.distance(0, fake.row(self.weights, assignment.stage)),
+            loss=loss,
+            metrics={"loss/total": loss},
             grad_norm=1.0,
             lr=lr,
             num_loss_tokens=assignment.num_loss_tokens,
@@ -51,22 +53,28 @@ class FakeRank:
         """Rank 0 answers with a bucket of `fake.weights_mb`, which begins with the weights."""
         if self.rank:
             return None
-        bucket = np.zeros(max(int(self.config.fake.weights_mb * 2**20), 8), np.uint8)
-        bucket[:8] = np.array([self.weights], np.uint64).view(np.uint8)
+        bucket = self._bytes()
         return PackedWeights(version=version, manifest=(), buckets=(bucket,), checksum=fake.checksum((bucket,)))
 
+    def _bytes(self) -> np.ndarray:
+        bucket = np.zeros(max(int(self.config.fake.weights_mb * 2**20), 8), np.uint8)
+        bucket[:8] = np.array([self.weights], np.uint64).view(np.uint8)
+        return bucket
+
     def save(self, folder: Path, tag: str) -> None:
-        (folder / tag).mkdir(parents=True, exist_ok=True)
-        (folder / tag / f"rank_{self.rank}_{STATE}").write_text(json.dumps({"weights": self.weights}))
+        """Rank 0 writes the state of all."""
+        if self.rank == 0:
+            (folder / tag).mkdir(parents=True, exist_ok=True)
+            (folder / tag / STATE).write_bytes(self._bytes().data)
 
     def load(self, folder: Path, tag: str) -> None:
-        self.weights = json.loads((folder / tag / f"rank_0_{STATE}").read_text())["weights"]
+        self.weights = int(np.fromfile(folder / tag / STATE, np.uint64, count=1)[0])
 
     def export(self, folder: Path) -> None:
         """A folder with the weights and nothing that transformers could load."""
         if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file({"weights": np.array([self.weights], np.uint64)}, folder / "model.safetensors")
+            save_file({"weights": self._bytes()}, folder / "model.safetensors")
             (folder / "config.json").write_text(json.dumps({"model_type": "fake"}))
 
     def close(self) -> None:

@@ -36,6 +36,8 @@ def run_checks(config: Config, *, quick: bool = False) -> Iterator[CheckResult]:
             yield _left_out("cluster", "ports and run.dir")
     if not config_passed:
         yield _left_out("models", "config")
+    elif config.is_fake:
+        yield from run_check("data", lambda: _data_for_fakes(config))
     elif quick and _is_demo_missing(config):
         yield warn("models", f"{NAME} is not fetched yet: models are not checked", "switchkd fetch-demo")
     else:
@@ -63,6 +65,12 @@ def _check_models(config: Config, quick: bool, processors_passed: bool) -> Itera
         yield _left_out("dry pass", "processors")
         return
     yield from run_check("dry pass", lambda: models.with_weights(prepared[0], stage_index(config, None)))
+
+
+def _data_for_fakes(config: Config) -> Iterator[CheckResult]:
+    from switchkd.tools.doctor import models
+
+    yield from models.data(prepare(config))
 
 
 def _left_out(name: str, needed: str) -> CheckResult:

@@ -68,6 +68,8 @@ class Plan:
 
 def make_plan(config: Config, stage_name: str | None = None) -> Plan:
     """Plan a stage, by default the last that generates rollouts. Raises ConfigError."""
+    if config.is_fake:
+        raise ConfigError("student.backend=fake: a plan is about models, and this config has none; plan with real ones")
     stage = config.train.stages[stage_index(config, stage_name)]
     num_processes = resources.counts(config)
     if config.needs_teacher and "teacher" not in num_processes:
