@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -104,26 +101,6 @@ def command(monkeypatch: Any, captured: Any, *args: object) -> tuple[int, str, s
     except SystemExit as end:
         code = int(end.code or 0)
     return (code, *captured.readouterr())
-
-
-@contextmanager
-def small_ray(num_cpus: int, **more: Any) -> Iterator[str]:
-    """A Ray of the caller's own, in a folder of its own; the runs of this process start their actors on it."""
-    os.environ.update(PROTECTED)
-    import ray
-
-    from switchkd.actors.ray_futures import shut_down
-
-    folder = tempfile.mkdtemp(prefix="skd-", dir="/tmp")  # a socket's path must be short
-    ray.init(
-        address="local", num_cpus=num_cpus, include_dashboard=False, object_store_memory=100_000_000,
-        log_to_driver=False, logging_level="ERROR", _temp_dir=folder, **more,
-    )  # fmt: skip
-    try:
-        yield folder
-    finally:
-        shut_down()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 DIE_AFTER = """

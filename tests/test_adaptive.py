@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import DIE_AFTER, WARM_UP, command, config, config_file, descendants, distance, lines, small_ray, steps
+from runs import DIE_AFTER, WARM_UP, command, config, config_file, descendants, distance, lines, steps
 from test_replay import rollout
 
 from switchkd.config.errors import ConfigError
@@ -313,7 +313,7 @@ def test_references_are_needed(place, monkeypatch, capsys):
 
 @pytest.mark.ray
 @pytest.mark.timeout(240)
-def test_on_ray_and_the_replay_dies(whole, place, monkeypatch):
+def test_on_ray_and_the_replay_dies(cluster, whole, place, monkeypatch):
     """Two workers on Ray train on the rollouts that one process trains on, though the replay, buffer and all, is
     killed after the first checkpoint that holds a buffer."""
     log_step, killed = MetricsLog.step, []
@@ -324,10 +324,9 @@ def test_on_ray_and_the_replay_dies(whole, place, monkeypatch):
             killed.extend(pid for pid, name in descendants(os.getpid()).items() if name.startswith("ray::ReplayActor"))
             os.kill(killed[0], signal.SIGKILL)
 
-    with small_ray(6):
-        monkeypatch.setattr(MetricsLog, "step", die)
-        sections = {**SECTIONS, "run": {"mode": "ray"}}
-        sections["rollout"] = {"num_workers": 2}
-        assert train(config(place, STAGES, **sections)).finished
+    monkeypatch.setattr(MetricsLog, "step", die)
+    sections = {**SECTIONS, "run": {"mode": "ray"}}
+    sections["rollout"] = {"num_workers": 2}
+    assert train(config(place, STAGES, **sections)).finished
     assert killed and by_step(place / "run") == by_step(whole)
     assert [row["replay/phi"] for row in steps(place / "run")] == [row["replay/phi"] for row in steps(whole)]

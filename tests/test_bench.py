@@ -297,13 +297,13 @@ def test_learner(models, tmp_path):
     assert max(row["gradient"] for row in rows) < 1e-5
 
 
-@pytest.mark.ray
+@pytest.mark.slow
 def test_weights(models, tmp_path):
     for row in smoke(models, tmp_path, "weights")["rows"]:
         assert row["GB/s"]["median"] > 0 and row["rollouts paused, s"]["median"] > 0
 
 
-@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_scale(models, tmp_path):
     """Each round settles a whole block, so that the limits computed from sleeps are the true ones."""
@@ -314,7 +314,7 @@ def test_scale(models, tmp_path):
         assert row["teacher calls/s"] < 1 / 0.02 and row["tokens/s"]["median"] < 1.05 * row["limit of teachers"]
 
 
-@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_overlap(models, tmp_path):
     """Strict steps never age; with one version of slack they do, and no more than that."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import SWITCH, WARM_UP, command, config, config_file, linked, save_models, small_ray, tree
+from runs import SWITCH, WARM_UP, command, config, config_file, linked, save_models, tree
 from tiny import save_tiny, tiny_tokenizer
 
 from switchkd.config.errors import ConfigError
@@ -397,35 +397,33 @@ class TestWithWeights:
 
 @pytest.mark.ray
 @pytest.mark.timeout(240)
-def test_every_node_sees_the_folder(here, monkeypatch):
+def test_every_node_sees_the_folder(cluster, here, monkeypatch):
     """On a real cluster a task on each node sees a probe in the run folder, and not another one."""
-    # the home of the test's own has no token: the Ray of this process keeps the one that it began with
-    with small_ray(4):
-        import ray
+    import ray
 
-        from switchkd.actors import node_check
+    from switchkd.actors import node_check
 
-        sections = {**ON_CLUSTER, "run": {"dir": str(here / "run"), "mode": "ray"}}
-        monkeypatch.setenv("RAY_JOB_ID", "1")
-        settings = a_config(here, **sections)
-        with machine.probe(settings) as (file, nonce):
-            told, looks = node_check.look(settings, str(file), nonce)
-            assert told.startswith("1 nodes, 4 CPUs") and [each.sees for each in looks] == [True]
-            assert looks[0].versions == node_check.versions() and not looks[0].error
-            _, other = node_check.look(settings, str(file), "another word")
-            assert [each.sees for each in other] == [False]
-        assert ray.is_initialized(), "a cluster that was joined before is not left"
-        assert not list(here.glob(f"{machine.PROBE}*"))
-        results = list(doctor._cluster(settings))
-        assert [each.status for each in results] == ["ok", "ok"] and "all 1 nodes see" in results[1].text
-        looks = [
-            node_check.Look(name="a", versions=node_check.versions()),
-            node_check.Look(name="b", error="no module"),
-        ]
-        monkeypatch.setattr(node_check, "look", lambda *args: ("", looks))
-        statuses = {each.check: each for each in doctor._cluster(settings) if each.status == "fail"}
-        assert "no module" in statuses["cluster"].text and "mount the same storage" in statuses["shared run.dir"].remedy
-        small = a_config(here, **sections, resources={"learner": {"num_gpus": 7}})
-        monkeypatch.undo()
-        result = one(of(doctor._cluster, small), "x", "fail")
-        assert "learner.num_ranks=1: 1 cannot be placed, each needs 1 CPUs and 7 GPUs on one node" in result.text
+    sections = {**ON_CLUSTER, "run": {"dir": str(here / "run"), "mode": "ray"}}
+    monkeypatch.setenv("RAY_JOB_ID", "1")
+    settings = a_config(here, **sections)
+    with machine.probe(settings) as (file, nonce):
+        told, looks = node_check.look(settings, str(file), nonce)
+        assert told.startswith("4 nodes, 9 CPUs") and [each.sees for each in looks] == [True] * 4
+        assert all(each.versions == node_check.versions() and not each.error for each in looks)
+        _, other = node_check.look(settings, str(file), "another word")
+        assert [each.sees for each in other] == [False] * 4
+    assert ray.is_initialized(), "a cluster that was joined before is not left"
+    assert not list(here.glob(f"{machine.PROBE}*"))
+    results = list(doctor._cluster(settings))
+    assert [each.status for each in results] == ["ok", "ok"] and "all 4 nodes see" in results[1].text
+    looks = [
+        node_check.Look(name="a", versions=node_check.versions()),
+        node_check.Look(name="b", error="no module"),
+    ]
+    monkeypatch.setattr(node_check, "look", lambda *args: ("", looks))
+    statuses = {each.check: each for each in doctor._cluster(settings) if each.status == "fail"}
+    assert "no module" in statuses["cluster"].text and "mount the same storage" in statuses["shared run.dir"].remedy
+    small = a_config(here, **sections, resources={"learner": {"num_gpus": 7}})
+    monkeypatch.undo()
+    result = one(of(doctor._cluster, small), "x", "fail")
+    assert "learner.num_ranks=1: 1 cannot be placed, each needs 1 CPUs and 7 GPUs on one node" in result.text

@@ -85,11 +85,13 @@ class FullDisk:
     def fill(self, step: int) -> None:
         if step == self.after and not self.pids:
             self.pids = actors("LearnerActor")
-            limit_files(self.pids[0], 10_000)
+            for pid in self.pids:
+                limit_files(pid, 10_000)
 
     def free(self, text: str) -> None:
         if "saving checkpoint" in text:
-            limit_files(self.pids[0], resource.RLIM_INFINITY)
+            for pid in self.pids:
+                limit_files(pid, resource.RLIM_INFINITY)
 
 
 def test_one_run_with_six_faults(cluster, alone, place, monkeypatch, notes, done_at):
@@ -260,6 +262,7 @@ FOR_SURE = {"num_lower_bound_req_failures": 1, "num_lower_bound_resp_failures": 
 """The first call's request and the second one's answer are lost."""
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(480)
 def test_calls_are_lost_late_and_repeated(alone, place):
     """Requests that never arrive, answers that never come back (their calls are made again), and everything late: Ray's
@@ -394,26 +397,3 @@ def test_a_teacher_stands_still(cluster, alone, place, monkeypatch, notes):
     assert train(config(place, STAGES), resume=True).finished
     assert not (place / "run" / "lost").exists()
     same_rollouts(place / "run", alone)
-
-
-STUCK = """
-import dataclasses, time
-from switchkd.algo import switching
-
-
-def rule():
-    return dataclasses.replace(switching.jsd_threshold(half_life=6), statistic=lambda **given: time.sleep(1000))
-"""
-
-
-def test_the_loop_itself_hangs(place):
-    """Where not even the loop comes back, the process is ended with exit code 1, and its own stack names the place."""
-    (place / "stuck.py").write_text(STUCK)
-    stage = {"name": "stuck", "steps": 1, "rule": {"type": "stuck:rule"}}
-    config_file(place, [stage], run={"dir": "run", "mode": "inprocess", "watchdog_s": 2})
-    code = "import sys; sys.argv = ['switchkd', 'train', 'config.yaml']; from switchkd import cli; cli.main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1, done.stderr
-    assert "no progress for 2 s" in done.stdout and "ending it with exit code 1" in done.stdout
-    (stacks,) = (place / "run" / "logs").glob("stall-*.txt")
-    assert "stuck.py" in stacks.read_text()

@@ -6,11 +6,10 @@ import json
 import re
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import SWITCH, WARM_UP, config, lines, save_models, small_ray
+from runs import SWITCH, WARM_UP, config, lines, save_prompts
 
 from switchkd.train import train
 
@@ -21,21 +20,21 @@ STAGES = [{**WARM_UP, "steps": 1}, {**SWITCH, "steps": 2}]
 
 
 @pytest.fixture(scope="module")
-def port() -> Iterator[int]:
-    """Of the metrics of a small Ray of this module's own, which reports twice a second."""
-    with small_ray(4, _system_config={"metrics_report_interval_ms": 500}):
-        import ray
+def port(cluster) -> int:
+    """Of the metrics of the driver's node."""
+    import ray
 
-        yield ray.nodes()[0]["MetricsExportPort"]
+    here = ray.get_runtime_context().get_node_id()
+    return next(node["MetricsExportPort"] for node in ray.nodes() if node["NodeID"] == here)
 
 
 @pytest.fixture(scope="module")
 def run(port, tmp_path_factory) -> Path:
-    place = save_models(tmp_path_factory.mktemp("models"))
+    place = save_prompts(tmp_path_factory.mktemp("shown"))
     evaluation = {"data": "./data.jsonl", "num_prompts": 4, "max_new_tokens": 8}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        train(config(place, STAGES, run={"dir": "shown", "mode": "ray"}, eval=evaluation))
+        train(config(place, STAGES, fake=True, run={"dir": "shown", "mode": "ray"}, eval=evaluation))
     return place / "shown"
 
 

@@ -265,7 +265,7 @@ def test_what_recorded_rollouts_cannot_do(online, here, tmp_path):
 
 
 @pytest.mark.ray
-def test_from_rollouts_on_ray(online, here, tmp_path):
+def test_from_rollouts_on_ray(cluster, online, here, tmp_path):
     """On Ray only the learner and the replay start, and the weights are the same."""
     offline = {"recorded": str(online)}
     train(config(here, STAGES, name="ray.yaml", run={"dir": str(tmp_path / "run"), "mode": "ray"}, rollout=offline))

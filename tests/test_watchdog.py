@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+from runs import config_file
 
 from switchkd.controller.handles import Heartbeat
 from switchkd.controller.recovery import RestartPolicy, retry
@@ -140,3 +143,26 @@ def test_what_fails_for_a_while_is_tried_again():
     with pytest.raises(StateLost):
         retry("saving", lost, said.append, slept.append)
     assert slept == [1, 4, 1, 4, 16]
+
+
+STUCK = """
+import dataclasses, time
+from switchkd.algo import switching
+
+
+def rule():
+    return dataclasses.replace(switching.jsd_threshold(half_life=6), statistic=lambda **given: time.sleep(1000))
+"""
+
+
+def test_the_loop_itself_hangs(place):
+    """Where not even the loop comes back, the process is ended with exit code 1, and its own stack names the place."""
+    (place / "stuck.py").write_text(STUCK)
+    stage = {"name": "stuck", "steps": 1, "rule": {"type": "stuck:rule"}}
+    config_file(place, [stage], run={"dir": "run", "mode": "inprocess", "watchdog_s": 2})
+    code = "import sys; sys.argv = ['switchkd', 'train', 'config.yaml']; from switchkd import cli; cli.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "no progress for 2 s" in done.stdout and "ending it with exit code 1" in done.stdout
+    (stacks,) = (place / "run" / "logs").glob("stall-*.txt")
+    assert "stuck.py" in stacks.read_text()
