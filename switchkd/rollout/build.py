@@ -172,7 +172,7 @@ def make_worker(
 
 
 def _reading_head(arrays: LMHeadState, device: str, prepack: str) -> LMHead:
-    head = LMHead.from_arrays(arrays, device=device)
+    head = LMHead.from_state(arrays, device=device)
     return head if prepack == "off" else head.prepack()
 
 

@@ -113,7 +113,7 @@ class FakeTeacher:
         self.sleep_s = sleep_s
 
     def lm_head_state(self) -> LMHeadState:
-        return head().to_arrays()
+        return head().to_state()
 
     def open(self, sessions: Sessions) -> None:
         pass
@@ -145,7 +145,7 @@ def make_worker(
     rollouts = SwitchingGenerator(
         student=FakeStudent(latency.student, config.rollout.batch_size, 10_000),
         teacher=teacher,
-        head=LMHead.from_arrays(arrays),
+        head=LMHead.from_state(arrays),
         stop_ids=stop_ids,
         max_draft_tokens=config.rollout.max_draft_tokens,
         drafter=config.rollout.drafter,
