@@ -1,8 +1,8 @@
 """The `switchkd` command: parse, call, print.
 
-In: a command line. Out: an exit code: 0, 2 for what the user can correct (one line on stderr), 143 for a run that
-SIGTERM stopped and that can be resumed, 1 for everything else (its traceback goes to the run's `logs/`, or to the
-terminal with --debug). Imports nothing heavy until a command runs.
+In: a command line. Out: an exit code: 0, 2 for an error that the user can correct (one line on stderr), 143 for a run
+that SIGTERM stopped and that can be resumed, 1 for other errors (the traceback is in the run's `logs/`, or on the
+terminal with --debug). Heavy imports wait until a command runs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 STOPPED = 128 + 15
-"""Exit code of a run that SIGTERM ended: a script that waits for the command must not take it for finished."""
+"""Exit code of a run that SIGTERM ended, so that a script does not consider it finished."""
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the config to replace.")]
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
@@ -39,9 +39,9 @@ def main() -> None:
     """Entry point of the `switchkd` command."""
     from switchkd.actors.process_setup import share_the_cores
 
-    if sys.argv[1:2] != ["bench"]:  # its sides use all cores, one after the other
+    if sys.argv[1:2] != ["bench"]:  # the compared sides use all cores, one after the other
         share_the_cores()
-    # a bar per loaded model and process would bury what the run itself prints
+    # a progress bar per loaded model and process would hide the run's own output
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:  # the process boundary
         app()

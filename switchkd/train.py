@@ -6,9 +6,9 @@
 
 In: a checked config and handles of the actors. Out: a run folder with metrics, rollouts, checkpoints and the student.
 
-`Trainer._one_step` is one turn: gather, step, publish, evaluate, checkpoint. The loop waits for whatever ends first, a
-worker's call or the learner's step, and touches no tensor. `controller/dispatcher.py` gives tasks to workers,
-`controller/recovery.py` saves the state and goes back to it, `controller/step_report.py` writes the metrics.
+`Trainer._one_step` is one iteration: gather, step, publish, evaluate, checkpoint. The loop waits for a worker's call or
+the learner's step, whichever ends first, and handles no tensors. `controller/dispatcher.py` assigns tasks to workers,
+`controller/recovery.py` saves and restores the state, `controller/step_report.py` writes the metrics.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from switchkd.types import CompletionSource, Entry, StateLost, StepResult, Weigh
 
 
 class Trainer:
-    """One run. All state that outlives a crash is in `state`; the rest is rebuilt from it."""
+    """One run. All state that survives a crash is in `state`; the rest is rebuilt from it."""
 
     def __init__(
         self,
@@ -70,17 +70,17 @@ class Trainer:
         self.reporter = StepReporter(config.replay, self.dispatcher, log, folder.path)
         self.state = TrainState()
         self.weights: WeightRef | None = None  # of `state.version`, where a call needs them
-        self.consistent = True  # learner and replay are at `state`
+        self.consistent = True  # learner and replay are in the state `state`
         self.stop_signal = 0
 
     # ── start and end ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Load a checkpoint: weights and optimizer, waiting rollouts, counters."""
+        """Load a checkpoint: weights, optimizer, untrained rollouts, counters."""
         self._load_state(self.recovery.resume(checkpoint))
 
     def _load_state(self, state: TrainState) -> None:
-        early_stop = self.config.train.early_stop  # may have changed
+        early_stop = self.config.train.early_stop  # may differ from that of the checkpoint's run
         stopped = early_stop is not None and state.evals_since_best >= early_stop
         incarnation = max(self.state.incarnation, state.incarnation) + 1
         self.state = replace(state, incarnation=incarnation, stopped_early=stopped)
@@ -88,8 +88,8 @@ class Trainer:
         self.reporter.restart(scores for _, scores in state.stage_scores)
 
     def run(self) -> None:
-        """Train to the last step, to early stop, or to SIGTERM; then save. A lost learner or replay sends the loop back
-        to the last checkpoint. A run that stalls or can write no rollout saves what it can and raises."""
+        """Train to the last step, to early stop, or to SIGTERM; then save. After the loss of a learner or the replay
+        continue from the last checkpoint. A run that stalls or cannot finish a rollout saves what it can and raises."""
         previous = signal.signal(signal.SIGTERM, self._on_signal)
         lost: StateLost | None = None
         try:
@@ -147,13 +147,13 @@ class Trainer:
         if evaluates:
             self._evaluate(stage_end)
         if not self.config.train.checkpoint_every:
-            # no checkpoint comes before the end: a run that goes back begins anew, without these rollouts
+            # there is no checkpoint before the end: a run that goes back starts again, without these rollouts
             self.watchdog.wait_for(self.handles.replay.release_before(num_done), "the replay")
         elif num_done % self.config.train.checkpoint_every == 0:
             self.state = self.recovery.save(self.state)
 
     def _next_batch(self) -> list[Entry] | None:
-        """Keep the workers busy until this step's rollouts are all in the replay; None when the run is to stop."""
+        """Assign tasks until all of this step's rollouts are in the replay. None where the run must stop."""
         step, version = self.state.step, self.state.version
         self.log.now(learner=f"waits for the rollouts of step {step + 1}", replay=f"gathers step {step + 1}")
         while not self.stop_signal:
@@ -183,7 +183,7 @@ class Trainer:
         return result.result()
 
     def _requeue_missing(self) -> None:
-        """All that was started was written, but some of it was lost with a replay that died."""
+        """Assign again the rollouts that were lost with a replay that died, after all tasks were done."""
         missing = self.dispatcher.unwritten(self._wait_for_replay(self.handles.replay.missing(self.dispatcher.next_id)))
         if not missing:
             raise RuntimeError(
@@ -193,17 +193,17 @@ class Trainer:
         self.dispatcher.missing.extend(i for i in missing if i not in self.dispatcher.missing)
 
     def _staleness(self, entries: list[Entry]) -> list[int]:
-        """Ages in versions of what the student took part in writing; other text does not age. Admission bounds them: a
-        violation is a bug, and a wrong number in a paper would be worse than a stop."""
+        """Staleness in versions of the rollouts that the student generated; other completions have none. Raises
+        RuntimeError above `max_staleness`: admission bounds it, so this is a bug that would falsify results."""
         generated = [entry for entry in entries if entry.completion_source == CompletionSource.ROLLOUT]
-        ages = [self.state.version - entry.oldest_version for entry in generated]
-        worst, limit = max(ages, default=0), self.config.replay.max_staleness
+        staleness = [self.state.version - entry.oldest_version for entry in generated]
+        worst, limit = max(staleness, default=0), self.config.replay.max_staleness
         if self.config.replay.policy == "fifo" and worst > limit:
             raise RuntimeError(f"staleness {worst} above replay.max_staleness={limit}; please report this")
-        return ages
+        return staleness
 
     def _learn(self, entries: list[Entry]) -> StepResult:
-        """One optimizer step; workers go on meanwhile as far as admission lets them."""
+        """One optimizer step, while workers continue within admission."""
         step, lr = self.state.step, self.schedule.lr_at(self.state.step)
         if not entries:  # all are quarantined
             return StepResult(
@@ -223,7 +223,7 @@ class Trainer:
         return self.watchdog.wait_for(learning, waits_for)
 
     def _commit(self, entries: list[Entry], result: StepResult) -> None:
-        """The replay keeps a step's rollouts until a checkpoint is saved; the state moves on."""
+        """Commit a step in the replay, which keeps its rollouts until a checkpoint is saved, and advance the state."""
         step, rollout_ids = self.state.step, [entry.rollout_id for entry in entries]
         commit = self.handles.replay.commit
         retry(
@@ -231,7 +231,7 @@ class Trainer:
             lambda: self.watchdog.wait_for(commit(step, rollout_ids), "the replay to note the step"),
             self.log.info,
         )
-        if self.schedule.reuses(step):  # its own rollouts are never written
+        if self.schedule.reuses(step):  # a step that reuses rollouts generates none
             self._wait_for_replay(self.handles.replay.quarantine(list(self.schedule.rollout_ids(step))))
         else:
             self.quarantine.num_passed += self.schedule.batch_size(step) - len(entries)
@@ -239,9 +239,9 @@ class Trainer:
         self.consistent = True
 
     def _publish(self, *, evaluates: bool) -> WeightRef | None:
-        """Publish the weights if a call before the next step needs them. At the start the student's folder will do.
+        """Publish the weights if a call before the next step needs them. Version 0 is the student's folder.
 
-        Without room for them the run ends, but saves what it has learnt.
+        Where there is no room for the weights, save the state and raise OSError.
         """
         self.weights = None
         version, incarnation = self.state.version, self.state.incarnation
@@ -264,7 +264,7 @@ class Trainer:
         return self.weights
 
     def _evaluate(self, stage_end: str) -> None:
-        """Evaluate the published weights. What is being written is finished first, so that numbers repeat."""
+        """Evaluate the published weights, after the running rollouts have ended, so that results are reproducible."""
         self.dispatcher.drain()
         self.log.now(rollout=f"evaluation on {len(self.evaluator.prompts)} prompts", learner="waits for it")
         scores = evaluate_with_retries(
@@ -287,7 +287,7 @@ class Trainer:
 
 
 def train(config: Config, *, resume: bool = False) -> Summary:
-    """Run a config to its end, or to SIGTERM. Raises ConfigError before anything is started or overwritten."""
+    """Run a config to its end, or to SIGTERM. Raises ConfigError before it starts or overwrites anything."""
     ready = prepare(config)
     config = ready.config
     with closing(MetricsLog(config.metrics)) as log:
@@ -295,8 +295,8 @@ def train(config: Config, *, resume: bool = False) -> Summary:
         _check_capacity(config, log)
         with open_run(config, resume) as folder:
             trainer = _train(ready, folder, log)
-            told_to_stop = bool(trainer.stop_signal)
-            summary = summarize(folder, trainer.state, finished=trainer.finished, told_to_stop=told_to_stop)
+            stopped = bool(trainer.stop_signal)
+            summary = summarize(folder, trainer.state, finished=trainer.finished, told_to_stop=stopped)
             if summary.student:
                 write_card(Path(summary.student), folder.path, config, summary.stage_scores, student_step(summary))
             write_json_atomic(folder.path / "summary.json", asdict(summary))
@@ -325,7 +325,7 @@ def _train(ready: PreparedRun, folder: RunFolder, log: MetricsLog) -> Trainer:
 
 
 def _check_capacity(config: Config, log: MetricsLog) -> None:
-    """ConfigError when the machine, or the cluster that is joined here, is too small. Starts nothing."""
+    """Raise ConfigError when the machine, or the cluster that this joins, is too small. Starts no actors."""
     from switchkd.actors import process_setup
 
     if config.run.mode == "inprocess":

@@ -1,7 +1,7 @@
-"""Records that cross processes: prompts in, rollouts out, and the teacher's output beside every token.
+"""Records that cross processes: prompts, rollouts, and the teacher output of every token.
 
-Everything here is plain NumPy and integers, so that one record is one object on the wire. Arrays that differ in length
-are joined (`Ragged`). bfloat16 travels as uint16 (`TeacherOutput.dtype` says so).
+All records are plain NumPy and Python numbers, so that one record is one object on the wire. Arrays that differ in
+length are joined (`Ragged`). bfloat16 is sent as uint16 (see `TeacherOutput.dtype`).
 
 Shapes: B sequences, N flat positions, T completion tokens of one rollout, D hidden width, V shared vocabulary.
 """
@@ -35,13 +35,13 @@ class Ragged:
         return [self.values[end - num : end] for end, num in zip(ends, self.lengths, strict=True)]
 
     def select(self, members: Sequence[int]) -> Ragged:
-        """Some of the parts, copied, in the order of `members`."""
+        """Copies of some parts, in the order of `members`."""
         parts = self.split()
         return Ragged.concat([parts[i] for i in members])
 
 
 class TokenSource(IntEnum):
-    """Who wrote a token."""
+    """The writer of a token."""
 
     STUDENT = 0
     TEACHER = 1
@@ -49,7 +49,7 @@ class TokenSource(IntEnum):
 
 
 class CompletionSource(IntEnum):
-    """Where a whole completion comes from: drawn per rollout from its id (or once per batch)."""
+    """The source of a whole completion: drawn per rollout from its id (or once per batch)."""
 
     ROLLOUT = 0
     DATASET = 1
@@ -72,10 +72,10 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutTask:
-    """One rollout to be made. A pure function of the run's seed and `rollout_id`."""
+    """A rollout to generate, a pure function of the run's seed and `rollout_id`."""
 
-    rollout_id: int  # position in the run's start order; unique for ever
-    batch: int  # the optimizer step (0-based, over the whole run) that will train on it under `fifo`
+    rollout_id: int  # index in the run's start order, unique in the run
+    batch: int  # the optimizer step (0-based, over the whole run) that trains on it under `fifo`
     stage: int
     completion_source: CompletionSource
     prompt: Prompt
@@ -83,7 +83,7 @@ class RolloutTask:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sessions:
-    """Sequences that a teacher is asked to keep a cache for."""
+    """Sequences that the teacher opens as sessions."""
 
     session_ids: np.ndarray  # int64 [B]
     tokens: Ragged  # int32, the prompts
@@ -91,23 +91,23 @@ class Sessions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Blocks:
-    """One RPC of one worker: cut each session to `base_lens`, append `tokens`, read.
+    """One call of one worker: cut each session to `base_lens`, append `tokens`, read.
 
-    The answer holds a row for every position from `first_rows` to the end of the session: the row of position i
-    is the distribution of token i + 1. Sending a block twice gives the same answer.
+    The answer has a row for every position from `first_rows` to the end of the session: the row of position i is the
+    distribution of token i + 1. A repeated block has the same answer.
     """
 
     session_ids: np.ndarray  # int64 [B]
-    base_lens: np.ndarray  # int32 [B], tokens of the session (prompt included) that are kept
-    first_rows: np.ndarray  # int32 [B], first position whose row is wanted, at most base_len + length - 1
-    tokens: Ragged  # int32, accepted and then drafted ones; none is allowed
+    base_lens: np.ndarray  # int32 [B], tokens of the session (with its prompt) to keep
+    first_rows: np.ndarray  # int32 [B], first requested position, at most base_len + length - 1
+    tokens: Ragged  # int32, accepted tokens, then drafted ones; may be empty
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherOutput:
-    """What the teacher says about some positions: its final hidden states, whole rows of logits, or their top k.
+    """The teacher output of some positions: final hidden states, whole rows of logits, or their top k.
 
-    `kind` "hidden_states": rows [N, D] in the teacher's dtype, to be multiplied with the teacher's output head.
+    `kind` "hidden_states": rows [N, D] in the teacher's dtype, the input of the teacher's LM head.
     `kind` "logits": rows [N, V] of float32 logits.
     `kind` "top_logprobs": rows int32 [N, 2 k + 2], ids and float32 bits (`algo/topk.py`): 8 k + 8 bytes a row.
     """
@@ -123,10 +123,11 @@ class TeacherOutput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WriteRequest:
-    """Read `blocks` as for a score, then go on alone with the teacher's own keyed draws.
+    """Read `blocks` as for a score, then continue with the teacher's keyed draws.
 
-    Session b gets `counts[b]` >= 1 tokens, fewer where one of `stop_ids` is written (it is the last of them). Token i's
-    noise has the key (run_seed, rollout_ids[b], positions[b] + i, purpose). Asking twice gives the same answer.
+    Session b gets `counts[b]` >= 1 tokens, fewer where one of `stop_ids` is written, which is then the last token. The
+    noise of token i has the key (run_seed, rollout_ids[b], positions[b] + i, purpose). A repeated request has the same
+    answer.
     """
 
     blocks: Blocks
@@ -143,28 +144,28 @@ class WriteRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Written:
-    """What the teacher wrote, and its rows: those asked for in `blocks`, the last of which drew the first token, then
-    one per further token. The last token has not been read."""
+    """The teacher's tokens and rows: the requested rows of `blocks`, the last of which drew the first token, then one
+    per further token. The last token has not been read."""
 
     tokens: Ragged  # int32, by session
-    margins: Ragged  # float32, each draw's lead over its second best score
+    margins: Ragged  # float32, best minus second best score of each draw
     teacher_output: TeacherOutput
 
 
 @dataclass(kw_only=True, slots=True)
 class RolloutStats:
-    """What making one rollout cost, or several: counters that are raised while it is made, and add up."""
+    """The cost of one rollout, or the sum of several."""
 
-    num_rounds: int = 0  # teacher calls that it took part in
+    num_rounds: int = 0  # teacher calls with the rollout
     num_drafted: int = 0  # tokens that either model drafted for the other to verify
-    num_accepted: int = 0  # of these, those that were kept
-    num_rejections: int = 0  # blocks cut short by a token that differs from the drafted one
-    num_near_ties: int = 0  # tokens whose two best scores lie within the stated tolerance
-    teacher_positions: int = 0  # positions the teacher read, prompt excluded
-    output_bytes: int = 0  # bytes the teacher sent for it, rejected positions included
-    num_scored_rows: int = 0  # rows the teacher sent for it, rejected positions included
-    num_top_rows: int = 0  # `teacher.output: top_logprobs`: its tokens, ...
-    tail_mass: float = 0.0  # ... and what the top k leave out, summed over them
+    num_accepted: int = 0  # accepted ones of these
+    num_rejections: int = 0  # blocks that end early, at a token that differs from the drafted one
+    num_near_ties: int = 0  # tokens whose two best scores differ by less than the tolerance
+    teacher_positions: int = 0  # positions that the teacher read, without the prompt
+    output_bytes: int = 0  # bytes that the teacher sent, with rejected positions
+    num_scored_rows: int = 0  # rows that the teacher sent, with rejected positions
+    num_top_rows: int = 0  # tokens with `teacher.output: top_logprobs`, ...
+    tail_mass: float = 0.0  # ... and the sum of their tails' probabilities
     block_lengths: list[int] = field(default_factory=list)  # tokens that each draft-and-verify round emitted
     time_s: float = 0.0
 
@@ -174,8 +175,8 @@ class RolloutStats:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TopLogprobs:
-    """What each model would rather have written: its K most likely ids for every token, at temperature 1 (K as in
-    `rollout.save_top_logprobs`). Ids are -1 and log-probs NaN where a model's row was never made."""
+    """Each model's K most likely ids for every token, at temperature 1 (K is `rollout.save_top_logprobs`). Ids are -1
+    and log-probs NaN where a model's row was not computed."""
 
     teacher_ids: np.ndarray  # int32 [T, K]
     teacher_logprobs: np.ndarray  # float32 [T, K]
@@ -185,7 +186,7 @@ class TopLogprobs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
-    """A prompt with its completion, who wrote what, and the teacher's signal for each token. What a learner sees."""
+    """A prompt with its completion, and the source and the teacher output of each token. The learner's input."""
 
     rollout_id: int
     batch: int
@@ -194,17 +195,17 @@ class Rollout:
     completion_source: CompletionSource
     prompt_ids: np.ndarray  # int32 [P]
     token_ids: np.ndarray  # int32 [T], stop id included
-    sources: np.ndarray  # uint8 [T], of Source
+    sources: np.ndarray  # uint8 [T], of TokenSource
     weight_versions: np.ndarray  # int32 [T], the student's version when the token was decided
-    statistic: np.ndarray  # float32 [T], what the rule looked at; NaN where it did not look
+    statistic: np.ndarray  # float32 [T], the rule's statistic; NaN where the rule did not compute it
     threshold: np.ndarray  # float32 [T]
     uncertainty: np.ndarray  # float32 [T], 1 - p(token) of the teacher: ATKD's UnC; NaN without a teacher
     teacher_output: TeacherOutput | None  # T rows; None when the stage needs no teacher
     finish_reason: str  # "eos" (a stop id was written) or "length"
-    approximate: bool = False  # the teacher sent the top k of its rows: decisions and draws are made from those
-    teacher: str = ""  # which teacher, when there are several
+    approximate: bool = False  # the teacher sent the top k of its rows: decisions and draws use those
+    teacher: str = ""  # the teacher's name, where a run has several
     stats: RolloutStats = field(default_factory=RolloutStats)
-    top_logprobs: TopLogprobs | None = None  # to be looked at; nothing is computed from them
+    top_logprobs: TopLogprobs | None = None  # for display only
 
     @property
     def num_tokens(self) -> int:
@@ -212,13 +213,13 @@ class Rollout:
 
     @property
     def oldest_version(self) -> int:
-        """Staleness counts a rollout's oldest token."""
+        """The weight version of the oldest token, from which staleness is counted."""
         return int(self.weight_versions.min()) if len(self.weight_versions) else 0
 
     @property
     def repeat_frac(self) -> float:
-        """The share of completion tokens that lie in a 4-gram which occurred before in the same completion (the two may
-        overlap): near 0 for ordinary text, near 1 for a loop."""
+        """The share of completion tokens in a repeated 4-gram of the completion (the two may overlap): near 0 for
+        ordinary text, near 1 for a loop."""
         if self.num_tokens < 4:
             return 0.0
         grams = np.lib.stride_tricks.sliding_window_view(self.token_ids, 4)
@@ -232,7 +233,7 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchAssignment:
-    """Which rollouts one optimizer step trains on, and the numbers that all ranks must agree on."""
+    """The rollouts of one optimizer step by rank, and the numbers that must be equal on all ranks."""
 
     step: int  # 0-based over the whole run
     stage: int
@@ -244,7 +245,7 @@ class BatchAssignment:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What an optimizer step reports."""
+    """The report of an optimizer step."""
 
     step: int
     version: int  # weight version after the step
@@ -259,34 +260,34 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedWeights:
-    """One student weight version, packed: flat buckets and a manifest (see weights.py)."""
+    """One packed student weight version: flat buckets and a manifest (see engines/weights.py)."""
 
     version: int
     manifest: tuple[tuple[str, str, tuple[int, ...], int, int, int], ...]  # name, dtype, shape, bucket, offset, nbytes
     buckets: tuple[np.ndarray, ...]  # uint8
     checksum: str
-    incarnation: int = 0  # as in the `WeightRef` that it was fetched by
+    incarnation: int = 0  # that of the `WeightRef` it was fetched with
 
     @property
     def order(self) -> tuple[int, int]:
-        """As `WeightRef.order`."""
+        """See `WeightRef.order`."""
         return self.incarnation, self.version
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkReport:
-    """What calls to rollout workers made, and what that cost; reports add up."""
+    """The output and the cost of calls to rollout workers; reports add up."""
 
     num_rollouts: int = 0
     num_tokens: int = 0
-    num_student_tokens: int = 0  # what neither model generated is the data set's
+    num_student_tokens: int = 0  # tokens of neither model are the data set's
     num_teacher_tokens: int = 0
     num_teacher_calls: int = 0
     stats: RolloutStats = field(default_factory=RolloutStats)
     time_s: float = 0.0
     idle_s: float = 0.0  # without work before the call
-    wait_teacher_s: float = 0.0  # of `time_s`: for the teacher's answers
-    wait_replay_s: float = 0.0  # of `time_s`: for room in the replay
+    wait_teacher_s: float = 0.0  # the part of `time_s` that waits for the teacher
+    wait_replay_s: float = 0.0  # the part of `time_s` that waits for room in the replay
 
     def __add__(self, other: WorkReport) -> WorkReport:
         return WorkReport(**_field_sums(self, other))
@@ -305,13 +306,13 @@ class EvalShard:
     seeds: tuple[int, ...]
     temperature: float
     max_new_tokens: int
-    with_teacher: bool  # agreement and KL on references and on the student's own greedy text
+    with_teacher: bool  # agreement and KL on references and on the student's greedy completions
     with_loss: bool = False  # cross-entropy of the references
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """A rollout in the replay, as far as assigning a batch and reporting on it need it."""
+    """The fields of a rollout in the replay that batch assignment and reports need."""
 
     rollout_id: int
     batch: int
@@ -321,13 +322,13 @@ class Entry:
     num_teacher_tokens: int
     oldest_version: int
     repeat_frac: float
-    divergence_mean: float  # of the rule's statistic, where it is finite; NaN where it is so nowhere
+    divergence_mean: float  # mean of the finite statistics; NaN where there is none
     finish_reason: str
     uncertainty: np.ndarray  # float32 [T]
 
 
 class ReplayFull(Exception):
-    """Some rollouts had no room: put `refused` again later. Those in `accepted` are in."""
+    """Some rollouts had no room: put `refused` again later. Those in `accepted` are stored."""
 
     def __init__(self, accepted: list[int], refused: list[int], capacity: int) -> None:
         super().__init__(accepted, refused, capacity)  # these args let it cross a process
@@ -342,45 +343,44 @@ class ReplayFull(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightRef:
-    """A published version. Each call that needs weights brings them: a restarted worker cannot use old ones unseen."""
+    """A published version. Each call that needs weights has one, so that a restarted worker cannot use old weights."""
 
     version: int
-    ref: Any  # what `LearnerHandle.publish` answered
-    incarnation: int = 0  # of the learner: after it went back, a number that was used already stands for other weights
+    ref: Any  # the result of `LearnerHandle.publish`
+    incarnation: int = 0  # of the learner: after it went back to a checkpoint, a used version means other weights
 
     @property
     def order(self) -> tuple[int, int]:
-        """Greater for later weights, also where the learner went back."""
+        """A key that is greater for later weights, also after the learner went back to a checkpoint."""
         return self.incarnation, self.version
 
 
 class WorkerLost(Exception):
-    """A rollout worker died; its tasks are to be given out again."""
+    """A rollout worker died; its tasks must be assigned again."""
 
 
 class Unreachable(Exception):
-    """Somebody whom a worker asked did not answer: the tasks are sound and are to be given out again."""
+    """A process that a worker called did not answer; the worker's tasks must be assigned again."""
 
 
 class TeacherLost(Unreachable):
-    """Teachers died several times in a row over one call of a worker."""
+    """Several teacher replicas died in a row during one call of a worker."""
 
 
 class StateLost(Exception):
-    """A learner rank or the replay died, and with it what no file holds: the run goes back to its checkpoint."""
+    """A learner rank or the replay died with state that is in no file: the run goes back to its checkpoint."""
 
 
 GREEDY = -1
-"""The `seed` of a row that was written at temperature 0, to be read beside the teacher, or whose reference was read;
-its text is not scored."""
+"""The `seed` of an EvalRow for the comparison with the teacher or for the reference's loss; its text is not scored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalRow:
-    """One text that the student wrote, and sums over tokens of how it compares with the teacher.
+    """One completion of the student, and sums over tokens that compare the student with the teacher.
 
-    `agree` counts equal arg maxes, `kl` sums KL(p || q) in nats: of the reference, and of the student's greedy text;
-    `reference_loss` sums -log q of the reference's own tokens, over `loss_tokens` of them.
+    `agree` counts equal arg maxes, `kl` sums KL(p || q) in nats: on the reference, and on the student's greedy
+    completion; `reference_loss` sums -log q over the reference's `loss_tokens` tokens.
     """
 
     index: int  # in the evaluation set

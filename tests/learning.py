@@ -61,7 +61,7 @@ def teacher_model() -> Any:
 
 
 def teacher_lm_heads() -> dict[str, LMHeadState]:
-    return {"": lm_head_of(teacher_model(), NUM_TOKENS).to_arrays()}
+    return {"": lm_head_of(teacher_model(), NUM_TOKENS).to_state()}
 
 
 @torch.no_grad()

@@ -359,7 +359,7 @@ class TestWithWeights:
         settings = a_config(here, teacher={"output": kind, "num_top_logprobs": 8})
         teacher = make_teacher(settings)
         arrays = teacher.lm_head_state()
-        head = None if arrays is None else LMHead.from_arrays(arrays)
+        head = None if arrays is None else LMHead.from_state(arrays)
         result = model_checks.determinism(settings, Unsteady(teacher, by) if by else teacher, head, np.arange(5, 25))
         assert result.status == status and said in result.line
         assert teacher.num_sessions == 0

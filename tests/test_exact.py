@@ -68,7 +68,7 @@ def write(  # type: ignore[no-untyped-def]
     worker = SwitchingGenerator(
         student=HFStudent(student, num_slots=slots, max_len=100, vocab_size=NUM_TOKENS),
         teacher=served,
-        head=None if head is None else LMHead.from_arrays(head, device="cpu"),
+        head=None if head is None else LMHead.from_state(head, device="cpu"),
         stop_ids=frozenset({EOS}),
         max_draft_tokens=max_draft_tokens,
         drafter=drafter,

@@ -206,7 +206,7 @@ def write(models, params: RolloutParams, *, device: str, with_graphs: bool, max_
             student, num_slots=3, max_len=100, vocab_size=NUM_TOKENS, capture=capture(with_graphs)
         ),
         teacher=served,
-        head=LMHead.from_arrays(served.head().to_arrays(), device=device),
+        head=LMHead.from_state(served.head().to_state(), device=device),
         stop_ids=frozenset({EOS}),
         max_draft_tokens=max_draft_tokens,
         drafter=drafter,

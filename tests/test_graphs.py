@@ -123,7 +123,7 @@ def test_rollouts_are_the_same(name, at_once):
         worker = SwitchingGenerator(
             student=HFStudent(models[1], num_slots=3, max_len=100, vocab_size=NUM_TOKENS, capture=capture),
             teacher=served,
-            head=LMHead.from_arrays(served.head().to_arrays(), device="cpu"),
+            head=LMHead.from_state(served.head().to_state(), device="cpu"),
             stop_ids=frozenset({EOS}),
             max_draft_tokens=max_draft_tokens,
             drafter=drafter,

@@ -49,7 +49,7 @@ def test_bias():
     head = lm_head_of(model, NUM_TOKENS)
     got = head.logits(final_hidden(model, input_ids=IDS))
     torch.testing.assert_close(got, own(model)[..., :NUM_TOKENS], atol=2e-5, rtol=0)
-    there = LMHead.from_arrays(head.to_arrays())
+    there = LMHead.from_state(head.to_state())
     assert there.bias is not None and torch.equal(there.bias, head.bias)
 
 
@@ -102,9 +102,9 @@ def test_own_logits(family):
 def test_a_head_travels(family, dtype):
     """To arrays and back nothing is lost; bfloat16 weights travel in two bytes, float32 ones in four."""
     head = lm_head_of(tiny_model(family, dtype=dtype), NUM_TOKENS)
-    arrays = head.to_arrays()
+    arrays = head.to_state()
     assert arrays.weight.itemsize == (2 if dtype == torch.bfloat16 else 4)
-    there = LMHead.from_arrays(arrays)
+    there = LMHead.from_state(arrays)
     assert torch.equal(there.weight, head.weight) and there.weight.dtype == torch.float32
     hidden = torch.randn(5, head.weight.shape[1])
     assert torch.equal(there.logits(hidden), head.logits(hidden))

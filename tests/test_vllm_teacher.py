@@ -369,7 +369,7 @@ def test_draws_are_from_the_rows_that_travel(served):
     teacher, ids = served.teacher(max_sessions=6), served.bench().ids(6, 20)
     teacher.open(sessions(dict(enumerate(ids))))
     rows = [(i, 20, 19, NOTHING) for i in range(6)]
-    head = LMHead.from_arrays(teacher.lm_head_state())
+    head = LMHead.from_state(teacher.lm_head_state())
     for sampling in (SamplingParams(temperature=0.0), SamplingParams()):
         request = contract.request(blocks(*rows), [8] * 6, sampling)
         written = teacher.write(request)

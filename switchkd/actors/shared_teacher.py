@@ -144,7 +144,7 @@ def _answer(ref: Any, key: str, name: str) -> Any:
 
 def _check_identity(config: Config, key: str, served: dict[str, Any]) -> None:
     teacher = config.teacher
-    needed = teacher_identity(config, shared_vocab(make_tokenizer(config)))
+    needed = teacher_identity(config, shared_vocab(make_tokenizer(teacher)))
     for name in {**needed, **served}:
         if name != "max_len" and served.get(name) != needed.get(name):
             raise ConfigError(

@@ -1,10 +1,10 @@
-"""How far apart two next-token distributions are: one number per row of logits.
+"""Divergences of two next-token distributions: one number per row of logits.
 
 In: teacher's and student's logits, [..., V] each, any float type, -inf allowed at the same ids of both. Out: [...] in
-nats unless said otherwise, computed and returned in fp32, or in fp64 if that went in. The student's logits get a
-gradient, the teacher's none. p = softmax(teacher_logits), q = softmax(student_logits).
+nats by default, computed and returned in fp32, or in fp64 for fp64 inputs. The student's logits get a gradient, the
+teacher's none. p = softmax(teacher_logits), q = softmax(student_logits).
 
-A switching rule wants the numbers only: `per_row` gives them without gradients, a few rows at a time.
+`per_row` computes the numbers for switching rules, without gradients and a few rows at a time.
 """
 
 import math
@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-_FLOOR = -1e4  # stands for log 0: exp gives 0, and the difference of two is 0 instead of NaN
-_CPU_ELEMENTS = 2**16  # a chunk that stays in the cache of a core
+_FLOOR = -1e4  # in place of log 0: exp gives 0, and the difference of two is 0 instead of NaN
+_CPU_ELEMENTS = 2**16  # of a chunk that fits the cache of a core
 DEVICE_ELEMENTS = 2**24
 
 
@@ -32,7 +32,7 @@ def reverse_kl(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
 def jsd(teacher_logits: Tensor, student_logits: Tensor, *, beta: float = 0.5, log_base: float = math.e) -> Tensor:
     """beta KL(p‖m) + (1 - beta) KL(q‖m), m = beta p + (1 - beta) q: beta is the teacher's share (GKD, 2306.13649).
 
-    In base 2 and with beta 1/2 it lies in [0, 1] and is the statistic of SWITCH (arXiv 2410.19503).
+    In base 2 with beta 1/2 it is in [0, 1] and the statistic of SWITCH (arXiv 2410.19503).
     """
     if not 0 < beta < 1:
         raise ValueError(f"beta is {beta}: the JSD is zero at 0 and 1; choose between them, or forward_kl, reverse_kl")
@@ -40,13 +40,13 @@ def jsd(teacher_logits: Tensor, student_logits: Tensor, *, beta: float = 0.5, lo
         raise ValueError(f"log_base is {log_base}: choose a base above 1, such as 2 (JSD in [0, 1]) or e (nats)")
     p, q = (x.softmax(dim=-1) for x in _inputs(teacher_logits, student_logits))
     # p/m = 1 + (1 - beta) d and q/m = 1 - beta d with d = (p-q)/m: log1p keeps its digits where p is close to q, if
-    # both terms of an id are added before the ids are. In place where autograd allows it: rules wait for this
+    # both terms of an id are added before the ids are. In place where autograd allows it, since rules wait for this.
     info = torch.finfo(p.dtype)
-    most = 1 - 4 * info.eps  # where p or q is 0 its term is 0 times a finite number
+    most = 1 - 4 * info.eps  # where p or q is 0 its term is then 0 times a finite number
     d = (p - q).div_(torch.lerp(q, p, beta).clamp_(min=info.tiny / info.eps)).clamp_(-most / (1 - beta), most / beta)
     q_terms = (-beta * d).log1p_().mul_(q)
     nats = d.mul_(1 - beta).log1p_().mul_(p).lerp_(q_terms, 1 - beta).sum(dim=-1)
-    largest = -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)  # of laws that share no id
+    largest = -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)  # of distributions that share no id
     return nats.clamp(max=largest) / math.log(log_base)
 
 
@@ -72,12 +72,12 @@ def tvd(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def per_row(function: Callable[..., Tensor], *logits: Tensor, **numbers: float) -> Tensor:
-    """`function` of rows [N, V], never below zero, float64 [N], in the memory of a few rows beside the logits."""
+    """`function` of rows [N, V], at least zero, float64 [N]. It needs the memory of a few rows beside the logits."""
     num, vocab = logits[0].shape
     out = torch.empty(num, dtype=torch.float64, device=logits[0].device)
     for rows in few_rows(num, vocab, logits[0].device):
         out[rows] = function(*(x[rows] for x in logits), **numbers).double()
-    return out.clamp_(min=0)  # rounding, these are sums of signed terms
+    return out.clamp_(min=0)  # sums of signed terms may round to below zero
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def agreement(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """Whether both have the same most likely id, bool [N]; of equal logits the lowest id counts."""
+    """Whether both have the same most likely id, bool [N]; among equal logits the lowest id counts."""
     return p_logits.argmax(dim=-1) == q_logits.argmax(dim=-1)
 
 
@@ -95,13 +95,13 @@ def agreement(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 
 
 def _inputs(teacher_logits: Tensor, student_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """In one type, at least fp32, the teacher's without a gradient."""
+    """Both in one dtype, at least fp32, the teacher's without a gradient."""
     dtype = torch.promote_types(torch.promote_types(teacher_logits.dtype, student_logits.dtype), torch.float32)
     return teacher_logits.detach().to(dtype), student_logits.to(dtype)
 
 
 def _logs(teacher_logits: Tensor, student_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """ln p and ln q, with ln 0 as a finite number."""
+    """ln p and ln q, with a finite number for ln 0."""
     p_logits, q_logits = _inputs(teacher_logits, student_logits)
     return p_logits.log_softmax(dim=-1).clamp(min=_FLOOR), q_logits.log_softmax(dim=-1).clamp(min=_FLOOR)
 
@@ -126,6 +126,6 @@ def _entropy(logits: Tensor) -> Tensor:
 
 
 def few_rows(num: int, vocab: int, device: torch.device, on_cpu: int | None = None) -> Iterator[slice]:
-    """Slices of `num` rows, each of about so many elements: `on_cpu` (a core's cache), elsewhere DEVICE_ELEMENTS."""
+    """Slices of `num` rows, each of about `on_cpu` elements (a core's cache) on a CPU, DEVICE_ELEMENTS elsewhere."""
     size = max(((on_cpu or _CPU_ELEMENTS) if device.type == "cpu" else DEVICE_ELEMENTS) // vocab, 1)
     return (slice(start, min(start + size, num)) for start in range(0, num, size))

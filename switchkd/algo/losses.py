@@ -1,10 +1,10 @@
-"""Losses: one number per response token, from the teacher's and the student's logits at that position.
+"""Losses: one number per completion token, from the teacher's and the student's logits at that position.
 
     loss(p_logits [N, V], q_logits [N, V], labels int64 [N], mask bool [N], **numbers) -> [N], at least fp32
 
-p = teacher (no gradient), q = student, natural logarithm, label = the token that stands in the sequence. A masked-out
-position gives 0 and no gradient, whatever stands in its row; logits of -inf are allowed at ids shared by both. The
-step's loss is sum(weights * loss) with the weights below: they hold the denominator, one for the whole step.
+p = teacher (no gradient), q = student, natural logarithm, label = the sequence's token. A masked-out position gives 0
+and no gradient for any content of its row; logits of -inf are allowed at ids shared by both. The step's loss is
+sum(weights * loss) with the weights below, which have one denominator for the whole step.
 """
 
 import math
@@ -48,7 +48,7 @@ def tvd(p_logits: Tensor, q_logits: Tensor, labels: Tensor, mask: Tensor) -> Ten
 
 
 def cross_entropy(p_logits: Tensor | None, q_logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-    """-log q of the label: fine-tuning, no teacher needed (p_logits may be None)."""
+    """-log q of the label: fine-tuning without a teacher (p_logits may be None)."""
     per_token = F.cross_entropy(_clean(q_logits, mask), _valid(labels, mask), reduction="none")
     return per_token.masked_fill(~mask, 0)
 
@@ -85,7 +85,7 @@ def atkd_tokens(
 
 @torch.no_grad()
 def uncertainty(p_logits: Tensor, labels: Tensor) -> Tensor:
-    """ATKD's UnC = 1 - p_g, [N], summed over the other ids: 1 - p_g itself has no digits left near p_g = 1."""
+    """ATKD's UnC = 1 - p_g, [N], summed over the other ids: the difference 1 - p_g loses all digits near p_g = 1."""
     log_p = _at_least_fp32(p_logits).log_softmax(dim=-1)
     return log_p.scatter_(1, labels[:, None].to(log_p.device), -math.inf).exp_().sum(dim=-1)
 
@@ -104,7 +104,7 @@ def atkd_threshold(unc: Tensor, *, hard_frac: float = 0.5) -> float:
 
 
 def token_weights(mask: Tensor, *, num_loss_tokens: float | None = None) -> Tensor:
-    """1 / num_loss_tokens for each trained token, float32 [N]; `mask` is counted unless it is given (all ranks')."""
+    """1 / num_loss_tokens for each trained token, float32 [N]; by default the number of tokens in `mask`."""
     return mask / max(float(mask.sum()) if num_loss_tokens is None else num_loss_tokens, 1)
 
 
@@ -124,12 +124,12 @@ def _masked(
 
 
 def _clean(logits: Tensor, mask: Tensor) -> Tensor:
-    """With zeros in masked rows: masking the loss alone would let a NaN there reach the gradient as 0 * NaN."""
+    """Zero masked rows. Trap: masking the loss alone would let a NaN there reach the gradient as 0 * NaN."""
     return _at_least_fp32(logits).masked_fill(~mask[:, None], 0)
 
 
 def _valid(labels: Tensor, mask: Tensor) -> Tensor:
-    """Labels with 0 where masked out: padding there may be any number, -100 included."""
+    """Labels with 0 where masked out: padding may be any number there, such as -100."""
     return labels.masked_fill(~mask, 0)
 
 

@@ -1,8 +1,8 @@
 """Keyed draws: a token is a pure function of (logits, run seed, rollout id, position, purpose).
 
-Every token id of every position owns one Gumbel number, taken from a counter-based generator. A model's draw is the
-arg max of tempered and truncated logit + Gumbel, so two models that draw at one position share their noise and mostly
-agree (coupled sampling: Daliri et al., arXiv 2408.07978), each still following exactly its own law.
+Every token id of every position has one Gumbel number from a counter-based generator. A model's draw is the arg max of
+tempered and truncated logit + Gumbel, so two models that draw at one position share their noise and mostly agree
+(coupled sampling: Daliri et al., arXiv 2408.07978), while each follows exactly its own distribution.
 
 In: logits [N, V] and the key of each row. Out: token ids [N]. Equal values are ordered by id everywhere.
 """
@@ -24,14 +24,14 @@ _UNIT = 2.0**-53
 _MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)  # Philox4x64 (Salmon et al., SC 2011)
 _WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 _ROUNDS = 10
-_DEPTH = 5.0  # nats below the best logit that count as "near the top" ...
-_MAX_SCORED = 2048  # ... and how many of them are scored first; any two values give the same token
-_NUCLEUS_DEPTHS = (2.0, 4.0, 8.0, 16.0, math.inf)  # nats; how far down the nucleus is looked for, in turn
+_DEPTH = 5.0  # nats below the best logit within which entries are scored first ...
+_MAX_SCORED = 2048  # ... and their largest number; both change the speed only
+_NUCLEUS_DEPTHS = (2.0, 4.0, 8.0, 16.0, math.inf)  # nats below the best logit, tried in turn for the nucleus
 _TIE = 1e-12  # of the mass: a nucleus that ends exactly on top_p must not depend on the order of a summation
 
 
 class Purpose(IntEnum):
-    """What a number is for. Each purpose has a noise stream of its own, independent of the others."""
+    """The purpose of a random number. Each purpose has an independent noise stream."""
 
     GUMBEL = 0
     COIN = 1
@@ -41,9 +41,9 @@ class Purpose(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How a distribution is shaped before the draw: temper, cut to top_k, then to top_p, renormalise.
+    """Changes of a distribution before a draw: temper, cut to top_k, then to top_p, renormalise.
 
-    temperature 0 is the arg max, without noise; top_p 1 and top_k 0 cut nothing.
+    temperature 0 is the arg max without noise; top_p 1 and top_k 0 cut nothing.
     """
 
     temperature: float = 1.0
@@ -60,8 +60,8 @@ class SamplingParams:
 
 
 def within_top(sampling: SamplingParams, k: int) -> SamplingParams:
-    """`sampling` of the k most likely ids, renormalised: how a model draws of which only these are known. The same law
-    where `sampling` keeps at most k ids by its top_k or temperature 0."""
+    """`sampling` restricted to the k most likely ids, renormalised, for a model of which only these are known. It
+    changes nothing where `sampling` keeps at most k ids by its top_k or temperature 0."""
     return replace(sampling, top_k=min(sampling.top_k or k, k))
 
 
@@ -71,8 +71,8 @@ def within_top(sampling: SamplingParams, k: int) -> SamplingParams:
 def noise_bits(run_seed: int, rollout_id: int, position: int, purpose: int, num: int) -> np.ndarray:
     """The stream of one key, uint64 [num]; token id = index, so a shorter stream is a prefix of a longer one.
 
-    Philox4x64-10 keyed by (run seed, rollout id). Position and purpose fill the high half of the 256-bit counter and
-    the stream counts in the low half, so no two keys ever share a block. Negative numbers wrap to 64 bits.
+    Philox4x64-10 keyed by (run seed, rollout id). Position and purpose are the high half of the 256-bit counter and the
+    stream counts in the low half, so no two keys share a block. Negative numbers wrap to 64 bits.
     """
     key = np.array([run_seed & _WORD, rollout_id & _WORD], dtype=np.uint64)
     counter = np.array([0, 0, position & _WORD, purpose & _WORD], dtype=np.uint64)
@@ -97,13 +97,13 @@ def noise_bits_torch(run_seed: int, rollout_ids: Tensor, positions: Tensor, purp
 
 
 def _signed(word: int) -> int:
-    """The int64 that has the 64 low bits of `word`."""
+    """The int64 with the 64 low bits of `word`."""
     word &= _WORD
     return word - 2**64 if word >= 2**63 else word
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low 64 bits of the unsigned product, from 32-bit halves: int64 has no wider type to go to."""
+    """High and low 64 bits of the unsigned product, from 32-bit halves, since torch has no wider integer."""
     low = 0xFFFFFFFF
     a_high, a_low = (a >> 32) & low, a & low
     b_high, b_low = b >> 32, b & low
@@ -170,10 +170,10 @@ def draw(
     sampling: SamplingParams,
     return_margin: bool = False,
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-    """One token per row of logits [N, V]: int64 [N], and with `return_margin` the lead over the second best score.
+    """One token per row of logits [N, V]: int64 [N], and with `return_margin` its lead over the second best score.
 
-    Rows on a CPU are drawn one by one with exact pruning; rows elsewhere stay there (`draw_on_device`). Both give the
-    same token unless two scores differ by less than rounding, which is what the margin (float64 [N]) is for.
+    Rows on a CPU are drawn one by one with exact pruning, rows on a device without (`draw_on_device`). Both draw the
+    same token unless two scores differ by less than rounding; the margin (float64 [N]) shows such near ties.
     """
     if not len(rollout_ids) == len(positions) == logits.shape[0]:
         raise ValueError(
@@ -218,7 +218,7 @@ def draw_row(
 def _best_score(
     values: np.ndarray, bits: np.ndarray, best: float, temperature: float, exact_margin: bool
 ) -> tuple[int, float]:
-    """Arg max of values / temperature + Gumbel(bits), logarithms taken only where they can matter.
+    """Arg max of values / temperature + Gumbel(bits), with logarithms of the entries that can win only.
 
     Some entries near the top are scored first. Any other entry has a value of at most `ceiling`, so it can only win
     with a Gumbel above (score to beat - ceiling), which is one integer threshold on its bits, rounded to the safe side.
@@ -232,10 +232,10 @@ def _best_score(
     to_beat = _second_best(scores, int(scores.argmax())) if exact_margin else float(scores.max())
     can_win = bits >= _threshold_bits(to_beat, ceiling / temperature)
     can_win[scored] = True
-    top_logprobs = np.flatnonzero(can_win)
-    scores = _scores(values[top_logprobs], bits[top_logprobs], temperature)
+    candidates = np.flatnonzero(can_win)
+    scores = _scores(values[candidates], bits[candidates], temperature)
     winner = int(scores.argmax())
-    return int(top_logprobs[winner]), float(scores[winner]) - _second_best(scores, winner)
+    return int(candidates[winner]), float(scores[winner]) - _second_best(scores, winner)
 
 
 def _scores(values: np.ndarray, bits: np.ndarray, temperature: float) -> np.ndarray:
@@ -243,7 +243,7 @@ def _scores(values: np.ndarray, bits: np.ndarray, temperature: float) -> np.ndar
 
 
 def _threshold_bits(to_beat: float, value: float) -> np.uint64:
-    """The smallest noise bits with which an entry at `value` could reach `to_beat`, made a little too small."""
+    """A lower bound, slightly too small, of the noise bits with which an entry at `value` reaches `to_beat`."""
     if not (math.isfinite(to_beat) and math.isfinite(value)):
         return np.uint64(0)
     needed = to_beat - value - 1e-9 * (1 + abs(to_beat) + abs(value))
@@ -272,7 +272,7 @@ def _kept(row: np.ndarray, best: float, sampling: SamplingParams) -> np.ndarray 
 
 
 def _descending_to_mass(row: np.ndarray, best: float, temperature: float, mass: float) -> np.ndarray:
-    """The largest values of a row, descending, at least as many as add up to `mass`; all of them only if needed."""
+    """The largest values of a row, descending, with a sum of at least `mass`; all of them only if necessary."""
     for depth in _NUCLEUS_DEPTHS:
         values = row[row >= np.float32(best - depth * temperature)]
         if _mass(values, best, temperature).sum() >= mass:
@@ -281,7 +281,7 @@ def _descending_to_mass(row: np.ndarray, best: float, temperature: float, mass: 
 
 
 def _first(row: np.ndarray, num: int, last: np.float32) -> np.ndarray:
-    """The first `num` ids in order, ascending, given the value of the last: of equal values the lowest ids come in."""
+    """The first `num` ids in order, ascending; `last` is the last one's value, among equal values low ids are kept."""
     ids = np.flatnonzero(row >= last)
     surplus = ids.size - num
     return np.delete(ids, np.flatnonzero(row[ids] == last)[-surplus:]) if surplus else ids
@@ -292,7 +292,7 @@ def _mass(values: np.ndarray, best: float, temperature: float) -> np.ndarray:
 
 
 def _nucleus_size(mass: np.ndarray, total: float, top_p: float) -> int:
-    """How many of the ordered masses are kept: those with less than top_p of the total before them, at least one."""
+    """The number of ordered masses to keep: those with less than top_p of the total before them, at least one."""
     if top_p == 1:
         return mass.size
     before = np.concatenate([[0.0], np.cumsum(mass[:-1])])
@@ -311,11 +311,10 @@ def draw_there(
     purpose: int,
     sampling: SamplingParams,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`draw` where the logits live: one copy of the keys goes there, one of tokens and margins (16 bytes a row) comes
-    back."""
+    """`draw` on the logits' device: one copy of the keys to it, one of tokens and margins (16 bytes a row) back."""
     keys = to_device(np.stack([np.asarray(key, np.int64) for key in (rollout_ids, positions)]), logits.device)
-    tokens, lead = draw_on_device(logits, run_seed, keys[0], keys[1], purpose=purpose, sampling=sampling)
-    drawn = to_host(torch.stack([tokens.double(), lead])).numpy()  # float64 holds every token id exactly
+    tokens, margins = draw_on_device(logits, run_seed, keys[0], keys[1], purpose=purpose, sampling=sampling)
+    drawn = to_host(torch.stack([tokens.double(), margins])).numpy()  # float64 represents every token id exactly
     return drawn[0].astype(np.int64), drawn[1]
 
 

@@ -1,14 +1,14 @@
-"""Switching rules: who owns token t, the student or the teacher.
+"""Switching rules: which model writes token t, the student or the teacher.
 
-A rule is three small functions, and the teacher owns token t iff statistic > threshold (strictly):
+A rule is three small functions, and the teacher writes token t iff statistic > threshold (strictly):
 
     statistic(p_logits=[N, V], q_logits=[N, V], drafted=int64 [N], coins=float64 [N]) -> float64 [N]
     threshold(t int64 [B], step int, memory float64 [B, M]) -> float64 [B]
     update(memory [B, M], statistic [B], threshold [B]) -> the memory [B, M] after this token
 
-p = teacher, q = student, temperature 1, not truncated; t = index of the response token, 0 for the first; step =
-training step. The statistic's arguments are passed by name, the others by position. `threshold` knows the tokens
-before t only. A rule of your own is any function that returns a Rule:
+p = teacher, q = student, temperature 1, not truncated; t = index of the completion token, 0 for the first; step =
+training step. The statistic's arguments are passed by name, the others by position. `threshold` depends on the tokens
+before t only. A user's rule is any function that returns a Rule:
 
     def entropy_limit(*, nats: float = 2.0) -> Rule:
         '''The teacher writes where the student's entropy exceeds `nats`.'''
@@ -43,7 +43,7 @@ def no_update(memory: Tensor, statistic: Tensor, threshold: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """Three functions (see the module) and what the walk over a drafted block must know about them."""
+    """Three functions (see the module) and the properties that the verification of a drafted block uses."""
 
     name: str
     statistic: Callable[..., Tensor]
@@ -52,10 +52,10 @@ class Rule:
     memory_size: int = 0  # M; memory starts at zero
     replacement: Purpose = Purpose.GUMBEL  # noise of the teacher's token
     needs_rows: bool = True  # False: p_logits and q_logits may be None
-    needs_draft: bool = False  # True: the statistic looks at the drafted id
-    student_only: bool = False  # True: the teacher owns no token at all; nothing is measured
+    needs_draft: bool = False  # True: the statistic depends on the drafted id
+    student_only: bool = False  # True: the teacher writes no token; the statistic is not computed
     teacher_only: Callable[[Tensor], Tensor] | None = None
-    """memory [B, M] -> bool [B]: the teacher owns all that follows, whatever the statistic, which is not computed."""
+    """memory [B, M] -> bool [B]: the teacher writes all further tokens; the statistic is not computed."""
 
 
 def init_memory(rule: Rule, num: int) -> Tensor:
@@ -87,8 +87,8 @@ def teacher() -> Rule:
 def random(*, prob: float = 0.5) -> Rule:
     """The teacher writes a token with probability `prob` (the random switch of SWITCH's ablation, ATKD's mix_token).
 
-    The statistic is 1 - coin and the threshold 1 - prob, so that a smaller threshold means more teacher as it does in
-    every rule.
+    The statistic is 1 - coin and the threshold 1 - prob, so that a smaller threshold gives the teacher more tokens, as
+    in every rule.
     """
     _check_share("prob", prob)
     return Rule(name="random", statistic=_coin, threshold=partial(_fixed, value=1 - prob), needs_rows=False)
@@ -97,8 +97,7 @@ def random(*, prob: float = 0.5) -> Rule:
 def mixture(*, alpha: float = 0.2) -> Rule:
     """The token is drawn from alpha p + (1 - alpha) q (teacher-mixed sampling of MiniLLM, arXiv 2306.08543).
 
-    Drawing from a mixture is tossing a coin for the component and drawing from that, so in law this is
-    `random(prob=alpha)`, and it is computed that way.
+    A draw from a mixture is a coin for the component and a draw from it, so this is computed as `random(prob=alpha)`.
     """
     _check_share("alpha", alpha)
     return replace(random(prob=alpha), name="mixture")
@@ -131,8 +130,8 @@ def jsd_threshold(
     """SWITCH (Koo et al., arXiv 2410.19503): the teacher writes token t where JSD(p, q) > tau(t).
 
     exponential: tau_0 exp(-decay t); linear: tau_0 (1 - t / T); constant: tau_0; exponential_growth:
-    tau_0 exp(-decay (T - t)), T = max_new_tokens. tau_0 is 1, for `constant` 0.2. `half_life` (tokens) is another way
-    to give the decay, ln 2 / half_life, and wins over it.
+    tau_0 exp(-decay (T - t)), T = max_new_tokens. tau_0 is 1, for `constant` 0.2. `half_life` (tokens) sets the decay
+    to ln 2 / half_life and overrides `decay`.
     """
     if schedule not in _SCHEDULES:
         raise ValueError(f"schedule is {schedule!r}: choose one of {', '.join(_SCHEDULES)}")
@@ -176,11 +175,11 @@ def _tau(
 
 
 def kl_spike(*, K: float = 3.0, L: int = 10, divergence: str = "kl", warm_up: str = "full_window") -> Rule:
-    """AdaSwitch (Peng et al., arXiv 2510.07842): one switch, for good, where D(p, q) > K mean(last L values of D).
+    """AdaSwitch (Peng et al., arXiv 2510.07842): one permanent switch where D(p, q) > K mean(last L values of D).
 
-    The token at the spike and all later ones are the teacher's. No switch before L values are known, or with warm_up
-    `available` before one is. Memory: the last L values, oldest first, how many are known, and the switched flag.
-    After the switch the threshold is -inf and the memory stands still, so any statistic but NaN will do there.
+    The teacher writes the token at the spike and all later ones. There is no switch before L values are known, or one
+    value with warm_up `available`. Memory: the last L values, oldest first, their number, and the switched flag. After
+    the switch the threshold is -inf and the memory constant, so the statistic may be any number but NaN.
     """
     if not (math.isfinite(K) and K > 0):
         raise ValueError(f"K is {K}: give a finite factor above 0; the paper uses 3")
@@ -206,7 +205,7 @@ def _divergence(*, p_logits: Tensor, q_logits: Tensor, drafted: Tensor, coins: T
 
 def _spike(t: Tensor, step: int, memory: Tensor, *, K: float, num_needed: int) -> Tensor:
     values, known, switched = memory[:, :-2], memory[:, -2], memory[:, -1].bool()
-    limit = K * values.sum(dim=-1) / known.clamp(min=1)  # values not known yet are zero
+    limit = K * values.sum(dim=-1) / known.clamp(min=1)  # unknown values are zero
     return limit.masked_fill(known < num_needed, math.inf).masked_fill(switched, -math.inf)
 
 
@@ -224,8 +223,8 @@ def _remember(memory: Tensor, statistic: Tensor, threshold: Tensor) -> Tensor:
 def outside_top_k(*, k: int = SKD_TOP_K) -> Rule:
     """SKD (Xu et al., arXiv 2410.11325): the teacher writes where the drafted id is not among its k most likely.
 
-    The statistic is the id's rank in p, 1 for the first, equal logits ordered by id. It looks at the drafted id, hence
-    at the noise, so the replacement must be drawn with noise of its own (Purpose.SKD) to follow the teacher's law.
+    The statistic is the id's rank in p, 1 for the first, equal logits ordered by id. It depends on the drafted id and
+    hence on its noise: the replacement needs separate noise (Purpose.SKD) to follow the teacher's distribution.
     """
     if k < 1 or int(k) != k:
         raise ValueError(f"k is {k}: give at least 1 id; the paper uses 25")
@@ -251,7 +250,7 @@ def _rank(*, p_logits: Tensor, q_logits: Tensor | None, drafted: Tensor, coins: 
 
 
 def with_step_schedule(rule: Rule, *, start: float, end: float, steps: int) -> Rule:
-    """The rule with every finite threshold multiplied by a factor going from `start` to `end` in `steps` steps.
+    """The rule with every finite threshold times a factor that goes from `start` to `end` in `steps` steps.
 
     A factor below 1 gives the teacher more tokens in every rule, `random` included (its threshold is 1 - prob).
     """

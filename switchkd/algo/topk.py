@@ -1,7 +1,7 @@
 """Rows of a distribution cut to their k most likely ids and two numbers for the tail: `teacher.output: top_logprobs`.
 
-In: logits [N, V]. Out: `TopK`, how it is packed for the wire, and the law that it and a student's row have on the k ids
-and one bin for all the rest (coarse-graining).
+In: logits [N, V]. Out: `TopK`, its packed form for the wire, and the distributions of the teacher and the student over
+the k ids and one bin for all other ids (coarse-graining).
 
 Shapes: N rows, V vocabulary, K ids that are kept; S = the kept ids, T = the tail, the others.
 """
@@ -9,15 +9,18 @@ Shapes: N rows, V vocabulary, K ids that are kept; S = the kept ids, T = the tai
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+_ROWS_AT_ONCE = 64  # whole rows that exist at the same time in `compress_packed`
+
 
 @dataclass(frozen=True, slots=True)
 class TopK:
-    """What travels of teacher rows p. Ids are ordered by probability, equal ones by id."""
+    """The part of teacher rows p that is sent. Ids are ordered by probability, equal ones by id."""
 
     ids: Tensor  # int64 [N, K]
     logprobs: Tensor  # [N, K], ln p, not rising; rounded to float32
@@ -31,14 +34,13 @@ class TopK:
         return TopK(self.ids[rows], self.logprobs[rows], self.tail_mass[rows], self.tail_entropy[rows])
 
     def to(self, device: torch.device) -> TopK:
-        """Beside the student's rows."""
         parts = (self.ids, self.logprobs, self.tail_mass, self.tail_entropy)
         return TopK(*(part.to(device) for part in parts))
 
 
 @torch.no_grad()
 def compress(logits: Tensor, k: int) -> TopK:
-    """Float rows [N, V] to their top min(k, V). Sums run in float64, so that the tail keeps its digits."""
+    """Float rows [N, V] to their top min(k, V). Sums are in float64, so that the tail keeps its digits."""
     k = min(k, logits.shape[1])
     ids = first_ids(logits, k)
     log_p = logits.double().log_softmax(dim=-1)
@@ -55,15 +57,20 @@ def pack(rows: TopK) -> Tensor:
     return torch.cat([rows.ids.int(), numbers.contiguous().view(torch.int32)], dim=1)
 
 
+def compress_packed(logits_of: Callable[[Tensor], Tensor], rows: Tensor, k: int) -> Tensor:
+    """Packed top k of the logits that `logits_of` makes of `rows`, a few rows at a time: int32 [N, 2 K + 2]."""
+    return torch.cat([pack(compress(logits_of(part), k)) for part in rows.split(_ROWS_AT_ONCE)])
+
+
 def unpack(words: Tensor) -> TopK:
-    """What `pack` packed."""
+    """The inverse of `pack`."""
     k = (words.shape[1] - 2) // 2
     numbers = words[:, k:].contiguous().view(torch.float32)
     return TopK(words[:, :k].long(), numbers[:, :k], numbers[:, k], numbers[:, k + 1])
 
 
 def concatenated(parts: list[TopK]) -> TopK:
-    """All rows, in order; all parts have one K."""
+    """Join the rows of parts that have the same K."""
     return TopK(
         torch.cat([part.ids for part in parts]),
         torch.cat([part.logprobs for part in parts]),
@@ -73,7 +80,7 @@ def concatenated(parts: list[TopK]) -> TopK:
 
 
 def place_of(rows: TopK, token_ids: Tensor) -> Tensor:
-    """Where token_ids [N] stand among the kept ids: int64 [N], K where in the tail."""
+    """Index of token_ids [N] among the kept ids, int64 [N]; K for an id of the tail."""
     hit = rows.ids == token_ids[:, None]
     return torch.where(hit.any(dim=1), hit.int().argmax(dim=1), rows.ids.shape[1])
 
@@ -87,7 +94,7 @@ def spread(rows: TopK, vocab_size: int) -> Tensor:
 
 
 def kept(rows: TopK) -> Tensor:
-    """Float32 log-probs [N, largest kept id + 1], -inf outside the kept ids: to draw from those, renormalised."""
+    """Float32 log-probs [N, largest kept id + 1], -inf outside the kept ids, for draws among the kept ids only."""
     out = rows.logprobs.new_full((len(rows), int(rows.ids.max()) + 1), -math.inf)
     return out.scatter(1, rows.ids, rows.logprobs)
 
@@ -103,8 +110,8 @@ def coarse_grain(rows: TopK, q_logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def coarse_grain_around(rows: TopK, q_logits: Tensor, token_ids: Tensor, unc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `coarse_grain` with a bin of its own for a token of the tail: ln p and ln q [N, K + 2], and where each token
-    stands there, int64 [N]. `unc` [N] is 1 - p(token), read for tokens of the tail only."""
+    """`coarse_grain` with a separate bin for a token of the tail: ln p and ln q [N, K + 2], and each token's index
+    there, int64 [N]. `unc` [N] is 1 - p(token), read for tokens of the tail only."""
     dtype = torch.promote_types(q_logits.dtype, torch.float32)
     q_logits = q_logits.to(dtype)
     k = rows.ids.shape[1]
@@ -114,20 +121,19 @@ def coarse_grain_around(rows: TopK, q_logits: Tensor, token_ids: Tensor, unc: Te
     token = q_logits.gather(1, token_ids[:, None]).masked_fill(~outside, none)
     rest = tail_of(tail_of(q_logits, rows.ids), token_ids[:, None]).logsumexp(dim=-1, keepdim=True)
     q = torch.cat([q_logits.gather(1, rows.ids), token, rest], dim=1).log_softmax(dim=-1)
-    p_own = torch.where(outside[:, 0], (1 - unc.double()).clamp(min=0), 0.0)
-    p_rest = (rows.tail_mass.double() - p_own).clamp(min=0)
-    p = torch.cat([rows.logprobs.double(), p_own[:, None].log(), p_rest[:, None].log()], dim=1).to(dtype)
+    p_token = torch.where(outside[:, 0], (1 - unc.double()).clamp(min=0), 0.0)
+    p_rest = (rows.tail_mass.double() - p_token).clamp(min=0)
+    p = torch.cat([rows.logprobs.double(), p_token[:, None].log(), p_rest[:, None].log()], dim=1).to(dtype)
     return p, q, place
 
 
 def tail_of(logits: Tensor, ids: Tensor) -> Tensor:
-    """Logits without `ids`: the most negative number stands there, which is finite where a row has no tail at all, so
-    that no gradient becomes NaN."""
+    """Logits with the most negative number at `ids`. It is finite, so that a row without a tail has no NaN gradient."""
     return logits.scatter(1, ids, torch.finfo(logits.dtype).min)
 
 
 def first_ids(logits: Tensor, k: int) -> Tensor:
-    """The first k ids of rows [N, V] by value, equal ones by id. `topk` by itself takes any of those that tie."""
+    """The first k ids of rows [N, V] by value, equal ones by id. Trap: `topk` alone takes any of the ids that tie."""
     values, ids = logits.topk(k, dim=1)
     last = values[:, -1:]
     for row in torch.nonzero((logits >= last).sum(dim=1) > k)[:, 0].tolist():

@@ -1,4 +1,4 @@
-"""Copies between host and device through pinned memory: none to the device waits, one to the host waits once."""
+"""Copies through pinned memory: a copy to the device does not wait, a copy to the host waits once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array as a tensor on `device`. On CUDA the copy takes its turn on the current stream; pinned memory is handed
-    out again only after it."""
+    """The array as a tensor on `device`. On CUDA the copy runs in the current stream, and PyTorch reuses the pinned
+    memory only after it."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 

@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -67,16 +68,13 @@ class RunConfig(Section):
     dir: str
     """The run's folder. Relative to the working directory; absolute (on shared storage) for submitted jobs."""
     mode: Literal["ray", "inprocess"] = "ray"
-    """`ray` joins the cluster of a submitted job or of `cluster.address`, else starts a private one on this machine.
-    `inprocess` uses no Ray."""
+    """`ray` joins the cluster of a job or of `cluster.address`, else starts one here; `inprocess` uses no Ray."""
     overwrite: bool = False
     """Rename a folder that holds another run, and begin a new run."""
     watchdog_s: PositiveFloat = 1800.0
-    """A run without progress for this time reports the actor that it waits for, saves its state, and ends. Raise it
-    where an optimizer step takes longer. At the start each actor has at least 5 minutes."""
+    """A run without progress for so long names the actor that it waits for, saves and ends. An actor has 5 min to start."""
     max_restarts: NonNegativeInt = 8
-    """A run that loses a learner rank or the replay goes back to its checkpoint, at most so often in a row without
-    another checkpoint; then it ends, and --resume goes on."""
+    """How often a run goes back to one checkpoint after losing a learner rank or the replay, before it ends."""
 
 
 class ModelConfig(Section):
@@ -142,8 +140,7 @@ class StudentConfig(ModelConfig):
 
 class DataConfig(Section):
     path: str = ""
-    """A JSONL or parquet file (relative to the config file), a hub name (`name`, `name:subset`), or a file of a hub
-    data set (`hf://datasets/owner/name/file.jsonl`)."""
+    """JSONL or parquet (relative to the config file), a hub name (`name:subset`), or `hf://datasets/owner/name/file`."""
     split: str = "train"
     """The split of a hub name. Any kind can be sliced: `train[500:]`, `train[:500]`."""
     prompt_field: str = "prompt"
@@ -164,8 +161,7 @@ class DataConfig(Section):
     max_reference_tokens: PositiveInt = 512
     max_skipped_frac: Frac = 0.1
     max_quarantined_frac: Frac = 0.01
-    """A rollout that fails three times while others finish is quarantined (`quarantined.jsonl` has the reason). A
-    larger share than this of the run's rollouts ends the run."""
+    """A rollout that fails three times while others finish is quarantined. More than this share ends the run."""
     num_rows: PositiveInt | None = None
     shuffle: bool = True
 
@@ -184,8 +180,7 @@ class StepScheduleConfig(Section):
 
 
 class RuleConfig(Section):
-    """The rule that decides who writes the next token (`algo/switching.py`). Null takes the rule's default; a key that
-    the rule does not have is an error."""
+    """Who writes the next token (`algo/switching.py`). Null: the rule's default; keys of other rules are errors."""
 
     type: str = "jsd_threshold"
     """A name, or `my_file:my_rule` from the working directory: your own code, which runs with your rights."""
@@ -402,15 +397,15 @@ class MetricsConfig(Section):
 
 
 class FakeConfig(Section):
-    """With `backend: fake`: seconds of a process's start, one forward pass, one optimizer step, of any size."""
+    """With `backend: fake`: seconds that a process's start, a forward pass and an optimizer step take."""
 
+    start_s: NonNegativeFloat = 0.0
+    student_s: NonNegativeFloat = 0.0
+    teacher_s: NonNegativeFloat = 0.0
+    learner_s: NonNegativeFloat = 0.0
+    weights_mb: NonNegativeFloat = 1.0
     agreement: Frac = 0.75
     """Share of positions at which the models draw a common token."""
-    start_s: float = Field(0.0, ge=0)
-    student_s: float = Field(0.0, ge=0)
-    teacher_s: float = Field(0.0, ge=0)
-    learner_s: float = Field(0.0, ge=0)
-    weights_mb: float = Field(1.0, ge=0)
 
 
 class ClusterConfig(Section):
@@ -479,7 +474,7 @@ class Config(Section):
 
     @property
     def is_fake(self) -> bool:
-        """No model is run: `loader.py` has checked that all are fake."""
+        """Whether all models are fake (`loader.py` refuses a mixture)."""
         return self.student.backend == "fake"
 
     @property

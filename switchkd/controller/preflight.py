@@ -61,7 +61,7 @@ def prepare(config: Config) -> PreparedRun:
         config = with_recorded_settings(config)
     check(config)
     if config.is_fake:
-        tokenizer, ends = make_tokenizer(config), frozenset([END])
+        tokenizer, ends = make_tokenizer(config.student), frozenset([END])
     else:
         config = resolve_models(config)
         tokenizer, ends = check_models(config)
@@ -95,7 +95,7 @@ def prepare_teacher(config: Config) -> tuple[Config, int]:
         raise ConfigError("no stage of this config needs a teacher; there is nothing to serve")
     check_backend(config)
     if config.is_fake:
-        return config, len(make_tokenizer(config))
+        return config, len(make_tokenizer(config.teacher))
     _check_teacher_folder(config.teacher, "teacher")
     config = resolve_models(config)
     tokenizer = read_tokenizer(config.teacher, "teacher.path")

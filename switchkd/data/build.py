@@ -16,7 +16,7 @@ from switchkd.engines.build import make_tokenizer
 def make_replay(config: Config, run_dir: Path) -> Replay:
     """Build the replay, or the one with another run's recorded rollouts (`rollout.recorded`)."""
     section = config.replay
-    decode = partial(make_tokenizer(config).decode, skip_special_tokens=False)
+    decode = partial(make_tokenizer(config.student).decode, skip_special_tokens=False)
     rollouts_file = run_dir / "rollouts.jsonl" if config.rollout.save else None
     if config.rollout.recorded:
         sizes = [stage.batch_size for stage in config.train.stages for _ in range(stage.steps)]

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class TeacherBusy(Exception):
-    """No free session slot: close some, or ask again later."""
+    """No session slot is free: close sessions, or call again later."""
 
 
 class UnknownSession(Exception):
-    """The teacher does not hold a session (expired, or another replica's): open it again with all its tokens."""
+    """The teacher does not have a session (expired, or another replica's): open it again with all its tokens."""
 
     def __init__(self, session_ids: Sequence[int]) -> None:
         super().__init__(f"unknown teacher sessions {list(session_ids)}; open them again")
@@ -29,24 +29,24 @@ class UnknownSession(Exception):
 
 
 class Teacher(Protocol):
-    """Holds sessions and answers with its rows. Every call may be repeated without harm."""
+    """Keeps sessions and computes rows for their positions. Repeating a call does not change its answer."""
 
     def open(self, sessions: Sessions) -> None:
-        """Take sequences in. Raises TeacherBusy (none is taken) when they do not all fit."""
+        """Open sessions. Raises TeacherBusy, with none of them opened, when they do not all fit."""
 
     def score(self, blocks: Blocks) -> TeacherOutput:
         """Read the blocks (see types.Blocks). Raises UnknownSession before anything is computed."""
 
     def write(self, request: WriteRequest) -> Written:
-        """Go on alone (see types.WriteRequest), with `top_logprobs` by draws from the ids that are sent. Raises
-        UnknownSession before anything is computed."""
+        """Continue the sessions with the teacher's draws (see types.WriteRequest); with `top_logprobs` only the ids
+        that are sent can be drawn. Raises UnknownSession before anything is computed."""
 
     def close(self, session_ids: np.ndarray) -> None:
-        """Forget sessions; unknown ones are ignored."""
+        """Close sessions; unknown ones are ignored."""
 
 
 class OutputHead(Protocol):
-    """A model's last layer taken apart: hidden states to float32 logits over the shared vocabulary."""
+    """An output layer: hidden states to float32 logits over the shared vocabulary."""
 
     vocab_size: int
 
@@ -55,7 +55,7 @@ class OutputHead(Protocol):
 
 
 class StudentEngine(Protocol):
-    """The student as a token-level engine: numbered slots, each with a cache of its own length."""
+    """The student as a token-level engine: numbered slots, whose caches differ in length."""
 
     num_slots: int
     max_len: int
@@ -64,11 +64,11 @@ class StudentEngine(Protocol):
 
     @property
     def head(self) -> OutputHead:
-        """Of the present weights."""
+        """The LM head of the weights in use."""
 
     def extend(self, slots: np.ndarray, starts: np.ndarray, token_ids: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
         """Cut slot b to `starts[b]` tokens, append its tokens, and return the final hidden state of every appended
         token, flat, [N, D] in the model's dtype. `starts[b]` may not exceed what the slot holds."""
 
     def load_weights(self, packed: PackedWeights) -> None:
-        """Replace all weights. Caches are stale afterwards: the caller extends from 0 again."""
+        """Replace all weights. The caches are then stale: the caller extends from 0 again."""

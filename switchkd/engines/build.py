@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from switchkd.config import resources
-from switchkd.config.schema import Config, ModelConfig
+from switchkd.config.schema import Config, ModelConfig, StudentConfig, TeacherConfig
 from switchkd.engines.fake import FakeTeacher, FakeTokenizer
 from switchkd.engines.models.loading import load_model, load_tokenizer, shared_vocab
 
@@ -45,11 +45,10 @@ def load_section(model: ModelConfig, device: str, device_map: str | None = None)
     )
 
 
-def make_tokenizer(config: Config) -> Any:
-    """The tokenizer of student and teachers."""
-    if config.is_fake:
+def make_tokenizer(model: StudentConfig | TeacherConfig) -> Any:
+    if model.backend == "fake":
         return FakeTokenizer()
-    return load_tokenizer(config.student.path, trust_remote_code=config.student.trust_remote_code)
+    return load_tokenizer(model.path, trust_remote_code=model.trust_remote_code, revision=model.revision)
 
 
 def make_teacher(config: Config) -> HFTeacher | VLLMTeacher | FakeTeacher:
@@ -80,7 +79,7 @@ def _hf_teacher(config: Config) -> HFTeacher:
     whole_rows = section.output == "logits"
     return HFTeacher(
         model,
-        vocab_size=shared_vocab(load_tokenizer(section.path, trust_remote_code=section.trust_remote_code)),
+        vocab_size=shared_vocab(make_tokenizer(section)),
         max_sessions=section.max_sessions,
         max_len=max_len(config),
         lease_s=section.lease_s,
@@ -97,7 +96,6 @@ def _vllm_teacher(config: Config) -> VLLMTeacher:
 
     set_threads(resources.of_role(config, "teacher").threads)
     section = config.teacher
-    tokenizer = load_tokenizer(section.path, trust_remote_code=section.trust_remote_code)
     engine = Engine(
         section.path,
         dtype=section.dtype,
@@ -109,7 +107,7 @@ def _vllm_teacher(config: Config) -> VLLMTeacher:
     )
     return VLLMTeacher(
         engine,
-        vocab_size=shared_vocab(tokenizer),
+        vocab_size=shared_vocab(make_tokenizer(section)),
         max_sessions=section.max_sessions,
         max_len=max_len(config),
         lease_s=section.lease_s,

@@ -138,7 +138,7 @@ class FakeTeacher:
 
     def _read(self, blocks: Blocks) -> list[Session]:
         time.sleep(self.fake.teacher_s)
-        sessions = self._sessions.of_blocks(blocks)
+        sessions = self._sessions.named_by(blocks)
         for session, base, tokens in zip(sessions, blocks.base_lens, blocks.tokens.split(), strict=True):
             session.tokens = np.concatenate([session.tokens[:base], tokens])
         return sessions

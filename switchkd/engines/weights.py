@@ -1,6 +1,6 @@
-"""A student weight version is packed into flat buckets, and loaded from them into another model.
+"""Packs a student weight version into flat buckets, and loads it from them into another model.
 
-In: named tensors, of any device, one after the other (a generator may free each one before it makes the next).
+In: named tensors on any device, one after the other (a generator may free each one before it makes the next).
 Out: PackedWeights: uint8 buckets in host memory, a manifest (name, dtype, shape, bucket, offset, nbytes), a checksum.
 """
 
@@ -30,17 +30,17 @@ def pack(
     *,
     dtype: str | torch.dtype | None = None,
 ) -> PackedWeights:
-    """Copy tensors into buckets of `bucket_bytes` (a larger tensor has a bucket of its own).
+    """Copy tensors into buckets of `bucket_bytes` (a larger tensor gets its own bucket).
 
-    `dtype` casts the floating ones, such as fp32 masters to the rollout workers' bfloat16. Of tensors that share their
-    memory (tied weights) the first name is packed.
+    `dtype` casts floating-point tensors, such as fp32 masters to the rollout workers' bfloat16. Tensors that share
+    their memory (tied weights) are packed once, under the first name.
     """
     cast_to = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     writer = _BucketWriter(bucket_bytes)
     packed_before: dict[tuple, weakref.ref[Tensor]] = {}
     for name, tensor in named_tensors:
         place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        earlier = packed_before.get(place, lambda: None)()  # None too where another tensor got a freed one's memory
+        earlier = packed_before.get(place, lambda: None)()  # None also where a tensor got the memory of a freed one
         if earlier is None or tensor.numel() == 0:
             packed_before[place] = weakref.ref(tensor)
             writer.write(name, tensor, cast_to)
@@ -50,7 +50,7 @@ def pack(
 
 
 def unpack(packed: PackedWeights) -> list[tuple[str, Tensor]]:
-    """Names and tensors, as views of the buckets: not to be written to. Raises ValueError for another checksum."""
+    """Names and tensors, as read-only views of the buckets. Raises ValueError for a wrong checksum."""
     checksum = _checksum(packed.manifest, packed.buckets)
     if checksum != packed.checksum:
         raise ValueError(
@@ -58,7 +58,7 @@ def unpack(packed: PackedWeights) -> list[tuple[str, Tensor]]:
             "again"
         )
     named_tensors = []
-    with warnings.catch_warnings():  # arrays out of an object store are read-only, and torch warns of that
+    with warnings.catch_warnings():  # arrays from an object store are read-only, which torch warns about
         warnings.simplefilter("ignore", UserWarning)
         for name, dtype, shape, bucket, offset, nbytes in packed.manifest:
             flat = torch.from_numpy(packed.buckets[bucket][offset : offset + nbytes])
@@ -71,7 +71,7 @@ def load_into(module: nn.Module, packed: PackedWeights) -> None:
     """Overwrite all weights of `module`, cast to its dtypes. Raises ValueError, before anything is written, where a
     weight is missing, unknown or of another shape.
 
-    Each parameter is needed under one of its names (tied weights have several); persistent buffers may be left out.
+    Each parameter must be present under one of its names (tied weights have several), persistent buffers need not be.
     """
     targets: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     needed = {id(tensor) for tensor in targets.values()}
@@ -97,7 +97,7 @@ def _check_fit(packed: PackedWeights, targets: dict[str, Tensor], needed: set[in
 
 
 class _BucketWriter:
-    """Fills one bucket after the other."""
+    """Fills buckets one after the other."""
 
     def __init__(self, bucket_bytes: int) -> None:
         self.bucket_bytes = bucket_bytes
@@ -124,11 +124,11 @@ class _BucketWriter:
         offset = -(-self._used // _ALIGN) * _ALIGN
         if not self._buckets or offset + nbytes > len(self._buckets[-1]):
             self._close()
-            # memory that is never written to costs nothing, so the last bucket may be far too long
+            # memory that is never written costs nothing, so the last bucket may be far too long
             self._buckets.append(np.empty(max(nbytes, self.bucket_bytes), np.uint8))
             offset = 0
         elif offset > self._used:
-            self._buckets[-1][self._used : offset] = 0  # the checksum reads the gap too
+            self._buckets[-1][self._used : offset] = 0  # the checksum covers the gap
         self._used = offset + nbytes
         return offset
 

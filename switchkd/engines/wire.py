@@ -1,4 +1,4 @@
-"""Hidden states on the wire: tensors as NumPy arrays, bfloat16 as uint16."""
+"""Converts tensors to the NumPy arrays that cross processes, and back; bfloat16 is sent as uint16."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from switchkd.algo.transfer import to_host
 
 
 def to_numpy(hidden: torch.Tensor) -> tuple[np.ndarray, str]:
-    """A tensor as it travels, and the name of its dtype: bfloat16 as uint16, which NumPy has no better name for."""
+    """The array to send, and the name of the tensor's dtype. bfloat16 becomes uint16, since NumPy has no bfloat16."""
     hidden = to_host(hidden.detach())
     if hidden.dtype == torch.bfloat16:
         return hidden.view(torch.int16).numpy().view(np.uint16), "bfloat16"
@@ -17,8 +17,8 @@ def to_numpy(hidden: torch.Tensor) -> tuple[np.ndarray, str]:
 
 
 def from_numpy(values: np.ndarray, dtype: str, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The tensor that travelled, in its dtype. Shares the array's memory on a CPU, unless the array is read-only (an
-    object store's), where a write through the tensor would be fatal."""
+    """The inverse of `to_numpy`. On a CPU the tensor shares the array's memory, unless the array is read-only (an
+    object store's): a write through the tensor would then be fatal."""
     if not values.flags.writeable:
         values = values.copy()
     if dtype == "bfloat16":

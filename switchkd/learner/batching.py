@@ -1,6 +1,6 @@
-"""Rollouts become batches: which rank trains on which, in which micro-batches, and as which tensors.
+"""Assigns rollouts to ranks and micro-batches, and collates them to tensors.
 
-In: finished rollouts or their entries, and a loss. Out: a BatchAssignment that all ranks agree on, and padded Batches.
+In: finished rollouts or their entries. Out: a BatchAssignment, the same on all ranks, and padded Batches.
 
 Shapes: B sequences, T positions (prompt and completion, padded on the right), N loss tokens of all B sequences, flat,
 D the teacher's hidden width, V the shared vocabulary.
@@ -9,7 +9,7 @@ D the teacher's hidden width, V the shared vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
 from typing import Any
 
@@ -24,15 +24,15 @@ from switchkd.types import BatchAssignment, Entry, Rollout, TeacherOutput
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossSpec:
-    """The loss of a stage: a per-token loss with its numbers, and how its tokens are weighted."""
+    """The loss of a stage: a per-token loss with its numbers, and the weights of its tokens."""
 
     name: str
     per_token: Callable[..., Tensor]  # (p_logits [N, V], q_logits [N, V], labels [N], mask [N], **numbers) -> [N]
     numbers: dict[str, Any] = field(default_factory=dict)
     hard_frac: float | None = None  # ATKD: the share of hard tokens; the loss then takes `hard` bool [N]
-    lm_coef: float = 0.0  # this much cross-entropy is added on tokens of TokenSource.DATA, over the same denominator
+    lm_coef: float = 0.0  # weight of the cross-entropy added on tokens of TokenSource.DATA, with the same denominator
     needs_teacher: bool = True
-    tail: Callable[..., Tensor] | None = None  # for top-k rows: takes a TopK in the place of p_logits
+    tail: Callable[..., Tensor] | None = None  # the loss for top-k rows: takes a TopK in the place of p_logits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,31 +48,27 @@ class TeacherRows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """Padded sequences, and one entry per loss token: the state that predicts it, and what is known of it."""
+    """Padded sequences, and one entry per loss token: the state that predicts it, its label, source and uncertainty."""
 
     input_ids: Tensor  # int64 [B, T]
     attention_mask: Tensor  # int64 [B, T], 1 = a token
     position_ids: Tensor  # int64 [B, T]
     rows: Tensor  # int64 [N], the sequence of the state that predicts the token
-    positions: Tensor  # int64 [N], its position there: one before the token's own
+    positions: Tensor  # int64 [N], the state's position there: one before the token's
     labels: Tensor  # int64 [N]
     sources: Tensor  # uint8 [N], of TokenSource
     uncertainty: Tensor  # float32 [N]
     teacher: tuple[TeacherRows, ...]  # covers all N in order, or is empty
 
     def to(self, device: torch.device | str) -> Batch:
-        tensors = {name: getattr(self, name).to(device) for name in _TENSORS}
+        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "teacher"}
         return Batch(**tensors, teacher=tuple(replace(rows, values=rows.values.to(device)) for rows in self.teacher))
-
-
-_TENSORS = ("input_ids", "attention_mask", "position_ids", "rows", "positions", "labels", "sources", "uncertainty")
 
 
 def collate(rollouts: Sequence[Rollout], pad_id: int, *, needs_teacher: bool = True) -> Batch:
     """Pad on the right; token t of a completion after P prompt tokens is predicted by the state at P - 1 + t.
 
-    Without any rollout: one sequence of one padding token, and N = 0. Raises ValueError where a teacher's output is
-    missing.
+    No rollouts give one sequence of one padding token, and N = 0. Raises ValueError for a missing teacher output.
     """
     sequences = [np.concatenate([r.prompt_ids, r.token_ids]) for r in rollouts]
     width = max((len(s) for s in sequences), default=1)
@@ -82,7 +78,7 @@ def collate(rollouts: Sequence[Rollout], pad_id: int, *, needs_teacher: bool = T
         input_ids[row, : len(sequence)] = sequence
         attention_mask[row, : len(sequence)] = 1
     if not rollouts:
-        attention_mask[0, 0] = 1  # attention over nothing is NaN in some kernels
+        attention_mask[0, 0] = 1  # attention over no token is NaN in some kernels
     firsts = [len(r.prompt_ids) - 1 for r in rollouts]
     return Batch(
         input_ids=torch.from_numpy(input_ids),
@@ -98,8 +94,8 @@ def collate(rollouts: Sequence[Rollout], pad_id: int, *, needs_teacher: bool = T
 
 
 def split_micro(rollouts: Sequence[Rollout], max_tokens: int) -> list[list[Rollout]]:
-    """Micro-batches of similar lengths with at most `max_tokens` positions each, padding included (one rollout may have
-    more). The longest come first: if memory is short, the first one says so."""
+    """Micro-batches of similar lengths with at most `max_tokens` positions each, with padding (a single rollout may
+    have more). The longest come first, so that a lack of memory shows at once."""
     micro_batches: list[list[Rollout]] = []
     for rollout in sorted(rollouts, key=lambda r: (-_length(r), r.rollout_id)):
         if micro_batches and (len(micro_batches[-1]) + 1) * _length(micro_batches[-1][0]) <= max_tokens:
@@ -116,10 +112,10 @@ def _length(rollout: Rollout) -> int:
 def assign_batch(
     step: int, stage: int, entries: Sequence[Entry | Rollout], num_ranks: int, hard_frac: float | None = None
 ) -> BatchAssignment:
-    """Deal rollouts out to ranks by length, and count what the loss divides by. The order of `entries` does not matter.
+    """Assign rollouts to ranks by length, and count the loss's denominators. The order of `entries` does not matter.
 
-    Dealing goes there and back again (0, 1, 1, 0, ...): totals are near each other, and so are the lengths of the
-    ranks' n-th rollouts, at whose micro-batches ranks wait for each other. Counts differ by one at most.
+    Ranks alternate in both directions (0, 1, 1, 0, ...): their totals are similar, and so are the lengths of their n-th
+    rollouts, at whose micro-batches they wait for each other. Counts differ by one at most.
     """
     ordered = sorted(entries, key=lambda e: (-e.num_tokens, e.rollout_id))
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
@@ -138,7 +134,7 @@ def assign_batch(
 
 
 def _hard_split(entries: Sequence[Entry | Rollout], hard_frac: float) -> tuple[int, float]:
-    """ATKD's split over the whole optimizer step: (hard tokens, the UnC from which a token is hard)."""
+    """ATKD's split over the whole optimizer step: (number of hard tokens, the UnC from which a token is hard)."""
     for entry in entries:
         if np.isnan(entry.uncertainty).any():
             raise ValueError(
@@ -151,7 +147,7 @@ def _hard_split(entries: Sequence[Entry | Rollout], hard_frac: float) -> tuple[i
 
 
 def _teacher_rows(rollouts: Sequence[Rollout]) -> tuple[TeacherRows, ...]:
-    """One entry for each run of neighbours with the same teacher and kind of output."""
+    """One entry for each run of consecutive rollouts with the same teacher and kind of output."""
     segments: list[TeacherRows] = []
     start = 0
     for (teacher, kind), group in groupby(rollouts, key=lambda r: (r.teacher, _teacher_output(r).kind)):

@@ -31,7 +31,7 @@ _LOSS_KEYS = {
 
 
 def build_loss(stage: StageConfig) -> LossSpec:
-    """The stage's loss. Raises ConfigError naming the parameter that it refuses."""
+    """The stage's loss. Raises ConfigError that names a parameter it does not take."""
     kind = stage.loss.type
     params = given_params(stage.loss, _LOSS_KEYS) | stage.loss.params
     hard_frac = params.pop("hard_frac", 0.5) if kind == "atkd" else None

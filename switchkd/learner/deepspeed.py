@@ -1,8 +1,8 @@
-"""One rank of the learner: DeepSpeed trains the student on rollouts. The only file that imports deepspeed.
+"""One rank of the learner: DeepSpeed trains the student on rollouts. Only this file imports deepspeed.
 
 In: a BatchAssignment and this rank's rollouts. Out: a StepResult, packed weights, checkpoints, a transformers folder.
-All methods are collective: every rank calls them in the same order. After any error the process group cannot be used:
-end all its processes, start new ones with a new port and load the last checkpoint.
+All methods are collective: every rank calls them in the same order. After an error the process group is unusable: end
+all its processes, start new ones with a new port and load the last checkpoint.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from switchkd.types import BatchAssignment, PackedWeights, Rollout, StepResult
 
 
 class DeepSpeedLearner:
-    """One rank. `teacher_lm_heads` by teacher name, for rollouts that carry hidden states."""
+    """One rank. `teacher_lm_heads` by teacher name, for rollouts with hidden states."""
 
     def __init__(
         self,
@@ -53,15 +53,15 @@ class DeepSpeedLearner:
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
         _join(self.device, settings.learner.timeout_s)
         config = deepspeed_config(settings.learner, world_size)
-        torch.manual_seed(settings.seed)  # the same adapters on all ranks
+        torch.manual_seed(settings.seed)  # equal adapters on all ranks
         zero3 = config if config["zero_optimization"]["stage"] == 3 else None
         self.module = build_student(settings, zero3, self.device, self._gather)
-        torch.manual_seed(settings.seed * 1_000_003 + rank)  # but not the same dropout
+        torch.manual_seed(settings.seed * 1_000_003 + rank)  # different dropout on each rank
         self.engine = _initialize(self.module, settings.learner, config)
         _limit_waits(settings.learner.timeout_s)
         self.engine.train()
         self.teacher_lm_heads: dict[str, LMHead] = {
-            name: LMHead.from_arrays(arrays, self.device) for name, arrays in teacher_lm_heads.items()
+            name: LMHead.from_state(state, self.device) for name, state in teacher_lm_heads.items()
         }
 
     def step(
@@ -69,8 +69,8 @@ class DeepSpeedLearner:
     ) -> StepResult:
         """One optimizer step on this rank's share of the assignment, in any number of micro-batches.
 
-        The loss is one sum over the tokens of all ranks with the assignment's denominators. Where it, or the gradient,
-        is not finite, all ranks skip: all that the next step depends on, random numbers included, stays as it was.
+        The loss is one sum over the tokens of all ranks with the assignment's denominators. Where the loss or the
+        gradient is not finite all ranks skip the step: weights, optimizer and random state do not change.
         """
         start = time.monotonic()
         self._check_share(assignment, rollouts)
@@ -78,7 +78,7 @@ class DeepSpeedLearner:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         micro_batches = split_micro(rollouts, self.settings.learner.micro_batch_tokens)
-        num_micro_batches = self._max_over_ranks(max(1, len(micro_batches)))
+        num_micro_batches = self._max_over_ranks(max(1, len(micro_batches)))  # some may be empty on this rank
         metrics = LossMetrics(self.device)
         for i in range(num_micro_batches):
             micro_batch = micro_batches[i] if i < len(micro_batches) else []
@@ -106,23 +106,23 @@ class DeepSpeedLearner:
         )
 
     def publish(self, version: int, dtype: str) -> PackedWeights | None:
-        """The weights as the rollout workers load them: packed on rank 0, None elsewhere."""
+        """The weights for the rollout workers, packed in `dtype` on rank 0, None on other ranks."""
         tensors = full_tensors(self.module.model, self._gather)
         if self.rank == 0:
             return pack(tensors, version, dtype=dtype)
         for _ in tensors:
-            pass  # partitioned weights are gathered by all ranks together
+            pass  # all ranks gather partitioned weights together
         return None
 
     def save(self, folder: Path, tag: str) -> None:
-        """Write a checkpoint to folder/tag. Take a fresh tag each time: a used one keeps stale shards."""
+        """Write a checkpoint to folder/tag. Give a new tag each time: a used one keeps stale shards."""
         lora = self.settings.learner.lora is not None
         if not self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=lora):
             raise RuntimeError(f"DeepSpeed did not write checkpoint {folder}/{tag}")
         torch.save(_random_state(self.device), folder / tag / f"random_rank{self.rank}.pt")
 
     def load(self, folder: Path, tag: str) -> None:
-        """Continue exactly where `save` was called, on as many ranks as it had."""
+        """Restore the state of `save`, on the same number of ranks. Raises ValueError for another number."""
         states = sorted((folder / tag).glob("random_rank*.pt"))
         if len(states) != self.world_size:
             raise ValueError(
@@ -138,11 +138,11 @@ class DeepSpeedLearner:
         _set_random_state(torch.load(state, weights_only=True), self.device)
 
     def export(self, folder: Path) -> None:
-        """Rank 0 writes an ordinary transformers folder, adapters merged; the adapter itself goes to folder/adapter."""
+        """Write an ordinary transformers folder on rank 0, see `export_student`."""
         export_student(self.module.model, folder, self.settings.student.path, self._gather, write=self.rank == 0)
 
     def close(self) -> None:
-        """Leave the process group. World size 1 keeps its group of one, so that another learner can be built."""
+        """Leave the process group. World size 1 keeps its group, so that the process can build another learner."""
         self.engine.destroy()
         if self.world_size > 1:
             import deepspeed.comm
@@ -150,8 +150,8 @@ class DeepSpeedLearner:
             deepspeed.comm.destroy_process_group()
 
     def _backward(self, batch: Batch, step_loss: StepLoss, metrics: LossMetrics, *, last: bool) -> None:
-        """Before the step's last backward call its loss is known. DeepSpeed drops a gradient that is not finite from
-        the buffers of every stage, so a loss that is not finite is given one, whatever its own derivative."""
+        """One backward call; before the `last` one the step's loss is known. A loss that is not finite gets a gradient
+        that is not finite, whatever its derivative: DeepSpeed drops such a gradient in every ZeRO stage."""
         self.engine.set_gradient_accumulation_boundary(last)
         total = self.engine(batch, step_loss, self.teacher_lm_heads)
         metrics.add(batch, step_loss, total)
@@ -162,8 +162,9 @@ class DeepSpeedLearner:
         self.engine.backward(total * factor)
 
     def _update(self) -> float:
-        """Change the weights; the norm of the gradient before clipping. Infinity: nothing changed, it is dropped."""
-        if self.engine.zero_optimization_stage() == 0:  # where DeepSpeed reports no norm, and drops nothing
+        """Update the weights. Returns the gradient's norm before clipping; infinity where the gradient was dropped and
+        nothing changed."""
+        if self.engine.zero_optimization_stage() == 0:  # DeepSpeed then reports no norm and drops no gradient
             grads = [p.grad for p in self.module.parameters() if p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(grads))
             if not math.isfinite(norm):
@@ -188,7 +189,7 @@ class DeepSpeedLearner:
         return deepspeed.zero.GatheredParameters(list(parameters))
 
     def _max_over_ranks(self, num: int) -> int:
-        """Each rank makes so many backward calls, with empty micro-batches if it has fewer."""
+        """The largest `num` of all ranks."""
         largest = torch.tensor(num, device=self.device)
         if self.world_size > 1:
             torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
@@ -222,9 +223,9 @@ def _device(device: str, local_rank: int) -> torch.device:
 
 
 def _set_environment(device: torch.device, rank: int, world_size: int, addr: str, port: int) -> None:
-    """Must happen before deepspeed is imported. One missing variable, and it goes looking for mpi4py."""
+    """Set the variables that DeepSpeed reads at its import. Trap: where one is missing, it tries mpi4py."""
     values: dict[str, object] = {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": addr, "MASTER_PORT": port}
-    values |= {"LOCAL_RANK": device.index or 0, "LOCAL_SIZE": world_size}  # DeepSpeed takes the device from it
+    values |= {"LOCAL_RANK": device.index or 0, "LOCAL_SIZE": world_size}  # LOCAL_RANK determines DeepSpeed's device
     os.environ.update({name: str(value) for name, value in values.items()})
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -241,9 +242,9 @@ def _join(device: torch.device, timeout_s: float) -> None:
 
     logger.setLevel(logging.WARNING)
     if device.type == "cpu":
-        # without this it compiles an extension for 50 s, or fails for want of a compiler
+        # otherwise DeepSpeed compiles an extension for 50 s, or fails without a compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    with suppress(RuntimeError):  # it is there from an earlier learner of this process
+    with suppress(RuntimeError):  # registered by an earlier learner of this process
         register_rendezvous_handler("switchkd", _rendezvous)
     deepspeed.init_distributed(
         dist_backend="gloo" if device.type == "cpu" else "nccl",
@@ -254,8 +255,8 @@ def _join(device: torch.device, timeout_s: float) -> None:
 
 
 def _rendezvous(url: str, *, timeout: timedelta, **_: object) -> Iterator[tuple[torch.distributed.Store, int, int]]:
-    """Like torch's `env://`, but the store by which ranks find each other listens on MASTER_ADDR alone: torch's own
-    listens on every interface, without authentication."""
+    """torch's `env://` with a store that listens on MASTER_ADDR alone. Trap: torch's own store listens on every
+    interface, without authentication."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     addr, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     family = socket.AF_INET6 if ":" in addr else socket.AF_INET
@@ -268,7 +269,7 @@ def _rendezvous(url: str, *, timeout: timedelta, **_: object) -> Iterator[tuple[
 
 
 def _limit_waits(timeout_s: float) -> None:
-    """Trap: DeepSpeed makes further groups, whose members wait for a lost rank for torch's default of half an hour."""
+    """Set the timeout of all groups. Trap: DeepSpeed creates groups with torch's default of half an hour."""
     from torch.distributed import distributed_c10d as c10d
 
     for group in list(c10d._world.pg_map):

@@ -1,7 +1,7 @@
 """The student as one module whose forward is the loss, so that ZeRO's hooks see every use of a weight.
 
-In: a Batch, the step's assignment, the loss. Out: the micro-batch's share of the step's loss, a scalar to run backward
-from; and the plain weights of the trained student. Nothing here knows of DeepSpeed.
+In: a Batch, the step's assignment, the loss. Out: the micro-batch's share of the step's loss, a differentiable scalar;
+and the plain weights of the trained student. Nothing here imports DeepSpeed.
 
 Shapes: N loss tokens, D the student's hidden width, V the shared vocabulary.
 """
@@ -28,10 +28,10 @@ Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager]
 
 
 class OutputLayer(nn.Module):
-    """The student's last layer with the loss behind it. It owns the layer's parameters a second time, as tied ones.
+    """The student's output layer followed by the loss. It registers the layer's parameters again, as tied ones.
 
     Trap: under ZeRO-3 a call of a module may gather its weights from all ranks, and ranks have different numbers of
-    chunks. So the loop over chunks must be inside *one* module call, and must not call modules itself.
+    chunks. So the loop over chunks must be inside *one* module call, and must not call modules.
     """
 
     weight: nn.Parameter
@@ -52,7 +52,7 @@ class OutputLayer(nn.Module):
         """[N, D] to the weighted sum of the losses."""
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
-        if len(weight) > self.vocab_size:  # rows beyond the shared vocabulary do not exist
+        if len(weight) > self.vocab_size:  # rows beyond the shared vocabulary are not used
             weight, bias = weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
         return chunked_loss(
             hidden,
@@ -70,7 +70,7 @@ class OutputLayer(nn.Module):
 
 
 class StepLoss:
-    """The loss of one micro-batch: weights that hold the whole step's denominators, and per-token values by name."""
+    """The loss of one micro-batch: weights with the whole step's denominators, and per-token values by name."""
 
     def __init__(self, spec: LossSpec, assignment: BatchAssignment, batch: Batch) -> None:
         self.spec = spec
@@ -85,7 +85,7 @@ class StepLoss:
             self.extras["hard"] = hard
             self.extras["unc"] = batch.uncertainty
         if spec.lm_coef:
-            # divided by all tokens of the step, whatever the other loss divides by
+            # divided by all tokens of the step, independently of the other loss's denominator
             share = spec.lm_coef / max(assignment.num_loss_tokens, 1) / self.weights
             self.extras["lm_weight"] = torch.where(batch.sources == TokenSource.DATA, share, 0.0)
 
@@ -101,14 +101,14 @@ class StepLoss:
     ) -> Tensor:
         """The loss of each token; chunked_loss calls it for a few rows at a time."""
         loss = self._distance(p_logits, q_logits, labels, mask, extras)
-        if not loss.requires_grad:  # a user's constant: ranks wait for each other in every backward pass
+        if not loss.requires_grad:  # a constant loss of the user's: every rank must run a backward pass
             loss = loss + 0 * q_logits.sum(-1)
         self._record("loss", loss)
         if p_logits is not None:
             with torch.no_grad():
                 if self.spec.name == "forward_kl":
                     kl = loss
-                elif isinstance(p_logits, TopK):  # between the coarse-grained distributions: a lower bound
+                elif isinstance(p_logits, TopK):  # KL of the coarse-grained distributions, a lower bound
                     kl = coarse(forward_kl, p_logits, q_logits, labels, mask)
                 else:
                     kl = forward_kl(p_logits, q_logits, labels, mask)
@@ -148,7 +148,7 @@ class StudentModule(nn.Module):
         self.output = OutputLayer(layer, vocab_size=vocab_size, scale=scale, softcap=softcap, chunk=chunk)
 
     def forward(self, batch: Batch, step_loss: StepLoss, teacher_lm_heads: Mapping[str, LMHead]) -> Tensor:
-        """The micro-batch's share of the step's loss. Already divided: shares of all micro-batches and ranks add up."""
+        """The micro-batch's share of the step's loss: the step's loss is the sum over all micro-batches and ranks."""
         hidden = final_hidden(
             causal_model(self.model),
             input_ids=batch.input_ids,
@@ -161,8 +161,8 @@ class StudentModule(nn.Module):
 
 
 def teacher_rows(batch: Batch, lm_heads: Mapping[str, LMHead]) -> Callable[[slice], Tensor | TopK | None]:
-    """A function that makes the teacher's logits, float32 [n, V], for a slice of the loss tokens; top-k rows stay as
-    they are; None where the batch has no teacher."""
+    """Return a function that gives the teacher's rows of a slice of the loss tokens: float32 logits [n, V], or a TopK
+    for top-k rows; None where the batch has no teacher. Raises ValueError for mixed kinds or a missing LM head."""
     kinds = {segment.kind for segment in batch.teacher}
     if "top_logprobs" in kinds and len(kinds) > 1:
         raise ValueError(
@@ -202,13 +202,13 @@ def causal_model(model: Any) -> Any:
 
 
 def full_tensors(model: nn.Module, gather: Gather) -> Iterator[tuple[str, Tensor]]:
-    """The student's weights under their own names, layer by layer, adapters merged on the way, tied ones once.
+    """The student's weights by name, layer by layer, with merged adapters; tied weights appear once.
 
-    `gather(parameters)` makes whole tensors of partitioned ones while it is open: use each tensor before asking for the
-    next one. All ranks must run to the end.
+    `gather(parameters)` is a context in which partitioned tensors are whole: use each tensor before the next one. All
+    ranks must run to the end.
     """
     yielded: set[int] = set()
-    adapter_prefix: str | None = None  # of an adapter layer, whose parts are not weights of their own
+    adapter_prefix: str | None = None  # of an adapter layer, whose submodules hold no weights of the student
     for prefix, module in causal_model(model).named_modules():
         if adapter_prefix and prefix.startswith(adapter_prefix):
             continue

@@ -16,7 +16,7 @@ _SOURCES = {TokenSource.STUDENT: "loss/student", TokenSource.TEACHER: "loss/teac
 
 
 class LossMetrics:
-    """Sums and counts in one float64 tensor, so that one small message adds up the ranks."""
+    """Sums and counts in one float64 tensor, so that one small message sums over the ranks."""
 
     def __init__(self, device: torch.device) -> None:
         self._names = ["loss/total", "loss/padding_frac", "loss/kl", "loss/lm", *_SOURCES.values()]
@@ -43,7 +43,7 @@ class LossMetrics:
         self._sums = self._sums.cpu()
 
     def means(self) -> dict[str, float]:
-        """Means over the step's tokens, the total as it is; names without a token are left out."""
+        """Means over the step's tokens, and the sum for `loss/total`; names without a token are left out."""
         sums, counts = self._sums.tolist()
         means = {name: total / n for name, total, n in zip(self._names, sums, counts, strict=True) if n}
         return means | {"loss/total": self.loss}

@@ -37,7 +37,7 @@ def learner_settings(config: Config) -> LearnerSettings:
     """The settings of every rank, from the config and the student's tokenizer."""
     from switchkd.learner.settings import LearnerSettings
 
-    tokenizer = make_tokenizer(config)
+    tokenizer = make_tokenizer(config.student)
     return LearnerSettings(
         learner=config.learner,
         student=config.student,
@@ -102,7 +102,7 @@ class LearnerRank:
         """A transformers folder; rank 0 adds the tokenizer."""
         self.learner.export(folder)
         if self.rank_info.rank == 0:
-            make_tokenizer(self.config).save_pretrained(folder)
+            make_tokenizer(self.config.student).save_pretrained(folder)
 
     def close(self) -> None:
         self.learner.close()

@@ -1,4 +1,4 @@
-"""The settings of a learner rank, and what follows from them for DeepSpeed and the optimizer.
+"""The settings of a learner rank, and the DeepSpeed config and parameter groups made from them.
 
 Nothing here imports deepspeed.
 """
@@ -15,7 +15,7 @@ from switchkd.config.schema import LearnerConfig, StudentConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LearnerSettings:
-    """Everything that a rank is built from, the same for all ranks."""
+    """The settings of a rank, the same for all ranks."""
 
     learner: LearnerConfig
     student: StudentConfig  # `path` is a folder or a hub name
@@ -26,13 +26,13 @@ class LearnerSettings:
 
 
 def deepspeed_config(learner: LearnerConfig, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's config. It does not count accumulation steps: the learner sets the boundary at each micro-batch."""
+    """DeepSpeed's config. It counts no accumulation steps: the learner sets the boundary at each micro-batch."""
     bf16 = learner.dtype == "bfloat16"
-    # trap: stage 0 with bf16 has a wrong first Adam step; stage 1 computes what stage 0 should
+    # trap: stage 0 with bf16 has a wrong first Adam step; stage 1 is correct
     stage = max(learner.zero_stage, 1) if bf16 else learner.zero_stage
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # not used: how many sequences there are varies
+        "train_micro_batch_size_per_gpu": 1,  # not used: the number of sequences varies
         "gradient_accumulation_steps": 1,
         "train_batch_size": world_size,
         "gradient_clipping": learner.grad_clip,
@@ -49,7 +49,8 @@ def deepspeed_config(learner: LearnerConfig, world_size: int) -> dict[str, Any]:
 
 
 def param_groups(student: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Biases and norms are not decayed. ZeRO-3 leaves a parameter's shape in `ds_shape`."""
+    """Parameter groups of the optimizer: biases and norms have no weight decay. Under ZeRO-3 a parameter's shape is in
+    `ds_shape`."""
     matrices: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
     for parameter in student.parameters():

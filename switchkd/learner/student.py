@@ -1,4 +1,4 @@
-"""The student to be trained is loaded, given adapters where asked, and written back as an ordinary folder.
+"""Loads the student for training, adds adapters, and exports the trained student as an ordinary folder.
 
 In: LearnerSettings. Out: a StudentModule for DeepSpeed; later a transformers folder. Nothing here imports deepspeed.
 """
@@ -21,9 +21,9 @@ from switchkd.learner.settings import LearnerSettings
 def build_student(
     settings: LearnerSettings, zero3_config: dict[str, Any] | None, device: torch.device, gather: Gather
 ) -> StudentModule:
-    """The student on `device`, in training mode: dropout is what its config says (0 in most current models).
+    """The student on `device`, in training mode, with the dropout of its config (0 in most current models).
 
-    With `zero3_config` no rank ever holds all of it, unless its config scales the logits: then the scale is probed.
+    With `zero3_config` no rank holds the whole model, unless its config scales the logits: then the scale is probed.
     """
     learner, student = settings.learner, settings.student
     if zero3_config is None:
@@ -42,7 +42,7 @@ def build_student(
     if learner.lora is not None:
         model = _with_adapters(model, learner.lora)
     if learner.gradient_checkpointing:
-        # the reentrant kind gives no gradients where the first layer's input needs none, as under LoRA
+        # trap: the reentrant kind gives no gradients where the first layer's input needs none, as under LoRA
         causal_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     return StudentModule(
@@ -51,9 +51,9 @@ def build_student(
 
 
 def export_student(model: Any, folder: Path, source: str, gather: Gather, *, write: bool) -> None:
-    """Safetensors, config and generation config, adapters merged; the adapter goes to folder/adapter.
+    """Write safetensors, config and generation config, with merged adapters; the adapter itself goes to folder/adapter.
 
-    All ranks enter, those that `write` write. The tokenizer is the caller's.
+    All ranks must call it; those with `write` write. The caller writes the tokenizer.
     """
     weights = {}
     for name, tensor in full_tensors(model, gather):
@@ -66,14 +66,14 @@ def export_student(model: Any, folder: Path, source: str, gather: Gather, *, wri
         with gather(list(adapters.values())):
             if write:
                 state = {name: p.detach().to("cpu", copy=True) for name, p in adapters.items()}
-                # trap: "auto" asks the hub whether the vocabulary grew
+                # trap: "auto" calls the hub to compare vocabulary sizes
                 model.save_pretrained(folder / "adapter", state_dict=state, save_embedding_layers=False)
 
 
 def _save(causal: Any, folder: Path, source: str, weights: dict[str, torch.Tensor]) -> None:
     from transformers import GenerationConfig
 
-    # transformers refuses to write some generation configs that it reads: after the training that would be too late
+    # trap: transformers refuses to write some generation configs that it reads, which would fail after the training
     causal.generation_config = GenerationConfig.from_model_config(causal.config)
     causal.save_pretrained(folder, state_dict=weights)
     generation = Path(source) / "generation_config.json"
@@ -86,7 +86,7 @@ def _load_partitioned(settings: LearnerSettings, config: dict[str, Any]) -> Any:
     from transformers.integrations import HfDeepSpeedConfig
 
     student = settings.student
-    alive = HfDeepSpeedConfig(config)  # while this object lives, from_pretrained hands every layer out to the ranks
+    alive = HfDeepSpeedConfig(config)  # while this object exists, from_pretrained partitions every layer over the ranks
     model = AutoModelForCausalLM.from_pretrained(
         student.path,
         dtype=getattr(torch, settings.learner.dtype),
@@ -95,14 +95,14 @@ def _load_partitioned(settings: LearnerSettings, config: dict[str, Any]) -> Any:
         trust_remote_code=student.trust_remote_code,
         revision=student.revision,
     )
-    del alive  # other models of this process are loaded whole
+    del alive  # so that other models of this process are loaded whole
     _restore_buffers(model, settings)
     return model
 
 
 def _restore_buffers(model: Any, settings: LearnerSettings) -> None:
-    """Trap: loading in parts makes *every* new tensor in the training dtype, rotary frequencies included: in bfloat16 a
-    far position turns by the wrong angle, and the trained student is not the one that generates."""
+    """Restore float32 buffers. Trap: partitioned loading creates *every* tensor in the training dtype, also rotary
+    frequencies: in bfloat16 far positions get wrong angles, and the trained student differs from the generating one."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 

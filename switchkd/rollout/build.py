@@ -53,7 +53,7 @@ def _hf_worker(
     set_threads(resources.of_role(config, "rollout").threads)
     section = config.student
     device = device_of(section)
-    tokenizer = make_tokenizer(config)
+    tokenizer = make_tokenizer(section)
     model = load_section(section, device)
     student = HFStudent(
         model,
@@ -85,7 +85,7 @@ def _hf_worker(
 def _reading_head(arrays: LMHeadState, device: str, prepack: str) -> LMHead:
     from switchkd.engines.models.lm_head import LMHead
 
-    head = LMHead.from_arrays(arrays, device=device)
+    head = LMHead.from_state(arrays, device=device)
     return head if prepack == "off" else head.prepack()
 
 

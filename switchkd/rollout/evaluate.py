@@ -1,4 +1,4 @@
-"""One share of an evaluation: the student generates alone, and is compared with the teacher and with references.
+"""Evaluates one shard: the student generates alone, and is compared with the teacher and with references.
 
 In: an `EvalShard`. Out: its `EvalRow`s.
 
@@ -25,9 +25,8 @@ from switchkd.types import GREEDY, CompletionSource, EvalRow, EvalShard, Prompt,
 
 _REFERENCES = 1 << 40
 _GREEDY = 1 << 41
-"""First session ids of the completions that the teacher reads: no rollout's id is as large."""
-_CHUNK = 64
-"""Positions whose rows exist at the same time."""
+"""First session ids of the completions that the teacher reads, larger than the id of any rollout."""
+_CHUNK = 64  # positions whose rows exist at the same time
 
 
 class ShardEvaluator:
@@ -60,7 +59,7 @@ class ShardEvaluator:
         return rows
 
     def _generate(self, shard: EvalShard, temperature: float, seed: int) -> dict[int, Rollout]:
-        """The student's completions by prompt index, with draws of evaluation's own purpose."""
+        """The student's completions by prompt index, drawn with Purpose.EVAL."""
         params = RolloutParams(
             rule=switching.student(),
             student=SamplingParams(temperature=temperature),
@@ -85,7 +84,7 @@ class ShardEvaluator:
         )
 
     def _compare_with_teacher(self, index: int, prompt: Prompt, greedy: Rollout) -> EvalRow:
-        """On the reference, and on the student's greedy completion."""
+        """The comparison on the reference, and on the student's greedy completion."""
         reference_agree, reference_kl = self._compare(_task(_REFERENCES + index, prompt))
         as_reference = replace(prompt, reference_ids=greedy.token_ids)
         greedy_agree, greedy_kl = self._compare(_task(_GREEDY + index, as_reference))
@@ -100,7 +99,7 @@ class ShardEvaluator:
         )
 
     def _compare(self, task: RolloutTask) -> tuple[int, float]:
-        """Both models read a task's reference: the number of equal arg maxes, and the sum of KL(p||q)."""
+        """The number of equal arg maxes and the sum of KL(p||q) of both models on a task's reference."""
         agree, kl = 0, 0.0
         if len(task.prompt.reference_ids) == 0:
             return agree, kl
@@ -112,7 +111,7 @@ class ShardEvaluator:
         return agree, kl
 
     def _reference_loss(self, index: int, prompt: Prompt) -> EvalRow:
-        """The sum of -log q over the reference's tokens, its end included."""
+        """The sum of -log q over the reference's tokens, with its stop id."""
         labels, loss = torch.from_numpy(prompt.reference_ids).long(), 0.0
         for i, q_logits in self._student_rows(prompt):
             chunk_labels = labels[i : i + len(q_logits)].to(q_logits.device)
@@ -128,7 +127,7 @@ class ShardEvaluator:
         )
 
     def _student_rows(self, prompt: Prompt) -> Iterator[tuple[int, torch.Tensor]]:
-        """The student reads a reference: first token and logits [up to _CHUNK, V] of each part."""
+        """First token and the student's logits [up to _CHUNK, V] of each part of a reference."""
         num = len(prompt.reference_ids)
         if num == 0:
             return
@@ -140,8 +139,8 @@ class ShardEvaluator:
 
 
 def compare_rows(reader: TeacherLogits, values: np.ndarray, q_logits: torch.Tensor) -> tuple[int, float]:
-    """The number of equal arg maxes and the sum of KL(p||q) of the teacher's rows `values`, as they travelled, and the
-    student's. With `teacher.output: top_logprobs` the KL is that of both laws with one bin for the tail."""
+    """The number of equal arg maxes and the sum of KL(p||q) of the teacher's rows `values`, as sent, and the student's.
+    With `teacher.output: top_logprobs` the KL is that of both distributions with one bin for the tail."""
     if reader.kind == "top_logprobs":
         top = reader.top_rows(values)
         same = top.ids[:, 0] == q_logits.argmax(dim=-1)

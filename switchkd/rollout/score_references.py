@@ -1,11 +1,11 @@
-"""Completions that the data set wrote become rollouts: the teacher reads each of them once.
+"""Makes rollouts of the data set's references: the teacher reads each of them once.
 
-In: tasks with a reference. Out: rollouts whose tokens have the source `data`, or the teacher's output alone.
+In: tasks with a reference. Out: rollouts whose tokens have the source `data`, or the teacher output alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -18,37 +18,31 @@ Emit = Callable[[list[Rollout]], None]
 
 
 class ReferenceScorer:
-    """`at_once`: how many the teacher reads in one call."""
+    """`at_once` is the number of references that the teacher reads in one call."""
 
     def __init__(self, calls: TeacherClient, *, at_once: int, stop_ids: frozenset[int]) -> None:
         self.calls, self.at_once, self.stop_ids = calls, at_once, stop_ids
 
     def score(self, tasks: Sequence[RolloutTask], params: RolloutParams, *, version: int, emit: Emit) -> None:
-        """References become rollouts: scored in one block each, as many at a time as the worker has slots."""
+        """Emit the references as rollouts, each scored in one block, `at_once` of them at a time."""
         for first in range(0, len(tasks), self.at_once):
             part = tasks[first : first + self.at_once]
             if not params.scored:
                 emit([self._rollout(task, params, version) for task in part])
                 continue
             done: list[Rollout] = []
-
-            def on_scored(
-                some: Sequence[RolloutTask], teacher_output: TeacherOutput, done: list[Rollout] = done
-            ) -> None:
+            for some, teacher_output in self._read(part):
                 pairs = zip(some, teacher_output.rows.split(), strict=True)
                 done += [self._rollout(task, params, version, rows) for task, rows in pairs]
-
-            self.read(part, on_scored)
             emit(done)
 
     def rows(self, task: RolloutTask) -> TeacherOutput:
         """The teacher's row for every reference token of one task."""
-        outputs: list[TeacherOutput] = []
-        self.read([task], lambda _, teacher_output: outputs.append(teacher_output))
-        return outputs[0]
+        ((_, teacher_output),) = self._read([task])
+        return teacher_output
 
-    def read(self, tasks: Sequence[RolloutTask], take: Callable[[Sequence[RolloutTask], TeacherOutput], None]) -> None:
-        """The teacher reads all references; `take` gets its rows for every token while the sessions are open."""
+    def _read(self, tasks: Sequence[RolloutTask]) -> Iterator[tuple[Sequence[RolloutTask], TeacherOutput]]:
+        """Let the teacher read all references. Yields some tasks with the rows of their tokens, sessions still open."""
         while tasks:
             num = self.calls.open_some(tasks)
             now, tasks = tasks[:num], tasks[num:]
@@ -61,7 +55,7 @@ class ReferenceScorer:
                     tokens=Ragged.concat([task.prompt.reference_ids[:-1] for task in now], np.int32),
                 )
             )
-            take(now, teacher_output)
+            yield now, teacher_output
             self.calls.close([task.rollout_id for task in now])
 
     def _rollout(

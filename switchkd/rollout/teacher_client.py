@@ -1,7 +1,7 @@
 """A rollout worker's calls to its teacher.
 
-In: rows or tasks. Out: teacher outputs. Calls go one after the other, at once or, while half-batches overlap, in a
-thread of their own. `num_calls` counts those that the teacher computes for.
+In: rows or tasks. Out: teacher outputs. Calls run one after the other, in the caller's thread or, while half-batches
+overlap, in a separate one.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from switchkd.rollout.teacher_logits import TeacherLogits
 from switchkd.types import Blocks, Ragged, RolloutTask, Sessions, TeacherOutput
 
 BUSY_S = 0.05
-"""How long a worker waits before it asks a busy teacher again."""
+"""Pause before a worker calls a busy teacher again."""
 
 
 class TeacherClient:
-    def __init__(self, teacher: Teacher | None, head: OutputHead | None, device: str, vocab_size: int) -> None:
+    def __init__(self, teacher: Teacher | None, lm_head: OutputHead | None, device: str, vocab_size: int) -> None:
         self._teacher = teacher
-        self.reader = TeacherLogits(head, device, vocab_size)
-        self.num_calls = 0
-        self.wait_s = 0.0  # that the caller has waited for answers
+        self.reader = TeacherLogits(lm_head, device, vocab_size)
+        self.num_calls = 0  # calls that the teacher computes for
+        self.wait_s = 0.0  # time that the caller waited for answers
         self._thread: ThreadPoolExecutor | None = None
 
     def start_thread(self) -> None:
-        """From now on `submit` does not wait."""
+        """Make `submit` return before the call ends."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher")
 
     def end_thread(self) -> None:
@@ -47,7 +47,7 @@ class TeacherClient:
         return self._teacher
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Future:
-        """All calls come through here, so the teacher never meets two of them at once."""
+        """Call the teacher. Every call uses this method, so that the teacher never gets two at once."""
         if self._thread is not None:
             return self._thread.submit(function, *args)
         answer: Future = Future()
@@ -56,7 +56,7 @@ class TeacherClient:
         return answer
 
     def result(self, answer: Future) -> Any:
-        """Of a submitted call; the time until it is there counts as waiting."""
+        """The result of a submitted call; the time until then counts as waiting."""
         with self._waiting():
             return answer.result()
 
@@ -69,14 +69,14 @@ class TeacherClient:
             self.wait_s += time.monotonic() - started
 
     def open(self, tasks: Sequence[RolloutTask]) -> None:
-        """Raises TeacherBusy when they do not all fit."""
+        """Open the tasks' sessions. Raises TeacherBusy when they do not all fit."""
         if tasks:
             ids = np.array([task.rollout_id for task in tasks], np.int64)
             prompts = Ragged.concat([task.prompt.token_ids for task in tasks], np.int32)
             self.result(self.submit(self.teacher.open, Sessions(session_ids=ids, tokens=prompts)))
 
     def open_some(self, tasks: Sequence[RolloutTask]) -> int:
-        """How many of the tasks, from the first on, the teacher takes now: at least one, it may wait for that."""
+        """Open as many of the first tasks as the teacher has room for, at least one. Returns their number."""
         num = len(tasks)
         while True:
             try:
@@ -99,8 +99,8 @@ class TeacherClient:
 
 
 def blocks_of(rows: Sequence[RolloutState], new_tokens: Sequence[list[int]], first_positions: Sequence[int]) -> Blocks:
-    """One call: each row's session goes on after `teacher_len` with `new_tokens`, rows are wanted from
-    `first_positions` on."""
+    """The blocks of one call: each row's session continues after `teacher_len` with `new_tokens`; rows are requested
+    from `first_positions` on."""
     return Blocks(
         session_ids=np.array([row.task.rollout_id for row in rows], np.int64),
         base_lens=np.array([row.teacher_len for row in rows], np.int32),

@@ -1,6 +1,6 @@
-"""What each model would rather have written: its most likely ids beside every token, for people to look at.
+"""Each model's most likely ids at every token, for display.
 
-In: rows of logits. Out: `TopTokens`s, which a row collects piece by piece, and the `TopLogprobs` of a finished rollout.
+In: rows of logits. Out: `TopTokens`, collected part by part for a rollout, and the `TopLogprobs` of a finished rollout.
 
 Shapes: n rows, V vocabulary, K ids that are kept, T tokens of a rollout.
 """
@@ -27,7 +27,7 @@ class TopTokens:
 
     @classmethod
     def of(cls, logits: Tensor, k: int) -> TopTokens:
-        """Of float rows [n, V]."""
+        """The most likely ids of float rows [n, V]."""
         with torch.no_grad():
             ids = first_ids(logits, min(k, logits.shape[1]))
             logprobs = logits.gather(1, ids).float() - logits.float().logsumexp(dim=1, keepdim=True)
@@ -35,7 +35,7 @@ class TopTokens:
 
     @classmethod
     def padded(cls, ids: Tensor, logprobs: Tensor, k: int) -> TopTokens:
-        """At most k ids a row, filled up to k."""
+        """Tokens with at most k ids a row, padded to k."""
         tokens = cls.unknown(len(ids), k)
         tokens.ids[:, : ids.shape[1]] = ids.cpu().numpy()
         tokens.logprobs[:, : ids.shape[1]] = logprobs.float().cpu().numpy()
@@ -51,17 +51,14 @@ class TopTokens:
         return cls(np.concatenate([part.ids for part in parts]), np.concatenate([part.logprobs for part in parts]))
 
     def split(self) -> list[TopTokens]:
-        """Row by row."""
+        """The rows one by one."""
         return [TopTokens(self.ids[i : i + 1], self.logprobs[i : i + 1]) for i in range(len(self.ids))]
 
 
 def top_logprobs(teacher: Sequence[TopTokens], student: Sequence[TopTokens], num: int, k: int) -> TopLogprobs | None:
-    """Of a rollout with `num` tokens; a side that has not seen all of them is unknown. None for k = 0."""
+    """The record of a rollout with `num` tokens; a model without rows for all of them is unknown. None for k = 0."""
     if k == 0:
         return None
-    sides = []
-    for parts in (teacher, student):
-        joined = TopTokens.joined(parts, k)
-        sides.append(joined if len(joined.ids) == num else TopTokens.unknown(num, k))
-    p, q = sides
+    joined = (TopTokens.joined(parts, k) for parts in (teacher, student))
+    p, q = (tokens if len(tokens.ids) == num else TopTokens.unknown(num, k) for tokens in joined)
     return TopLogprobs(teacher_ids=p.ids, teacher_logprobs=p.logprobs, student_ids=q.ids, student_logprobs=q.logprobs)

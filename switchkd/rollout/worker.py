@@ -27,7 +27,7 @@ from switchkd.types import (
 
 
 class RolloutWorker:
-    """`generators`: by teacher, all with the same student."""
+    """`generators` by teacher, all with the same student."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class RolloutWorker:
 
     @property
     def progress_counter(self) -> int:
-        """Grows while it generates or reads."""
+        """A number that grows while the worker generates or reads."""
         return sum(generator.num_rounds + generator.calls.num_calls for generator in self.generators.values())
 
     @property
@@ -54,7 +54,7 @@ class RolloutWorker:
         return self.student.order
 
     def load_weights(self, weights: WeightRef | None, fetch: Callable[[WeightRef], PackedWeights]) -> None:
-        """Load a published version, unless it or a later one is in use. None: any version will do."""
+        """Load a published version, unless it or a later one is in use. None allows any version."""
         if weights is not None and weights.order > self.order:
             self.student.load_weights(fetch(weights))
 
@@ -98,14 +98,14 @@ class RolloutWorker:
         )
 
     def evaluate(self, shard: EvalShard) -> list[EvalRow]:
-        """The student's completions per seed, and how it compares with the teacher on references and on its own greedy
-        completions."""
+        """Rows with the student's completions per seed, and with its comparison with the teacher, see
+        `ShardEvaluator`."""
         rows = self._evaluator.rows(shard)
         self._free_since = time.monotonic()
         return rows
 
     def _run(self, requests: Sequence[GenerationRequest], emit: Emit) -> None:
-        """Each with its own teacher, one teacher after the other."""
+        """Serve each request with its teacher's generator, one teacher after the other."""
         for name in sorted({request.task.prompt.teacher for request in requests}):
             generator = self._generator_of(name)
             generator.run([request for request in requests if request.task.prompt.teacher == name], emit)

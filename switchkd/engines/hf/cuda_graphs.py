@@ -1,11 +1,9 @@
 """One captured CUDA graph per shape of forward pass: a short step costs one launch instead of several hundred.
 
-In: the numbers of one forward pass, copied into a buffer that stays where it is, and a step that computes from that
-buffer. Out: what the step returns, computed by the step itself or by the replay of its recording. A recording repeats
-kernels and addresses, nothing else: whatever differs between two calls of one shape must lie in the buffer, in the
-cache or in the weights, and all three are only ever written in place.
-
-How a step is recorded is handed in: `CudaCapture` here, a tape of operations in the tests.
+In: the numbers of one forward pass, copied into a buffer with a fixed address, and a step that computes from that
+buffer. Out: the result of the step, computed by the step itself or by the replay of its graph. A graph repeats kernels
+and addresses only: whatever differs between two calls of one shape must lie in the buffer, in the cache or in the
+weights, and all three are only written in place.
 """
 
 from __future__ import annotations
@@ -23,12 +21,8 @@ from switchkd.config.errors import ConfigError
 
 Step = Callable[[], torch.Tensor]
 Capture = Callable[[Step], Step]
-"""Records a step. The replay it returns fills the same output tensor each time."""
+"""Records a step and returns its replay, which fills the same output tensor each time. The tests pass another one."""
 
-CAPTURE_AT = 3  # uses of a shape: rare ones are not worth a recording
-MAX_GRAPHS = 128
-# How far a replay may lie from the step itself, as a share: the same kernels, perhaps summed in another order.
-_TOLERANCE = {torch.float32: 1e-3}
 
 _log = logging.getLogger(__name__)
 
@@ -40,15 +34,15 @@ class _Graph:
 
 
 class StepGraphs:
-    """The recordings of one model's steps, by shape, and the buffer that they all read.
+    """The graphs of one model's steps, by shape, and the buffer that they all read.
 
-    A shape is recorded when it has come `capture_at` times. The first replay is held against the step itself, on other
-    inputs than those of the recording. A recording that fails ends all recording, with one line in the log: those that
-    exist stay in use, other shapes are computed step by step.
+    A shape is recorded at its `capture_at`-th use; rarer shapes are not worth a graph. The first replay is compared
+    with the step, on other inputs than those of the recording. A failed recording stops all further recordings, with
+    one line in the log: existing graphs stay in use, other shapes run without one.
     """
 
-    def __init__(self, capture: Capture, *, num_inputs: int, device: torch.device, capture_at: int = CAPTURE_AT,
-                 max_graphs: int = MAX_GRAPHS) -> None:  # fmt: skip
+    def __init__(self, capture: Capture, *, num_inputs: int, device: torch.device, capture_at: int = 3,
+                 max_graphs: int = 128) -> None:  # fmt: skip
         self.inputs = torch.zeros(num_inputs, dtype=torch.int64, device=device)
         self._capture, self._capture_at, self._max_graphs = capture, capture_at, max_graphs
         self._graphs: dict[Hashable, _Graph] = {}
@@ -63,9 +57,9 @@ class StepGraphs:
         return part
 
     def run(self, shape: Hashable, step: Step) -> torch.Tensor:
-        """What `step` returns now. To be read before the next call: a replay overwrites it.
+        """Return the result of `step`. Read it before the next call: a replay overwrites it.
 
-        Equal shapes must mean equal steps: of two calls with one shape the first one's step may be replayed.
+        Equal shapes must mean equal steps: a call may replay the step of an earlier call with its shape.
         """
         graph = self._graphs.get(shape)
         if graph is None:
@@ -84,7 +78,7 @@ class StepGraphs:
             return
         try:
             self._graphs[shape] = _Graph(self._capture(step))
-        except Exception as error:  # the step itself has just worked, so this is the recording's own trouble
+        except Exception as error:  # the step has just succeeded, so only the recording fails
             self._stop(f"forward pass {shape} cannot be recorded ({type(error).__name__}: {error})")
         if len(self._graphs) == self._max_graphs:
             self._stop(f"{self._max_graphs} shapes are recorded")
@@ -121,32 +115,29 @@ class CudaCapture:
                 for _ in range(2):
                     step()
             current.wait_stream(self._stream)
-            # thread_local: what other threads do meanwhile (a teacher or a learner in this process) is their business
+            # thread_local: other threads (a teacher or a learner in this process) may use CUDA during the capture
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 out = step()
         finally:
-            torch.cuda.set_stream(current)  # a recording that fails leaves its stream behind as the current one
+            torch.cuda.set_stream(current)  # a failed recording leaves its own stream as the current one
         return graph, out
 
 
 def capture_for(
     model: Any, switch: Literal["auto", "on", "off"], *, key: str, whole_rows: bool = False
 ) -> Capture | None:
-    """How the steps of a model are recorded; None: not at all. `key` is where the user said what is `wanted`,
-    `whole_rows` a model that answers with logits.
-
-    Raises ConfigError where graphs are demanded and cannot be.
-    """
+    """Return how to record the steps of a model, None for no recording. `key` names `switch` in the config,
+    `whole_rows` says that the model returns logits. Raises ConfigError for `on` where the model allows no graphs."""
     if switch == "off":
         return None
-    if (why := _why_not(model, whole_rows)) is None:
+    if (obstacle := _obstacle(model, whole_rows)) is None:
         return CudaCapture(model.device)
     if switch == "on":
-        raise ConfigError(f"{key}=on, but {why}; set {key}: auto")
+        raise ConfigError(f"{key}=on, but {obstacle}; set {key}: auto")
     return None
 
 
-def _why_not(model: Any, whole_rows: bool) -> str | None:
+def _obstacle(model: Any, whole_rows: bool) -> str | None:
     devices = {str(tensor.device) for tensor in model.parameters()}
     if not all(device.startswith("cuda") for device in devices):
         return f"the model is on {', '.join(sorted(devices))} and only a CUDA device has graphs"
@@ -158,11 +149,11 @@ def _why_not(model: Any, whole_rows: bool) -> str | None:
 
 
 def _checked(shape: Hashable, replay: Step, step: Step) -> torch.Tensor:
-    """The step's own answer, which the replay must give too. Both write the same into the cache."""
+    """Return the step's result, which the replay must equal. Both write the same values into the cache."""
     replayed = replay().clone()
     eager = step()
     error = float((replayed.float() - eager.float()).norm() / eager.float().norm())
-    if not error <= _TOLERANCE.get(eager.dtype, 0.1):
+    if not error <= (1e-3 if eager.dtype == torch.float32 else 0.1):  # equal kernels may sum in another order
         raise RuntimeError(
             f"the CUDA graph of forward pass {shape} does not repeat the model (relative error {error:.2g}); set "
             f"student.graphs and teacher.graphs to off"
@@ -172,7 +163,7 @@ def _checked(shape: Hashable, replay: Step, step: Step) -> torch.Tensor:
 
 # --- shapes that repeat ----------------------------------------------------------------------------------------------
 
-MAX_WIDTH = 65  # tokens per row; what is longer (a prompt) keeps a GPU busy without a recording
+MAX_WIDTH = 65  # tokens per row; a longer row (a prompt) keeps a GPU busy without a graph
 
 
 def few_rows(num: int) -> int:
@@ -181,12 +172,12 @@ def few_rows(num: int) -> int:
 
 
 def few_widths(num: int) -> int:
-    """1, 2, 3, 4, 5, 8, 9, 16, 17, ...: a block of K tokens, and one with the token before it."""
+    """1, 2, 3, 4, 5, 8, 9, 16, 17, ...: blocks of K tokens, and of K + 1."""
     power = few_rows(num)
     return power // 2 + 1 if num == power // 2 + 1 else power
 
 
 def few_lengths(num: int) -> int:
-    """64, 96, 128, 192, 256, 384, ...: multiples of slot_cache.ROUND, at most half as much again."""
+    """64, 96, 128, 192, 256, 384, ...: multiples of kv_cache.ROUND, at most half as much again."""
     power = max(few_rows(num), 64)
     return power * 3 // 4 if power > 64 and num <= power * 3 // 4 else power

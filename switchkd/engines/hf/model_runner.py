@@ -1,9 +1,9 @@
-"""One transformers model with a SlotCache: ragged rows in, final hidden states out.
+"""One transformers model with a SlotKVCache: ragged rows in, final hidden states out.
 
-In: token ids, each row to be appended at its own place of its own numbered slot. Out: final hidden states (or whole
-rows of logits) of the positions that were asked for. Rows of unlike lengths are read in several padded forward passes,
-long ones in chunks: memory stays bounded, and a long prompt costs its neighbours nothing. Where steps are recorded
-(`graphs.py`) short passes are padded further, to few shapes that repeat.
+In: token ids, each row to be appended at its own position of its own numbered slot. Out: final hidden states (or whole
+rows of logits) of the requested positions. Rows of unlike lengths are read in several padded forward passes, long rows
+in chunks: memory stays bounded, and a long prompt does not pad the other rows. Where steps are recorded
+(`cuda_graphs.py`) short passes are padded further, to few shapes that repeat.
 
 Shapes: B rows, N flat positions, Q padded tokens per row, D hidden width.
 """
@@ -34,12 +34,12 @@ Output = Literal["hidden_states", "logits"]
 
 MAX_FORWARD_TOKENS = 4096  # padded tokens of one forward pass: bounds the memory of a prefill
 # Padded tokens that cost as much as one more forward pass. 135M on a CPU: 26 (fp32) to 35 (bf16), and a split batch
-# also gathers its slots. On a GPU a forward pass of a few hundred tokens is free (not measured here).
+# also gathers its slots. The value for a GPU, where a few hundred tokens hardly cost time, is not measured.
 FORWARD_COST = {"cpu": 64, "cuda": 512}
 
 
 class ModelRunner:
-    """A model with a SlotCache: appends ragged rows, each at its own position of its own slot."""
+    """A model with a SlotKVCache: appends ragged rows, each at its own position of its own slot."""
 
     def __init__(self, model: Any, *, num_slots: int, max_len: int, prefill_chunk: int = 512,
                  output: Output = "hidden_states", capture: Capture | None = None) -> None:  # fmt: skip
@@ -70,7 +70,7 @@ class ModelRunner:
         slots, starts, lengths = (np.asarray(x, np.int64) for x in (slots, starts, lengths))
         keep = lengths if keep is None else np.asarray(keep, np.int64)
         self._check_rows(slots, starts, token_ids, lengths)
-        self.lens[slots] = starts  # true whatever happens below
+        self.lens[slots] = starts  # holds also where a forward pass below fails
         batch = _Batch(slots, starts, np.asarray(token_ids, np.int64), lengths, keep)
         parts = []
         for offset in range(0, int(lengths.max(initial=0)), self.prefill_chunk):
@@ -92,7 +92,7 @@ class ModelRunner:
         shape, at = self._shape(slots, int(lens.max()), int((batch.starts[rows] + sizes[rows]).max()) + offset)
         column = np.arange(shape.width)
         valid = column < lens
-        # Padding repeats the row's last token, so that it has something to look at and no index is out of range.
+        # Padding repeats the row's last token, so that it attends to something and no index is out of range.
         column = offset + np.minimum(column, lens - 1)
         positions = batch.starts[rows, None] + column
         ids = batch.token_ids[batch.offsets[rows, None] + column]
@@ -107,19 +107,19 @@ class ModelRunner:
         return _Part(places[real], self._values(shape, np.concatenate([*inputs, real])))
 
     def _shape(self, slots: np.ndarray, width: int, length: int) -> tuple[_Shape, np.ndarray]:
-        """The shape of the forward pass for some ascending slots, and which of its rows each of them gets."""
+        """The shape of the forward pass for some ascending slots, and the row that each of them gets."""
         num, columns = len(slots), self._cache.scratch + 1
         if self._graphs is None or width > MAX_WIDTH:
             first = int(slots[0]) if (np.diff(slots) == 1).all() else -1
             return _Shape(num, width, min(round_up(length), columns), first), np.arange(num)
         rows, prefix = (min(few_rows(size), self.num_slots) for size in (num, int(slots[-1]) + 1))
         width, length = few_widths(width), min(few_lengths(length), columns)
-        if rows == prefix:  # row b is slot b, read without a copy, whichever of them take part
+        if rows == prefix:  # row b is slot b, read without a copy, whether or not the slot takes part
             return _Shape(rows, width, length, 0), slots
         return _Shape(rows, width, length, -1), np.arange(num)
 
     def _values(self, shape: _Shape, packed: np.ndarray) -> torch.Tensor:
-        """One forward pass over the numbers in `packed`: ids, positions, where to write, slots, what is wanted."""
+        """One forward pass over the numbers in `packed`: ids, positions, columns to write, slots, requested places."""
         num = shape.rows * (3 * shape.width + 1)
         if self._graphs is None or shape.width > MAX_WIDTH:
             inputs = to_device(packed, self.model.device)
@@ -129,8 +129,7 @@ class ModelRunner:
         return hidden.index_select(0, inputs[num:])  # a copy: the next replay overwrites `hidden`
 
     def _begin(self, shape: _Shape, inputs: torch.Tensor) -> dict[str, Any]:
-        """Point the cache at a forward pass. Returns the model's arguments; nothing in them depends on values that are
-        not in `inputs`."""
+        """Prepare the cache for a forward pass. Returns the model's arguments, which depend on `inputs` only."""
         size = shape.rows * shape.width
         ids, positions, write_at = inputs[: 3 * size].view(3, shape.rows, shape.width).unbind(0)
         slots = inputs[3 * size : 3 * size + shape.rows]
@@ -155,16 +154,16 @@ class ModelRunner:
             raise ValueError(f"lengths sum to {lengths.sum()}, but {len(token_ids)} tokens were given")
         if len(set(slots.tolist())) != len(slots):
             raise ValueError(f"slots {slots.tolist()} name one slot twice")
-        for slot, start, held, end in zip(slots, starts, self.lens[slots], starts + lengths, strict=True):
-            if start > held:
-                raise ValueError(f"slot {slot} holds {held} tokens, it cannot be cut to {start}")
+        for slot, start, num, end in zip(slots, starts, self.lens[slots], starts + lengths, strict=True):
+            if start > num:
+                raise ValueError(f"slot {slot} holds {num} tokens, it cannot be cut to {start}")
             if end > self.max_len:
                 raise ValueError(f"slot {slot} would hold {end} tokens; it has room for {self.max_len}")
 
     @torch.inference_mode()
     def _check_model(self) -> None:
-        """Read a few tokens in ragged pieces and compare with one clean forward pass: some architectures build masks
-        or position biases of their own from the shape of the batch, and would be silently wrong here."""
+        """Read a few tokens in ragged pieces and compare with one clean forward pass. Raises ConfigError where they
+        differ: some architectures build masks or position biases from the shape of the batch."""
         window = max(self._windows.values())
         num = min(window + 8 if 0 < window <= 64 else 16, self.max_len)
         rows = min(2, self.num_slots)
@@ -192,7 +191,7 @@ class ModelRunner:
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """The rows of one `extend`. Their tokens lie one after the other, so do the places of what is returned."""
+    """The rows of one `extend`. Their tokens are flat, row after row, and so are their places in the result."""
 
     slots: np.ndarray
     starts: np.ndarray
@@ -205,7 +204,7 @@ class _Batch:
         return np.cumsum(self.lengths) - self.lengths
 
     def places(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Where token `columns[r, i]` of row `rows[r]` goes in the answer, -1 where it is not wanted."""
+        """Place of token `columns[r, i]` of row `rows[r]` in the result, -1 where it is not requested."""
         ahead = columns - (self.lengths - self.keep)[rows, None]
         first = np.cumsum(self.keep) - self.keep
         return np.where(ahead >= 0, first[rows, None] + ahead, -1)
@@ -213,17 +212,17 @@ class _Batch:
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """Of one forward pass: all that Python decides by. What differs between two passes of one shape is in tensors."""
+    """Everything that Python branches on in a forward pass. What differs between passes of one shape is in tensors."""
 
     rows: int  # B
     width: int  # Q
     length: int  # L
-    first: int  # see Call
+    first: int  # see ForwardContext
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What one forward pass contributes to the answer."""
+    """One forward pass's part of the result."""
 
     places: np.ndarray
     values: torch.Tensor
@@ -241,15 +240,15 @@ def _assemble(parts: Sequence[_Part], total: int) -> torch.Tensor:
 
 
 def _spread(values: np.ndarray, at: np.ndarray, shape: _Shape, fill: int) -> np.ndarray:
-    """Rows put where `at` says, among rows of `fill`."""
+    """Place the rows at `at` among rows of `fill`."""
     out = np.full((shape.rows, *values.shape[1:]), fill, np.int64)
     out[at] = values
     return out
 
 
 def group_rows(sizes: np.ndarray, forward_cost: int) -> list[np.ndarray]:
-    """Split ragged rows (empty ones left out) into padded forward passes, so that padded tokens and `forward_cost` per
-    pass are fewest in sum: a long prompt does not make its neighbours' single tokens long."""
+    """Split ragged rows (empty ones left out) into padded forward passes with the smallest sum of padded tokens and
+    `forward_cost` per pass."""
     order = np.argsort(-sizes, kind="stable")
     order = order[sizes[order] > 0]
     groups = []
@@ -260,7 +259,7 @@ def group_rows(sizes: np.ndarray, forward_cost: int) -> list[np.ndarray]:
 
 
 def _cuts(sizes: np.ndarray, forward_cost: int) -> list[int]:
-    """Where to cut sizes, sorted downwards, into runs: dynamic programming over the start of the last run."""
+    """Indices that cut sizes, sorted downwards, into runs: dynamic programming over the start of the last run."""
     num = len(sizes)
     if num == 0 or sizes[0] * num - sizes.sum() <= forward_cost:
         return []

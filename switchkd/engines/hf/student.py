@@ -11,11 +11,12 @@ from switchkd.engines.hf.cuda_graphs import Capture
 from switchkd.engines.hf.model_runner import ModelRunner
 from switchkd.engines.models import cpu_prepack
 from switchkd.engines.models.lm_head import lm_head_of
+from switchkd.engines.weights import load_into
 from switchkd.types import PackedWeights
 
 
 class HFStudent:
-    """The student (a StudentEngine): a SlotModel with its float32 output head and replaceable weights."""
+    """The student (a StudentEngine): a ModelRunner with a float32 LM head and replaceable weights."""
 
     def __init__(self, model: Any, *, num_slots: int, max_len: int, vocab_size: int, prefill_chunk: int = 512,
                  capture: Capture | None = None, prepack: str = "auto") -> None:  # fmt: skip
@@ -25,7 +26,7 @@ class HFStudent:
         self.model, self.num_slots, self.max_len = model, num_slots, max_len
         self.order = (0, 0)
         self.head = lm_head_of(model, vocab_size)
-        prepack = "off" if capture else prepack  # a recording keeps addresses, packed copies move
+        prepack = "off" if capture else prepack  # a graph keeps addresses, packed copies move
         self._refresh = cpu_prepack.prepack(model, prepack, key="student.prepack")
         if prepack != "off":
             self.head.prepack()
@@ -36,8 +37,6 @@ class HFStudent:
 
     def load_weights(self, packed: PackedWeights) -> None:
         """See StudentEngine. Every slot is empty afterwards; `head` stays the same object."""
-        from switchkd.engines.weights import load_into
-
         load_into(self.model, packed)
         self._refresh()
         self.head.copy_from(self.model)

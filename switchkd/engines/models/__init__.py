@@ -1,1 +1,1 @@
-"""Model folders: where they come from, how they load, their LM heads, their sizes."""
+"""Model folders: sources, loading, pruning, LM heads, sizes."""

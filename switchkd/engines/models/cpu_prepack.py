@@ -1,13 +1,11 @@
-"""Matrices in the order in which a CPU's matrix unit reads them: a short step is bound by how fast weights come in.
+"""Weights packed in oneDNN's blocked order for a CPU, where reading the weights bounds the time of a short step.
 
-In: a weight [out, in] on a CPU. Out: the same product, from a second copy of the weight in oneDNN's blocked order. On
-two cores a step of 8 rows is 1.7 times as fast (float32), an output layer of 49k rows 3 times. Without the copy each
-product would bring the weight into that order again, or do without.
+In: a weight [out, in] on a CPU. Out: the same product, from a second, packed copy of the weight. On two cores a step
+of 8 rows is 1.7 times as fast (float32), an output layer of 49k rows 3 times. Layers that read the same input (q, k, v;
+gate, up) become one product: another 5 to 8% of a step of 8 rows.
 
-Layers that read the same input (q, k, v; gate, up) become one product: another 5 to 8% of a step of 8 rows.
-
-Only for reading: no gradient passes through. oneDNN's operators are those that `torch.compile` freezes models with;
-where this build of torch lacks them, or their answer differs, the plain product is used.
+Packed layers pass no gradient. The operators are those that `torch.compile` uses for frozen models; where this build of
+torch lacks them, or their result differs, the plain product is used.
 """
 
 from __future__ import annotations
@@ -24,8 +22,8 @@ from switchkd.config.errors import ConfigError
 
 MAX_BYTES = 4 * 2**30
 """`auto` packs no model with more than this: the copy is as large as the weights."""
-_ROWS = 256  # what the order is chosen for; measured equally good from 1 to 512 rows
-MIN_SIZE = 32  # of either dimension; below, the call costs more than the product
+_ROWS = 256  # rows that the order is optimized for; measured equally good from 1 to 512 rows
+MIN_SIZE = 32  # of either dimension; below it the call costs more than the product
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -37,7 +35,7 @@ class PackedLinear:
         self.refresh()
 
     def refresh(self) -> None:
-        """Take the weight as it is now."""
+        """Pack the current weight."""
         self._packed = _reordered(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,9 +46,9 @@ class PackedLinear:
 
 
 class FusedLinear:
-    """Layers that read the same input: the first one asked computes for all, the others take their parts.
+    """Layers that read the same input: the first call computes the product of all, the other calls return their parts.
 
-    Any order of calls is right, the usual one (each once, first to last, with the same tensor) is fast.
+    Every order of calls is correct; the usual one (each layer once, first to last, with the same tensor) is fast.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
@@ -68,7 +66,7 @@ class FusedLinear:
         self._last_input, self._parts = None, ()
 
     def forward(self, index: int, x: Tensor) -> Tensor:
-        """Layer `index` of x [..., in]: a part of [..., all outputs], so not contiguous."""
+        """Layer `index` of x [..., in]: a part of [..., all outputs], hence not contiguous."""
         layer = self.layers[index]
         if _needs_plain(x):
             return linear(x, layer.weight, layer.bias)
@@ -76,7 +74,7 @@ class FusedLinear:
             self._last_input, self._parts = x, _packed_linear(x, self._packed, self._bias).split(self._sizes, -1)
         part = self._parts[index]
         if index == len(self.layers) - 1:
-            self._last_input, self._parts = None, ()  # keeps no activation alive
+            self._last_input, self._parts = None, ()  # so that no activation stays alive
         return part
 
 
@@ -92,7 +90,7 @@ def _packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _needs_plain(x: Tensor) -> bool:
-    """No rows, or a gradient to pass: oneDNN's operators support neither."""
+    """Whether there are no rows, or a gradient must pass: oneDNN's operators support neither."""
     return x.numel() == 0 or (torch.is_grad_enabled() and x.requires_grad)
 
 
@@ -108,7 +106,7 @@ def can_pack(weight: Tensor) -> bool:
 
 @cache
 def _works(dtype: torch.dtype) -> bool:
-    """Whether this machine's oneDNN gives the plain product's answer, to the rounding of the dtype."""
+    """Whether this machine's oneDNN computes the plain product, to the rounding of the dtype."""
     if dtype not in _TOLERANCE or not torch.backends.mkldnn.is_available():
         return False
     generator = torch.Generator().manual_seed(0)
@@ -123,8 +121,8 @@ def _works(dtype: torch.dtype) -> bool:
 
 
 def prepack(model: Any, switch: str = "auto", *, key: str = "prepack") -> Callable[[], None]:
-    """Let a model's linear layers, the output layer left out (see `LMHead.prepack`), use packed copies of their
-    weights. Returns a function to call after the weights were changed.
+    """Make a model's linear layers, all but the output layer (see `LMHead.prepack`), use packed copies of their
+    weights. Returns a function to call after a change of the weights.
 
     `switch`: `on`, `off`, `auto` (a model on a CPU with at most MAX_BYTES of weights). Raises ConfigError, which names
     `key`, for `on` where it cannot work.
@@ -160,7 +158,7 @@ _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def _groups_with_one_input(model: Any) -> Iterator[list[Any]]:
-    """Groups of linear layers that transformers' models call with the same input, and that can be one matrix."""
+    """Groups of linear layers that transformers' models call with the same input, and that fit one matrix."""
     for module in model.modules():
         for names in _SAME_INPUT:
             group: list[Any] = [getattr(module, name, None) for name in names]

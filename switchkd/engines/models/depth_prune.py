@@ -1,7 +1,7 @@
-"""Prunes a teacher by depth to a student: some of its layers, everything else as it is.
+"""Prunes a teacher by depth to a student: some of its layers, everything else unchanged.
 
 In: the folder (or hub name) of a decoder-only transformers model. Out: an ordinary model folder with the same
-tokenizer, chat template and generation config. A pruned model writes noise until it is trained on references.
+tokenizer, chat template and generation config. A pruned model generates noise until it is trained on references.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from switchkd.engines.models.sources import check_model_folder, new_folder
 
 
 def spread(num_layers: int, of: int) -> tuple[int, ...]:
-    """`num_layers` of `of` layer indices: the first and the last, the second and the last but one, and between those
-    evenly (12 of 30: 0, 1, 4, 7, ..., 25, 28, 29). Both ends do work that the middle layers share."""
+    """Choose `num_layers` of `of` layer indices: the two at either end, and evenly spaced ones between them (12 of 30:
+    0, 1, 4, 7, ..., 25, 28, 29). The middle layers are the most redundant ones."""
     if not 2 <= num_layers <= of:
         raise ConfigError(f"num_layers={num_layers} of {of} layers: choose 2 to {of}, or list the layers")
     if num_layers == 2:
@@ -42,9 +42,9 @@ def prune_depth(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Write the pruned model to `out_folder`, which must not hold anything yet. Give `layers` or `num_layers`.
+    """Write the pruned model to `out_folder`, which must be new or empty. Give `layers` or `num_layers`.
 
-    Raises ConfigError for layers that the teacher does not have, and for models whose layers cannot be taken apart.
+    Raises ConfigError for layers that the teacher does not have, and for models that cannot be pruned by depth.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -78,8 +78,8 @@ def chosen_layers(layers: Sequence[int] | None, num_layers: int | None, of: int)
 
 
 def keep_layers(teacher: Any, layers: Sequence[int]) -> Any:
-    """The model with only these layers, as a new model of the same class: what depends on a layer's index (its cache
-    slot, its attention window) is built anew by the model's own constructor."""
+    """The model with these layers only, as a new model of the same class: its constructor sets all that depends on a
+    layer's index (its cache slot, its attention window)."""
     path = layer_list(teacher)
     new_index = {old: new for new, old in enumerate(layers)}
     pattern = re.compile(rf"^{re.escape(path)}\.(\d+)\.")
@@ -97,9 +97,9 @@ def keep_layers(teacher: Any, layers: Sequence[int]) -> Any:
         dtype=teacher.dtype,
         output_loading_info=True,
     )
-    wrong = {what: sorted(names) for what, names in report.items() if names}
-    if wrong:  # layers that differ in shape, or share weights with other layers
-        raise ConfigError(f"{type(teacher).__name__} cannot be pruned to layers {list(layers)}: {str(wrong)[:200]}")
+    problems = {kind: sorted(names) for kind, names in report.items() if names}
+    if problems:  # layers that differ in shape, or share weights with other layers
+        raise ConfigError(f"{type(teacher).__name__} cannot be pruned to layers {list(layers)}: {str(problems)[:200]}")
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.eval()
 
@@ -112,13 +112,13 @@ def layer_list(model: Any) -> str:
     lists = [name for name, module in model.named_modules() if isinstance(module, ModuleList) and len(module) == depth]
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     if len(outer) != 1:
-        what = "no list" if not outer else f"several lists ({', '.join(outer)})"
-        raise ConfigError(f"{type(model).__name__} has {what} of {depth} layers; it cannot be pruned by depth")
+        lists_text = "no list" if not outer else f"several lists ({', '.join(outer)})"
+        raise ConfigError(f"{type(model).__name__} has {lists_text} of {depth} layers; it cannot be pruned by depth")
     return outer[0]
 
 
 def pruned_config(config: Any, layers: Sequence[int]) -> Any:
-    """The config with these layers only; of every list with one entry a layer, their entries are kept."""
+    """The config with these layers only, and their entries of every list that has one entry a layer."""
     config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)
     depth = text.num_hidden_layers

@@ -1,7 +1,7 @@
-"""A model's output layer taken apart, so that hidden states can travel instead of rows of logits.
+"""A model's output layer on its own, so that a process can send hidden states instead of rows of logits.
 
-In: a causal language model. Out: its final hidden states, and the `LMHead` that makes float32 logits of them,
-anywhere; with the arrays in which both travel.
+In: a causal language model. Out: its final hidden states, and the `LMHead` that computes float32 logits from them in
+any process.
 
 Shapes: N positions, D hidden width, V shared vocabulary, B sequences, T positions of a sequence.
 """
@@ -20,7 +20,7 @@ from switchkd.config.errors import ConfigError
 from switchkd.engines.models.cpu_prepack import PackedLinear, can_pack
 from switchkd.engines.wire import from_numpy, to_numpy
 
-# How far a rebuilt logit may lie from the model's own, as a share of the largest: rounding of the model's dtype.
+# Largest error of a rebuilt logit, relative to the largest logit: rounding of the model's dtype.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
@@ -52,7 +52,7 @@ class LMHead:
         self._packed: PackedLinear | None = None
 
     def prepack(self) -> LMHead:
-        """Keep a second copy of the weight, in the order that a CPU reads fastest; nothing where that cannot be."""
+        """Keep a second copy of the weight in the order that a CPU reads fastest, where that is possible."""
         if can_pack(self.weight):
             self._packed = PackedLinear(self.weight, self.bias)
         return self
@@ -67,7 +67,7 @@ class LMHead:
         return scaled_logits(out, scale=self.scale, softcap=self.softcap)
 
     def copy_from(self, model: Any) -> None:
-        """Take the model's present weights, in place."""
+        """Copy the model's current weights, in place."""
         layer = model.get_output_embeddings()
         with torch.no_grad():
             self.weight.copy_(layer.weight[: self.vocab_size])
@@ -76,8 +76,8 @@ class LMHead:
         if self._packed is not None:
             self._packed.refresh()
 
-    def to_arrays(self) -> LMHeadState:
-        """The weight as bfloat16 where that loses nothing (the usual checkpoint): half the bytes."""
+    def to_state(self) -> LMHeadState:
+        """The LM head as arrays, the weight as bfloat16 where that is exact (the usual checkpoint): half the bytes."""
         weight = self.weight.detach()
         as_bfloat16 = weight.to(torch.bfloat16)
         if torch.equal(as_bfloat16.to(weight.dtype), weight):
@@ -87,17 +87,15 @@ class LMHead:
         return LMHeadState(weight=values, weight_dtype=dtype, bias=bias, scale=self.scale, softcap=self.softcap)
 
     @classmethod
-    def from_arrays(
-        cls, arrays: LMHeadState, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> LMHead:
-        """The head on another process's device."""
-        weight = from_numpy(arrays.weight, arrays.weight_dtype, device).to(dtype)
-        bias = torch.tensor(arrays.bias, device=device, dtype=dtype) if len(arrays.bias) else None
-        return cls(weight, bias, scale=arrays.scale, softcap=arrays.softcap)
+    def from_state(cls, state: LMHeadState, device: torch.device | str = "cpu") -> LMHead:
+        """The LM head in float32 on `device`."""
+        weight = from_numpy(state.weight, state.weight_dtype, device).float()
+        bias = torch.tensor(state.bias, device=device, dtype=torch.float32) if len(state.bias) else None
+        return cls(weight, bias, scale=state.scale, softcap=state.softcap)
 
 
 def scaled_logits(product: torch.Tensor, *, scale: float, softcap: float) -> torch.Tensor:
-    """float32 logits [N, V] of the output layer's product [N, V]: scaled, then soft-capped."""
+    """Scale, then soft-cap the output layer's product [N, V] to float32 logits [N, V]."""
     out = product.float()
     if scale != 1.0:
         out = out * scale
@@ -107,10 +105,8 @@ def scaled_logits(product: torch.Tensor, *, scale: float, softcap: float) -> tor
 
 
 def lm_head_of(model: Any, vocab_size: int, dtype: torch.dtype = torch.float32) -> LMHead:
-    """The LM head of any causal language model, cut to the shared vocabulary, checked against the model's own logits.
-    Shares the model's memory where the dtype allows.
-
-    Raises ConfigError where the logits are not of LMHead's form.
+    """The LM head of any causal language model, cut to the shared vocabulary and checked against the model's logits. It
+    shares the model's memory where the dtype is the same. Raises ConfigError where the logits are not of LMHead's form.
     """
     layer = model.get_output_embeddings()
     weight = getattr(layer, "weight", None)
@@ -139,8 +135,8 @@ def fit_lm_head(
     name: str,
     remedy: str = "set teacher.output: logits",
 ) -> LMHead:
-    """The LM head with the scale and the soft-cap that make a model's own logits [N, its vocabulary] of its hidden
-    states [N, D], within rounding of the model's `dtype`. Raises ConfigError where none does."""
+    """The LM head with the scale and the soft-cap that reproduce a model's logits [N, its vocabulary] from its hidden
+    states [N, D], within rounding of the model's `dtype`. Raises ConfigError where no scale does."""
     logits = logits[..., : len(weight)].to(weight.device)
     softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
     limit, errors = _TOLERANCE.get(dtype, 1e-4), []
@@ -156,14 +152,13 @@ def fit_lm_head(
 
 
 def final_hidden(model: Any, **inputs: Any) -> torch.Tensor:
-    """The input of the output layer at every position, [B, T, D], whatever the model does before it. No logits are
-    computed: the output layer is run on no rows at all."""
+    """The input of the output layer at every position, [B, T, D]. The output layer runs on no rows, so that no logits
+    are computed."""
     return _hidden_and_output(model, slice(0, 0), **inputs)[0]
 
 
 def own_logits(model: Any, rows: torch.Tensor, **inputs: Any) -> torch.Tensor:
-    """The model's own logits, float32 [N, its vocabulary], at the flat positions `rows` (int64 [N], row-major in
-    [B, T])."""
+    """The model's logits, float32 [N, its vocabulary], at flat positions `rows` (int64 [N], row-major in [B, T])."""
     selected: list[bool] = []
 
     def select(hidden: torch.Tensor) -> torch.Tensor:
@@ -194,7 +189,7 @@ def _hidden_and_output(model: Any, sequences: slice, **inputs: Any) -> tuple[tor
 
 @contextmanager
 def _output_layer_input(model: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """While inside, the output layer gets change(its input)."""
+    """Replace the output layer's input by change(input) inside the block."""
     layer = model.get_output_embeddings()
     if layer is None:
         yield
@@ -207,7 +202,7 @@ def _output_layer_input(model: Any, change: Callable[[torch.Tensor], torch.Tenso
 
 
 def logit_scales(config: Any) -> list[float]:
-    """Factors that a config names for its logits, most likely first. The same name multiplies in one family and
+    """Candidates for the scale of a config's logits, most likely first. One name multiplies in one model family and
     divides in another (Granite divides by `logits_scaling`, HyperCLOVA X multiplies), so the probe decides."""
     scales = []
     for name in ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier"):
@@ -218,10 +213,10 @@ def logit_scales(config: Any) -> list[float]:
 
 
 @torch.no_grad()
-def _probe(model: Any, num_tokens: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states and the model's own float32 logits on a few fixed pseudo-random tokens."""
+def _probe(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states and the model's float32 logits on a few fixed pseudo-random tokens."""
     size = model.get_input_embeddings().weight.shape[0]
-    ids = torch.from_numpy(np.random.default_rng(0).integers(0, size, (1, num_tokens))).to(model.device)
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, size, (1, 8))).to(model.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     hidden, output = _hidden_and_output(model, slice(None), **inputs)
     return hidden[0], output.logits[0].float()

@@ -1,8 +1,8 @@
-"""Names and folders become models and tokenizers, ready to be read from; what a tokenizer and a model agree on.
+"""Loads models and tokenizers by folder or hub name, and compares tokenizers.
 
-In: what the user wrote in the config. Out: transformers' objects, stop ids, the size of the shared vocabulary.
-Weights are read from safetensors only: loading a checkpoint must not run code. torch and transformers are imported
-late: an actor with fake models needs neither.
+In: model sections of the config. Out: transformers' objects, stop ids, the size of the shared vocabulary. Weights are
+read from safetensors only: loading a checkpoint must not run code. torch and transformers are imported late: an actor
+with fake models needs neither.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from switchkd.config.schema import ModelConfig
 from switchkd.engines.models.demo import HUB_TIMEOUT_S
 from switchkd.engines.models.sources import check_model_folder, looks_local
 
-# Where tokenizers differ although their vocabularies are equal: merges, normalizers, splitting, special tokens.
+# Texts on which tokenizers with equal vocabularies may differ: merges, normalizers, splitting, special tokens.
 PROBES = (
     "Hello, world!",
     "  two  spaces\tand\ttabs \n\n and lines\r\n",
@@ -42,7 +42,7 @@ def load_model(
     name: str,
     *,
     dtype: str,
-    device: str = "auto",
+    device: str = "cpu",
     attn: str = "sdpa",
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -50,14 +50,13 @@ def load_model(
 ) -> Any:
     """A causal language model in eval mode without gradients, on `device` (or spread by `device_map`).
 
-    Raises ConfigError for a folder that holds no model, and for an attention that the model's numbers do not survive.
+    Raises ConfigError for a folder that holds no model, and for an attention that computes other logits than the
+    model's own (see `check_attention`).
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     check_model_folder(name, "model", "config", "weights")
-    if device_map is None:
-        device_map = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name,
@@ -66,7 +65,7 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             revision=revision,
-            device_map=device_map,
+            device_map=device if device_map is None else device_map,
             token=_token(),
         )
     except OSError as error:
@@ -95,7 +94,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str 
 
 
 def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Every id that ends a completion: of the generation config, the model's config and the tokenizer together. Chat
+    """Every id that ends a completion, from the generation config, the model's config and the tokenizer. Trap: chat
     models end a turn with another id than a document, and name it in only one of the three."""
     stops: set[int] = set()
     for config in (getattr(model, "generation_config", None), model.config, model.config.get_text_config(), tokenizer):
@@ -105,20 +104,17 @@ def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def shared_vocab(tokenizer: Any) -> int:
-    """V: ids that both models know. Rows of a model's table beyond it are padding and are never drawn."""
+    """V, the number of ids that both models know. Further rows of a model's embedding are padding and never drawn."""
     return len(tokenizer)
 
 
 def pad_id(tokenizer: Any) -> int:
-    """Any id will do where padding is masked; the tokenizer's own reads best in a dump."""
-    for i in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if i is not None:
-            return int(i)
-    return 0
+    """The id for padding: the tokenizer's pad id, its stop id, or 0. Padding is masked, so any id is correct."""
+    return next((int(i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def same_tokenizer(a: Any, b: Any) -> str:
-    """Empty when both tokenizers turn every probe into the same ids, else one line that names the first difference."""
+    """Name the first difference between two tokenizers; empty when both encode every probe alike."""
     if len(a) != len(b):
         return f"the tokenizers have {len(a)} and {len(b)} tokens"
     vocab_a, vocab_b = a.get_vocab(), b.get_vocab()
@@ -134,38 +130,38 @@ def same_tokenizer(a: Any, b: Any) -> str:
 
 
 def _token() -> str | bool:
-    """From the environment, never from a file: what a job may read is decided where it is started."""
+    """The hub token from the environment, never from a file: the command that starts a job decides what it may read."""
     return os.environ.get("HF_TOKEN") or False
 
 
-def refuse_own_code(error: Exception, what: str) -> None:
-    """Raise ConfigError where transformers refused to run a model's own code; any other error passes."""
+def refuse_own_code(error: Exception, subject: str) -> None:
+    """Raise ConfigError where transformers refused to run a model's own code; return for any other error."""
     if "trust_remote_code" in str(error):
         raise ConfigError(
-            f"{what} brings Python code of its own, which is not run; read it, then set trust_remote_code: true for "
+            f"{subject} brings Python code of its own, which is not run; read it, then set trust_remote_code: true for "
             "this model, or take another one"
         ) from error
 
 
 def check_attention(config: Any, attn: str, name: str, key: str = "attn") -> None:
-    """Raise ConfigError where transformers' sdpa would silently leave out Gemma-2's soft-cap of attention scores."""
+    """Raise ConfigError for sdpa with Gemma-2's soft-cap of attention scores, which transformers silently omits."""
     cap = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
     if attn == "sdpa" and cap:
         raise ConfigError(f"{key}=sdpa leaves out the soft-cap ({cap}) of {name}'s attention scores; set attn: eager")
 
 
 def read_tokenizer(section: ModelConfig, key: str) -> Any:
-    """The tokenizer of a config's model; `key` names its path. Raises ConfigError, soon where there is no network."""
-    _reach_hub(section, key)
+    """The tokenizer of a config's model; `key` names its path. Raises ConfigError, without delay also if offline."""
+    _fetch_small_files(section, key)
     return load_tokenizer(section.path, trust_remote_code=section.trust_remote_code, revision=section.revision)
 
 
 def read_config(section: ModelConfig, key: str) -> Any:
-    """The model's config and generation config, under the names that a model has them. Raises ConfigError."""
+    """The model's `config` and `generation_config`, as attributes of one object. Raises ConfigError."""
     from transformers import AutoConfig, GenerationConfig
 
     options: dict[str, Any] = {"revision": section.revision, "token": _token()}
-    try:  # other people's files, or the hub
+    try:  # external files, or the hub
         config = AutoConfig.from_pretrained(section.path, trust_remote_code=section.trust_remote_code, **options)
     except (OSError, ValueError) as error:
         refuse_own_code(error, f"{key}={section.path}")
@@ -177,14 +173,14 @@ def read_config(section: ModelConfig, key: str) -> Any:
     return SimpleNamespace(config=config, generation_config=generation)
 
 
-def _reach_hub(section: ModelConfig, key: str) -> None:
-    """Fetch a hub name's small files, or find them in the cache. transformers by itself would try each for half a
-    minute where there is no network."""
+def _fetch_small_files(section: ModelConfig, key: str) -> None:
+    """Fetch a hub name's small files, or find them in the cache. Without a network transformers alone would try each
+    file for half a minute."""
     from huggingface_hub import snapshot_download
 
     if looks_local(section.path):
         return
-    try:  # the network
+    try:  # a network boundary
         snapshot_download(
             section.path,
             revision=section.revision,

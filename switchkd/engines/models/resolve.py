@@ -1,6 +1,6 @@
-"""`demo` and `student.prune` in a config become model folders, made once in the user's cache.
+"""Replaces `demo` and `student.prune` in a config by model folders, made once in the user's cache.
 
-In: a config. Out: the same with folders in their place: later processes fetch and prune nothing.
+In: a config. Out: the config with folders in their place, so that later processes fetch and prune nothing.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from switchkd.engines.models.sources import looks_local
 
 
 def reads_teacher(config: Config) -> bool:
-    """Does the run need the teacher's folder, be it only to prune the student from it?"""
+    """Whether the run needs the teacher's folder, also if only to prune the student from it."""
     return config.needs_teacher or config.student.prune is not None
 
 
 def resolve_models(config: Config) -> Config:
-    """The config with `demo` replaced by the fetched folder, and the student pruned (once, in the user's cache). Both
-    stay on this machine: on a cluster without a shared home set $SWITCHKD_CACHE to shared storage."""
+    """The config with `demo` fetched and the student pruned. Both folders are on this machine: on a cluster without a
+    shared home set $SWITCHKD_CACHE to shared storage."""
     teacher, teachers, student = config.teacher, config.teachers, config.student
     if config.needs_teacher:
         teachers = {name: each.model_copy(update={"path": resolve_path(each.path)}) for name, each in teachers.items()}
@@ -33,7 +33,7 @@ def resolve_models(config: Config) -> Config:
 
 
 def prune_student(teacher: ModelConfig, prune: DepthPruneConfig) -> Path:
-    """The folder of the pruned teacher, made if need be. Its name holds a digest of what it was made from."""
+    """The folder of the pruned teacher, made if necessary. Its name has a digest of the teacher's files and layers."""
     from filelock import FileLock
 
     digest = hashlib.sha256(f"{_fingerprint(teacher)} {prune.layers} {prune.num_layers}".encode()).hexdigest()[:12]
@@ -54,7 +54,7 @@ def prune_student(teacher: ModelConfig, prune: DepthPruneConfig) -> Path:
 
 
 def _fingerprint(model: ModelConfig) -> str:
-    """Changes when the model's files do."""
+    """A text that changes when the model's files change."""
     if not looks_local(model.path):
         return f"{model.path}@{model.revision}"
     folder = Path(model.path).expanduser().resolve()

@@ -1,7 +1,7 @@
-"""How large a model is, from its config alone: built without weights, so that any size costs a second and no memory.
+"""Computes a model's size from its config alone: it builds the model without weights, in a second and without memory.
 
-In: a model section of the config. Out: a `Shape`: parameters, and the widths that caches and activations follow from.
-Reads config.json and the tokenizer's files, nothing else. torch and transformers are imported late.
+In: a model section of the config. Out: a `Shape`: parameters, and the widths that determine caches and activations.
+Only config.json and the tokenizer's files are read. torch and transformers are imported late.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from switchkd.engines.models.demo import resolve_path
 from switchkd.engines.models.depth_prune import chosen_layers, pruned_config
 from switchkd.engines.models.loading import read_config, read_tokenizer, shared_vocab
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes of one number."""
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of one number
 _FFN = ("intermediate_size", "ffn_dim", "n_inner")
 
 
@@ -31,11 +30,11 @@ class Shape:
     attention: int  # heads x head width
     kv: int  # key/value heads x head width
     heads: int
-    ffn: int  # between the two products of a layer's MLP (of the experts that a token meets)
+    ffn: int  # width inside a layer's MLP (of all experts that a token is routed to)
     gated: bool  # two products before the activation, as in Llama
-    head_width: int  # input of the output layer, which is what a teacher sends as `hidden_states`
+    head_width: int  # input of the output layer, D of the teacher's `hidden_states`
     vocab: int  # ids that teacher and student share
-    products: int = 0  # weights of its linear layers, the output layer left out: what a CPU may keep a copy of
+    products: int = 0  # weights of its linear layers without the output layer, which a CPU may keep packed
     trainable: int = 0  # 0: all; with LoRA the adapters' parameters
 
     @property
@@ -45,30 +44,27 @@ class Shape:
 
 
 def shapes(config: Config) -> dict[str, Shape]:
-    """The shape of `student`, and of `teacher` where a stage needs one. `demo` is fetched; a student that is still to
-    be pruned is pruned in its config only. Raises ConfigError."""
+    """The shape of `student`, and of `teacher` where a stage needs one. `demo` is fetched; `student.prune` prunes the
+    config only. Raises ConfigError."""
     prune, lora = config.student.prune, config.learner.lora
     shapes_by_role: dict[str, Shape] = {}
     if config.needs_teacher:
         shapes_by_role["teacher"] = read_shape(config.teacher, "teacher.path")
-    if prune is not None:
-        shapes_by_role["student"] = read_shape(config.teacher, "teacher.path", prune=prune, lora=lora)
-    else:
-        shapes_by_role["student"] = read_shape(config.student, "student.path", lora=lora)
-    return shapes_by_role
+    section, key = (config.student, "student.path") if prune is None else (config.teacher, "teacher.path")
+    return shapes_by_role | {"student": read_shape(section, key, prune=prune, lora=lora)}
 
 
 def read_shape(
     section: ModelConfig, key: str, *, prune: DepthPruneConfig | None = None, lora: LoraConfig | None = None
 ) -> Shape:
-    """The shape of a model, pruned first where `prune` says so. `demo` is fetched. Raises ConfigError for a config that
-    cannot be read or built."""
+    """The shape of a model, after pruning by `prune`. `demo` is fetched. Raises ConfigError for a config that cannot be
+    read or built."""
     section = section.model_copy(update={"path": resolve_path(section.path)})
     config = read_config(section, key).config
     if prune is not None:
         num_layers = config.get_text_config(decoder=True).num_hidden_layers
         config = pruned_config(config, chosen_layers(prune.layers, prune.num_layers, num_layers))
-    model = _hollow(config, section, key)
+    model = _meta_model(config, section, key)
     params = sum(parameter.numel() for parameter in model.parameters())
     rows, head_width = _output_layer(model, section, key)
     text = config.get_text_config(decoder=True)
@@ -93,19 +89,19 @@ def read_shape(
 
 
 def object_store_bytes(config: Config, student_params: int) -> int:
-    """Shared memory of a private cluster: a version that is loaded while the next one is published, beside rollouts.
-    With too small a store Ray spills to the disk, and refuses once 95% of that are used."""
+    """Shared memory of a private cluster: two weight versions, one loaded while the next is published, and rollouts.
+    With less Ray spills to the disk, and raises an error once the disk is 95% full."""
     if config.cluster.object_store_gb is not None:
         return int(config.cluster.object_store_gb * 1e9)
     return int(5e8) + 2 * BYTES[config.student.dtype] * student_params
 
 
-def _hollow(config: Any, section: ModelConfig, key: str) -> Any:
+def _meta_model(config: Any, section: ModelConfig, key: str) -> Any:
     """The model on torch's meta device: shapes without memory."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    try:  # other people's files
+    try:  # external files
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -124,7 +120,7 @@ def _output_layer(model: Any, section: ModelConfig, key: str) -> tuple[int, int]
 
 
 def _products(model: Any) -> int:
-    """Weights that `cpu_prepack.py` may copy."""
+    """Number of weights that `cpu_prepack.py` may copy."""
     from torch.nn import Linear
 
     from switchkd.engines.models.cpu_prepack import MIN_SIZE
@@ -141,7 +137,7 @@ def _ffn(text: Any) -> int:
 
 
 def _vocab(section: ModelConfig, key: str, rows: int) -> int:
-    """The tokenizer's; where a folder holds nothing but a config, all rows of the output matrix."""
+    """The size of the tokenizer's vocabulary; without a tokenizer, all rows of the output matrix."""
     try:
         return min(shared_vocab(read_tokenizer(section, key)), rows)
     except ConfigError:
@@ -149,7 +145,7 @@ def _vocab(section: ModelConfig, key: str, rows: int) -> int:
 
 
 def _adapters(model: Any, lora: LoraConfig) -> int:
-    """Parameters of the adapters that the learner builds (`learner/student.py`)."""
+    """Number of parameters of the adapters that the learner builds (`learner/student.py`)."""
     from peft import LoraConfig, get_peft_model
 
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)

@@ -1,7 +1,6 @@
-"""Model folders as files: checked without loading them (does one hold everything that `from_pretrained` needs?), and
-written whole or not at all.
+"""Model folders as files: checks that they have what `from_pretrained` needs, and writes complete folders only.
 
-In: the user's name for a model. Out: nothing, or a ConfigError that names the missing file and the remedy.
+In: a model's folder or hub name. Out: nothing, or a ConfigError that names the missing file and the remedy.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ _AGAIN = "load the model once where you trust it and write it again with save_pr
 
 
 def looks_local(name: str) -> bool:
-    """Hub names are `name` or `owner/name`."""
+    """Whether a name is a folder's. Hub names are `name` or `owner/name`."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).is_dir()
 
 
 def check_model_folder(name: str, key: str, *parts: str) -> None:
     """Raise ConfigError when `name`, the value of `key`, is a folder that lacks one of the `parts`: `config`, `weights`
-    and `tokenizer` (by default all). Hub names are not looked at."""
+    and `tokenizer` (by default all). Hub names are not checked."""
     if not looks_local(name):
         return
     folder = Path(name).expanduser()
@@ -49,8 +48,8 @@ def check_model_folder(name: str, key: str, *parts: str) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill. It gets the name `path`, which may be an empty folder so far, when the block ends without an
-    error: a folder of that name is always whole."""
+    """A folder to fill, renamed to `path` (new or an empty folder) when the block ends without an error, so that `path`
+    is never incomplete."""
     partial = path.with_name(f".{path.name}.making")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -64,7 +63,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def num_params(folder: Path) -> int:
-    """The number of weights in its safetensors files, by their headers alone."""
+    """The number of weights in a folder's safetensors files, from their headers alone."""
     from safetensors import safe_open
 
     total = 0
@@ -75,7 +74,7 @@ def num_params(folder: Path) -> int:
 
 
 def _check_weights(folder: Path, key: str) -> None:
-    """Safetensors only: other formats may run code when they are loaded."""
+    """Raise ConfigError unless all weights are safetensors: loading other formats may run code."""
     if not list(folder.glob("*.safetensors")):
         others = sorted(path.name for pattern in _OTHER_WEIGHTS for path in folder.glob(pattern))
         hint = f" (only {', '.join(others[:3])}: {_AGAIN})" if others else ""
@@ -83,7 +82,7 @@ def _check_weights(folder: Path, key: str) -> None:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return
-    try:  # a file from elsewhere
+    try:  # an external file
         shards = set(json.loads(index.read_text())["weight_map"].values())
     except (ValueError, KeyError, AttributeError):
         raise ConfigError(f"{key}={folder}: {index.name} cannot be read; copy the model again") from None

@@ -20,20 +20,18 @@ from switchkd.config.teacher_backend import SPLITS
 
 _SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process: it starts and steps faster
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise every engine of a machine sits on its first core
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork of a process whose OpenMP threads have worked hangs
-    "OMP_WAIT_POLICY": "PASSIVE",  # OpenMP threads that spin bring a busy machine to a halt
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise all engines of a machine run on its first core
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork of a process with used OpenMP threads hangs
+    "OMP_WAIT_POLICY": "PASSIVE",  # spinning OpenMP threads stall a busy machine
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
-
-
 _CPU_CACHE_BYTES = 2**30
 
 
 class Engine:
-    """vLLM itself, one per process. `arguments` are vLLM's own and pass through as they are. Without the workers'
-    extension (`extended` False) it gives its public log-probs alone."""
+    """vLLM itself, one per process. `arguments` are vLLM's engine arguments, passed unchanged. Without the workers'
+    extension (`extended` False) only its public log-probs are available."""
 
     def __init__(self, path: str, *, dtype: str, max_len: int, max_sessions: int, revision: str | None = None,
                  trust_remote_code: bool = False, extended: bool = True,
@@ -49,10 +47,10 @@ class Engine:
         _check_arguments(arguments)
         settings = {
             "model": path, "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code,
-            "max_model_len": max_len + 1,  # vLLM counts one token to write
+            "max_model_len": max_len + 1,  # vLLM always generates one token
             "max_num_seqs": min(max_sessions, 256), "max_logprobs": -1, "skip_tokenizer_init": True,
             "enable_prefix_caching": True, "load_format": "safetensors",
-            **_of_platform(arguments), **_of_workers(arguments), **arguments,
+            **_cpu_defaults(arguments), **_executor_default(arguments), **arguments,
             "async_scheduling": False,  # a draw counts the tokens that were written before it
             "logits_processors": ["switchkd.engines.vllm.worker:KeyedDraws"],
         }  # fmt: skip
@@ -71,11 +69,11 @@ class Engine:
                 raise
 
     def call(self, method: str, *args: Any) -> list[Any]:
-        """Call a method of the workers' extension: one answer per worker."""
+        """Call a method of the workers' extension. Returns one answer per worker."""
         return self._llm.collective_rpc(method, args=args)
 
     def run(self, jobs: Sequence[RowRequest], *, cached: bool = True, **options: Any) -> list[tuple[str, Any]]:
-        """Key and vLLM's output of each job. `cached` may read what earlier requests left; `options` are fields of
+        """Key and vLLM's output of each job. `cached` allows prefix cache hits; `options` are fields of
         SamplingParams."""
         keys = [next(self._keys) for _ in jobs]
         prompts, params = [], []
@@ -97,7 +95,7 @@ class Engine:
         return list(zip(keys, outputs, strict=True))
 
     def close(self) -> None:
-        """End the engine and the workers that it started. Twice is harmless."""
+        """End the engine and the workers that it started. A second call does nothing."""
         atexit.unregister(self.close)
         if self._llm is None:
             return
@@ -105,11 +103,11 @@ class Engine:
             self.call("switchkd_leave")
         self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
-        gc.collect()  # what vLLM keeps for the process goes with its engine, which must be before the next one comes
+        gc.collect()  # vLLM's state of the process is freed with its engine, which must precede the next engine
 
 
 def _check_arguments(arguments: dict[str, Any]) -> None:
-    """ConfigError for a name that vLLM does not know."""
+    """Raise ConfigError for a name that vLLM does not know."""
     from vllm.engine.arg_utils import EngineArgs
 
     known = [field.name for field in dataclasses.fields(EngineArgs)]
@@ -120,9 +118,9 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
             raise ConfigError(f"teacher.engine.{name} is no argument of this vLLM; {hint}see vLLM's engine arguments")
 
 
-def _of_platform(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Defaults that suit a CPU: small blocks (a cut prefix is read again from the last whole one), no compilation, and
-    a cache that leaves the machine its memory."""
+def _cpu_defaults(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Engine arguments for a CPU: small blocks (a cut prefix is read again from its last whole block), no compilation,
+    and a bounded cache. Empty on other platforms."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -133,19 +131,19 @@ def _of_platform(arguments: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _of_workers(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Several workers are processes of this one, on its node. Left to itself, vLLM would see the replica's placement
-    group and start Ray actors, one in a bundle each; all of the replica's GPUs are one bundle, which it refuses."""
+def _executor_default(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Make several workers child processes of this one, on its node. By default vLLM would see the replica's placement
+    group and start one Ray actor per bundle; all of the replica's GPUs are one bundle, which vLLM refuses."""
     several = any((arguments.get(name) or 1) > 1 for name in SPLITS)
     return {"distributed_executor_backend": "mp"} if several else {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowRequest:
-    """One request to vLLM: read tokens, then go on alone."""
+    """One request to vLLM: read tokens, then generate."""
 
     tokens: np.ndarray  # int64 [P]
-    first: int  # the first position whose row is wanted; the rows go on to the last token read
-    count: int = 1  # tokens to write; 1 without a draw is the least that vLLM does, and is not looked at
+    first: int  # first requested row; the rows end with that of the last token read
+    count: int = 1  # tokens to write; vLLM writes at least 1, which is ignored where there is no draw
     draw: dict[str, Any] | None = None
     stop_ids: tuple[int, ...] = ()

@@ -1,7 +1,7 @@
-"""A model's output layer read from its files alone, for a model that another engine holds.
+"""Reads a model's output layer from its files alone, for a model that another engine has loaded.
 
-In: a folder or a hub name. Out: the output matrix and bias as they stand in the safetensors files. Which tensors those
-are is asked of transformers (a model without weights), not guessed; whether they fit is checked by `fit_lm_head`.
+In: a folder or a hub name. Out: the output matrix and bias of the safetensors files. A transformers model without
+weights gives their names; `fit_lm_head` checks whether they fit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def output_layer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
     """The output matrix [rows, D], its bias [rows] or None, and the model's text config. Raises ConfigError where the
-    files hold no such matrix."""
+    files have no such matrix."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     hub_args: dict[str, Any] = {"revision": revision, "token": os.environ.get("HF_TOKEN") or False}
@@ -47,7 +47,7 @@ def _names(parameters: dict[str, torch.Tensor], target: torch.Tensor | None) -> 
 
 
 def _files(name: str, hub_args: dict[str, Any]) -> dict[str, str]:
-    """Tensor name -> the file that holds it."""
+    """Map each tensor's name to its file."""
     from safetensors import safe_open
     from transformers.utils import cached_file
 
@@ -60,7 +60,7 @@ def _files(name: str, hub_args: dict[str, Any]) -> dict[str, str]:
 
 
 def _read(name: str, files: dict[str, str], names: list[str], hub_args: dict[str, Any]) -> torch.Tensor | None:
-    """The first of the names that the files know; older files leave a prefix out, newer ones put one before it."""
+    """The first tensor of `names` in the files, with or without a prefix: old and new files differ in prefixes."""
     from safetensors import safe_open
     from transformers.utils import cached_file
 

@@ -1,7 +1,6 @@
-"""Rows out of a vLLM engine: hidden states from its workers' extension, or the top k from its public log-probs.
+"""Rows from a vLLM engine: hidden states from its workers' extension, or the top k from its public log-probs.
 
-In: jobs (tokens to read, from which position on rows are wanted, what to write). Out: answers, and the teacher output
-that travels. A session's tokens are all the state there is.
+In: jobs (tokens to read, the first requested row, tokens to write). Out: answers, and the teacher output to send.
 
 Shapes: n rows, D hidden width, k ids that are kept, P tokens of a prompt, V shared vocabulary.
 """
@@ -27,8 +26,7 @@ from switchkd.types import Ragged, TeacherOutput
 if TYPE_CHECKING:
     from switchkd.engines.vllm.engine import Engine
 
-_PROBE = 8  # tokens
-_OTHER_WAY = "take teacher.backend: hf"
+_REMEDY = "take teacher.backend: hf"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,19 +38,19 @@ class Answer:
 
 
 class Rows(Protocol):
-    """How rows come out of an engine."""
+    """A source of rows in an engine."""
 
     def ask(self, jobs: Sequence[RowRequest]) -> list[Answer]:
         """One answer a job, from `job.first` (or the first position written from) to the last token read."""
 
     def teacher_output(self, rows: torch.Tensor, lengths: np.ndarray) -> TeacherOutput:
-        """Rows as they travel."""
+        """Convert rows to the record that is sent."""
 
     def lm_head_state(self) -> LMHeadState | None: ...
 
 
 class HiddenRows:
-    """Final hidden states, from the workers' extension; as they are, or cut to their top k."""
+    """Final hidden states from the workers' extension, sent unchanged or as their top k."""
 
     def __init__(
         self, engine: Engine, *, vocab_size: int, kind: Literal["hidden_states", "top_logprobs"], top_k: int
@@ -61,26 +59,25 @@ class HiddenRows:
         weight, bias, config = output_layer(
             engine.path, revision=engine.revision, trust_remote_code=engine.trust_remote_code
         )
-        self.head = self._fitted(weight, bias, config, vocab_size)
+        self.lm_head = self._fitted(weight, bias, config, vocab_size)
         if kind == "top_logprobs" or engine.dtype != torch.float32:
-            engine.call("switchkd_head", pickle.dumps(self.head.to_arrays()))
+            engine.call("switchkd_head", pickle.dumps(self.lm_head.to_state()))
 
     def _fitted(self, weight: torch.Tensor, bias: torch.Tensor | None, config: Any, vocab_size: int) -> LMHead:
-        """The head of the files, tried on a few hidden states. The error belongs to the start."""
+        """The LM head of the files, checked on a few hidden states, so that an error comes at the start."""
         if len(weight) < vocab_size:
             raise ConfigError(
                 f"the output matrix of {self.engine.path} has {len(weight)} rows, its tokenizer {vocab_size} tokens; "
                 "take a model that knows the whole tokenizer"
             )
-        size = min(_PROBE, self.engine.max_len)
-        tokens = np.random.default_rng(0).integers(0, vocab_size, size)
+        tokens = np.random.default_rng(0).integers(0, vocab_size, min(8, self.engine.max_len))
         hidden = self.ask([RowRequest(tokens=tokens, first=0)])[0].rows
-        logits = _first_of(self.engine.call("switchkd_logits", pickle.dumps(to_numpy(hidden))))
+        logits = _first_nonempty(self.engine.call("switchkd_logits", pickle.dumps(to_numpy(hidden))))
         weight = weight[:vocab_size].to(hidden.dtype).float()
         bias = None if bias is None else bias[:vocab_size].to(hidden.dtype).float()
         return fit_lm_head(
             weight, bias, config, hidden, torch.from_numpy(logits), dtype=self.engine.dtype, name=self.engine.path,
-            remedy=_OTHER_WAY,
+            remedy=_REMEDY,
         )  # fmt: skip
 
     def ask(self, jobs: Sequence[RowRequest]) -> list[Answer]:
@@ -88,29 +85,29 @@ class HiddenRows:
 
     def _ask(self, jobs: Sequence[RowRequest], cached: bool) -> list[Answer]:
         ran = self.engine.run(jobs, cached=cached)
-        found = _first_of(self.engine.call("switchkd_take", [key for key, _ in ran]))
+        captured = _first_nonempty(self.engine.call("switchkd_take", [key for key, _ in ran]))
         return [
             Answer(
                 first=first, rows=from_numpy(values, dtype), token_ids=list(output.outputs[0].token_ids),
                 margins=margins,
             )
-            for (_, output), (first, values, dtype, margins) in zip(ran, found, strict=True)
+            for (_, output), (first, values, dtype, margins) in zip(ran, captured, strict=True)
         ]  # fmt: skip
 
     def teacher_output(self, rows: torch.Tensor, lengths: np.ndarray) -> TeacherOutput:
         values, dtype = to_numpy(rows)
         if self.kind == "top_logprobs":
             words = self.engine.call("switchkd_compress", pickle.dumps((values, dtype)), self.top_k)
-            values, dtype = _first_of(words), "int32"
+            values, dtype = _first_nonempty(words), "int32"
         return TeacherOutput(kind=self.kind, dtype=dtype, rows=Ragged(values, lengths.astype(np.int32)))
 
     def lm_head_state(self) -> LMHeadState | None:
-        return self.head.to_arrays() if self.kind == "hidden_states" else None
+        return self.lm_head.to_state() if self.kind == "hidden_states" else None
 
 
 class PublicRows:
-    """The top k of each row from vLLM's public log-probs. Approximate: their sums are those of float32 over all rows of
-    the model's table, ids that tie at the edge are vLLM's choice, and the tail's entropy is its upper bound."""
+    """The top k of each row from vLLM's public log-probs. They are approximate: vLLM normalises in float32 over all ids
+    of the model, chooses among ids that tie at rank k, and the tail's entropy is replaced by its upper bound."""
 
     def __init__(self, engine: Engine, *, vocab_size: int, top_k: int) -> None:
         self.engine, self.vocab_size, self.top_k = engine, vocab_size, min(top_k, vocab_size)
@@ -123,24 +120,24 @@ class PublicRows:
         return [self._answer(job, output) for job, (_, output) in zip(jobs, ran, strict=True)]
 
     def _answer(self, job: RowRequest, output: Any) -> Answer:
-        """Entry i of the prompt's log-probs is the row of position i - 1. On a hit of the cache one model runner leaves
-        garbage in the entries of cached positions and the other leaves them out: count from the end."""
+        """Entry i of the prompt's log-probs is the row of position i - 1. Trap: on a cache hit one model runner leaves
+        garbage in the entries of cached positions and the other leaves them out, so entries are counted from the end.
+        """
         num, prompt, written = len(job.tokens), output.prompt_logprobs, output.outputs[0]
         first = min(max(job.first, output.num_cached_tokens or 0), num - 1)
         rows = [self._row(prompt, len(prompt) - (num - 1 - p)) for p in range(first, num - 1)]
         rows += [self._row(written.logprobs, i) for i in range(len(written.token_ids))]
         surplus = max(job.first - first, 0)
-        unknown = [float("inf")] * len(written.token_ids)  # the public interface does not say how close a draw was
-        nothing = torch.zeros(0, 2 * self.top_k + 2, dtype=torch.int32)
+        no_rows = torch.zeros(0, 2 * self.top_k + 2, dtype=torch.int32)
         return Answer(
             first=first + surplus,
-            rows=torch.stack(rows[surplus:]) if rows[surplus:] else nothing,
+            rows=torch.stack(rows[surplus:]) if rows[surplus:] else no_rows,
             token_ids=list(written.token_ids),
-            margins=unknown,
+            margins=[float("inf")] * len(written.token_ids),  # the public interface has no margins
         )
 
     def _row(self, entries: Any, at: int) -> torch.Tensor:
-        """One packed row. The first id of an entry is that of the token that stands there; the top k follow."""
+        """One packed row. The first id of an entry is the sequence's own token; the top k follow."""
         begin, end = entries.start_indices[at] + 1, entries.end_indices[at]
         ids = np.array(entries.token_ids[begin:end], np.int64)
         logprobs = np.array(entries.logprobs[begin:end], np.float64)
@@ -167,8 +164,8 @@ class PublicRows:
 
 
 def _completed(ask: Callable[[Sequence[RowRequest], bool], list[Answer]], jobs: Sequence[RowRequest]) -> list[Answer]:
-    """What began too late is asked for again without the cache. Trap: a prefix that ends on a cached block hides its
-    last row; and rows may be asked for far before the end."""
+    """Answer the jobs; repeat those whose rows begin too late without the cache. Trap: a prefix that ends on a cached
+    block has no last row, and `job.first` may lie far inside a cached prefix."""
     answers = ask(jobs, True)
     if late := [i for i, (job, answer) in enumerate(zip(jobs, answers, strict=True)) if answer.first > job.first]:
         for i, answer in zip(late, ask([jobs[i] for i in late], False), strict=True):
@@ -176,9 +173,9 @@ def _completed(ask: Callable[[Sequence[RowRequest], bool], list[Answer]], jobs: 
     return answers
 
 
-def _first_of(answers: list[bytes]) -> Any:
-    """What the one worker said that had something to say."""
-    found = [answer for answer in answers if answer]
-    if not found:
-        raise RuntimeError(f"vLLM's workers gave no hidden states; {_OTHER_WAY}")
-    return pickle.loads(found[0])
+def _first_nonempty(answers: list[bytes]) -> Any:
+    """The answer of the first worker with hidden states."""
+    answer = next(filter(None, answers), None)
+    if answer is None:
+        raise RuntimeError(f"vLLM's workers gave no hidden states; {_REMEDY}")
+    return pickle.loads(answer)

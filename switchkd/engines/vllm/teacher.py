@@ -1,10 +1,10 @@
 """The production teacher: vLLM behind the Teacher protocol, with paged caches, tensor parallelism and its own kernels.
 
-In: sessions and blocks. Out: `teacher.output: hidden_states` or `top_logprobs`. A session is nothing but its tokens:
-vLLM's prefix cache holds what was read, by content, so a block at the end of a long prefix costs its own tokens and at
-most one cache block more.
+In: sessions and blocks. Out: `teacher.output: hidden_states` or `top_logprobs`. A session has no state but its tokens:
+vLLM's prefix cache finds what was read by content, so a block after a long prefix costs its own tokens and at most one
+cache block more.
 
-Rows come from final hidden states, which the workers' extension takes out of vLLM (`worker.py`). An engine without the
+Rows come from final hidden states, which the workers' extension (`worker.py`) reads in vLLM. An engine without the
 extension gives the top k of its public `prompt_logprobs`.
 """
 
@@ -27,8 +27,8 @@ from switchkd.types import Blocks, Ragged, Sessions, TeacherOutput, WriteRequest
 
 
 class VLLMTeacher:
-    """A teacher (see base.Teacher) on one vLLM engine. Opening is free: the first score reads the prompt. One caller at
-    a time; the sequences of one call share vLLM's batches."""
+    """A teacher (see base.Teacher) on one vLLM engine, for one caller at a time. `open` computes nothing: the first
+    score reads the prompt. The sequences of one call share vLLM's batches."""
 
     def __init__(self, engine: Engine, *, vocab_size: int, max_sessions: int, max_len: int, lease_s: float = 600.0,
                  output: Literal["hidden_states", "top_logprobs"] = "hidden_states", top_k: int = 64,
@@ -44,7 +44,7 @@ class VLLMTeacher:
 
     @property
     def num_positions_read(self) -> int:
-        """Positions that the model has read, prompts and repetitions included."""
+        """Positions that the model has read, with prompts and repetitions."""
         return self.engine.num_positions_read
 
     @property
@@ -52,11 +52,11 @@ class VLLMTeacher:
         return len(self._sessions)
 
     def lm_head_state(self) -> LMHeadState | None:
-        """The head as it travels to every process that rebuilds rows; None unless hidden states travel."""
+        """The LM head for the processes that rebuild rows; None unless the teacher sends hidden states."""
         return self._rows.lm_head_state()
 
     def open(self, sessions: Sessions) -> None:
-        """See Teacher. A session that is already held keeps what was answered of a common beginning."""
+        """See Teacher. An open session keeps the rows of the common prefix."""
         self._sessions.open(sessions)
 
     def score(self, blocks: Blocks) -> TeacherOutput:
@@ -70,17 +70,17 @@ class VLLMTeacher:
         return self._rows.teacher_output(torch.cat([answer.rows for answer in answers]), lengths)
 
     def write(self, request: WriteRequest) -> Written:
-        """See Teacher. The draws are made inside vLLM, see vllm_worker.KeyedDraws."""
+        """See Teacher. vLLM makes the draws, see worker.KeyedDraws."""
         self._sessions.check_write(request)
         sessions = self._appended(request.blocks)
         sampling = SamplingParams(temperature=request.temperature, top_p=request.top_p, top_k=request.top_k)
         if self._output == "top_logprobs":
             sampling = within_top(sampling, self._top_k)
-        law = {"run_seed": request.run_seed, "purpose": request.purpose, **asdict(sampling)}
+        common = {"run_seed": request.run_seed, "purpose": request.purpose, **asdict(sampling)}
         jobs = [
             RowRequest(
                 tokens=s.tokens, first=int(first), count=int(count), stop_ids=tuple(request.stop_ids.tolist()),
-                draw={**law, "rollout_id": int(rollout_id), "position": int(position), "num_prompt": len(s.tokens),
+                draw={**common, "rollout_id": int(rollout_id), "position": int(position), "num_prompt": len(s.tokens),
                       "vocab_size": self.vocab_size},
             )
             for s, first, count, rollout_id, position in zip(
@@ -102,15 +102,15 @@ class VLLMTeacher:
         self._sessions.close(session_ids)
 
     def _appended(self, blocks: Blocks) -> list[Session]:
-        """The blocks' sessions with their new tokens."""
-        sessions = self._sessions.of_blocks(blocks)
+        """Append the blocks to their sessions and return the sessions."""
+        sessions = self._sessions.named_by(blocks)
         for session, base, new in zip(sessions, blocks.base_lens, blocks.tokens.split(), strict=True):
-            session.become(np.concatenate([session.tokens[:base], new]))
+            session.replace_tokens(np.concatenate([session.tokens[:base], new]))
         return sessions
 
     def _answered(self, sessions: list[Session], jobs: list[RowRequest]) -> list[Answer]:
-        """Rows from `job.first` on, kept ones and new ones; only what is missing is asked for."""
-        kept = [session.kept(job.first, len(job.tokens)) for session, job in zip(sessions, jobs, strict=True)]
+        """Answers with the rows from `job.first` on, kept and new ones; the engine computes the missing rows only."""
+        kept = [session.kept_rows(job.first, len(job.tokens)) for session, job in zip(sessions, jobs, strict=True)]
         rest = [
             job if part is None else replace(job, first=job.first + len(part))
             for job, part in zip(jobs, kept, strict=True)
@@ -118,15 +118,11 @@ class VLLMTeacher:
         open_jobs = [i for i, job in enumerate(rest) if job.draw is not None or job.first < len(job.tokens)]
         fresh = dict(zip(open_jobs, self._rows.ask([rest[i] for i in open_jobs]) if open_jobs else [], strict=True))
         answers = []
-        for i, (session, job) in enumerate(zip(sessions, jobs, strict=True)):
-            answer = fresh.get(i) or Answer(first=len(job.tokens), rows=_none_of(kept[i]), token_ids=[], margins=[])
-            rows = answer.rows[rest[i].first - answer.first :] if i in fresh else answer.rows
-            rows = rows if kept[i] is None else torch.cat([kept[i], rows])  # type: ignore[list-item]
-            session.first, session.rows = job.first, rows
-            answers.append(replace(answer, first=job.first, rows=rows))
+        for i, (session, job, part) in enumerate(zip(sessions, jobs, kept, strict=True)):
+            parts = [] if part is None else [part]
+            answer = fresh.get(i, Answer(first=job.first, rows=torch.empty(0), token_ids=[], margins=[]))
+            if i in fresh:
+                parts.append(answer.rows[rest[i].first - answer.first :])
+            session.first, session.rows = job.first, torch.cat(parts)
+            answers.append(replace(answer, first=job.first, rows=session.rows))
         return answers
-
-
-def _none_of(rows: torch.Tensor | None) -> torch.Tensor:
-    assert rows is not None
-    return rows[:0]

@@ -83,7 +83,7 @@ class Engines:
         served, trained = (load_model(path, dtype=dtype, device=device) for path in (teacher, student))
         self.student = HFStudent(trained, num_slots=load.batch, max_len=max_len, vocab_size=self.vocab_size)
         self.teacher = HFTeacher(served, vocab_size=self.vocab_size, max_sessions=3 * load.batch, max_len=max_len)
-        self.head = LMHead.from_arrays(self.teacher.head().to_arrays(), device=device).prepack()
+        self.head = LMHead.from_state(self.teacher.head().to_state(), device=device).prepack()
 
     def params(self, rule: switching.Rule) -> RolloutParams:
         plain = SamplingParams()

@@ -106,7 +106,7 @@ def with_weights(ready: PreparedRun, index: int) -> Iterator[CheckResult]:
         teacher = make_teacher(teacher_config)
         head = teacher.lm_head_state()
         tokens = ready.prompts.prompts[0].token_ids[:64]
-        yield determinism(teacher_config, teacher, None if head is None else LMHead.from_arrays(head), tokens)
+        yield determinism(teacher_config, teacher, None if head is None else LMHead.from_state(head), tokens)
         teachers[name] = (teacher, head)
     heads = {name: head for name, (_, head) in teachers.items() if head is not None}
     worker = make_worker(config, teachers, ready.stop_ids)
