@@ -72,7 +72,7 @@ class RunConfig(Section):
     overwrite: bool = False
     """Rename a folder that holds another run, and begin a new run."""
     watchdog_s: PositiveFloat = 1800.0
-    """A run without progress for so long names the actor that it waits for, saves and ends. An actor has 5 min to start."""
+    """A run without progress for so long names the actor it waits for, saves, and ends. An actor has 5 min to start."""
     max_restarts: NonNegativeInt = 8
     """How often a run goes back to one checkpoint after losing a learner rank or the replay, before it ends."""
 
