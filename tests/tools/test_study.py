@@ -123,7 +123,7 @@ def test_the_tokenizer_gives_texts_back():
 
 def test_the_shipped_study_is_sound():
     """It is read, every method's config is accepted, the rollouts have room for every solution."""
-    study = read_study(Path(__file__).parents[1] / "configs" / "study" / "arithmetic.yaml")
+    study = read_study(Path(__file__).parents[2] / "configs" / "study" / "arithmetic.yaml")
     assert study.task is not None
     assert study.base["rollout"]["max_new_tokens"] >= solution_tokens(max(study.task.digits))
     names = [cell.name for cell in cells(study)]
@@ -134,7 +134,7 @@ def test_the_shipped_study_is_sound():
 @pytest.mark.parametrize("name", ["dolly", "dolly_small"])
 def test_the_study_of_dolly_is_sound(name):
     """Every method's config is accepted, and each test set is told by name."""
-    study = read_study(Path(__file__).parents[1] / "configs" / "study" / f"{name}.yaml")
+    study = read_study(Path(__file__).parents[2] / "configs" / "study" / f"{name}.yaml")
     assert set(study.test_sets) == {"dolly", "self_inst", "s_ni", "vicuna"} and set(study.main) <= study.methods.keys()
     assert len(cells(study)) == 3 * len(study.methods)
 

@@ -25,7 +25,7 @@ from switchkd.tools.bench.table import Options, Spread, Table, check_device, com
 
 MIB = 2**20
 # a spawned process that has to import what the parent merely put on its path
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------

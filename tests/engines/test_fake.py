@@ -205,7 +205,7 @@ def test_fake_and_real_do_not_mix(fake_place, monkeypatch, capsys):
 
 
 def test_the_shipped_config_is_fake():
-    config = load(Path(__file__).parents[1] / "configs" / "fake.yaml")
+    config = load(Path(__file__).parents[2] / "configs" / "fake.yaml")
     assert config.is_fake and config.fake.teacher_s > 0
 
 

@@ -13,7 +13,7 @@ from switchkd.config.loader import apply_override, dump_yaml, load, parse, resol
 from switchkd.config.schema import StageConfig
 from switchkd.controller.preflight import check
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 CONFIGS = [path for path in CONFIGS if path.parent.name != "study"]  # those are read by test_study.py
 MINIMAL = {"run": {"dir": "runs/x"}, "train": {"num_steps": 1}}
 

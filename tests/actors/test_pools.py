@@ -78,7 +78,7 @@ def nodes_of(role: str) -> set[str]:
 
 def test_workers_come_and_go(cluster, alone, place, notes, monkeypatch):
     """A run that begins with one worker, goes on with three and ends with two writes the rollouts of a run with one
-    (tests/test_scaling.py says when that happens; here it is told to)."""
+    (tests/test_autoscaling.py says when that happens; here it is told to)."""
     from switchkd.actors import pool
     from switchkd.actors.worker_pool import WorkerPool
 

@@ -15,7 +15,7 @@ from switchkd.train import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
-BOARD = Path(__file__).parents[1] / "cluster" / "grafana" / "switchkd.json"
+BOARD = Path(__file__).parents[2] / "cluster" / "grafana" / "switchkd.json"
 STAGES = [{**WARM_UP, "steps": 1}, {**SWITCH, "steps": 2}]
 
 

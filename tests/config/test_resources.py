@@ -118,7 +118,7 @@ class TestOneMachine:
 
 
 class TestCluster:
-    """Nothing is shared; whether it fits is for placement groups to say (test_placement.py)."""
+    """Nothing is shared; whether it fits is for placement groups to say (test_placement_group.py)."""
 
     def test_one_each(self):
         """A CPU and a thread for every process."""
