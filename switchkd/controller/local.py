@@ -24,7 +24,6 @@ from switchkd.data.replay import Replay
 from switchkd.engines.build import make_teacher
 from switchkd.learner.rank import RankInfo, make_rank
 from switchkd.rollout.build import Teachers, make_worker
-from switchkd.rollout.fake import FakeWorker
 from switchkd.rollout.worker import RolloutWorker
 from switchkd.types import EvalShard, RolloutTask, WeightRef
 
@@ -53,7 +52,7 @@ class LocalHandle:
 class LocalWorkerHandle:
     """A worker that puts its rollouts into a replay of the same process; without a replay it only evaluates."""
 
-    def __init__(self, worker: RolloutWorker | FakeWorker, replay: Replay | None) -> None:
+    def __init__(self, worker: RolloutWorker, replay: Replay | None) -> None:
         self.worker, self.replay = worker, replay
 
     def generate(self, tasks: list[RolloutTask], weights: WeightRef | None) -> Future[Any]:

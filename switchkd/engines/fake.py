@@ -16,7 +16,7 @@ import numpy as np
 
 from switchkd.config.schema import FakeConfig
 from switchkd.engines.sessions import Session, SessionTable
-from switchkd.types import Blocks, Ragged, Sessions, TeacherOutput, WriteRequest, Written
+from switchkd.types import Blocks, PackedWeights, Ragged, Sessions, TeacherOutput, WriteRequest, Written
 
 END = 256
 """Ids 0 to 255 are bytes; this one ends a completion."""
@@ -88,6 +88,26 @@ class FakeTokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         text = bytes(i for i in token_ids if i != END).decode(errors="replace")
         return text + "</s>" * (END in token_ids and not skip_special_tokens)
+
+
+class FakeStudent:
+    """The student's weights, one number, and its draws."""
+
+    def __init__(self, fake: FakeConfig) -> None:
+        time.sleep(fake.start_s)
+        self.fake, self.weights, self.order = fake, FIRST_WEIGHTS, (0, 0)
+
+    def load_weights(self, packed: PackedWeights) -> None:
+        if checksum(packed.buckets) != packed.checksum:
+            raise ValueError(f"weights of version {packed.version} are damaged: publish again")
+        self.weights = int(packed.buckets[0][:8].view(np.uint64)[0])
+        self.order = packed.order
+
+    def row(self, digest: int) -> int:
+        return row(self.weights, digest)
+
+    def draw(self, digest: int, key: int) -> int:
+        return draw(self.row(digest), digest, key, self.fake.agreement)
 
 
 class FakeTeacher:

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from switchkd.config import resources
 from switchkd.config.schema import Config
 from switchkd.engines.base import Teacher
 from switchkd.engines.build import device_of, load_section, make_tokenizer, max_len, set_threads
+from switchkd.engines.fake import FakeStudent
 from switchkd.engines.models.loading import shared_vocab
-from switchkd.rollout.fake import FakeWorker
-from switchkd.types import PackedWeights
+from switchkd.rollout.fake import FakeGenerator, evaluate
+from switchkd.rollout.worker import RolloutWorker
+from switchkd.types import CompletionSource, PackedWeights
 
 if TYPE_CHECKING:
     from switchkd.engines.models.lm_head import LMHead, LMHeadState
     from switchkd.rollout.generator import SwitchingGenerator
-    from switchkd.rollout.worker import RolloutWorker
 
 Teachers = Mapping[str, tuple[Teacher, "LMHeadState | None"]]
 """By name, each with its output head (None unless hidden states travel); empty where no stage needs one."""
@@ -31,14 +32,27 @@ def make_worker(
     teachers: Teachers,
     stop_ids: frozenset[int],
     new_weights: Callable[[], PackedWeights | None] | None = None,
-) -> RolloutWorker | FakeWorker:
+) -> RolloutWorker:
     """One rollout worker with the student's folder as weight version 0. `stop_ids` are those of all models."""
     newer = new_weights if config.rollout.on_new_weights == "reprefill" else None
     match config.student.backend:
         case "hf":
             return _hf_worker(config, teachers, stop_ids, newer)
         case "fake":
-            return FakeWorker(config, {name: teacher for name, (teacher, _) in teachers.items()}, stop_ids, newer)
+            return _fake_worker(config, teachers, stop_ids, newer)
+
+
+def _fake_worker(
+    config: Config, teachers: Teachers, stop_ids: frozenset[int], new_weights: Callable[[], PackedWeights | None] | None
+) -> RolloutWorker:
+    student = FakeStudent(config.fake)
+    by_name: dict[str, Teacher | None] = {name: teacher for name, (teacher, _) in teachers.items()} or {"": None}
+    generators = {
+        name: FakeGenerator(config, student, teacher, stop_ids, new_weights) for name, teacher in by_name.items()
+    }
+    stage_params: list[Any] = [dict.fromkeys(CompletionSource, stage) for stage in config.train.stages]
+    decode = partial(make_tokenizer(config.student).decode, skip_special_tokens=True)
+    return RolloutWorker(generators, stage_params, decode, partial(evaluate, generators))
 
 
 def _hf_worker(
@@ -48,7 +62,6 @@ def _hf_worker(
     from switchkd.engines.hf.student import HFStudent
     from switchkd.rollout.generator import SwitchingGenerator
     from switchkd.rollout.rules import build_rollout_params
-    from switchkd.rollout.worker import RolloutWorker
 
     set_threads(resources.of_role(config, "rollout").threads)
     section = config.student

@@ -18,7 +18,8 @@ from switchkd.algo.divergence import agreement, forward_kl, per_row
 from switchkd.algo.sampling import Purpose, SamplingParams
 from switchkd.algo.topk import coarse_grain
 from switchkd.engines.base import StudentEngine
-from switchkd.rollout.generator import Emit, GenerationRequest, SwitchingGenerator
+from switchkd.rollout.generator import SwitchingGenerator
+from switchkd.rollout.request import Emit, GenerationRequest
 from switchkd.rollout.state import RolloutParams
 from switchkd.rollout.teacher_logits import TeacherLogits
 from switchkd.types import GREEDY, CompletionSource, EvalRow, EvalShard, Prompt, Rollout, RolloutTask

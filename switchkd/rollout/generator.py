@@ -29,26 +29,18 @@ import numpy as np
 
 from switchkd.engines.base import OutputHead, StudentEngine, Teacher, TeacherBusy
 from switchkd.rollout.draft import Drafter, grouped, write_request
+from switchkd.rollout.request import Emit, GenerationRequest
 from switchkd.rollout.score_references import ReferenceScorer
 from switchkd.rollout.speculation import NO_DRAFT, DraftPlan, SpeculationPolicy
-from switchkd.rollout.state import RolloutParams, RolloutState
+from switchkd.rollout.state import RolloutState
 from switchkd.rollout.teacher_client import BUSY_S, TeacherClient, blocks_of
+from switchkd.rollout.teacher_logits import TeacherLogits
 from switchkd.rollout.top_logprobs import TopTokens
 from switchkd.rollout.verify import NEAR_TIE, DraftBlock, verify
-from switchkd.types import CompletionSource, PackedWeights, Rollout, RolloutTask, TeacherOutput, Written
+from switchkd.types import CompletionSource, PackedWeights, TeacherOutput, Written
 
-Emit = Callable[[list[Rollout]], None]
 WRITE_SPAN = 8
 """Tokens that the teacher writes alone between two looks at which rows are waiting for it."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GenerationRequest:
-    """A task and how it is generated. A data set's completion (`task.completion_source`) stays as it is: `params` say
-    only whether the teacher scores it, and what comes with the scores."""
-
-    task: RolloutTask
-    params: RolloutParams
 
 
 @dataclass(slots=True)
@@ -77,8 +69,8 @@ class SwitchingGenerator:
         new_weights: Callable[[], PackedWeights | None] | None = None,
     ) -> None:
         self.student = student
-        self.calls = TeacherClient(teacher, head, device, student.head.vocab_size)
-        self.reader = self.calls.reader
+        self.reader = TeacherLogits(head, device, student.head.vocab_size)
+        self.calls = TeacherClient(teacher, self.reader)
         self.reference_scorer = ReferenceScorer(self.calls, at_once=student.num_slots, stop_ids=stop_ids)
         self.stop_ids = stop_ids
         self.overlap = overlap

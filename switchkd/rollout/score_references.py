@@ -5,16 +5,15 @@ In: tasks with a reference. Out: rollouts whose tokens have the source `data`, o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from switchkd.rollout.request import Emit
 from switchkd.rollout.state import RolloutParams, sum_tail_mass
 from switchkd.rollout.teacher_client import TeacherClient
 from switchkd.rollout.top_logprobs import top_logprobs
 from switchkd.types import Blocks, Ragged, Rollout, RolloutStats, RolloutTask, TeacherOutput, TokenSource
-
-Emit = Callable[[list[Rollout]], None]
 
 
 class ReferenceScorer:

@@ -10,23 +10,33 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from switchkd.engines.base import OutputHead, Teacher, TeacherBusy
-from switchkd.rollout.state import RolloutState
-from switchkd.rollout.teacher_logits import TeacherLogits
+from switchkd.engines.base import Teacher, TeacherBusy
 from switchkd.types import Blocks, Ragged, RolloutTask, Sessions, TeacherOutput
+
+if TYPE_CHECKING:
+    from switchkd.rollout.teacher_logits import TeacherLogits
 
 BUSY_S = 0.05
 """Pause before a worker calls a busy teacher again."""
 
 
+class TeacherRow(Protocol):
+    """A row that a teacher reads: its task, and how many of its tokens the session holds."""
+
+    task: RolloutTask
+    teacher_len: int
+
+
 class TeacherClient:
-    def __init__(self, teacher: Teacher | None, lm_head: OutputHead | None, device: str, vocab_size: int) -> None:
+    """`reader` learns the format of the teacher's output."""
+
+    def __init__(self, teacher: Teacher | None, reader: TeacherLogits | None) -> None:
         self._teacher = teacher
-        self.reader = TeacherLogits(lm_head, device, vocab_size)
+        self.reader: Any = reader  # None: with fake models
         self.num_calls = 0  # calls that the teacher computes for
         self.wait_s = 0.0  # time that the caller waited for answers
         self._thread: ThreadPoolExecutor | None = None
@@ -94,11 +104,12 @@ class TeacherClient:
     def score(self, blocks: Blocks) -> TeacherOutput:
         self.num_calls += 1
         teacher_output: TeacherOutput = self.result(self.submit(self.teacher.score, blocks))
-        self.reader.set_format(teacher_output)
+        if self.reader is not None:
+            self.reader.set_format(teacher_output)
         return teacher_output
 
 
-def blocks_of(rows: Sequence[RolloutState], new_tokens: Sequence[list[int]], first_positions: Sequence[int]) -> Blocks:
+def blocks_of(rows: Sequence[TeacherRow], new_tokens: Sequence[list[int]], first_positions: Sequence[int]) -> Blocks:
     """The blocks of one call: each row's session continues after `teacher_len` with `new_tokens`; rows are requested
     from `first_positions` on."""
     return Blocks(

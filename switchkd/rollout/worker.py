@@ -9,10 +9,9 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from switchkd.rollout.evaluate import ShardEvaluator
-from switchkd.rollout.generator import Emit, GenerationRequest, SwitchingGenerator
-from switchkd.rollout.state import StageParams
+from switchkd.rollout.request import Emit, GenerationRequest
 from switchkd.types import (
     EvalRow,
     EvalShard,
@@ -25,22 +24,26 @@ from switchkd.types import (
     WorkReport,
 )
 
+if TYPE_CHECKING:
+    from switchkd.rollout.state import StageParams
+
 
 class RolloutWorker:
-    """`generators` by teacher, all with the same student."""
+    """`generators` by teacher, all with the same student. `evaluate`: instead of `evaluate.ShardEvaluator`."""
 
     def __init__(
         self,
-        generators: Mapping[str, SwitchingGenerator],
+        generators: Mapping[str, Any],
         stage_params: Sequence[StageParams],
         decode: Callable[[Sequence[int]], str],
+        evaluate: Callable[[EvalShard], list[EvalRow]] | None = None,
     ) -> None:
         self.generators = dict(generators)
         self.stage_params = list(stage_params)
         self.decode = decode
         self._first = next(iter(self.generators.values()))
         self.student = self._first.student
-        self._evaluator = ShardEvaluator(self.student, self._generator_of, self._run, decode)
+        self._evaluate = evaluate or self._evaluate_shard
         self._free_since = time.monotonic()
 
     @property
@@ -100,9 +103,14 @@ class RolloutWorker:
     def evaluate(self, shard: EvalShard) -> list[EvalRow]:
         """Rows with the student's completions per seed, and with its comparison with the teacher, see
         `ShardEvaluator`."""
-        rows = self._evaluator.rows(shard)
+        rows = self._evaluate(shard)
         self._free_since = time.monotonic()
         return rows
+
+    def _evaluate_shard(self, shard: EvalShard) -> list[EvalRow]:
+        from switchkd.rollout.evaluate import ShardEvaluator
+
+        return ShardEvaluator(self.student, self._generator_of, self._run, self.decode).rows(shard)
 
     def _run(self, requests: Sequence[GenerationRequest], emit: Emit) -> None:
         """Serve each request with its teacher's generator, one teacher after the other."""
@@ -110,7 +118,7 @@ class RolloutWorker:
             generator = self._generator_of(name)
             generator.run([request for request in requests if request.task.prompt.teacher == name], emit)
 
-    def _generator_of(self, teacher: str) -> SwitchingGenerator:
+    def _generator_of(self, teacher: str) -> Any:
         return self.generators.get(teacher, self._first)
 
     def _num_calls(self) -> int:

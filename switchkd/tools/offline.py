@@ -19,7 +19,6 @@ from switchkd.controller.evaluation import aggregate
 from switchkd.controller.preflight import PreparedRun, prepare
 from switchkd.data.atomic_files import json_safe
 from switchkd.rollout.build import make_worker
-from switchkd.rollout.fake import FakeWorker
 from switchkd.rollout.worker import RolloutWorker
 from switchkd.types import EvalRow, Prompt, Rollout
 
@@ -78,9 +77,7 @@ def sample_rollouts(config: Config, num: int, stage: int) -> tuple[list[tuple[Pr
     return first_rollouts(ready, _local_worker(ready), num, stage), decode
 
 
-def first_rollouts(
-    ready: PreparedRun, worker: RolloutWorker | FakeWorker, num: int, stage: int
-) -> list[tuple[Prompt, Rollout]]:
+def first_rollouts(ready: PreparedRun, worker: RolloutWorker, num: int, stage: int) -> list[tuple[Prompt, Rollout]]:
     """Generate the first `num` rollouts of a stage, each with its prompt; a stage with fewer is made longer."""
     stages = ready.config.train.stages[: stage + 1]
     steps = max(stages[-1].steps, -(-num // stages[-1].batch_size))
@@ -91,7 +88,7 @@ def first_rollouts(
     return [(task.prompt, by_id[task.rollout_id]) for task in tasks]
 
 
-def _local_worker(ready: PreparedRun) -> RolloutWorker | FakeWorker:
+def _local_worker(ready: PreparedRun) -> RolloutWorker:
     """Make a worker with teachers in this process, which may use all cores."""
     run = ready.config.run.model_copy(update={"mode": "inprocess"})
     config = ready.config.model_copy(update={"run": run})

@@ -21,7 +21,8 @@ from switchkd.engines import fake
 from switchkd.engines.base import TeacherBusy, UnknownSession
 from switchkd.engines.fake import FakeTeacher
 from switchkd.learner.fake import FakeRank
-from switchkd.rollout.fake import FakeWorker
+from switchkd.rollout.build import make_worker
+from switchkd.rollout.worker import RolloutWorker
 from switchkd.train import train
 from switchkd.types import (
     BatchAssignment,
@@ -56,12 +57,12 @@ def tasks(num: int, source: CompletionSource = CompletionSource.ROLLOUT) -> list
     ]  # fmt: skip
 
 
-def worker(place: Path, served: Any = None, **rollout: Any) -> FakeWorker:
-    config = runs.config(place, [{**SWITCH, "mix": {"rollout": 1}}], fake=True, rollout=rollout)
-    return FakeWorker(config, {"": served or teacher()}, STOPS)
+def worker(place: Path, served: Any = None, seed: int = 0, **rollout: Any) -> RolloutWorker:
+    config = runs.config(place, [{**SWITCH, "mix": {"rollout": 1}}], fake=True, rollout=rollout, seed=seed)
+    return make_worker(config, {"": (served or teacher(), None)}, STOPS)
 
 
-def written(by: FakeWorker, wanted: Sequence[RolloutTask]) -> tuple[list[Rollout], WorkReport]:
+def written(by: RolloutWorker, wanted: Sequence[RolloutTask]) -> tuple[list[Rollout], WorkReport]:
     out: list[Rollout] = []
     report = by.generate(wanted, out.extend)
     return sorted(out, key=lambda rollout: rollout.rollout_id), report
@@ -99,7 +100,7 @@ def test_each_source_of_completions(fake_place):
         r.token_ids.tolist() == [*b"word", fake.END] and set(r.sources) == {TokenSource.DATA} for r in references
     )
     alone, _ = written(ours, tasks(3, CompletionSource.TEACHER))
-    ours.weights = 7
+    ours.student.weights = 7
     assert same(alone, written(ours, tasks(3, CompletionSource.TEACHER))[0])
     assert all(set(r.sources) == {TokenSource.TEACHER} and r.teacher_output for r in alone)
 
@@ -107,13 +108,11 @@ def test_each_source_of_completions(fake_place):
 def test_weights_a_seed_and_the_teacher_change_rollouts(fake_place):
     first, _ = written(worker(fake_place), tasks(8))
     other = worker(fake_place)
-    other.weights = 2
+    other.student.weights = 2
     assert not same(first, written(other, tasks(8))[0])
     named = FakeTeacher("two", FakeConfig(), max_sessions=64, max_len=200, lease_s=60)
     assert not same(first, written(worker(fake_place, named), tasks(8))[0])
-    seeded = worker(fake_place)
-    seeded.config = seeded.config.model_copy(update={"seed": 1})
-    assert not same(first, written(seeded, tasks(8))[0])
+    assert not same(first, written(worker(fake_place, seed=1), tasks(8))[0])
 
 
 class Forgetful:
@@ -173,7 +172,7 @@ def test_ranks_agree_and_weights_travel(fake_place):
     assert packed and ranks[1].publish(1) is None
     reader = worker(fake_place)
     reader.load_weights(WeightRef(version=1, ref=packed), lambda ref: ref.ref)
-    assert (reader.weights, reader.order) == (alone.weights, (0, 1))
+    assert (reader.student.weights, reader.order) == (alone.weights, (0, 1))
     damaged = replace(packed, version=2, buckets=(packed.buckets[0] + 1,))
     with pytest.raises(ValueError, match="weights of version 2 are damaged"):
         reader.load_weights(WeightRef(version=2, ref=damaged), lambda ref: ref.ref)
