@@ -69,8 +69,9 @@ def cluster() -> Iterator[Any]:
     """One Ray for all tests, four nodes of this machine: a head with 3 CPUs, two `TEACH` and one `WRITE` with 2 each.
     `cluster.folder` holds its logs."""
     os.environ.update(PROTECTED)
-    # a node counts as dead after 3 s, not 15
-    os.environ.update(RAY_health_check_period_ms="1000", RAY_health_check_failure_threshold="3")
+    # a node counts as dead after 3 s, not 15; actors are not niced: the test that waits for them is not either
+    settings = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3, "worker_niceness": 0}
+    os.environ.update({f"RAY_{name}": str(value) for name, value in settings.items()})
     import ray
     from ray.cluster_utils import Cluster
 

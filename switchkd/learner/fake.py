@@ -42,7 +42,7 @@ class FakeRank:
             step=assignment.step,
             version=assignment.step + 1,
             loss=loss,
-            metrics={"loss/total": loss},
+            metrics={"loss/total": loss, "loss/kl": loss},
             grad_norm=1.0,
             lr=lr,
             num_loss_tokens=assignment.num_loss_tokens,

@@ -100,7 +100,7 @@ def test_one_run_with_six_faults(cluster, alone, place, monkeypatch, notes, done
     since is trained on again or written again; the student has the weights of the other run."""
     report_at_once(monkeypatch)
     FullDisk(monkeypatch, after=2)
-    order = ["RolloutActor", "TeacherActor", "LearnerActor", "ReplayActor", "TeacherPoolActor", "LearnerActor"]
+    order = ["RolloutActor", "LearnerActor", "ReplayActor", "TeacherActor", "TeacherPoolActor", "LearnerActor"]
     injector = FaultInjector(monkeypatch, dict(zip((3, 4, 5, 6, 7, 8), order, strict=True)))
     two = {"rollout": {"num_workers": 2}, "teacher": {"replicas": 2}, "learner": {"num_ranks": 2}}
     assert train(config(place, STAGES, run=ON_RAY, **two)).finished
