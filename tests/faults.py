@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -129,6 +130,21 @@ def nothing_left(num_cpus: int = 9) -> None:
 
     wait_until(lambda: not actors(), "the run left actors behind")
     wait_until(lambda: ray.available_resources().get("CPU", 0) >= num_cpus, "the run left placements behind")
+
+
+def free_ports(num: int) -> list[int]:
+    probes = [socket.socket() for _ in range(num)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 # --- what is compared ------------------------------------------------------------------------------------------------

@@ -22,10 +22,9 @@ from typing import Any
 
 import pytest
 import torch
-from faults import wait_until
+from faults import answers, free_ports, wait_until
 from runs import command, config_file, descendants, linked, processes
 from safetensors.torch import load_file, save_file
-from test_jobs import answers, free_ports
 
 from switchkd.config import user_code
 from switchkd.config.errors import ConfigError

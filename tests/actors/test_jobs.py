@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from typing import Any
 
 import pytest
 import runs
-from faults import FaultInjector, actors, same_losses, same_rollouts, wait_until
+from faults import FaultInjector, actors, answers, free_ports, same_losses, same_rollouts, wait_until
 from runs import BASE, STAGES, descendants, distance, lines, processes, seconds_beyond, steps
 
 from switchkd.config.errors import ConfigError
@@ -229,21 +228,6 @@ def test_submitted_job(head, alone, place, tmp_path_factory):
 
 def ray_command() -> str:
     return str(Path(sys.executable).with_name("ray"))
-
-
-def free_ports(num: int) -> list[int]:
-    probes = [socket.socket() for _ in range(num)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
-def answers(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 NOBODY = """
