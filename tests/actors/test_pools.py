@@ -384,7 +384,8 @@ def test_grows_with_its_queue_and_shrinks_without(cluster, place):
     from switchkd.actors.pool_client import PoolClient
     from switchkd.actors.teacher_router import TeacherRouter
 
-    pool = start_pool(config(place, STAGES, **JOINED, teacher={"path": "teacher", "replicas": {"min": 1, "max": 2}}))
+    teacher = {"path": "teacher", "replicas": {"min": 1, "max": 2}}
+    pool = start_pool(config(place, STAGES, **JOINED, teacher=teacher, fake={"teacher_s": 0.05}))
     try:
         assert ray.get(pool.actor.ready.remote()) == 1
         enough = Event()
