@@ -38,7 +38,7 @@ from switchkd.controller.quarantine import Quarantine
 from switchkd.controller.recovery import Recovery, retry
 from switchkd.controller.schedule import Schedule
 from switchkd.controller.step_report import StepReporter
-from switchkd.controller.summary import Summary, student_step, summarize
+from switchkd.controller.summary import Summary, summarize
 from switchkd.controller.watchdog import POLL_S, Stalled, Watchdog
 from switchkd.data.atomic_files import write_json_atomic
 from switchkd.learner.batching import assign_batch
@@ -298,7 +298,8 @@ def train(config: Config, *, resume: bool = False) -> Summary:
             stopped = bool(trainer.stop_signal)
             summary = summarize(folder, trainer.state, finished=trainer.finished, told_to_stop=stopped)
             if summary.student:
-                write_card(Path(summary.student), folder.path, config, summary.stage_scores, student_step(summary))
+                saved_at = summary.steps if summary.best_step is None else summary.best_step
+                write_card(Path(summary.student), folder.path, config, summary.stage_scores, saved_at)
             write_json_atomic(folder.path / "summary.json", asdict(summary))
         log.summary(summary.stage_scores, summary.student, summary.finished)
     return summary

@@ -23,11 +23,6 @@ class Summary:
     told_to_stop: bool = False  # SIGTERM arrived, even after the last step
 
 
-def student_step(summary: Summary) -> int:
-    """The step after which `student/` was saved: with `train.select_by` the best one."""
-    return summary.steps if summary.best_step is None else summary.best_step
-
-
 def summarize(folder: RunFolder, state: TrainState, *, finished: bool, told_to_stop: bool) -> Summary:
     student = folder.path / "student"
     return Summary(
