@@ -1,4 +1,4 @@
-"""Rooms that many test files share: tiny models with data, a working directory of one's own, the run nothing befell."""
+"""Shared fixtures: tiny models with data, a working directory, an undisturbed run, one Ray cluster."""
 
 from __future__ import annotations
 

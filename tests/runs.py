@@ -75,11 +75,19 @@ def linked(models: Path, place: Path) -> Path:
 
 
 def config_file(
-    place: Path, stages: list[dict[str, Any]], name: str = "config.yaml", *, fake: bool = False, **sections: Any
+    place: Path,
+    stages: list[dict[str, Any]],
+    name: str = "config.yaml",
+    *,
+    fake: bool | dict[str, float] = False,
+    **sections: Any,
 ) -> Path:
-    """A config in `place`: BASE with these stages, and with the given sections laid over it; `fake`: without models."""
+    """A config in `place`: BASE with these stages, and with the given sections laid over it; `fake`: without models;
+    a dict is the section `fake`."""
     config = deepcopy(BASE)
     config["train"]["stages"] = stages
+    if isinstance(fake, dict):
+        sections["fake"] = fake
     for key, value in [*(FAKE.items() if fake else ()), *sections.items()]:
         config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
     path = place / name

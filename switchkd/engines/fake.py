@@ -147,9 +147,8 @@ class FakeTeacher:
                 written[b].append(draw(p_row, digest, key, self.fake.agreement))
                 digest = context(written[b][-1:], digest)
             session.tokens = np.append(session.tokens, written[b])
-        time.sleep(
-            self.fake.teacher_s * (max(map(len, written)) - 1)
-        )  # the first token took the pass that read the blocks
+        # the pass that read the blocks gave the first token
+        time.sleep(self.fake.teacher_s * (max(map(len, written)) - 1))
         margins = Ragged.concat([np.ones(len(tokens)) for tokens in written], np.float32)
         return Written(tokens=Ragged.concat(written, np.int32), margins=margins, teacher_output=_output(rows))
 

@@ -1,6 +1,6 @@
 """A config becomes a rollout worker.
 
-In: a checked config, and its teachers. Out: a `RolloutWorker`, or its fake. What needs torch is imported late.
+In: a checked config, and its teachers. Out: a `RolloutWorker`. torch is imported late: fake models do without it.
 """
 
 from __future__ import annotations

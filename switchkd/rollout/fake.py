@@ -126,6 +126,8 @@ class FakeGenerator:
         if not (drafting := [row for row in rows if not row.teacher_only]):
             return
         drafts = [row.given or self._draft(row) for row in drafting]
+        passes = (len(draft) for row, draft in zip(drafting, drafts, strict=True) if not row.given)
+        time.sleep(self.config.fake.student_s * max(passes, default=0))  # all rows share a pass
         if not drafting[0].scored:
             for row, draft in zip(drafting, drafts, strict=True):
                 self._verify(row, draft, [None] * len(draft))
@@ -145,7 +147,6 @@ class FakeGenerator:
         while len(draft) < num and not self.stop_ids & set(draft[-1:]):
             draft.append(self.student.draw(digest, self._key(row, row.t + len(draft))))
             digest = fake.context(draft[-1:], digest)
-        time.sleep(self.config.fake.student_s * len(draft))
         return draft
 
     def _verify(self, row: _Row, draft: Sequence[int], teacher_rows: Sequence[int | None]) -> None:

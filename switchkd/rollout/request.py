@@ -1,4 +1,4 @@
-"""What a generator is asked for, and what gets its rollouts."""
+"""The request to a generator, and the receiver of its rollouts."""
 
 from __future__ import annotations
 

@@ -115,6 +115,18 @@ def test_weights_a_seed_and_the_teacher_change_rollouts(fake_place):
     assert not same(first, written(worker(fake_place, seed=1), tasks(8))[0])
 
 
+def test_rows_of_a_batch_share_a_pass(fake_place, monkeypatch):
+    """A round sleeps for its longest draft, not for each row's."""
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    config = runs.config(fake_place, [{**SWITCH, "mix": {"rollout": 1}}], fake={"student_s": 0.5})
+    made = make_worker(config, {"": (teacher(), None)}, STOPS)
+    written(made, tasks(4))
+    rounds = [seconds for seconds in slept if seconds]
+    assert len(rounds) == made.generators[""].num_rounds
+    assert max(rounds) == 0.5 * config.rollout.max_draft_tokens
+
+
 class Forgetful:
     """Passes calls on, but loses the first token of each block."""
 
