@@ -159,6 +159,9 @@ class Trainer:
         while not self.stop_signal:
             if self.dispatcher.failure:
                 raise self.dispatcher.failure
+            if self.dispatcher.weights_lost:  # with the rank that published them: publishing again raises StateLost
+                self.dispatcher.weights_lost = False
+                self._publish(evaluates=False)
             self.dispatcher.feed(step, self.weights)
             num = self.schedule.batch_size(step)
             if self.schedule.reuses(step):

@@ -76,6 +76,7 @@ class TaskDispatcher:
         self.working: dict[int, Call] = {}  # by worker
         self.reports: list[WorkReport] = []
         self.failure: NothingFinishes | None = None  # raised by the loop where its state can be saved
+        self.weights_lost = False  # a call with weights could not reach something: perhaps these
 
     def feed(self, step: int, weights: WeightRef | None) -> None:
         """Give every idle worker the next tasks that may start. `weights` are needed where `needs_weights` is True."""
@@ -231,6 +232,7 @@ class TaskDispatcher:
         tasks, alone = call.tasks, len(call.tasks) == 1
         unreachable = isinstance(error, Unreachable) and not isinstance(error, TeacherLost)
         strike = not isinstance(error, Unreachable) or (alone and not unreachable)
+        self.weights_lost |= unreachable and needs_student(tasks)
         struck_out = self.strikes.fail(call.round, [task.rollout_id for task in tasks], strike=strike)
         message = self._recover(index, error)
         if self.strikes.num_failures >= MAX_FAILURES:

@@ -1,5 +1,5 @@
-"""A prompt that raises in its worker or kills it is quarantined with the reason; the others are trained on as if it
-were not there. What fails for other reasons is tried again, and not for ever."""
+"""A prompt that raises in its worker or kills it is quarantined with the reason; other rollouts are unaffected. Other
+failures are retried up to a limit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from switchkd.types import TeacherLost, Unreachable, WorkerLost
 
 
 def break_rollouts(patch: pytest.MonkeyPatch, broken: set[int]) -> None:
-    """Writing these fails, whenever and beside whomever it is tried."""
+    """Make the start of these rollouts raise, alone or in a batch."""
     start = RolloutState.start
 
     def started(task: Any, params: Any, slot: int) -> RolloutState:
@@ -34,9 +34,8 @@ def break_rollouts(patch: pytest.MonkeyPatch, broken: set[int]) -> None:
     patch.setattr(RolloutState, "start", staticmethod(started))
 
 
-def test_two_prompts_break(place, monkeypatch, capsys):
-    """They are named in quarantined.jsonl and counted in the metrics; every other rollout is written as ever and
-    trained on once, in batches that are shorter by those; a stopped run does without them after --resume too."""
+def test_two_broken_prompts_are_quarantined(place, monkeypatch, capsys):
+    """Broken prompts are in quarantined.jsonl and the metrics; all others train once, also after a resume."""
     train(config(place, STAGES, run={"dir": "sound"}))
     broken = {17, 30}
     may_break = {
@@ -63,12 +62,12 @@ def test_two_prompts_break(place, monkeypatch, capsys):
     code, out, err = command(monkeypatch, capsys, "train", "config.yaml", "--resume")
     assert code == 0, err
     run, sound = place / "run", place / "sound"
-    told = lines(run / "quarantined.jsonl")
-    assert [(row["rollout_id"], row["step"], row["reason"]) for row in told] == [
+    stored = lines(run / "quarantined.jsonl")
+    assert [(row["rollout_id"], row["step"], row["reason"]) for row in stored] == [
         (17, 4, "ValueError: cannot write 17"), (30, 7, "ValueError: cannot write 30"),
     ]  # fmt: skip
     prompts = {row["rollout_id"]: row["prompt_id"] for row in lines(sound / "rollouts.jsonl")}
-    assert all(prompts[row["rollout_id"]] == row["prompt_id"] for row in told)
+    assert all(prompts[row["rollout_id"]] == row["prompt_id"] for row in stored)
     ours = rollouts(run)
     assert sorted(ours) == sorted(set(range(NUM_ROLLOUTS)) - broken)
     before = {i: what for i, what in rollouts(sound).items() if i < 20 and i not in broken}
@@ -78,8 +77,8 @@ def test_two_prompts_break(place, monkeypatch, capsys):
     assert counts == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
-def test_a_batch_that_breaks_whole(place, monkeypatch):
-    """Where each of a step's rollouts breaks in a call of its own, the step trains on nothing and the run goes on."""
+def test_a_step_without_rollouts_trains_on_nothing(place, monkeypatch):
+    """A step whose only rollout is quarantined trains on nothing, and the run finishes."""
     break_rollouts(monkeypatch, {1})
     stage = {"name": "single", "steps": 3, "batch_size": 1}
     assert train(config(place, [stage], data={"path": "./data.jsonl", "max_quarantined_frac": 0.5})).finished
@@ -89,9 +88,8 @@ def test_a_batch_that_breaks_whole(place, monkeypatch):
     assert distance(*students) > 0
 
 
-def test_more_than_the_budget(place, monkeypatch, capsys):
-    """Above data.max_quarantined_frac the run ends with exit code 1 and one line that says why; mended, --resume
-    completes it, and the history no longer calls them broken."""
+def test_more_quarantined_than_allowed_ends_the_run(place, monkeypatch, capsys):
+    """Above data.max_quarantined_frac the run ends with one line; --resume after a repair completes it."""
     config_file(place, STAGES, data={"path": "./data.jsonl", "max_prompt_tokens": 64, "max_quarantined_frac": 0.03})
     with monkeypatch.context() as patch:
         break_rollouts(patch, {17, 22})
@@ -106,9 +104,8 @@ def test_more_than_the_budget(place, monkeypatch, capsys):
     assert [row["rollout_id"] for row in lines(place / "run" / "lost" / "quarantined.jsonl")] == [17, 22]
 
 
-def test_an_error_of_the_run_itself(place, monkeypatch, capsys):
-    """Where no rollout can be written the fault is not a prompt's: the last error ends the run, nothing is
-    quarantined."""
+def test_an_error_of_all_rollouts_quarantines_nothing(place, monkeypatch, capsys):
+    """If no rollout can be written, the last error ends the run and nothing is quarantined."""
     config_file(place, STAGES, data={"path": "./data.jsonl", "max_prompt_tokens": 64, "max_quarantined_frac": 1.0})
     break_rollouts(monkeypatch, set(range(NUM_ROLLOUTS)))
     code, _, err = command(monkeypatch, capsys, "train", "config.yaml")
@@ -117,36 +114,38 @@ def test_an_error_of_the_run_itself(place, monkeypatch, capsys):
     assert not (place / "run" / "quarantined.jsonl").exists()
 
 
-def test_state_holds_what_was_quarantined(place, monkeypatch):
-    """A checkpoint knows its quarantined rollouts, and how many earlier steps did without."""
+def test_a_checkpoint_holds_the_quarantined_rollouts(place, monkeypatch):
+    """A checkpoint holds its quarantined rollouts and how many of them earlier steps left out."""
     break_rollouts(monkeypatch, {13})
     train(config(place, STAGES, data={"path": "./data.jsonl", "max_prompt_tokens": 64, "max_quarantined_frac": 0.1}))
-    told = json.loads((place / "run" / "checkpoints" / "step-00000010" / "state.json").read_text())["extra"]
-    assert told == {"num_started": 40, "quarantined": [13], "num_passed": 1}
+    stored = json.loads((place / "run" / "checkpoints" / "step-00000010" / "state.json").read_text())["extra"]
+    assert stored == {"num_started": 40, "quarantined": [13], "num_passed": 1}
 
 
 # --- deaths and outages ----------------------------------------------------------------------------------------------
 
 Fault = Callable[[list[int], int], Exception | None]
-"""(rollouts of a call, how many calls there were before) -> how it fails; None: it is written."""
+"""(rollouts of a call, number of earlier calls) -> the error of the call, or None."""
 
 
 def calls_of(patch: pytest.MonkeyPatch, fault: Fault) -> list[list[int]]:
-    """Every call that is made from now on, some of which end as `fault` says."""
+    """Record every call of a worker; a call for which `fault` gives an error fails with it."""
     generate, calls = LocalWorkerHandle.generate, list[list[int]]()
 
     def generated(worker: LocalWorkerHandle, tasks: Any, weights: Any) -> Future[Any]:
         ids = [task.rollout_id for task in tasks]
         error = fault(ids, len(calls))
         calls.append(ids)
-        if error is None:
-            return generate(worker, tasks, weights)
-        failed: Future[Any] = Future()
-        failed.set_exception(error)
-        return failed
+        return generate(worker, tasks, weights) if error is None else failed(error)
 
     patch.setattr(LocalWorkerHandle, "generate", generated)
     return calls
+
+
+def failed(error: Exception) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_exception(error)
+    return future
 
 
 def kills(*deadly: int) -> Fault:
@@ -154,7 +153,7 @@ def kills(*deadly: int) -> Fault:
 
 
 def pauses(patch: pytest.MonkeyPatch) -> list[float]:
-    """How long workers would pause; they do not."""
+    """Record the length of each pause of a worker, without waiting."""
     lengths: list[float] = []
 
     def pause(seconds: float) -> Future[None]:
@@ -171,9 +170,8 @@ SOME = {"path": "./data.jsonl", "max_prompt_tokens": 64, "max_reference_tokens":
 NOTHING = r"5 failures in a row and no rollout finished in between; the last: "
 
 
-def test_a_prompt_kills(alone, place, monkeypatch, notes):
-    """After a worker's death each rollout of its call is written alone; the one whose worker dies alone too, while
-    others finish, is quarantined at the third death. Every other rollout is trained on once."""
+def test_a_prompt_that_kills_its_worker_is_quarantined(alone, place, monkeypatch, notes):
+    """A rollout whose worker dies is retried alone and quarantined at the third death; all others train once."""
     calls = calls_of(monkeypatch, kills(17))
     assert train(config(place, STAGES, data=SOME)).finished
     group = [16, 17, 18, 19]
@@ -188,8 +186,8 @@ def test_a_prompt_kills(alone, place, monkeypatch, notes):
     assert [i for i in ours if i < 20 and ours[i] != sound[i]] == []
 
 
-def test_two_prompts_kill(place, monkeypatch):
-    """Where nothing else is left to be written, a rollout that finished is written again as a control and dropped."""
+def test_a_finished_rollout_is_the_control_of_two_deadly_ones(place, monkeypatch):
+    """If nothing else is left to write, a finished rollout is written again as a control and its copy dropped."""
     calls = calls_of(monkeypatch, kills(18, 19))
     assert train(config(place, STAGES, data=SOME)).finished
     assert [ids[0] for ids in calls if len(ids) == 1] == [16, 17, 18, 19, 17, 18, 19]
@@ -197,8 +195,8 @@ def test_two_prompts_kill(place, monkeypatch):
     assert sorted(rollouts(place / "run")) == [i for i in range(NUM_ROLLOUTS) if i not in (18, 19)]
 
 
-def test_calls_of_one_rollout(place, monkeypatch):
-    """Where each rollout has a call of its own, those before it are the control; without any it is not quarantined."""
+def test_earlier_calls_are_the_control_of_single_rollouts(place, monkeypatch):
+    """In calls of one rollout, the earlier calls are the control; without an earlier one nothing is quarantined."""
     stage = {"name": "single", "steps": 3, "batch_size": 1}
     with monkeypatch.context() as patch:
         calls = calls_of(patch, kills(1))
@@ -210,9 +208,8 @@ def test_calls_of_one_rollout(place, monkeypatch):
     assert not (place / "first" / "quarantined.jsonl").exists()
 
 
-def test_workers_die_whatever_they_write(alone, place, monkeypatch, capsys):
-    """From some time on every worker dies: nothing is quarantined, the state is saved and the run ends with one line;
-    --resume completes it."""
+def test_deaths_at_every_rollout_quarantine_nothing(alone, place, monkeypatch, capsys):
+    """If every worker dies from some point on, nothing is quarantined, and the saved run can be resumed."""
     config_file(place, STAGES, data={**SOME, "max_quarantined_frac": 1.0})
     with monkeypatch.context() as patch:
         calls = calls_of(patch, kills(*range(16, NUM_ROLLOUTS)))
@@ -225,8 +222,8 @@ def test_workers_die_whatever_they_write(alone, place, monkeypatch, capsys):
     assert code == 0 and rollouts(place / "run") == rollouts(alone), err
 
 
-def test_an_outage_after_a_death(place, monkeypatch):
-    """A rollout that died by chance is not quarantined when, from then on, nothing else can be written either."""
+def test_an_outage_after_a_death_quarantines_nothing(place, monkeypatch):
+    """A rollout whose worker died once is not quarantined if nothing else can be written afterwards."""
 
     def fault(ids: list[int], num: int) -> Exception | None:
         return WorkerLost() if ids == [16, 17, 18, 19] or num > 7 else None
@@ -238,8 +235,8 @@ def test_an_outage_after_a_death(place, monkeypatch):
     assert not (place / "run" / "quarantined.jsonl").exists()
 
 
-def test_workers_die_by_chance(alone, place, monkeypatch):
-    """A death of a call, and one of a rollout alone, quarantine nothing: the run is the one without deaths."""
+def test_random_deaths_change_no_rollout(alone, place, monkeypatch):
+    """Two deaths at a rollout quarantine nothing, and the run equals the one without deaths."""
     num: dict[int, int] = {}
 
     def fault(ids: list[int], calls: int) -> Exception | None:
@@ -253,8 +250,8 @@ def test_workers_die_by_chance(alone, place, monkeypatch):
     assert distance(place / "run" / "student", alone / "student") < 1e-5
 
 
-def test_deaths_beyond_the_budget(place, monkeypatch, capsys):
-    """They count against data.max_quarantined_frac as any other."""
+def test_deaths_count_against_the_quarantine_limit(place, monkeypatch, capsys):
+    """Deaths count against data.max_quarantined_frac."""
     config_file(place, STAGES, data={**SOME, "max_quarantined_frac": 0.03})
     calls_of(monkeypatch, kills(17, 22))
     code, _, err = command(monkeypatch, capsys, "train", "config.yaml")
@@ -263,8 +260,8 @@ def test_deaths_beyond_the_budget(place, monkeypatch, capsys):
     assert "more than data.max_quarantined_frac=0.03" in last and "WorkerLost: exit code 1" in last
 
 
-def test_a_prompt_kills_its_teacher(place, monkeypatch):
-    """In a call of several the death is no strike, but each rollout goes out alone, after a pause; alone it is one."""
+def test_a_prompt_that_kills_its_teacher_alone_is_quarantined(place, monkeypatch):
+    """A teacher's death is a strike only in a call of one rollout, and a pause precedes each retry."""
     lengths = pauses(monkeypatch)
     calls = calls_of(monkeypatch, lambda ids, num: TeacherLost("teacher 0 died") if 18 in ids else None)
     assert train(config(place, STAGES, data=SOME)).finished
@@ -275,9 +272,9 @@ def test_a_prompt_kills_its_teacher(place, monkeypatch):
     assert row["reason"] == "TeacherLost: teacher 0 died" and lengths == [1.0] * 4
 
 
-def test_something_does_not_answer(alone, place, monkeypatch, notes):
-    """A worker that could not reach something pauses, each time twice as long; the call goes out as it was; after five
-    failures in a row the run ends with one line that says what failed. Nothing is quarantined."""
+def test_unreachable_processes_are_retried_after_pauses(alone, place, monkeypatch, notes):
+    """An unreachable process makes the worker pause, doubling each time, and repeat the same call; five failures in a
+    row end the run, and nothing is quarantined."""
     lengths = pauses(monkeypatch)
     away = Unreachable("RayError: no route")
     with monkeypatch.context() as patch:
@@ -294,8 +291,26 @@ def test_something_does_not_answer(alone, place, monkeypatch, notes):
     assert not (place / "second" / "quarantined.jsonl").exists()
 
 
-def test_strikes_need_evidence():
-    """A failure counts against a task if another rollout has finished since its last one; finishing clears them."""
+def test_weights_that_are_lost_are_published_again(alone, place, monkeypatch, notes):
+    """Weights that no worker can fetch any more, because the rank that published them died, are published again."""
+    pauses(monkeypatch)
+    generate, lost = LocalWorkerHandle.generate, []
+
+    def generated(worker: LocalWorkerHandle, tasks: Any, weights: Any) -> Future[Any]:
+        if weights is not None and weights.version >= 4 and not lost:
+            lost.append(weights)
+        if any(weights is each for each in lost):
+            return failed(Unreachable("OwnerDiedError: the owner died"))
+        return generate(worker, tasks, weights)
+
+    monkeypatch.setattr(LocalWorkerHandle, "generate", generated)
+    assert train(config(place, STAGES)).finished
+    assert len(lost) == 1 and sum("OwnerDiedError" in note for note in notes) == 1
+    assert rollouts(place / "run") == rollouts(alone)
+
+
+def test_strikes_need_a_finished_rollout_in_between():
+    """A failure is a strike only if another rollout finished since the task's last one; finishing clears strikes."""
     strikes = Strikes()
 
     def fail(*rollout_ids: int, strike: bool = True) -> bool:
@@ -312,8 +327,8 @@ def test_strikes_need_evidence():
     assert fail(0)
 
 
-def test_failures_in_a_row():
-    """Calls that were out together fail once; a rollout that finishes begins the count anew."""
+def test_concurrent_failures_count_once():
+    """Calls that were in flight together fail once; a finished rollout resets the count."""
     strikes = Strikes()
     for num in (1, 2):
         for rollout_id, call_round in enumerate([strikes.round] * 8):
