@@ -134,7 +134,7 @@ def rollout(
     overrides: Overrides = None,
     num: Annotated[int, typer.Option(min=1, help="How many.")] = 4,
     stage: Stage = None,
-    out: Annotated[Path | None, typer.Option(help="Write JSON lines here instead of the terminal.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write JSON lines, or a picture (.svg), here.")] = None,
 ) -> None:
     """Write rollouts without training, and show who wrote what."""
     loaded = _load(config, overrides)

@@ -1,4 +1,4 @@
-"""The door: exit codes, one-line errors, and what is printed. Nothing is created or overwritten by a bad command."""
+"""The command line: exit codes, one-line errors and output. A bad command creates and overwrites nothing."""
 
 import json
 import subprocess
@@ -6,6 +6,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from runs import command
@@ -46,7 +47,7 @@ def place(models, tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs the command in this process: exit code, stdout, stderr."""
+    """A function that runs a command in this process: exit code, stdout, stderr."""
 
     return partial(command, monkeypatch, capsys)
 
@@ -55,8 +56,8 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_help_is_light():
-    """Help comes in a blink and loads nothing heavy."""
+def test_help_imports_no_heavy_package():
+    """--help takes under 3 seconds and imports no heavy package."""
     code = f"""
 import sys, switchkd.cli
 sys.argv = ["switchkd", "--help"]
@@ -71,8 +72,8 @@ print(sorted({HEAVY} & set(sys.modules)))
     assert took < 3, "under a second on an idle machine"
 
 
-def test_a_typo_is_answered_lightly(place):
-    """A wrong key is refused by the real command with exit code 2, before torch is imported."""
+def test_a_typo_is_refused_without_torch(place):
+    """The real command refuses a wrong key with exit code 2 and does not import torch."""
     command = [sys.executable, "-X", "importtime", "-m", "switchkd.cli", "train", "config.yaml", "rollout.num_worker=2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
@@ -121,8 +122,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input(name, place, models, run):
-    """One line that names the value, exit code 2, and the folder stays as it was."""
+def test_bad_input_is_one_line(name, place, models, run):
+    """Bad input is one line that names the value, exit code 2, and leaves the folder unchanged."""
     from tiny import tiny_tokenizer
 
     (place / "empty.jsonl").touch()
@@ -147,14 +148,14 @@ def test_bad_input(name, place, models, run):
 @pytest.mark.parametrize(
     "args", [["train"], ["init-student", "a"], ["eval"], ["serve-teacher"], ["fetch-demo", "--source", "ftp"]]
 )
-def test_usage(args, run):
-    """A command line that is no command line: exit code 2."""
+def test_usage_errors_have_exit_code_2(args, run):
+    """A command line with a usage error has exit code 2."""
     code, _, err = run(*args)
     assert code == 2 and "Error" in err and "Traceback" not in err
 
 
-def test_other_failures(place, run, monkeypatch):
-    """What is not the user's doing: exit code 1, one line, the traceback in the run's logs without secrets."""
+def test_unexpected_errors_have_exit_code_1(place, run, monkeypatch):
+    """An unexpected error is one line with exit code 1; the traceback is in the run's logs, without secrets."""
     import switchkd.train
 
     def fail(config, resume):
@@ -172,20 +173,20 @@ def test_other_failures(place, run, monkeypatch):
         run("--debug", "train", "config.yaml")
 
 
-def test_dry_run(place, run):
-    """--dry-run checks everything, prints the config with all its keys, and makes nothing."""
+def test_dry_run_prints_the_config_and_writes_nothing(place, run):
+    """--dry-run checks everything, prints the resolved config and writes nothing."""
     import yaml
 
     before = tree(place)
     code, out, err = run("train", "config.yaml", "--dry-run", "seed=5")
-    told = yaml.safe_load(out)
-    assert code == 0 and told["seed"] == 5 and told["train"]["stages"][0]["rule"]["type"] == "jsd_threshold"
+    printed = yaml.safe_load(out)
+    assert code == 0 and printed["seed"] == 5 and printed["train"]["stages"][0]["rule"]["type"] == "jsd_threshold"
     assert "this can run: 2 steps in 1 stages; 8 prompts; held out: 4 prompts" in err
     assert tree(place) == before
 
 
-def test_rollout(place, run):
-    """Rollouts as JSON lines with the keys that scripts rely on; on the terminal the teacher's words are marked."""
+def test_rollout_writes_json_lines(place, run):
+    """`rollout` writes JSON lines with fixed keys; on the terminal the teacher's text is marked."""
     code, out, err = run("rollout", "config.yaml", "--num", 3, "--out", "r.jsonl")
     assert code == 0, err
     assert out.strip() == "r.jsonl"
@@ -201,9 +202,18 @@ def test_rollout(place, run):
     assert code == 0 and "⟦" in out and "100% by the teacher" in out
 
 
-def test_rollout_makes_what_training_would(place, run):
-    """The mix decides who writes: data has source 2 and its end. Prompts are the data's own words, and each is used
-    `samples_per_prompt` times; more rollouts than the stage has steps for are no matter."""
+def test_rollout_picture(place, run):
+    """`--out` with .svg draws the completions, each token in its writer's colour of the legend."""
+    code, _, err = run("rollout", "config.yaml", "--num", 2, "--out", "r.svg", "train.stages.0.rule.type=teacher")
+    assert code == 0, err
+    texts = [node for node in ElementTree.parse("r.svg").iter() if node.tag.endswith("}text")]
+    colour_of = {node.text: node.get("class") for node in texts if node.text in ("student", "teacher")}
+    num = {writer: sum(node.get("class") == colour for node in texts) for writer, colour in colour_of.items()}
+    assert num["student"] == 1 and num["teacher"] >= 3, "the legend, and two completions by the teacher"
+
+
+def test_rollout_follows_the_stages_mix(place, run):
+    """`rollout` follows the stage's mix and `samples_per_prompt`, also beyond the steps of the stage."""
     given = ["train.mix={dataset: 1}", "rollout.samples_per_prompt=2", "data.shuffle=false"]
     code, _, err = run("rollout", "config.yaml", "--num", 10, "--out", "r.jsonl", *given)
     assert code == 0, err
@@ -214,8 +224,8 @@ def test_rollout_makes_what_training_would(place, run):
     assert {(row["finish_reason"], row["token_ids"][-1]) for row in rows} == {("eos", 1)}
 
 
-def test_eval(place, models, run):
-    """Scores of a folder as one JSON object; metrics that need a teacher only with one."""
+def test_eval_gives_json_scores(place, models, run):
+    """`eval` gives scores as one JSON object; metrics that need a teacher appear only with one."""
     small = ["--data", "data.jsonl", "eval.num_prompts=2", "eval.max_new_tokens=4", "resources.rollout.threads=1"]
     code, out, err = run("eval", "--model", models / "student", *small, "--metric", "rouge_l", "--json")
     assert code == 0, err
@@ -227,8 +237,8 @@ def test_eval(place, models, run):
     assert any(line.split() == ["agreement", "1.0000"] for line in out.splitlines())
 
 
-def test_eval_takes_a_run_folder(place, models, run):
-    """A run folder brings its config along; its student is the one that is scored."""
+def test_eval_accepts_a_run_folder(place, models, run):
+    """`eval` of a run folder uses its config and scores its student."""
     import shutil
 
     shutil.copytree(models / "student", place / "run" / "student")
@@ -242,8 +252,8 @@ def test_eval_takes_a_run_folder(place, models, run):
     assert code == 0 and set(json.loads(out)) == {"rouge_l", "rouge_l_std", "length", "length_std", "num_prompts"}, err
 
 
-def test_init_student(models, tmp_path, run):
-    """By options or by place, by number or by list; the folder is printed."""
+def test_init_student_accepts_options_or_positions(models, tmp_path, run):
+    """`init-student` accepts options or positions, and a number or a list of layers."""
     code, out, _ = run("init-student", "--teacher", models / "teacher", "--layers", 2, "--out", tmp_path / "a")
     assert (code, out.strip()) == (0, str(tmp_path / "a"))
     code, out, _ = run("init-student", models / "teacher", tmp_path / "b", "--layers", "0,2,3")
@@ -253,7 +263,7 @@ def test_init_student(models, tmp_path, run):
 
 
 class TestRealCommands:
-    """The commands that others script against, as they type them."""
+    """Commands that scripts rely on, as separate processes."""
 
     @staticmethod
     def switchkd(*args: object) -> subprocess.CompletedProcess[str]:
@@ -262,8 +272,8 @@ class TestRealCommands:
         assert done.returncode == 0, done.stderr
         return done
 
-    def test_init_student_then_eval(self, place, models):
-        """A student is cut, and scored beside its teacher: standard output is the folder, then one object."""
+    def test_a_pruned_student_is_scored(self, place, models):
+        """A pruned student is scored beside its teacher; standard output is the folder, then one object."""
         done = self.switchkd("init-student", "--teacher", models / "teacher", "--layers", 2, "--out", "cut")
         assert done.stdout == "cut\n"
         assert json.loads(Path("cut/config.json").read_text())["num_hidden_layers"] == 2
@@ -273,8 +283,8 @@ class TestRealCommands:
         assert 0 <= scores["rouge_l"] <= 100 and 0 <= scores["exact_match"] <= 100 and 0 <= scores["agreement"] < 1
         assert scores["num_prompts"] == 8
 
-    def test_rollout(self, place, run):
-        """Overrides reach the rule; what the teacher writes greedily is the same in another batch and process."""
+    def test_greedy_rollouts_do_not_depend_on_the_batch(self, place, run):
+        """Overrides reach the rule, and greedy teacher text does not depend on batch, block size or process."""
         given = ["rollout", "config.yaml", "--num", 5, "rollout.rule.type=teacher", "teacher.temperature=0", "seed=7"]
         done = self.switchkd(*given, "--out", "one.jsonl", "rollout.batch_size=1", "rollout.max_draft_tokens=1")
         assert done.stdout == "one.jsonl\n"
@@ -285,15 +295,15 @@ class TestRealCommands:
         assert len(rows) == 5 and {source for row in rows for source in row["sources"]} == {1}
         assert {version for row in rows for version in row["weight_versions"]} == {0}
 
-    def test_fetch_demo(self, place):
-        """The folder's path and nothing else on standard output; what was fetched before is not fetched again."""
+    def test_fetch_demo_uses_the_cache(self, place):
+        """`fetch-demo` prints only the folder and does not download a cached model."""
         folder = place / "cache" / "SmolLM2-135M-Instruct"
         folder.mkdir(parents=True)
         assert self.switchkd("fetch-demo").stdout == f"{folder}\n"
 
 
 class TestExport:
-    """The student's way out."""
+    """The command `export`."""
 
     @pytest.fixture
     def finished(self, models, tmp_path) -> Path:
@@ -304,8 +314,8 @@ class TestExport:
         (tmp_path / "run" / "checkpoints" / "step-00000060.partial" / "student").mkdir(parents=True)
         return tmp_path / "run"
 
-    def test_path_and_copy(self, finished, tmp_path, run):
-        """Without options the path; --step takes a checkpoint's; --out copies it whole."""
+    def test_export_prints_or_copies_the_student(self, finished, tmp_path, run):
+        """`export` prints the student's path; --step selects a checkpoint and --out copies the whole folder."""
         assert run("export", finished)[:2] == (0, f"{finished}/student\n")
         code, out, _ = run("export", finished, "--step", 50, "--out", tmp_path / "out")
         assert (code, out.strip()) == (0, str(tmp_path / "out"))
@@ -315,8 +325,8 @@ class TestExport:
         code, _, err = run("export", finished, "--out", tmp_path / "out")
         assert code == 2 and "exists and is not empty" in err
 
-    def test_push(self, finished, run, monkeypatch):
-        """--push needs $HF_TOKEN, uploads the folder to a private repository, and never prints the token."""
+    def test_push_uploads_without_printing_the_token(self, finished, run, monkeypatch):
+        """--push needs $HF_TOKEN, uploads to a private repository, and never prints the token."""
         import huggingface_hub
 
         calls = []
@@ -344,8 +354,8 @@ class TestExport:
         assert code == 2 and "403 for ***" in err and "secret" not in err
 
 
-def test_fetch_demo(run, monkeypatch):
-    """The folder is printed; an unknown source is a usage error."""
+def test_fetch_demo_prints_the_folder(run, monkeypatch):
+    """`fetch-demo` prints the folder; an unknown source is a usage error."""
     import switchkd.engines.models.demo
 
     monkeypatch.setattr(switchkd.engines.models.demo, "fetch_demo", lambda source: Path("/cache") / source)
@@ -353,6 +363,6 @@ def test_fetch_demo(run, monkeypatch):
     assert run("fetch-demo", "--source", "ftp")[0] == 2
 
 
-def test_version(run):
-    """--version prints it."""
+def test_version_is_printed(run):
+    """--version prints the name and the version."""
     assert run("--version")[:2] == (0, "switchkd 0.1.0\n")

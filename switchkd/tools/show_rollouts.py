@@ -1,10 +1,11 @@
-"""`switchkd rollout`: print rollouts, coloured by token source, or write them as JSON lines.
+"""`switchkd rollout`: print rollouts coloured by token source, draw them (SVG), or write them as JSON lines.
 
-In: a config and a number. Out: records of plain values, printed or written.
+In: a config and a number. Out: records of plain values, printed, drawn or written.
 """
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
@@ -21,22 +22,35 @@ from switchkd.tools.offline import sample_rollouts, stage_index
 from switchkd.types import Prompt, Rollout, TokenSource
 
 STYLES = {TokenSource.STUDENT: "green", TokenSource.TEACHER: "bold magenta", TokenSource.DATA: "cyan"}
+PICTURE_WIDTH = 96
+"""Columns of the picture."""
 
 Decode = Callable[[Sequence[int]], str]
 
 
 def show_rollouts(config: Config, num: int, stage: str | None, out: Path | None) -> None:
-    """Generate the first rollouts of a stage; print them, or write them to `out`. Raises ConfigError."""
+    """Generate the first rollouts of a stage; print them, or write them to `out`: a picture if its name ends in .svg,
+    else JSON lines. Raises ConfigError."""
     index = stage_index(config, stage)
     if out is not None and not out.resolve().parent.is_dir():
         raise ConfigError(f"--out {out}: the folder {out.resolve().parent} does not exist; make it first")
     rollouts, decode = sample_rollouts(config, num, index)
     records = [record(prompt, rollout, decode) for prompt, rollout in rollouts]
     if out is None:
-        _print(records, decode)
-    else:
-        write_text_atomic(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in records))
-        print(out)
+        return _print(records, decode, Console(soft_wrap=True, highlight=False))
+    write_text_atomic(out, _picture(records, decode) if out.suffix == ".svg" else _json_lines(records))
+    print(out)
+
+
+def _json_lines(records: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in records)
+
+
+def _picture(records: Iterable[dict[str, Any]], decode: Decode) -> str:
+    """Return an SVG of what a terminal shows."""
+    console = Console(record=True, width=PICTURE_WIDTH, file=io.StringIO(), color_system="truecolor", no_color=False)
+    _print(records, decode, console)
+    return console.export_svg(title="switchkd rollout")
 
 
 def record(prompt: Prompt, rollout: Rollout, decode: Decode) -> dict[str, Any]:
@@ -54,9 +68,8 @@ def record(prompt: Prompt, rollout: Rollout, decode: Decode) -> dict[str, Any]:
     }
 
 
-def _print(records: Iterable[dict[str, Any]], decode: Decode) -> None:
+def _print(records: Iterable[dict[str, Any]], decode: Decode, console: Console) -> None:
     """Print each rollout with its prompt. Without colours the teacher's tokens are in ⟦ ⟧."""
-    console = Console(soft_wrap=True, highlight=False)
     colours = console.color_system is not None
     names = "  ".join(f"[{style}]{source.name.lower()}[/]" for source, style in STYLES.items())
     console.print(f"who wrote it:  {names}" if colours else "who wrote it: the teacher ⟦like this⟧")
