@@ -1,7 +1,7 @@
-"""What KubeRay 1.7 asks of a RayJob (`ray.io/v1`): the fields of its types, and what its operator refuses besides.
+"""Checks a RayJob (`ray.io/v1`) against KubeRay 1.7: the fields of its types, and the rules of its operator.
 
-No package registry carries the resource definitions themselves, so the fields stand here, as its API reference lists
-them. Pod templates are held against Kubernetes' own schema, by `kubernetes-validate`.
+No package registry has the resource definitions, so the fields are copied from KubeRay's API reference. Pod templates
+are checked against Kubernetes' schema by `kubernetes-validate`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ KUBERNETES = "1.34"
 
 
 class Type(BaseModel):
-    """A custom resource's type: unknown fields are dropped by the API server without a word, so they are errors here;
-    YAML's numbers do not pass for texts."""
+    """A custom resource's type. Unknown fields, which the API server drops silently, are errors; so are numbers for
+    strings."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -122,7 +122,7 @@ RESOURCE_PARAMS = {"num-cpus", "num-gpus", "memory", "resources"}
 
 
 def problems(manifest: dict[str, Any]) -> list[str]:
-    """What KubeRay or Kubernetes would refuse, drop or misread of a RayJob; empty when all is well."""
+    """Fields of a RayJob that KubeRay or Kubernetes refuses, drops or misreads; empty if there are none."""
     try:
         job = RayJob.model_validate(manifest)
     except ValidationError as error:
@@ -175,7 +175,7 @@ def _of_group(name: str, group: Group) -> list[str]:
 
 def _of_pod(name: str, template: dict[str, Any], restart: tuple[str, ...]) -> list[str]:
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, **template}
-    found = [f"{name}: {told}" for told in kubernetes_problems(pod)]
+    found = [f"{name}: {line}" for line in kubernetes_problems(pod)]
     spec = template.get("spec", {})
     if not spec.get("containers"):
         found.append(f"{name}: spec.containers is empty")
@@ -197,7 +197,7 @@ def _of_name(key: str, name: str, longest: int) -> list[str]:
 
 
 def kubernetes_problems(manifest: dict[str, Any]) -> list[str]:
-    """What the schema of Kubernetes' own kinds says; unknown fields are errors."""
+    """Violations of the schema of Kubernetes' own kinds; unknown fields count."""
     try:
         kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
     except kubernetes_validate.ValidationError as error:

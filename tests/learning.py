@@ -1,4 +1,4 @@
-"""For the learner: rollouts with a real teacher signal, and the step that a reader of torch would write."""
+"""For learner tests: rollouts with real teacher outputs, and a plain PyTorch step."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ CROSS_ENTROPY = LossSpec(name="cross_entropy", per_token=losses.cross_entropy, n
 
 
 def _flat(p: torch.Tensor, q: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Infinity on even labels, of derivative zero."""
+    """Infinite on even labels, with derivative 0."""
     return torch.where(labels % 2 == 0, math.inf, losses.forward_kl(p, q, labels, mask))
 
 
 def _steep(p: torch.Tensor, q: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """A root at zero: a finite number without a derivative, on `spoiled` rollouts too."""
+    """A square root at 0: a finite value with an infinite derivative, also on `spoiled` rollouts."""
     kl = losses.forward_kl(p, q, labels, mask).nan_to_num()
     return (kl - kl.detach()).sqrt()
 
 
 def _constant(p: torch.Tensor, q: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Nothing to derive."""
+    """NaN without a gradient."""
     return torch.full(labels.shape, math.nan)
 
 
@@ -66,14 +66,14 @@ def teacher_lm_heads() -> dict[str, LMHeadState]:
 
 @torch.no_grad()
 def make_rollouts(num: int, *, seed: int = 0, kind: str = "hidden_states", longest: int = 14) -> list[Rollout]:
-    """Random texts of very different lengths, written by all three sources, scored by the teacher."""
+    """Random rollouts of very different lengths with tokens of all three sources and teacher outputs."""
     rng = np.random.default_rng(seed)
     teacher = teacher_model()
     return [_rollout(i, teacher, rng, kind, longest) for i in range(num)]
 
 
 def spoiled(rollouts: list[Rollout], index: int = 1) -> list[Rollout]:
-    """The same with NaN in one rollout's teacher signal."""
+    """The same rollouts with NaN in one teacher output."""
     teacher_output = rollouts[index].teacher_output
     assert teacher_output is not None
     rows = replace(teacher_output.rows, values=np.full_like(teacher_output.rows.values, math.nan))
@@ -109,14 +109,14 @@ def _rollout(index: int, teacher: Any, rng: np.random.Generator, kind: str, long
 
 
 class NaiveLearner:
-    """One sequence at a time without padding, whole rows of logits, one backward call, torch's own AdamW."""
+    """Trains one sequence at a time: no padding, whole rows of logits, one backward call, torch's AdamW."""
 
     def __init__(self, model: Any, *, clip: float = 1.0) -> None:
         self.model, self.clip, self.teacher = copy.deepcopy(model).requires_grad_(True), clip, teacher_model()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), **NUMBERS)
 
     def step(self, rollouts: Sequence[Rollout], spec: LossSpec) -> tuple[float, float]:
-        """(loss, gradient norm)."""
+        """Train one step; return (loss, gradient norm)."""
         loss = self.loss(rollouts, spec)
         self.optimizer.zero_grad()
         loss.backward()
@@ -156,7 +156,7 @@ class NaiveLearner:
 def settings_of(
     folder: Path, device: str = "cpu", attn: Literal["sdpa", "eager"] = "sdpa", **changes: Any
 ) -> LearnerSettings:
-    # ZeRO-3 keeps small parameters whole, and all of ours are small: then nothing would be tested
+    # ZeRO-3 keeps small parameters whole, and all of these are small: nothing would be tested
     whole = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     shared = {"micro_batch_tokens": 40, "chunk_tokens": 5, "timeout_s": 60.0, "deepspeed": whole}
     student = StudentConfig(path=str(folder), device=device, attn=attn)
@@ -166,7 +166,7 @@ def settings_of(
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """Relative, in the Euclidean norm over all tensors."""
+    """Relative Euclidean distance over all tensors."""
     assert a.keys() == b.keys(), a.keys() ^ b.keys()
     pairs = [(a[name].detach().double(), b[name].detach().double()) for name in a]
     return (

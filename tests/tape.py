@@ -1,9 +1,9 @@
-"""A recording for machines without a GPU that forgets as much as a CUDA graph does.
+"""A substitute for CUDA graphs on machines without a GPU.
 
-`Tape()` is a `Capture`: it notes every tensor operation of a step, with the tensors and numbers it was called with, and
-a replay carries out the list again. Python is not run again, so a length, an index or a branch that was decided while
-recording is baked in, as it is in a graph. What would wait for the device is refused, as CUDA refuses it while
-capturing. What a tape cannot show: streams, memory pools, and a storage swapped under a tensor that stays.
+`Tape()` is a `Capture`: it records each tensor operation of a step with its tensors and numbers, and a replay runs the
+list again. Python is not run again, so lengths, indices and branches are fixed at recording time, as in a graph.
+Operations that wait for the device are refused, as CUDA refuses them while capturing. A tape does not cover streams,
+memory pools, or a storage that is replaced under an existing tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _WAITS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select
 
 
 class Tape:
-    """Records steps. `num_replays` counts what was played, `refuse` makes recording fail at that operation."""
+    """Records steps. `num_replays` counts the replays; recording fails at the operation `refuse`."""
 
     def __init__(self, refuse: str = "") -> None:
         self.num_replays, self.num_records, self._refuse = 0, 0, refuse
@@ -27,7 +27,7 @@ class Tape:
         self.num_records += 1
         with _Notes(self._refuse) as notes:
             recorded = step()
-        out = torch.full_like(recorded, torch.nan)  # recording computes nothing that anybody may use
+        out = torch.full_like(recorded, torch.nan)  # a recording has no valid output
 
         def replay() -> torch.Tensor:
             self.num_replays += 1
@@ -54,7 +54,7 @@ class _Notes(TorchDispatchMode):
 
 
 def _play(entries: list[tuple], result: torch.Tensor) -> torch.Tensor:
-    """The operations again: what an earlier one made is taken from this run, everything else is where it was."""
+    """Run the operations again on the tensors of this replay, else on the recorded ones."""
     made: dict[int, torch.Tensor] = {}
 
     def now(value: Any) -> Any:

@@ -1,6 +1,6 @@
-"""What every teacher backend must do, as functions that take a `Bench`: one file for all backends.
+"""The contract of all teacher backends, as functions that take a `Bench`.
 
-Each function states one claim. The reference is a clean full forward pass of transformers without any cache.
+Each function states one claim. The reference is a full forward pass of transformers without a cache.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from switchkd.types import Blocks, Ragged, Sessions, TeacherOutput, WriteRequest
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """How a backend is built and read.
+    """A backend under test.
 
-    `make(max_sessions, max_len)` builds a teacher, `model` is the same model in plain transformers, `logits` turns a
-    signal into float32 [N, V].
+    `make(max_sessions, max_len)` builds a teacher, `model` is the same model in transformers, `logits` converts a
+    teacher output to float32 [N, V].
     """
 
     make: Callable[[int, int], Teacher]
@@ -50,7 +50,7 @@ def sessions(prompts: dict[int, np.ndarray]) -> Sessions:
 
 
 def blocks(*rows: tuple[int, int, int, np.ndarray]) -> Blocks:
-    """Rows of (session id, base length, first row, tokens)."""
+    """Make Blocks from rows of (session id, base length, first row, tokens)."""
     return Blocks(
         session_ids=np.array([r[0] for r in rows], np.int64),
         base_lens=np.array([r[1] for r in rows], np.int32),
@@ -60,7 +60,7 @@ def blocks(*rows: tuple[int, int, int, np.ndarray]) -> Blocks:
 
 
 def ask(bench: Bench, teacher: Teacher, *rows: tuple[int, int, int, np.ndarray]) -> list[torch.Tensor]:
-    """One score call: logits per session, with the signal's own lengths checked."""
+    """Call `score` once, check the lengths of its output, and return logits by session."""
     request = blocks(*rows)
     teacher_output = teacher.score(request)
     assert (
@@ -79,7 +79,7 @@ def close_to(bench: Bench, got: torch.Tensor, want: torch.Tensor) -> None:
 
 
 def rows_equal_a_clean_forward(bench: Bench) -> None:
-    """Prompts of 1 to many tokens in one ragged call give the rows of clean forward passes."""
+    """One ragged call with prompts of 1 to many tokens gives the rows of clean forward passes."""
     teacher = bench.make(4, 96)
     ids = {i: bench.ids(n, seed=i) for i, n in enumerate((70, 1, 13, 2))}
     teacher.open(sessions(ids))
@@ -90,7 +90,7 @@ def rows_equal_a_clean_forward(bench: Bench) -> None:
 
 
 def cuts_and_continuations(bench: Bench, rounds: int = 12) -> None:
-    """Random rounds of cutting back, appending and rejecting over random subsets of sessions stay right."""
+    """Random rounds of cuts, appends and rejections over random sessions give clean rows."""
     rng = np.random.default_rng(1)
     teacher = bench.make(4, 64)
     held = {i: bench.ids(int(rng.integers(1, 12)), seed=i) for i in range(4)}
@@ -108,7 +108,7 @@ def cuts_and_continuations(bench: Bench, rounds: int = 12) -> None:
 
 
 def a_block_equals_token_by_token(bench: Bench) -> None:
-    """One block of eight gives the rows of eight blocks of one."""
+    """One block of eight tokens gives the rows of eight blocks of one."""
     prompt, block = bench.ids(9), bench.ids(8, seed=1)
     teacher = bench.make(2, 64)
     teacher.open(sessions({0: prompt, 1: prompt}))
@@ -118,8 +118,8 @@ def a_block_equals_token_by_token(bench: Bench) -> None:
     close_to(bench, torch.cat(steps), whole)
 
 
-def company_does_not_matter(bench: Bench) -> None:
-    """A session's rows are the same alone, beside others, and in another order."""
+def rows_do_not_depend_on_the_batch(bench: Bench) -> None:
+    """A session's rows are the same alone, in a batch, and in another order."""
     prompts = {i: bench.ids(n, seed=i) for i, n in ((7, 3), (3, 40), (5, 11))}
     alone, together = bench.make(1, 64), bench.make(5, 64)
     together.open(sessions(prompts))
@@ -132,8 +132,8 @@ def company_does_not_matter(bench: Bench) -> None:
             alone.close(np.array([row[0]]))
 
 
-def repeats_are_harmless(bench: Bench) -> None:
-    """Opening again, scoring again and closing again change nothing; a late `open` does not lose what was read."""
+def repeated_calls_change_nothing(bench: Bench) -> None:
+    """Repeated `open`, `score` and `close` change nothing, and a late `open` keeps the cache."""
     prompt, block = bench.ids(6), bench.ids(5, seed=1)
     teacher = bench.make(1, 64)
     request = (4, 6, 5, block)
@@ -152,7 +152,7 @@ def repeats_are_harmless(bench: Bench) -> None:
 
 
 def a_session_may_be_opened_with_other_tokens(bench: Bench) -> None:
-    """Opened again with tokens that differ in the middle, a session reads the new ones."""
+    """A session opened again with other tokens reads the new ones."""
     old = bench.ids(12)
     new = old.copy()
     new[5:] = bench.ids(7, seed=3)
@@ -163,8 +163,8 @@ def a_session_may_be_opened_with_other_tokens(bench: Bench) -> None:
     close_to(bench, ask(bench, teacher, (0, 12, 11, old[:2]))[0], bench.clean(np.concatenate([new, old[:2]]), 11))
 
 
-def old_rows_may_be_asked_for(bench: Bench) -> None:
-    """Rows far before what is cached, with nothing appended, are the clean ones."""
+def old_rows_are_clean(bench: Bench) -> None:
+    """Rows far before the end of the cache, with nothing appended, are clean."""
     ids = bench.ids(20)
     teacher = bench.make(1, 64)
     teacher.open(sessions({0: ids}))
@@ -174,8 +174,8 @@ def old_rows_may_be_asked_for(bench: Bench) -> None:
     close_to(bench, ask(bench, teacher, (0, 8, 2, nothing))[0], bench.clean(ids[:8], 2))
 
 
-def unknown_sessions_are_named_first(bench: Bench) -> None:
-    """One unknown session fails the whole call, by name, and the known ones are as before."""
+def unknown_sessions_are_named(bench: Bench) -> None:
+    """An unknown session fails the whole call by name and leaves the known ones unchanged."""
     ids, block = bench.ids(10), bench.ids(3, seed=1)
     teacher = bench.make(3, 64)
     teacher.open(sessions({1: ids, 2: ids}))
@@ -184,13 +184,13 @@ def unknown_sessions_are_named_first(bench: Bench) -> None:
         teacher.score(blocks((1, 2, 1, block), (77, 10, 9, block), (2, 10, 9, block), (78, 1, 0, block)))
     assert raised.value.session_ids == [77, 78]
     close_to(bench, ask(bench, teacher, (1, 13, 9, block[:0]))[0], want)
-    with pytest.raises(UnknownSession) as raised:  # it does not hold so many tokens: open it again with them
+    with pytest.raises(UnknownSession) as raised:  # it holds fewer tokens and must be opened again with them
         teacher.score(blocks((2, 11, 10, block)))
     assert raised.value.session_ids == [2]
 
 
-def a_full_teacher_takes_none(bench: Bench) -> None:
-    """Busy is said before any session is taken; closing one makes room; held sessions need none."""
+def a_full_teacher_accepts_no_session(bench: Bench) -> None:
+    """TeacherBusy is raised before any session is accepted; `close` makes room; open sessions need none."""
     teacher = bench.make(2, 32)
     ids = bench.ids(4)
     teacher.open(sessions({1: ids}))
@@ -207,7 +207,7 @@ def a_full_teacher_takes_none(bench: Bench) -> None:
 
 
 def too_long_is_refused(bench: Bench) -> None:
-    """A session longer than max_len is an error before anything is computed, and harms nobody."""
+    """A session longer than max_len is refused before any computation and leaves other sessions unchanged."""
     teacher = bench.make(2, 16)
     ids = bench.ids(16)
     teacher.open(sessions({0: ids}))
@@ -218,26 +218,26 @@ def too_long_is_refused(bench: Bench) -> None:
     close_to(bench, ask(bench, teacher, (0, 16, 0, ids[:0]))[0], bench.clean(ids, 0))
 
 
-def writing_is_keyed_drawing(bench: Bench) -> None:
-    """`write` gives what a loop of clean forward passes and keyed draws gives, rows included, whatever the company."""
+def writing_equals_keyed_draws(bench: Bench) -> None:
+    """`write` equals a loop of clean forward passes and keyed draws, rows included, in any batch."""
     prompts = {i: bench.ids(4 + 3 * i, seed=i) for i in range(3)}
     for sampling in (SamplingParams(), SamplingParams(temperature=0.0), SamplingParams(temperature=0.7, top_p=0.8)):
-        wanted = {i: literally_written(bench, i, ids, 5, sampling) for i, ids in prompts.items()}
-        for company in ([0, 1, 2], [2, 0], [1]):
+        wanted = {i: slowly_written(bench, i, ids, 5, sampling) for i, ids in prompts.items()}
+        for others in ([0, 1, 2], [2, 0], [1]):
             teacher = bench.make(4, 64)
-            teacher.open(sessions({i: prompts[i] for i in company}))
-            rows = [(i, len(prompts[i]), len(prompts[i]) - 1, np.zeros(0, np.int32)) for i in company]
-            written = teacher.write(request(blocks(*rows), [5] * len(company), sampling))
+            teacher.open(sessions({i: prompts[i] for i in others}))
+            rows = [(i, len(prompts[i]), len(prompts[i]) - 1, np.zeros(0, np.int32)) for i in others]
+            written = teacher.write(request(blocks(*rows), [5] * len(others), sampling))
             tokens = written.tokens.split()
             pieces = bench.logits(written.teacher_output).split(written.teacher_output.rows.lengths.tolist())
-            for i, mine, piece in zip(company, tokens, pieces, strict=True):
+            for i, mine, piece in zip(others, tokens, pieces, strict=True):
                 assert mine.tolist() == wanted[i]
                 whole = np.concatenate([prompts[i], mine])
                 close_to(bench, piece, bench.clean(whole, len(prompts[i]) - 1)[:-1])
 
 
-def writing_and_reading_alternate(bench: Bench) -> None:
-    """What was written may be cut, kept, read on and repeated: `base_lens` says where the session stands."""
+def writing_and_scoring_alternate(bench: Bench) -> None:
+    """Written tokens may be cut, kept, extended and repeated; `base_lens` gives the session's position."""
     prompt = bench.ids(6)
     teacher = bench.make(2, 64)
     teacher.open(sessions({7: prompt}))
@@ -249,14 +249,14 @@ def writing_and_reading_alternate(bench: Bench) -> None:
     (rows,) = ask(bench, teacher, (7, 9, 8, other))
     close_to(bench, rows, bench.clean(kept, 8))
     again = teacher.write(request(blocks((7, 10, 10, other[1:])), [3], SamplingParams(), at=5))
-    assert again.tokens.values.tolist() == literally_written(bench, 0, kept, 3, SamplingParams(), at=5)
+    assert again.tokens.values.tolist() == slowly_written(bench, 0, kept, 3, SamplingParams(), at=5)
 
 
 def writing_ends_at_a_stop(bench: Bench) -> None:
-    """A stop id is the last token of its row; the others go on."""
+    """A stop id is the last token of its row; the other rows go on."""
     prompts = {i: bench.ids(5, seed=i) for i in range(3)}
     teacher = bench.make(4, 64)
-    wanted = {i: literally_written(bench, i, ids, 6, SamplingParams()) for i, ids in prompts.items()}
+    wanted = {i: slowly_written(bench, i, ids, 6, SamplingParams()) for i, ids in prompts.items()}
     stop = wanted[1][2]
     teacher.open(sessions(prompts))
     rows = [(i, 5, 4, np.zeros(0, np.int32)) for i in prompts]
@@ -274,7 +274,7 @@ def writing_ends_at_a_stop(bench: Bench) -> None:
 def request(
     rows: Blocks, counts: list[int], sampling: SamplingParams, *, at: int = 0, stops: Sequence[int] = ()
 ) -> WriteRequest:
-    """Session 7 has rollout id 0, the others their own; the first written token is the completion's `at`-th."""
+    """Make a WriteRequest. Session 7 has rollout id 0, others their own; `at` is the first token's position."""
     return WriteRequest(
         blocks=rows, counts=np.array(counts, np.int32),
         rollout_ids=np.where(rows.session_ids == 7, 0, rows.session_ids),
@@ -284,7 +284,7 @@ def request(
     )  # fmt: skip
 
 
-def literally_written(
+def slowly_written(
     bench: Bench, rollout_id: int, ids: np.ndarray, num: int, sampling: SamplingParams, at: int = 0
 ) -> list[int]:
     whole = ids.tolist()
@@ -300,14 +300,14 @@ CLAIMS = (
     rows_equal_a_clean_forward,
     cuts_and_continuations,
     a_block_equals_token_by_token,
-    company_does_not_matter,
-    repeats_are_harmless,
+    rows_do_not_depend_on_the_batch,
+    repeated_calls_change_nothing,
     a_session_may_be_opened_with_other_tokens,
-    old_rows_may_be_asked_for,
-    unknown_sessions_are_named_first,
-    a_full_teacher_takes_none,
+    old_rows_are_clean,
+    unknown_sessions_are_named,
+    a_full_teacher_accepts_no_session,
     too_long_is_refused,
-    writing_is_keyed_drawing,
-    writing_and_reading_alternate,
+    writing_equals_keyed_draws,
+    writing_and_scoring_alternate,
     writing_ends_at_a_stop,
 )

@@ -1,7 +1,7 @@
-"""The files by which machines meet: manifests, scripts and images say what they mean, to those who read them.
+"""Cluster files: manifests, scripts and images are valid and consistent.
 
-No Kubernetes, no Slurm and no Docker stands behind these tests: they check files, and run the scripts against small
-programs that take the place of Slurm's and Ray's commands and write down how they were called.
+These tests need no Kubernetes, Slurm or Docker: they check files, and run the scripts against small programs that
+replace the commands of Slurm and Ray and record their arguments.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ROLE = "switchkd.io/role"
 
 
 def tool(name: str) -> str:
-    """A command of the `test` extra, beside this Python."""
+    """A command of the `test` extra in the folder of this Python."""
     path = Path(sys.executable).with_name(name)
     assert path.exists(), f"{name} is missing: pip install -e '.[test]'"
     return str(path)
@@ -55,7 +55,7 @@ def job() -> dict[str, Any]:
 
 @pytest.fixture
 def run(tmp_path) -> Config:
-    """The config that the ConfigMap carries, read as the job reads it."""
+    """The config in the ConfigMap, loaded as the job loads it."""
     path = tmp_path / "run.yaml"
     path.write_text(manifest("config.yaml")["data"]["run.yaml"])
     return load(path)
@@ -64,13 +64,13 @@ def run(tmp_path) -> Config:
 # --- KubeRay ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_ray_job_is_what_kuberay_takes(job):
-    """Every field is one of KubeRay's or Kubernetes' types, with a value that the operator takes."""
+def test_the_ray_job_is_valid(job):
+    """Each field of the RayJob has a type and a value that KubeRay and Kubernetes accept."""
     assert problems(job) == []
 
 
-def test_the_ray_job_asks_for_what_a_run_needs(job):
-    """Three groups, each with its role's label; autoscaler v2; a token; a head without actors; tries that resume."""
+def test_the_ray_job_has_what_a_run_needs(job):
+    """The RayJob has a group for each role, autoscaler v2, a token, a head without actors, and retries that resume."""
     spec, cluster = job["spec"], job["spec"]["rayClusterSpec"]
     labels = [group["labels"] for group in cluster["workerGroupSpecs"]]
     assert labels == [{ROLE: role} for role in ("teacher", "rollout", "learner")]
@@ -85,7 +85,7 @@ SPEC = "spec.rayClusterSpec"
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("apiVersion", "ray.io/v1alpha1", "apiVersion"),
         ("metadata.name", "Switch_KD", "'Switch_KD' is no name"),
@@ -114,19 +114,19 @@ SPEC = "spec.rayClusterSpec"
         (f"{SPEC}.workerGroupSpecs.0.template.spec.volumes.0.name", "other", "teachers: no volume shared"),
     ],
 )
-def test_a_broken_ray_job_is_found(job, key, value, told):
-    """The check above fails on each of these, and says why."""
+def test_a_broken_ray_job_is_found(job, key, value, message):
+    """Each of these changes to the RayJob is found by the check above."""
     broken = copy.deepcopy(job)
     *parents, last = key.split(".")
     node: Any = broken
     for part in parents:
         node = node[int(part)] if isinstance(node, list) else node[part]
     node[last] = value
-    assert any(told in line for line in problems(broken)), problems(broken)
+    assert any(message in line for line in problems(broken)), problems(broken)
 
 
-def test_kubernetes_own_kinds():
-    """Volume, config and network policy pass Kubernetes' schema, strictly, and all of them are applied."""
+def test_other_manifests_are_valid():
+    """All other manifests pass Kubernetes' schema strictly, and the kustomization applies them."""
     listed = manifest("kustomization.yaml")["resources"]
     assert sorted(listed) == sorted(path.name for path in KUBERAY.glob("*.yaml") if path.name != "kustomization.yaml")
     for name in set(listed) - {"rayjob.yaml"}:
@@ -143,9 +143,9 @@ def pods(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield from (group["template"] for group in cluster["workerGroupSpecs"])
 
 
-def test_the_manifests_name_each_other(job):
-    """Claim, config map and labels that a pod names exist; all pods mount the shared volume at one path, which many
-    may write to; one image, one user, never root."""
+def test_names_in_the_manifests_exist(job):
+    """Claims, config maps and labels that pods name exist; all pods share one volume path, one image and a user other
+    than root."""
     claim, config, policy = (manifest(name) for name in ("storage.yaml", "config.yaml", "network-policy.yaml"))
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     wanted = policy["spec"]["podSelector"]["matchLabels"]
@@ -165,9 +165,8 @@ def test_the_manifests_name_each_other(job):
     assert len(images) == 1 and mounts == {"/shared"}
 
 
-def test_the_entrypoint_runs_a_config_that_exists(job, run):
-    """The job's command is one of switchkd's, with options that it knows and the config that the head mounts; the run
-    folder, the caches and the run's models lie on the shared volume."""
+def test_the_entrypoint_runs_the_mounted_config(job, run):
+    """The entrypoint is a valid command with the mounted config; run folder and caches are on the shared volume."""
     program, *args = shlex.split(job["spec"]["entrypoint"])
     assert program == "switchkd"
     name, params = parsed(args)
@@ -182,20 +181,20 @@ def test_the_entrypoint_runs_a_config_that_exists(job, run):
 
 
 def parsed(args: list[str]) -> tuple[str, dict[str, Any]]:
-    """Which command of switchkd these arguments call, and with what. Fails where there is none, or no such option."""
+    """The command of switchkd in these arguments, with its options. Raises if there is no such command or option."""
     group = get_command(cli.app)
     command = group.commands[args[0]]  # type: ignore[attr-defined]
     return args[0], command.make_context(args[0], list(args[1:])).params
 
 
-def test_an_entrypoint_that_does_not_parse():
+def test_an_invalid_entrypoint_is_found():
     for line in ("trian /etc/switchkd/run.yaml", "train /etc/switchkd/run.yaml --resum", "train"):
         with pytest.raises(Exception, match=r"trian|No such option|Missing parameter"):
             parsed(shlex.split(line))
 
 
 def room(job: dict[str, Any], config: Config) -> list[str]:
-    """Roles whose processes do not fit into the pods that are always there."""
+    """Roles whose processes do not fit into the minimum pods of their group."""
     groups = {group["labels"][ROLE]: group for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]}
     counts = {"teacher": config.teacher.replicas, "rollout": config.rollout.num_workers}
     short = []
@@ -209,8 +208,8 @@ def room(job: dict[str, Any], config: Config) -> list[str]:
     return short
 
 
-def test_the_pools_hold_the_run(job, run):
-    """Every role's processes fit into its group's pods; one GPU too few would be seen."""
+def test_the_pods_hold_the_run(job, run):
+    """The minimum pods of each group hold the processes of its role."""
     assert room(job, run) == []
     more = run.rollout.model_copy(update={"num_workers": 3})
     assert room(job, run.model_copy(update={"rollout": more})) == ["rollout"]
@@ -220,7 +219,7 @@ def test_the_pools_hold_the_run(job, run):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_shellcheck(script):
+def test_scripts_pass_shellcheck(script):
     done = subprocess.run(
         [tool("shellcheck"), "-x", "-S", "style", str(script)], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -229,12 +228,12 @@ def test_shellcheck(script):
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
-def test_hadolint(dockerfile):
+def test_dockerfiles_pass_hadolint(dockerfile):
     done = subprocess.run([tool("hadolint"), str(dockerfile)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
-def test_the_linters_find_what_is_wrong(tmp_path):
+def test_the_linters_find_errors(tmp_path):
     (tmp_path / "bad.sh").write_text("#!/usr/bin/env bash\nrm -rf $1/x\n")
     (tmp_path / "Dockerfile").write_text("FROM python:latest\nRUN cd /tmp && pip install ray\n")
     for command, rule in (([tool("shellcheck"), "bad.sh"], "SC2086"), ([tool("hadolint"), "Dockerfile"], "DL3007")):
@@ -244,7 +243,8 @@ def test_the_linters_find_what_is_wrong(tmp_path):
 
 @pytest.fixture
 def stage(tmp_path, monkeypatch) -> Callable[[str, str], Path]:
-    """Puts programs of ours before all others; each writes its arguments, a line each, to `<name>.called`."""
+    """A function that puts a program first in PATH; the program writes its arguments to `<name>.called`, one per
+    line."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
@@ -265,9 +265,9 @@ def bash(*args: object, **given: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["bash", *map(str, args)], capture_output=True, text=True, timeout=60, check=False, **given)
 
 
-def test_the_head_listens_on_loopback_unless_told_otherwise(stage, monkeypatch):
-    """Without an address all of Ray is on loopback; with one the dashboard still is."""
-    monkeypatch.delenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", raising=False)  # a private cluster of other tests set it
+def test_the_head_listens_on_loopback_by_default(stage, monkeypatch):
+    """Without an address Ray listens on loopback only; with one the dashboard still does."""
+    monkeypatch.delenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", raising=False)  # other tests' private clusters set it
     called = stage("ray", 'echo "$RAY_AUTH_MODE ${RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER-unset} $RAY_AUTH_TOKEN_PATH"')
     alone = bash(ROOT / "cluster/ray/head.sh")
     assert alone.returncode == 0, alone.stderr
@@ -276,12 +276,12 @@ def test_the_head_listens_on_loopback_unless_told_otherwise(stage, monkeypatch):
     assert "--node-ip-address=127.0.0.1" in called.read_text().split()
     shared = bash(ROOT / "cluster/ray/head.sh", "10.0.0.1", "--num-cpus=0")
     assert shared.stdout.split() == ["token", "unset", str(token)]
-    told = called.read_text().split()
-    assert {"--node-ip-address=10.0.0.1", "--dashboard-host=127.0.0.1", "--num-cpus=0"} <= set(told)
+    passed = called.read_text().split()
+    assert {"--node-ip-address=10.0.0.1", "--dashboard-host=127.0.0.1", "--num-cpus=0"} <= set(passed)
 
 
-def test_a_worker_carries_its_role(stage):
-    """The label that configs ask for, or none; an unknown role, or no token, is refused before Ray starts."""
+def test_a_worker_has_its_roles_label(stage):
+    """A worker has the label of its role; an unknown role and a missing token are refused before Ray starts."""
     called = stage("ray", "")
     worker = ROOT / "cluster/ray/worker.sh"
     none = bash(worker, "10.0.0.1", "teacher")
@@ -290,22 +290,22 @@ def test_a_worker_carries_its_role(stage):
     assert unknown.returncode == 2 and "student is no role" in unknown.stderr and not called.exists()
     bash("-c", f". {ROOT}/cluster/ray/token.sh && make_token")
     assert bash(worker, "10.0.0.1", "teacher", "--num-gpus=4").returncode == 0
-    told = called.read_text().split()
-    assert {"--address=10.0.0.1:6379", f"--labels={ROLE}=teacher", "--num-gpus=4"} <= set(told)
+    passed = called.read_text().split()
+    assert {"--address=10.0.0.1:6379", f"--labels={ROLE}=teacher", "--num-gpus=4"} <= set(passed)
     assert bash(worker, "10.0.0.1", "any").returncode == 0 and "--labels" not in called.read_text()
 
 
 def test_a_submitted_run_resumes(stage):
-    """The job is a command of switchkd that can be given again; a relative run folder is refused."""
+    """A submitted job is a `train --resume` command with overrides; a relative run folder is refused."""
     called = stage("ray", "")
     bash("-c", f". {ROOT}/cluster/ray/token.sh && make_token")
     submit = ROOT / "cluster/ray/submit.sh"
     relative = bash(submit, "configs/switch.yaml", "runs/a")
     assert relative.returncode == 2 and "runs/a is relative" in relative.stderr and not called.exists()
     assert bash(submit, "configs/switch.yaml", "/shared/a b", "seed=3").returncode == 0
-    told = called.read_text().splitlines()
-    assert told[:2] == ["job", "submit"]
-    program, *args = told[told.index("--") + 1 :]
+    passed = called.read_text().splitlines()
+    assert passed[:2] == ["job", "submit"]
+    program, *args = passed[passed.index("--") + 1 :]
     name, params = parsed(args)
     assert (program, name, params["resume"]) == ("switchkd", "train", True)
     assert params["overrides"] == ["run.dir=/shared/a b", "seed=3"]
@@ -324,7 +324,7 @@ SLURM = {
 
 @pytest.fixture
 def slurm(stage, tmp_path) -> Callable[[str], list[str]]:
-    """Stages Slurm and Ray on one machine around a `switchkd` that does as it is told; the command line of a job."""
+    """A function that stages Slurm and Ray around a `switchkd` program and returns a job's command line."""
     (tmp_path / "spool").mkdir()
     script = shutil.copy(ROOT / "cluster/slurm/train.sbatch", tmp_path / "spool" / "slurm_script")  # as Slurm does
 
@@ -338,9 +338,8 @@ def slurm(stage, tmp_path) -> Callable[[str], list[str]]:
     return start
 
 
-def test_a_slurm_job_ends_as_its_run_does(slurm, tmp_path):
-    """The driver is told where Ray is and to resume; its exit code is the job's; nothing is queued again, and the
-    job's token is gone."""
+def test_a_slurm_job_has_its_runs_exit_code(slurm, tmp_path):
+    """The driver gets Ray's address and --resume, its exit code is the job's, and the job's token is deleted."""
     for code in (0, 2):
         command = slurm(f'stat -c %a "$RAY_AUTH_TOKEN_PATH"; exit {code}')
         done = subprocess.run(
@@ -360,9 +359,8 @@ def test_a_slurm_job_ends_as_its_run_does(slurm, tmp_path):
     ]  # fmt: skip
 
 
-def test_a_slurm_job_out_of_time_queues_itself_again(slurm, tmp_path):
-    """SIGTERM to the batch script alone reaches the driver alone; when it has saved and left with 143, the job is
-    queued again."""
+def test_a_slurm_job_out_of_time_is_queued_again(slurm, tmp_path):
+    """SIGTERM to the batch script reaches the driver, and after its exit with 143 the job is queued again."""
     saves = "trap 'sleep 1; touch saved; exit 143' TERM; touch ready; while :; do sleep 0.1; done"
     with subprocess.Popen(slurm(saves), env={**os.environ, **SLURM}, cwd=tmp_path, start_new_session=True) as batch:
         deadline = time.monotonic() + 30
@@ -375,8 +373,8 @@ def test_a_slurm_job_out_of_time_queues_itself_again(slurm, tmp_path):
     assert (tmp_path / "scontrol.called").read_text().split() == ["requeue", "17"]
 
 
-def test_slurm_signals_the_script_alone():
-    """Sent to the steps, the signal would end Ray's own processes before the run is saved."""
+def test_slurm_signals_the_script_only():
+    """Slurm's signal goes to the batch script only: sent to the steps, it would end Ray before the run is saved."""
     options = dict(
         line.removeprefix("#SBATCH --").partition("=")[::2]
         for line in (ROOT / "cluster/slurm/train.sbatch").read_text().splitlines()
@@ -390,13 +388,13 @@ def test_slurm_signals_the_script_alone():
 
 
 def copied(dockerfile: Path) -> list[str]:
-    """What a Dockerfile copies out of the build's folder."""
+    """Paths that a Dockerfile copies from the build context."""
     lines = [line.split() for line in dockerfile.read_text().splitlines() if line.startswith("COPY ")]
     return [word for line in lines for word in line[1:-1] if not word.startswith("--")]
 
 
-def let_through(path: str) -> bool:
-    """By .dockerignore: the last line that fits decides."""
+def admitted(path: str) -> bool:
+    """Whether .dockerignore admits the path: its last matching line decides."""
     through = True
     for line in (ROOT / ".dockerignore").read_text().splitlines():
         pattern = line.removeprefix("!")
@@ -406,12 +404,13 @@ def let_through(path: str) -> bool:
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
-def test_an_image_is_built_from_what_is_there(dockerfile):
-    """Every copied file exists and reaches the builder; what a build needs is copied; the last user is not root."""
+def test_images_copy_files_that_exist(dockerfile):
+    """Each copied file exists and is in the build context, all needed files are copied, and the last user is not
+    root."""
     sources = copied(dockerfile)
     assert {"pyproject.toml", "switchkd", "configs"} <= set(sources)
     for source in sources:
-        assert (ROOT / source).exists() and let_through(source), source
+        assert (ROOT / source).exists() and admitted(source), source
     text = dockerfile.read_text()
     for name in re.findall(r"[\w-]*constraints-[\w-]+\.txt", text):
         assert f"docker/{name}" in sources, name
@@ -422,12 +421,12 @@ def test_an_image_is_built_from_what_is_there(dockerfile):
 @pytest.mark.parametrize(
     "path", [".git/config", "runs/a/config.yaml", ".env", "tests/tiny.py", "docker/Dockerfile.gpu"]
 )
-def test_the_builder_is_not_given(path):
-    assert not let_through(path)
+def test_the_build_context_excludes(path):
+    assert not admitted(path)
 
 
-def test_images_pin_what_the_project_asks_for():
-    """Constraint files lie within pyproject's ranges, and the GPU image's Ray is the manifests'."""
+def test_pins_are_within_the_projects_ranges():
+    """Pins are within pyproject's ranges, and the GPU image has the Ray version of the manifests."""
     import tomllib
 
     from packaging.requirements import Requirement
@@ -444,8 +443,8 @@ def test_images_pin_what_the_project_asks_for():
     assert "ray==2.60.0" in (ROOT / "docker/constraints-gpu.txt").read_text()
 
 
-def test_the_vllm_that_the_tests_run():
-    """Its release is the GPU image's, with the torch that it pins, and the extra admits it."""
+def test_the_tested_vllm_is_the_images():
+    """The tested vLLM release and its torch are those of the GPU image, and the extra accepts the release."""
     import tomllib
 
     from packaging.requirements import Requirement
@@ -466,7 +465,7 @@ NAMED = re.compile(r"(?<![\w./-])(?:(?:\.\./)*)((?:configs|cluster|docker|tests|
 
 
 def unknown(text: str) -> list[str]:
-    """Paths of the repository that a text names and that are not there."""
+    """Paths of the repository that a text names and that do not exist."""
     return [name for name in NAMED.findall(text) if not list(ROOT.glob(name))]
 
 
@@ -478,24 +477,24 @@ FILES = [path for folder in ("cluster", "docker", "configs") for path in sorted(
     [path for path in FILES if path.is_file() and path.suffix not in (".jsonl", ".png")],
     ids=lambda path: path.relative_to(ROOT).as_posix(),
 )
-def test_names_of_files_are_right(path):
-    """Whatever of the repository a config, a cluster file or an image names exists, links and data included."""
+def test_paths_in_files_exist(path):
+    """Each path of the repository in a config, cluster file or image exists, links and data included."""
     text = path.read_text()
     assert unknown(text) == []
     for link in re.findall(r"\]\(([^)#:]+)\)", text) if path.suffix == ".md" else []:
         assert (path.parent / link).exists(), link
-    if path.parent == ROOT / "configs":
+    if path.parent == ROOT / "configs" and path.suffix == ".yaml":
         config = load(path)
         local = [name for name in (config.data.path, config.eval.data) if Path(name).is_absolute()]
         assert all(Path(name).is_file() for name in local), local
 
 
-def test_a_wrong_name_is_seen():
+def test_a_wrong_path_is_found():
     assert unknown("see configs/swich.yaml and cluster/ray/head.sh, /etc/switchkd/run.yaml") == ["configs/swich.yaml"]
 
 
-def test_labels_are_plain_texts(tmp_path):
-    """A label's value that YAML reads as something else is refused by one line."""
+def test_labels_are_strings(tmp_path):
+    """A label's value that YAML does not read as a string is refused."""
     path = tmp_path / "run.yaml"
     path.write_text(manifest("config.yaml")["data"]["run.yaml"].replace(f"{ROLE}: learner", f"{ROLE}: 3"))
     with pytest.raises(ConfigError, match=r"resources\.learner\.labels\.switchkd"):

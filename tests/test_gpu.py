@@ -1,6 +1,6 @@
-"""What only a CUDA device can show: `pytest -m gpu tests/test_gpu.py` on a machine with one.
+"""Tests that need a CUDA device: `pytest -m gpu tests/test_gpu.py`.
 
-The references are the same models in fp32 on the CPU. Run by itself: DeepSpeed picks its accelerator once per process.
+The references are the same models in fp32 on the CPU. Run this file alone: DeepSpeed picks one accelerator a process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scipy import stats
 from teacher_contract import Bench, ask, sessions
 from test_exact import assert_same, pair, tasks
 from test_rollout import MAX_NEW, RULES, SAMPLINGS
-from test_slot_cache import clean, extend, live_through
+from test_slot_cache import check_random_history, clean, extend
 from tiny import EOS, NUM_TOKENS, tiny_model
 
 from switchkd.algo.sampling import Purpose, SamplingParams, draw
@@ -47,7 +47,7 @@ FAMILIES = ["llama", "qwen2", "gpt2", "gemma2", "mistral"]
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
-    """Shapes are recorded when they come first. Full fp32 products."""
+    """Record a shape at its first use, with full fp32 products."""
     monkeypatch.setattr(model_runner, "StepGraphs", lambda *args, **kwargs: StepGraphs(*args, **kwargs, capture_at=1))
     torch.set_float32_matmul_precision("highest")
 
@@ -61,7 +61,7 @@ def on_gpu(family: str, **settings):
 
 
 def bench(family: str, with_graphs: bool) -> Bench:
-    """A float32 teacher on the GPU, held against the model on the CPU."""
+    """A float32 teacher on the GPU; the reference is the model on the CPU."""
     plain = tiny_model(family)
     head = lm_head_of(plain, NUM_TOKENS)
 
@@ -79,14 +79,14 @@ def bench(family: str, with_graphs: bool) -> Bench:
 
 @GRAPHS
 @pytest.mark.parametrize("claim", contract.CLAIMS, ids=lambda f: f.__name__)
-def test_contract(claim, with_graphs):
-    """The teacher contract in fp32."""
+def test_the_teacher_contract_holds(claim, with_graphs):
+    """Each claim of the teacher contract holds in fp32."""
     claim(bench("llama", with_graphs))
 
 
 @GRAPHS
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_of_other_families(family, with_graphs):
+def test_rows_of_other_families_equal_clean_forwards(family, with_graphs):
     """Rows equal clean forward passes on the CPU through cuts and continuations."""
     contract.rows_equal_a_clean_forward(bench(family, with_graphs))
     contract.cuts_and_continuations(bench(family, with_graphs), rounds=30)
@@ -94,16 +94,16 @@ def test_rows_of_other_families(family, with_graphs):
 
 @GRAPHS
 @pytest.mark.parametrize("family", FAMILIES)
-def test_student_histories(family, with_graphs):
-    """Random extends and cuts of a student's slots equal clean forward passes, and shapes do repeat."""
+def test_random_histories_equal_clean_forwards(family, with_graphs):
+    """Random extends and cuts of a student's slots equal clean forward passes, with shapes recorded."""
     engine = ModelRunner(on_gpu(family), num_slots=6, max_len=96, capture=capture(with_graphs))
-    live_through(engine, tiny_model(family), turns=60, atol=ATOL)
+    check_random_history(engine, tiny_model(family), turns=60, atol=ATOL)
     assert engine._graphs is None or len(engine._graphs._graphs) > 5, "steps were recorded"
 
 
 @GRAPHS
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_rows(family, with_graphs):
+def test_bfloat16_rows_are_near_fp32(family, with_graphs):
     """A bfloat16 teacher's hidden states are near those of the same weights in fp32."""
     model = tiny_model(family, dtype=torch.bfloat16)
     plain = copy.deepcopy(model).float()
@@ -121,8 +121,8 @@ def test_bfloat16_rows(family, with_graphs):
     assert float((torch.cat(got) - want).norm() / want.norm()) < 0.1
 
 
-def test_graphs_give_what_the_model_gives():
-    """With and without recording a bfloat16 student's hidden states are the same but for the batch's shape."""
+def test_graphs_change_hidden_states_little():
+    """A bfloat16 student's hidden states with graphs are near those without."""
     ids = np.random.default_rng(0).integers(0, 128, 60)
     found = []
     for with_graphs in (False, True):
@@ -132,8 +132,8 @@ def test_graphs_give_what_the_model_gives():
     assert float((found[0] - found[1]).norm() / found[0].norm()) < 0.03
 
 
-def test_new_weights_reach_recorded_steps():
-    """Graphs recorded before compute with the new weights: they are overwritten where they lie."""
+def test_recordings_compute_with_new_weights():
+    """New weights are copied in place, so earlier recordings compute with them."""
     student = HFStudent(
         on_gpu("llama"), num_slots=2, max_len=64, vocab_size=NUM_TOKENS, capture=capture(True)
     )  # fmt: skip
@@ -149,8 +149,8 @@ def test_new_weights_reach_recorded_steps():
     assert numbers[0] == numbers[1] > 0
 
 
-def test_a_step_that_cannot_be_recorded(caplog):
-    """A model that waits for the device runs without graphs after one line, and CUDA works on as before."""
+def test_a_step_that_cannot_be_recorded_runs_unrecorded(caplog):
+    """A model that waits for the device runs without graphs after one warning, and CUDA stays usable."""
     model = on_gpu("llama")
     model.model.norm.register_forward_hook(lambda _, __, out: out * float(out.abs().max() > 0))
     with caplog.at_level(logging.WARNING, logger=cuda_graphs.__name__):
@@ -163,8 +163,8 @@ def test_a_step_that_cannot_be_recorded(caplog):
     assert torch.randn(8, device=DEVICE).isfinite().all()
 
 
-def test_a_gpu_has_graphs():
-    """`auto` and `on` record on a GPU; whole rows of logits are never recorded."""
+def test_auto_records_on_a_gpu():
+    """`auto` and `on` record on a GPU; full rows of logits are never recorded."""
     model = on_gpu("llama")
     assert isinstance(capture_for(model, "auto", key="student.graphs"), CudaCapture)
     assert isinstance(capture_for(model, "on", key="student.graphs"), CudaCapture)
@@ -172,8 +172,8 @@ def test_a_gpu_has_graphs():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_copies(dtype):
-    """A signal reaches the host whole, while the device is still computing it."""
+def test_copies_to_the_host_are_complete(dtype):
+    """A copy to the host waits for the device and is complete."""
     start = torch.randn(2048, 2048, device=DEVICE, dtype=dtype)
     product = start
     for _ in range(20):
@@ -185,7 +185,7 @@ def test_copies(dtype):
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_draws_equal_those_of_a_cpu(sampling):
-    """The same logits give the same tokens on both devices, save near ties, and the same margins."""
+    """Equal logits give equal tokens, except at near ties, and equal margins on both devices."""
     logits = torch.randn(200, 1000, generator=torch.Generator().manual_seed(0)) * 3
     for setting in SAMPLINGS[sampling]:
         key = {"run_seed": 3, "rollout_ids": range(200), "positions": range(200), "purpose": Purpose.GUMBEL}
@@ -218,8 +218,8 @@ def write(models, params: RolloutParams, *, device: str, with_graphs: bool, max_
 
 @pytest.mark.parametrize("sampling", ["greedy", "sampled"])
 @pytest.mark.parametrize("name", ["switch", "adaswitch", "skd"])
-def test_rollouts(name, sampling):
-    """fp32 rollouts are equal across block sizes, with and without graphs, and equal to the CPU's, save near ties."""
+def test_rollouts_equal_those_of_a_cpu(name, sampling):
+    """fp32 rollouts are equal for each block size and drafter, with graphs and on the CPU, except at near ties."""
     student, teacher = SAMPLINGS[sampling]
     params = RolloutParams(
         rule=RULES[name], student=student, teacher=teacher, max_new_tokens=MAX_NEW, seed=11, wants_uncertainty=True
@@ -246,8 +246,8 @@ def test_rollouts(name, sampling):
 
 @GRAPHS
 @pytest.mark.parametrize("setting", [SamplingParams(), SamplingParams(temperature=0.7, top_p=0.8)], ids=str)
-def test_bfloat16_draws_follow_the_law(setting, with_graphs):
-    """Over rollouts, what a bfloat16 student draws after one prompt follows its own distribution (chi-square)."""
+def test_bfloat16_draws_follow_the_distribution(setting, with_graphs):
+    """Draws of a bfloat16 student follow its own distribution (chi-square)."""
     num = 8000
     student = HFStudent(
         on_gpu("llama", dtype=torch.bfloat16), num_slots=2, max_len=64, vocab_size=NUM_TOKENS,
@@ -275,8 +275,8 @@ def test_bfloat16_draws_follow_the_law(setting, with_graphs):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_learner_steps(dtype, tmp_path):
-    """Three steps on CUDA are near those that a reader of torch would take on the CPU in fp32."""
+def test_learner_steps_are_near_plain_ones(dtype, tmp_path):
+    """Three steps on CUDA are near three plain PyTorch steps on the CPU in fp32."""
     from switchkd.learner.deepspeed import DeepSpeedLearner
 
     folder = student_folder(tmp_path)
@@ -301,8 +301,8 @@ def test_learner_steps(dtype, tmp_path):
         learner.close()
 
 
-def test_whole_models_agree():
-    """The tiny models themselves give the CPU's hidden states on this GPU: what the tolerances above rest on."""
+def test_models_agree_with_the_cpu():
+    """The tiny models give the CPU's hidden states on this GPU, on which the tolerances above rest."""
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, 128, (1, 50)))
     for family in FAMILIES:
         with torch.no_grad():

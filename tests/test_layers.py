@@ -1,4 +1,4 @@
-"""Which module may import which, read from the source without running it."""
+"""Checks by reading the source which module may import which."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LAYERS = [
     "tools",
     "cli",
 ]
-"""Each folder or file imports itself and what stands to its left."""
+"""Each entry may import itself and the entries before it."""
 HEAVY = {
     "ray": ("actors/", "tools/bench/ray_cluster.py"),
     "deepspeed": ("learner/deepspeed.py",),
@@ -48,12 +48,12 @@ LIGHT_FILES = [
     "tools/bench/cli.py",
     "tools/error_log.py",
 ]
-"""What answers a typo: these import no heavy package at load."""
+"""Files behind the answer to a typo; they import no heavy package at load."""
 LIGHT_PACKAGES = {"yaml", "pydantic", "typer", "numpy"}
 
 
 def imports(file: str, *, at_load: bool = False) -> Iterator[str]:
-    """Dotted names that a file imports; `at_load`: outside functions and TYPE_CHECKING blocks only."""
+    """Dotted names that a file imports; with `at_load` only outside functions and TYPE_CHECKING blocks."""
     yield from _imports(ast.parse((ROOT / file).read_text()), at_load)
 
 
@@ -75,7 +75,7 @@ def _runs_later(node: ast.AST) -> bool:
 
 
 def module_of(name: str) -> str | None:
-    """The file behind a dotted name of this package: the name may be a module's or one inside of a module."""
+    """The file of a dotted name of this package, which may name a module or an object in one."""
     parts = name.split(".")[1:]
     for path in (parts, parts[:-1]):
         for file in (f"{'/'.join(path)}.py", f"{'/'.join(path)}/__init__.py"):
@@ -94,12 +94,12 @@ def layer(file: str) -> int:
     return LAYERS.index(file.removesuffix(".py").split("/")[0])
 
 
-def wrong_arrows(edges: dict[str, set[str]]) -> list[str]:
+def wrong_imports(edges: dict[str, set[str]]) -> list[str]:
     inner = {file: targets for file, targets in edges.items() if file != "__init__.py"}
     return [f"{a} imports {b}" for a, targets in inner.items() for b in sorted(targets) if layer(b) > layer(a)]
 
 
-def circle(edges: dict[str, Iterable[str]]) -> list[str]:
+def import_circle(edges: dict[str, Iterable[str]]) -> list[str]:
     try:
         TopologicalSorter(edges).prepare()
     except CycleError as error:
@@ -112,32 +112,32 @@ def test_every_file_has_a_layer():
     assert tops == set(LAYERS)
 
 
-def test_no_import_points_right():
-    assert wrong_arrows(graph()) == []
+def test_no_layer_imports_a_later_one():
+    assert wrong_imports(graph()) == []
 
 
-def test_no_circles():
-    """Between files, also inside a folder, imports inside of functions included."""
-    assert circle(graph()) == []
+def test_there_are_no_import_circles():
+    """Files do not import each other in circles, also within a folder and inside functions."""
+    assert import_circle(graph()) == []
 
 
-def test_a_single_import_turned_round_is_seen():
-    """The two tests above fail for any import that is turned round."""
+def test_a_reversed_import_is_found():
+    """Any reversed import fails one of the two tests above."""
     edges = graph()
     pairs = [(a, b) for a, targets in edges.items() for b in targets if a != "__init__.py"]
     assert len(pairs) > 400
     for a, b in pairs:
         turned = edges | {b: edges[b] | {a}}
-        assert wrong_arrows(turned) or circle(turned), f"{b} -> {a}"
+        assert wrong_imports(turned) or import_circle(turned), f"{b} -> {a}"
 
 
 @pytest.mark.parametrize("package", HEAVY)
-def test_heavy_packages_stay_in_their_place(package):
+def test_heavy_packages_are_imported_in_their_place_only(package):
     users = [file for file in FILES if package in {name.split(".")[0] for name in imports(file)}]
     assert users and not [file for file in users if not file.startswith(HEAVY[package])]
 
 
-def test_algo_is_pure():
+def test_algo_imports_no_other_package():
     """algo/ imports torch, NumPy, the standard library and itself."""
     allowed = {"torch", "numpy", *sys.stdlib_module_names}
     for file in (file for file in FILES if file.startswith("algo/")):
@@ -146,7 +146,7 @@ def test_algo_is_pure():
 
 
 @pytest.mark.parametrize("file", LIGHT_FILES)
-def test_light_files(file):
+def test_light_files_import_no_heavy_package(file):
     for name in imports(file, at_load=True):
         if name.startswith("switchkd."):
             assert (module_of(name) or "__init__.py") in LIGHT_FILES, name

@@ -1,4 +1,4 @@
-"""The papers' recipes can run: every config, and every command in their comments, is checked without a network."""
+"""The papers' recipes are valid: each config, and each command in their comments, is checked without a network."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ EPOCHS = {
     "atkd/pythia": (51_000, [3], 2e-5, 64),
 }
 ROWS = {
-    # data: a row as its own home has it
+    # data set: a row in its own form
     "MiniLLM": {"instruction": "say", "input": "it", "output": "so"},
     "openai/gsm8k": {"question": "1 + 1?", "answer": "2\n#### 2"},
     "qintongli": {"question": "1 + 1?", "solution": "2", "answer": "2"},
@@ -61,13 +61,13 @@ ROWS = {
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    """Stands in for every model."""
+    """A tiny model in place of every model."""
     return save_tiny(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=4096)
 
 
 @pytest.fixture
 def offline(tiny, tmp_path, monkeypatch):
-    """The config with tiny models, and rows of the data sets' own form, in their places."""
+    """A function that replaces a config's models by tiny ones and its data by rows of the data set's form."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
 
@@ -97,14 +97,13 @@ def plan_of(config: Config) -> Schedule:
     return Schedule(config.train.stages, PromptStream(prompts, seed=0), seed=config.seed)
 
 
-def test_every_recipe_is_known():
+def test_each_recipe_is_listed():
     assert sorted(EPOCHS) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_recipe(name, offline):
-    """It passes all that a dry run checks; rules and losses can be built; steps are the paper's epochs; the learning
-    rate begins and ends as it should; batches come from where they should."""
+def test_a_recipe_is_valid_and_has_the_papers_numbers(name, offline):
+    """A recipe passes the dry run's checks, and its epochs, learning rate and sources are the paper's."""
     config = load(ROOT / f"configs/paper/{name}.yaml")
     ready = prepare(offline(config))
     assert len(ready.prompts.prompts) == 40 and ready.eval_prompts is not None
@@ -122,8 +121,8 @@ def test_recipe(name, offline):
     assert origins <= {CompletionSource.ROLLOUT, CompletionSource.DATASET} and config.run.dir.startswith("runs/paper/")
 
 
-def test_references_and_templates(offline):
-    """Inputs stand where the papers' templates have them."""
+def test_prompts_have_the_papers_templates(offline):
+    """The prompts have the papers' templates, with inputs in place."""
     texts = {}
     for name in ("switch/gpt2", "atkd/opt", "adaswitch/dialogsum"):
         ready = prepare(offline(load(ROOT / f"configs/paper/{name}.yaml")))
@@ -141,8 +140,8 @@ def test_references_and_templates(offline):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands(command, offline, tmp_path):
-    """Every command of a comment is understood, and passes what a dry run checks."""
+def test_commands_in_comments_are_valid(command, offline, tmp_path):
+    """Each command in a comment is valid and passes the dry run's checks."""
     _, verb, target, *rest = shlex.split(command)
     if verb == "train":
         prepare(offline(load(ROOT / target, rest)))
@@ -161,8 +160,8 @@ def test_commands(command, offline, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if "teacher" not in name])
-def test_a_step_of_each_stage(name, offline):
-    """With tiny models each recipe trains, evaluates and leaves its student."""
+def test_each_stage_trains_a_step(name, offline):
+    """With tiny models each recipe trains a step per stage and writes its student."""
     config = offline(load(ROOT / f"configs/paper/{name}.yaml"))
     stages = tuple(stage.model_copy(update={"steps": 1, "max_new_tokens": 6}) for stage in config.train.stages)
     small = {

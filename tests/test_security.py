@@ -1,4 +1,4 @@
-"""What the README's Security section says, one claim a test."""
+"""The claims of the README's Security section, one a test."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def place(models, tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def refused(monkeypatch, capfd) -> Callable[..., str]:
-    """The one line with which a command ends that the user can mend."""
+    """A function that runs a command that must fail with exit code 2, and returns its one error line."""
     run = partial(command, monkeypatch, capfd)
 
     def refused(*args: object) -> str:
@@ -79,7 +79,7 @@ def offences(find: Callable[[ast.AST], list[str]]) -> list[str]:
 
 
 class Trap:
-    """Unpickled, it makes a folder: a model file that does this has run code."""
+    """Creates a folder when it is unpickled, which shows that a model file ran code."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -93,7 +93,7 @@ def trapped(path: Path, canary: Path) -> Path:
     return path
 
 
-def test_the_trap_works(tmp_path):
+def test_a_loaded_trap_creates_its_folder(tmp_path):
     trap = trapped(tmp_path / "trap", tmp_path / "canary")
     pickle.loads(trap.read_bytes())
     assert (tmp_path / "canary").is_dir()
@@ -101,7 +101,7 @@ def test_the_trap_works(tmp_path):
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth"])
 def test_pickled_weights_are_refused(place, refused, name):
-    """A student whose only weights are a pickle: one line that names the file, exit code 2, and it was not opened."""
+    """A student with pickled weights only is refused with the file's name, and the pickle is not opened."""
     folder = Path(shutil.copytree(place / "student", place / "pickled"))
     (folder / "model.safetensors").unlink()
     trapped(folder / name, place / "canary")
@@ -113,7 +113,7 @@ def test_pickled_weights_are_refused(place, refused, name):
 
 
 def test_pickles_beside_the_weights_are_not_opened(place):
-    """safetensors are read though files that other programs leave, or would prefer, stand beside them."""
+    """Pickles beside the safetensors weights are not opened."""
     folder = Path(shutil.copytree(place / "student", place / "both"))
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "adapter_model.bin"):
         trapped(folder / name, place / "canary")
@@ -125,7 +125,7 @@ def test_pickles_beside_the_weights_are_not_opened(place):
 
 
 def test_an_index_that_names_a_pickle_is_refused(place, refused):
-    """The safetensors index of a sharded model may name other files: transformers would open them."""
+    """A safetensors index that names a pickle is refused, though transformers would open it."""
     folder = Path(shutil.copytree(place / "student", place / "sharded"))
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors, folder / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
@@ -138,8 +138,8 @@ def test_an_index_that_names_a_pickle_is_refused(place, refused):
     assert not (place / "canary").exists()
 
 
-def test_every_model_is_loaded_from_safetensors():
-    """Wherever transformers loads weights it is told so, hub names included."""
+def test_models_are_loaded_from_safetensors_only():
+    """Every call that loads weights sets `use_safetensors=True`."""
 
     def loads(tree: ast.AST) -> list[str]:
         made = [(name, call) for name, call in calls(tree) if name.endswith("ModelForCausalLM.from_pretrained")]
@@ -149,8 +149,8 @@ def test_every_model_is_loaded_from_safetensors():
     assert loads(ast.parse("AutoModelForCausalLM.from_pretrained(name)")) == ["AutoModelForCausalLM.from_pretrained"]
 
 
-def test_a_student_is_cut_from_safetensors_only(place):
-    """`switchkd init-student` of a teacher whose weights are a pickle: refused, unread."""
+def test_pickled_teachers_are_not_pruned(place):
+    """`switchkd init-student` refuses a teacher with pickled weights, unread."""
     folder = Path(shutil.copytree(place / "teacher", place / "pickled"))
     (folder / "model.safetensors").unlink()
     trapped(folder / "pytorch_model.bin", place / "canary")
@@ -159,9 +159,8 @@ def test_a_student_is_cut_from_safetensors_only(place):
     assert not (place / "canary").exists() and not (place / "cut").exists()
 
 
-def test_nothing_of_ours_unpickles_a_file():
-    """No pickle but what our own processes pass to each other, as handles and within one vLLM engine; torch.load reads
-    tensors only."""
+def test_no_file_is_unpickled():
+    """Pickles are used only between processes of a run; torch.load reads tensors only."""
 
     def opens(tree: ast.AST) -> list[str]:
         found = [name for name, call in calls(tree) if name == "torch.load" and keyword(call, "weights_only") != "True"]
@@ -177,7 +176,7 @@ def test_nothing_of_ours_unpickles_a_file():
     assert opens(ast.parse("import pickle\ntorch.load(path)")) == ["torch.load", "pickle"]
 
 
-# --- whose code runs -------------------------------------------------------------------------------------------------
+# --- user code -------------------------------------------------------------------------------------------------------
 
 OWN_TOKENIZER = """
 import os
@@ -214,8 +213,8 @@ def with_own_model(folder: Path, canary: Path) -> None:
 
 
 @pytest.mark.parametrize("with_own_code", [with_own_model, with_own_tokenizer])
-def test_a_models_own_code_runs_only_when_asked(place, refused, with_own_code, monkeypatch, capfd):
-    """A model folder with Python code: refused by one line that names the key, and not run. Asked for, it runs."""
+def test_a_models_code_runs_only_with_trust(place, refused, with_own_code, monkeypatch, capfd):
+    """A model folder's Python code runs only with trust_remote_code; otherwise one line names the key."""
     folder = Path(shutil.copytree(place / "student", place / "clever"))
     with_own_code(folder, place / "canary")
     config_file(place, ONE_STEP, student={"path": "./clever"})
@@ -226,8 +225,8 @@ def test_a_models_own_code_runs_only_when_asked(place, refused, with_own_code, m
     assert (place / "canary").exists()
 
 
-def test_trust_is_off_unless_asked():
-    """No model section trusts by default, and no call of ours does so whatever the config says."""
+def test_trust_is_off_by_default():
+    """No model section trusts remote code by default, and no call does so unconditionally."""
     assert not any(section().trust_remote_code for section in (ModelConfig, StudentConfig, TeacherConfig))
 
     def trusts(tree: ast.AST) -> list[str]:
@@ -237,22 +236,22 @@ def test_trust_is_off_unless_asked():
     assert trusts(ast.parse("load(name, trust_remote_code=True)")) == ["load"]
 
 
-def test_a_rule_of_your_own_is_your_code():
-    """The README and the keys' own texts say with whose rights it runs."""
+def test_custom_code_is_documented_as_the_users():
+    """The README and the schema state that custom rules and losses run with the user's rights."""
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert "Both are your code and run with your rights" in readme
     stage = Config.model_fields["rollout"].annotation
     rule = stage.model_fields["rule"].annotation.model_fields["type"].description
     loss = Config.model_fields["learner"].annotation.model_fields["loss"].annotation.model_fields["type"].description
-    for told, name in ((rule, "my_file:my_rule"), (loss, "my_file:my_loss")):
-        assert name in told and "your own code, which runs with your rights" in told
+    for text, name in ((rule, "my_file:my_rule"), (loss, "my_file:my_loss")):
+        assert name in text and "your own code, which runs with your rights" in text
 
 
 @pytest.mark.parametrize(
     "name", ["os:system", "subprocess:run", "shutil:rmtree", "builtins:eval", "torch:load", "os.path:x"]
 )
-def test_a_config_cannot_name_what_is_installed(place, refused, name):
-    """A rule or a loss comes from the user's files: Python's own functions and packages' are refused, unread."""
+def test_a_config_cannot_name_installed_functions(place, refused, name):
+    """A rule or loss from an installed package or the standard library is refused and not run."""
     canary = place / "canary"
     with pytest.raises(ConfigError, match="is installed, not yours; name a file in"):
         user_code.load_user_function(name, "rule")
@@ -264,8 +263,8 @@ def test_a_config_cannot_name_what_is_installed(place, refused, name):
     assert not canary.exists()
 
 
-def test_names_never_reach_a_shell():
-    """No shell is started anywhere: programs are called by lists of words; nothing evaluates a text."""
+def test_no_shell_is_started():
+    """No shell is started, programs get lists of arguments, and no text is evaluated."""
     shells = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "pty.spawn"}
     shells |= {"asyncio.create_subprocess_shell", "eval", "exec", "compile", "yaml.load", "yaml.unsafe_load"}
     starts = {f"subprocess.{name}" for name in ("run", "Popen", "call", "check_call", "check_output")}
@@ -275,7 +274,7 @@ def test_names_never_reach_a_shell():
         for name, call in calls(tree):
             if name in starts and (keyword(call, "shell") or isinstance(call.args[0], ast.Constant | ast.JoinedStr)):
                 found.append(name)
-        for node in ast.walk(tree):  # by another name they would not be seen
+        for node in ast.walk(tree):  # an imported name would not be found
             if isinstance(node, ast.ImportFrom) and node.module in ("os", "subprocess", "pty"):
                 found += [f"from {node.module} import {each.name}" for each in node.names]
         return found
@@ -288,8 +287,8 @@ def test_names_never_reach_a_shell():
 # --- Ray's token and ports -------------------------------------------------------------------------------------------
 
 
-def test_a_token_file_is_for_its_owner_alone(tmp_path):
-    """Made with mode 0600 in a folder of mode 0700, whatever the umask; kept; one that was open to others is closed."""
+def test_a_token_file_is_private(tmp_path):
+    """A token file has mode 0600 in a folder of mode 0700, whatever the umask, and is kept."""
     script = ROOT / "cluster" / "ray" / "token.sh"
     env = {**os.environ, "HOME": str(tmp_path), "RAY_AUTH_TOKEN_PATH": ""}
     path = tmp_path / ".ray" / "auth_token"
@@ -311,8 +310,7 @@ def test_a_token_file_is_for_its_owner_alone(tmp_path):
 
 
 def listening(pids: set[int]) -> dict[str, str]:
-    """Addresses on which these processes accept connections, as /proc writes them (hexadecimal), each with one such
-    process."""
+    """Addresses on which these processes accept connections, in /proc's hexadecimal form, each with a process name."""
     inodes = {}
     for pid in pids:
         for link in Path(f"/proc/{pid}/fd").glob("*"):
@@ -334,8 +332,8 @@ def listening(pids: set[int]) -> dict[str, str]:
 LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
 
 
-def test_what_listens_is_seen():
-    """The check below tells loopback from everything else."""
+def test_listening_addresses_are_found():
+    """`listening` distinguishes loopback from other addresses."""
     import socket
 
     with socket.create_server(("127.0.0.1", 0)):
@@ -359,9 +357,9 @@ def look(self, step, row):
 
     pids = set(descendants(os.getpid())) | {{os.getpid()}}
     import ray
-    told = {{"listens": listening(pids), "num": len(pids), "mode": os.environ["RAY_AUTH_MODE"],
+    seen = {{"listens": listening(pids), "num": len(pids), "mode": os.environ["RAY_AUTH_MODE"],
             "token": os.environ["RAY_AUTH_TOKEN"], "address": ray.get_runtime_context().gcs_address}}
-    Path("seen.json").write_text(json.dumps(told))
+    Path("seen.json").write_text(json.dumps(seen))
     log_step(self, step, row)
 
 MetricsLog.step = look
@@ -372,9 +370,8 @@ cli.main()
 
 @pytest.mark.ray
 @pytest.mark.timeout(240)
-def test_a_private_cluster_is_closed(place):
-    """By default a run's Ray, its actors included, listens on loopback alone and asks for a token, which is made anew
-    for it and stands in no file."""
+def test_a_private_cluster_listens_on_loopback_with_a_token(place):
+    """A private cluster listens on loopback only and needs a token, which is new for each run and in no file."""
     config_file(place, ONE_STEP, run={"dir": "run", "mode": "ray"})
     home = place / "home"
     home.mkdir()
@@ -394,8 +391,9 @@ def test_a_private_cluster_is_closed(place):
 
 @pytest.mark.ray
 @pytest.mark.timeout(240)
-def test_head_without_an_address_is_closed(tmp_path):
-    """`cluster/ray/head.sh` alone: loopback only, the token file 0600, and without the token the jobs' door is shut."""
+def test_a_head_on_loopback_needs_the_token(tmp_path):
+    """`cluster/ray/head.sh` on loopback has a token file of mode 0600, and its dashboard refuses requests without the
+    token."""
     temp = tempfile.mkdtemp(prefix="skd-", dir="/tmp")  # a socket's path must be short
     gcs, dashboard, agent, agent_grpc, client, metrics = free_ports(6)
     options = [
@@ -427,14 +425,14 @@ def test_head_without_an_address_is_closed(tmp_path):
         own = descendants(head.pid)
         for pid in (head.pid, *own):
             if processes().get(pid) == own.get(pid, processes().get(pid)):
-                with contextlib.suppress(ProcessLookupError):  # it may end by itself once the head is gone
+                with contextlib.suppress(ProcessLookupError):  # it may exit without the head
                     os.kill(pid, signal.SIGKILL)
         head.wait()
         shutil.rmtree(temp, ignore_errors=True)
 
 
 def asked(port: int, headers: dict[str, str]) -> int:
-    """The dashboard's answer to a request for the list of jobs."""
+    """The HTTP status of the dashboard's job list."""
     request = urllib.request.Request(f"http://127.0.0.1:{port}/api/jobs/", headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=20) as answer:

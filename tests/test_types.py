@@ -9,8 +9,8 @@ import numpy as np
 from switchkd.types import Ragged
 
 
-def test_ragged_arrays_come_apart_as_they_were_joined() -> None:
-    """Parts of any length, empty ones included, in any trailing shape; a selection is in the order asked for."""
+def test_ragged_arrays_split_into_their_parts() -> None:
+    """`split` gives the parts of `concat`, empty ones included, and `select` keeps the given order."""
     parts = [np.arange(6).reshape(3, 2), np.zeros((0, 2), np.int64), np.full((1, 2), 9)]
     ragged = Ragged.concat(parts, np.int32)
     assert ragged.values.dtype == np.int32 and ragged.lengths.tolist() == [3, 0, 1]

@@ -1,7 +1,7 @@
-"""Tiny random models of many families and a tiny real tokenizer: in memory, in milliseconds, no network.
+"""Tiny random models of many families and a tiny tokenizer, made in memory in milliseconds without a network.
 
-The tokenizer has 120 tokens and the models' tables 128 rows by default, as in real life: the shared vocabulary is
-`len(tokenizer)`, what lies beyond is padding. Same arguments, same weights; the global random state is left alone.
+The tokenizer has 120 tokens and the models' tables 128 rows by default: the shared vocabulary is `len(tokenizer)`, and
+the rows beyond are padding. The same arguments give the same weights; the global random state is unchanged.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _OPT = {
     "max_position_embeddings": 1024, "tie_word_embeddings": True,
 }  # fmt: skip
 
-# family: transformers' model type, what makes it this family
+# family: transformers' model type, config keys
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _LLAMA),
     "llama_tied": ("llama", {**_LLAMA, "tie_word_embeddings": True}),

@@ -1,4 +1,4 @@
-"""Two toy chains as student and teacher: the next token's distribution depends on the last two tokens."""
+"""Two toy models as student and teacher: the next token's distribution depends on the last two tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STOP = 0
 
 
 def table(seed: int, sharpness: float = 1.5) -> torch.Tensor:
-    """Logits [V, V, V] of a chain of order two."""
+    """Logits [V, V, V] of a second-order Markov chain."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(VOCAB, VOCAB, VOCAB, generator=generator) * sharpness
 
@@ -60,7 +60,7 @@ class ToyStudent:
         rows = []
         for slot, start, part in zip(slots, starts, np.split(token_ids, np.cumsum(lengths)[:-1]), strict=True):
             held = self.held.get(int(slot), [])
-            assert start <= len(held), "the worker asks for a cache that it never filled"
+            assert start <= len(held), "the worker reads a cache position that it never wrote"
             self.held[int(slot)] = held[:start] + part.tolist()
             rows.append(rows_of(self.chain, self.held[int(slot)])[start:])
         return torch.cat(rows)
@@ -70,7 +70,7 @@ class ToyStudent:
 
 
 class ToyTeacher:
-    """Sends whole rows."""
+    """Sends full rows."""
 
     def __init__(self, chain: torch.Tensor) -> None:
         self.chain = chain

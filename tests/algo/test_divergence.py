@@ -1,4 +1,4 @@
-"""Divergences of rows of logits against loops over plain numbers, and their gradients against autograd's."""
+"""Divergences of rows of logits equal loops over plain numbers, and their gradients equal autograd's."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 
 
 def pair(*shape: int, apart: float = 1.0, holes: bool = False) -> tuple[Tensor, Tensor]:
-    """Teacher's and student's logits, `holes`: every fourth id impossible in both."""
+    """Teacher and student logits; with `holes`, every fourth id has probability 0 in both."""
     generator = torch.Generator().manual_seed(0)
     p = torch.randn(shape or (5, 300), generator=generator) * 3
     q = p + apart * torch.randn(p.shape, generator=generator)
@@ -109,7 +109,7 @@ def test_divergence_equals_its_sum(name: str, shape: tuple[int, ...], holes: boo
 @pytest.mark.parametrize("holes", [False, True])
 @pytest.mark.parametrize("name", DEFINITIONS)
 def test_gradient_is_that_of_the_naive_formula(name: str, holes: bool) -> None:
-    """The student's gradient is autograd's of the formula as written, 0 at shared holes; finite differences agree."""
+    """The student's gradient is autograd's of the literal formula, and 0 at ids that both models exclude."""
     p, q = (x.double() for x in pair(2, 3, 12, holes=holes))
     possible = p[0, 0].isfinite()
     q_possible = q[..., possible].clone().requires_grad_()
@@ -123,7 +123,7 @@ def test_gradient_is_that_of_the_naive_formula(name: str, holes: bool) -> None:
 
 @pytest.mark.parametrize("name", DEFINITIONS)
 def test_the_teacher_gets_no_gradient(name: str) -> None:
-    """A teacher that asks for a gradient is left alone, and an odd type of its logits raises the student's."""
+    """No gradient reaches the teacher's logits; the result has the wider of the two dtypes."""
     p, q = pair()
     p.requires_grad_(), q.requires_grad_()
     measured(name, p, q).sum().backward()
@@ -132,8 +132,8 @@ def test_the_teacher_gets_no_gradient(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DEFINITIONS)
-def test_half_precision_is_computed_in_fp32(name: str) -> None:
-    """bf16 and fp16 logits give the fp32 number of those very logits, and a gradient in their own type."""
+def test_half_precision_logits_are_computed_in_fp32(name: str) -> None:
+    """bf16 and fp16 logits give the fp32 value of the same logits and a gradient in their own dtype."""
     for dtype in (torch.bfloat16, torch.float16):
         p, q = (x.to(dtype) for x in pair())
         assert torch.equal(measured(name, p, q), measured(name, p.float(), q.float()))
@@ -142,7 +142,7 @@ def test_half_precision_is_computed_in_fp32(name: str) -> None:
 
 @pytest.mark.parametrize("name", DEFINITIONS)
 def test_divergence_survives_extreme_logits(name: str) -> None:
-    """Near-certain rows, tiny probabilities and an id that only one side allows: finite numbers and gradients."""
+    """Values and gradients are finite for near-certain rows, tiny probabilities and ids that one model excludes."""
     p, q = pair()
     p[0, 3], q[0, 3], q[1, 5], p[2], q[3] = 200, -200, 300, p[2] * 30, q[3] * 30
     p[4, 7] = q[4, 8] = -math.inf
@@ -162,7 +162,7 @@ def test_equal_rows_are_at_distance_zero() -> None:
 
 
 def test_jsd_in_base_2_spans_zero_to_one() -> None:
-    """Base 2 gives exactly 0 for equal rows and 1 for laws that share no id; base e gives ln 2."""
+    """In base 2 the JSD is exactly 0 for equal rows and 1 for distributions that share no id; in base e it is ln 2."""
     p, q = torch.zeros(1, 10), torch.zeros(1, 10)
     p[:, :5], q[:, 5:] = -math.inf, -math.inf
     assert divergence.jsd(p, p, log_base=2).item() == 0
@@ -173,14 +173,14 @@ def test_jsd_in_base_2_spans_zero_to_one() -> None:
 
 @pytest.mark.parametrize("apart", [1e-1, 1e-3, 1e-4])
 def test_jsd_keeps_its_digits_for_close_rows(apart: float) -> None:
-    """The JSD in fp32 is right to 1% of its value even where that is 1e-9: late thresholds of SWITCH are tiny."""
+    """The fp32 JSD is within 1% of its value down to 1e-9, the size of late SWITCH thresholds."""
     p, q = pair(apart=apart)
     for beta in (0.1, 0.5, 0.9):
         exact = divergence.jsd(p.double(), q.double(), beta=beta)
         torch.testing.assert_close(divergence.jsd(p, q, beta=beta).double(), exact, rtol=1e-2, atol=0)
 
 
-def test_impossible_numbers_are_refused() -> None:
+def test_parameters_outside_their_range_are_refused() -> None:
     """A share or base outside its range is refused in a line that names it."""
     for name, function, value in (
         ("beta", divergence.jsd, 0),
@@ -198,7 +198,7 @@ def test_impossible_numbers_are_refused() -> None:
 
 @pytest.mark.parametrize("name", DEFINITIONS)
 def test_per_row_is_the_divergence_without_gradients(name: str) -> None:
-    """`per_row` gives the divergence's own bits as float64, and never a negative number from rounding."""
+    """`per_row` returns the divergence's bits as float64 and is never negative from rounding."""
     function, numbers, _ = DEFINITIONS[name]
     p, q = pair()
     found = divergence.per_row(function, p, q.requires_grad_(), **numbers)
@@ -209,7 +209,7 @@ def test_per_row_is_the_divergence_without_gradients(name: str) -> None:
 
 
 def test_rows_are_independent_of_the_chunking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row's number is the same bits alone, in a batch and in chunks."""
+    """A row has the same bits alone, in a batch and in chunks."""
     p, q = pair(7, 300)
     whole = divergence.per_row(divergence.jsd, p, q, log_base=2)
     monkeypatch.setattr(divergence, "_CPU_ELEMENTS", 700)
@@ -218,7 +218,7 @@ def test_rows_are_independent_of_the_chunking(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_entropy_equals_its_sum() -> None:
-    """The entropy is -sum p ln p, and ln V for a flat row."""
+    """The entropy is -sum p ln p, which is ln V for a flat row."""
     p, _ = pair()
     p[:, :7] = -math.inf
     expected = [-math.fsum(a * math.log(a) for a in law(row) if a > 0) for row in p]
@@ -233,8 +233,8 @@ def test_agreement_takes_the_lowest_id_of_a_tie() -> None:
     assert divergence.agreement(p, q).tolist() == [True, False, True]
 
 
-def test_no_rows() -> None:
-    """Zero rows give zero numbers."""
+def test_zero_rows_give_zero_values() -> None:
+    """Zero rows give zero values."""
     nothing = torch.zeros(0, 9)
     assert divergence.per_row(divergence.forward_kl, nothing, nothing).shape == (0,)
     for name in DEFINITIONS:

@@ -1,4 +1,4 @@
-"""Losses, ATKD's split and weights, and the chunked sum, against float64 loops in the papers' notation."""
+"""Losses, ATKD's split and weights, and the chunked sum equal float64 loops in the papers' notation."""
 
 import math
 from collections.abc import Callable
@@ -98,7 +98,7 @@ def extras(name: str, hard: Tensor) -> dict:
 @pytest.mark.parametrize("name", PAPERS)
 @pytest.mark.parametrize("holes", [False, True])
 def test_loss_equals_the_paper(name: str, holes: bool) -> None:
-    """Each loss is its paper's sum, token by token, also where both laws are zero at some ids."""
+    """Each loss is its paper's sum for each token, also where both distributions are zero at some ids."""
     p, q, labels, mask, hard = batch()
     if holes:
         labels = labels // 5 * 5 + 1
@@ -110,7 +110,7 @@ def test_loss_equals_the_paper(name: str, holes: bool) -> None:
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_gradient_equals_finite_differences(name: str) -> None:
-    """The gradient with respect to the student's logits is the derivative of the paper's sum; the teacher gets none."""
+    """The gradient of the student's logits is the derivative of the paper's sum; the teacher gets none."""
     p, q, labels, mask, hard = batch(num=4, vocab=7)
     p.requires_grad_(), q.requires_grad_()
     PAPERS[name][0](p, q, labels, mask, **extras(name, hard)).sum().backward()
@@ -128,7 +128,7 @@ def test_gradient_equals_finite_differences(name: str) -> None:
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_masked_rows_and_shared_holes_have_no_gradient(name: str) -> None:
-    """NaN, infinities and padding labels in masked rows leave loss and gradient 0 there; holes get exactly 0."""
+    """NaN, infinities and padding labels in masked rows give loss 0 and gradient 0; so do shared zeros."""
     p, q, labels, mask, hard = batch()
     p[:, 0] = q[:, 0] = -math.inf
     clean = q.clone().requires_grad_()
@@ -143,7 +143,7 @@ def test_masked_rows_and_shared_holes_have_no_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_loss_is_stable_for_extreme_logits(name: str) -> None:
-    """Certain and near-certain rows, and half-precision logits, give finite losses and gradients."""
+    """Certain rows, near-certain rows and half-precision logits give finite losses and gradients."""
     p, q, labels, mask, hard = batch()
     p[0, labels[0]] += 200
     q[0, labels[0]] -= 60
@@ -155,8 +155,8 @@ def test_loss_is_stable_for_extreme_logits(name: str) -> None:
         assert loss.isfinite().all() and grad(own).isfinite().all() and (loss > -1e-5).all()
 
 
-def test_the_share_stands_on_the_right_side() -> None:
-    """beta is the teacher's share of jsd's mixture, alpha the anchor's own share in both skewed losses."""
+def test_beta_and_alpha_weight_the_documented_side() -> None:
+    """beta is the teacher's share of the JSD mixture; alpha is the first distribution's share in both skewed losses."""
     p, q, labels, _, _ = batch()
     everywhere = torch.ones(N, dtype=torch.bool)
     # as beta goes to 0 the loss goes to beta KL(p||q), as it goes to 1 to (1 - beta) KL(q||p)
@@ -169,7 +169,7 @@ def test_the_share_stands_on_the_right_side() -> None:
 
 
 def test_kl_is_tkd_plus_unc_times_dkd() -> None:
-    """KL(p||q) = TKD + UnC DKD, with TKD and DKD taken out of the ATKD loss itself."""
+    """KL(p||q) = TKD + UnC DKD, with TKD and DKD taken from the ATKD loss."""
     p, q, labels, _, _ = batch()
     everywhere = torch.ones(N, dtype=torch.bool)
     only_dkd = losses.atkd_tokens(p, q, labels, everywhere, hard=~everywhere, lam=1.0)
@@ -180,7 +180,7 @@ def test_kl_is_tkd_plus_unc_times_dkd() -> None:
 
 
 def test_uncertainty_keeps_its_digits_near_certainty() -> None:
-    """UnC is right to 1e-4 of its value where p_g is so near 1 that 1 - p_g is 0 in fp32."""
+    """UnC is within 1e-4 of its value where p_g is so near 1 that 1 - p_g is 0 in fp32."""
     logits = torch.zeros(1, 11)
     logits[0, 3] = 30
     unc = losses.uncertainty(logits, torch.tensor([3]))
@@ -192,7 +192,7 @@ def test_uncertainty_keeps_its_digits_near_certainty() -> None:
 
 @pytest.mark.parametrize("hard_frac", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
 def test_atkd_threshold_is_the_lower_quantile(hard_frac: float) -> None:
-    """The threshold is sorted(UnC)[floor((1 - hard_frac)(n - 1))] in exact arithmetic, for every n."""
+    """The threshold is sorted(UnC)[floor((1 - hard_frac)(n - 1))] in exact arithmetic for every n."""
     for n in range(1, 42):
         unc = torch.rand(n, generator=torch.Generator().manual_seed(n))
         index = math.floor((1 - Fraction(str(hard_frac))) * (n - 1))
@@ -218,7 +218,7 @@ def test_atkd_step_loss_has_two_denominators() -> None:
 def slow_atkd(
     p: Tensor, q: Tensor, labels: Tensor, loss_mask: Tensor, *, hard_frac: float, lam: float, direction: str
 ) -> float:
-    """The paper's loss of logits [B, T, V], token by token."""
+    """The paper's loss of logits [B, T, V] as a loop over tokens."""
     valid = loss_mask.nonzero().tolist()
     laws = [(law(p[b, t]), law(q[b, t]), int(labels[b, t])) for b, t in valid]
     unc = [1 - p_law[g] for p_law, _, g in laws]
@@ -231,7 +231,7 @@ def slow_atkd(
 
 
 def sequences(holes: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits [3, 5, V], labels and loss mask [3, 5] of which 11 are trained; what is masked out is rubbish."""
+    """Logits [3, 5, V], labels and loss mask [3, 5] with 11 trained tokens and invalid values where masked."""
     p, q, labels, _, _ = batch(num=15)
     p, q, labels = p.view(3, 5, V).clone(), q.view(3, 5, V).clone(), labels.view(3, 5).clone()
     if holes:
@@ -270,7 +270,7 @@ def atkd_of_step(
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 @pytest.mark.parametrize("hard_frac", [0.0, 0.3, 0.5, 1.0])
 def test_atkd_equals_the_paper(hard_frac: float, direction: str, holes: bool) -> None:
-    """The scalar splits all valid tokens of the call at one threshold and divides each group by its own size."""
+    """All valid tokens are split at one threshold, and each group is divided by its own size."""
     p, q, labels, mask = sequences(holes)
     numbers = {"hard_frac": hard_frac, "lam": 0.3, "direction": direction}
     expected = slow_atkd(p, q, labels, mask, **numbers)
@@ -279,8 +279,8 @@ def test_atkd_equals_the_paper(hard_frac: float, direction: str, holes: bool) ->
     assert exact.dtype == torch.float64 and exact.shape == () and exact.item() == pytest.approx(expected, abs=1e-12)
 
 
-def test_atkd_by_default_is_forward_with_the_papers_numbers() -> None:
-    """hard_frac 0.5, lambda 0.2, forward; of an even number of tokens the lower median is the threshold."""
+def test_atkd_defaults_are_the_papers() -> None:
+    """The defaults are hard_frac 0.5, lambda 0.2, forward; the lower median is the threshold of an even number."""
     p, q, labels, mask = sequences()
     mask[1, 0] = False  # leaves 10
     expected = slow_atkd(p, q, labels, mask, hard_frac=0.5, lam=0.2, direction="forward")
@@ -291,7 +291,7 @@ def test_atkd_by_default_is_forward_with_the_papers_numbers() -> None:
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_atkd_gradient_is_that_of_the_naive_formula(direction: str) -> None:
-    """The student's gradient is autograd's of TKD and DKD as written, 0 where masked out; the teacher gets none."""
+    """The student's gradient is autograd's of the literal TKD and DKD, and 0 where masked; the teacher gets none."""
     p, q, labels, mask = sequences()
     p, q = p.double().requires_grad_(), q.double().requires_grad_()
     atkd_of_step(p, q, labels, mask, direction=direction).backward()
@@ -312,15 +312,15 @@ def test_atkd_gradient_is_that_of_the_naive_formula(direction: str) -> None:
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_atkd_passes_gradcheck_with_holes(direction: str) -> None:
-    """Finite differences agree in float64, ids of -inf included."""
+    """Gradients equal finite differences in float64, ids of -inf included."""
     p, q, labels, mask, _ = batch(num=6, vocab=7)
     p[:, 0] = q[:, 0] = -math.inf
     p, q, labels, mask = p.double().view(2, 3, 7), q.double().view(2, 3, 7), labels.view(2, 3), mask.view(2, 3)
     assert torch.autograd.gradcheck(lambda z: atkd_of_step(p, z, labels, mask, direction=direction), q.requires_grad_())
 
 
-def test_atkd_with_an_empty_group() -> None:
-    """Tokens of equal uncertainty are all hard and easy ones add 0; without a valid token loss and gradient are 0."""
+def test_atkd_of_an_empty_group_is_zero() -> None:
+    """Tokens of equal uncertainty are all hard; an empty group adds 0, and no valid token gives loss and gradient 0."""
     p, q, labels, mask = sequences()
     p, q, labels = p[1:2, :1].expand(1, 5, V), q[1:2].clone().requires_grad_(), labels[1:2, :1].expand(1, 5)
     p_law, g = law(p[0, 0]), int(labels[0, 0])
@@ -331,8 +331,8 @@ def test_atkd_with_an_empty_group() -> None:
     assert nothing.item() == 0 and (grad(q) == 0).all()
 
 
-def test_atkd_where_the_label_is_the_only_possible_id() -> None:
-    """Both laws are then certain of it: no uncertainty, loss 0, gradient 0."""
+def test_atkd_is_zero_where_the_label_is_the_only_possible_id() -> None:
+    """A label that is the only possible id in both distributions gives loss 0 and gradient 0."""
     p, q = torch.full((1, 2, 7), -math.inf), torch.full((1, 2, 7), -math.inf)
     p[..., 3], q[..., 3] = 2.0, -1.0
     q.requires_grad_()
@@ -343,7 +343,7 @@ def test_atkd_where_the_label_is_the_only_possible_id() -> None:
 
 
 def test_atkd_is_the_weighted_sum_that_a_step_takes() -> None:
-    """The scalar of one call is the learner's sum(weights * atkd_tokens) of the same tokens, for half precision too."""
+    """The loss of one call equals the learner's sum(weights * atkd_tokens), also in half precision."""
     p, q, labels, mask = sequences()
     for dtype in (torch.float32, torch.bfloat16):
         p, q = p.to(dtype), q.to(dtype)
@@ -357,8 +357,8 @@ def test_atkd_is_the_weighted_sum_that_a_step_takes() -> None:
         torch.testing.assert_close(scalar, (losses.atkd_weights(flat[3], hard) * each).sum())
 
 
-def test_weights_sum_to_one_per_group_and_to_zero_for_an_empty_one() -> None:
-    """Each group's weights sum to 1 over the step; counts of all ranks replace the local ones; empty groups give 0."""
+def test_weights_of_a_group_sum_to_one_or_to_zero_if_empty() -> None:
+    """Each group's weights sum to 1 over the step, or to 0 if it is empty; counts of all ranks replace local ones."""
     *_, mask, hard = batch()
     assert losses.token_weights(mask).sum().item() == pytest.approx(1)
     weights = losses.atkd_weights(mask, hard)
@@ -371,8 +371,8 @@ def test_weights_sum_to_one_per_group_and_to_zero_for_an_empty_one() -> None:
     assert shared[0].item() == pytest.approx(1 / 20) and shared[2].item() == pytest.approx(1 / 50)
 
 
-def test_impossible_numbers_are_refused() -> None:
-    """A share outside its range is refused in a line that names it."""
+def test_parameters_outside_their_range_are_refused() -> None:
+    """A parameter outside its range is refused in a line that names it."""
     p, q, labels, mask, hard = batch()
     for named, loss, numbers in (
         ("beta", losses.jsd, {"beta": 0}),
@@ -390,7 +390,7 @@ def test_impossible_numbers_are_refused() -> None:
 
 
 class Setup:
-    """A head, hidden states and teacher rows for one loss."""
+    """An output layer, hidden states and teacher rows for one loss."""
 
     def __init__(self, name: str, num: int = 23) -> None:
         p, _, self.labels, self.mask, hard = batch(num=num)
@@ -441,7 +441,7 @@ class Setup:
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_chunked_equals_whole(name: str) -> None:
-    """Value, per-token losses and all gradients equal those of one full [N, V] product, for any chunk."""
+    """Loss, per-token losses and all gradients equal those of one full [N, V] product, for any chunk size."""
     setup = Setup(name)
     whole = setup.per_token(setup.p, setup.head(setup.hidden), setup.labels, setup.mask, **setup.extras)
     reference = (setup.weights * whole).sum()
@@ -456,16 +456,16 @@ def test_chunked_equals_whole(name: str) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_chunked_scales_with_what_comes_after() -> None:
-    """The gradient that arrives from behind (DeepSpeed's scale, the number of ranks) multiplies the ready ones."""
+def test_chunked_scales_with_the_upstream_gradient() -> None:
+    """An upstream gradient (DeepSpeed's loss scale, the number of ranks) scales the precomputed gradients."""
     once, setup = Setup("jsd"), Setup("jsd")
     gradients = once.gradients(once.chunked(5))
     for ours, theirs in zip(setup.gradients(setup.chunked(5) * 3.0), gradients, strict=True):
         torch.testing.assert_close(ours, 3 * theirs)
 
 
-def test_chunked_of_nothing_reaches_head_and_hidden() -> None:
-    """N = 0 gives a differentiable zero whose gradients, all zero, reach the head and the hidden states."""
+def test_chunked_of_no_tokens_gives_zero_gradients() -> None:
+    """N = 0 gives a differentiable zero with zero gradients for the output layer and the hidden states."""
     setup = Setup("forward_kl", num=0)
     total = setup.chunked(4)
     assert total.item() == 0 and not setup.seen
@@ -473,8 +473,8 @@ def test_chunked_of_nothing_reaches_head_and_hidden() -> None:
     assert hidden.shape == (0, 6) and (weight == 0).all() and (bias == 0).all()
 
 
-def test_chunked_trains_a_head_on_frozen_hidden_states() -> None:
-    """The head gets its gradient even where the hidden states ask for none, and the other way round."""
+def test_chunked_trains_the_head_or_the_hidden_states_alone() -> None:
+    """The output layer gets its gradient if the hidden states need none, and the reverse."""
     setup = Setup("reverse_kl")
     setup.hidden = setup.hidden.detach()
     setup.chunked(5).backward()
@@ -486,7 +486,7 @@ def test_chunked_trains_a_head_on_frozen_hidden_states() -> None:
 
 
 def test_chunked_gives_the_head_its_gradient_once() -> None:
-    """The head's gradient hook runs once per backward pass: ZeRO 2 and 3 refuse once per chunk."""
+    """The output layer's gradient hook runs once per backward pass, as ZeRO 2 and 3 require."""
     setup = Setup("forward_kl")
     fires: list[int] = []
     setup.head.weight.register_post_accumulate_grad_hook(lambda _: fires.append(1))

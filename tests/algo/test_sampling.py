@@ -1,4 +1,4 @@
-"""Keyed draws: the generator, the exact pruning, the truncation and the law."""
+"""Keyed draws: the generator, the exact pruning, the truncation and the distribution of the draws."""
 
 import math
 
@@ -29,10 +29,10 @@ def rows(num: int, vocab: int, seed: int, scale: float = 3.0) -> torch.Tensor:
     return torch.randn(num, vocab, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def draw_simply(
+def slow_draw(
     logits: torch.Tensor, run_seed: int, ids: list, positions: list, purpose: int, s: SamplingParams
 ) -> list[int]:
-    """The definition, one id after the other: temper, order by (prob desc, id asc), cut, add the noise, arg max."""
+    """Slow reference, one id at a time: temper, order by (prob desc, id asc), truncate, add the noise, arg max."""
     tokens = []
     for row, rollout_id, t in zip(logits.double().tolist(), ids, positions, strict=True):
         order = sorted(range(len(row)), key=lambda i: (-row[i], i))
@@ -56,7 +56,7 @@ def draw_simply(
 
 @pytest.mark.parametrize("key", [(0, 0, 0, 0), (7, 123, 45, 2), (-1, -(2**63), 2**63 - 1, 3), (2**63 + 5, 9, -4, 1)])
 def test_torch_noise_equals_numpy(key: tuple[int, int, int, int]) -> None:
-    """The torch generator gives numpy's Philox bits, bit for bit, for any 64-bit key."""
+    """The torch generator gives NumPy's Philox bits for any 64-bit key."""
     run_seed, rollout_id, t, purpose = key
     ids, positions = torch.tensor([rollout_id, 3]), torch.tensor([t, 8])
     ours = noise_bits_torch(run_seed, ids, positions, purpose, 103).numpy().view(np.uint64)
@@ -93,7 +93,7 @@ def test_coin_is_uniform_and_keyed() -> None:
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 @pytest.mark.parametrize("kind", ["normal", "flat", "peaked", "ties", "holes"])
 def test_draw_equals_the_definition(setting: SamplingParams, kind: str) -> None:
-    """The pruned draw, and the one for devices, give the token of the unpruned definition, ties included."""
+    """The pruned draw and the device draw give the token of the unpruned definition, ties included."""
     logits = rows(12, 700, seed=1)
     if kind == "flat":
         logits = logits * 0.01
@@ -104,7 +104,7 @@ def test_draw_equals_the_definition(setting: SamplingParams, kind: str) -> None:
     elif kind == "holes":
         logits[:, ::3] = -math.inf
     ids, positions = list(range(100, 112)), list(range(12))
-    expected = draw_simply(logits, 11, ids, positions, Purpose.GUMBEL, setting)
+    expected = slow_draw(logits, 11, ids, positions, Purpose.GUMBEL, setting)
     key: dict = {"run_seed": 11, "purpose": Purpose.GUMBEL, "sampling": setting}
     assert draw(logits, rollout_ids=ids, positions=positions, **key).tolist() == expected
     keys = torch.tensor(ids), torch.tensor(positions)
@@ -119,8 +119,8 @@ def test_draw_equals_the_definition(setting: SamplingParams, kind: str) -> None:
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.5, 0.999])
-def test_how_much_is_pruned_does_not_matter(top_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On large rows, sharp to flat, the token and the margin do not depend on how many ids are scored first."""
+def test_draws_do_not_depend_on_the_pruning_depth(top_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token and margin do not depend on how many ids are scored first, on large rows from sharp to flat."""
     logits = torch.cat([rows(6, 20_000, seed=s, scale=scale) for s, scale in enumerate((4.0, 1.0, 0.0))])
     key: dict = {
         "run_seed": 5,
@@ -142,8 +142,8 @@ def test_how_much_is_pruned_does_not_matter(top_p: float, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     "setting", [SamplingParams(), SamplingParams(temperature=0.5, top_p=0.7), SamplingParams(top_k=5)], ids=str
 )
-def test_draws_follow_the_law(setting: SamplingParams) -> None:
-    """Over positions the drawn ids follow the tempered, truncated and renormalised distribution (chi-square)."""
+def test_draws_follow_the_distribution(setting: SamplingParams) -> None:
+    """The ids drawn at many positions follow the tempered, truncated, renormalised distribution (chi-square)."""
     logits, num = rows(1, 30, seed=8, scale=1.0), 6000
     tempered = (logits[0].double() / setting.temperature).softmax(-1)
     prob, order = tempered.sort(descending=True)
@@ -156,7 +156,7 @@ def test_draws_follow_the_law(setting: SamplingParams) -> None:
 
 
 def test_coupled_draws_agree() -> None:
-    """Draws of two models at one position agree far more than independent ones: at least (1 - TV) / (1 + TV)."""
+    """Two models' draws at one position agree with probability at least (1 - TV) / (1 + TV)."""
     num, p, q = 3000, rows(1, 50, seed=1, scale=1.0), rows(1, 50, seed=1, scale=1.0) + rows(1, 50, seed=2, scale=0.5)
     tv = float((p.softmax(-1) - q.softmax(-1)).abs().sum() / 2)
     key: dict = {"run_seed": 0, "rollout_ids": [1] * num, "positions": range(num), "sampling": SamplingParams()}
@@ -168,7 +168,7 @@ def test_coupled_draws_agree() -> None:
 
 
 def test_skd_noise_is_independent_of_the_draft() -> None:
-    """Given which id the student drafted, the teacher's SKD draw follows p; with the shared noise it does not."""
+    """Given the student's drafted id, the teacher's SKD draw follows p; with the shared noise it does not."""
     num, p, q = 6000, rows(1, 8, seed=3, scale=1.0), rows(1, 8, seed=4, scale=1.0)
     key: dict = {"run_seed": 0, "rollout_ids": [1] * num, "positions": range(num), "sampling": SamplingParams()}
     drafted = draw(q.expand(num, -1), purpose=Purpose.GUMBEL, **key)
@@ -180,8 +180,8 @@ def test_skd_noise_is_independent_of_the_draft() -> None:
     assert pvalue[Purpose.SKD] > 1e-3 > pvalue[Purpose.GUMBEL]
 
 
-def test_a_row_does_not_know_its_neighbours() -> None:
-    """A token depends on its own row and key only: any batch gives the same one, from any float type."""
+def test_a_draw_does_not_depend_on_other_rows() -> None:
+    """A token depends on its own row and key only, in any batch and any float dtype."""
     logits = rows(9, 500, seed=6).bfloat16()
     key: dict = {"run_seed": 2, "purpose": 0, "sampling": SamplingParams(top_p=0.8)}
     together = draw(logits, rollout_ids=range(9), positions=range(9), **key)
@@ -190,14 +190,14 @@ def test_a_row_does_not_know_its_neighbours() -> None:
 
 
 @pytest.mark.parametrize("bad", [{"temperature": -1}, {"temperature": math.nan}, {"top_p": 0}, {"top_k": -2}])
-def test_sampling_refuses_what_is_no_setting(bad: dict) -> None:
-    """An impossible setting is refused with its name and value."""
+def test_invalid_sampling_settings_are_refused(bad: dict) -> None:
+    """An invalid sampling setting is refused with its name."""
     with pytest.raises(ValueError, match=next(iter(bad))):
         SamplingParams(**bad)
 
 
-def test_draw_refuses_rows_without_a_law() -> None:
-    """NaN in a row, a row of -inf, or a missing key is an error, not a token."""
+def test_draw_refuses_rows_that_are_no_distribution() -> None:
+    """A row with NaN, a row of -inf and a missing key are errors."""
     key: dict = {"run_seed": 0, "purpose": 0, "sampling": SamplingParams()}
     for bad in (torch.tensor([[0.0, math.nan]]), torch.full((1, 2), -math.inf)):
         with pytest.raises(ValueError, match="finite"):
@@ -208,7 +208,7 @@ def test_draw_refuses_rows_without_a_law() -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS[2:], ids=str)
 def test_both_truncations_keep_the_same_ids(setting: SamplingParams) -> None:
-    """The nucleus grown from the top on a CPU is the one cut from a full sort on a device, ties included."""
+    """The CPU's nucleus, grown from the top, equals the device's nucleus, cut from a full sort, ties included."""
     logits = torch.cat([rows(20, 3000, seed=1), rows(20, 3000, seed=2, scale=2.0).round(), torch.zeros(1, 3000)])
     cut = sampling._truncated(logits, setting).isfinite()
     for row, expected in zip(logits.numpy(), cut, strict=True):

@@ -1,4 +1,4 @@
-"""Switching rules, token by token, against loops in the papers' notation."""
+"""Switching rules equal token-by-token loops in the papers' notation."""
 
 import math
 from functools import partial
@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 
 
 def owners(rule: Rule, p: Tensor, q: Tensor, drafted: Tensor, coins: Tensor, step: int = 0) -> list:
-    """Walk one rollout of T rows: True where the teacher owns the token."""
+    """Apply a rule to one rollout of T rows: True where the teacher writes the token."""
     rows = {"p_logits": p, "q_logits": q} if rule.needs_rows else {"p_logits": None, "q_logits": None}
     statistic = rule.statistic(**rows, drafted=drafted, coins=coins)
     assert statistic.dtype == torch.float64
@@ -37,15 +37,15 @@ def rollout(num: int = 60, vocab: int = 40, apart: float = 1.0, seed: int = 0) -
     return p, q, drafted, torch.from_numpy(sampling.coin(seed, [0] * num, range(num)))
 
 
-def test_student_and_teacher_own_everything() -> None:
-    """`student` gives the teacher no token, `teacher` every one, without looking at a row."""
+def test_student_and_teacher_write_every_token() -> None:
+    """`student` gives the teacher no token and `teacher` every token; neither reads a row."""
     assert owners(switching.student(), *rollout()) == [False] * 60
     assert owners(switching.teacher(), *rollout()) == [True] * 60
 
 
 @pytest.mark.parametrize("prob", [0.0, 0.3, 1.0])
-def test_random_and_mixture_toss_the_coin(prob: float) -> None:
-    """The teacher owns a token iff coin < prob, for `random` and for `mixture` alike; 0 is never and 1 always."""
+def test_random_and_mixture_compare_the_coin(prob: float) -> None:
+    """Under `random` and `mixture` the teacher writes a token iff coin < prob; 0 is never, 1 always."""
     p, q, drafted, coins = rollout(num=500)
     coins[0], coins[1] = 0, 1 - 2.0**-53
     expected = [c < prob for c in coins.tolist()]
@@ -63,7 +63,7 @@ TAU = {
 
 @pytest.mark.parametrize("schedule", TAU)
 def test_switch_follows_its_threshold(schedule: str) -> None:
-    """The teacher owns token t iff JSD in base 2 exceeds tau(t) of the paper's schedule."""
+    """The teacher writes token t iff the JSD in base 2 exceeds tau(t) of the paper's schedule."""
     p, q, drafted, coins = rollout()
     jsd = divergence.jsd(p.double(), q.double(), log_base=2).tolist()
     expected = [d > TAU[schedule](t) for t, d in enumerate(jsd)]
@@ -74,8 +74,8 @@ def test_switch_follows_its_threshold(schedule: str) -> None:
     assert tau.tolist() == pytest.approx([TAU[schedule](t) for t in range(64)])
 
 
-def test_half_life_and_tau_0() -> None:
-    """The threshold halves every `half_life` tokens from tau_0; equality leaves the token to the student."""
+def test_threshold_starts_at_tau_0_and_halves_every_half_life() -> None:
+    """The threshold starts at tau_0 and halves every `half_life` tokens; the student writes at equality."""
     rule = switching.jsd_threshold(half_life=20, tau_0=0.8)
     tau = rule.threshold(torch.tensor([0, 20, 40]), 0, switching.init_memory(rule, 3))
     assert tau.tolist() == pytest.approx([0.8, 0.4, 0.2])
@@ -85,7 +85,7 @@ def test_half_life_and_tau_0() -> None:
 
 
 def ada_switch(d: list[float], K: float, L: int, full: bool) -> list[bool]:
-    """AdaSwitch as written: tau_t = K mean(d_{t-L} .. d_{t-1}); from the first d_t > tau_t on, the teacher."""
+    """AdaSwitch as written: tau_t = K mean(d_{t-L} .. d_{t-1}); the teacher writes from the first d_t > tau_t on."""
     for t in range(len(d)):
         window = d[max(t - L, 0) : t]
         if len(window) >= (L if full else 1) and d[t] > K * sum(window) / len(window):
@@ -96,7 +96,7 @@ def ada_switch(d: list[float], K: float, L: int, full: bool) -> list[bool]:
 @pytest.mark.parametrize("warm_up", ["full_window", "available"])
 @pytest.mark.parametrize("name", ["kl", "reverse_kl", "jsd"])
 def test_kl_spike_equals_a_literal_loop(name: str, warm_up: str) -> None:
-    """The rule's memory reproduces the paper's loop for several K, L and rollouts, spikes early, late and never."""
+    """The rule's memory reproduces the paper's loop for several K and L, with early, late and no spikes."""
     first = set()
     for seed in range(12):
         p, q, drafted, coins = rollout(seed=seed)
@@ -110,7 +110,7 @@ def test_kl_spike_equals_a_literal_loop(name: str, warm_up: str) -> None:
 
 
 def test_kl_spike_batches_rollouts_and_needs_no_statistic_after_the_switch() -> None:
-    """Rows of the memory are independent, and after the switch an infinite statistic changes nothing."""
+    """Memory rows are independent, and an infinite statistic after the switch changes nothing."""
     rule = switching.kl_spike(K=2, L=2)
     memory = switching.init_memory(rule, 2)
     owned = []
@@ -125,7 +125,7 @@ def test_kl_spike_batches_rollouts_and_needs_no_statistic_after_the_switch() -> 
 
 @pytest.mark.parametrize("k", [1, 5, 25])
 def test_outside_top_k_ranks_with_ties_by_id(k: int) -> None:
-    """The teacher owns a token iff the drafted id is not among its k first, (logit descending, id ascending)."""
+    """The teacher writes iff the drafted id is not among its k first, ordered by (logit descending, id ascending)."""
     p, q, drafted, coins = rollout(num=300)
     p = p.round()
     expected = []
@@ -136,8 +136,8 @@ def test_outside_top_k_ranks_with_ties_by_id(k: int) -> None:
     assert rule.replacement == Purpose.SKD and rule.needs_draft
 
 
-def test_flags_say_what_a_rule_reads() -> None:
-    """Only rules that compare distributions need rows, only SKD needs the draft, all others share the draft's noise."""
+def test_flags_declare_what_a_rule_reads() -> None:
+    """Only rules that compare distributions set `needs_rows`, and none of these rules reads the draft."""
     no_rows = [switching.student(), switching.teacher(), switching.random(), switching.mixture()]
     with_rows = [switching.jsd_threshold(), switching.kl_spike()]
     assert [r.needs_rows for r in no_rows + with_rows] == [False] * 4 + [True] * 2
@@ -146,7 +146,7 @@ def test_flags_say_what_a_rule_reads() -> None:
 
 
 def test_step_schedule_scales_finite_thresholds() -> None:
-    """The factor goes linearly from start to end and stays there; infinite thresholds stay what they are."""
+    """The factor goes linearly from start to end and stays there; infinite thresholds are unchanged."""
     rule = switching.with_step_schedule(switching.jsd_threshold(schedule="constant"), start=1, end=0.5, steps=10)
     memory, t = switching.init_memory(rule, 1), torch.tensor([3])
     assert [rule.threshold(t, s, memory).item() for s in (0, 5, 10, 99)] == pytest.approx([0.2, 0.15, 0.1, 0.1])
@@ -156,15 +156,15 @@ def test_step_schedule_scales_finite_thresholds() -> None:
 
 
 def test_step_schedule_reaches_the_memory() -> None:
-    """AdaSwitch under a schedule switches where the scaled threshold is crossed, and remembers it."""
+    """AdaSwitch under a schedule switches at the scaled threshold and keeps the switch in its memory."""
     p, q, drafted, coins = rollout(seed=3)
     scaled = switching.with_step_schedule(switching.kl_spike(K=3), start=0.5, end=1, steps=10)
     assert owners(scaled, p, q, drafted, coins, step=0) == owners(switching.kl_spike(K=1.5), p, q, drafted, coins)
     assert owners(scaled, p, q, drafted, coins, step=10) == owners(switching.kl_spike(K=3), p, q, drafted, coins)
 
 
-def test_a_rule_of_ones_own() -> None:
-    """Any three functions make a rule: the example of the module's docstring works."""
+def test_a_custom_rule_is_three_functions() -> None:
+    """A rule made of any three functions works, as in the example of the module's docstring."""
     rule = Rule(
         name="entropy_limit",
         statistic=lambda *, p_logits, q_logits, drafted, coins: divergence.entropy(q_logits),
@@ -193,8 +193,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("named", BAD)
-def test_impossible_numbers_are_refused(named: str) -> None:
-    """A number that makes no rule is refused in one line that names it."""
+def test_invalid_parameters_are_refused(named: str) -> None:
+    """An invalid rule parameter is refused in one line that names it."""
     with pytest.raises(ValueError, match=named) as error:
         BAD[named]()
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Losses of compressed rows: what they are, and how far their gradients may lie from those of full rows."""
+"""Losses of top-k rows: their values, and bounds on the distance of their gradients from those of full rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NUM = 160
 
 
 def rows(k: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, TopK, torch.Tensor]:
-    """p and q float64 logits, p's compressed rows, and labels in and out of the top k."""
+    """p and q as float64 logits, p's top-k rows, and labels inside and outside the top k."""
     p, q = cases(seed, NUM, 200)
     labels = torch.randint(0, 200, (NUM,), generator=torch.Generator().manual_seed(seed))
     row = unpack(pack(compress(p, k)))
@@ -41,7 +41,7 @@ FACTORS = {
 @pytest.mark.parametrize("k", [1, 8, 64, 199, 200])
 @pytest.mark.parametrize("name", FACTORS)
 def test_gradient_is_off_by_at_most_the_stated_share_of_the_tail(name: str, k: int) -> None:
-    """L1 distance of the logit gradients <= factor * P, for every row; the loss is never above that of full rows."""
+    """The L1 distance of the logit gradients is at most factor * P, and the loss at most that of full rows."""
     function, numbers, factor = FACTORS[name]
     p, q, row, labels = rows(k)
     mask = torch.ones(NUM, dtype=torch.bool)
@@ -58,8 +58,8 @@ def test_gradient_is_off_by_at_most_the_stated_share_of_the_tail(name: str, k: i
 
 
 @pytest.mark.parametrize("k", [1, 8, 64])
-def test_forward_kl_of_coarse_laws(k: int) -> None:
-    """The value is the full one less P KL(p_T / P || q_T / Q), in float64; its gradient is exact on the top k."""
+def test_forward_kl_lacks_the_tails_divergence_only(k: int) -> None:
+    """The value is the full one less P KL(p_T / P || q_T / Q); the gradient is exact on the top k."""
     p, q, row, labels = rows(k)
     mask = torch.ones(NUM, dtype=torch.bool)
     full, exact = value_and_gradient(lambda q: losses.forward_kl(p, q, labels, mask), q)
@@ -72,15 +72,15 @@ def test_forward_kl_of_coarse_laws(k: int) -> None:
 
 
 @pytest.mark.parametrize("k", [1, 8, 64, 200])
-def test_atkd_forward(k: int) -> None:
-    """TKD exact wherever the label lies; DKD's gradient off by at most 2 P' / UnC."""
+def test_atkd_has_exact_tkd_and_a_bounded_dkd_gradient(k: int) -> None:
+    """TKD is exact for any label; the gradient of DKD is off by at most 2 P' / UnC."""
     p, q, row, labels = rows(k)
     mask = torch.ones(NUM, dtype=torch.bool)
     unc = losses.uncertainty(p, labels).float()
     p_label = (p.log_softmax(1).exp()).gather(1, labels[:, None])[:, 0]
     outside = (row.ids != labels[:, None]).all(1)
     rest = (row.tail_mass.double() - torch.where(outside, p_label, 0.0)).clamp(min=0)
-    sure = unc > 1e-3  # below that DKD compares laws of next to nothing
+    sure = unc > 1e-3  # below that DKD compares distributions of almost no mass
     found = []
     for hard in (torch.ones_like(mask), torch.zeros_like(mask)):
         full, exact = value_and_gradient(lambda q, h=hard: losses.atkd_tokens(p, q, labels, mask, hard=h, lam=0.5), q)
@@ -95,8 +95,8 @@ def test_atkd_forward(k: int) -> None:
     torch.testing.assert_close(tkd_some[sure], tkd_full[sure], atol=2e-5, rtol=1e-4)
 
 
-def test_masked_rows_are_silent() -> None:
-    """A masked token gives 0 and no gradient, whatever stands in its row."""
+def test_masked_rows_give_zero_loss_and_gradient() -> None:
+    """A masked token gives loss 0 and gradient 0, whatever its row holds."""
     _, q, row, labels = rows(8)
     mask = torch.arange(NUM) % 2 == 0
     q[~mask] = torch.nan

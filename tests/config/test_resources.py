@@ -1,4 +1,4 @@
-"""Roles against what there is: shares of one machine, sums on a cluster, threads."""
+"""Resources of roles: shares of one machine, sums on a cluster, and threads."""
 
 import os
 
@@ -45,14 +45,14 @@ def refused(message: str, wanted: Config, available: dict[str, float]) -> None:
     assert "\n" not in str(error.value), "one line"
 
 
-def test_counts():
-    """Processes of each role; a run that needs no teacher starts none."""
+def test_counts_are_the_processes_of_each_role():
+    """`counts` gives each role's processes; a run without a teacher has no teacher process."""
     assert counts(shape(3, 2, 2)) == {"teacher": 2, "rollout": 3, "learner": 2}
     assert counts(config(**NO_TEACHER)) == {"rollout": 1, "learner": 1}
 
 
-def test_private(monkeypatch):
-    """One's own machine, unless a cluster is named or the process is a submitted job; `inprocess` always is."""
+def test_a_cluster_is_private_unless_one_is_named(monkeypatch):
+    """A cluster is private unless an address or a submitted job names one; `inprocess` always is."""
     here = config(run={"dir": "x", "mode": "inprocess"}, **CLUSTER)
     assert is_private(config()) and not is_private(config(**CLUSTER)) and is_private(here)
     for name in ("RAY_ADDRESS", "RAY_JOB_ID"):
@@ -62,29 +62,29 @@ def test_private(monkeypatch):
 
 
 class TestOneMachine:
-    """Roles share the cores."""
+    """On one machine the roles share the cores."""
 
-    def test_two_cores(self):
-        """One thread each for teacher and workers; both for the learner, which works alone at staleness 0."""
+    def test_two_cores_are_shared(self):
+        """On two cores teacher and workers get one thread each and a learner that works alone gets both."""
         assert threads(config()) == (1, 1, 2)
         assert threads(shape(2, 2)) == (1, 1, 1)
         assert threads(config(replay={"max_staleness": 1})) == (1, 1, 1)
         assert threads(config(**NO_TEACHER))[1:] == (2, 2)
 
-    def test_more_cores(self):
-        """Teacher and workers divide the cores; beside a learner that works at the same time all do."""
+    def test_more_cores_are_divided(self):
+        """Teacher and workers divide the cores; a learner that runs at the same time takes its part of them."""
         assert threads(config(), 16) == (8, 8, 16)
         assert threads(shape(3, 2), 16) == (4, 4, 8)
         assert threads(shape(3, 2, replay={"max_staleness": 2}), 18) == (4, 4, 3)
 
-    def test_in_process(self):
-        """One process has all cores whatever it does."""
+    def test_one_process_has_all_cores(self):
+        """In one process each role has all cores."""
         assert threads(config(run={"dir": "x", "mode": "inprocess"}, replay={"max_staleness": 1}), 6) == (6, 6, 6)
 
     @pytest.mark.parametrize("cores", [1, 2, 3, 4, 7, 64])
     @pytest.mark.parametrize(("workers", "ranks", "replicas"), [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 2), (5, 3, 1)])
-    def test_never_more_than_the_machine(self, cores, workers, ranks, replicas):
-        """Ray is asked for no more than there is, and for at most one CPU a process."""
+    def test_shares_never_exceed_the_machine(self, cores, workers, ranks, replicas):
+        """The shares of all roles add up to at most the machine's CPUs, with at most one CPU a process."""
         wanted = shape(workers, ranks, replicas)
         shares = [of_role(wanted, role, cores).num_cpus for role in ROLES]
         assert all(share is not None and 0 < share <= 1 for share in shares)
@@ -92,8 +92,8 @@ class TestOneMachine:
         if max(workers, ranks, replicas) <= cores:
             check(wanted, {"CPU": float(cores)})
 
-    def test_what_is_given_comes_first(self):
-        """A role that says how many CPUs and threads it wants gets them; the others share what is left."""
+    def test_given_resources_come_first(self):
+        """A role with given CPUs and threads gets them; the others share the rest."""
         wanted = config(resources={"teacher": {"num_cpus": 1.5, "threads": 7}})
         assert (of_role(wanted, "teacher").num_cpus, of_role(wanted, "teacher").threads) == (1.5, 7)
         assert [of_role(wanted, role).num_cpus for role in ("rollout", "learner")] == [0.25, 0.25]
@@ -109,8 +109,8 @@ class TestOneMachine:
             ({"num_workers": 1, "num_ranks": 1, "replicas": 9}, "9 CPUs (9 for teacher.replicas=9)"),
         ],
     )
-    def test_a_role_larger_than_the_machine(self, sections, who):
-        """Sharing ends where one role by itself has more processes than there are cores; what was asked is named."""
+    def test_a_role_larger_than_the_machine_is_refused(self, sections, who):
+        """A role with more processes than cores is refused with the numbers that were requested."""
         with pytest.raises(ConfigError) as error:
             check(shape(**sections), {"CPU": 2.0})
         assert f"needs {who} and the machine has 2; lower them, or resources.*.num_cpus" in str(error.value)
@@ -118,21 +118,21 @@ class TestOneMachine:
 
 
 class TestCluster:
-    """Nothing is shared; whether it fits is for placement groups to say (test_placement_group.py)."""
+    """On a cluster nothing is shared; placement groups decide whether a run fits (test_placement_group.py)."""
 
-    def test_one_each(self):
-        """A CPU and a thread for every process."""
+    def test_each_process_gets_one_cpu(self):
+        """Each process gets one CPU and one thread."""
         wanted = config(**CLUSTER)
         assert threads(wanted) == (1, 1, 1)
         assert total(wanted) == {role: {"CPU": 1.0, "GPU": 0.0} for role in ROLES}
 
     def test_threads_follow_cpus(self):
-        """As many threads as CPUs, at least one."""
+        """A process has as many threads as CPUs, at least one."""
         each = {"teacher": {"num_cpus": 4}, "rollout": {"num_cpus": 0.5}, "learner": {"num_cpus": 4, "threads": 2}}
         assert threads(config(**CLUSTER, resources=each)) == (4, 1, 2)
 
-    def test_gpus(self):
-        """GPUs are counted in fractions, and never shared unseen; on one's own machine neither."""
+    def test_gpus_are_fractions_and_must_suffice(self):
+        """GPUs count in fractions; a run that needs more than there are is refused, on one machine too."""
         each = {"teacher": {"num_gpus": 0.5}, "rollout": {"num_gpus": 0.5}, "learner": {"num_gpus": 1}}
         assert [share["GPU"] for share in total(config(resources=each, **CLUSTER)).values()] == [0.5, 0.5, 1]
         wanted = config(resources=each)
@@ -142,7 +142,7 @@ class TestCluster:
         refused(r"has 0", wanted, {"CPU": 4.0})
 
 
-def test_totals():
-    """`total` is what Ray will be asked for, all processes of a role together."""
+def test_total_sums_the_processes_of_a_role():
+    """`total` is the request to Ray for all processes of a role."""
     wanted = shape(2, 1, resources={"rollout": {"num_cpus": 0.5, "num_gpus": 0.25}})
     assert resources.total(wanted)["rollout"] == {"CPU": 1.0, "GPU": 0.5}

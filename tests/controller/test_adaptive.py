@@ -1,4 +1,4 @@
-"""DistiLLM's adaptive replay: phi follows the validation loss, each step's batch follows phi, and nothing else."""
+"""DistiLLM's adaptive replay: phi follows the validation loss, and each step's batch follows phi."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from switchkd.types import CompletionSource, Prompt
 
 
 def algorithm_1(T: int, B: int, coins: list[float], losses: dict[int, float], *, eps: float, N_phi: int, capacity: int):
-    """The authors' loop, in the paper's notation: phi before each iteration, and where its batch came from."""
+    """The authors' loop in the paper's notation: phi before each iteration and the source of its batch."""
     phi, L_prev, stored = 0.0, losses[0], 0
     for t in range(T):
         if t in losses and t > 0 and losses[t] >= L_prev + eps:
@@ -47,25 +47,25 @@ def algorithm_1(T: int, B: int, coins: list[float], losses: dict[int, float], *,
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_schedule_is_algorithm_1(seed):
-    """phi and the source of every step equal those of the paper's loop, for any losses and coins."""
+def test_schedule_equals_algorithm_1(seed):
+    """phi and the source of each step equal those of the paper's loop, for any losses and coins."""
     rng = random.Random(seed)
     T, B, every, capacity = 400, 4, 10, 40
     coins = [rng.random() for _ in range(T)]
     losses = {t: 2.0 + 1.5 * t / T + rng.uniform(-0.1, 0.1) for t in range(0, T, every)}
-    told = list(algorithm_1(T, B, coins, losses, eps=0.1, N_phi=10, capacity=capacity))
+    expected = list(algorithm_1(T, B, coins, losses, eps=0.1, N_phi=10, capacity=capacity))
     ours = AdaptiveSchedule(settings=AdaptiveScheduleConfig(), capacity=capacity, every=every)
     names = {GENERATED: "generate", BUFFERED: "replay", FIXED: "fixed"}
     for t in range(T):
         if t in losses:
             ours.record_loss(losses[t], counts=t > 0)
         ours.decide(coins[t], t / T, B)
-        assert (pytest.approx(ours.phi), names[ours.sources[t]]) == told[t]
-    assert {source for _, source in told} == set(names.values()) and told[-1][0] > 0.5
+        assert (pytest.approx(ours.phi), names[ours.sources[t]]) == expected[t]
+    assert {source for _, source in expected} == set(names.values()) and expected[-1][0] > 0.5
 
 
-def test_phi_without_a_better_loss():
-    """`no_better`: phi rises wherever the loss is not `margin` below the best one, up to 1."""
+def test_phi_rises_without_a_better_loss():
+    """Under `no_better`, phi rises up to 1 at each loss that is not `margin` below the best one."""
     phi = AdaptiveSchedule(settings=AdaptiveScheduleConfig(rises="no_better", step=0.4), capacity=1, every=1)
     found = [(phi.record_loss(loss, counts=True), phi.phi) for loss in (3.0, 2.9, 2.85, 2.7, 2.0, 2.1, 2.1)]
     assert found == [
@@ -82,8 +82,8 @@ def plan(adaptive: AdaptiveSchedule | None, *stages: StageConfig) -> Schedule:
 BOTH = MixConfig(rollout=1, dataset=1)
 
 
-def test_shares_over_a_long_run():
-    """At a constant phi, phi of all steps are the student's, with new ones falling linearly to none."""
+def test_shares_follow_phi_over_a_long_run():
+    """At a constant phi, a share phi of the steps uses student text; the share of new rollouts falls linearly to 0."""
     run = plan(
         AdaptiveSchedule(settings=AdaptiveScheduleConfig(start=0.6), capacity=8, every=4),
         StageConfig(steps=4000, batch_size=2, mix=BOTH),
@@ -95,9 +95,9 @@ def test_shares_over_a_long_run():
         assert part.count("ROLLOUT") / 1000 == pytest.approx(0.6 * (1 - (quarter + 0.5) / 4), abs=0.05)
 
 
-def test_plan_waits_for_evaluations():
-    """A step is open once no evaluation before it is missing; a stage without rollouts has its own mix; what was
-    decided stays when a checkpoint is taken up again, in this process or with more steps in another."""
+def test_a_step_opens_with_the_evaluations_before_it():
+    """A step is open until the next evaluation; a stage without rollouts keeps its own mix; decisions survive a
+    restored state, also with more steps."""
     stages = StageConfig(steps=3, batch_size=2, mix=MixConfig(dataset=1)), StageConfig(steps=9, batch_size=2, mix=BOTH)
     run = plan(AdaptiveSchedule(settings=AdaptiveScheduleConfig(start=0.9), capacity=2, every=4), *stages)
     assert [run.open_until(step) for step in range(12)] == [3, 3, 3, 4, 8, 8, 8, 8, 12, 12, 12, 12]
@@ -126,8 +126,8 @@ def ids(rollouts: list[Any]) -> list[int]:
     return [one.rollout_id for one in rollouts]
 
 
-def test_buffer_keeps_the_last_and_draws_alike():
-    """A draw is `num` different ones of the last `capacity` that earlier steps put in, a function of (seed, step)."""
+def test_buffer_draws_repeatably_from_the_last_rollouts():
+    """A draw is `num` different rollouts of the last `capacity` from earlier steps, a function of (seed, step)."""
     buffer = ReuseBuffer(6, seed=3)
     for step in range(4):
         buffer.add(step, [rollout(3 * step + i) for i in range(3)])
@@ -140,8 +140,8 @@ def test_buffer_keeps_the_last_and_draws_alike():
     assert ids(ReuseBuffer(6, seed=4).draw(4, 2)) == []
 
 
-def test_buffer_takes_what_the_student_wrote():
-    """Text of the data set or of the teacher alone is not kept."""
+def test_buffer_keeps_rollouts_only():
+    """The buffer keeps rollouts only, not completions of the data set or of the teacher alone."""
     from dataclasses import replace
 
     buffer = ReuseBuffer(6, seed=0)
@@ -155,8 +155,8 @@ def test_buffer_takes_what_the_student_wrote():
     assert ids(buffer.draw(1, 9)) == [0] and buffer.holds([0]) and not buffer.holds([0, 1])
 
 
-def test_buffer_goes_back():
-    """After a rewind, and after a restore of its state, each step draws what it drew before."""
+def test_buffer_rewinds_and_restores():
+    """After a rewind, and after a restored state, each step draws what it drew before."""
     buffer = ReuseBuffer(4, seed=1)
     before = {}
     for step in range(6):
@@ -197,21 +197,20 @@ def by_step(run: Path) -> dict[int, list[tuple[Any, ...]]]:
 
 @pytest.fixture(scope="module")
 def whole(models) -> Path:
-    """The run that nothing befell."""
+    """The run without interruptions."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(models)
         assert train(config(models, STAGES, name="adaptive.yaml", **{**SECTIONS, "run": {"dir": "adaptive"}})).finished
     return models / "adaptive"
 
 
-def test_a_run_whose_phi_rises(whole):
-    """phi rises at each evaluation of its stage; each step has a whole batch of the source that the schedule decides;
-    what comes from the buffer was trained on before, word by word."""
-    told = steps(whole)
+def test_a_runs_batches_follow_a_rising_phi(whole):
+    """phi rises at each evaluation of its stage, each batch has one source, and reused rollouts equal earlier ones."""
+    expected = steps(whole)
     phi = [0.4] * 4 + [0.6] * 2 + [0.8] * 2 + [1.0] * 6
-    assert [row["replay/phi"] for row in told] == pytest.approx(phi)
+    assert [row["replay/phi"] for row in expected] == pytest.approx(phi)
     written = by_step(whole)
-    reused = [step for step, row in enumerate(told) if row["replay/reused"]]
+    reused = [step for step, row in enumerate(expected) if row["replay/reused"]]
     assert all(len(rows) == 4 for rows in written.values()) and sorted(written) == list(range(14))
     seen: dict[int, Any] = {}
     for step, rows in written.items():
@@ -222,13 +221,13 @@ def test_a_run_whose_phi_rises(whole):
             seen |= {row[0]: row for row in rows}
     kinds = ["reused" if step in reused else rows[0][2] for step, rows in written.items()]
     assert kinds[:2] == ["dataset"] * 2 and {"reused", "rollout", "dataset"} <= set(kinds[2:])
-    ages = [told[step]["replay/staleness_max"] for step in reused]
-    assert max(ages) > 1 and all(row["replay/buffered"] <= 8 for row in told)
-    assert all(row["replay/staleness_max"] == 0 for step, row in enumerate(told) if step not in reused)
+    ages = [expected[step]["replay/staleness_max"] for step in reused]
+    assert max(ages) > 1 and all(row["replay/buffered"] <= 8 for row in expected)
+    assert all(row["replay/staleness_max"] == 0 for step, row in enumerate(expected) if step not in reused)
 
 
 def test_evaluation_loss_is_the_plain_models(whole, monkeypatch):
-    """eval/loss is the cross-entropy a token of the student on the references, the end of each included."""
+    """eval/loss is the student's cross-entropy per reference token, end tokens included."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from switchkd.controller.preflight import prepare
@@ -249,9 +248,8 @@ def test_evaluation_loss_is_the_plain_models(whole, monkeypatch):
 
 
 @pytest.mark.parametrize("step", [4, 10])
-def test_kill_and_resume(whole, place, monkeypatch, capsys, step):
-    """SIGKILL between checkpoints, before and after the buffer is drawn from: --resume trains the same rollouts, with
-    the same phi, to the same weights."""
+def test_resume_after_sigkill_equals_the_whole_run(whole, place, monkeypatch, capsys, step):
+    """After SIGKILL, before or after the buffer's first draw, --resume gives the same rollouts, phi and weights."""
     config_file(place, STAGES, **SECTIONS)
     script = DIE_AFTER.format(step=step, signal="SIGKILL")
     died = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
@@ -264,8 +262,8 @@ def test_kill_and_resume(whole, place, monkeypatch, capsys, step):
     assert distance(place / "run" / "student", whole / "student") == 0
 
 
-def test_resume_with_another_rhythm_is_refused(whole, place):
-    """Under adaptive replay evaluations decide what is trained on: their rhythm may not change."""
+def test_resume_with_another_eval_every_is_refused(whole, place):
+    """`eval.every` may not change on a resume with adaptive replay."""
     config_file(place, STAGES, **SECTIONS)
     (place / "run").symlink_to(whole)
     with pytest.raises(ConfigError, match=r"eval\.every was 2 and is now 5"):
@@ -291,8 +289,8 @@ def test_resume_with_another_rhythm_is_refused(whole, place):
         ("replay.capacity=3", "is above replay.capacity=3"),
     ],
 )
-def test_refused_in_one_line(place, monkeypatch, capsys, override, message):
-    """What adaptive replay cannot work with is one line that names the key, exit code 2; nothing is written."""
+def test_invalid_configs_are_refused_in_one_line(place, monkeypatch, capsys, override, message):
+    """An invalid config for adaptive replay is refused in one line with exit code 2; nothing is written."""
     config_file(place, STAGES, **SECTIONS)
     code, _, err = command(monkeypatch, capsys, "train", "config.yaml", override)
     said = [line for line in err.splitlines() if line.startswith("switchkd: error:")]
@@ -300,8 +298,8 @@ def test_refused_in_one_line(place, monkeypatch, capsys, override, message):
     assert not (place / "run").exists()
 
 
-def test_references_are_needed(place, monkeypatch, capsys):
-    """An evaluation set without references has no validation loss."""
+def test_an_evaluation_set_needs_references(place, monkeypatch, capsys):
+    """An evaluation set without references is refused: it has no validation loss."""
     (place / "bare.jsonl").write_text('{"prompt": "say it", "reference": ""}\n')
     config_file(place, STAGES, **{**SECTIONS, "eval": {**EVAL, "data": "./bare.jsonl"}})
     code, _, err = command(monkeypatch, capsys, "train", "config.yaml")
@@ -313,9 +311,9 @@ def test_references_are_needed(place, monkeypatch, capsys):
 
 @pytest.mark.ray
 @pytest.mark.timeout(240)
-def test_on_ray_and_the_replay_dies(cluster, fake_place, monkeypatch):
-    """Two workers on Ray train on the rollouts that one process trains on, though the replay, buffer and all, is
-    killed after the first checkpoint that holds a buffer."""
+def test_ray_with_a_killed_replay_equals_one_process(cluster, fake_place, monkeypatch):
+    """Two workers on Ray train on the rollouts of a run in one process, though the replay is killed while it holds a
+    buffer."""
     train(config(fake_place, STAGES, fake=True, **{**SECTIONS, "run": {"dir": "whole"}}))
     log_step, killed = MetricsLog.step, []
 

@@ -1,4 +1,4 @@
-"""What goes wrong quietly is said: once, with the number, and with a way out."""
+"""Problems that raise no error are reported once, with the number and a remedy."""
 
 import math
 
@@ -29,7 +29,7 @@ def entry(
     )  # fmt: skip
 
 
-def told(
+def alerts(
     watch: MetricAlerts, *entries: Entry, rule: RuleConfig = SWITCH, stage: str = "switch", staleness: int = 0
 ) -> list[str]:
     return watch.step({"stage": stage, "replay/staleness_max": staleness}, entries, rule)
@@ -58,8 +58,8 @@ def rollout(token_ids: list[int], statistic: list[float] | None = None) -> Rollo
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def test_repeats_against_a_loop():
-    """A token counts where one of the 4-grams around it was there before, from an earlier start."""
+def test_repeats_equal_a_slow_loop():
+    """A token counts as repeated if a 4-gram that covers it occurred at an earlier start."""
     rng = np.random.default_rng(0)
     shares = []
     for length in (0, 3, 4, 5, 9, 40, 40, 40):
@@ -75,14 +75,14 @@ def test_repeats_against_a_loop():
     assert rollout(list(range(100))).repeat_frac == 0
 
 
-def test_the_divergence_is_that_of_finite_statistics():
-    """NaN (the rule did not look) and infinity do not count; a completion without a number has none."""
+def test_the_divergence_is_the_mean_of_finite_statistics():
+    """NaN (the rule read no rows) and infinity do not count; a completion without a finite value has a NaN mean."""
     assert entry_of(rollout([1, 2, 3, 4], [0.25, math.nan, math.inf, 0.75])).divergence_mean == 0.5
     assert math.isnan(entry_of(rollout([1, 2])).divergence_mean) and math.isnan(entry_of(rollout([])).divergence_mean)
 
 
-def test_rollout_metrics():
-    """Means over completions; the divergence over those that have one."""
+def test_rollout_metrics_are_means_over_completions():
+    """Metrics are means over completions; the divergence skips completions that have none."""
     found = rollout_metrics([entry(10, 0.5, 0.2, 0.4), entry(30, 0.0, 0.0, math.nan, end="length")])
     assert found == pytest.approx({
         "rollout/teacher_token_frac": 0.125, "rollout/len_mean": 20, "rollout/eos_frac": 0.5,
@@ -91,9 +91,8 @@ def test_rollout_metrics():
     assert math.isnan(rollout_metrics([entry(divergence=math.nan)])["rollout/divergence_mean"])
 
 
-def test_teacher_token_frac():
-    """Teacher-written over generated tokens, of the completions that both models generated: a ratio of sums, to which
-    data-set and teacher-only completions do not count; absent where there are no others."""
+def test_teacher_token_frac_is_a_ratio_of_sums():
+    """The teacher's share is a ratio of token sums over `rollout` completions, and absent without any."""
     alone = [entry(50, 1.0, source=CompletionSource.TEACHER), entry(50, 0.0, source=CompletionSource.DATASET)]
     together = [entry(10, 1.0), entry(90, 0.0)]
     assert rollout_metrics([*together, *alone])["rollout/teacher_token_frac"] == 0.1
@@ -123,15 +122,15 @@ def test_teacher_token_frac():
     ],
     ids=lambda value: getattr(value, "type", None),
 )
-def test_a_stuck_teacher_share(rule, share, says):
-    """Ten steps with rollouts at 0 or at 1, steps without any left out, give one line; a step between ends it."""
+def test_a_stuck_teacher_share_is_reported_once(rule, share, says):
+    """Ten steps with rollouts at share 0 or 1 give one warning; a share in between rearms it."""
     watch = MetricAlerts(0)
     for _ in range(2):
         for _ in range(9):
-            assert told(watch, entry(share=share), rule=rule) == [] == told(watch, rule=rule)
-        (line,) = told(watch, entry(share=share), rule=rule)
+            assert alerts(watch, entry(share=share), rule=rule) == [] == alerts(watch, rule=rule)
+        (line,) = alerts(watch, entry(share=share), rule=rule)
         assert says in line
-        assert told(watch, entry(share=share), rule=rule) == [] == told(watch, entry(share=0.3), rule=rule)
+        assert alerts(watch, entry(share=share), rule=rule) == [] == alerts(watch, entry(share=0.3), rule=rule)
 
 
 @pytest.mark.parametrize(
@@ -146,38 +145,39 @@ def test_a_stuck_teacher_share(rule, share, says):
     ids=lambda rule: rule.type,
 )
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_a_share_that_is_meant(rule, share):
-    """Where the rule leaves no choice there is nothing to say, nor while the share moves, nor across stages."""
+def test_an_intended_share_is_not_reported(rule, share):
+    """A rule without a choice, a moving share and short stages give no warning."""
     meant, moving, short = MetricAlerts(0), MetricAlerts(0), MetricAlerts(0)
-    assert not any(told(meant, entry(share=share), rule=rule) for _ in range(30))
-    assert not any(told(moving, entry(share=(i // 5) % 2)) for i in range(30))
-    assert not any(told(short, entry(share=share), stage=f"{i // 9}") for i in range(30))
+    assert not any(alerts(meant, entry(share=share), rule=rule) for _ in range(30))
+    assert not any(alerts(moving, entry(share=(i // 5) % 2)) for i in range(30))
+    assert not any(alerts(short, entry(share=share), stage=f"{i // 9}") for i in range(30))
 
 
-def test_lengths_collapse():
-    """Below a quarter of the mean before; the collapse does not become the custom, and a new stage has its own."""
+def test_collapsed_lengths_are_reported_once():
+    """Lengths below a quarter of the mean of earlier steps give one warning; short steps and new stages do not lower
+    the mean."""
     watch = MetricAlerts(0)
-    assert told(watch, entry(2)) == [] == told(watch, entry(100), entry(198)), "too early to say"
-    assert not any(told(watch, entry(98 + 4 * (i % 2))) for i in range(10))
-    (line,) = told(watch, entry(20))
+    assert alerts(watch, entry(2)) == [] == alerts(watch, entry(100), entry(198)), "too early to say"
+    assert not any(alerts(watch, entry(98 + 4 * (i % 2))) for i in range(10))
+    (line,) = alerts(watch, entry(20))
     assert "completions shrank to 20.0 tokens, from 95.9 before" in line and "learner.lr" in line
-    assert not any(told(watch, entry(20)) for _ in range(30))
-    assert told(watch, entry(90)) == [] and len(told(watch, entry(5))) == 1
-    assert not any(told(watch, entry(5), stage="next") for _ in range(10))
+    assert not any(alerts(watch, entry(20)) for _ in range(30))
+    assert alerts(watch, entry(90)) == [] and len(alerts(watch, entry(5))) == 1
+    assert not any(alerts(watch, entry(5), stage="next") for _ in range(10))
 
 
-def test_circles():
-    """More than half of the tokens in repeated 4-grams."""
+def test_repeats_are_reported_once():
+    """Repeats above half of the tokens give one warning until they fall below."""
     watch = MetricAlerts(0)
-    assert told(watch, entry(repeats=0.5)) == []
-    (line,) = told(watch, entry(repeats=0.9), entry(repeats=0.3))
+    assert alerts(watch, entry(repeats=0.5)) == []
+    (line,) = alerts(watch, entry(repeats=0.9), entry(repeats=0.3))
     assert line.startswith("60% of the completions' tokens repeat")
-    assert told(watch, entry(repeats=0.7)) == [] == told(watch, entry())
-    assert len(told(watch, entry(repeats=0.7))) == 1
+    assert alerts(watch, entry(repeats=0.7)) == [] == alerts(watch, entry())
+    assert len(alerts(watch, entry(repeats=0.7))) == 1
 
 
-def test_agreement_falls():
-    """More than 0.05 below its best, whatever lies between; evaluations without a teacher say nothing."""
+def test_a_fall_in_agreement_is_reported():
+    """An agreement 0.05 below its best gives one warning; evaluations without a teacher give none."""
     watch = MetricAlerts(0)
     scores = [0.2, 0.5, 0.46, 0.44, 0.40, 0.48, 0.3]
     lines = [watch.evaluation({"eval/agreement": score}) for score in scores]
@@ -186,10 +186,10 @@ def test_agreement_falls():
     assert watch.evaluation({"eval/rouge_l": 3.0}) == []
 
 
-def test_staleness():
-    """Older than `replay.max_staleness`, as `first_finished` allows; also without rollouts of this step."""
+def test_staleness_above_the_limit_is_reported():
+    """Rollouts older than `replay.max_staleness` give one warning, also in steps without rollouts."""
     watch = MetricAlerts(2)
-    assert told(watch, staleness=2) == []
-    (line,) = told(watch, staleness=7)
+    assert alerts(watch, staleness=2) == []
+    (line,) = alerts(watch, staleness=7)
     assert "7 versions old, above replay.max_staleness=2" in line and "replay.policy=fifo" in line
-    assert told(watch, entry(), staleness=9) == []
+    assert alerts(watch, entry(), staleness=9) == []

@@ -1,4 +1,4 @@
-"""A run that goes wrong says so, keeps what is needed to find out why, and can go on."""
+"""A run with steps that are not finite reports them, keeps the data that explains them, and can resume."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def place(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_two_bad_steps_are_let_go(place, capsys):
-    """They count as trained, say so, and leave the weights alone: versions go on, and the run ends well."""
+def test_two_bad_steps_are_skipped(place, capsys):
+    """Steps with a loss that is not finite are reported and leave the weights unchanged, and the run finishes."""
     stages = [stage("good", 1), stage("bad", 2, spoil=1.0), stage("end", 1), stage("bad again", 2, spoil=1.0)]
     assert train(config(place, stages, train={"batch_size": 4, "checkpoint_every": 1})).finished
     said = capsys.readouterr().out.splitlines()
@@ -57,9 +57,9 @@ def test_two_bad_steps_are_let_go(place, capsys):
     assert distance(student[5], student[6]) == 0 and not list((place / "run").glob("bad-batch*"))
 
 
-def test_three_end_the_run(place, monkeypatch, capsys):
-    """Exit code 1 and one line that names the file with the third step's rollouts; the checkpoints stay, and --resume
-    goes on from them once the loss is mended."""
+def test_three_bad_steps_end_the_run(place, monkeypatch, capsys):
+    """The third bad step in a row ends the run with one line that names the file of its rollouts; --resume completes
+    the run once the loss is repaired."""
     config_file(place, [stage("good", 2), stage("bad", 4, spoil=1.0)], train={"batch_size": 4, "checkpoint_every": 2})
     code, out, err = command(monkeypatch, capsys, "train", "config.yaml")
     assert code == 1 and "step 4: loss is not finite; step skipped (3 of 3)" in out

@@ -1,4 +1,4 @@
-"""A run is saved and found again, whatever happened in between."""
+"""A saved run is found again after crashes, damage and moves."""
 
 import json
 import os
@@ -25,7 +25,7 @@ TOKEN = "hf_" + "aB3" * 8
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing may catch it."""
+    """Stands for SIGKILL: no `except Exception` catches it."""
 
 
 def config_of(run_dir: Path, **sections: Any) -> Config:
@@ -69,8 +69,8 @@ def write_history(run_dir: Path, num_steps: int, tail: str = "") -> list[str]:
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def test_saved_and_found(tmp_path):
-    """What was saved is found, with its state and the paths of its parts."""
+def test_a_saved_checkpoint_is_found(tmp_path):
+    """A finished checkpoint is found with its state and the paths of its parts."""
     draft = begin(tmp_path, 50)
     fill(draft)
     state = TrainState(step=50, version=50, best=1.5, stage_scores=(("start", {"eval/kl": 2.0}),), extra={"a": [1]})
@@ -82,15 +82,15 @@ def test_saved_and_found(tmp_path):
     assert found.replay_file.read_bytes() == b"rollouts"
 
 
-def test_nothing_to_find(tmp_path):
-    """Without a finished checkpoint there is none; a draft does not count."""
+def test_a_partial_checkpoint_is_not_found(tmp_path):
+    """Without a finished checkpoint nothing is found; a partial one does not count."""
     assert latest(tmp_path) is None
     fill(begin(tmp_path, 50))
     assert latest(tmp_path) is None
 
 
-def test_the_last_ones_are_kept(tmp_path):
-    """`keep_last` checkpoints stay, the one pointed to always."""
+def test_the_last_checkpoints_are_kept(tmp_path):
+    """The last `keep_last` checkpoints are kept."""
     for step in (10, 20, 30):
         save(tmp_path, step)
     assert names(tmp_path) == ["LATEST", "step-00000020", "step-00000030"]
@@ -98,8 +98,8 @@ def test_the_last_ones_are_kept(tmp_path):
     assert names(tmp_path) == ["LATEST", "step-00000040"]
 
 
-def test_a_checkpoint_beyond_the_resumed_one_goes(tmp_path):
-    """A folder of a history that was cut away cannot come back as the newest one."""
+def test_a_save_deletes_checkpoints_after_the_resumed_one(tmp_path):
+    """A new save deletes checkpoints later than the one that LATEST names."""
     for step in (10, 20):
         save(tmp_path, step)
     (tmp_path / "checkpoints" / "LATEST").write_text("step-00000010\n")
@@ -119,7 +119,7 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
 @pytest.mark.parametrize("part", ["learner/step-00000020/shard.pt", "replay.safetensors", "state.json"])
 def test_a_damaged_checkpoint_is_skipped_with_a_message(tmp_path, caplog, damage, part):
-    """A file that is cut, changed or gone makes the previous checkpoint count, and the message names the folder."""
+    """A truncated, changed or deleted file makes the previous checkpoint the latest; a message names the folder."""
     for step in (10, 20):
         save(tmp_path, step)
     damage(tmp_path / "checkpoints" / "step-00000020" / part)
@@ -127,8 +127,8 @@ def test_a_damaged_checkpoint_is_skipped_with_a_message(tmp_path, caplog, damage
     assert "step-00000020 is skipped" in caplog.text
 
 
-def test_a_changed_state_is_noticed(tmp_path):
-    """state.json vouches for itself too: an edited step does not load."""
+def test_a_changed_state_does_not_load(tmp_path):
+    """An edited state.json does not load: its checksum covers the state."""
     saved = save(tmp_path, 10)
     stored = json.loads((saved.path / "state.json").read_text())
     stored["step"] = 11
@@ -136,8 +136,8 @@ def test_a_changed_state_is_noticed(tmp_path):
     assert latest(tmp_path) is None
 
 
-def test_parts_that_are_not_there_are_named(tmp_path):
-    """A part that another machine wrote on its own disk is an error that says what is needed."""
+def test_missing_parts_are_named(tmp_path):
+    """A part that was not saved here is an error that asks for shared storage."""
     draft = begin(tmp_path, 10)
     with pytest.raises(RuntimeError, match=r"learner.*storage that all machines share"):
         finish(draft, TrainState(step=10))
@@ -146,7 +146,7 @@ def test_parts_that_are_not_there_are_named(tmp_path):
 
 
 def die_at(monkeypatch, wanted: int) -> list[int]:
-    """Let the file operation number `wanted` (and all later ones) kill the process instead of happening."""
+    """Raise Killed instead of file operation number `wanted` and all later ones."""
     count = [0]
 
     def deadly(operation):
@@ -163,8 +163,8 @@ def die_at(monkeypatch, wanted: int) -> list[int]:
     return count
 
 
-def test_killed_between_any_two_file_operations(tmp_path):
-    """Die anywhere in `begin` and `finish`: the previous checkpoint or the new one loads, and the next save works."""
+def test_a_kill_between_any_two_file_operations_loses_nothing(tmp_path):
+    """After a kill between any two file operations the previous or the new checkpoint loads; the next save works."""
     found, num = set(), 0
     while True:
         run_dir = tmp_path / str(num)
@@ -188,8 +188,8 @@ def test_killed_between_any_two_file_operations(tmp_path):
     assert found == {10, 20} and num == count[0] > 15
 
 
-def test_state_of_a_newer_version_is_refused():
-    """A state with keys that this version does not know is not loaded in part."""
+def test_a_state_with_unknown_keys_is_refused():
+    """A state with unknown keys is refused whole."""
     with pytest.raises(ValueError, match="newfangled"):
         TrainState.from_json({"step": 1, "newfangled": 2})
     assert TrainState.from_json({"step": 1}) == TrainState(step=1)
@@ -199,7 +199,7 @@ def test_state_of_a_newer_version_is_refused():
 
 
 def test_cut_back_moves_later_rows_to_lost(tmp_path):
-    """Rows from `step` on, and a half-written last line, leave the history and stand in lost/, in order."""
+    """Rows from `step` on, and a half-written last line, move to lost/ in order."""
     lines = write_history(tmp_path, 5, tail='{"step": 1, "x"')
     assert truncate_history(tmp_path, 3) == {"metrics.jsonl": 3, "rollouts.jsonl": 3}
     for name in ("metrics.jsonl", "rollouts.jsonl"):
@@ -210,15 +210,15 @@ def test_cut_back_moves_later_rows_to_lost(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-def test_a_whole_row_without_its_end_is_cut(tmp_path):
-    """A last line that parses but has no newline would swallow the next row: it goes."""
+def test_a_row_without_a_newline_is_cut(tmp_path):
+    """A last line without a newline is cut, though it parses."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}')
     truncate_history(tmp_path, 5)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n'
 
 
-def test_cut_back_killed_anywhere_loses_no_line(tmp_path):
-    """Die anywhere while cutting: every line is in the history or in lost/, and cutting again ends it."""
+def test_a_killed_cut_loses_no_line(tmp_path):
+    """After a kill anywhere in a cut each line is in the history or in lost/, and a second cut completes it."""
     num = 0
     while True:
         run_dir = tmp_path / str(num)
@@ -246,8 +246,8 @@ def test_cut_back_killed_anywhere_loses_no_line(tmp_path):
 # --- the run folder --------------------------------------------------------------------------------------------------
 
 
-def test_a_fresh_run(tmp_path):
-    """A new folder gets the resolved config and no checkpoint; closing it frees the lock."""
+def test_a_new_folder_gets_the_config_and_a_lock(tmp_path):
+    """A new folder gets the resolved config and no checkpoint; closing it releases the lock."""
     with open_run(config_of(tmp_path / "run")) as folder:
         assert folder.checkpoint is None and folder.path == tmp_path / "run"
         stored = yaml.safe_load((folder.path / "config.yaml").read_text())
@@ -257,8 +257,8 @@ def test_a_fresh_run(tmp_path):
     assert not (tmp_path / "run" / LOCK).exists()
 
 
-def test_a_folder_that_holds_a_run_is_not_touched(tmp_path):
-    """Without --resume a used folder is refused in one line with the three remedies."""
+def test_a_folder_that_holds_a_run_is_refused(tmp_path):
+    """Without --resume a used folder is refused in one line with three remedies, and stays unchanged."""
     open_run(config_of(tmp_path)).close()
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ConfigError) as caught:
@@ -268,14 +268,14 @@ def test_a_folder_that_holds_a_run_is_not_touched(tmp_path):
     assert "\n" not in text and sorted(tmp_path.iterdir()) == before
 
 
-def test_a_folder_with_other_files_is_taken(tmp_path):
-    """A folder that only holds a scheduler's log is not a run."""
+def test_a_folder_with_other_files_is_accepted(tmp_path):
+    """A folder that holds only other files, such as a scheduler's log, is accepted."""
     (tmp_path / "slurm-1.out").touch()
     open_run(config_of(tmp_path)).close()
 
 
-def test_overwrite_moves_the_old_folder(tmp_path):
-    """run.overwrite keeps every earlier run, under `.old-<n>`, without its lock."""
+def test_overwrite_keeps_the_old_folders(tmp_path):
+    """run.overwrite keeps each earlier run under `.old-<n>`, without its lock."""
     run_dir = tmp_path / "run"
     for mark in ("a", "b", "c"):
         open_run(config_of(run_dir, run={"dir": str(run_dir), "overwrite": True})).close()
@@ -284,7 +284,7 @@ def test_overwrite_moves_the_old_folder(tmp_path):
     assert not list(tmp_path.rglob(LOCK))
 
 
-def test_resume_goes_on_from_the_checkpoint(tmp_path):
+def test_resume_starts_at_the_checkpoint(tmp_path):
     """A resume finds the checkpoint and cuts the history back to it."""
     config = config_of(tmp_path)
     with open_run(config) as folder:
@@ -297,8 +297,8 @@ def test_resume_goes_on_from_the_checkpoint(tmp_path):
         assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:3])
 
 
-def test_resume_without_a_checkpoint_begins_anew(tmp_path):
-    """Nothing saved: the run starts at step 0 in the same folder, its lines in lost/; so it does in a new folder."""
+def test_resume_without_a_checkpoint_starts_at_step_0(tmp_path):
+    """A resume without a checkpoint starts at step 0 and moves old lines to lost/; a new folder may be empty."""
     config = config_of(tmp_path / "run")
     open_run(config).close()
     lines = write_history(tmp_path / "run", 2)
@@ -309,8 +309,8 @@ def test_resume_without_a_checkpoint_begins_anew(tmp_path):
     open_run(config_of(tmp_path / "new"), resume=True).close()
 
 
-def test_resume_does_not_start_over_when_all_checkpoints_are_damaged(tmp_path):
-    """A run whose checkpoints cannot be read is an error, not a run from step 0."""
+def test_resume_refuses_damaged_checkpoints_only(tmp_path):
+    """A run with damaged checkpoints only is refused instead of started from step 0."""
     config = config_of(tmp_path)
     open_run(config).close()
     lines = write_history(tmp_path, 2)
@@ -321,8 +321,8 @@ def test_resume_does_not_start_over_when_all_checkpoints_are_damaged(tmp_path):
     assert not (tmp_path / LOCK).exists()
 
 
-def test_resume_from_an_earlier_checkpoint_stays_there(tmp_path):
-    """Once the history was cut back past a damaged checkpoint, that one does not count again even if it heals."""
+def test_resume_from_an_earlier_checkpoint_is_final(tmp_path):
+    """After a resume from an earlier checkpoint a repaired later one no longer counts."""
     config = config_of(tmp_path)
     open_run(config).close()
     save(tmp_path, 1)
@@ -357,8 +357,8 @@ def resumed(run_dir: Path, **sections: Any) -> None:
         ({"train": {"stages": [{"steps": 2, "name": "warm"}]}}, "train.stages.1.steps", "4", "None"),
     ],
 )
-def test_resume_refuses_what_changes_the_run(tmp_path, sections, key, old, new):
-    """A key that changes what is computed is named with both values, in one line."""
+def test_resume_refuses_keys_that_change_results(tmp_path, sections, key, old, new):
+    """A changed key that affects results is refused in one line with both values."""
     with pytest.raises(ConfigError) as caught:
         resumed(tmp_path, **sections)
     text = str(caught.value)
@@ -379,25 +379,25 @@ def test_resume_refuses_what_changes_the_run(tmp_path, sections, key, old, new):
         {"train": {"stages": [{"steps": 2, "name": "warm"}, {"steps": 40}]}},
     ],
 )
-def test_resume_accepts_what_only_changes_where_and_how_fast(tmp_path, sections):
+def test_resume_accepts_changes_of_placement_and_speed(tmp_path, sections):
     """Placement, speed and a longer last stage may change, and the stored config follows."""
     resumed(tmp_path, **sections)
     stored = yaml.safe_load((tmp_path / "config.yaml").read_text())
     for section, values in sections.items():
         for key, value in values.items():
-            told = stored[section][key]
-            assert told[-1]["steps"] == 40 if key == "stages" else told == value
+            found = stored[section][key]
+            assert found[-1]["steps"] == 40 if key == "stages" else found == value
 
 
 def test_more_steps_extend_the_last_stage(tmp_path):
-    """`train.num_steps` given by itself makes a run longer; the stored config says so."""
+    """A larger `train.num_steps` extends the last stage, also in the stored config."""
     resumed(tmp_path, train={"num_steps": 40})
     stored = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert [stage["steps"] for stage in stored["train"]["stages"]] == [2, 40]
 
 
 def test_every_key_that_may_change_exists():
-    """MAY_CHANGE has no stale names: each pattern meets a key of the config."""
+    """Each pattern of MAY_CHANGE matches a key of the config."""
     keys = [key for key, _ in flatten_keys(resolved(config_of(Path("x"))))]
     engine = ("tensor_parallel_size", "gpu_memory_utilization", "kv_cache_memory_bytes", "max_num_seqs")
     keys += [f"teacher.engine.{name}" for name in engine]  # vLLM's own, free in the config
@@ -405,14 +405,14 @@ def test_every_key_that_may_change_exists():
 
 
 def test_a_moved_run_folder_resumes(tmp_path):
-    """The folder's own place is not part of what it computes."""
+    """A run resumes after its folder was moved."""
     open_run(config_of(tmp_path / "a")).close()
     (tmp_path / "a").rename(tmp_path / "b")
     open_run(config_of(tmp_path / "b"), resume=True).close()
 
 
 def test_tokens_are_not_written(tmp_path, monkeypatch):
-    """Neither HF_TOKEN's value nor anything that looks like a hub token reaches the run folder."""
+    """Neither HF_TOKEN's value nor a string of a hub token's form is written to the run folder."""
     monkeypatch.setenv("HF_TOKEN", "a-secret-of-another-form")
     for name in (f"https://user:{TOKEN}@hub/model", "https://user:a-secret-of-another-form@hub/model"):
         run_dir = tmp_path / str(len(name))
@@ -423,8 +423,8 @@ def test_tokens_are_not_written(tmp_path, monkeypatch):
         assert TOKEN not in text and "a-secret" not in text and "***" in text
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
-    """A run.dir below a file is the user's error, said in one line."""
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    """A run.dir below a file is refused in one line."""
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"run.dir=.*cannot be made"):
         open_run(config_of(tmp_path / "file" / "run"))
@@ -437,8 +437,8 @@ def rewrite(path: Path, **changes: Any) -> None:
     write_json_atomic(path, {**json.loads(path.read_text()), **changes})
 
 
-def test_a_live_run_keeps_its_folder(tmp_path):
-    """A second opening is refused while the first holds the folder, even to overwrite it, and names the holder."""
+def test_a_running_process_keeps_its_folder(tmp_path):
+    """A second opening is refused while the first holds the folder, also with run.overwrite, and names the holder."""
     with open_run(config_of(tmp_path)):
         for changes in ({}, {"overwrite": True}):
             with pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on"):
@@ -446,7 +446,7 @@ def test_a_live_run_keeps_its_folder(tmp_path):
 
 
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
-    """A lock whose process is gone, or whose id another process has now, does not stop a resume."""
+    """A lock whose process is gone, or whose pid was reused, does not stop a resume."""
     gone = subprocess.Popen(["true"])
     gone.wait()
     for changes in ({"pid": gone.pid}, {"started": "12"}):
@@ -459,7 +459,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
 
 
 def test_a_zombie_does_not_hold_a_lock(tmp_path):
-    """A killed process that nobody has waited for yet counts as dead."""
+    """A killed process that is not yet reaped counts as dead."""
     child = subprocess.Popen(["sleep", "60"])
     stat = Path(f"/proc/{child.pid}/stat")
     if not stat.exists():
@@ -477,8 +477,8 @@ def test_a_zombie_does_not_hold_a_lock(tmp_path):
     child.wait()
 
 
-def test_another_machine_is_judged_by_its_heartbeat(tmp_path):
-    """A lock from another machine holds while its heartbeat goes on, and falls when it stands still."""
+def test_a_lock_of_another_machine_expires_without_heartbeat(tmp_path):
+    """A lock of another machine holds while its heartbeat moves and expires when it stops."""
     first = RunLock(tmp_path, beat_s=0.02)
     first._owner["machine"] = "elsewhere"
     threading.Event().wait(0.1)
@@ -492,8 +492,8 @@ def test_another_machine_is_judged_by_its_heartbeat(tmp_path):
     second.release()
 
 
-def test_a_run_that_lost_its_folder_stops(tmp_path):
-    """A process that was thought dead may not save into the folder that another one has taken."""
+def test_a_process_that_lost_its_lock_cannot_save(tmp_path):
+    """A process whose lock was taken over cannot save."""
     folder = open_run(config_of(tmp_path))
     folder.lock.stop()
     rewrite(folder.lock.path, nonce="another")

@@ -1,4 +1,4 @@
-"""The terminal view: one line per role while a run goes on."""
+"""The terminal view has one line per role while a run goes on."""
 
 import io
 
@@ -22,23 +22,23 @@ def drawn(view: LiveView) -> str:
     return console.file.getvalue()
 
 
-def test_one_line_per_role():
-    """Each role stands in a line of its own with what it does, how fast it was, and what stood before it."""
+def test_each_role_has_one_line():
+    """Each role's line has its activity, speed and waiting time; the head has step and loss."""
     view = LiveView(Console(file=io.StringIO()), 8, 2)
     view.now(teacher="answers 1 of 2 workers", rollout="1 of 2 workers at 4 rollouts", learner="trains on step 3")
     view.step(3, ROW, "warm  loss 0.5")
     head, *lines = drawn(view).splitlines()
     assert "3/8" in head and "loss 0.5" in head
     assert [line.split()[0] for line in lines] == list(FIGURES)
-    told = dict(zip(FIGURES, lines, strict=True))
-    assert "answers 1 of 2 workers" in told["teacher"] and "12 calls" in told["teacher"] and "2.5 s" in told["teacher"]
-    assert "346 tokens/s" in told["rollout"] and "idle for 0.25 s" in told["rollout"]
-    assert "15.4 kB held" in told["replay"] and "7 rollouts wait" in told["replay"] and "  -  " in told["replay"]
-    assert "trains on step 3" in told["learner"] and "1.25 s a step" in told["learner"]
+    role = dict(zip(FIGURES, lines, strict=True))
+    assert "answers 1 of 2 workers" in role["teacher"] and "12 calls" in role["teacher"] and "2.5 s" in role["teacher"]
+    assert "346 tokens/s" in role["rollout"] and "idle for 0.25 s" in role["rollout"]
+    assert "15.4 kB held" in role["replay"] and "7 rollouts wait" in role["replay"] and "  -  " in role["replay"]
+    assert "trains on step 3" in role["learner"] and "1.25 s a step" in role["learner"]
 
 
-def test_a_role_says_how_long(monkeypatch):
-    """What takes seconds is told with its time; the same text said again does not begin anew."""
+def test_an_activity_is_shown_with_its_seconds(monkeypatch):
+    """An activity is shown with its seconds; setting the same text again does not restart the clock."""
     now = [100.0]
     monkeypatch.setattr("switchkd.controller.console.time.monotonic", lambda: now[0])
     view = LiveView(Console(file=io.StringIO()), 8, 0)
@@ -52,8 +52,8 @@ def test_a_role_says_how_long(monkeypatch):
     assert "0/8" in drawn(view) and "saves" not in drawn(view), "the run has ended"
 
 
-def test_only_a_terminal_shows_it(tmp_path):
-    """On a terminal the log's view has the roles; without one nothing of it is printed."""
+def test_only_a_terminal_shows_the_roles(tmp_path):
+    """A terminal shows the roles' lines; a plain stream gets one line per step instead."""
     for terminal in (True, False):
         console = Console(file=io.StringIO(), force_terminal=terminal, width=140)
         log = MetricsLog(MetricsConfig(), console)

@@ -17,7 +17,7 @@ def row(index: int, seed: int, text: str = "", **more) -> EvalRow:
 
 
 def lcs_f(a: list[str], b: list[str]) -> float:
-    """F-measure of the longest common subsequence, by the textbook's table."""
+    """F-measure of the longest common subsequence by dynamic programming."""
     table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
     for i, x in enumerate(a):
         for j, y in enumerate(b):
@@ -31,12 +31,12 @@ def lcs_f(a: list[str], b: list[str]) -> float:
     [("the red fox ran off", "a red dog ran far off"), ("one two", "two one"), ("x", "y"), ("same text", "same text")],
 )
 def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence(prediction, reference):
-    """ROUGE-L equals 2 LCS / (m + n), times 100."""
+    """ROUGE-L equals 100 * 2 LCS / (m + n)."""
     assert rouge_l(prediction, [reference]) == pytest.approx(lcs_f(prediction.split(), reference.split()))
 
 
-def test_rouge_l_takes_the_best_reference_and_stems():
-    """Words are stemmed, case is ignored, the best of several references counts."""
+def test_rouge_l_stems_and_takes_the_best_reference():
+    """ROUGE-L stems words, ignores case and takes the best of several references."""
     assert rouge_l("The cats jumped", ["nothing alike", "the cat jumps"]) == pytest.approx(100)
     assert rouge_l("anything", []) == 0
 
@@ -64,8 +64,8 @@ def test_rouge_l_takes_the_best_reference_and_stems():
         ("", None),
     ],
 )
-def test_final_number(text, number):
-    """The number after `####`, else the last one, without commas, signs of currency and trailing zeros."""
+def test_final_number_follows_the_mark_or_is_the_last(text, number):
+    """The number after `####`, else the last one, without commas, currency signs and trailing zeros."""
     assert final_number(text) == number
 
 
@@ -87,13 +87,13 @@ def test_final_number(text, number):
         ("", "None", False),
     ],
 )
-def test_exact_match(prediction, answer, right):
-    """Numbers are compared by value; a question without an answer wants one that says so."""
+def test_exact_match_compares_by_value(prediction, answer, right):
+    """Numbers are compared by value; an unanswerable question needs a reply that says so."""
     assert exact_match(prediction, answer) is right
 
 
 def test_aggregate_weighs_tokens_and_averages_seeds():
-    """ROUGE is a mean over prompts and then seeds, agreement and KL are sums over tokens divided once."""
+    """ROUGE is a mean over prompts, then over seeds; agreement and KL are ratios of token sums."""
     prompts = [prompt(0, reference="a b"), prompt(1, references=("c d", "e f"))]
     rows = [
         row(0, 1, "a b"),
@@ -123,13 +123,13 @@ def test_aggregate_weighs_tokens_and_averages_seeds():
 
 
 def test_metrics_without_numbers_are_left_out():
-    """Without a teacher there is no agreement to report; a metric not asked for is not computed."""
+    """Scores without data, such as agreement without a teacher, are left out."""
     found = stats([row(0, 0, "#### 4")], ("exact_match", "agreement"), [prompt(0, answer="4")])
     assert set(found) == {"length", "exact_match"}
     assert (found["exact_match"].mean, found["exact_match"].std, found["exact_match"].num_seeds) == (100, 0, 1)
 
 
 def test_exact_match_falls_back_to_the_reference():
-    """Without an `answer` field the reference's own final number is wanted."""
+    """Without an `answer` field the final number of the reference is the answer."""
     found = stats([row(0, 0, "it is 4")], ("exact_match",), [prompt(0, reference="2 + 2\n#### 4")])
     assert found["exact_match"].mean == 100

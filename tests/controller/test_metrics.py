@@ -1,4 +1,4 @@
-"""Numbers reach every sink, at once and in order, and the run's last words are right."""
+"""Numbers reach each sink at once and in order, and the final summary is right."""
 
 import io
 import json
@@ -38,8 +38,8 @@ def said(log: MetricsLog) -> str:
     return log.console.file.getvalue()
 
 
-def test_rows_are_there_at_once(tmp_path):
-    """Each row is on disk before `step` returns, in strict JSON: NaN is null, NumPy values are plain."""
+def test_rows_are_written_at_once(tmp_path):
+    """Each row is on disk before `step` returns, as strict JSON: NaN is null, NumPy values are plain."""
     log = opened(tmp_path)
     log.step(0, row(lr=np.float32(0.5), bad=float("nan"), count=np.int64(3)))
     assert lines(tmp_path) == [{"step": 0, **row(lr=0.5, bad=None, count=3)}]
@@ -47,7 +47,7 @@ def test_rows_are_there_at_once(tmp_path):
 
 
 def test_a_resumed_log_appends(tmp_path):
-    """Opening again goes on below the rows that are there."""
+    """A log that is opened again appends to the rows on disk."""
     for step in (0, 1):
         log = opened(tmp_path, step=step)
         log.step(step, row())
@@ -55,8 +55,8 @@ def test_a_resumed_log_appends(tmp_path):
     assert [one["step"] for one in lines(tmp_path)] == [0, 1]
 
 
-def test_an_evaluation_is_filed_under_the_last_step_done(tmp_path):
-    """Scores after n steps stand under step n - 1, so that the checkpoint taken after n steps keeps them."""
+def test_an_evaluation_has_the_last_step_done(tmp_path):
+    """Scores after n steps have step n - 1, so that the checkpoint after n steps keeps them."""
     log = opened(tmp_path)
     log.evaluation(0, "start", {"eval/kl": 2.0, "eval/kl_std": 0.1})
     log.evaluation(3, "", {"eval/kl": 1.0})
@@ -68,20 +68,20 @@ def test_an_evaluation_is_filed_under_the_last_step_done(tmp_path):
     assert "after 0 steps: kl 2" in said(log) and "kl_std" not in said(log)
 
 
-def test_plain_lines_come_every_few_steps(tmp_path):
-    """Without a terminal a line is printed per `log_every` steps and for the last one, with no control codes."""
+def test_plain_lines_are_printed_every_log_every_steps(tmp_path):
+    """Without a terminal one line is printed every `log_every` steps and for the last step, without control codes."""
     log = opened(tmp_path, num_steps=5, log_every=2)
     for step in range(5):
         log.step(step, row(**{"loss/total": np.float32(0.5)}))
     log.close()
-    told = said(log).splitlines()
-    assert [line.split()[1] for line in told] == ["2/5", "4/5", "5/5"]
-    assert "warm  loss 0.5  teacher 25.0%  tokens/s 1234" in told[0] and "left" in told[0]
+    printed = said(log).splitlines()
+    assert [line.split()[1] for line in printed] == ["2/5", "4/5", "5/5"]
+    assert "warm  loss 0.5  teacher 25.0%  tokens/s 1234" in printed[0] and "left" in printed[0]
     assert "\x1b" not in said(log)
 
 
-def test_a_terminal_gets_a_bar(tmp_path):
-    """On a terminal one live line shows step, stage, loss, teacher's share and speed; notes stand above it."""
+def test_a_terminal_shows_one_live_line(tmp_path):
+    """On a terminal one live line shows the step and the loss, and notes are printed above it."""
     log = opened(tmp_path, console=quiet(terminal=True))
     log.step(2, row())
     log.info("a [note]")
@@ -92,15 +92,15 @@ def test_a_terminal_gets_a_bar(tmp_path):
 
 
 def test_notes_need_no_run_folder():
-    """The console works before a run folder is open, and closing then is fine."""
+    """`info` and `close` work before a run folder is open."""
     log = MetricsLog(MetricsConfig(), quiet())
     log.info("waiting for a cluster")
     log.close()
     assert said(log) == "waiting for a cluster\n"
 
 
-def test_summary_shows_each_stage_before_and_after(tmp_path):
-    """The table has a row for the start and one per stage: scores with their deviation, means over its steps."""
+def test_summary_has_a_row_for_the_start_and_each_stage(tmp_path):
+    """The summary has a row for the start and one per stage, with scores, deviations and means over its steps."""
     log = opened(tmp_path)
     log.step(0, row())
     log.step(1, row(**{"rollout/teacher_token_frac": 0.75}))
@@ -123,8 +123,8 @@ def test_summary_shows_each_stage_before_and_after(tmp_path):
     assert "exact match" not in table and log_file.exists()
 
 
-def test_summary_without_scores(tmp_path):
-    """A run without evaluations still shows its stages; a stopped one says how to go on."""
+def test_summary_without_scores_shows_stages(tmp_path):
+    """A summary without scores shows the stages; that of a stopped run names --resume."""
     log = opened(tmp_path)
     log.step(0, row())
     log.summary([], "", False)
@@ -132,8 +132,8 @@ def test_summary_without_scores(tmp_path):
     assert "warm" in said(log) and "--resume" in said(log) and "student:" not in said(log)
 
 
-def test_tensorboard_gets_the_numbers(tmp_path):
-    """With `tensorboard: true` each number of a row is a scalar under its own name and step."""
+def test_tensorboard_gets_each_number(tmp_path):
+    """With `tensorboard: true` each number of a row is a scalar with its name and step."""
     pytest.importorskip("tensorboard")
     log = opened(tmp_path, tensorboard=True)
     log.step(3, row())
@@ -146,8 +146,8 @@ def test_tensorboard_gets_the_numbers(tmp_path):
     assert (scalar.step, scalar.value) == (3, 0.5)
 
 
-def test_wandb_goes_on_under_its_old_id(tmp_path, monkeypatch):
-    """W&B is told our own step, the stored config and, on a resume, the id of the first time."""
+def test_wandb_resumes_under_its_id(tmp_path, monkeypatch):
+    """A fake W&B gets our step and the stored config, and a resume uses the first run's id."""
     calls, rows = [], []
 
     def init(**arguments):
@@ -173,15 +173,15 @@ def test_wandb_goes_on_under_its_old_id(tmp_path, monkeypatch):
     assert rows.count("finished") == 2
 
 
-def test_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch):
-    """Asking for W&B without the package is a ConfigError with the command to install it."""
+def test_wandb_without_its_package_is_refused(tmp_path, monkeypatch):
+    """W&B without its package is a ConfigError with the install command."""
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"pip install 'switchkd\[wandb\]'"):
         opened(tmp_path, wandb="kd")
 
 
-def test_nothing_heavy_is_imported():
-    """Torch and W&B are imported only when asked for."""
+def test_no_heavy_package_is_imported():
+    """The metrics module imports neither torch nor W&B nor TensorBoard."""
     import subprocess
 
     code = (
@@ -190,8 +190,8 @@ def test_nothing_heavy_is_imported():
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-def test_wandb_itself_goes_on_offline(tmp_path, monkeypatch):
-    """The real library, without its server: the first log makes an id, the next one writes under the same."""
+def test_the_real_wandb_resumes_offline(tmp_path, monkeypatch):
+    """The real W&B library in offline mode keeps the first log's id for the next one."""
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -207,8 +207,8 @@ def test_wandb_itself_goes_on_offline(tmp_path, monkeypatch):
     assert files and all(file.stem == f"run-{ids[0]}" for file in files)
 
 
-def test_more_sinks(tmp_path):
-    """Whoever is added gets each row's step and its numbers, texts left out."""
+def test_an_exported_sink_gets_the_numbers(tmp_path):
+    """An exported sink gets each row's step and its numbers without texts."""
     log, got = opened(tmp_path), []
     log.export(lambda step, numbers: got.append((step, dict(numbers))))
     log.step(2, row())

@@ -1,4 +1,4 @@
-"""The card beside a student says where it comes from."""
+"""The model card of a student states its origin."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def run(tmp_path_factory) -> Path:
     return place / "run"
 
 
-def test_the_card_says_everything(run):
-    """Teacher, student, data, steps, each stage's method, results, versions; a head that the hub can read."""
+def test_the_card_names_models_data_methods_and_scores(run):
+    """The card names teacher, student, data, steps, methods, scores and versions, and has a valid hub header."""
     text = (run / "student" / CARD).read_text()
     head = yaml.safe_load(text.split("---")[1])
     assert head["library_name"] == "transformers" and "base_model" not in head, "the student was a local folder"
@@ -36,18 +36,18 @@ def test_the_card_says_everything(run):
         assert f"| {name} | {found['eval/agreement']:.4g} |" in text
 
 
-def test_a_checkpoints_student_gets_one_too(run, tmp_path, monkeypatch, capsys):
-    """`export --step --out` writes the card of that step: fewer steps, and only the scores until then."""
-    code, _, told = command(monkeypatch, capsys, "export", run, "--step", 9, "--out", tmp_path / "nine")
-    assert code == 0, told
+def test_a_checkpoints_student_has_the_card_of_its_step(run, tmp_path, monkeypatch, capsys):
+    """`export --step --out` writes the card of that step, with the scores up to it."""
+    code, _, err = command(monkeypatch, capsys, "export", run, "--step", 9, "--out", tmp_path / "nine")
+    assert code == 0, err
     text = (tmp_path / "nine" / CARD).read_text()
     assert "9 of 10" in text and "| switch |" in text and "| adaswitch | 0" not in text
     code, _, _ = command(monkeypatch, capsys, "export", run, "--out", tmp_path / "last")
     assert code == 0 and (tmp_path / "last" / CARD).read_text() == (run / "student" / CARD).read_text()
 
 
-def test_a_hub_student_is_named_as_base(run, monkeypatch):
-    """The hub links a student that came from it; without any score the card says so; no token is written."""
+def test_a_hub_student_is_the_base_model(run, monkeypatch):
+    """A student from the hub is the card's `base_model`; a card without scores says so."""
     monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 30)
     settings = config(run.parent, STAGES, name="hub.yaml", student={"path": "owner/small"})
     text = model_card(run / "nowhere", settings, (), 3)

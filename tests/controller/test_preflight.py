@@ -1,4 +1,4 @@
-"""What cannot work is refused before anything is started, in one line."""
+"""Configs that cannot work are refused in one line before anything starts."""
 
 import json
 import sys
@@ -34,7 +34,7 @@ def data(tmp_path) -> Path:
 
 @pytest.fixture
 def config(teacher, student, data, tmp_path):
-    """A config that can run, with changes by dotted section."""
+    """A function that makes a valid config with changes by section."""
 
     def make(stage: dict | None = None, **sections):
         raw = {
@@ -57,8 +57,8 @@ def refused(message: str, act, *args) -> None:
     assert "\n" not in str(error.value), "one line"
 
 
-def test_ready(config, teacher, tmp_path):
-    """A good config gives tokenizer, prompts, both models' stop ids and the reference's end; nothing is written."""
+def test_a_valid_config_is_prepared(config, teacher, tmp_path):
+    """A valid config gives prompts, stop ids and the tokenizer, and writes nothing."""
     ready = prepare(config(eval={"data": config().data.path, "num_prompts": 3}))
     assert len(ready.prompts.prompts) == 5 and len(ready.eval_prompts.prompts) == 3
     assert ready.stop_ids == {1} and ready.stop_id == 1 and len(ready.tokenizer) == NUM_TOKENS
@@ -67,8 +67,8 @@ def test_ready(config, teacher, tmp_path):
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer"])
 @pytest.mark.parametrize("role", ["teacher", "student"])
-def test_incomplete_model_folder(config, tmp_path, role, missing):
-    """A model folder without config, weights or tokenizer: the key, the folder and what is missing."""
+def test_an_incomplete_model_folder_is_refused(config, tmp_path, role, missing):
+    """A model folder without config, weights or tokenizer is refused with the key and the missing part."""
     folder = save_tiny(tmp_path / "broken")
     for path in folder.glob(f"{missing}*"):
         path.unlink()
@@ -76,8 +76,8 @@ def test_incomplete_model_folder(config, tmp_path, role, missing):
     refused(rf"{role}\.path=.*broken: the folder has {what}", check, config(**{role: {"path": str(folder)}}))
 
 
-def test_weights_in_other_formats_and_missing_shards(config, tmp_path):
-    """Pickled weights are not loaded; an index that names files which are not there is told."""
+def test_pickles_and_missing_shards_are_refused(config, tmp_path):
+    """Pickled weights and an index with missing shards are refused."""
     folder = save_tiny(tmp_path / "broken")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     refused(r"no \*.safetensors \(only pytorch_model.bin", check, config(student={"path": str(folder)}))
@@ -87,13 +87,13 @@ def test_weights_in_other_formats_and_missing_shards(config, tmp_path):
     refused("1 of 2 weight files are missing, first model-2", check, config(student={"path": str(folder)}))
 
 
-def test_no_such_folder(config):
-    """A path that is not there is not taken for a hub name."""
+def test_a_missing_path_is_refused(config):
+    """A missing absolute path is refused and not taken for a hub name."""
     refused(r"student\.path=/no/such: there is no such folder", check, config(student={"path": "/no/such"}))
 
 
-def test_different_tokenizers(config, tmp_path):
-    """Teacher and student with different vocabularies: both models and the first difference are named."""
+def test_different_tokenizers_are_refused(config, tmp_path):
+    """Different vocabularies are refused with both paths and the first difference."""
     folder = save_tiny(tmp_path / "other")
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["more"])
@@ -101,14 +101,14 @@ def test_different_tokenizers(config, tmp_path):
     refused(r"teacher.path=.*student.path=.*120 tokens", check_models, config(teacher={"path": str(folder)}))
 
 
-def test_too_long(config):
-    """Prompt and completion must fit into both models."""
+def test_too_long_sequences_are_refused(config):
+    """Prompt and completion that exceed a model's positions are refused."""
     wanted = config(data={"max_prompt_tokens": 1000})
     refused(r"student\.path=.* has 1024 positions, but data.max_prompt_tokens=1000 .* need 1064", check_models, wanted)
 
 
-def test_hub_out_of_reach(config, monkeypatch):
-    """A hub name that cannot be had is refused at once, with the reason."""
+def test_an_unreachable_hub_is_refused(config, monkeypatch):
+    """A hub model that cannot be downloaded is refused with the reason."""
     import huggingface_hub
 
     def refuse(*args, **kwargs):
@@ -119,21 +119,21 @@ def test_hub_out_of_reach(config, monkeypatch):
     refused(message, check_models, config(student={"path": "owner/name"}))
 
 
-def test_soft_cap(config, tmp_path):
-    """An attention that leaves the model's soft-cap out is refused."""
+def test_an_attention_without_soft_cap_is_refused(config, tmp_path):
+    """An attention implementation that ignores the model's soft-cap is refused."""
     folder = save_tiny(tmp_path / "gemma", "gemma2")
     refused(r"teacher\.attn=sdpa .* eager", check_models, config(teacher={"path": str(folder)}))
 
 
 def test_stop_ids_are_a_union(config, tmp_path):
-    """Stop ids of both generation configs count."""
+    """The stop ids are the union of both generation configs'."""
     folder = save_tiny(tmp_path / "chatty")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 4]}))
     assert check_models(config(teacher={"path": str(folder)}))[1] == {1, 4}
 
 
 class TestRulesAndLosses:
-    """Parameters, combinations and the user's own functions."""
+    """Parameters and combinations of rules and losses, and custom functions."""
 
     @pytest.mark.parametrize(
         ("stage", "message"),
@@ -150,8 +150,8 @@ class TestRulesAndLosses:
             ({"loss": {"type": "forward_kl", "lm_coef": 1}}, r"lm_coef=1 .* mix.dataset is 0"),
         ],
     )
-    def test_refused(self, config, stage, message):
-        """The stage and the parameter are named."""
+    def test_invalid_parameters_are_refused(self, config, stage, message):
+        """An invalid parameter or combination is refused with its name."""
         refused(message, check, config(stage))
 
     @pytest.mark.parametrize(
@@ -166,8 +166,8 @@ class TestRulesAndLosses:
             ("outside_top_k", "top_k"),
         ],
     )
-    def test_keys_of_rules(self, config, kind, keys):
-        """A rule takes its own keys; any other is refused, naming what it takes."""
+    def test_a_rule_accepts_its_own_keys_only(self, config, kind, keys):
+        """A rule accepts its own keys and refuses all others with a list of its keys."""
         values = {
             "tau0": 0.5, "decay": 0.2, "half_life": 5.0, "schedule": "linear", "log_base": 3.0, "window": 5,
             "factor": 2.0, "divergence": "jsd", "warm_up": "available", "top_k": 9, "prob": 0.3,
@@ -192,8 +192,8 @@ class TestRulesAndLosses:
             ("atkd", "direction hard_frac lam"),
         ],
     )
-    def test_keys_of_losses(self, config, kind, keys):
-        """So does a loss."""
+    def test_a_loss_accepts_its_own_keys_only(self, config, kind, keys):
+        """A loss accepts its own keys and refuses all others with a list of its keys."""
         values = {"alpha": 0.2, "beta": 0.3, "hard_frac": 0.4, "lam": 0.5, "direction": "reverse"}
         known = keys.split()
         stage = {"mix": {"dataset": 1}}
@@ -224,8 +224,8 @@ class TestRulesAndLosses:
         for name in ("own_functions", "own_broken"):
             sys.modules.pop(name, None)
 
-    def test_own_functions(self, config):
-        """A rule and a loss of one's own are taken from the working directory."""
+    def test_custom_functions_are_imported(self, config):
+        """A custom rule and a custom loss are imported from the working directory."""
         rule, loss = {"type": "own_functions:good_rule"}, {"type": "own_functions:good_loss", "params": {"w": 2}}
         check(config({"rule": rule, "loss": loss}))
 
@@ -243,20 +243,20 @@ class TestRulesAndLosses:
             ({"loss": {"type": "own_functions:nope"}}, r"own_functions\.py has no 'nope'"),
         ],
     )
-    def test_own_functions_that_cannot_be_used(self, config, stage, message):
-        """A file that is not there, a name that it lacks, a wrong result or an exception: one line."""
+    def test_invalid_custom_functions_are_refused(self, config, stage, message):
+        """A missing file or name, a wrong result and an exception are refused in one line."""
         refused(message, check, config(stage))
 
 
 def test_data_set_stages_need_references(config, data):
-    """A stage that reads references refuses data without them."""
+    """A stage that uses references refuses data without them."""
     data.write_text('{"prompt": "a"}\n')
     prepare(config())
     refused("no field 'reference'", prepare, config({"mix": {"dataset": 1}}))
 
 
-def test_missing_data(config, tmp_path):
-    """Data that is not named or not there."""
+def test_missing_data_is_refused(config, tmp_path):
+    """An empty data path and a missing file are refused."""
     refused("data.path is empty", check, config(data={"path": ""}))
     refused(
         r"eval\.data=.*nope.jsonl: there is no such file", check, config(eval={"data": str(tmp_path / "nope.jsonl")})
@@ -264,35 +264,35 @@ def test_missing_data(config, tmp_path):
 
 
 def test_select_by_needs_a_teacher(config, data):
-    """Choosing the best by agreement makes no sense without a teacher."""
+    """`train.select_by: kl` without a teacher is refused."""
     alone = {"mix": {"dataset": 1}, "loss": {"type": "cross_entropy"}, "steps": 1}
     wanted = config(train={"stages": [alone], "select_by": "kl"}, eval={"data": str(data)})
     refused(r"select_by=kl compares with a teacher", check, wanted)
 
 
-def test_relative_run_dir_in_a_job(config, monkeypatch):
-    """In a submitted job a relative run folder would be lost."""
+def test_a_relative_run_dir_in_a_job_is_refused(config, monkeypatch):
+    """A relative run folder in a submitted job is refused."""
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     refused(r"run.dir=runs/x is relative, but a submitted job", check, config(run={"dir": "runs/x"}))
     check(config())
 
 
-def test_run_dir_is_a_file(config, data):
-    """A file is not a run folder."""
+def test_a_file_as_run_dir_is_refused(config, data):
+    """A file as run.dir is refused."""
     refused("is a file", check, config(run={"dir": str(data)}))
 
 
-def test_no_teacher_is_looked_at_when_none_is_needed(config):
-    """Fine-tuning needs no teacher, so a wrong one does not matter."""
+def test_an_unused_teacher_is_ignored(config):
+    """A run that needs no teacher ignores an invalid teacher path."""
     stage = {"mix": {"dataset": 1}, "loss": {"type": "cross_entropy"}}
     prepare(config(stage, teacher={"path": "/no/such"}))
 
 
 class TestResolve:
-    """`demo` and `student.prune` become folders."""
+    """`demo` and `student.prune` resolve to folders."""
 
-    def test_cut_is_made_once(self, config, teacher, tmp_path, monkeypatch):
-        """The cut lies in the cache, is found again, and another cut is another folder."""
+    def test_a_pruned_student_is_cached(self, config, teacher, tmp_path, monkeypatch):
+        """A pruned student is cached under its layers and found again."""
         monkeypatch.setenv("SWITCHKD_CACHE", str(tmp_path / "cache"))
         wanted = config(student={"prune": {"num_layers": 2}})
         first, again = resolve_models(wanted), resolve_models(wanted)
@@ -304,14 +304,14 @@ class TestResolve:
         assert other.student.path != first.student.path
         assert resolve_models(first) == first
 
-    def test_cut_that_cannot_be(self, config, tmp_path, monkeypatch):
-        """Too many layers are refused and leave no folder behind."""
+    def test_too_many_layers_are_refused(self, config, tmp_path, monkeypatch):
+        """More layers than the model has are refused, and no folder is left behind."""
         monkeypatch.setenv("SWITCHKD_CACHE", str(tmp_path / "cache"))
         refused("num_layers=9 of 4", resolve_models, config(student={"prune": {"num_layers": 9}}))
         assert not [path for path in (tmp_path / "cache" / "cuts").iterdir() if path.is_dir()]
 
     def test_demo_is_fetched_where_it_is_used(self, config, student, monkeypatch):
-        """`demo` is fetched for the role that uses it, and not at all when no role does."""
+        """`demo` is fetched only for a role that the run uses."""
         calls = []
         monkeypatch.setattr(demo, "fetch_demo", lambda: calls.append(1) or student)
         assert resolve_models(config(teacher={"path": "demo"})).teacher.path == str(student)

@@ -1,4 +1,4 @@
-"""A run from its config to its student, in one process: stages, kill and resume, the best student, one's own code."""
+"""A run in one process from config to student: stages, kill and resume, the best student, custom code."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ ONE_STEP = [{"name": "only", "steps": 1}]
 
 @pytest.fixture(scope="module")
 def whole(models) -> tuple[Path, Summary]:
-    """STAGES from start to end, with evaluations: the run that others are held against."""
+    """STAGES from start to end with evaluations: the reference for other runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(models)
         summary = train(config(models, STAGES, name="whole.yaml", run={"dir": "whole"}, eval=EVAL))
@@ -56,7 +56,7 @@ def whole(models) -> tuple[Path, Summary]:
 
 
 def loads(folder: Path) -> torch.nn.Module:
-    """The student as anybody would load it."""
+    """Load the student with transformers alone."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -68,8 +68,8 @@ def loads(folder: Path) -> torch.nn.Module:
 # --- from start to end -----------------------------------------------------------------------------------------------
 
 
-def test_three_stages(whole):
-    """Three stages leave the promised folder: every step and every rollout once, and a student that loads."""
+def test_a_run_of_three_stages_is_complete(whole):
+    """A run of three stages has each step and rollout once, the documented files, and a student that loads."""
     run, summary = whole
     assert [row["step"] for row in steps(run)] == list(range(10))
     assert [row["stage"] for row in steps(run)] == [stage["name"] for stage in STAGES for _ in range(stage["steps"])]
@@ -80,16 +80,17 @@ def test_three_stages(whole):
     assert together == {row["step"] for row in steps(run) if "rollout/teacher_token_frac" in row}
     assert sorted(rollouts(run)) == list(range(NUM_ROLLOUTS))
     assert all(step == rollout_id // 4 for rollout_id, (_, _, step) in rollouts(run).items())
-    told = json.loads((run / "summary.json").read_text())
-    assert told["finished"] and told["steps"] == 10 and told["student"] == str(run / "student") == summary.student
+    stored = json.loads((run / "summary.json").read_text())
+    assert stored["finished"] and stored["steps"] == 10
+    assert stored["student"] == str(run / "student") == summary.student
     loads(run / "student")
     assert (run / "student" / "chat_template.jinja").exists() and not (run / "student.partial").exists()
     assert distance(run / "student", run.parent / "student") > 1e-3
     assert len(list((run / "checkpoints").glob("step-*"))) == 2, "checkpoint.keep_last"
 
 
-def test_learning_shows(whole):
-    """Each evaluation stands under its stage; the warm-up lowers the KL with the teacher on held-out references."""
+def test_warm_up_lowers_the_kl(whole):
+    """Scores belong to their stage, and the warm-up lowers the KL with the teacher on held-out references."""
     run, summary = whole
     scores = dict(summary.stage_scores)
     assert list(scores) == ["start", "warm-up", "switch", "adaswitch"]
@@ -97,8 +98,8 @@ def test_learning_shows(whole):
     assert [row["stage_end"] for row in lines(run / "metrics.jsonl") if "stage_end" in row] == list(scores)
 
 
-def test_sources(whole):
-    """Who wrote: data only in the warm-up, all three under SWITCH's mix, student and teacher under AdaSwitch."""
+def test_sources_follow_the_stage(whole):
+    """The warm-up has data tokens only, SWITCH's mix all three sources, AdaSwitch student and teacher tokens."""
     written = {name: set() for name in ("warm-up", "switch", "adaswitch")}
     for row in lines(whole[0] / "rollouts.jsonl"):
         written[STAGES[row["stage"]]["name"]] |= {part["source"] for part in row["segments"]}
@@ -107,8 +108,8 @@ def test_sources(whole):
     }  # fmt: skip
 
 
-def test_commands_on_a_run(whole, models, monkeypatch, capsys):
-    """`rollout` writes as a stage would, `eval RUN` scores its student, `export RUN --step N` finds a checkpoint's."""
+def test_commands_accept_a_run_folder(whole, models, monkeypatch, capsys):
+    """`rollout` writes a stage's rollouts, `eval RUN` the scores, `export RUN --step N` a checkpoint's student."""
     run, _ = whole
     monkeypatch.chdir(models)
     args = ["--num", 2, "--stage", "adaswitch", "--out", models / "r.jsonl"]
@@ -126,8 +127,8 @@ def test_commands_on_a_run(whole, models, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("max_staleness", "published"), [(0, [3, 4]), (1, [2, 3, 4])])
-def test_which_versions_are_published(place, monkeypatch, max_staleness, published):
-    """A version is published once, right after its step, where the student writes before the next one."""
+def test_versions_are_published_only_when_needed(place, monkeypatch, max_staleness, published):
+    """A version is published once, and only if the student writes before the next one."""
     publish, versions = LearnerRank.publish, []
 
     def counted(rank: LearnerRank, version: int) -> Any:
@@ -140,12 +141,12 @@ def test_which_versions_are_published(place, monkeypatch, max_staleness, publish
     assert versions == published
 
 
-# --- stopped and taken up again --------------------------------------------------------------------------------------
+# --- stop and resume -------------------------------------------------------------------------------------------------
 
 
-def test_kill_and_resume(place, whole, monkeypatch, capsys):
-    """SIGKILL between checkpoints: after --resume every rollout stands once, as in the run that was not killed, and the
-    student has its weights bit for bit; what was cut lies in lost/."""
+def test_resume_after_sigkill_equals_the_whole_run(place, whole, monkeypatch, capsys):
+    """After SIGKILL and --resume, rollouts, losses and weights equal those of an uninterrupted run; cut rows are in
+    lost/."""
     config_file(place, STAGES, eval=EVAL)
     died = subprocess.run(
         [sys.executable, "-c", DIE_AFTER.format(step=4, signal="SIGKILL")], capture_output=True, text=True, check=False
@@ -166,8 +167,8 @@ def test_kill_and_resume(place, whole, monkeypatch, capsys):
     ]
 
 
-def test_sigterm_saves(place, whole, monkeypatch, capsys):
-    """SIGTERM ends a run after the step at hand with a checkpoint of it and exit code 143; --resume completes it."""
+def test_sigterm_saves_and_resume_completes(place, whole, monkeypatch, capsys):
+    """SIGTERM saves a checkpoint after the current step and exits with 143; --resume completes the run."""
     config_file(place, STAGES, eval=EVAL)
     log_step, before = MetricsLog.step, signal.getsignal(signal.SIGTERM)  # Ray leaves one of its own
 
@@ -190,8 +191,8 @@ def test_sigterm_saves(place, whole, monkeypatch, capsys):
     assert distance(Path("run/student"), whole[0] / "student") == 0
 
 
-def test_sigterm_before_the_first_step(place, monkeypatch):
-    """Stopped before the first step, a run resumes at it, and its first evaluation stands once."""
+def test_sigterm_before_the_first_step_resumes_there(place, monkeypatch):
+    """A run stopped before its first step resumes there, with one first evaluation."""
     wanted = config(place, ONE_STEP, eval=EVAL)
     evaluation = MetricsLog.evaluation
 
@@ -206,8 +207,8 @@ def test_sigterm_before_the_first_step(place, monkeypatch):
     assert [row.get("stage_end") for row in lines(place / "run" / "metrics.jsonl")] == ["start", None, "only"]
 
 
-def test_resume_without_a_checkpoint(place):
-    """A run that died before its first checkpoint starts anew; what it had written lies in lost/."""
+def test_resume_without_a_checkpoint_starts_at_step_0(place):
+    """A run that died before its first checkpoint starts at step 0; its old rows are in lost/."""
     wanted = config(place, ONE_STEP)
     train(wanted)
     first = rollouts(place / "run")
@@ -216,9 +217,8 @@ def test_resume_without_a_checkpoint(place):
     assert rollouts(place / "run") == first and len(lines(place / "run" / "lost" / "rollouts.jsonl")) == 4
 
 
-def test_more_steps_and_refusals(place, monkeypatch, capsys):
-    """A finished run goes on with more steps. Any other key that would change what is computed is named and refused
-    with exit code 2, and so is a folder that holds a run; the folder stays as it was."""
+def test_a_finished_run_accepts_more_steps_only(place, monkeypatch, capsys):
+    """A finished run resumes with more steps; other changes of results and a used folder are refused."""
     config_file(place, ONE_STEP, learner={"lr": 1e-3, "scheduler": "constant"})
     train(load("config.yaml"))
     before = tree(place / "run")
@@ -240,12 +240,12 @@ def test_more_steps_and_refusals(place, monkeypatch, capsys):
     assert distance(place / "run" / "student", place / "at-once" / "student") == 0
 
 
-# --- the student's way out -------------------------------------------------------------------------------------------
+# --- the final student -----------------------------------------------------------------------------------------------
 
 
-def test_the_best_student(place):
-    """`train.select_by`: student/ is the best evaluated one, student-last/ the last; a run that no longer improves
-    stops early, and goes on when it may."""
+def test_select_by_keeps_the_best_student(place):
+    """student/ is the best evaluated student and student-last/ the last; early stopping ends a run that does not
+    improve."""
     ruin = {"name": "ruin", "steps": 4, "mix": {"dataset": 1}, "lr": 5.0, "scheduler": "constant"}
     stages = [{**WARM_UP, "steps": 2}, ruin]
     learner = {"lr": 1e-3, "scheduler": "constant"}
@@ -269,8 +269,8 @@ def test_the_best_student(place):
     assert train(wanted(early_stop=None), resume=True).steps == 6
 
 
-def test_lora(place):
-    """A student with adapters: student/ is the merged model, adapter/ beside it gives the same logits on the base."""
+def test_lora_gives_a_merged_student_and_an_adapter(place):
+    """With LoRA student/ is the merged model, and adapter/ on the base gives the same logits."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -285,7 +285,7 @@ def test_lora(place):
     assert changed and all("q_proj" in name or "v_proj" in name for name in changed)
 
 
-# --- what a user brings ----------------------------------------------------------------------------------------------
+# --- custom functions ------------------------------------------------------------------------------------------------
 
 OWN = """
 import torch
@@ -307,8 +307,8 @@ def squares(p_logits, q_logits, labels, mask, *, scale: float = 1.0):
 """
 
 
-def test_own_rule_and_loss(place, monkeypatch):
-    """`my_file:my_rule` and `my_file:my_loss` are taken from the working directory, with their parameters."""
+def test_a_custom_rule_and_loss_are_used(place, monkeypatch):
+    """`my_file:my_rule` and `my_file:my_loss` are imported from the working directory with their parameters."""
     (place / "my_file.py").write_text(OWN)
     monkeypatch.setattr(sys, "path", sys.path[:])
     stage = {
@@ -327,7 +327,7 @@ def test_own_rule_and_loss(place, monkeypatch):
 
 
 def test_fine_tuning_needs_no_teacher(place, monkeypatch):
-    """Cross-entropy on references loads no teacher, and looks for none."""
+    """A cross-entropy stage on references loads no teacher."""
     import switchkd.controller.local
 
     def fail(config):
@@ -341,8 +341,8 @@ def test_fine_tuning_needs_no_teacher(place, monkeypatch):
     assert set(summary.stage_scores[-1][1]) == {"eval/rouge_l", "eval/rouge_l_std", "eval/length", "eval/length_std"}
 
 
-def test_actors_need_not_guess(place, monkeypatch):
-    """What the driver worked out for each role is what its actors get, though Ray sets RAY_JOB_ID in every process."""
+def test_actors_get_the_resolved_resources(place, monkeypatch):
+    """An actor gets the resources that the driver resolved, though Ray sets RAY_JOB_ID in each process."""
     wanted = config(place, ONE_STEP, run={"mode": "ray"}, resources={"learner": {"threads": None}})
     at_driver = resolve_resources(wanted)
     assert at_driver.resources.learner.threads == os.cpu_count() and at_driver.resources.teacher.num_cpus
@@ -350,8 +350,8 @@ def test_actors_need_not_guess(place, monkeypatch):
     assert resources.of_role(at_driver, "learner") == at_driver.resources.learner
 
 
-def test_a_ray_of_the_caller(monkeypatch):
-    """A Ray that runs already is left as it is; one that was imported without protection is refused."""
+def test_a_running_ray_is_left_unchanged(monkeypatch):
+    """A running Ray is left unchanged; a Ray that was imported unprotected is refused."""
     for name in [name for name in os.environ if name.startswith("RAY_")]:
         monkeypatch.delenv(name)
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
@@ -362,19 +362,19 @@ def test_a_ray_of_the_caller(monkeypatch):
         process_setup.for_private_cluster()
 
 
-def test_whoever_waits_on_a_private_ray_sleeps(monkeypatch):
-    """Its processes share the cores: OpenMP's threads spin for a moment only, unless the user said otherwise."""
+def test_threads_of_a_private_cluster_spin_briefly(monkeypatch):
+    """On a private cluster OpenMP's threads spin briefly, unless OMP_WAIT_POLICY is set."""
     code = "import os; from switchkd.actors.process_setup import for_private_cluster as protect; protect(); "
     code += "print(os.environ['OMP_WAIT_POLICY'], os.environ.get('GOMP_SPINCOUNT'))"
-    for said, told in (("", "PASSIVE 3000"), ("ACTIVE", "ACTIVE None")):
+    for given, printed in (("", "PASSIVE 3000"), ("ACTIVE", "ACTIVE None")):
         env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "OMP_WAIT", "GOMP"))}
-        env |= {"OMP_WAIT_POLICY": said} if said else {}
+        env |= {"OMP_WAIT_POLICY": given} if given else {}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
-        assert done.stdout.strip() == told, done.stderr[-1000:]
+        assert done.stdout.strip() == printed, done.stderr[-1000:]
 
 
-def test_other_ways_to_write(place):
-    """Newer weights in mid-rollout, lockstep, another replay policy and age: accepted, and the run ends well."""
+def test_other_rollout_and_replay_options_train(place):
+    """A run with reprefill, no drafter and `first_finished` finishes; an unknown `on_new_weights` is refused."""
     other = {
         "on_new_weights": "reprefill",
         "drafter": "none",

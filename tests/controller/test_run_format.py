@@ -1,4 +1,4 @@
-"""A run folder of format 1 is read where that is safe, and never gone on with."""
+"""Run folders of format 1 are read where that is safe, and never resumed."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ CONFIG: dict[str, Any] = {"run": {"dir": "run"}, "train": {"num_steps": 4}, "dat
 
 
 def old_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The resolved config as format 1 wrote it."""
+    """The resolved config in format 1."""
     raw = resolved(parse(config))
     del raw["format"]
     for old, new in renamed.KEYS.items():
@@ -58,16 +58,16 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_config_may_name_its_format():
-    """Left out it is the present one; any other is refused in one line, before what else may be wrong."""
+def test_a_config_of_another_format_is_refused():
+    """`format` may be left out; any other format than 2 is refused in one line, before other mistakes."""
     assert parse(CONFIG).format == parse({**CONFIG, "format": FORMAT}).format == FORMAT == 2
     for other in (1, 3):
         with pytest.raises(ConfigError, match=rf"^format={other}: this is format 2; use the version that wrote it"):
             parse({**CONFIG, "format": other, "teacher": {"signal": "hidden"}})
 
 
-def test_a_run_names_its_format(tmp_path):
-    """config.yaml and each checkpoint's state.json do."""
+def test_a_run_stores_its_format(tmp_path):
+    """config.yaml and each checkpoint's state.json hold the format."""
     with open_run(parse({**CONFIG, "run": {"dir": str(tmp_path)}})):
         draft = begin(tmp_path, 1)
         (draft.learner_folder / "shard.pt").touch()
@@ -79,7 +79,7 @@ def test_a_run_names_its_format(tmp_path):
 
 @pytest.mark.parametrize("stored", ["config and state", "state"])
 def test_resume_refuses_another_format(place, stored):
-    """One line names the format and the remedy; the folder stays as it was, without a lock."""
+    """--resume of another format is refused in one line with the remedy, and the folder stays unchanged."""
     if stored == "state":
         (place / "run" / "config.yaml").unlink()
     before = tree(place)
@@ -90,7 +90,7 @@ def test_resume_refuses_another_format(place, stored):
 
 
 def test_from_rollouts_refuses_another_format(place, monkeypatch, capsys):
-    """Before anything is read or written."""
+    """--from-rollouts of another format is refused before anything is written."""
     before = tree(place)
     code, out, err = command(
         monkeypatch, capsys, "train", "config.yaml", "run.dir=new", "--from-rollouts", place / "run"
@@ -101,16 +101,16 @@ def test_from_rollouts_refuses_another_format(place, monkeypatch, capsys):
 
 
 def test_report_reads_another_format(place, monkeypatch, capsys):
-    """The page says in which format the run was written, and draws the metrics whose names are the same."""
+    """The report states the run's format and draws the metrics whose names are unchanged."""
     code, _, _ = command(monkeypatch, capsys, "report", "run", "--out", "report.html")
     page = (place / "report.html").read_text()
     assert code == 0 and "the run was written in format 1, this page is made for format 2" in page
-    assert "teacher share" not in page  # it has another definition since
+    assert "teacher share" not in page  # format 1 defines it differently
     assert '"loss/total":[[0,0.5],[1,0.5],[2,0.5]]' in page
 
 
 def test_export_reads_another_format(place, monkeypatch, capsys):
-    """The student is exported; a line says why it has no model card."""
+    """The student of another format is exported with a line that says why it has no model card."""
     code, out, err = command(monkeypatch, capsys, "export", "run", "--out", "student")
     assert (code, out) == (0, "student\n") and err.count("\n") == 1
     assert "run was written in format 1, this is format 2: the student is exported, a model card is not made" in err

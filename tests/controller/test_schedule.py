@@ -1,4 +1,4 @@
-"""The run's plan is pure: ids, stages, origins and learning rates follow from the config and the seed."""
+"""The schedule is pure: ids, stages, sources and learning rates follow from the config and the seed."""
 
 import numpy as np
 import pytest
@@ -15,8 +15,8 @@ def plan(*stages: StageConfig, seed: int = 0, samples_per_prompt: int = 1) -> Sc
     return Schedule(stages, PromptStream(PROMPTS, seed=seed), seed=seed, samples_per_prompt=samples_per_prompt)
 
 
-def test_ids_steps_and_stages():
-    """Ids run on over the stages; each belongs to one step; a stage of no steps is passed over."""
+def test_ids_belong_to_one_step_and_stage():
+    """Ids count on over the stages, each belongs to one step, and a stage without steps has none."""
     run = plan(
         StageConfig(steps=2, batch_size=4), StageConfig(steps=0, batch_size=9), StageConfig(steps=3, batch_size=2)
     )
@@ -32,8 +32,8 @@ def test_ids_steps_and_stages():
 
 
 @pytest.mark.parametrize("index", [-1, 14])
-def test_outside(index):
-    """An id or a step outside the run is an error, not a wrapped index."""
+def test_ids_outside_the_run_are_errors(index):
+    """An id or a step outside the run is an IndexError."""
     run = plan(StageConfig(steps=2, batch_size=7))
     for ask in (run.step_of, run.task):
         with pytest.raises(IndexError, match="outside"):
@@ -42,16 +42,16 @@ def test_outside(index):
         run.lr_at(2)
 
 
-def test_longer_last_stage_changes_no_task():
-    """Extending the last stage's steps leaves every earlier task as it was."""
+def test_a_longer_last_stage_changes_no_task():
+    """A longer last stage leaves all earlier tasks unchanged."""
     mix = MixConfig(rollout=0.4, dataset=0.3, teacher=0.3)
     first = StageConfig(steps=3, batch_size=5, mix=mix)
     short, long = (plan(first, StageConfig(steps=n, batch_size=4, mix=mix), seed=5) for n in (4, 40))
     assert [short.task(i) for i in range(short.num_tasks)] == [long.task(i) for i in range(short.num_tasks)]
 
 
-def test_origins_follow_the_fractions():
-    """Origins are drawn per rollout with the (normalised) fractions, independent of each other; zero means never."""
+def test_sources_follow_the_fractions():
+    """Sources are independent draws per rollout with the normalised fractions; a fraction of 0 is never drawn."""
     run = plan(StageConfig(steps=500, batch_size=8, mix=MixConfig(rollout=2, dataset=1, teacher=1)))
     origins = np.array([run.completion_source(i) for i in range(run.num_tasks)])
     shares = [float((origins == completion_source).mean()) for completion_source in CompletionSource]
@@ -62,22 +62,22 @@ def test_origins_follow_the_fractions():
     assert {only.completion_source(i) for i in range(800)} == {CompletionSource.DATASET}
 
 
-def test_per_batch_origins():
-    """`per_batch` gives a whole step one origin, with the same fractions over the steps."""
+def test_per_batch_gives_a_step_one_source():
+    """`per_batch` gives each step one source, with the same fractions over the steps."""
     run = plan(StageConfig(steps=2000, batch_size=2, mix=MixConfig(rollout=0.5, dataset=0.5, drawn="per_batch")))
     by_step = [{run.completion_source(i) for i in run.rollout_ids(step)} for step in range(2000)]
     assert all(len(origins) == 1 for origins in by_step)
     assert sum(origins == {CompletionSource.ROLLOUT} for origins in by_step) == pytest.approx(1000, abs=80)
 
 
-def test_origins_are_stable_for_ever():
-    """What a resumed run draws may not depend on a library's version: pinned."""
+def test_sources_are_pinned():
+    """Sources are pinned: a library's version may not change what a resumed run draws."""
     run = plan(StageConfig(steps=4, batch_size=4, mix=MixConfig(rollout=1, dataset=1)), seed=1)
     assert [int(run.completion_source(i)) for i in range(16)] == [1, 1, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1]
 
 
-def test_learning_rate():
-    """Warm-up rises linearly from above 0, the schedule falls towards min_lr_frac, each stage begins anew."""
+def test_learning_rate_warms_up_and_decays_per_stage():
+    """Warm-up rises linearly from above 0, the schedule falls to min_lr_frac, and each stage starts anew."""
     flat = StageConfig(steps=3, lr=1.0, scheduler="constant")
     falling = {"steps": 10, "lr": 2.0, "warmup_steps": 2, "min_lr_frac": 0.1}
     run = plan(flat, StageConfig(scheduler="linear", **falling), StageConfig(scheduler="cosine", **falling))
@@ -89,14 +89,14 @@ def test_learning_rate():
     assert cosine[:3] == [1.0, 2.0, 2.0] and cosine[6] == pytest.approx(2 * 0.55) and cosine[-1] > 0.2
 
 
-def test_warm_up_longer_than_the_stage():
-    """A warm-up that does not end within its stage still rises, to `lr` at the stage's last step."""
+def test_a_long_warm_up_ends_at_lr():
+    """A warm-up longer than its stage reaches `lr` at the stage's last step."""
     run = plan(StageConfig(steps=4, lr=1.0, warmup_steps=100))
     assert [run.lr_at(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
 
 
-def test_samples_per_prompt():
-    """So many rollouts in a row, across steps and stages, have the same prompt; then the next one's turn comes."""
+def test_consecutive_rollouts_share_a_prompt():
+    """`samples_per_prompt` consecutive rollouts share a prompt, across steps and stages."""
     stages = StageConfig(steps=2, batch_size=4), StageConfig(steps=1, batch_size=7)
     single = [plan(*stages, seed=3).task(i).prompt.prompt_id for i in range(15)]
     run = plan(*stages, seed=3, samples_per_prompt=3)

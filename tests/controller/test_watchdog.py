@@ -1,4 +1,4 @@
-"""The watchdog: what counts as getting on, what it says, and that nobody waits for ever."""
+"""The watchdog: what counts as progress, what it reports, and that no wait is endless."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def kept(tmp_path: Path, clock: Clock) -> tuple[Watchdog, list[str]]:
     return Watchdog(10, tmp_path, said.append, clock=clock), said
 
 
-def test_a_stall_is_told_and_raised(tmp_path):
-    """After `watchdog_s` without progress it names what is waited for and where each actor stands, once; whoever waits
-    hears it as Stalled."""
+def test_a_stall_is_reported_and_raised(tmp_path):
+    """After `watchdog_s` without progress the wait and each actor's position are reported once, and waits raise
+    Stalled."""
     clock = Clock()
     watchdog, said = kept(tmp_path, clock)
     watchdog.heartbeats = lambda: [
@@ -44,8 +44,8 @@ def test_a_stall_is_told_and_raised(tmp_path):
     assert not watchdog.detect_stall() and not said
     clock.now = 10
     assert watchdog.detect_stall()
-    (told,) = said
-    assert told.splitlines()[:3] == [
+    (report,) = said
+    assert report.splitlines()[:3] == [
         "no progress for 10 s (run.watchdog_s), waiting for step 5: rollouts 20 to 23 from rollout worker 0",
         "  rollout worker 0 waits for a teacher",
         "  replay has no work",
@@ -53,11 +53,11 @@ def test_a_stall_is_told_and_raised(tmp_path):
     with pytest.raises(Stalled, match=r"rollout worker 0 waits for a teacher\).*--resume"):
         watchdog.wait_for(Future(), "anything")
     (stacks,) = (tmp_path / "logs").iterdir()
-    assert "test_a_stall_is_told_and_raised" in stacks.read_text()
+    assert "test_a_stall_is_reported_and_raised" in stacks.read_text()
 
 
-def test_beats_are_progress(tmp_path):
-    """An actor whose beats grow keeps the run alive; one that stands still does not."""
+def test_heartbeats_are_progress(tmp_path):
+    """A heartbeat whose counter grows counts as progress; one that stands still does not."""
     clock, progress_counter = Clock(), [0]
     watchdog, _ = kept(tmp_path, clock)
     watchdog.heartbeats = lambda: [Heartbeat(name="rollout worker 0", progress_counter=progress_counter[0])]
@@ -69,8 +69,8 @@ def test_beats_are_progress(tmp_path):
     assert watchdog.detect_stall()
 
 
-def test_a_loop_that_does_not_come_back_is_ended(tmp_path):
-    """Where nobody hears of the stall, the thread ends the process; where somebody does, it does not."""
+def test_a_process_is_ended_if_no_wait_raises(tmp_path):
+    """The watchdog's thread ends the process if no wait raises Stalled, and only then."""
     left: list[int] = []
     said: list[str] = []
     watchdog = Watchdog(0.2, tmp_path, said.append, exit_process=left.append)
@@ -81,18 +81,18 @@ def test_a_loop_that_does_not_come_back_is_ended(tmp_path):
         time.sleep(0.05)
     watchdog.stop()
     assert left[0] == 1 and "did not end by itself" in said[1]
-    heard: list[int] = []
-    watchdog = Watchdog(0.3, tmp_path, said.append, exit_process=heard.append)
+    exits: list[int] = []
+    watchdog = Watchdog(0.3, tmp_path, said.append, exit_process=exits.append)
     watchdog.start()
     with pytest.raises(Stalled):
-        watchdog.wait_for(Future(), "nobody")
+        watchdog.wait_for(Future(), "anything")
     watchdog.stop()
     time.sleep(1)
-    assert not heard
+    assert not exits
 
 
-def test_actors_that_never_become_ready(tmp_path):
-    """Those that are still missing are named, and only those; an error of one is raised as it is."""
+def test_actors_that_are_not_ready_are_named(tmp_path):
+    """Actors that are not ready in time are named; an actor's own error is raised unchanged."""
     ready: Future[None] = Future()
     threading.Timer(0.05, ready.set_result, [None]).start()
     with pytest.raises(Stalled, match="still starting: teacher 1; either"):
@@ -103,8 +103,8 @@ def test_actors_that_never_become_ready(tmp_path):
         wait_for_all({"teacher 0": broken, "teacher 1": Future()}, 5)
 
 
-def test_restarts_are_counted_and_slow_down():
-    """The first comes at once, then ever later; a checkpoint in between begins anew; beyond the limit it ends."""
+def test_restarts_are_counted_and_pause_longer():
+    """Restarts pause ever longer, a checkpoint resets the count, and beyond the limit the run ends."""
     slept: list[float] = []
     restarts = RestartPolicy(4, lambda text: None, slept.append)
     for _ in range(4):
@@ -117,8 +117,8 @@ def test_restarts_are_counted_and_slow_down():
     assert slept[-1] == 0
 
 
-def test_what_fails_for_a_while_is_tried_again():
-    """A disk that is full for two tries costs two pauses; for longer, its error; a lost part is no disk's fault."""
+def test_retry_repeats_os_errors_only():
+    """`retry` repeats an OSError after pauses, raises it at last, and does not repeat a StateLost."""
     slept: list[float] = []
     said: list[str] = []
     left = [OSError(28, "No space left on device")] * 2
@@ -155,8 +155,8 @@ def rule():
 """
 
 
-def test_the_loop_itself_hangs(place):
-    """Where not even the loop comes back, the process is ended with exit code 1, and its own stack names the place."""
+def test_a_hang_inside_the_loop_ends_the_process(place):
+    """A hang inside the loop ends the process with exit code 1 and a stack dump that names the place."""
     (place / "stuck.py").write_text(STUCK)
     stage = {"name": "stuck", "steps": 1, "rule": {"type": "stuck:rule"}}
     config_file(place, [stage], run={"dir": "run", "mode": "inprocess", "watchdog_s": 2})

@@ -1,4 +1,4 @@
-"""Data sets become prompts; a malformed one is named with file and line."""
+"""Data sets become prompts; malformed rows are reported with file and line."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def load(path: str, tokenizer, need_references: bool = False, **data):
     return load_prompts(DataConfig(path=path, **data), tokenizer, stop_id=EOS, need_references=need_references)
 
 
-def test_fields_template_and_stop_id(tmp_path, tokenizer):
+def test_a_row_becomes_a_prompt(tmp_path, tokenizer):
     """A row becomes the chat-templated prompt, the reference with the stop id, and its extra fields."""
     row = {"id": 7, "prompt": "hi there", "reference": "yes", "references": ["yes", "ok"], "answer": 42}
     loaded = load(jsonl(tmp_path, row), tokenizer)
@@ -40,8 +40,8 @@ def test_fields_template_and_stop_id(tmp_path, tokenizer):
     assert loaded.num_skipped == 0 and loaded.report() == "1 prompts"
 
 
-def test_messages(tmp_path, tokenizer):
-    """The last answer of the assistant is the reference, what stands before it the prompt; a system text leads."""
+def test_the_last_assistant_message_is_the_reference(tmp_path, tokenizer):
+    """The assistant's last message is the reference, the messages before it the prompt after `data.system`."""
     chat = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")]
     row = {"chat": [{"role": role, "content": text} for role, text in chat]}
     (prompt,) = load(jsonl(tmp_path, row), tokenizer, messages_field="chat", system="S").prompts
@@ -49,8 +49,8 @@ def test_messages(tmp_path, tokenizer):
     assert (prompt.text, prompt.reference) == ("c", "d")
 
 
-def test_own_template_and_no_template(tmp_path, tokenizer):
-    """`template` replaces the chat template; a tokenizer without one gets the bare prompt."""
+def test_template_replaces_the_chat_template(tmp_path, tokenizer):
+    """`template` replaces the chat template; a tokenizer without a chat template gets the bare prompt."""
     path = jsonl(tmp_path, {"prompt": "x {y}", "reference": ""})
     (prompt,) = load(path, tokenizer, template="Q: {prompt}\nA: ").prompts
     assert tokenizer.decode(prompt.token_ids) == "Q: x {y}\nA: " and len(prompt.reference_ids) == 0
@@ -60,8 +60,8 @@ def test_own_template_and_no_template(tmp_path, tokenizer):
     assert bare.decode(prompt.token_ids) == "x {y}"
 
 
-def test_start_token_once(tmp_path):
-    """A bare prompt gets the tokenizer's start token, a chat template that writes its own gets no second one."""
+def test_a_prompt_has_one_start_token(tmp_path):
+    """A prompt has one start token, whether the tokenizer or the template adds it."""
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = tiny_tokenizer()
@@ -77,8 +77,8 @@ def test_start_token_once(tmp_path):
     assert tokenizer.decode(chat.reference_ids) == "y<eos>"
 
 
-def test_answer_end_is_what_the_template_writes(tokenizer):
-    """With several stop ids the one after an assistant's words ends references, not the tokenizer's end of text."""
+def test_a_reference_ends_as_the_template_ends_answers(tokenizer):
+    """A reference ends with the stop id that the chat template writes, not with the tokenizer's end of text."""
     several = tiny_tokenizer()
     several.eos_token = "<pad>"
     assert answer_end(DataConfig(), several, [EOS, several.eos_token_id]) == EOS
@@ -89,7 +89,7 @@ def test_answer_end_is_what_the_template_writes(tokenizer):
 
 
 def test_skipped_and_cut_are_counted(tmp_path, tokenizer):
-    """Long and empty prompts are skipped, long references cut without a stop id; both are counted and told."""
+    """Long and empty prompts are skipped, long references are cut without a stop id, and the report counts both."""
     rows = [
         {"prompt": "q" * 50, "reference": "r"},
         {"prompt": " ", "reference": "r"},
@@ -104,8 +104,8 @@ def test_skipped_and_cut_are_counted(tmp_path, tokenizer):
     assert loaded.report() == f"2 prompts, {skipped}, 1 references cut at max_reference_tokens"
 
 
-def test_too_many_skipped(tmp_path, tokenizer):
-    """More than max_skipped_frac is an error that names the counts, the limit and the longest prompt."""
+def test_too_many_skipped_prompts_are_an_error(tmp_path, tokenizer):
+    """More than max_skipped_frac is an error with the counts, the limit and the longest prompt."""
     rows = [{"prompt": "p" * 30}] * 2 + [{"prompt": "p"}] * 8
     with pytest.raises(
         ConfigError, match=r"2 of 10 prompts .*2 over max_prompt_tokens.*=0.1 .* is 20, .* has 32 tokens"
@@ -113,8 +113,8 @@ def test_too_many_skipped(tmp_path, tokenizer):
         load(jsonl(tmp_path, *rows), tokenizer, max_prompt_tokens=20)
 
 
-def test_references_where_needed(tmp_path, tokenizer):
-    """Where references are needed, a file without the field is an error, a row with an empty one is skipped."""
+def test_missing_references_are_refused_if_needed(tmp_path, tokenizer):
+    """If references are needed, a file without the field is an error, and a row with an empty one is skipped."""
     with pytest.raises(ConfigError, match=r"data.jsonl:1: no field 'reference', only 'prompt', 'output'"):
         load(jsonl(tmp_path, {"prompt": "a", "output": "b"}), tokenizer, need_references=True)
     rows = [{"prompt": "a", "reference": "b"}] * 9 + [{"prompt": "a", "reference": ""}]
@@ -137,15 +137,15 @@ def test_references_where_needed(tmp_path, tokenizer):
         (["", ""], r"holds no rows"),
     ],
 )
-def test_malformed_lines(tmp_path, tokenizer, lines, message):
-    """Whatever is wrong with a file is one line with the place of it."""
+def test_malformed_rows_are_reported_with_their_place(tmp_path, tokenizer, lines, message):
+    """A malformed row is reported in one line with its place."""
     with pytest.raises(ConfigError, match=message) as error:
         load(jsonl(tmp_path, *lines), tokenizer)
     assert "\n" not in str(error.value)
 
 
-def test_not_utf8(tmp_path, tokenizer):
-    """Latin-1 bytes are named with their line."""
+def test_bytes_that_are_not_utf8_are_an_error(tmp_path, tokenizer):
+    """Bytes that are not UTF-8 are reported with their line."""
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xe9"}\n')
     with pytest.raises(ConfigError, match=r"data.jsonl:2: not UTF-8"):
@@ -159,14 +159,14 @@ def test_not_utf8(tmp_path, tokenizer):
         ([{"role": "user"}], "message 0 of 'm' needs a role and a content"),
     ],
 )
-def test_malformed_messages(tmp_path, tokenizer, messages, message):
-    """Messages need their two keys."""
+def test_malformed_messages_are_an_error(tmp_path, tokenizer, messages, message):
+    """A message without role and content is an error."""
     with pytest.raises(ConfigError, match=message):
         load(jsonl(tmp_path, {"m": messages}), tokenizer, messages_field="m")
 
 
-def test_missing_and_unknown_files(tmp_path, tokenizer):
-    """A file that is not there, an ending that is not known, a folder: one line each."""
+def test_missing_and_unknown_files_are_errors(tmp_path, tokenizer):
+    """A missing file, a folder and an unknown ending are errors."""
     for name, message in (
         ("no.jsonl", "does not exist"),
         ("", "is a folder"),
@@ -177,8 +177,8 @@ def test_missing_and_unknown_files(tmp_path, tokenizer):
             load(str(tmp_path / name), tokenizer)
 
 
-def test_settings_that_contradict(tmp_path, tokenizer):
-    """A template without {prompt}, messages or a system text without a chat template are refused."""
+def test_contradicting_keys_are_refused(tmp_path, tokenizer):
+    """Contradicting `data` keys are refused."""
     path = jsonl(tmp_path, {"prompt": "a"})
     for data in (
         {"template": "Q:"},
@@ -189,16 +189,16 @@ def test_settings_that_contradict(tmp_path, tokenizer):
             load(path, tokenizer, **data)
 
 
-def test_template_that_refuses(tmp_path):
-    """A chat template that raises (no system role, as Gemma's) is told with the row's place."""
+def test_an_error_of_the_template_is_reported(tmp_path):
+    """An error of the chat template is reported with the row's place."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(ConfigError, match=r"data.jsonl:1: the chat template refuses .* System role not supported"):
         load(jsonl(tmp_path, {"prompt": "a"}), tokenizer, system="S")
 
 
-def test_parquet(tmp_path, tokenizer):
-    """Parquet rows are read like JSONL rows; a broken file is one line."""
+def test_parquet_rows_are_read_like_jsonl(tmp_path, tokenizer):
+    """Parquet rows are read like JSONL rows, and a broken file is an error."""
     import pyarrow
     import pyarrow.parquet
 
@@ -211,8 +211,8 @@ def test_parquet(tmp_path, tokenizer):
         load(path, tokenizer)
 
 
-def test_hub_name_out_of_reach(tokenizer, monkeypatch):
-    """A hub name that cannot be had is one line with the reason."""
+def test_an_unreachable_hub_is_an_error(tokenizer, monkeypatch):
+    """A hub data set that cannot be downloaded is an error with the reason in one line."""
     import datasets
 
     def refuse(*args, **kwargs):
@@ -224,10 +224,10 @@ def test_hub_name_out_of_reach(tokenizer, monkeypatch):
 
 
 class TestStream:
-    """The order of prompts is a pure function of seed and index."""
+    """The order of prompts is a function of seed and index."""
 
     def test_epochs_are_permutations(self):
-        """Each epoch shows each prompt once, in another order, whatever was asked before."""
+        """Each epoch has each prompt once in a new order, whatever the order of access."""
         stream = PromptStream(list("abcdefghij"), seed=3)
         seen = [stream[i] for i in range(30)]
         epochs = [[prompt for epoch, prompt in seen if epoch == e] for e in range(3)]
@@ -237,13 +237,13 @@ class TestStream:
         assert [fresh[i] for i in reversed(range(30))] == seen[::-1]
         assert [PromptStream(list("abcdefghij"), seed=4)[i][1] for i in range(10)] != epochs[0]
 
-    def test_far_ahead_and_in_file_order(self):
-        """Any index is as cheap as the first; shuffle can be off; a negative seed is a seed."""
+    def test_any_index_is_cheap(self):
+        """A far index costs as much as the first; `shuffle: false` keeps the file's order; a seed may be negative."""
         assert PromptStream("abc", seed=-1)[3 * 10**12 + 1][0] == 10**12
         assert [PromptStream("abc", seed=0, shuffle=False)[i] for i in (0, 4)] == [(0, "a"), (1, "b")]
 
-    def test_order_is_stable_for_ever(self):
-        """A new NumPy may not change what a resumed run trains on next."""
+    def test_order_is_pinned(self):
+        """The order is pinned: a NumPy version may not change what a resumed run trains on."""
         assert "".join(PromptStream("abcdefgh", seed=1)[i][1] for i in range(16)) == "eafgchdbadgcfbhe"
 
 
@@ -252,9 +252,9 @@ class TestStream:
 WITH_INPUT = {"prompt_field": "instruction", "input_field": "context", "reference_field": "output"}
 
 
-def test_input_beside_the_prompt(tmp_path, tokenizer):
-    """`input_field` follows the prompt after a blank line where it holds text; `template_with_input` places it, and
-    braces in the texts stay what they are."""
+def test_input_field_joins_the_prompt(tmp_path, tokenizer):
+    """`input_field` follows the prompt after a blank line, or stands where `template_with_input` puts it; braces in
+    texts stay."""
     rows = [{"instruction": "sum {input}", "context": "of {prompt}", "output": "a"},
             {"instruction": "say", "context": " ", "output": "b"}, {"instruction": "go", "output": "c"}]  # fmt: skip
     path = jsonl(tmp_path, *rows)
@@ -272,16 +272,16 @@ def test_input_beside_the_prompt(tmp_path, tokenizer):
         load(path, tokenizer, **WITH_INPUT, template="{prompt}", template_with_input="{prompt}")
 
 
-def test_a_list_of_references(tmp_path, tokenizer):
-    """Where the reference's field holds a list, all are references and the first is trained on."""
+def test_the_first_of_a_list_of_references_is_trained_on(tmp_path, tokenizer):
+    """In a list of references the first is trained on and all count for metrics."""
     (prompt,) = load(jsonl(tmp_path, {"prompt": "x", "reference": ["b", "a"]}), tokenizer, need_references=True).prompts
     assert (prompt.reference, prompt.references) == ("b", ("b", "a"))
     with pytest.raises(ConfigError, match="is a list, not a list of texts"):
         load(jsonl(tmp_path, {"prompt": "x", "reference": [1]}), tokenizer)
 
 
-def test_rows_cut_out_of_a_file(tmp_path, tokenizer):
-    """`split` takes a slice of a file's rows, counted before `num_rows`; complaints name the file's own line."""
+def test_split_selects_rows_of_a_file(tmp_path, tokenizer):
+    """`split` selects rows of a file before `num_rows`; row names keep the file's line numbers."""
     path = jsonl(tmp_path, *({"prompt": f"q{i}"} for i in range(6)))
     for split, wanted in {"train[2:]": "2345", "train[:2]": "01", "[1:3]": "12", "train": "012345"}.items():
         assert [one.text for one in load(path, tokenizer, split=split).prompts] == [f"q{i}" for i in wanted]
@@ -291,8 +291,8 @@ def test_rows_cut_out_of_a_file(tmp_path, tokenizer):
         load(path, tokenizer, split="train[:10%]")
 
 
-def test_a_file_of_the_hub(tmp_path, tokenizer, monkeypatch):
-    """`hf://datasets/owner/name/file` is fetched by the hub's own library; what it says becomes one line."""
+def test_a_file_is_downloaded_from_the_hub(tmp_path, tokenizer, monkeypatch):
+    """`hf://datasets/owner/name/file` is downloaded with huggingface_hub; its error becomes one line."""
     import huggingface_hub
 
     asked = []

@@ -1,4 +1,4 @@
-"""What a run records beside its tokens, and another run that trains on it without teacher and workers."""
+"""Records that a run saves beside its tokens, and runs that train on them without teacher and workers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RECORDS = {"save_teacher_output": True, "save_top_logprobs": 3}
 
 @pytest.fixture(scope="module")
 def online(models) -> Path:
-    """STAGES, with everything recorded."""
+    """STAGES with all records saved."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(models)
         train(config(models, STAGES, name="online.yaml", run={"dir": "online"}, rollout=RECORDS))
@@ -38,18 +38,18 @@ def here(models, monkeypatch) -> Path:
     return models
 
 
-# --- what is recorded ------------------------------------------------------------------------------------------------
+# --- what is saved ---------------------------------------------------------------------------------------------------
 
 
-def test_pieces_are_the_completion(online):
-    """Every token has its text; joined they are the completion, and a segment's are the segment."""
+def test_pieces_join_to_the_completion(online):
+    """The texts of a rollout's tokens join to its completion, and so do the texts of its segments."""
     for row in lines(online / "rollouts.jsonl"):
         assert len(row["pieces"]) == row["num_tokens"] and "".join(row["pieces"]) == row["completion"]
         assert "".join(part["text"] for part in row["segments"]) == row["completion"]
 
 
-def test_pieces_of_half_characters():
-    """A character of several tokens stands whole under its last one."""
+def test_a_character_is_the_piece_of_its_last_token():
+    """A character of several tokens is the text of its last token."""
     from switchkd.data.rollout_io import texts_between
 
     def decode(ids):
@@ -60,8 +60,8 @@ def test_pieces_of_half_characters():
     assert pieces == ["n", "", "é", "", "", "", "🙂", "!"]
 
 
-def test_blocks_add_up(online):
-    """The blocks of a rollout settle all its tokens, unless one model finished it alone."""
+def test_block_lengths_add_up_to_the_tokens(online):
+    """The block lengths of a rollout add up to its tokens, one block per round."""
     rows = [row for row in lines(online / "rollouts.jsonl") if row["origin"] == "rollout" and row["stage"] == 1]
     assert rows
     for row in rows:
@@ -69,8 +69,8 @@ def test_blocks_add_up(online):
         assert len(row["stats"]["block_lengths"]) == row["stats"]["num_rounds"]
 
 
-def test_a_step_says_who_waited(online):
-    """Waiting times, queue and block lengths stand in every step that has them, and are what they can be."""
+def test_a_step_has_its_waiting_times(online):
+    """Each step has its waiting times, queue and block lengths, within their bounds."""
     for row in steps(online):
         assert row["replay/waiting"] == 0 and row["replay/bytes"] > 0 and row["rollout/in_flight"] == 0
         assert 0 <= row["time/wait_teacher_s"] <= row["time/rollout_s"]
@@ -81,8 +81,8 @@ def test_a_step_says_who_waited(online):
         assert 0 < row.get("rollout/acceptance_rate", 1) <= 1
 
 
-def test_candidates_are_the_models_own(online, models):
-    """The teacher's candidates are those of one clean pass over the rollout, the student's likewise where it read."""
+def test_top_logprobs_equal_a_clean_forward(online, models):
+    """Top log-probs equal those of one clean forward pass; the student has them only at the tokens that it read."""
     from transformers import AutoModelForCausalLM
 
     teacher = AutoModelForCausalLM.from_pretrained(models / "teacher").eval()
@@ -105,8 +105,8 @@ def test_candidates_are_the_models_own(online, models):
         assert row["teacher"]["texts"][0] == [tiny_tokenizer().decode([i]) for i in seen.teacher_ids[0].tolist()]
 
 
-def test_candidates_change_no_token(online, here):
-    """A run without them writes the same tokens and ends with the same weights."""
+def test_top_logprobs_change_no_token(online, here):
+    """A run without top log-probs has the same tokens and weights."""
     train(config(here, STAGES, name="plain.yaml", run={"dir": "plain"}))
     plain, rich = (lines(run / "rollouts.jsonl") for run in (here / "plain", online))
     assert [row["token_ids"] for row in plain] == [row["token_ids"] for row in rich]
@@ -115,16 +115,16 @@ def test_candidates_change_no_token(online, here):
 
 
 @pytest.mark.parametrize("stage", [{"rule": {"type": "student"}}, {"rule": {"type": "random", "prob": 0.4}}])
-def test_candidates_under_rules_that_read_no_rows(here, tmp_path, stage):
-    """Where a rule needs no distributions they are made for the candidates: both models', for every token."""
+def test_top_logprobs_are_saved_under_rules_without_rows(here, tmp_path, stage):
+    """Under a rule that reads no rows both models' top log-probs are saved for each token."""
     only = [{"name": "only", "steps": 1, **stage}]
     train(config(here, only, name="rows.yaml", run={"dir": str(tmp_path / "run")}, rollout=RECORDS))
     for rollout in _recorded(tmp_path / "run"):
         assert (rollout.top_logprobs.student_ids >= 0).all() and (rollout.top_logprobs.teacher_ids >= 0).all()
 
 
-def test_candidates_of_compressed_rows(here, tmp_path):
-    """With `teacher.output: top_logprobs` the teacher's candidates are the first of its k."""
+def test_top_logprobs_of_top_k_rows_are_the_first_ids(here, tmp_path):
+    """With `teacher.output: top_logprobs` the teacher's saved ids are the first of its k."""
     only = [{"name": "only", "steps": 1, "rule": {"type": "switch"}}]
     teacher = {"path": "teacher", "output": "top_logprobs", "num_top_logprobs": 8}
     train(config(here, only, name="k.yaml", run={"dir": str(tmp_path / "run")}, rollout=RECORDS, teacher=teacher))
@@ -132,8 +132,8 @@ def test_candidates_of_compressed_rows(here, tmp_path):
         assert (rollout.top_logprobs.teacher_ids == rollout.teacher_output.rows.values[:, :3]).all()
 
 
-def test_candidates_survive_the_disk(online, tmp_path):
-    """Saved and loaded they are the same bits, also beside rollouts without any."""
+def test_saved_top_logprobs_are_bit_equal(online, tmp_path):
+    """Top log-probs and stats are bit-equal after saving and loading."""
     rollouts = _recorded(online)
     save_rollouts(tmp_path / "r.safetensors", rollouts)
     for a, b in zip(rollouts, load_rollouts(tmp_path / "r.safetensors"), strict=True):
@@ -142,15 +142,15 @@ def test_candidates_survive_the_disk(online, tmp_path):
             assert getattr(a.top_logprobs, name).tobytes() == getattr(b.top_logprobs, name).tobytes()
 
 
-def test_more_candidates_than_ids():
-    """A row has no more candidates than ids; the rest says that there is none."""
+def test_missing_top_logprobs_are_filled():
+    """A row with fewer ids than requested is filled with id -1 and NaN."""
     top = TopTokens.of(torch.tensor([[0.0, 1.0]]), 3)
     assert top.ids.tolist() == [[1, 0, -1]] and np.isnan(top.logprobs[0, 2])
     assert top_logprobs([top], [], 1, 3).student_ids.tolist() == [[-1, -1, -1]]
 
 
-def test_datasets_reads_rollouts(online):
-    """rollouts.jsonl is a data set for `datasets`."""
+def test_datasets_loads_rollouts(online):
+    """`datasets` loads rollouts.jsonl."""
     from datasets import load_dataset
 
     rows = load_dataset("json", data_files=str(online / "rollouts.jsonl"), cache_dir=str(online / "hf"))["train"]
@@ -160,8 +160,8 @@ def test_datasets_reads_rollouts(online):
 
 
 @pytest.mark.parametrize("top_logprobs", [0, 3])
-def test_datasets_reads_rollouts_after_a_long_warm_up(online, tmp_path, top_logprobs):
-    """Where the first lines that are looked at hold only nulls, `rollout_features` says what the columns are."""
+def test_datasets_loads_rollouts_after_a_long_warm_up(online, tmp_path, top_logprobs):
+    """`rollout_features` gives the column types if the first rows hold only nulls."""
     from datasets import load_dataset
 
     from switchkd.data.rollout_io import rollout_features
@@ -181,18 +181,18 @@ def _recorded(run: Path):
     return [rollout for path in sorted((run / TEACHER_OUTPUT).glob("step-*")) for rollout in load_rollouts(path)]
 
 
-# --- trained on again ------------------------------------------------------------------------------------------------
+# --- training from rollouts ------------------------------------------------------------------------------------------
 
 
 def test_training_from_rollouts_equals_the_run(online, here, tmp_path, monkeypatch, capsys):
-    """Without teacher and workers (their folder is gone) the same batches give the same weights, bit for bit."""
+    """Training from recorded rollouts without teacher and workers gives the same weights, bit for bit."""
     (here / "teacher").rename(here / "teacher-away")
     try:
         file = config_file(here, STAGES, name="offline.yaml", run={"dir": str(tmp_path / "run")})
-        code, _, told = command(monkeypatch, capsys, "train", file, "--from-rollouts", online)
+        code, _, err = command(monkeypatch, capsys, "train", file, "--from-rollouts", online)
     finally:
         (here / "teacher-away").rename(here / "teacher")
-    assert code == 0, told
+    assert code == 0, err
     assert distance(tmp_path / "run" / "student", online / "student") == 0
     again, first = steps(tmp_path / "run"), steps(online)
     assert [row["loss/total"] for row in again] == [row["loss/total"] for row in first]
@@ -201,14 +201,14 @@ def test_training_from_rollouts_equals_the_run(online, here, tmp_path, monkeypat
     ]
     assert all(row["teacher/calls"] == 0 == row["rollout/tokens"] for row in again)
     evaluated = ("eval", tmp_path / "run", "--data", here / "data.jsonl", "--json", "eval.num_prompts=2")
-    code, out, told = command(monkeypatch, capsys, *evaluated)
-    assert code == 0 and json.loads(out)["num_prompts"] == 2 and "agreement" in out, told
-    code, _, told = command(monkeypatch, capsys, "rollout", tmp_path / "run" / "config.yaml", "--num", 1)
-    assert code == 0, told
+    code, out, err = command(monkeypatch, capsys, *evaluated)
+    assert code == 0 and json.loads(out)["num_prompts"] == 2 and "agreement" in out, err
+    code, _, err = command(monkeypatch, capsys, "rollout", tmp_path / "run" / "config.yaml", "--num", 1)
+    assert code == 0, err
 
 
-def test_a_resume_takes_recorded_steps_back(online, tmp_path):
-    """What was recorded of steps that a resume cuts away goes to lost/, so that no step is trained on twice."""
+def test_a_resume_moves_later_records_to_lost(online, tmp_path):
+    """Records of steps that a resume cuts move to lost/."""
     shutil.copytree(online / TEACHER_OUTPUT, tmp_path / TEACHER_OUTPUT)
     assert truncate_history(tmp_path, 7) == {TEACHER_OUTPUT: 3}
     assert [int(path.stem[-2:]) for path in sorted((tmp_path / TEACHER_OUTPUT).glob("step-*"))] == list(range(7))
@@ -218,8 +218,8 @@ def test_a_resume_takes_recorded_steps_back(online, tmp_path):
     )
 
 
-def test_other_losses_and_longer_runs(online, here, tmp_path):
-    """The recorded rollouts serve another loss, other batches, and again from the first on when they run out."""
+def test_recorded_rollouts_serve_other_losses_and_longer_runs(online, here, tmp_path):
+    """Recorded rollouts serve another loss and batch size, and start again when they run out."""
     only = [{"name": "only", "steps": 7, "batch_size": 8, "loss": {"type": "reverse_kl"}}]
     offline = {"recorded": str(online)}
     train(config(here, only, name="again.yaml", run={"dir": str(tmp_path / "run")}, rollout=offline))
@@ -227,29 +227,29 @@ def test_other_losses_and_longer_runs(online, here, tmp_path):
     assert len(ids) == 56 and ids[:16] == ids[40:]
 
 
-def test_from_rollouts_resumes(online, here, tmp_path, monkeypatch, capsys):
-    """Stopped in the middle and resumed, it ends where it would have ended."""
+def test_a_run_from_rollouts_resumes(online, here, tmp_path, monkeypatch, capsys):
+    """A run from recorded rollouts that was stopped resumes and completes all steps."""
     for num, more in ((2, []), (3, ["--resume"])):
         stages = [WARM_UP, STAGES[1], {**ADASWITCH, "steps": num}]
         file = config_file(here, stages, name="half.yaml", run={"dir": str(tmp_path / "run")})
-        code, _, told = command(monkeypatch, capsys, "train", file, "--from-rollouts", online, *more)
-        assert code == 0, told
+        code, _, err = command(monkeypatch, capsys, "train", file, "--from-rollouts", online, *more)
+        assert code == 0, err
     assert len(steps(tmp_path / "run")) == 10
 
 
-def test_a_run_without_signal_is_refused(here, tmp_path, monkeypatch, capsys):
-    """Exit 2, the key that was missing, and nothing started."""
+def test_rollouts_without_teacher_output_are_refused(here, tmp_path, monkeypatch, capsys):
+    """Rollouts without teacher output are refused with exit code 2 and the missing key, before anything starts."""
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "rollouts.jsonl").write_text("")
     file = config_file(here, STAGES, name="refused.yaml", run={"dir": str(tmp_path / "run")})
-    code, _, told = command(monkeypatch, capsys, "train", file, "--from-rollouts", tmp_path / "old")
-    assert code == 2 and "rollout.save_teacher_output=true" in told and not (tmp_path / "run").exists()
-    code, _, told = command(monkeypatch, capsys, "train", file, "--from-rollouts", tmp_path / "nowhere")
-    assert code == 2 and "there is no such folder" in told
+    code, _, err = command(monkeypatch, capsys, "train", file, "--from-rollouts", tmp_path / "old")
+    assert code == 2 and "rollout.save_teacher_output=true" in err and not (tmp_path / "run").exists()
+    code, _, err = command(monkeypatch, capsys, "train", file, "--from-rollouts", tmp_path / "nowhere")
+    assert code == 2 and "there is no such folder" in err
 
 
-def test_what_recorded_rollouts_cannot_do(online, here, tmp_path):
-    """Selecting by an evaluation, another tokenizer, and damaged shards are refused in one line."""
+def test_selection_and_damaged_shards_are_refused(online, here, tmp_path):
+    """Selection by an evaluation and damaged shards are refused."""
     offline = {"recorded": str(online)}
     by = {"select_by": "kl", "stages": STAGES}
     chosen = config(
@@ -265,8 +265,8 @@ def test_what_recorded_rollouts_cannot_do(online, here, tmp_path):
 
 
 @pytest.mark.ray
-def test_from_rollouts_on_ray(cluster, online, here, tmp_path):
-    """On Ray only the learner and the replay start, and the weights are the same."""
+def test_training_from_rollouts_on_ray_equals_the_run(cluster, online, here, tmp_path):
+    """On Ray, training from recorded rollouts gives the same weights."""
     offline = {"recorded": str(online)}
     train(config(here, STAGES, name="ray.yaml", run={"dir": str(tmp_path / "run"), "mode": "ray"}, rollout=offline))
     assert distance(tmp_path / "run" / "student", online / "student") == 0

@@ -1,4 +1,4 @@
-"""Rollouts wait: none is lost, none trained twice, none too old."""
+"""The replay loses no rollout, gives none out twice, and keeps to the staleness bound."""
 
 import heapq
 import pickle
@@ -57,7 +57,7 @@ def filled(num: int, **settings) -> Replay:
 
 
 def test_fifo_gives_each_step_its_own_batch_in_start_order():
-    """Under `fifo` a step gets exactly the rollouts of its batch, sorted by id, whatever the order of arrival."""
+    """Under `fifo` a step gets the rollouts of its batch in id order, whatever their order of arrival."""
     replay = Replay(capacity=100)
     for i in (5, 2, 0, 7, 3, 1):
         replay.put([rollout(i)])
@@ -68,18 +68,18 @@ def test_fifo_gives_each_step_its_own_batch_in_start_order():
 
 
 def test_entry_describes_its_rollout():
-    """An entry tells of its rollout what a batch plan needs."""
+    """An entry has the fields of its rollout that a batch plan needs."""
     replay = Replay(capacity=100)
     replay.put([rollout(0, version=7, batch=3, stage=2)])
     (entry,) = replay.take(3, 1, 9, 2)
-    told = (entry.batch, entry.stage, entry.num_tokens, entry.oldest_version, entry.finish_reason)
-    assert told == (3, 2, 3, 7, "eos")
+    found = (entry.batch, entry.stage, entry.num_tokens, entry.oldest_version, entry.finish_reason)
+    assert found == (3, 2, 3, 7, "eos")
     assert (entry.completion_source, entry.num_teacher_tokens) == (CompletionSource.ROLLOUT, 2)
     np.testing.assert_array_equal(entry.uncertainty, np.full(3, 0.25, np.float32))
 
 
 def test_first_finished_gives_the_first_finished_of_the_stage():
-    """Under `first_finished` the first arrivals of the stage are taken, whichever batch they were started for."""
+    """Under `first_finished` a step gets the first arrivals of its stage, whatever their batch."""
     replay = Replay(capacity=100, policy="first_finished")
     replay.put([rollout(9, stage=1)])
     for i in (7, 2, 5, 0):
@@ -90,7 +90,7 @@ def test_first_finished_gives_the_first_finished_of_the_stage():
 
 @pytest.mark.parametrize("state", ["waiting", "leased", "committed", "retired"])
 def test_put_is_idempotent(state):
-    """A rollout that is here, leased, committed or retired is not taken in again."""
+    """A rollout that is waiting, leased, committed or retired is not accepted again."""
     replay = filled(BATCH)
     if state != "waiting":
         taken = ids(replay.take(0, BATCH, 0, 0))
@@ -101,8 +101,8 @@ def test_put_is_idempotent(state):
     assert replay.put([rollout(i) for i in range(BATCH + 1)]) == [BATCH]
 
 
-def test_full_replay_takes_what_has_room_and_says_what_has_not():
-    """ReplayFull names the refused ids after taking the others, and keeps its numbers across a process."""
+def test_a_full_replay_names_what_it_refused():
+    """A full replay accepts what fits and names the rest in ReplayFull, also after pickling."""
     replay = Replay(capacity=BATCH)
     with pytest.raises(ReplayFull, match=r"replay.capacity") as caught:
         replay.put([rollout(i) for i in (6, 2, 1, 5)])
@@ -111,8 +111,8 @@ def test_full_replay_takes_what_has_room_and_says_what_has_not():
     assert str(full) == str(caught.value)
 
 
-def test_a_full_replay_never_refuses_what_a_step_waits_for():
-    """Later rollouts cannot take the room of the ones that the next step needs."""
+def test_a_full_replay_accepts_what_the_next_step_needs():
+    """Later rollouts cannot take the room of those that the next step needs."""
     replay = Replay(capacity=BATCH)
     for i in range(4 * BATCH - 1, BATCH - 1, -1):
         with pytest.raises(ReplayFull):
@@ -120,8 +120,8 @@ def test_a_full_replay_never_refuses_what_a_step_waits_for():
     assert replay.put([rollout(i) for i in range(BATCH)]) == list(range(BATCH))
 
 
-def test_lease_goes_back_when_it_runs_out():
-    """An expired lease makes its rollouts takeable again; asking in time renews it."""
+def test_an_expired_lease_returns_its_rollouts():
+    """An expired lease returns its rollouts; another `take` of the same step renews it."""
     clock = Clock()
     replay = filled(BATCH, policy="first_finished", lease_s=10.0, clock=clock)
     replay.take(0, BATCH, 0, 0)
@@ -135,8 +135,8 @@ def test_lease_goes_back_when_it_runs_out():
         replay.commit(0, [0, 1, 2, 3])
 
 
-def test_late_commit_counts_when_nobody_else_was_given_the_rollouts():
-    """A commit after the lease ran out stands: the step was trained."""
+def test_a_late_commit_counts_if_not_leased_again():
+    """A commit after the lease expired counts if the rollouts were not leased again."""
     clock = Clock()
     replay = filled(BATCH, lease_s=10.0, clock=clock)
     replay.take(0, BATCH, 0, 0)
@@ -147,7 +147,7 @@ def test_late_commit_counts_when_nobody_else_was_given_the_rollouts():
 
 
 def test_commit_of_other_rollouts_than_taken_is_refused():
-    """A step is trained on all that it took, or the store says so."""
+    """A commit of other rollouts than were taken is refused."""
     replay = filled(BATCH)
     replay.take(0, BATCH, 0, 0)
     with pytest.raises(ValueError, match="other rollouts"):
@@ -159,7 +159,7 @@ def test_commit_of_other_rollouts_than_taken_is_refused():
 
 @pytest.mark.parametrize("policy", ["fifo", "first_finished"])
 def test_rewound_steps_get_the_same_rollouts(policy):
-    """After a rewind, each step since the checkpoint is given exactly what it was trained on before."""
+    """After a rewind each step since the checkpoint gets the rollouts that it had before."""
     replay = Replay(capacity=100, policy=policy)
     replay.put([rollout(i) for i in random.Random(0).sample(range(12), 12)])
     before = {}
@@ -176,8 +176,8 @@ def test_rewound_steps_get_the_same_rollouts(policy):
     assert not replay.rewind(0, 16), "what step 0 was trained on is forgotten"
 
 
-def test_durable_forgets_what_earlier_steps_trained_on():
-    """A durable checkpoint frees the rollouts of the steps before it, and only those."""
+def test_release_before_frees_earlier_steps():
+    """`release_before` frees the rollouts of earlier steps only."""
     replay = filled(2 * BATCH)
     for step in range(2):
         replay.commit(step, ids(replay.take(step, BATCH, 0, 0)))
@@ -189,8 +189,8 @@ def test_durable_forgets_what_earlier_steps_trained_on():
 
 
 @pytest.mark.parametrize("policy", ["fifo", "first_finished"])
-def test_restored_state_goes_on_alike(policy):
-    """A replay restored from `state_dict` gives the same steps the same rollouts as one that never stopped."""
+def test_a_restored_replay_gives_the_same_rollouts(policy):
+    """A replay restored from `state_dict` gives each step the same rollouts as the original."""
     replay = Replay(capacity=100, policy=policy)
     replay.put([rollout(i) for i in random.Random(1).sample(range(18), 18)])
     replay.commit(0, ids(replay.take(0, BATCH, 0, 0)))
@@ -205,8 +205,8 @@ def test_restored_state_goes_on_alike(policy):
         assert ids(other.take(step, BATCH, 0, 0)) == ids(replay.take(step, BATCH, 0, 0))
 
 
-def test_checkpoint_state_leaves_out_what_was_trained_before():
-    """`state_dict(step)` carries no rollout of earlier steps, yet knows that they were trained."""
+def test_state_of_a_step_leaves_out_earlier_rollouts():
+    """`state_dict(step)` holds no rollouts of earlier steps, but their ids are still refused."""
     replay = filled(3 * BATCH)
     replay.commit(0, ids(replay.take(0, BATCH, 0, 0)))
     replay.take(1, BATCH, 0, 0)
@@ -218,8 +218,8 @@ def test_checkpoint_state_leaves_out_what_was_trained_before():
     assert other.stats()["num_waiting"] == 2 * BATCH
 
 
-def test_stats_count_and_weigh():
-    """`stats` tells waiting, leased and committed apart, and how far what was taken lags behind."""
+def test_stats_count_rollouts_staleness_and_bytes():
+    """`stats` counts waiting, leased and committed rollouts, their staleness and their bytes."""
     replay = Replay(capacity=100)
     replay.put([rollout(i, version=i // 2) for i in range(3 * BATCH)])
     replay.commit(0, ids(replay.take(0, BATCH, 2, 0)))
@@ -234,8 +234,8 @@ def test_stats_count_and_weigh():
 @pytest.mark.parametrize("policy", ["fifo", "first_finished"])
 @pytest.mark.parametrize("seed", range(12))
 def test_no_rollout_is_lost_or_trained_twice(policy, seed):
-    """Under any interleaving of puts (some twice), takes, expiries, rewinds, checkpoints and restarts, every rollout
-    of the surviving history is trained on once, and each step that was trained again got the same rollouts."""
+    """Under any order of puts, takes, expiries, rewinds, checkpoints and restarts each rollout is trained once, and a
+    repeated step gets the same rollouts."""
     rng = random.Random(seed)
     num_steps, clock = 12, Clock()
     settings = {"capacity": 2 * BATCH, "policy": policy, "lease_s": 5.0, "clock": clock}
@@ -284,15 +284,14 @@ def test_no_rollout_is_lost_or_trained_twice(policy, seed):
 
 
 def allowed_until(version: int, max_staleness: int, batch_ends: list[int]) -> int:
-    """Rollouts with an id below this number may be started: all that steps <= version + max_staleness will train on."""
+    """Rollouts with ids below this number may start: all that steps <= version + max_staleness train on."""
     return batch_ends[min(version + max_staleness, len(batch_ends) - 1)]
 
 
 @pytest.mark.parametrize("max_staleness", range(4))
 @pytest.mark.parametrize("seed", range(5))
-def test_staleness_stays_below_its_bound(max_staleness, seed):
-    """With admission by `allowed_until` and `fifo`, no token is older than max_staleness versions when it is trained
-    on, whatever the durations; above 0 the bound is used."""
+def test_staleness_reaches_but_never_exceeds_its_bound(max_staleness, seed):
+    """With admission by `allowed_until` and `fifo` the largest staleness is max_staleness, whatever the durations."""
     rng = random.Random(seed)
     sizes = [rng.choice([2, 4, 6]) for _ in range(40)]
     batch_ends = list(accumulate(sizes))

@@ -1,4 +1,4 @@
-"""Rollouts on disk: every bit comes back, every line is strict JSON."""
+"""Rollouts on disk keep every bit, and each row is strict JSON."""
 
 import json
 import os
@@ -84,8 +84,8 @@ def assert_same(a: object, b: object) -> None:
             assert x == y, name
 
 
-def test_rollouts_come_back_bit_for_bit(tmp_path):
-    """Saving and loading changes nothing: NaN, no tokens, no signal, several signal widths and dtypes."""
+def test_loaded_rollouts_are_bit_equal(tmp_path):
+    """Saved and loaded rollouts are bit-equal: NaN, no tokens, no teacher output, several widths and dtypes."""
     path = tmp_path / "rollouts.safetensors"
     save_rollouts(path, some_rollouts())
     back = load_rollouts(path)
@@ -94,8 +94,8 @@ def test_rollouts_come_back_bit_for_bit(tmp_path):
         assert_same(a, b)
 
 
-def test_loaded_arrays_stand_alone(tmp_path):
-    """A loaded rollout keeps no other one in memory."""
+def test_loaded_arrays_share_no_memory(tmp_path):
+    """A loaded rollout's arrays share no memory with the file's other rollouts."""
     save_rollouts(tmp_path / "r", some_rollouts())
     for one in load_rollouts(tmp_path / "r"):
         assert one.token_ids.base is None and (
@@ -103,14 +103,14 @@ def test_loaded_arrays_stand_alone(tmp_path):
         )
 
 
-def test_no_rollouts(tmp_path):
-    """An empty list is a file like any other."""
+def test_an_empty_list_can_be_saved(tmp_path):
+    """An empty list of rollouts can be saved and loaded."""
     save_rollouts(tmp_path / "none", [])
     assert load_rollouts(tmp_path / "none") == []
 
 
-def test_replay_state_comes_back(tmp_path):
-    """A replay that went through a file serves on as the one that did not."""
+def test_replay_state_is_restored_from_a_file(tmp_path):
+    """A replay restored from a file equals the saved one."""
     replay = Replay(capacity=100)
     replay.put([rollout(i) for i in range(12)])
     replay.commit(0, [entry.rollout_id for entry in replay.take(0, 4, 0, 1)])
@@ -124,7 +124,7 @@ def test_replay_state_comes_back(tmp_path):
 
 
 def test_a_crash_while_saving_leaves_the_old_file(tmp_path, monkeypatch):
-    """A file is replaced whole or not at all."""
+    """A file is replaced as a whole, so a crash keeps the old one."""
     path = tmp_path / "rollouts"
     save_rollouts(path, some_rollouts()[:1])
     monkeypatch.setattr(os, "replace", lambda *_: 1 / 0)
@@ -134,14 +134,14 @@ def test_a_crash_while_saving_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_another_file_is_refused(tmp_path):
-    """A safetensors file of something else is named, not misread."""
+    """A safetensors file without rollouts is refused."""
     save_file({"weight": np.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="holds no rollouts"):
         load_rollouts(tmp_path / "model.safetensors")
 
 
-def test_row_tells_who_wrote_what_in_strict_json():
-    """A line has texts, run-length segments, versions and what the rule saw; NaN and infinity are null."""
+def test_a_row_is_strict_json_with_segments_by_writer():
+    """A row has texts, segments by writer, versions and statistics as strict JSON: NaN and infinity are null."""
     row = rollout_to_row(rollout(6), "Hi", lambda ids: "".join(f"<{i}>" for i in ids), step=3)
     row = json.loads(json.dumps(row, allow_nan=False))
     assert (row["step"], row["rollout_id"], row["stage"], row["origin"]) == (3, 6, 1, "rollout")
@@ -159,15 +159,15 @@ def test_row_tells_who_wrote_what_in_strict_json():
     assert row["stats"]["num_drafted"] == 7
 
 
-def test_row_of_an_empty_completion():
-    """A rollout without tokens is a row too; without a step it is filed under its batch."""
+def test_an_empty_completion_has_a_row():
+    """A rollout without tokens has a row; without a step, its batch is the step."""
     row = rollout_to_row(rollout(9, ()), "", lambda ids: "")
     assert (row["step"], row["segments"], row["completion"]) == (2, [], "")
 
 
-def test_texts_of_runs_join_to_the_whole_text():
-    """Cut anywhere, the texts of runs join to the text of all, also where a character spans two tokens and where the
-    decoder drops a leading space."""
+def test_texts_of_segments_join_to_the_whole_text():
+    """The texts of consecutive segments join to the whole text, also inside a multi-byte character or after a leading
+    space."""
     encoded = " naïve 日本 ok".encode()
 
     def decode(ids) -> str:
@@ -183,6 +183,6 @@ def test_texts_of_runs_join_to_the_whole_text():
 
 
 def test_sources_have_names():
-    """Every Source has its own name in a row."""
+    """Each TokenSource has its own name in a row."""
     row = rollout_to_row(rollout(0, tuple(TokenSource)), "", lambda ids: "x" * len(ids))
     assert [one["source"] for one in row["segments"]] == ["student", "teacher", "data"]

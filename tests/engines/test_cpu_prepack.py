@@ -1,4 +1,4 @@
-"""Packed weights give the plain product, follow the weights when these change, and step aside for gradients."""
+"""Packed weights give the plain product, follow new weights, and are not used where gradients are needed."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def matrix(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 @pytest.mark.parametrize("rows", [1, 2, 7, 64, 300])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
-def test_the_same_product(dtype, limit, biased, rows):
-    """Against float64, as a share of the answer's size."""
+def test_the_packed_product_equals_float64(dtype, limit, biased, rows):
+    """The packed product is within `limit` of the float64 product, relative to its norm."""
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("oneDNN multiplies bfloat16 on CPUs with AVX512 or AMX only; others keep the plain product")
     weight, bias = matrix(130, 72, dtype=dtype), matrix(130, dtype=dtype) if biased else None
@@ -55,8 +55,8 @@ def test_gradients_and_empty_rows_take_the_plain_product():
 
 @needs_onednn
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "opt"])
-def test_a_model_reads_the_same(family):
-    """Layers are packed (else the test would show nothing), final hidden states stay."""
+def test_a_packed_model_gives_the_same_hidden_states(family):
+    """A packed model gives the same final hidden states."""
     model = tiny_model(family)
     wanted = final_hidden(copy.deepcopy(model), input_ids=IDS, use_cache=False)
     prepack(model)
@@ -68,8 +68,8 @@ def test_a_model_reads_the_same(family):
 
 @needs_onednn
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (0, 0, 2, 1)])
-def test_layers_that_read_the_same(order):
-    """Whatever the order of the calls, and with another input in between: each layer's own product."""
+def test_fused_layers_give_their_own_products(order):
+    """Layers that share an input give their own products in any order, between other inputs and after new weights."""
     layers = [torch.nn.Linear(64, n) for n in (96, 32, 48)]
     together, inputs = FusedLinear(layers), [matrix(2, 5, 64), matrix(5, 64)]
     with torch.inference_mode():
@@ -83,14 +83,14 @@ def test_layers_that_read_the_same(order):
             layer.weight.mul_(2)
         together.refresh()
         torch.testing.assert_close(together.forward(1, x), layers[1](x), atol=2e-5, rtol=0)
-        x.mul_(3)  # the first layer asked never trusts what it saw
+        x.mul_(3)  # the first layer of an input always computes
         torch.testing.assert_close(together.forward(0, x), layers[0](x), atol=4e-5, rtol=0)
 
 
 @needs_onednn
 @pytest.mark.parametrize("family, groups", [("llama", 4), ("gemma2", 4), ("opt", 2), ("gpt2", 0)])
-def test_what_is_taken_together(family, groups):
-    """Of two layers: those whose names are the usual ones."""
+def test_layers_of_one_input_are_fused(family, groups):
+    """Layers with the usual names of one block are fused, for each family."""
     model = tiny_model(family)
     prepack(model)
     changed = [vars(module)["forward"] for module in model.modules() if "forward" in vars(module)]
@@ -100,7 +100,7 @@ def test_what_is_taken_together(family, groups):
 
 @needs_onednn
 def test_new_weights_are_packed_again():
-    """A student that took another's weights reads and answers as the other does, head included."""
+    """A student with loaded weights has the other model's hidden states and logits."""
     student = HFStudent(tiny_model("llama"), num_slots=2, max_len=32, vocab_size=NUM_TOKENS)
     other = tiny_model("llama", seed=7)
     student.load_weights(pack(other.state_dict().items(), 1))
@@ -111,27 +111,27 @@ def test_new_weights_are_packed_again():
     torch.testing.assert_close(student.head.logits(hidden), logits, atol=5e-5, rtol=0)
 
 
-def test_off_leaves_the_model_alone():
+def test_off_packs_nothing():
     model = tiny_model("llama")
     prepack(model, "off")()
     assert not any("forward" in vars(layer) for layer in model.modules())
 
 
-def test_large_models_are_not_doubled_unasked(monkeypatch):
+def test_auto_packs_no_large_model(monkeypatch):
     monkeypatch.setattr(cpu_prepack, "MAX_BYTES", 100)
     model = tiny_model("llama")
     prepack(model)
     assert not any("forward" in vars(layer) for layer in model.modules())
 
 
-def test_on_says_where_it_cannot_be():
-    """float16 has no packed product here."""
+def test_on_is_refused_for_float16():
+    """`prepack: on` is refused for float16, which has no packed product."""
     with pytest.raises(ConfigError, match=r"teacher.prepack: on.*float16.*set teacher.prepack: auto"):
         prepack(tiny_model("llama").half(), "on", key="teacher.prepack")
 
 
 @needs_onednn
-def test_a_head_follows_too():
+def test_a_packed_head_gives_the_same_logits():
     weight = matrix(NUM_TOKENS, 32)
     head = LMHead(weight.clone()).prepack()
     x = matrix(5, 32)

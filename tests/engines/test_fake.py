@@ -1,4 +1,4 @@
-"""Fake models: the same rollouts for every block size, batch and recovery; what goes wrong on the way shows in them."""
+"""Fake models: rollouts are equal for each block size, batch and recovery, and session errors change them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def written(by: RolloutWorker, wanted: Sequence[RolloutTask]) -> tuple[list[Roll
 
 
 def same(one: Sequence[Rollout], other: Sequence[Rollout]) -> bool:
-    """Tokens, token sources, versions and the teacher's rows."""
+    """Whether tokens, sources, versions and teacher rows are equal."""
     return [_content(rollout) for rollout in one] == [_content(rollout) for rollout in other]
 
 
@@ -80,8 +80,8 @@ def _content(rollout: Rollout) -> tuple[Any, ...]:
 
 
 def test_rollouts_do_not_depend_on_blocks_and_batches(fake_place):
-    """One token a round or twelve, one row or sixteen: the same rollouts, in which both write and both draw alike at
-    most positions, not at all."""
+    """Rollouts are equal for each block size and batch size; both models write, and their draws agree at most
+    positions."""
     first, report = written(worker(fake_place, max_draft_tokens=4, batch_size=4), tasks(16))
     for size, rows in ((1, 1), (12, 16), (5, 3)):
         assert same(first, written(worker(fake_place, max_draft_tokens=size, batch_size=rows), tasks(16))[0])
@@ -92,8 +92,8 @@ def test_rollouts_do_not_depend_on_blocks_and_batches(fake_place):
     assert all(len(r.teacher_output.rows.values) == r.num_tokens for r in first if r.teacher_output)
 
 
-def test_each_source_of_completions(fake_place):
-    """A data set's text is the reference, a teacher's does not depend on the student's weights; both are scored."""
+def test_completions_follow_their_source(fake_place):
+    """Data-set completions are the references; teacher completions do not depend on the student's weights."""
     ours = worker(fake_place)
     references, _ = written(ours, tasks(3, CompletionSource.DATASET))
     assert all(
@@ -116,7 +116,7 @@ def test_weights_a_seed_and_the_teacher_change_rollouts(fake_place):
 
 
 def test_rows_of_a_batch_share_a_pass(fake_place, monkeypatch):
-    """A round sleeps for its longest draft, not for each row's."""
+    """A round sleeps once, for its longest draft."""
     slept: list[float] = []
     monkeypatch.setattr("time.sleep", slept.append)
     config = runs.config(fake_place, [{**SWITCH, "mix": {"rollout": 1}}], fake={"student_s": 0.5})
@@ -127,8 +127,8 @@ def test_rows_of_a_batch_share_a_pass(fake_place, monkeypatch):
     assert max(rounds) == 0.5 * config.rollout.max_draft_tokens
 
 
-class Forgetful:
-    """Passes calls on, but loses the first token of each block."""
+class WrongFirstToken:
+    """Passes calls on with the first token of each block changed."""
 
     def __init__(self, inner: FakeTeacher) -> None:
         self.inner = inner
@@ -143,14 +143,14 @@ class Forgetful:
         return self.inner.score(replace(blocks, tokens=Ragged.concat(parts, np.int32)))
 
 
-def test_a_wrong_session_shows(fake_place):
-    """What a router would do wrong to a session changes rows and tokens."""
+def test_a_wrong_session_changes_rollouts(fake_place):
+    """A session with a wrong token changes the rollouts."""
     first, _ = written(worker(fake_place), tasks(8))
-    assert not same(first, written(worker(fake_place, Forgetful(teacher())), tasks(8))[0])
+    assert not same(first, written(worker(fake_place, WrongFirstToken(teacher())), tasks(8))[0])
 
 
-def test_a_full_teacher_and_an_unknown_session(fake_place):
-    """Sessions are the real ones: a teacher with few slots is waited for, an unknown session is an error."""
+def test_a_full_teacher_is_waited_for(fake_place):
+    """A worker waits for a full teacher, and an unknown session is an error."""
     first, _ = written(worker(fake_place, batch_size=8), tasks(8))
     small = teacher(max_sessions=3)
     assert same(first, written(worker(fake_place, small, batch_size=8), tasks(8))[0])
@@ -169,9 +169,9 @@ def sessions(ids: np.ndarray) -> Any:
     return Sessions(session_ids=ids, tokens=Ragged.concat([[1]] * len(ids), np.int32))
 
 
-def test_ranks_agree_and_weights_travel(fake_place):
-    """Each rank reads the whole batch, so all hold the same weights, whatever their number; a worker loads them, later
-    ones only, and refuses damaged ones; a checkpoint brings them back."""
+def test_ranks_agree_and_workers_load_their_weights(fake_place):
+    """Ranks hold the same weights for any number of ranks; a worker loads newer undamaged ones; a checkpoint restores
+    them."""
     config = runs.config(fake_place, STAGES, fake=True)
     made = {rollout.rollout_id: rollout for rollout in written(worker(fake_place), tasks(4))[0]}
     ranks = [FakeRank(config, rank, lambda ids: [made[i] for i in ids]) for rank in (0, 1)]
@@ -195,16 +195,16 @@ def test_ranks_agree_and_weights_travel(fake_place):
     assert fresh.weights == alone.weights
 
 
-def test_a_run_repeats_and_one_rollout_changes_it(fake_place, fake_alone):
-    """A whole run gives the same history again; another seed gives another."""
+def test_a_run_repeats_and_another_seed_differs(fake_place, fake_alone):
+    """A run gives the same rollouts again, and another seed gives others."""
     train(runs.config(fake_place, STAGES, fake=True))
     assert rollouts(fake_place / "run") == rollouts(fake_alone)
     train(runs.config(fake_place, STAGES, fake=True, seed=1, run={"dir": "other"}))
     assert rollouts(fake_place / "other") != rollouts(fake_alone)
 
 
-def test_fake_and_real_do_not_mix(fake_place, monkeypatch, capsys):
-    """One line that names all backends, before anything is started."""
+def test_fake_and_real_backends_do_not_mix(fake_place, monkeypatch, capsys):
+    """A mix of fake and real backends is refused in one line."""
     mixed = {"teacher": {"backend": "fake"}, "learner": {"backend": "fake"}}
     with pytest.raises(ConfigError, match=r"^learner.backend=fake, but student.backend=hf: fake and real"):
         runs.config(fake_place, STAGES, **mixed)
@@ -241,7 +241,7 @@ print([name for name in ("torch", "transformers", "deepspeed", "datasets") if na
 
 
 def test_actors_with_fakes_import_no_torch(fake_place):
-    """What each actor's process imports and builds."""
+    """The processes of all actors, built with fakes, import no heavy package."""
     runs.config_file(fake_place, STAGES, fake=True)
     done = subprocess.run([sys.executable, "-c", NO_TORCH], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""The transformers teacher keeps the teacher contract, the transformers student the engine's."""
+"""The transformers teacher keeps the teacher contract; the transformers student loads new weights."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def bench(family="llama", output="hidden_states", attn="sdpa", **settings) -> Be
 
 @pytest.mark.parametrize("claim", contract.CLAIMS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("output", ["hidden_states", "logits"])
-def test_contract(claim, output):
-    """Every claim of the contract, for hidden states and for whole rows."""
+def test_the_teacher_contract_holds(claim, output):
+    """Each claim of the contract holds for hidden states and for logits."""
     claim(bench(output=output))
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "opt", "gemma2", "mistral"])
-def test_contract_rows_of_other_families(family, attn):
-    """Rows equal clean forward passes for other architectures, windows and soft-caps included."""
+def test_rows_of_other_families_equal_clean_forwards(family, attn):
+    """Rows equal clean forward passes for other architectures, with windows and soft-caps."""
     contract.rows_equal_a_clean_forward(bench(family, attn=attn))
     contract.cuts_and_continuations(bench(family, attn=attn))
     contract.rows_equal_a_clean_forward(bench(family, attn=attn, output="logits"))
@@ -65,8 +65,8 @@ def leased() -> tuple[Bench, HFTeacher, Clock]:
     return b, b.make(2, 32), clock
 
 
-def test_leases_run_out():
-    """A session untouched for lease_s is gone on the next call, whatever that call is; use renews it."""
+def test_unused_leases_expire():
+    """A session untouched for lease_s is dropped at the next call; use renews its lease."""
     b, teacher, clock = leased()
     ids = b.ids(4)
     teacher.open(sessions({1: ids, 2: ids}))
@@ -82,7 +82,7 @@ def test_leases_run_out():
 
 
 def test_expired_sessions_make_room():
-    """Busy is answered only while the leases of the others run."""
+    """Expired sessions make room; TeacherBusy is raised only while other leases run."""
     b, teacher, clock = leased()
     ids = b.ids(4)
     teacher.open(sessions({1: ids, 2: ids}))
@@ -94,7 +94,7 @@ def test_expired_sessions_make_room():
 
 
 def test_open_renews_a_lease():
-    """A repeated open counts as use."""
+    """A repeated `open` renews a lease."""
     b, teacher, clock = leased()
     for clock.now in (0.0, 9.0, 18.0):
         teacher.open(sessions({1: b.ids(4)}))
@@ -103,7 +103,7 @@ def test_open_renews_a_lease():
 
 
 def test_positions_are_read_once():
-    """A prompt is read when it is first needed, a block costs its own tokens, one row beyond the cache one more."""
+    """Each position is read once, when it is first needed; a row before the block costs one more."""
     b = bench()
     teacher = b.make(2, 64)
     ids, block = b.ids(10), b.ids(4, seed=1)
@@ -117,8 +117,8 @@ def test_positions_are_read_once():
     assert teacher.num_positions_read == 23
 
 
-def test_one_forward_per_score(monkeypatch):
-    """Blocks of unlike lengths over all sessions are one forward pass; a long prompt beside them is one more."""
+def test_a_score_call_is_one_forward(monkeypatch):
+    """Blocks of any lengths over all sessions are one forward pass, and a long prompt adds one."""
     b = bench()
     teacher = b.make(6, 256)
     teacher.open(sessions({i: b.ids(20, seed=i) for i in range(5)}))
@@ -133,8 +133,8 @@ def test_one_forward_per_score(monkeypatch):
     assert len(calls) == 2
 
 
-def test_a_failed_read_is_repaired():
-    """When a forward pass fails half-way, the same call succeeds later and nothing stale is believed."""
+def test_a_failed_forward_leaves_nothing_stale():
+    """After a failed forward pass the same call succeeds with the right rows."""
     b = bench()
     teacher = b.make(2, 64)
     ids, block = b.ids(10), b.ids(4, seed=1)
@@ -153,8 +153,8 @@ def test_a_failed_read_is_repaired():
     contract.close_to(b, got, b.clean(np.concatenate([ids[:8], block]), 7))
 
 
-def test_signal_is_the_teachers_dtype():
-    """A bfloat16 teacher answers with uint16 bits of its own hidden states; `full` is float32 and cut."""
+def test_hidden_states_have_the_teachers_dtype():
+    """Hidden states of a bfloat16 teacher travel as uint16 bits; logits are float32, cut to the vocabulary."""
     model = tiny_model("llama", dtype=torch.bfloat16)
     teacher = HFTeacher(model, vocab_size=NUM_TOKENS, max_sessions=1, max_len=32)
     ids = np.arange(5, 17)
@@ -171,8 +171,8 @@ def test_signal_is_the_teachers_dtype():
     assert teacher.head().weight.dtype == torch.float32
 
 
-def test_full_works_where_the_head_cannot_be_taken_apart():
-    """Logits of another form: `hidden` refuses at the start, `full` sends the model's own."""
+def test_logits_serve_models_without_a_separable_head():
+    """A model whose head cannot be separated is refused with `hidden_states` and served with `logits`."""
     from switchkd.config.errors import ConfigError
 
     def odd():
@@ -192,8 +192,8 @@ def test_full_works_where_the_head_cannot_be_taken_apart():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
-def test_student_takes_new_weights(family, dtype):
-    """After load_weights the student and the head it handed out are the new model; its slots are empty."""
+def test_the_student_loads_new_weights(family, dtype):
+    """After load_weights the student and its head are the new model, and its slots are empty."""
     from switchkd.engines.weights import pack
 
     student = HFStudent(tiny_model(family, dtype=dtype), num_slots=2, max_len=32, vocab_size=NUM_TOKENS)

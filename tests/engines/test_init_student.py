@@ -1,4 +1,4 @@
-"""A student cut out of a teacher is the teacher without some layers, for every family."""
+"""A pruned student equals the teacher without the removed layers, for every family."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ KEPT = [0, 1, 3, 4]
 
 
 def deep(family: str):
-    """Five layers, the sliding ones not in a pattern that a shorter model would have by itself."""
+    """Five layers; sliding layers are in a pattern that a shorter model would not have by default."""
     depth = {"n_layer": 5} if family == "gpt2" else {"num_hidden_layers": 5}
     if family == "gemma3":
         full, sliding = "full_attention", "sliding_attention"
@@ -23,7 +23,7 @@ def deep(family: str):
 
 
 def without_layer_2(model):
-    """By hand: take the layer out of the running model."""
+    """Remove the layer from the model in memory."""
     path = layer_list(model)
     layers = model.get_submodule(path)
     parent, _, name = path.rpartition(".")
@@ -40,8 +40,8 @@ def without_layer_2(model):
 @pytest.mark.parametrize(
     "family", ["llama_tied", "qwen2_windows", "gpt2", "opt_projected", "gemma2", "gemma3", "gpt_neox"]
 )
-def test_cut_equals_taking_the_layer_out(family, tmp_path):
-    """The cut model, saved and loaded, gives the logits of the teacher with that layer removed by hand."""
+def test_a_pruned_model_equals_removing_the_layer(family, tmp_path):
+    """The pruned model, saved and loaded, gives the logits of the teacher without that layer."""
     from transformers import AutoModelForCausalLM
 
     teacher = deep(family)
@@ -55,8 +55,8 @@ def test_cut_equals_taking_the_layer_out(family, tmp_path):
     assert student.config.num_hidden_layers == len(KEPT)
 
 
-def test_cut_leaves_the_teacher_alone(tmp_path):
-    """The teacher's config and weights are not changed by the cut, and training the student would not touch them."""
+def test_pruning_leaves_the_teacher_unchanged(tmp_path):
+    """Pruning shares no weights with the teacher and leaves its config unchanged."""
     teacher = tiny_model("llama", num_hidden_layers=4)
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     student = keep_layers(teacher, [0, 3])
@@ -67,8 +67,8 @@ def test_cut_leaves_the_teacher_alone(tmp_path):
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
 
 
-def test_spread():
-    """First and last always, the second and the last but one, evenly between; 12 of 30 as measured."""
+def test_spread_keeps_both_ends():
+    """`spread` keeps the first and the last layer and spaces the others evenly."""
     assert spread(12, 30) == (0, 1, 4, 7, 10, 13, 16, 19, 22, 25, 28, 29)
     assert (spread(2, 9), spread(3, 9), spread(4, 9)) == ((0, 8), (0, 4, 8), (0, 1, 7, 8))
     for of in range(2, 40):
@@ -77,8 +77,8 @@ def test_spread():
             assert len(set(kept)) == num and list(kept) == sorted(kept) and (kept[0], kept[-1]) == (0, of - 1)
 
 
-def test_folder_is_whole(tmp_path):
-    """The written folder has weights, tokenizer, chat template and generation config, and nothing is left beside it."""
+def test_the_written_folder_is_complete(tmp_path):
+    """The written folder has weights, tokenizer, chat template and generation config, and no other folder is left."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     teacher = save_tiny(tmp_path / "teacher", num_hidden_layers=4)
@@ -105,8 +105,8 @@ def test_folder_is_whole(tmp_path):
         ({"layers": [0], "num_layers": 2}, "exactly one"),
     ],
 )
-def test_layers_that_are_not_there(tmp_path, which, message):
-    """Wrong layers are one line, and nothing is written."""
+def test_invalid_layers_are_refused(tmp_path, which, message):
+    """Invalid layers are refused in one line, and nothing is written."""
     teacher = save_tiny(tmp_path / "teacher")
     with pytest.raises(ConfigError, match=message) as error:
         prune_depth(teacher, tmp_path / "student", **which)
@@ -114,22 +114,22 @@ def test_layers_that_are_not_there(tmp_path, which, message):
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
 
 
-def test_out_folder_in_use(tmp_path):
-    """A folder that holds something is not written into."""
+def test_a_used_folder_is_refused(tmp_path):
+    """A folder that is not empty is not overwritten."""
     teacher = save_tiny(tmp_path / "teacher")
     with pytest.raises(ConfigError, match="exists and is not empty"):
         prune_depth(teacher, teacher, num_layers=2)
 
 
-def test_no_layers_to_be_found():
-    """A model without one list of its layers is refused by name."""
+def test_several_layer_lists_are_refused():
+    """A model with several lists of layers is refused."""
     model = tiny_model("llama")
     model.more = torch.nn.ModuleList([torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)])
     with pytest.raises(ConfigError, match=r"LlamaForCausalLM has several lists \(model.layers, more\)"):
         layer_list(model)
 
 
-def test_not_a_model(tmp_path: Path):
-    """A folder without a model is one line."""
+def test_a_folder_without_a_model_is_refused(tmp_path: Path):
+    """A folder without a model is refused."""
     with pytest.raises(ConfigError, match=r"no config\.json"):
         prune_depth(tmp_path, tmp_path / "out", num_layers=2)

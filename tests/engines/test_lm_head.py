@@ -1,4 +1,4 @@
-"""A head taken off its model gives the model's own logits, here and after a journey."""
+"""A head separated from its model gives the model's own logits, also after serialisation."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def own(model):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_models_own_logits(family):
-    """Head times final hidden states equals the model's logits, cut to the shared vocabulary, tied or not."""
+def test_a_head_gives_the_models_logits(family):
+    """Head times final hidden states equals the model's logits, cut to the shared vocabulary."""
     model = tiny_model(family)
     head = lm_head_of(model, NUM_TOKENS)
     logits = head.logits(final_hidden(model, input_ids=IDS, use_cache=False))
@@ -32,7 +32,7 @@ def test_the_models_own_logits(family):
 
 
 def test_scale_and_softcap_are_found():
-    """Granite divides, Cohere multiplies, Gemma-2 soft-caps; the others do nothing."""
+    """The scale of Granite and Cohere and the soft-cap of Gemma-2 are found in the config."""
     assert lm_head_of(tiny_model("granite", logits_scaling=8.0), 120).scale == 1 / 8
     assert lm_head_of(tiny_model("cohere", logit_scale=0.5), 120).scale == 0.5
     capped = lm_head_of(tiny_model("gemma2"), 120)
@@ -41,8 +41,8 @@ def test_scale_and_softcap_are_found():
     assert (plain.scale, plain.softcap) == (1.0, 0.0)
 
 
-def test_bias():
-    """An output layer with a bias keeps it, cut like the rows."""
+def test_a_bias_is_kept():
+    """The bias of an output layer is kept and cut with its rows."""
     model = tiny_model("llama")
     torch.manual_seed(0)
     model.lm_head.bias = torch.nn.Parameter(torch.randn(128), requires_grad=False)
@@ -55,24 +55,24 @@ def test_bias():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_passes_the_check(dtype):
-    """Rounding of the model's own logits is not taken for another formula."""
+    """Rounding in half precision passes the check of the head."""
     for family in ("llama", "gemma2", "granite", "cohere"):
         head = lm_head_of(tiny_model(family, dtype=dtype), NUM_TOKENS)
         assert head.weight.dtype == torch.float32
 
 
-def test_another_formula_is_refused():
-    """Logits that are not of the head's form are found out at the start, and the message names the way out."""
+def test_logits_of_another_form_are_refused():
+    """Logits that are not head times hidden state are refused at the start with the key to change."""
     model = tiny_model("llama")
     model.lm_head.register_forward_hook(lambda _, __, out: out + out.square() * 0.1)
     with pytest.raises(ConfigError, match=r"teacher\.output: logits"):
         lm_head_of(model, NUM_TOKENS)
     with pytest.raises(ConfigError, match=r"teacher\.output: logits"):
-        lm_head_of(tiny_model("llama"), 129)  # the tokenizer knows more than the model
+        lm_head_of(tiny_model("llama"), 129)  # the tokenizer has more ids than the model
 
 
 def test_final_hidden_computes_no_logits():
-    """The output layer runs on no rows."""
+    """`final_hidden` runs the output layer on no rows."""
     model = tiny_model("llama")
     shapes = []
     model.lm_head.register_forward_hook(lambda _, __, out: shapes.append(tuple(out.shape)))
@@ -81,7 +81,7 @@ def test_final_hidden_computes_no_logits():
 
 
 def test_final_hidden_carries_gradients():
-    """The learner's student goes through it: gradients reach the first layer."""
+    """Gradients pass through `final_hidden` to the first layer."""
     model = tiny_model("llama").requires_grad_(True)
     head = lm_head_of(model, NUM_TOKENS)
     head.logits(final_hidden(model, input_ids=IDS)).sum().backward()
@@ -89,8 +89,8 @@ def test_final_hidden_carries_gradients():
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
-def test_own_logits(family):
-    """The model's own logits at chosen flat positions only."""
+def test_own_logits_are_those_of_the_positions(family):
+    """`own_logits` gives the model's logits at the given flat positions."""
     model = tiny_model(family)
     rows = torch.tensor([3, 17, 0])
     want = own(model).flatten(0, 1)[rows]
@@ -99,8 +99,8 @@ def test_own_logits(family):
 
 @pytest.mark.parametrize("family", ["gemma2", "granite", "opt_projected"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_head_travels(family, dtype):
-    """To arrays and back nothing is lost; bfloat16 weights travel in two bytes, float32 ones in four."""
+def test_a_serialised_head_is_bit_equal(family, dtype):
+    """A serialised head is bit-equal; bfloat16 weights take two bytes each, float32 weights four."""
     head = lm_head_of(tiny_model(family, dtype=dtype), NUM_TOKENS)
     arrays = head.to_state()
     assert arrays.weight.itemsize == (2 if dtype == torch.bfloat16 else 4)
@@ -111,8 +111,8 @@ def test_a_head_travels(family, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_signals_travel(dtype):
-    """Hidden states survive the journey bit by bit, bfloat16 as uint16, without a copy on a CPU."""
+def test_serialised_hidden_states_are_bit_equal(dtype):
+    """Hidden states are bit-equal after conversion to NumPy and back without a copy, bfloat16 as uint16."""
     hidden = torch.randn(7, 5).to(dtype)
     values, name = to_numpy(hidden)
     assert values.dtype == (np.uint16 if dtype == torch.bfloat16 else np.dtype(name))
@@ -121,7 +121,7 @@ def test_signals_travel(dtype):
 
 
 def test_read_only_arrays_are_copied():
-    """What comes out of an object store must not be written through."""
+    """Read-only arrays, as an object store gives them, are copied before use."""
     values, name = to_numpy(torch.randn(3, 4).bfloat16())
     values = values.copy()
     values.flags.writeable = False
@@ -130,8 +130,8 @@ def test_read_only_arrays_are_copied():
     assert values.any()
 
 
-def test_new_weights_reach_a_held_head():
-    """copy_from changes the same object, tied and untied, in the model's dtype or another."""
+def test_copy_from_updates_the_same_head():
+    """`copy_from` updates the same head, tied or not, in any dtype."""
     for family, dtype in (("llama", torch.float32), ("llama_tied", torch.bfloat16)):
         old, new = tiny_model(family, dtype=dtype), tiny_model(family, dtype=dtype, seed=1)
         head, want = lm_head_of(old, NUM_TOKENS), lm_head_of(new, NUM_TOKENS)

@@ -1,4 +1,4 @@
-"""Folders become models, or one line that says what is missing; what tokenizers must agree on."""
+"""Model folders load or fail with one line that names the missing part; tokenizers are compared."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from switchkd.engines.models.loading import (
 torch.set_num_threads(1)
 
 
-def test_a_saved_folder(tmp_path):
-    """A folder loads in the dtype and attention asked for, in eval mode, without gradients."""
+def test_a_saved_folder_loads(tmp_path):
+    """A folder loads with the given dtype and attention, in eval mode, without gradients."""
     folder = str(save_tiny(tmp_path / "m", "llama"))
     model = load_model(folder, dtype="bfloat16", device="cpu", attn="eager")
     assert model.dtype == torch.bfloat16 and model.config._attn_implementation == "eager" and not model.training
@@ -32,8 +32,8 @@ def test_a_saved_folder(tmp_path):
     assert torch.equal(same(input_ids=ids).logits, tiny_model("llama")(input_ids=ids).logits)
 
 
-def test_what_is_missing_is_named(tmp_path):
-    """No folder, no config, no safetensors, no tokenizer: the folder and the remedy in one line."""
+def test_missing_parts_are_named(tmp_path):
+    """A missing folder, config, safetensors or tokenizer is refused in one line with the folder and the remedy."""
     folder = save_tiny(tmp_path / "m", "llama")
     with pytest.raises(ConfigError, match=r"nowhere: there is no such folder"):
         load_model(str(tmp_path / "nowhere"), dtype="float32")
@@ -48,8 +48,8 @@ def test_what_is_missing_is_named(tmp_path):
         load_tokenizer(str(folder))
 
 
-def test_sdpa_would_drop_gemmas_soft_cap(tmp_path):
-    """transformers' sdpa attention leaves Gemma-2's soft-cap out, so it is refused; eager is taken."""
+def test_sdpa_is_refused_for_a_soft_cap(tmp_path):
+    """sdpa attention ignores Gemma-2's soft-cap and is refused; eager is accepted."""
     folder = str(save_tiny(tmp_path / "m", "gemma2"))
     with pytest.raises(ConfigError, match="attn: eager"):
         load_model(folder, dtype="float32", attn="sdpa")
@@ -57,7 +57,7 @@ def test_sdpa_would_drop_gemmas_soft_cap(tmp_path):
 
 
 def test_stop_ids_are_a_union(tmp_path):
-    """Generation config (a list), model config and tokenizer each add theirs; ids beyond the vocabulary are dropped."""
+    """Stop ids are the union of generation config, model config and tokenizer, within the vocabulary."""
     folder = save_tiny(tmp_path / "m", "llama")
     path = folder / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [7, 9, 500]}))
@@ -66,13 +66,13 @@ def test_stop_ids_are_a_union(tmp_path):
     assert shared_vocab(tokenizer) == NUM_TOKENS and pad_id(tokenizer) == PAD
 
 
-def test_equal_tokenizers(tmp_path):
-    """A tokenizer equals its saved self."""
+def test_a_saved_tokenizer_is_equal(tmp_path):
+    """A tokenizer equals its saved copy."""
     assert same_tokenizer(tiny_tokenizer(), load_tokenizer(str(save_tiny(tmp_path / "m")))) == ""
 
 
-def test_different_tokenizers():
-    """Another id, another size, other merges, another normalizer: the first difference in one line."""
+def test_different_tokenizers_are_reported():
+    """Another id, size, merge order or normalizer is reported as the first difference in one line."""
     from tokenizers import Tokenizer, normalizers
     from transformers import PreTrainedTokenizerFast
 

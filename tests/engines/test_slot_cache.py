@@ -1,4 +1,4 @@
-"""Slots with lengths of their own equal clean forward passes, whatever was written and taken back before."""
+"""Slots of different lengths equal clean forward passes after any extends and cuts."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def extend(engine, slots, starts, rows, keep=None):
     return out.split((lengths if keep is None else keep).tolist())
 
 
-def live_through(engine, plain, *, turns, atol):
-    """Random extends and cuts over random slots of 6, each answer held against a clean forward pass."""
+def check_random_history(engine, plain, *, turns, atol):
+    """Extend and cut 6 random slots and compare each result with a clean forward pass."""
     rng = np.random.default_rng(0)
     held = [np.zeros(0, np.int64)] * 6
     for turn in range(turns):
@@ -51,8 +51,8 @@ def live_through(engine, plain, *, turns, atol):
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_random_histories(family, attn):
-    """Random rounds of extend, cut, re-extend over random slots in random order equal clean forward passes."""
+def test_random_histories_equal_clean_forwards(family, attn):
+    """Random rounds of extends and cuts over random slots equal clean forward passes."""
     rng = np.random.default_rng(0)
     plain = tiny_model(family, attn=attn)
     engine = ModelRunner(tiny_model(family, attn=attn), num_slots=5, max_len=48, prefill_chunk=16)
@@ -68,14 +68,14 @@ def test_random_histories(family, attn):
             torch.testing.assert_close(got, clean(plain, held[slot], start), atol=2e-5, rtol=0)
 
 
-def test_windows_matter():
-    """The sliding-window models here look at less than everything, so the histories above do test windows."""
+def test_windows_change_hidden_states():
+    """A window shorter than the sequence changes hidden states here, so the histories test windows."""
     ids = np.random.default_rng(0).integers(0, 128, 3 * WINDOW)
     wide = tiny_model("mistral", sliding_window=None)
     assert (clean(tiny_model("mistral"), ids) - clean(wide, ids))[-1].abs().max() > 1e-2
 
 
-def test_one_batch_from_one_token_to_full():
+def test_one_batch_may_mix_short_and_full_rows():
     """Prompts of 1, few and max_len tokens, read together in small chunks, equal clean forward passes."""
     plain = tiny_model("llama")
     engine = ModelRunner(tiny_model("llama"), num_slots=4, max_len=100, prefill_chunk=7)
@@ -85,8 +85,8 @@ def test_one_batch_from_one_token_to_full():
     assert engine.num_positions_read == 162
 
 
-def test_a_row_at_the_end_beside_a_long_one():
-    """Padding of a row at its last position is written out of harm's way, also where positions are a table."""
+def test_padding_of_a_full_row_changes_nothing():
+    """Padding of a row at its last position changes no result, also with a table of positions."""
     plain = tiny_model("gpt2", n_positions=32)
     engine = ModelRunner(tiny_model("gpt2", n_positions=32), num_slots=3, max_len=32)
     rng = np.random.default_rng(0)
@@ -101,7 +101,7 @@ def test_a_row_at_the_end_beside_a_long_one():
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_a_block_equals_token_by_token(attn):
-    """Blocks of 1, 2 and 8 give the same hidden states, to rounding."""
+    """Blocks of 1, 2 and 8 tokens give the same hidden states."""
     ids = np.random.default_rng(0).integers(0, 128, 40)
     answers = []
     for size in (1, 2, 8):
@@ -111,8 +111,8 @@ def test_a_block_equals_token_by_token(attn):
         torch.testing.assert_close(other, answers[0], atol=1e-5, rtol=0)
 
 
-def test_keep_returns_the_tail_only():
-    """`keep` picks the last positions of each row, across chunks and groups, in the order of the rows."""
+def test_keep_returns_the_last_positions():
+    """`keep` returns the last positions of each row, across chunks and groups, in row order."""
     engine = ModelRunner(tiny_model("llama"), num_slots=3, max_len=128, prefill_chunk=16)
     rows = [np.random.default_rng(n).integers(0, 128, n) for n in (90, 3, 20)]
     whole = extend(engine, [0, 1, 2], [0] * 3, rows)
@@ -123,7 +123,7 @@ def test_keep_returns_the_tail_only():
 
 
 def test_no_cell_is_written_twice(monkeypatch):
-    """Padding goes to the scratch column, which nothing reads, so a call's result does not hang on who writes last."""
+    """Padding is written to the scratch column, which is not read, so no cell is written twice."""
     engine = ModelRunner(tiny_model("llama"), num_slots=3, max_len=40)
     begin, calls = engine._cache.begin, []
     monkeypatch.setattr(engine._cache, "begin", lambda call: (calls.append(call), begin(call)))
@@ -134,8 +134,8 @@ def test_no_cell_is_written_twice(monkeypatch):
         assert row == [*range(size), *[engine._cache.scratch] * (9 - size)]
 
 
-def test_bad_rows_are_refused():
-    """A slot cannot be cut to more than it holds, named twice, or overfilled; nothing changes then."""
+def test_invalid_rows_are_refused():
+    """Invalid rows are refused and change nothing."""
     engine = ModelRunner(tiny_model("llama"), num_slots=2, max_len=16)
     four = np.arange(4)
     extend(engine, [0], [0], [four])
@@ -150,23 +150,23 @@ def test_bad_rows_are_refused():
     assert engine.lens.tolist() == [4, 0]
 
 
-def test_more_positions_than_the_model_has():
-    """max_len beyond the model's positions is refused at the start, with the keys to lower."""
+def test_max_len_beyond_the_model_is_refused():
+    """A max_len beyond the model's positions is refused with the keys to lower."""
     with pytest.raises(ConfigError, match="max_prompt_tokens"):
         ModelRunner(tiny_model("gpt2", n_positions=32), num_slots=1, max_len=33)
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "qwen2_windows"])
-def test_a_model_that_would_be_silently_wrong_is_refused(family, monkeypatch):
-    """With masks that miss the window, the check at construction finds out."""
+def test_wrong_masks_are_refused(family, monkeypatch):
+    """Masks that miss the window fail the check at construction."""
     kinds = layer_windows(tiny_model(family).config)
     monkeypatch.setattr(model_runner, "layer_windows", lambda config: dict.fromkeys(kinds, 0))
     with pytest.raises(ConfigError, match="length per row"):
         ModelRunner(tiny_model(family), num_slots=2, max_len=64)
 
 
-def test_layers_with_states_are_refused():
-    """Recurrent layers cannot be cut back: refused by their config's layer types."""
+def test_recurrent_layers_are_refused():
+    """Recurrent layers are refused by their layer type."""
     config = tiny_model("qwen3").config
     config.layer_types = ["linear_attention", "full_attention"]
     with pytest.raises(ConfigError, match="linear_attention"):
@@ -174,7 +174,7 @@ def test_layers_with_states_are_refused():
 
 
 def test_masks_equal_a_slow_loop():
-    """Causal and windowed masks, boolean and additive, against two loops."""
+    """Causal and windowed masks, boolean and additive, equal two loops."""
     positions = torch.tensor([[0, 1, 2], [9, 10, 10]])
     for window, additive in itertools.product((0, 4), (None, torch.float32)):
         mask = build_masks({"": window}, positions, 32, additive)
@@ -189,7 +189,7 @@ def test_masks_equal_a_slow_loop():
 
 @pytest.mark.parametrize("Q", [1, 5])
 def test_grouped_attention_equals_repeated_heads(Q):
-    """Folding the query heads of a group into rows changes nothing but the cost, with a view of a longer cache."""
+    """Attention with grouped query heads equals attention with repeated heads, also on a view of a longer cache."""
     torch.manual_seed(0)
     B, H, G, D, L = 3, 2, 3, 8, 32
     query = torch.randn(B, Q, H * G, D).transpose(1, 2)
@@ -203,7 +203,7 @@ def test_grouped_attention_equals_repeated_heads(Q):
 
 
 def test_grouping_is_the_cheapest():
-    """The split into forward passes costs no more than the best of all splits, and loses no row."""
+    """The split into forward passes costs no more than the best split of the sorted rows, and has every row."""
     rng = np.random.default_rng(0)
     for _ in range(30):
         sizes = rng.choice([0, 1, 2, 5, 30, 200], rng.integers(1, 8))

@@ -1,6 +1,6 @@
-"""The vLLM teacher keeps the teacher contract, and rollouts with it are those of the transformers teacher.
+"""The vLLM teacher keeps the teacher contract, and its rollouts equal those of the transformers teacher.
 
-Real vLLM on a CPU, tiny models in fp32. Its CPU attention takes heads of 32 and more, in cache blocks of 32 positions.
+Real vLLM on a CPU with tiny fp32 models. Its CPU attention needs a head size of 32 or more and cache blocks of 32.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ BLOCK = 32  # positions of a cache block
 MAX_LEN = 100
 NOTHING = np.zeros(0, np.int32)
 TOLERANCE = 1e-4
-"""Of a logit in fp32, between vLLM's kernels and transformers'."""
+"""Tolerance of an fp32 logit between the kernels of vLLM and transformers."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """A model in vLLM and the same in plain transformers."""
+    """A model in vLLM and the same model in transformers."""
 
     engine: Any
     model: Any
@@ -84,12 +84,12 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 SMALL = {"kv_cache_memory_bytes": 64 * 2**20}
 SPLIT = {"tensor_parallel_size": 2}
-"""Between two workers, processes of their own: each has one of the two key-value heads."""
+"""Two workers in their own processes, with one of the two key-value heads each."""
 
 
 @pytest.fixture(scope="module")
 def served(request, tmp_path_factory) -> Iterator[Served]:
-    """One engine at a time: vLLM keeps some of its state for the whole process."""
+    """One engine at a time, since vLLM keeps process-wide state."""
     from switchkd.engines.vllm.engine import Engine
 
     torch.set_num_threads(1)
@@ -115,23 +115,22 @@ public = pytest.mark.parametrize("served", ["public"], indirect=True)
 
 @llama
 @pytest.mark.parametrize("claim", contract.CLAIMS, ids=lambda f: f.__name__)
-def test_contract(served, claim):
-    """Every claim of the contract, with rows of a clean forward pass of transformers."""
+def test_the_teacher_contract_holds(served, claim):
+    """Each claim of the contract holds against clean forward passes of transformers."""
     claim(served.bench())
 
 
 @pytest.mark.parametrize("served", ["granite"], indirect=True)
-def test_contract_rows_of_another_family(served):
-    """The same with a tied output matrix and a scale on the logits: the head is found in the files and tried against
-    vLLM's own logits."""
+def test_rows_of_another_family_equal_clean_forwards(served):
+    """Rows of a model with tied and scaled logits equal clean forward passes."""
     contract.rows_equal_a_clean_forward(served.bench())
     contract.cuts_and_continuations(served.bench())
-    contract.writing_is_keyed_drawing(served.bench())
+    contract.writing_equals_keyed_draws(served.bench())
 
 
 @llama
 def test_logprobs_equal_a_clean_forward(served):
-    """The stated tolerance, 1e-3 of a log-prob, on a session that grows past two cache blocks by blocks of 1 to 7."""
+    """Log-probs are within 1e-3 of a clean forward pass while a session grows past two cache blocks."""
     bench, ids = served.bench(), served.bench().ids(90)
     teacher, at = served.teacher(), 5
     teacher.open(sessions({0: ids[:at]}))
@@ -145,9 +144,9 @@ def test_logprobs_equal_a_clean_forward(served):
 
 @pytest.mark.timeout(600)  # workers that are processes start slowly
 @pytest.mark.parametrize("served", ["split"], indirect=True)
-def test_a_teacher_split_between_workers(served, monkeypatch):
-    """Its rows and draws are those of a clean forward pass, and its rows those of the same teacher on one worker; they
-    come from one of the two, and neither keeps anything of a request that was answered."""
+def test_a_split_teacher_equals_one_worker(served, monkeypatch):
+    """The rows and draws of a split teacher equal those of one worker; rank 0 answers, and no rank keeps answered
+    requests."""
     from switchkd.engines.vllm.engine import Engine
 
     bench, ids, said = served.bench(), served.bench().ids(70, seed=9), []
@@ -161,7 +160,7 @@ def test_a_teacher_split_between_workers(served, monkeypatch):
     monkeypatch.setattr(served.engine, "call", spy)
     contract.rows_equal_a_clean_forward(bench)
     contract.cuts_and_continuations(bench)
-    contract.writing_is_keyed_drawing(bench)
+    contract.writing_equals_keyed_draws(bench)
     assert said and all(answered == [True, False] for method, answered in said if method == "switchkd_take")
     module = "__import__('switchkd.engines.vllm.worker').engines.vllm.worker"
     left = served.engine._llm.collective_rpc(lambda worker: eval(f"[*{module}._margins, *{module}._capture.rows]"))
@@ -183,7 +182,7 @@ def test_a_teacher_split_between_workers(served, monkeypatch):
 
 
 def runs_of(served, monkeypatch) -> list[tuple[int, bool]]:
-    """Every call of the engine from now on: how many jobs, and whether the cache might be read."""
+    """Record each later call of the engine: number of jobs, and whether the cache may be read."""
     seen: list[tuple[int, bool]] = []
     run = served.engine.run
 
@@ -197,10 +196,8 @@ def runs_of(served, monkeypatch) -> list[tuple[int, bool]]:
 
 @pytest.mark.parametrize("served", ["llama", "public"], indirect=True)
 @pytest.mark.parametrize("size", [BLOCK, 2 * BLOCK])
-def test_a_prefix_that_ends_on_a_cached_block(served, monkeypatch, size):
-    """vLLM does not compute the last row of a prefix that its cache holds entirely. Where the session has kept it,
-    nothing is asked twice; where it has not (another replica wrote it), that one request is made again without the
-    cache, alone, and its rows are right."""
+def test_the_last_row_of_a_cached_prefix_is_right(served, monkeypatch, size):
+    """The last row of a fully cached prefix comes from the session, or else from one more request without the cache."""
     bench, ids = served.bench(), served.bench().ids(size + 4, seed=size)
     settings = {"output": "top_logprobs", "top_k": 8} if not served.engine.extended else {}
     writer, other = (served.teacher(num, MAX_LEN, **settings) for num in (1, 2))
@@ -231,8 +228,8 @@ def test_a_prefix_that_ends_on_a_cached_block(served, monkeypatch, size):
 
 
 @llama
-def test_what_was_answered_is_kept(served, monkeypatch):
-    """A repeated call asks vLLM nothing; a block costs its own tokens and what its cut cache block holds before it."""
+def test_a_repeated_call_runs_nothing(served, monkeypatch):
+    """A repeated call runs nothing in vLLM; a block costs its own tokens and those before it in its cache block."""
     bench, ids, block = served.bench(), served.bench().ids(70, seed=3), served.bench().ids(4, seed=4)
     teacher = served.teacher()
     teacher.open(sessions({0: ids}))
@@ -253,9 +250,8 @@ class Clock:
 
 
 @llama
-def test_leases_and_room(served):
-    """A session untouched for lease_s is gone on the next call and named by it; use renews it; busy is answered only
-    while the others' leases run."""
+def test_unused_leases_expire_and_make_room(served):
+    """Unused leases expire and are named at the next call; TeacherBusy is raised only while other leases run."""
     clock, bench = Clock(), served.bench()
     teacher, ids = served.teacher(2, 32, lease_s=10.0, clock=clock), bench.ids(4)
     teacher.open(sessions({1: ids, 2: ids}))
@@ -275,8 +271,8 @@ def test_leases_and_room(served):
 
 
 @llama
-def test_a_failed_step_is_repaired(served, monkeypatch):
-    """When the engine fails, the same call succeeds later and nothing stale is believed."""
+def test_a_failed_engine_call_leaves_nothing_stale(served, monkeypatch):
+    """After a failed engine call the same call succeeds with the right rows."""
     bench, ids, block = served.bench(), served.bench().ids(10), served.bench().ids(4, seed=1)
     teacher = served.teacher()
     teacher.open(sessions({0: ids}))
@@ -290,8 +286,8 @@ def test_a_failed_step_is_repaired(served, monkeypatch):
 
 
 @llama
-def test_compressed_rows(served):
-    """`top_logprobs` sends the top k of the exact rows, without a head."""
+def test_top_logprobs_equal_exact_rows(served):
+    """`top_logprobs` gives the top k of the exact rows, without a head."""
     bench, ids = served.bench(), served.bench().ids(80, seed=5)
     teacher = served.teacher(output="top_logprobs", top_k=6)
     assert teacher.lm_head_state() is None
@@ -308,8 +304,8 @@ def test_compressed_rows(served):
 # --- rollouts --------------------------------------------------------------------------------------------------------
 
 
-def mode_of(served: Served, name: str, sampling: str) -> RolloutParams:
-    """`switch` with a threshold that half of this pair's tokens are above."""
+def params_of(served: Served, name: str, sampling: str) -> RolloutParams:
+    """The rule's parameters; for `switch`, half of this pair's tokens are above the threshold."""
     student, teacher = SAMPLINGS[sampling]
     law: dict[str, Any] = {"student": student, "teacher": teacher, "max_new_tokens": MAX_NEW, "seed": 11}
     if name != "switch":
@@ -327,9 +323,9 @@ def both_write(found: dict[int, Rollout]) -> bool:
 @llama
 @pytest.mark.parametrize("sampling", ["greedy", "sampled"])
 @pytest.mark.parametrize("name", ["switch", "adaswitch", "skd"])
-def test_rollouts_equal_the_transformers_teachers(served, name, sampling):
-    """Tokens and owners in fp32, student leading, teacher leading, and one token each."""
-    params = mode_of(served, name, sampling)
+def test_rollouts_equal_those_of_transformers(served, name, sampling):
+    """fp32 tokens and sources equal those of the transformers teacher for each block size and drafter."""
+    params = params_of(served, name, sampling)
     models, excused = (served.model, served.student), 0
     wanted = test_exact.write(models, params, max_draft_tokens=1, slots=1, drafter="none")
     assert both_write(wanted)
@@ -347,9 +343,9 @@ def test_rollouts_equal_the_transformers_teachers(served, name, sampling):
 
 
 @llama
-def test_rollouts_from_compressed_rows(served):
-    """The same rollouts from the top 16 whoever drafts, those of the transformers teacher, each marked."""
-    params, models = mode_of(served, "switch", "sampled"), (served.model, served.student)
+def test_rollouts_from_top_logprobs_equal_those_of_transformers(served):
+    """Rollouts from the top 16 equal those of the transformers teacher for each drafter, and each is marked."""
+    params, models = params_of(served, "switch", "sampled"), (served.model, served.student)
     brief = {"max_sessions": 8, "output": "top_logprobs", "top_k": 16}
     hf = HFTeacher(served.model, vocab_size=NUM_TOKENS, max_len=MAX_LEN, **brief)
     wanted = test_exact.write(models, params, max_draft_tokens=1, slots=1, drafter="none", served=hf)
@@ -363,9 +359,8 @@ def test_rollouts_from_compressed_rows(served):
 
 
 @pytest.mark.parametrize("served", ["bfloat16"], indirect=True)
-def test_draws_are_from_the_rows_that_travel(served):
-    """A bfloat16 teacher sends uint16 bits, and draws from the float32 rows that a worker rebuilds of them, not from
-    its own rounded logits: the two draws of a position stay coupled."""
+def test_draws_use_the_rows_that_are_sent(served):
+    """A bfloat16 teacher draws from the float32 rows that a worker rebuilds, not from its own rounded logits."""
     teacher, ids = served.teacher(max_sessions=6), served.bench().ids(6, 20)
     teacher.open(sessions(dict(enumerate(ids))))
     rows = [(i, 20, 19, NOTHING) for i in range(6)]
@@ -387,9 +382,8 @@ def test_draws_are_from_the_rows_that_travel(served):
 
 
 @public
-def test_public_rows(served):
-    """Without an extension: ids and log-probs of the top k as in a clean forward pass within 1e-3, the tail's mass,
-    and at most this entropy; no head travels."""
+def test_public_rows_equal_a_clean_forward(served):
+    """Without the extension the top k equal a clean forward pass within 1e-3; the tail's entropy is an upper bound."""
     bench, ids = served.bench(), served.bench().ids(70, seed=6)
     teacher = served.teacher(output="top_logprobs", top_k=8)
     assert teacher.lm_head_state() is None
@@ -406,9 +400,8 @@ def test_public_rows(served):
 
 
 @public
-def test_public_writing_is_keyed_drawing(served):
-    """The logits processor draws our tokens without an extension too, from the ids that are sent; their rows come with
-    them."""
+def test_public_writing_equals_keyed_draws(served):
+    """Without the extension, draws are the keyed draws from the top k, with their rows."""
     bench, prompts = served.bench(), {i: served.bench().ids(4 + 9 * i, seed=i) for i in range(3)}
     for sampling in (SamplingParams(), SamplingParams(temperature=0.0), SamplingParams(temperature=0.7, top_p=0.8)):
         teacher = served.teacher(output="top_logprobs", top_k=8)
@@ -416,7 +409,7 @@ def test_public_writing_is_keyed_drawing(served):
         rows = [(i, len(ids), len(ids) - 1, NOTHING) for i, ids in prompts.items()]
         written = teacher.write(contract.request(blocks(*rows), [5] * 3, sampling))
         for i, mine in enumerate(np.split(written.tokens.values, 3)):
-            assert mine.tolist() == contract.literally_written(bench, i, prompts[i], 5, within_top(sampling, 8))
+            assert mine.tolist() == contract.slowly_written(bench, i, prompts[i], 5, within_top(sampling, 8))
         got = unpack(torch.from_numpy(written.teacher_output.rows.values))
         want = [bench.clean(np.concatenate([ids, written.tokens.values[5 * i : 5 * i + 4]]), len(ids) - 1)
                 for i, ids in prompts.items()]  # fmt: skip
@@ -424,9 +417,9 @@ def test_public_writing_is_keyed_drawing(served):
 
 
 @public
-def test_public_rollouts_are_marked_approximate(served):
-    """A run with them ends well, with both models' tokens, each rollout marked."""
-    params = mode_of(served, "switch", "sampled")
+def test_public_rollouts_are_marked(served):
+    """Rollouts without the extension have tokens of both models, and each is marked approximate."""
+    params = params_of(served, "switch", "sampled")
     brief = served.teacher(max_sessions=8, output="top_logprobs", top_k=16)
     found = test_exact.write((served.model, served.student), params, max_draft_tokens=4, slots=5, served=brief)
     assert both_write(found) and all(rollout.approximate for rollout in found.values())
@@ -435,14 +428,13 @@ def test_public_rollouts_are_marked_approximate(served):
 # --- the newer model runner ------------------------------------------------------------------------------------------
 
 
-def test_the_newer_model_runners_shapes(monkeypatch):
-    """Its batch rides in `execute_model_state`, its slots are not places in the batch, and its logits processors have
-    hooks of their own: the same rows and draws come out. Only its interface is here; it needs a GPU to run."""
+def test_the_newer_model_runner_gives_the_same_rows(monkeypatch):
+    """The interface of vLLM's newer model runner gives the same rows and draws. (The runner itself needs a GPU.)"""
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcessor
 
     from switchkd.engines.vllm import worker
 
-    monkeypatch.setattr(worker, "_capture", None)  # of another test's engine
+    monkeypatch.setattr(worker, "_capture", None)  # set by another test's engine
     hidden = torch.arange(12.0).view(6, 2)
     batch = SimpleNamespace(req_ids=["b", "a"], idx_mapping_np=np.array([5, 2]))
     runner = SimpleNamespace(execute_model_state=None, execute_model=lambda scheduled: None)
@@ -491,9 +483,9 @@ def test_the_newer_model_runners_shapes(monkeypatch):
 
 
 @pytest.mark.parametrize("missing", ["execute_model", "sample_tokens", "execute_model_state"])
-def test_a_model_runner_of_an_unknown_form(tmp_path, monkeypatch, missing):
-    """Is an error at the start that says what is missing and which way is left, and nothing of it is wrapped. Here
-    vLLM is a fake around our extension: no release has such a runner."""
+def test_an_unknown_model_runner_is_refused(tmp_path, monkeypatch, missing):
+    """A model runner of unknown form is an error at the start that names the missing part; nothing is wrapped. (vLLM is
+    a fake: no release has such a runner.)"""
     import vllm
 
     from switchkd.engines.vllm import engine
@@ -523,8 +515,8 @@ def test_a_model_runner_of_an_unknown_form(tmp_path, monkeypatch, missing):
 
 
 @llama
-def test_unknown_engine_arguments(served):
-    """A name that this vLLM does not know is an error in the config's words, before the engine starts."""
+def test_unknown_engine_arguments_are_refused(served):
+    """An unknown engine argument is a config error before the engine starts."""
     from switchkd.engines.vllm.engine import Engine
 
     with pytest.raises(ConfigError, match=r"^teacher.engine.max_num_sequences .* did you mean 'max_num_seqs'\?"):
@@ -547,22 +539,22 @@ engine.close()
 
 
 def finished(place: Path, *command: str) -> str:
-    """Output of a Python process of its own: vLLM and DeepSpeed do not share one."""
+    """Output of Python code in its own process, since vLLM and DeepSpeed cannot share one."""
     done = subprocess.run([sys.executable, "-c", *command], cwd=place, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, (done.stdout[-3000:], done.stderr[-3000:])
     return done.stdout
 
 
 def both_finished(place: Path, first: Path, second: Path) -> None:
-    """Two runs beside each other."""
+    """Run two trainings at the same time."""
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda path: finished(place, COMMAND, "train", str(path)), (first, second)))
 
 
 @pytest.mark.timeout(600)
-def test_doctor(tmp_path):
-    """`switchkd doctor` loads the teacher into vLLM, compares its rows, and passes one rollout; the learner, which
-    cannot share the process, is left out and said to be."""
+def test_doctor_checks_a_vllm_teacher(tmp_path):
+    """`switchkd doctor` compares the vLLM teacher's rows, passes one rollout, and reports that it leaves out the
+    learner."""
     save_models(tmp_path, head_dim=32)
     teacher = {"backend": "vllm", "engine": SMALL}
     file = config_file(tmp_path, [SWITCH], run={"dir": "run", "mode": "ray"}, teacher=teacher)
@@ -577,9 +569,8 @@ def test_doctor(tmp_path):
 
 
 @pytest.mark.timeout(600)
-def test_a_split_teacher_in_a_run(tmp_path):
-    """On Ray, where vLLM left to itself would ask for Ray workers and a placement group of their own: tokens and owners
-    of backend hf."""
+def test_a_run_with_a_split_teacher_equals_hf(tmp_path):
+    """A split teacher in a run on Ray gives the tokens and sources of backend hf."""
     save_models(tmp_path, head_dim=32)
     stages = [{**SWITCH, "steps": 1}]
     hf = config_file(tmp_path, stages, "hf.yaml", run={"dir": "hf"})
@@ -590,9 +581,9 @@ def test_a_split_teacher_in_a_run(tmp_path):
 
 
 @pytest.mark.timeout(600)
-def test_a_run_on_ray_and_its_student(tmp_path):
-    """`switchkd train` with backend vllm writes the rollouts and trains the weights of backend hf; the student's folder
-    loads in vLLM and writes transformers' greedy text there."""
+def test_a_run_on_ray_equals_hf(tmp_path):
+    """A run with backend vllm gives the rollouts and weights of backend hf; vLLM loads its student and writes the same
+    greedy text."""
     from transformers import AutoModelForCausalLM
 
     save_models(tmp_path, head_dim=32)

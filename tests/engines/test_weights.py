@@ -1,4 +1,4 @@
-"""A weight version arrives as it left."""
+"""A weight version is the same after packing and loading."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TENSORS = {
 
 
 def _read_only(bundle: PackedWeights) -> PackedWeights:
-    """As it comes out of an object store."""
+    """A copy with read-only buckets, as an object store gives it."""
     copied = pickle.loads(pickle.dumps(bundle))
     for bucket in copied.buckets:
         bucket.flags.writeable = False
@@ -36,15 +36,15 @@ def _read_only(bundle: PackedWeights) -> PackedWeights:
 
 @pytest.mark.parametrize("bucket_bytes", [1, 100, 2**20])
 def test_round_trip_is_bit_equal(bucket_bytes: int) -> None:
-    """Every dtype and shape comes back bit for bit, whatever the size of the buckets."""
+    """Each dtype and shape is bit-equal after packing, for any bucket size."""
     bundle = _read_only(pack(TENSORS.items(), 7, bucket_bytes))
     found = dict(unpack(bundle))
     assert bundle.version == 7 and list(found) == list(TENSORS)
     assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in TENSORS.items())
 
 
-def test_buckets_have_the_asked_size() -> None:
-    """No bucket exceeds bucket_bytes unless it holds a single larger tensor, and every view is aligned."""
+def test_buckets_have_the_given_size() -> None:
+    """A bucket exceeds bucket_bytes only for a single larger tensor, and each tensor is aligned."""
     bundle = pack(TENSORS.items(), 0, 160)
     assert len(bundle.buckets) > 2
     for i, bucket in enumerate(bundle.buckets):
@@ -60,21 +60,21 @@ def test_unpacking_copies_nothing() -> None:
 
 
 def test_dtype_casts_floating_tensors_only() -> None:
-    """fp32 masters are published in the workers' dtype; integers stay what they are."""
+    """Floating tensors are cast to the workers' dtype, integers are not."""
     found = dict(unpack(pack(TENSORS.items(), 0, dtype="bfloat16")))
     assert torch.equal(found["matrix"], TENSORS["matrix"].bfloat16())
     assert found["ids"].dtype == torch.int64
 
 
-def test_freed_memory_is_not_mistaken_for_a_tied_weight() -> None:
-    """Tensors made one after the other, each in the memory of the one before, are all packed."""
+def test_reused_memory_is_no_tied_weight() -> None:
+    """Successive tensors at the same memory address are all packed, not taken for tied weights."""
     made = ((f"t{i}", torch.full((100_000,), float(i))) for i in range(20))
     found = dict(unpack(pack(made, 0)))
     assert [float(found[f"t{i}"][0]) for i in range(20)] == list(range(20))
 
 
-def test_damage_is_noticed() -> None:
-    """One flipped bit, or a manifest that says something else, fails the checksum."""
+def test_damage_fails_the_checksum() -> None:
+    """A flipped bit or a changed manifest fails the checksum."""
     bundle = pack(TENSORS.items(), 3)
     buckets = [b.copy() for b in bundle.buckets]
     buckets[0][10] ^= 1
@@ -86,8 +86,8 @@ def test_damage_is_noticed() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt", "gemma3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_takes_another_ones_weights(family: str, dtype: torch.dtype) -> None:
-    """A state dict, tied weights under both names or one, loads into a model of any dtype; tied stays tied."""
+def test_a_model_loads_another_models_weights(family: str, dtype: torch.dtype) -> None:
+    """A state dict, with tied weights under one name or both, loads into a model of any dtype."""
     source, target = tiny_model(family, seed=1), tiny_model(family, seed=2, dtype=dtype)
     for named in (source.state_dict().items(), source.named_parameters()):
         bundle = _read_only(pack(named, 0))
@@ -97,8 +97,8 @@ def test_a_model_takes_another_ones_weights(family: str, dtype: torch.dtype) -> 
         assert all(torch.equal(t, wanted[n].to(t.dtype)) for n, t in target.state_dict().items())
 
 
-def test_another_students_weights_are_refused_whole() -> None:
-    """The first name that is missing, unexpected or of another shape is named, and nothing has been written."""
+def test_mismatched_weights_are_refused_before_writing() -> None:
+    """Weights with a missing, unexpected or misshapen tensor are refused by its name before anything is written."""
     model = tiny_model("llama")
     tensors = {name: t + 1 for name, t in model.named_parameters()}
     before = {name: t.clone() for name, t in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Rollouts become batches: the right state for each token, the same numbers for every rank."""
+"""Rollouts become batches: each token gets its hidden state, and the result does not depend on the ranks."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from switchkd.types import Ragged
 torch.set_num_threads(1)
 
 
-def test_the_state_before_a_token_predicts_it() -> None:
-    """labels[i] stands in the sequence at rows[i], positions[i] + 1, for every completion token and no other."""
+def test_the_position_before_a_token_predicts_it() -> None:
+    """labels[i] is the token at rows[i], positions[i] + 1, for exactly the completion tokens."""
     rollouts = make_rollouts(6)
     batch = collate(rollouts, PAD)
     assert torch.equal(batch.input_ids[batch.rows, batch.positions + 1], batch.labels)
@@ -30,8 +30,8 @@ def test_the_state_before_a_token_predicts_it() -> None:
         assert batch.sources[mine].tolist() == rollout.sources.tolist()
 
 
-def test_a_model_that_copies_shows_the_alignment() -> None:
-    """With states that *are* the next token, the picked states equal the labels: off by one would not."""
+def test_states_align_with_their_labels() -> None:
+    """If a state is the next token, the picked states equal the labels, and shifted states do not."""
     batch = collate(make_rollouts(5), PAD)
     states = torch.roll(batch.input_ids, -1, dims=1)
     assert torch.equal(states[batch.rows, batch.positions], batch.labels)
@@ -55,8 +55,8 @@ def test_padding_changes_no_state(family: str) -> None:
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=2e-5)
 
 
-def test_the_signal_stays_with_its_tokens() -> None:
-    """Signals of several teachers and kinds cover the loss tokens in order, neighbours of one teacher in one piece."""
+def test_teacher_output_stays_with_its_tokens() -> None:
+    """Teacher outputs cover the loss tokens in order; consecutive rollouts of one teacher and kind are one piece."""
     rollouts = [replace(r, teacher=t) for r, t in zip(make_rollouts(5), "aabba", strict=True)]
     rollouts[4] = replace(make_rollouts(5, kind="logits")[4], teacher="a")
     batch = collate(rollouts, PAD)
@@ -71,7 +71,7 @@ def test_the_signal_stays_with_its_tokens() -> None:
 
 
 def test_bfloat16_travels_as_uint16() -> None:
-    """A bfloat16 signal comes out as the numbers that went in, from read-only memory too."""
+    """A bfloat16 teacher output keeps its values as uint16, also from read-only memory."""
     rollout = make_rollouts(1)[0]
     wanted = torch.from_numpy(rollout.teacher_output.rows.values).bfloat16()
     values = wanted.view(torch.int16).numpy().view(np.uint16).copy()
@@ -81,8 +81,8 @@ def test_bfloat16_travels_as_uint16() -> None:
     assert torch.equal(collate([travelled], PAD).teacher[0].values, wanted)
 
 
-def test_missing_signals_are_errors() -> None:
-    """A loss with a teacher refuses a rollout without its rows, naming it; a loss without one does not look."""
+def test_missing_teacher_rows_are_errors() -> None:
+    """A loss with a teacher refuses a rollout without complete teacher rows; a loss without one accepts it."""
     rollout = make_rollouts(1)[0]
     with pytest.raises(ValueError, match="rollout 0 carries no teacher output"):
         collate([replace(rollout, teacher_output=None)], PAD)
@@ -93,15 +93,14 @@ def test_missing_signals_are_errors() -> None:
 
 
 def test_an_empty_batch_has_a_sequence_and_no_tokens() -> None:
-    """A rank without rollouts still has something to run."""
+    """A batch without rollouts has one padding sequence and no loss tokens."""
     batch = collate([], PAD)
     assert batch.input_ids.tolist() == [[PAD]] and batch.attention_mask.tolist() == [[1]]
     assert len(batch.labels) == len(batch.rows) == 0 and batch.teacher == ()
 
 
 def test_micro_batches_are_sorted_by_length() -> None:
-    """Longest first, whatever order they came in; each rollout once; no more positions than allowed, unless it is one
-    rollout alone; less padding than in that order."""
+    """Micro-batches hold each rollout once, longest first, within the limit of positions except for single rollouts."""
     rollouts = make_rollouts(11)
     limit = 4 * max(len(r.prompt_ids) + r.num_tokens for r in rollouts) - 1
     micro = split_micro(rollouts, limit)
@@ -117,8 +116,8 @@ def test_micro_batches_are_sorted_by_length() -> None:
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8])
-def test_a_plan_is_fair_and_independent_of_order(num_ranks: int) -> None:
-    """Each rollout once, counts within one, tokens of ranks with equal counts within one longest rollout."""
+def test_an_assignment_is_balanced_and_independent_of_order(num_ranks: int) -> None:
+    """Each rollout is assigned once, counts differ by at most 1, and tokens by at most one longest rollout."""
     rollouts = make_rollouts(22, longest=40)
     assignment = assign_batch(5, 1, rollouts, num_ranks)
     assert assignment == assign_batch(5, 1, rollouts[::-1], num_ranks)
@@ -134,7 +133,7 @@ def test_a_plan_is_fair_and_independent_of_order(num_ranks: int) -> None:
 
 
 def test_atkd_is_split_over_the_whole_step() -> None:
-    """Threshold and count are those of all tokens together, the same for any number of ranks."""
+    """ATKD's threshold and hard count are those of the whole step for any number of ranks."""
     rollouts = make_rollouts(9)
     unc = torch.from_numpy(np.concatenate([r.uncertainty for r in rollouts]))
     for num_ranks in (1, 3):
@@ -145,7 +144,7 @@ def test_atkd_is_split_over_the_whole_step() -> None:
 
 
 def test_atkd_needs_the_teachers_uncertainty() -> None:
-    """A rollout that no teacher scored is named."""
+    """ATKD refuses a rollout without uncertainty."""
     rollouts = make_rollouts(3)
     rollouts[1] = replace(rollouts[1], uncertainty=np.full_like(rollouts[1].uncertainty, np.nan))
     with pytest.raises(ValueError, match="rollout 1 has tokens without"):

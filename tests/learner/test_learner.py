@@ -1,4 +1,4 @@
-"""The learner on one rank, held against a step that any reader of torch would write."""
+"""The learner on one rank equals a plain PyTorch step."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Build = Callable[..., Any]
 
 @pytest.fixture
 def build() -> Iterator[Build]:
-    """Makes learners on one rank in this process, and closes them."""
+    """A function that makes learners on one rank in this process; all are closed at the end."""
     from switchkd.learner.deepspeed import DeepSpeedLearner
 
     made = []
@@ -76,7 +76,7 @@ def weights(learner: Any) -> dict[str, torch.Tensor]:
 
 
 def gradients(learner: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
-    """Filled by the learner's next step with the gradients, before clipping, that its optimizer is given."""
+    """Filled by the learner's next step with the gradients before clipping."""
     found: dict[str, torch.Tensor] = {}
     update = learner._update
 
@@ -93,7 +93,7 @@ def gradients(learner: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.
 
 @pytest.mark.parametrize("spec", [FORWARD_KL, SKEWED, ATKD, CROSS_ENTROPY], ids=lambda s: s.name)
 def test_three_steps_equal_the_naive_ones(spec: LossSpec, build: Build, tmp_path: Path) -> None:
-    """Loss, gradient norm and weights after AdamW equal those of whole rows, no padding and one backward call."""
+    """Loss, gradient norm and weights equal those of unpadded sequences, whole rows and one backward call."""
     learner = build(student_folder(tmp_path))
     naive = NaiveLearner(tiny_model("llama", seed=1))
     for step in range(3):
@@ -110,11 +110,11 @@ def test_three_steps_equal_the_naive_ones(spec: LossSpec, build: Build, tmp_path
 def test_the_loss_does_not_depend_on_the_split(
     spec: LossSpec, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One micro-batch or seven, chunks of 3 or of 1,000: the same loss, gradient norm and gradient, float64's.
+    """Micro-batches and chunks of any size give the same loss and gradient, within rounding of float64's.
 
-    Gradients, not weights: Adam's first step is the sign of each, so a weight whose gradient is rounding noise moves by
-    a whole step either way. Plain float32 with whole rows lies 1.0e-6 from float64 here, whatever the CPU's instruction
-    set: that is the room of the second bound; the split alone makes 0.6e-6.
+    Gradients are compared, not weights: Adam's first step is the sign of each gradient, so rounding noise moves a
+    weight by a whole step. Plain float32 with whole rows is 1.0e-6 from float64 here, which sets the second bound; the
+    split alone adds 0.6e-6.
     """
     folder, rollouts = student_folder(tmp_path), make_rollouts(7)
     reference = NaiveLearner(tiny_model("llama", seed=1).double())
@@ -131,8 +131,8 @@ def test_the_loss_does_not_depend_on_the_split(
 
 
 @pytest.mark.parametrize("family", ["llama_tied", "qwen2", "gpt2", "opt_projected", "gemma2", "cohere", "granite"])
-def test_every_family_of_output_layers(family: str, build: Build, tmp_path: Path) -> None:
-    """Tied, projected, scaled and soft-capped output layers train as transformers itself would have them."""
+def test_output_layers_of_all_families_train_as_in_transformers(family: str, build: Build, tmp_path: Path) -> None:
+    """Tied, projected, scaled and soft-capped output layers give the loss and gradient norm of transformers."""
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if family == "gpt2" else {}
     dropout |= {"dropout": 0.0} if family.startswith("opt") else {}
     learner = build(student_folder(tmp_path, family, **dropout), attn="eager")
@@ -143,7 +143,7 @@ def test_every_family_of_output_layers(family: str, build: Build, tmp_path: Path
     assert weights(learner).keys() == dict(naive.model.named_parameters()).keys()
 
 
-def test_whole_rows_teach_the_same_as_hidden_states(build: Build, tmp_path: Path) -> None:
+def test_logits_give_the_loss_of_hidden_states(build: Build, tmp_path: Path) -> None:
     """`teacher.output: logits` and `teacher.output: hidden_states` give the same loss."""
     learner = build(student_folder(tmp_path))
     hidden, full = (
@@ -152,22 +152,22 @@ def test_whole_rows_teach_the_same_as_hidden_states(build: Build, tmp_path: Path
     assert hidden.loss == pytest.approx(full.loss, rel=1e-5)
 
 
-def test_it_learns_one_batch_by_heart(build: Build, tmp_path: Path) -> None:
-    """Forty steps on the same rollouts take the KL to a small part of what it was."""
+def test_it_overfits_one_batch(build: Build, tmp_path: Path) -> None:
+    """Forty steps on the same rollouts reduce the KL below a tenth."""
     learner, rollouts = build(student_folder(tmp_path), micro_batch_tokens=10_000), make_rollouts(4)
     losses_seen = [run_step(learner, rollouts, FORWARD_KL, step).loss for step in range(40)]
     assert losses_seen[-1] < 0.1 * losses_seen[0]
 
 
-def test_nothing_is_trained_without_a_step_size(build: Build, tmp_path: Path) -> None:
-    """The caller's lr is the one that counts: 0 leaves the folder's weights as they are."""
+def test_a_learning_rate_of_0_changes_no_weight(build: Build, tmp_path: Path) -> None:
+    """The lr of the call counts: a step with lr 0 changes no weight."""
     learner = build(student_folder(tmp_path))
     run_step(learner, make_rollouts(3), FORWARD_KL, lr=0.0)
     assert distance(weights(learner), dict(tiny_model("llama", seed=1).named_parameters())) == 0
 
 
 def test_metrics_are_means_over_their_tokens(build: Build, tmp_path: Path) -> None:
-    """Per-source means weighted by their counts give the step's mean; the KL is reported beside any other loss."""
+    """Means by source, weighted by their counts, give the step's mean; the KL is reported beside other losses."""
     learner, rollouts = build(student_folder(tmp_path)), make_rollouts(5)
     metrics = run_step(learner, rollouts, FORWARD_KL, lr=0.0).metrics
     sources = np.concatenate([r.sources for r in rollouts])
@@ -183,8 +183,8 @@ def test_metrics_are_means_over_their_tokens(build: Build, tmp_path: Path) -> No
     assert "loss/kl" not in no_teacher and "loss/lm" not in no_teacher
 
 
-def test_clipping_and_decay_are_torchs(build: Build, tmp_path: Path) -> None:
-    """The norm is reported before clipping; decay touches matrices only."""
+def test_clipping_and_decay_equal_torch(build: Build, tmp_path: Path) -> None:
+    """The gradient norm is reported before clipping, and weight decay changes matrices only."""
     rollouts = make_rollouts(3)
     learner = build(student_folder(tmp_path), grad_clip=0.05)
     naive = NaiveLearner(tiny_model("llama", seed=1), clip=0.05)
@@ -204,7 +204,7 @@ def test_clipping_and_decay_are_torchs(build: Build, tmp_path: Path) -> None:
 
 
 def test_gradient_checkpointing_changes_nothing(build: Build, tmp_path: Path) -> None:
-    """Computing activations again gives the same weights."""
+    """Gradient checkpointing gives the same weights."""
     folder, rollouts = student_folder(tmp_path), make_rollouts(4)
     learners = [build(folder, gradient_checkpointing=flag) for flag in (False, True)]
     for learner in learners:
@@ -212,8 +212,8 @@ def test_gradient_checkpointing_changes_nothing(build: Build, tmp_path: Path) ->
     assert distance(weights(learners[0]), weights(learners[1])) < 1e-7
 
 
-def test_the_export_is_an_ordinary_folder(build: Build, tmp_path: Path) -> None:
-    """transformers loads it, with the trained weights, the dtype and the source's generation config."""
+def test_transformers_loads_the_export(build: Build, tmp_path: Path) -> None:
+    """transformers loads the export with the trained weights, the dtype and the student's generation config."""
     from transformers import AutoModelForCausalLM
 
     folder = student_folder(tmp_path / "student", "qwen2")
@@ -225,33 +225,33 @@ def test_the_export_is_an_ordinary_folder(build: Build, tmp_path: Path) -> None:
     assert distance(dict(model.named_parameters()), weights(learner)) == 0
     assert model.generation_config.eos_token_id == [1, 7] and model.dtype == torch.float32
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    run_step(learner, make_rollouts(3), FORWARD_KL, 1)  # exporting is no end
+    run_step(learner, make_rollouts(3), FORWARD_KL, 1)  # training can go on after an export
 
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda spec: spec.name)
-def test_a_bad_step_never_happened(bad: LossSpec, build: Build, tmp_path: Path) -> None:
-    """Where loss or gradient is not finite the step is skipped, and the next one is, to the last bit and with dropout,
-    what it would have been; by then Adam has moments that could be poisoned."""
+def test_a_skipped_step_leaves_no_trace(bad: LossSpec, build: Build, tmp_path: Path) -> None:
+    """A step with a loss or gradient that is not finite is skipped, and the next step equals one without it to the last
+    bit."""
     folder = student_folder(tmp_path, "gpt2")  # its dropout is 0.1
-    straight, stumbling = build(folder), build(folder)
-    told = {}
-    for learner in (straight, stumbling):
+    straight, interrupted = build(folder), build(folder)
+    outcomes = {}
+    for learner in (straight, interrupted):
         torch.manual_seed(5)
         results = [run_step(learner, make_rollouts(4), FORWARD_KL)]
-        if learner is stumbling:
+        if learner is interrupted:
             before, rollouts = weights(learner), make_rollouts(5, seed=1)
             result = run_step(learner, spoiled(rollouts) if bad is FORWARD_KL else rollouts, bad, 1)
             assert result.skipped and result.metrics["loss/skipped"] == 1 and result.version == 2
             assert result.grad_norm == math.inf and math.isfinite(result.loss) == (bad is STEEP)
             assert distance(weights(learner), before) == 0
         results.append(run_step(learner, make_rollouts(4, seed=2), FORWARD_KL, 2))
-        told[learner] = [(r.loss, r.grad_norm, r.skipped, r.metrics["loss/skipped"]) for r in results]
-    assert told[stumbling] == told[straight] and told[straight][1][2:] == (False, 0)
-    assert distance(weights(stumbling), weights(straight)) == 0
+        outcomes[learner] = [(r.loss, r.grad_norm, r.skipped, r.metrics["loss/skipped"]) for r in results]
+    assert outcomes[interrupted] == outcomes[straight] and outcomes[straight][1][2:] == (False, 0)
+    assert distance(weights(interrupted), weights(straight)) == 0
 
 
-def test_wrong_arguments_are_named(build: Build, tmp_path: Path) -> None:
-    """Rollouts that are not this rank's, an unknown teacher, LoRA on the output layer, float16."""
+def test_wrong_arguments_are_refused(build: Build, tmp_path: Path) -> None:
+    """Rollouts of another rank, an unknown teacher, LoRA on the output layer and float16 are refused."""
     folder, rollouts = student_folder(tmp_path), make_rollouts(3)
     learner = build(folder)
     with pytest.raises(ValueError, match=r"rank 0 got rollouts \[0, 1\], the plan says \[0, 1, 2\]"):
@@ -267,7 +267,7 @@ def test_wrong_arguments_are_named(build: Build, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_other_ranks_is_refused(build: Build, tmp_path: Path) -> None:
-    """The error names both numbers of ranks."""
+    """A checkpoint of another number of ranks is refused with both numbers."""
     learner = build(student_folder(tmp_path / "student"))
     learner.save(tmp_path, "tag")
     learner.load(tmp_path, "tag")
@@ -276,8 +276,8 @@ def test_a_checkpoint_of_other_ranks_is_refused(build: Build, tmp_path: Path) ->
         learner.load(tmp_path, "tag")
 
 
-def test_logits_never_exist_all_at_once(build: Build, tmp_path: Path) -> None:
-    """No call of the loss sees more than chunk_tokens positions."""
+def test_logits_are_computed_in_chunks(build: Build, tmp_path: Path) -> None:
+    """A call of the loss gets at most chunk_tokens positions."""
     sizes = []
 
     def spy(p: torch.Tensor, q: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

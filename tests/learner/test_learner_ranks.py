@@ -1,6 +1,6 @@
-"""The learner on two ranks: processes that meet by gloo on loopback, at all ZeRO stages.
+"""The learner on two ranks: processes connected by gloo on loopback, at all ZeRO stages.
 
-Two ranks run every case, a new learner with a new port for each; the tests read what they left behind.
+Two ranks run all cases, each with a new learner and a new port; the tests read the outcomes that they save.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ MICRO_BATCH_TOKENS = 30
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A configuration of the learner, and the number of rollouts of a step. `run_case` says what the ranks do."""
+    """A configuration of the learner, and the number of rollouts of a step. `run_case` defines what the ranks do."""
 
     stage: int
     family: str = "llama"
@@ -108,7 +108,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one rank reports of a case; weights are published ones, empty on rank 1."""
+    """The outcome of a case on one rank; weights are published ones, empty on rank 1."""
 
     results: list[StepResult]  # of steps 0 to LAST
     skipped: list[StepResult]
@@ -128,8 +128,8 @@ class Ran:
 # --- one rank --------------------------------------------------------------------------------------------------------
 
 
-def be_a_rank(job: dict[str, tuple[Case, Path]], root: Path, rank: int) -> None:
-    """All cases, one after the other. `job`: case and student folder by name."""
+def run_rank(job: dict[str, tuple[Case, Path]], root: Path, rank: int) -> None:
+    """Run all cases in turn. `job`: case and student folder by name."""
     log = os.open(root / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
@@ -141,8 +141,8 @@ def be_a_rank(job: dict[str, tuple[Case, Path]], root: Path, rank: int) -> None:
 
 
 def run_case(case: Case, folder: Path, rank: int, out: Path) -> Outcome:
-    """Steps, a checkpoint, two steps that cannot be trained on, the last step, an export; then build anew, load, and
-    the last step again, this time without the bad ones before it."""
+    """Run steps, save, two bad steps, the last step and an export; then build, load, and run the last step again
+    without the bad ones."""
     learner = build(case, folder, rank, out / "port")
     results = [train(learner, case, rank, step) for step in range(LAST)]
     weights_before = published(learner)
@@ -183,7 +183,7 @@ def build(case: Case, folder: Path, rank: int, port_file: Path) -> Any:
 
 
 def meeting_port(file: Path, rank: int) -> int:
-    """Rank 0 finds a free port and writes it down, at the last moment: others on the machine take ports too."""
+    """Rank 0 writes a free port to the file as late as possible, since other processes take ports too."""
     if rank == 0:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -210,7 +210,7 @@ def train(learner: Any, case: Case, rank: int, step: int) -> StepResult:
 
 
 def train_badly(learner: Any, rank: int) -> list[StepResult]:
-    """A loss that is not finite, in one rollout of one rank; then a gradient that is not."""
+    """One step with a loss that is not finite in one rollout, one with a gradient that is not."""
     rollouts = spoiled(make_rollouts(5, seed=9))
     assignment = assign_batch(LAST, 0, rollouts, 2)
     share = [rollouts[i] for i in assignment.rollout_ids[rank]]
@@ -226,11 +226,11 @@ def published(learner: Any) -> dict[str, torch.Tensor]:
 
 
 def run_ranks(cases: dict[str, Case], root: Path, timeout_s: float) -> tuple[int | None, str]:
-    """Two ranks through all cases: the exit code of rank 0 (None: it had to be ended) and what both said."""
+    """Run two ranks through all cases: the exit code of rank 0 (None: it was killed) and both logs."""
     families = {case.family for case in cases.values()}
     folders = {family: student_folder(root / "students" / family, family, **no_dropout(family)) for family in families}
     job = {name: (case, folders[case.family]) for name, case in cases.items()}
-    ranks = [FORKSERVER.Process(target=be_a_rank, args=(job, root, rank)) for rank in range(2)]
+    ranks = [FORKSERVER.Process(target=run_rank, args=(job, root, rank)) for rank in range(2)]
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("DS_ACCELERATOR", "cpu")  # trap: deepspeed takes what it finds when it is imported
         for process in ranks:
@@ -264,9 +264,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     return Ran(root=root, rank0=ranks[0], rank1=ranks[1])
 
 
-def test_the_cases_cover_each_pair() -> None:
-    """Any two values of two factors meet in a case, every loss is in all of them, weights whole and partitioned meet
-    untied, tied and scaled output layers, and the naive learner every stage."""
+def test_the_cases_cover_each_pair_of_values() -> None:
+    """The cases cover any two values of two factors, every loss, and each ZeRO stage with each kind of output layer."""
     cases = CASES.values()
     for (a, values_a), (b, values_b) in itertools.combinations(FACTORS.items(), 2):
         assert {*itertools.product(values_a, values_b)} <= {(getattr(case, a), getattr(case, b)) for case in cases}
@@ -278,7 +277,7 @@ def test_the_cases_cover_each_pair() -> None:
 
 
 def test_in_every_case_a_rank_runs_empty_micro_batches() -> None:
-    """In steps 0 and 1, one rank has fewer micro-batches than the other one."""
+    """In steps 0 and 1 of each case one rank has fewer micro-batches than the other."""
     for num_rollouts, step in itertools.product({case.num_rollouts for case in CASES.values()}, range(LAST)):
         rollouts = make_rollouts(num_rollouts, seed=step)
         shares = [[rollouts[i] for i in ids] for ids in assign_batch(step, 0, rollouts, 2).rollout_ids]
@@ -287,9 +286,8 @@ def test_in_every_case_a_rank_runs_empty_micro_batches() -> None:
 
 
 @pytest.mark.parametrize("name", FULL_FP32)
-def test_two_ranks_are_one_rank(name: str, ran: Ran) -> None:
-    """For every ZeRO stage and loss, with empty micro-batches and after bad steps: losses, norms, weights of one naive
-    process."""
+def test_two_ranks_equal_one_process(name: str, ran: Ran) -> None:
+    """Losses, norms and weights of two ranks equal those of one plain process, for each ZeRO stage and loss."""
     case, outcome = CASES[name], ran.rank0[name]
     learner = NaiveLearner(untrained(case))
     for step, (result, spec) in enumerate(zip(outcome.results, LOSSES, strict=True)):
@@ -300,7 +298,7 @@ def test_two_ranks_are_one_rank(name: str, ran: Ran) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_report_the_same(name: str, ran: Ran) -> None:
-    """Loss, norm and metrics are those of the whole step on both ranks; only rank 0 publishes."""
+    """Both ranks report the loss, norm and metrics of the whole step; only rank 0 publishes."""
     a, b = ran.rank0[name], ran.rank1[name]
     for mine, theirs in zip([*a.results, a.resumed], [*b.results, b.resumed], strict=True):
         assert (mine.loss, mine.grad_norm, mine.metrics) == (theirs.loss, theirs.grad_norm, theirs.metrics)
@@ -308,8 +306,8 @@ def test_ranks_report_the_same(name: str, ran: Ran) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_both_ranks_skip_what_one_cannot_train_on(name: str, ran: Ran) -> None:
-    """A loss or a gradient that is not finite makes both ranks skip the step, and no other one."""
+def test_both_ranks_skip_a_bad_step(name: str, ran: Ran) -> None:
+    """A loss or a gradient that is not finite on one rank makes both ranks skip that step only."""
     for outcome in (ran.rank0[name], ran.rank1[name]):
         assert [r.skipped for r in outcome.skipped] == [True, True]
         assert not any(r.skipped for r in [*outcome.results, outcome.resumed])
@@ -317,9 +315,8 @@ def test_both_ranks_skip_what_one_cannot_train_on(name: str, ran: Ran) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_resumed_learner_goes_on_bit_by_bit(name: str, ran: Ran) -> None:
-    """Save, two bad steps, step; build anew, load, step: the same loss, norm and weights to the last bit. So a
-    checkpoint loses nothing, and a bad step changes nothing that later ones depend on."""
+def test_a_resumed_learner_is_bit_equal(name: str, ran: Ran) -> None:
+    """A step after a reload equals the step after the save to the last bit, though bad steps came in between."""
     outcome = ran.rank0[name]
     assert outcome.resumed.loss == outcome.results[LAST].loss
     assert outcome.resumed.grad_norm == outcome.results[LAST].grad_norm
@@ -328,8 +325,8 @@ def test_a_resumed_learner_goes_on_bit_by_bit(name: str, ran: Ran) -> None:
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_bf16_steps_like_fp32(stage: int, ran: Ran) -> None:
-    """bf16 with fp32 masters moves the weights where fp32 moves them, at every stage alike (stage 0 becomes 1)."""
+def test_bf16_trains_like_fp32(stage: int, ran: Ran) -> None:
+    """bf16 with fp32 masters moves the weights like fp32, and all stages agree (stage 0 becomes 1)."""
     start = dict(untrained(CASES["zero0"]).named_parameters())
     bf16, fp32, stage1 = (ran.rank0[name] for name in (f"bf16_{stage}", "zero0", "bf16_1"))
     assert bf16.results[0].loss == pytest.approx(fp32.results[0].loss, rel=1e-2)
@@ -342,8 +339,8 @@ def test_bf16_steps_like_fp32(stage: int, ran: Ran) -> None:
 
 @pytest.mark.parametrize("name", ["lora0", "lora1", "lora3"])
 def test_lora_is_merged_as_peft_merges_it(name: str, ran: Ran) -> None:
-    """Published weights, the exported model and peft's own merge of the exported adapter are the same; most of the
-    base is untouched, and some of it is not."""
+    """Published weights, the exported model and peft's own merge are equal; only adapted layers differ from the
+    base."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -359,8 +356,8 @@ def test_lora_is_merged_as_peft_merges_it(name: str, ran: Ran) -> None:
 
 
 @pytest.mark.parametrize("name", ["lora0", "lora1", "lora2", "lora3"])
-def test_lora_publishes_what_it_trains(name: str, ran: Ran) -> None:
-    """Publishing does not touch the training weights: stages agree, and merged weights give the next step's loss."""
+def test_lora_publishes_the_trained_weights(name: str, ran: Ran) -> None:
+    """Publishing leaves the training weights unchanged: stages agree, and merged weights give the next step's loss."""
     case, outcome = CASES[name], ran.rank0[name]
     rel = 2e-2 if case.dtype == "bfloat16" else 1e-5
     assert outcome.results[1].metrics["loss/kl"] < 1.2 * outcome.results[0].metrics["loss/kl"]
@@ -375,7 +372,7 @@ def test_lora_publishes_what_it_trains(name: str, ran: Ran) -> None:
 
 @pytest.mark.parametrize("name", [name for name in FULL if CASES[name].stage == 3])
 def test_the_export_of_partitioned_weights_is_whole(name: str, ran: Ran) -> None:
-    """ZeRO-3, with tied embeddings too, exports an ordinary folder that the rollout workers' weights equal."""
+    """ZeRO-3 exports an ordinary folder with the published weights, also for tied embeddings."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(ran.root / name / "export")
@@ -384,8 +381,8 @@ def test_the_export_of_partitioned_weights_is_whole(name: str, ran: Ran) -> None
 
 
 @pytest.mark.parametrize("name", ["scaled3", "lora3", "tied3"])
-def test_a_worker_takes_what_two_ranks_publish(name: str, ran: Ran) -> None:
-    """A student engine's model loads the bundle by name."""
+def test_a_model_loads_what_two_ranks_publish(name: str, ran: Ran) -> None:
+    """A model loads by name the weights that two ranks publish."""
     model, weights = tiny_model(CASES[name].family, seed=9), ran.rank0[name].weights
     load_into(model, pack(weights.items(), 1))
     assert distance(dict(model.named_parameters()), weights) == 0
@@ -400,6 +397,6 @@ def test_a_worker_takes_what_two_ranks_publish(name: str, ran: Ran) -> None:
     ids=["raise", "stall"],
 )
 def test_a_lost_rank_is_an_error_not_a_hang(case: Case, rank0: str, rank1: str, tmp_path: Path) -> None:
-    """When one rank raises or stands still, the other one's step raises, at the latest after the group's timeout."""
+    """If one rank raises or stalls, the other rank's step raises after at most the group's timeout."""
     code, said = run_ranks({"fault": case}, tmp_path, timeout_s=100)
     assert code == 1 and re.search(rank0, said) and rank1 in said, said

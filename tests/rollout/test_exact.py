@@ -1,4 +1,4 @@
-"""Rollouts of real (tiny) transformers models in fp32: a pure function of weights, prompt and seed."""
+"""fp32 rollouts of tiny transformers models are a pure function of weights, prompt and seed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from switchkd.rollout.state import RolloutParams
 from switchkd.types import CompletionSource, Prompt, Rollout, RolloutTask
 
 NEAR = 1e-4
-"""Stated tolerance: where a rollout met two scores or a statistic and its threshold closer than this, it may differ."""
+"""Tolerance: a rollout may differ if two scores, or a statistic and its threshold, are closer than this."""
 
 
 def tasks(num: int = 5) -> list[RolloutTask]:
@@ -39,7 +39,7 @@ def tasks(num: int = 5) -> list[RolloutTask]:
 
 
 def pair(family: str, teacher_vocab: int = 136, **config):  # type: ignore[no-untyped-def]
-    """Teacher and a student near it, with output layers of different width."""
+    """A teacher and a student near it, with output layers of different width."""
     teacher = tiny_model(family, vocab_size=teacher_vocab, **config)
     student = tiny_model(family, vocab_size=128, **config)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def models():  # type: ignore[no-untyped-def]
 
 
 def assert_same(wanted: dict[int, Rollout], found: dict[int, Rollout]) -> int:
-    """Equal tokens and owners, save for rollouts that met a near tie. Returns how many were excused."""
+    """Assert equal tokens and sources, except for rollouts with a near tie; return their number."""
     excused = 0
     for i, rollout in wanted.items():
         if found[i].token_ids.tolist() == rollout.token_ids.tolist():
@@ -100,8 +100,8 @@ def assert_same(wanted: dict[int, Rollout], found: dict[int, Rollout]) -> int:
 
 @pytest.mark.parametrize("sampling", ["greedy", "sampled"])
 @pytest.mark.parametrize("name", ["student", "teacher", "random", "mixture", "switch", "adaswitch", "skd"])
-def test_same_for_every_block_and_batch(models, name: str, sampling: str) -> None:  # type: ignore[no-untyped-def]
-    """fp32 rollouts are equal for block sizes 1, 2, 5, 8, batch sizes 1, 2, 5, whoever leads, and token by token."""
+def test_rollouts_are_equal_for_each_block_and_batch(models, name: str, sampling: str) -> None:  # type: ignore[no-untyped-def]
+    """fp32 rollouts are equal for each block size, batch size and drafter, and token by token."""
     student, teacher = SAMPLINGS[sampling]
     params = RolloutParams(rule=RULES[name], student=student, teacher=teacher, max_new_tokens=MAX_NEW, seed=11)
     wanted = write(models["llama"], params, max_draft_tokens=1, slots=1, drafter="none")
@@ -116,8 +116,8 @@ def test_same_for_every_block_and_batch(models, name: str, sampling: str) -> Non
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "mistral"])
-def test_same_for_other_families(models, family: str) -> None:  # type: ignore[no-untyped-def]
-    """The same for tied and untied heads, learned positions and sliding windows, with unequal output widths."""
+def test_rollouts_are_equal_for_other_families(models, family: str) -> None:  # type: ignore[no-untyped-def]
+    """Rollouts are equal for tied and untied heads, learned positions and sliding windows."""
     alone = RolloutParams(
         rule=switching.jsd_threshold(schedule="constant", tau_0=1.0),
         student=SamplingParams(),
@@ -136,9 +136,8 @@ def test_same_for_other_families(models, family: str) -> None:  # type: ignore[n
         assert assert_same(wanted, write(models[family], params, max_draft_tokens=5, slots=3, drafter=drafter)) == 0
 
 
-def test_whole_rows_and_hidden_states_agree(models) -> None:  # type: ignore[no-untyped-def]
-    """`teacher.output: hidden_states` rebuilds the rows that `teacher.output: logits` sends: same tokens, same
-    distributions."""
+def test_logits_and_hidden_states_agree(models) -> None:  # type: ignore[no-untyped-def]
+    """`teacher.output: hidden_states` and `teacher.output: logits` give the same tokens and distributions."""
     params = RolloutParams(
         rule=RULES["switch-constant"], student=SAMPLINGS["sampled"][0], teacher=SAMPLINGS["sampled"][1],
         max_new_tokens=MAX_NEW, seed=5,
@@ -154,7 +153,7 @@ def test_whole_rows_and_hidden_states_agree(models) -> None:  # type: ignore[no-
 
 
 def test_rows_equal_one_clean_forward(models) -> None:  # type: ignore[no-untyped-def]
-    """The signal of a finished rollout equals one full forward of the teacher over prompt and completion."""
+    """The teacher output of a rollout equals one full forward pass over prompt and completion."""
     params = RolloutParams(
         rule=RULES["adaswitch"], student=SAMPLINGS["sampled"][0], teacher=SAMPLINGS["sampled"][1],
         max_new_tokens=MAX_NEW, seed=2,

@@ -1,4 +1,4 @@
-"""Rollouts on toy chains: block switching is exact, whatever the block size, the batch and the order of work."""
+"""Rollouts of toy models: block switching is exact for each block size, batch and order of work."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def write(  # type: ignore[no-untyped-def]
     distance: float = 1.0,
     overlap: bool = False,
 ):
-    """Rollouts by id, and the worker that wrote them."""
+    """Rollouts by id, and their generator."""
     p, q = pair(distance)
     worker = SwitchingGenerator(
         student=ToyStudent(q, slots),
@@ -78,8 +78,8 @@ def write(  # type: ignore[no-untyped-def]
     return found, worker
 
 
-def literal(a_mode: RolloutParams, rollout_id: int, distance: float = 1.0) -> tuple[list[int], list[int]]:
-    """Token by token in float64, in the papers' words: who owns it, then that model's own keyed draw."""
+def slow_rollout(a_mode: RolloutParams, rollout_id: int, distance: float = 1.0) -> tuple[list[int], list[int]]:
+    """Slow reference in float64: decide the writer token by token, then draw with the writer's own key."""
     p, q = pair(distance)
     rule = a_mode.rule
     tokens, sources = task(rollout_id).prompt.token_ids.tolist(), []
@@ -112,7 +112,7 @@ def literal(a_mode: RolloutParams, rollout_id: int, distance: float = 1.0) -> tu
 
 
 def _pick(row: torch.Tensor, sampling: SamplingParams, noise: np.ndarray) -> int:
-    """Tempered, truncated, then the arg max with the noise; float64, sorted in full."""
+    """Temper, truncate, and take the arg max with the noise; float64, sorted in full."""
     if sampling.temperature == 0:
         return int(np.argmax(row.numpy()))
     scores = row.numpy() / sampling.temperature
@@ -127,19 +127,19 @@ def _pick(row: torch.Tensor, sampling: SamplingParams, noise: np.ndarray) -> int
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("name", RULES)
-def test_equals_the_literal_loop(name: str, sampling: str) -> None:
-    """Block switching writes exactly what a token-by-token float64 loop writes, owners included."""
+def test_rollouts_equal_a_slow_loop(name: str, sampling: str) -> None:
+    """Block switching gives the tokens and sources of a token-by-token float64 loop."""
     a_mode = params(RULES[name], sampling)
     found, _ = write(a_mode, range(12), max_draft_tokens=5, slots=4)
     for rollout_id, rollout in found.items():
-        tokens, sources = literal(a_mode, rollout_id)
+        tokens, sources = slow_rollout(a_mode, rollout_id)
         assert rollout.token_ids.tolist() == tokens
         assert rollout.sources.tolist() == sources
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_same_for_every_block_size_batch_and_lead(name: str) -> None:
-    """K, batch size, order of the work and who leads change nothing but the speed."""
+def test_rollouts_are_equal_for_each_block_batch_and_drafter(name: str) -> None:
+    """Block size, batch size, order of work and drafter do not change tokens, sources or statistics."""
     a_mode = params(RULES[name])
     wanted, _ = write(a_mode, range(9), max_draft_tokens=1, slots=1)
     for max_draft_tokens, slots, drafter, ids in [
@@ -163,8 +163,8 @@ def test_same_for_every_block_size_batch_and_lead(name: str) -> None:
 
 @pytest.mark.parametrize("drafter", ["student", "teacher", "auto"])
 @pytest.mark.parametrize("name", ["switch", "adaswitch", "skd", "teacher", "student"])
-def test_same_in_two_half_batches(name: str, drafter: str) -> None:
-    """While one half of the rows is at the teacher the other drafts: the same tokens."""
+def test_half_batches_give_the_same_rollouts(name: str, drafter: str) -> None:
+    """Two half-batches with overlap give the same tokens and sources."""
     wanted, _ = write(params(RULES[name]), range(9), max_draft_tokens=4, slots=4)
     found, _ = write(params(RULES[name]), range(9), max_draft_tokens=4, slots=4, drafter=drafter, overlap=True)
     for i, rollout in wanted.items():
@@ -173,8 +173,8 @@ def test_same_in_two_half_batches(name: str, drafter: str) -> None:
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_halves_do_overlap(overlap: bool) -> None:
-    """The student drafts while the teacher is at work, in half-batches only."""
+def test_half_batches_overlap(overlap: bool) -> None:
+    """The student drafts during a teacher call in half-batches only."""
     events: list[str] = []
 
     class Slow(ToyTeacher):
@@ -199,8 +199,8 @@ def test_halves_do_overlap(overlap: bool) -> None:
 
 @pytest.mark.parametrize("name", ["switch", "adaswitch", "skd", "teacher"])
 @pytest.mark.parametrize("max_draft_tokens", [1, 3, 8])
-def test_signal_belongs_to_its_token(name: str, max_draft_tokens: int) -> None:
-    """Row t of the signal is the teacher's distribution of token t given the prompt and the tokens before it."""
+def test_teacher_output_belongs_to_its_token(name: str, max_draft_tokens: int) -> None:
+    """Row t of the teacher output is the teacher's distribution of token t after the prompt and earlier tokens."""
     p, _ = pair()
     found, _ = write(params(RULES[name]), range(8), max_draft_tokens=max_draft_tokens, slots=3)
     for rollout in found.values():
@@ -211,7 +211,7 @@ def test_signal_belongs_to_its_token(name: str, max_draft_tokens: int) -> None:
 
 
 def test_statistic_is_the_divergence_of_the_rows() -> None:
-    """What a rollout reports as its statistic is JSD base 2 of the two rows at that token."""
+    """The statistic of a rollout is the base-2 JSD of both models' rows at each token."""
     p, q = pair()
     found, _ = write(params(RULES["switch"]), range(4), max_draft_tokens=4, slots=4)
     for rollout in found.values():
@@ -223,8 +223,8 @@ def test_statistic_is_the_divergence_of_the_rows() -> None:
 
 
 @pytest.mark.parametrize(("name", "sampling"), [("random", "sampled"), ("skd", "sampled"), ("switch", "mixed")])
-def test_law_of_the_first_token(name: str, sampling: str) -> None:
-    """Over many rollouts the first token follows p or q of its owner, SKD's replacement included (chi-square)."""
+def test_first_token_follows_its_writers_distribution(name: str, sampling: str) -> None:
+    """Over many rollouts the first token follows its writer's distribution, SKD's replacement included (chi-square)."""
     a_mode = params(switching.outside_top_k(k=5) if name == "skd" else RULES[name], sampling, seed=3)
     if name == "switch":  # by itself SWITCH starts with the student: force the teacher
         a_mode = params(switching.jsd_threshold(schedule="constant", tau_0=1e-9, max_new_tokens=MAX_NEW), sampling)
@@ -264,20 +264,20 @@ def _law(row: torch.Tensor, sampling: SamplingParams) -> np.ndarray:
     return law
 
 
-def test_teacher_budget() -> None:
-    """Once the budget is spent the student writes; the tokens still equal the literal loop's."""
+def test_teacher_budget_limits_teacher_tokens() -> None:
+    """After `teacher_budget` teacher tokens the student writes, as in the slow reference."""
     a_mode = params(RULES["random"], teacher_budget=3)
     found, _ = write(a_mode, range(10), max_draft_tokens=4, slots=4)
     spent = 0
     for rollout_id, rollout in found.items():
-        tokens, sources = literal(a_mode, rollout_id)
+        tokens, sources = slow_rollout(a_mode, rollout_id)
         assert rollout.token_ids.tolist() == tokens and rollout.sources.tolist() == sources
         spent = max(spent, int((rollout.sources == TokenSource.TEACHER).sum()))
     assert spent == 3
 
 
 def test_blocks_save_teacher_calls() -> None:
-    """With a close pair, blocks of four need well under half of lockstep's teacher calls for the same tokens."""
+    """For a close pair, blocks of four need less than half of lockstep's teacher calls."""
     a_mode = params(RULES["switch"])
     blocks, fast = write(a_mode, range(8), max_draft_tokens=4, slots=8, distance=0.2)
     single, slow = write(a_mode, range(8), max_draft_tokens=1, slots=8, drafter="none", distance=0.2)
@@ -286,8 +286,8 @@ def test_blocks_save_teacher_calls() -> None:
 
 
 @pytest.mark.parametrize("drafter", ["student", "teacher", "none"])
-def test_every_round_emits_what_it_accepts_and_one_more_where_it_rejects(drafter: str) -> None:
-    """Drafted, accepted and emitted tokens add up, whoever drafts."""
+def test_accepted_and_rejected_tokens_add_up(drafter: str) -> None:
+    """Block lengths, accepted tokens and rejections add up for each drafter."""
     rollouts, _ = write(params(RULES["switch"]), range(8), max_draft_tokens=4, slots=4, drafter=drafter)
     for rollout in rollouts.values():
         counts = rollout.stats
@@ -300,7 +300,7 @@ def test_every_round_emits_what_it_accepts_and_one_more_where_it_rejects(drafter
 
 
 def test_a_worker_reports_the_sum_of_its_rollouts() -> None:
-    """Tokens by source, teacher calls and counters of all rollouts of a call, those of a data set included."""
+    """A worker's report sums tokens by source, teacher calls and counters over all rollouts of a call."""
     p, q = pair()
     generator = SwitchingGenerator(
         student=ToyStudent(q, 3), teacher=ToyTeacher(p), head=None, stop_ids=frozenset({STOP}), max_draft_tokens=4
@@ -323,8 +323,8 @@ def test_a_worker_reports_the_sum_of_its_rollouts() -> None:
     assert (report + report).stats.output_bytes == 2 * report.stats.output_bytes > 0
 
 
-def test_references_are_scored_as_they_stand() -> None:
-    """A data-set completion keeps its tokens and gets the teacher's row for each of them."""
+def test_references_are_scored_unchanged() -> None:
+    """A data-set completion keeps its tokens and gets the teacher's row for each."""
     p, q = pair()
     worker = SwitchingGenerator(
         student=ToyStudent(q, 2), teacher=ToyTeacher(p), head=None, stop_ids=frozenset({STOP}), max_draft_tokens=4
@@ -343,8 +343,8 @@ def test_references_are_scored_as_they_stand() -> None:
         assert set(rollout.sources.tolist()) == {TokenSource.DATA}
 
 
-def test_new_weights_in_mid_rollout() -> None:
-    """`reprefill`: tokens decided after new weights came carry the new version, and the student's draws are its own."""
+def test_reprefill_stamps_new_weights() -> None:
+    """Under `reprefill` tokens after new weights have the new version and the new student's draws."""
 
     class Bundle:
         version = 5

@@ -1,4 +1,4 @@
-"""Who leads: a choice by measured costs and break rates. That it changes no token is shown in test_rollout.py."""
+"""The drafter is chosen by measured costs and rejection rates. (That it changes no token: test_rollout.py.)"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rows(num: int, t: int = 0, rule: switching.Rule = RULE) -> list[RolloutState
 
 
 def speculation(*, student_step: float = 1.0, teacher_step: float = 1.0, per_token: float = 0.01) -> SpeculationPolicy:
-    """Steps cost what is said, blocks a step and a little per token. Every way has been tried."""
+    """A policy with given step costs, where a block costs a step and a little per token, and all plans measured."""
     found = SpeculationPolicy("auto", 16)
     for kind, fixed in (("student", student_step), ("check", student_step), ("write", teacher_step),
                         ("read", teacher_step)):  # fmt: skip
@@ -39,8 +39,8 @@ def see(found: SpeculationPolicy, owned: bool, differ: bool, t: int = 0, times: 
     found.record_outcome(RULE.name, False, np.full(times, t), np.full(times, owned), np.full(times, int(differ)))
 
 
-def test_equal_draws_call_for_long_blocks_of_the_cheaper_model() -> None:
-    """Where nothing ever breaks the cheaper model goes ahead as far as it may."""
+def test_the_cheaper_model_drafts_without_rejections() -> None:
+    """Without rejections the cheaper model drafts long blocks."""
     for cheap, who in ((0.2, "student"), (5.0, "teacher")):
         found = speculation(student_step=cheap)
         see(found, owned=True, differ=False)
@@ -48,8 +48,8 @@ def test_equal_draws_call_for_long_blocks_of_the_cheaper_model() -> None:
         assert plan.drafter == who and plan.num_tokens >= 12
 
 
-def test_who_owns_what_differs_decides_who_leads() -> None:
-    """A student's block breaks on the teacher's tokens, a teacher's on the student's."""
+def test_the_writer_of_differing_tokens_drafts() -> None:
+    """The model that writes the differing tokens drafts."""
     found = speculation()
     see(found, owned=True, differ=True)
     assert found.choose(rows(8)).drafter == "teacher"
@@ -58,8 +58,8 @@ def test_who_owns_what_differs_decides_who_leads() -> None:
     assert found.choose(rows(8)).drafter == "student"
 
 
-def test_lockstep_where_every_block_breaks() -> None:
-    """Draws that always differ, owners that change: one token each."""
+def test_lockstep_if_every_block_is_rejected() -> None:
+    """If every block is rejected, each round has one token."""
     found = speculation()
     for i in range(200):
         see(found, owned=i % 2 == 0, differ=True, times=1)
@@ -68,58 +68,58 @@ def test_lockstep_where_every_block_breaks() -> None:
 
 
 @pytest.mark.parametrize(("gain", "num_lockstep"), [(1.04, 60), (1.2, 3), (1.3, 0)])
-def test_lockstep_where_little_is_gained(monkeypatch, gain: float, num_lockstep: int) -> None:
-    """A gain that the clock's error could feign is not taken; where lockstep is nearly as good, its costs are looked at
-    every 17th round; else blocks are kept to."""
+def test_lockstep_if_the_gain_is_small(monkeypatch, gain: float, num_lockstep: int) -> None:
+    """A gain within the clock's error is not taken, and a small gain makes lockstep be measured again every 17th
+    round."""
     found, way = speculation(), DraftPlan("student", 4)
     monkeypatch.setattr(found, "_ways", lambda rows: [NO_DRAFT, way])
     monkeypatch.setattr(found, "expected_throughput", lambda rows, most: {NO_DRAFT: 1.0, way: gain})
     assert [found.choose(rows(8)) for _ in range(60)].count(NO_DRAFT) == num_lockstep
 
 
-def test_rates_are_kept_by_place() -> None:
-    """Early tokens are the student's and late ones the teacher's, so the lead changes along the way."""
+def test_rates_are_kept_by_position() -> None:
+    """Rejection rates are kept by position, so the drafter changes along the completion."""
     found = speculation()
     see(found, owned=False, differ=True, t=0)
     see(found, owned=True, differ=True, t=40)
     assert found.choose(rows(8, t=0)).drafter == "student"
     assert found.choose(rows(8, t=40)).drafter == "teacher"
-    assert found.choose(rows(8, t=60)).drafter == "teacher", "not there yet: as at the last place that is known"
+    assert found.choose(rows(8, t=60)).drafter == "teacher", "no data yet: as at the last known position"
 
 
-def test_a_row_near_its_end_gets_no_long_block() -> None:
-    """No way goes further than the row with the most room."""
+def test_blocks_end_with_the_completion() -> None:
+    """A block is no longer than the largest remaining length."""
     found = speculation()
     see(found, owned=True, differ=False)
     assert found.choose(rows(8, t=97)).num_tokens <= 3
 
 
-def test_skd_is_never_led_by_the_teacher() -> None:
-    """Its test asks for the student's own draw, its replacement has noise of its own."""
+def test_the_teacher_never_drafts_under_skd() -> None:
+    """The teacher never drafts under SKD, whose test needs the student's draw."""
     found = speculation(teacher_step=0.01)
     assert found.choose(rows(8, rule=switching.outside_top_k())).drafter != "teacher"
 
 
 @pytest.mark.parametrize("drafter", ["student", "teacher"])
-def test_a_forced_lead_is_kept(drafter: str) -> None:
-    """Whatever was measured."""
+def test_a_configured_drafter_is_kept(drafter: str) -> None:
+    """A configured drafter and block size are kept, whatever was measured."""
     assert SpeculationPolicy(drafter, 5).choose(rows(3)) == DraftPlan(drafter, 5)  # type: ignore[arg-type]
     assert SpeculationPolicy("none", 5).choose(rows(3)) == NO_DRAFT == SpeculationPolicy("auto", 1).choose(rows(3))
 
 
-def test_every_way_is_tried_first() -> None:
-    """Before a choice each way has been measured."""
+def test_each_plan_is_measured_first() -> None:
+    """Each plan is measured before the first choice."""
     found = SpeculationPolicy("auto", 8)
     tried = [found.choose(rows(4)) for _ in range(3)]
-    assert len(set(tried)) == 1, "a call that read a prompt as well tells nothing: try again"
+    assert len(set(tried)) == 1, "a call that also read a prompt does not count: measure again"
     for _ in range(6):
         tried.append(found.choose(rows(4)))
         found.observe_call(tried[-1], "read", 4, 1.0)
     assert set(tried) == {DraftPlan("student", 4), DraftPlan("teacher", 4), NO_DRAFT}
 
 
-def test_costs_are_medians_on_straight_lines() -> None:
-    """One slow call does not count; sizes between are interpolated, beyond them a fixed part is assumed."""
+def test_costs_are_medians_with_linear_interpolation() -> None:
+    """Costs are medians, interpolated between sizes and extrapolated with a fixed part."""
     costs = LatencyModel()
     for seconds in (1.0, 1.1, 9.0):
         costs.add("read", 8, seconds)
@@ -129,9 +129,8 @@ def test_costs_are_medians_on_straight_lines() -> None:
     assert np.isnan(costs.of("write", 8))
 
 
-def test_costs_beyond_what_was_seen_do_not_hang_on_the_clocks_error() -> None:
-    """Two neighbouring sizes, one of them measured while the machine was busy: the line of all larger sizes goes on.
-    Falling times are their mean; one size alone says that twice the tokens take one and a half times as long."""
+def test_extrapolated_costs_are_robust() -> None:
+    """Costs of larger sizes follow the trend of all sizes, so one slow measurement does not distort them."""
     costs = LatencyModel()
     for tokens in (8, 16, 24, 31):
         costs.add("read", tokens, 1.0 + 0.1 * tokens)
@@ -144,8 +143,8 @@ def test_costs_beyond_what_was_seen_do_not_hang_on_the_clocks_error() -> None:
     assert costs.of("check", 16) == 1.5
 
 
-def test_a_place_that_was_hardly_seen_has_the_rate_of_all() -> None:
-    """Nothing broke in 500 tokens elsewhere: three tokens without a break are no reason for short blocks."""
+def test_a_rare_position_has_the_overall_rate() -> None:
+    """A position with few observations has the overall rate."""
     rates = _Rates()
     for _ in range(500):
         rates.observe(0, False)

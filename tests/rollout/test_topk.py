@@ -1,4 +1,4 @@
-"""`teacher.output: top_logprobs`: rows cut to their top k, and rollouts that are decided and drawn from them."""
+"""`teacher.output: top_logprobs`: rows cut to their top k, and rollouts decided and drawn from them."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def cases(seed: int = 0, num: int = 400, vocab: int = 300) -> tuple[torch.Tensor
 
 
 @pytest.mark.parametrize("k", [1, 5, 24, 30])
-def test_first_ids_in_order(k: int) -> None:
-    """The k first by value, equal values by id: a sort of the whole row says the same. Tail sums as in float64."""
+def test_top_k_equals_a_full_sort(k: int) -> None:
+    """The top k are ordered by value, then id, and the tail's sums equal float64's."""
     generator = torch.Generator().manual_seed(k)
     logits = torch.randint(0, 6, (200, 24), generator=generator).float()  # full of ties
     row = compress(logits, k)
@@ -77,8 +77,8 @@ def test_first_ids_in_order(k: int) -> None:
         assert torch.allclose(row.logprobs[n].double(), log_p[n][row.ids[n]], atol=1e-6)
 
 
-def test_packing_keeps_every_bit() -> None:
-    """Words are integers: ids and float32 bits come back as they were, through NumPy too."""
+def test_packing_is_bit_equal() -> None:
+    """Packed rows are bit-equal after unpacking, also through NumPy."""
     row = compress(cases()[0], 16)
     words = pack(row)
     assert words.dtype == torch.int32 and words.shape == (400, 2 * 16 + 2)
@@ -88,8 +88,8 @@ def test_packing_keeps_every_bit() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 8, 299, 300])
-def test_whole_rows_from_compressed_ones(k: int) -> None:
-    """`spread` is a law of the same mass, the tail even and behind the kept ids; `kept` has the kept ids alone."""
+def test_spread_and_kept_rebuild_rows(k: int) -> None:
+    """`spread` gives the tail one equal probability below the kept ids'; `kept` gives the kept ids alone."""
     p, _ = cases()
     row = compress(p, k)
     whole, alone = spread(row, 300), kept(row)
@@ -104,8 +104,8 @@ def test_whole_rows_from_compressed_ones(k: int) -> None:
 # --- rollouts on toy chains ------------------------------------------------------------------------------------------
 
 
-class BriefTeacher(ToyTeacher):
-    """Sends the top k, and draws from them."""
+class TopKTeacher(ToyTeacher):
+    """Sends the top k and draws from them."""
 
     def __init__(self, chain: torch.Tensor, k: int) -> None:
         super().__init__(chain)
@@ -132,21 +132,21 @@ class BriefTeacher(ToyTeacher):
 def generator(k: int, *, slots: int = 4, max_draft_tokens: int = 4, **more) -> SwitchingGenerator:  # type: ignore[no-untyped-def]
     p, q = pair()
     return SwitchingGenerator(
-        student=ToyStudent(q, slots), teacher=BriefTeacher(p, k), head=None, stop_ids=frozenset({STOP}),
+        student=ToyStudent(q, slots), teacher=TopKTeacher(p, k), head=None, stop_ids=frozenset({STOP}),
         max_draft_tokens=max_draft_tokens, **more,
     )  # fmt: skip
 
 
 def write(a_mode: RolloutParams, ids, *, k: int, **more) -> dict[int, Rollout]:  # type: ignore[no-untyped-def]
-    """Rollouts by id, from compressed rows."""
+    """Rollouts by id from top-k rows."""
     done: list[Rollout] = []
     generator(k, **more).run([GenerationRequest(task=task(i), params=a_mode) for i in ids], done.extend)
     return {rollout.rollout_id: rollout for rollout in done}
 
 
-def literal(a_mode: RolloutParams, rollout_id: int, k: int) -> tuple[list[int], list[int]]:
-    """Token by token in float64: the rule's statistic of the laws on the teacher's k first ids and one bin for all
-    others; then the student's draw, or the teacher's from those k ids."""
+def slow_rollout(a_mode: RolloutParams, rollout_id: int, k: int) -> tuple[list[int], list[int]]:
+    """Slow reference in float64: the statistic reads the teacher's k first ids and one bin for all others, and the
+    teacher draws from those k ids."""
     p, q = pair()
     rule = a_mode.rule
     tokens, sources = task(rollout_id).prompt.token_ids.tolist(), []
@@ -191,17 +191,17 @@ def _bins(law: np.ndarray, first: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("k", [6, 12])
 @pytest.mark.parametrize("name", RULES)
-def test_decisions_are_those_of_the_coarse_statistic(name: str, k: int, sampling: str) -> None:
-    """Owners and tokens equal a float64 loop over laws with one bin for the tail, for every rule and sampling."""
+def test_rollouts_equal_a_slow_loop_with_one_tail_bin(name: str, k: int, sampling: str) -> None:
+    """Tokens and sources equal a float64 loop with one bin for the tail, for each rule and sampling."""
     a_mode = params(RULES[name], sampling)
     for rollout_id, rollout in write(a_mode, range(6), k=k).items():
-        tokens, sources = literal(a_mode, rollout_id, k)
+        tokens, sources = slow_rollout(a_mode, rollout_id, k)
         assert rollout.token_ids.tolist() == tokens
         assert rollout.sources.tolist() == sources
 
 
-def test_all_ids_are_whole_rows() -> None:
-    """Where all ids travel the rollouts are those of whole rows; the rank of SKD needs its own k alone."""
+def test_all_ids_give_the_rollouts_of_full_rows() -> None:
+    """With all ids in the top k rollouts equal those of full rows; SKD needs only its own k."""
     for name, k, sampling in (("switch", VOCAB, "sampled"), ("adaswitch", VOCAB, "mixed"), ("skd", 5, "greedy")):
         exact, _ = write_full(params(RULES[name], sampling), range(8), max_draft_tokens=4, slots=4)
         assert_equal(exact, write(params(RULES[name], sampling), range(8), k=k))
@@ -215,8 +215,8 @@ def assert_equal(some: dict[int, Rollout], others: dict[int, Rollout]) -> None:
 
 @pytest.mark.parametrize("sampling", ["sampled", "mixed"])
 @pytest.mark.parametrize("name", RULES)
-def test_same_for_every_block_batch_and_drafter(name: str, sampling: str) -> None:
-    """From the same top k rows the same rollouts: block size, batch, drafter and overlap change the speed only."""
+def test_rollouts_are_equal_for_each_block_batch_and_drafter(name: str, sampling: str) -> None:
+    """Rollouts from the same top-k rows are equal for each block size, batch, drafter and overlap."""
     a_mode = params(RULES[name], sampling)
     single = write(a_mode, range(8), k=4, max_draft_tokens=1, slots=2, drafter="none")
     for max_draft_tokens, slots, drafter, overlap in [
@@ -229,8 +229,8 @@ def test_same_for_every_block_batch_and_drafter(name: str, sampling: str) -> Non
         assert_equal(single, write(a_mode, range(8), k=4, **how))
 
 
-def test_marked_approximate() -> None:
-    """Every rollout that the teacher scored, whoever wrote it; none without a teacher's rows, none from whole rows."""
+def test_rollouts_of_top_k_rows_are_marked() -> None:
+    """Each rollout with top-k rows is marked approximate, unscored rollouts and those of full rows are not."""
     for name in ("random", "student", "teacher", "switch", "skd"):
         assert all(rollout.approximate for rollout in write(params(RULES[name]), range(4), k=4).values())
     assert not any(r.approximate for r in write(params(RULES["student"], scored=False), range(4), k=4).values())
@@ -238,8 +238,8 @@ def test_marked_approximate() -> None:
     assert not any(rollout.approximate for rollout in exact.values())
 
 
-def test_what_a_rollout_cost() -> None:
-    """Bytes are those of the compressed rows, the tail's mass is the sum over the rollout's own."""
+def test_stats_count_bytes_and_tail_mass() -> None:
+    """A rollout's stats have the bytes of its top-k rows and the sum of its tail masses."""
     k = 8
     for rollout in write(params(RULES["switch-constant"]), range(12), k=k).values():
         assert rollout.stats.output_bytes == rollout.stats.num_scored_rows * (8 * k + 8)
@@ -251,7 +251,7 @@ def test_what_a_rollout_cost() -> None:
 
 
 def check_uncertainty(rollout: Rollout, k: int) -> bool:
-    """Exact for a kept id, for another one that of an even tail. Returns whether there was one."""
+    """UnC is exact for a kept id and that of an even tail for another; return whether there was another."""
     p, _ = pair()
     whole = [*rollout.prompt_ids.tolist(), *rollout.token_ids.tolist()]
     rows = rows_of(p, whole)[len(rollout.prompt_ids) - 1 : -1]
@@ -266,15 +266,15 @@ def check_uncertainty(rollout: Rollout, k: int) -> bool:
 
 @pytest.mark.parametrize("drafter", ["student", "teacher"])
 @pytest.mark.parametrize("name", ["switch", "adaswitch", "student", "teacher"])
-def test_uncertainty(name: str, drafter: str) -> None:
-    """ATKD's UnC of every token."""
+def test_uncertainty_comes_from_top_k_rows(name: str, drafter: str) -> None:
+    """The UnC of each token comes from its top-k row."""
     done = write(params(RULES[name], wants_uncertainty=True), range(8), k=3, drafter=drafter)
     outside = [check_uncertainty(rollout, 3) for rollout in done.values()]
     assert any(outside) == (name != "teacher"), "the teacher draws no token outside of what it sends"
 
 
-def test_references() -> None:
-    """A data-set answer carries compressed rows, its UnC, what they cost, and the mark."""
+def test_references_carry_top_k_rows() -> None:
+    """A data-set completion has top-k rows, UnC, byte counts and the mark."""
     ids = [np.array(each, np.int32) for each in ([5, 6, 11, STOP], [4], [9, 9, 9, 9, STOP])]
     tasks = [task(i, completion_source=CompletionSource.DATASET, reference_ids=each) for i, each in enumerate(ids)]
     done: list[Rollout] = []
@@ -286,8 +286,8 @@ def test_references() -> None:
         assert rollout.stats.tail_mass > 0
 
 
-def test_evaluation_reads_the_first_id_and_coarse_laws() -> None:
-    """Agreement is that of whole rows; KL is that of laws with one bin for the tail, at most the whole one."""
+def test_evaluation_uses_top_k_rows() -> None:
+    """Agreement equals that of full rows, and KL is that of rows with one bin for the tail."""
     p, q = pair()
     prompts = tuple((i, task(i, reference_ids=np.array([5, 6, 11, STOP], np.int32)).prompt) for i in range(4))
     shard = EvalShard(prompts=prompts, seeds=(), temperature=0.0, max_new_tokens=MAX_NEW, with_teacher=True)
@@ -307,8 +307,8 @@ def test_evaluation_reads_the_first_id_and_coarse_laws() -> None:
         assert other.reference_kl == pytest.approx(kl, rel=1e-5)
 
 
-def test_top_logprobs_beside_tokens() -> None:
-    """`rollout.save_top_logprobs` shows the teacher's first ids as far as they travel, and no more."""
+def test_saved_top_logprobs_are_limited_to_k() -> None:
+    """`rollout.save_top_logprobs` saves at most the teacher's k ids."""
     a_mode = params(RULES["switch-constant"], top_logprobs=5)
     for rollout in write(a_mode, range(4), k=3).values():
         seen = rollout.top_logprobs
@@ -318,8 +318,8 @@ def test_top_logprobs_beside_tokens() -> None:
         assert (seen.teacher_ids[:, :3] == rows.topk(3).indices.numpy()).all()
 
 
-def test_a_statistic_of_its_own() -> None:
-    """A rule without a known form gets the coarse laws, one that looks at the drafted id whole rows."""
+def test_a_custom_rule_gets_binned_rows() -> None:
+    """A custom rule gets rows with one bin for the tail, or rows of the whole vocabulary if it reads the draft."""
     shapes = []
 
     def statistic(*, p_logits, q_logits, drafted, coins):  # type: ignore[no-untyped-def]
@@ -339,14 +339,14 @@ def test_a_statistic_of_its_own() -> None:
 
 
 def write_real(models, a_mode: RolloutParams, k: int, **more) -> dict[int, Rollout]:  # type: ignore[no-untyped-def]
-    """As test_exact.write, from compressed rows."""
+    """test_exact.write with top-k rows."""
     teacher = HFTeacher(models[0], vocab_size=NUM_TOKENS, max_sessions=8, max_len=100, output="top_logprobs", top_k=k)
     return test_exact.write(models, a_mode, served=teacher, **more)
 
 
 @pytest.mark.parametrize("name", ["switch-constant", "adaswitch", "skd", "random", "teacher"])
-def test_same_on_real_rows(name: str) -> None:
-    """transformers models: from the top 16 the same rollouts whoever drafts; from all ids those of hidden states."""
+def test_rollouts_of_transformers_are_equal_for_each_drafter(name: str) -> None:
+    """Rollouts from the top 16 are equal for each drafter; those from all ids equal those of hidden states."""
     models = test_exact.pair("llama")
     a_mode = RolloutParams(
         rule=RULES[name], student=SamplingParams(), teacher=SamplingParams(), max_new_tokens=MAX_NEW, seed=11

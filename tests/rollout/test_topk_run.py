@@ -1,4 +1,4 @@
-"""Whole runs with `teacher.output: top_logprobs`, and what is refused."""
+"""Runs with `teacher.output: top_logprobs`, and the configs that are refused."""
 
 from __future__ import annotations
 
@@ -39,9 +39,8 @@ def a_config(place: Path, monkeypatch, stages, **sections):  # type: ignore[no-u
     return config(place, stages, **{"teacher": TOPK, **sections})
 
 
-def test_a_run_learns_and_says_what_it_cost(place: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    """SWITCH and AdaSwitch, forward KL and ATKD: the loss falls, every rollout is marked, tails and bytes are in the
-    metrics, and evaluation reads the same rows."""
+def test_a_run_on_top_k_rows_learns(place: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """In a run with top-k rows the loss falls, each rollout is marked, and metrics hold tail masses and bytes."""
     evaluation = {"data": "./data.jsonl", "num_prompts": 4, "max_new_tokens": 8, "metrics": ["agreement", "kl"]}
     train(a_config(place, monkeypatch, [SWITCH, ADASWITCH], run={"dir": "one"}, eval=evaluation))
     rows = steps(place / "one")
@@ -55,8 +54,8 @@ def test_a_run_learns_and_says_what_it_cost(place: Path, monkeypatch) -> None:  
     assert lines and all(line["approximate"] for line in lines)
 
 
-def test_rollouts_keep_their_rows_on_disk(tmp_path: Path) -> None:
-    """Saved and loaded, compressed rows are bit for bit what they were."""
+def test_saved_top_k_rows_are_bit_equal(tmp_path: Path) -> None:
+    """Top-k rows are bit-equal after saving and loading."""
     found = write(params(RULES["switch"]), range(5), k=6)
     save_rollouts(tmp_path / "some.safetensors", list(found.values()))
     for back in load_rollouts(tmp_path / "some.safetensors"):
@@ -82,8 +81,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_in_one_line(place: Path, monkeypatch, name: str) -> None:  # type: ignore[no-untyped-def]
-    """What cannot be decided or bounded is refused before anything starts; the remedy named there is taken."""
+def test_unbounded_losses_and_rules_are_refused(place: Path, monkeypatch, name: str) -> None:  # type: ignore[no-untyped-def]
+    """A rule or loss without a bound on top-k rows is refused in one line, and the named remedy is accepted."""
     stage, teacher, text = REFUSED[name]
     stages = [{"name": "one", "steps": 1, **stage}]
     with pytest.raises(ConfigError, match=text) as raised:

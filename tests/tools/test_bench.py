@@ -1,4 +1,4 @@
-"""The benches: how numbers are taken and shown, what is refused in one line, and that each runs in smoke size."""
+"""Benchmarks: how values are measured and shown, which arguments are refused, and a smoke run of each."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from switchkd.tools.bench.subprocess_side import BenchProcess, Repeats, measure_
 from switchkd.tools.bench.table import Options, Spread, Table, check_device, compare, take_turns
 
 MIB = 2**20
-# a spawned process that has to import what the parent merely put on its path
+# spawned processes must import what the parent has on its path
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def test_spread_of_few_and_of_many():
-    """Extremes of up to three values, quartiles of more; outliers move neither the median nor the quartiles."""
+def test_a_spread_has_extremes_or_quartiles():
+    """A spread has the extremes of up to three values and the quartiles of more."""
     assert Spread.from_values([3.0, 1.0, 2.0]) == Spread(median=2.0, low=1.0, high=3.0, num=3)
     assert Spread.from_values([1.0, 2.0, 3.0, 4.0, 1000.0]) == Spread(median=3.0, low=2.0, high=4.0, num=5)
     with pytest.raises(ValueError, match="repeats"):
         Spread.from_values([])
 
 
-def test_a_rate_turns_the_spread_around():
-    """The slowest run is the lowest rate."""
+def test_a_rate_reverses_the_spread():
+    """The slowest run gives the lowest rate."""
     assert Spread.from_values([1.0, 2.0, 4.0]).map(lambda s: 8 / s) == Spread(median=4.0, low=2.0, high=8.0, num=3)
 
 
-def test_sides_take_turns_there_and_back():
-    """A B C, C B A, ...; what warms up is not counted; ratios are taken within a turn, against the first side."""
+def test_sides_alternate_in_order():
+    """Sides alternate in order (A B C, C B A); warm-up does not count; ratios to the first side are taken by turn."""
     order = []
     clock = {"a": 0.0, "b": 0.0, "c": 0.0}
 
@@ -66,40 +66,40 @@ def test_sides_take_turns_there_and_back():
 
 
 @pytest.mark.parametrize(("sides", "repeats"), [({}, 1), ({"a": lambda: 1.0}, 0)])
-def test_nothing_to_measure(sides, repeats):
+def test_nothing_to_measure_is_an_error(sides, repeats):
     with pytest.raises(ValueError, match="nothing to measure"):
         take_turns(sides, repeats)
 
 
-def test_the_table_is_whole_in_json_and_on_the_terminal(tmp_path, capsys):
-    """Every cell is in both; nothing is cut off on a narrow terminal; infinities do not make bad JSON."""
+def test_the_table_is_complete_in_json_and_on_the_terminal(tmp_path, capsys):
+    """JSON and terminal have every cell, also on a narrow terminal; infinities become null in JSON."""
     rows = ({"side": "ours", "seconds": Spread.from_values([1.0, 2.0, 3.0]), "other": float("inf")}, {"side": "x" * 90})
     table = Table(title="T", rows=rows, notes={"cores": 2}, remarks=("Aha.",))
     table.write(tmp_path / "t.json")
-    told = json.loads((tmp_path / "t.json").read_text())
-    assert told["rows"][0] == {"side": "ours", "seconds": {"median": 2.0, "low": 1.0, "high": 3.0, "num": 3},
+    stored = json.loads((tmp_path / "t.json").read_text())
+    assert stored["rows"][0] == {"side": "ours", "seconds": {"median": 2.0, "low": 1.0, "high": 3.0, "num": 3},
                                "other": None}  # fmt: skip
-    assert told["columns"] == ["side", "seconds", "other"]
-    assert told["notes"] == {"cores": 2} and told["remarks"] == ["Aha."]
+    assert stored["columns"] == ["side", "seconds", "other"]
+    assert stored["notes"] == {"cores": 2} and stored["remarks"] == ["Aha."]
     table.show()
     shown = capsys.readouterr().out
     assert "2 (1 to 3)" in shown and "x" * 90 in shown and "Aha." in shown and "cores 2" in shown
 
 
-def test_the_notes_say_on_what_it_ran():
+def test_the_notes_name_the_machine():
     notes = Options(smoke=True, repeats=2, device="cpu", dtype="float32", threads=1).notes(batch=8)
     assert notes["device"] == "cpu" and notes["dtype"] == "float32" and notes["batch"] == 8
     assert {"cpu", "cores", "torch", "transformers", "ray", "date"} <= set(notes)
 
 
-def test_who_bends_the_curve():
-    """The lower limit where it was nearly reached, else what the table does not vary."""
+def test_the_bound_is_the_reached_limit():
+    """The bound is the nearly reached lower limit, else the factors that the table does not vary."""
     assert scaling.bound(95.0, {"workers": 100.0, "teachers": 400.0}) == "workers"
     assert scaling.bound(95.0, {"workers": 800.0, "teachers": 100.0}) == "teachers"
     assert scaling.bound(50.0, {"workers": 100.0, "teachers": 400.0}) == "cores, queues"
 
 
-def test_prompts_are_the_same_for_all():
+def test_prompts_are_fixed():
     assert prompts(64) == prompts(64) and len(set(prompts(64))) == 64
     with pytest.raises(ConfigError, match="--prompts 65"):
         prompts(65)
@@ -115,7 +115,7 @@ def _sleep(repeats: Repeats, seconds: float) -> None:
 
 
 def _swell(repeats: Repeats, megabytes: int) -> None:
-    ballast = bytearray(64 * MIB)  # was there before
+    ballast = bytearray(64 * MIB)  # allocated before
     repeats.count_memory_from_here()
     for _ in repeats:
         taken = bytearray(b"x") * (megabytes * MIB)
@@ -137,21 +137,21 @@ def _die(repeats: Repeats) -> None:
         os._exit(7)
 
 
-def test_a_side_works_in_a_process_of_its_own():
+def test_each_side_has_its_own_process():
     pairs, reports = measure_processes([BenchProcess("a", _sleep, 0.05), BenchProcess("b", _sleep, 0.0)], repeats=2)
     assert min(pairs.values["a"]) >= 0.05
     assert len({reports["a"]["pid"], reports["b"]["pid"], os.getpid()}) == 3
 
 
-def test_peak_memory_counts_what_came_on_top():
-    """Freed again, it still counts; what the process, or its parent, held before does not."""
+def test_peak_memory_counts_new_allocations():
+    """Peak memory counts what was allocated after `count_memory_from_here`, also if it was freed."""
     ballast = bytearray(b"x") * (300 * MIB)
     _, reports = measure_processes([BenchProcess("s", _swell, 100)], repeats=1, warmup=0)
     assert 95 < reports["s"]["peak_mb"] < 140
     del ballast
 
 
-def test_memory_of_children_counts_too():
+def test_memory_of_children_counts():
     gauge = Gauge()
     child = subprocess.Popen([sys.executable, "-c", "x = b'x' * (80 << 20); print(1, flush=True); input()"],
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
@@ -165,8 +165,8 @@ def test_memory_of_children_counts_too():
     ("work", "error", "says"),
     [(_refuse, ConfigError, "no such peer"), (_break, RuntimeError, "oh"), (_die, RuntimeError, "code 7")],
 )
-def test_a_side_that_fails_says_why(work, error, says):
-    """What the user can mend stays a ConfigError; all else is an error, never a number."""
+def test_a_failing_side_is_an_error(work, error, says):
+    """A ConfigError of a side stays one; any other failure is an error, not a value."""
     with pytest.raises(error, match=says):
         measure_processes([BenchProcess("s", work)], repeats=1)
 
@@ -184,7 +184,7 @@ def models(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def bench(monkeypatch, capfd):
-    """`switchkd bench ...` in this process: exit code, stdout, stderr."""
+    """A function that runs `switchkd bench ...` in this process: exit code, stdout, stderr."""
 
     return partial(command, monkeypatch, capfd, "bench")
 
@@ -216,8 +216,8 @@ TAKES = {
         if {arg.removeprefix("--") for arg in args if arg.startswith("--")} <= takes
     ],
 )
-def test_what_is_not_there_is_said_in_one_line(bench, models, monkeypatch, command, args, says):
-    """Exit code 2 and no number, before anything is loaded."""
+def test_missing_devices_and_folders_are_refused(bench, models, monkeypatch, command, args, says):
+    """A missing device, model or folder is refused in one line with exit code 2, before anything is loaded."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     code, out, err = bench(command, *(arg.format(models=models) for arg in args))
     assert code == 2 and out == "" and says in err
@@ -225,8 +225,8 @@ def test_what_is_not_there_is_said_in_one_line(bench, models, monkeypatch, comma
 
 
 @pytest.mark.parametrize("command", ["trainer", "learner"])
-def test_without_the_peer(bench, models, monkeypatch, command):
-    """A comparison without the other side is refused."""
+def test_a_missing_peer_is_refused(bench, models, monkeypatch, command):
+    """A comparison without its peer package is refused with the install command."""
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "trl" else find(name, *rest))
     given = ["--teacher", models / "teacher", "--student", models / "student"] if command == "trainer" else []
@@ -234,21 +234,21 @@ def test_without_the_peer(bench, models, monkeypatch, command):
     assert code == 2 and out == "" and "pip install 'switchkd[bench]'" in err
 
 
-def test_a_loss_that_only_one_side_has(bench, models):
+def test_a_loss_of_one_side_is_refused(bench, models):
     if importlib.util.find_spec("trl") is None:
         pytest.skip("TRL is not installed")
     code, _, err = bench("trainer", "--teacher", models / "teacher", "--student", models / "student", "--loss", "tvd")
     assert code == 2 and "--loss tvd: both sides have forward_kl" in err
 
 
-def test_a_gpu_that_is_not_there(monkeypatch):
+def test_a_missing_gpu_is_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     check_device("cpu")
     with pytest.raises(ConfigError, match="no CUDA device"):
         check_device("cuda")
 
 
-# --- each of them once, in the real command --------------------------------------------------------------------------
+# --- smoke runs of the real command ----------------------------------------------------------------------------------
 
 needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
 ROWS = {
@@ -262,7 +262,7 @@ ROWS = {
 
 
 def smoke(models: Path, place: Path, command: str, *args: object) -> dict[str, Any]:
-    """The table of the real command, which leaves no process behind and prints nothing but the table."""
+    """The table of the real command on tiny models."""
     path = place / "table.json"
     given = [] if command in ("learner", "scale", "overlap") else ["--teacher", models / "teacher"]
     given += ["--student", models / "student"] if given else []
@@ -280,8 +280,8 @@ def smoke(models: Path, place: Path, command: str, *args: object) -> dict[str, A
 
 @needs_trl
 @pytest.mark.slow
-def test_trainer(models, tmp_path):
-    """Both sides train on the same thing: their first losses are near each other."""
+def test_trainer_losses_are_near(models, tmp_path):
+    """The first losses of both sides are near each other."""
     rows = smoke(models, tmp_path, "trainer", "--no-ray")["rows"]
     ours, theirs = (row["first loss"] for row in rows)
     assert ours == pytest.approx(theirs, rel=0.5)
@@ -290,23 +290,23 @@ def test_trainer(models, tmp_path):
 
 @needs_trl
 @pytest.mark.slow
-def test_learner(models, tmp_path):
-    """All forms compute the same loss and, to rounding, the same gradient."""
+def test_learner_forms_agree(models, tmp_path):
+    """All forms give the same loss and, within rounding, the same gradient."""
     rows = [row for row in smoke(models, tmp_path, "learner")["rows"] if row["form"] != "model alone"]
     assert [row["loss"] for row in rows] == pytest.approx([rows[0]["loss"]] * 3, rel=1e-5)
     assert max(row["gradient"] for row in rows) < 1e-5
 
 
 @pytest.mark.slow
-def test_weights(models, tmp_path):
+def test_weights_have_rates(models, tmp_path):
     for row in smoke(models, tmp_path, "weights")["rows"]:
         assert row["GB/s"]["median"] > 0 and row["rollouts paused, s"]["median"] > 0
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_scale(models, tmp_path):
-    """Each round settles a whole block, so that the limits computed from sleeps are the true ones."""
+def test_scale_respects_its_limits(models, tmp_path):
+    """Each teacher call scores a whole block, and rates stay below the limits that follow from the sleeps."""
     rows = smoke(models, tmp_path, "scale")["rows"]
     for row in rows:
         tokens_per_call = row["tokens/s"]["median"] / row["teacher calls/s"]
@@ -316,16 +316,16 @@ def test_scale(models, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_overlap(models, tmp_path):
-    """Strict steps never age; with one version of slack they do, and no more than that."""
+def test_overlap_respects_the_staleness(models, tmp_path):
+    """Strict steps have staleness 0, and steps with a slack of one have at most 1."""
     strict, slack = smoke(models, tmp_path, "overlap")["rows"]
     assert strict["staleness"]["high"] == 0 and 0 < slack["staleness"]["high"] <= 1
     assert strict["learning, s"]["median"] >= 0.6
 
 
 @pytest.mark.slow
-def test_switching(models, tmp_path):
-    """Every rule against every side, and what a token took of the teacher."""
+def test_switching_measures_each_rule(models, tmp_path):
+    """Each rule has all measures, and its bounds are in order."""
     for row in smoke(models, tmp_path, "switching")["rows"]:
         assert row["tokens/s"]["median"] > 0 and row["x naive loop"]["median"] > 0
         assert row["share of bound"]["median"] > 0 and 0 < row["teacher calls/token"] <= 1
@@ -334,8 +334,8 @@ def test_switching(models, tmp_path):
         assert row["bytes/row"] > 0 and 0 < row["rows/round"] <= 2
 
 
-def test_a_rule_that_is_not_measured(bench):
-    """Refused before a model is loaded."""
+def test_an_unknown_rule_is_refused(bench):
+    """An unknown rule and too many prompts are refused before a model is loaded."""
     code, out, err = bench("switching", "--rule", "nonsense")
     assert code == 2 and out == "" and "--rule nonsense: choose from switch, adaswitch, skd" in err
     code, out, err = bench("switching", "--prompts", "65")

@@ -1,4 +1,4 @@
-"""The bound of `bench switching`: the cheapest sequence of rounds, known in hindsight."""
+"""The lower bound of `bench switching`: the cheapest sequence of rounds in hindsight."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def rollout(owned: list[int], threshold: float = 0.5) -> Rollout:
     )
 
 
-def literally(owned: list[int], differ: list[bool], t: int = 0) -> float:
-    """Try every way to take every round."""
+def slow_bound_s(owned: list[int], differ: list[bool], t: int = 0) -> float:
+    """Slow reference: try all sequences of rounds."""
     num = len(owned)
     if t == num:
         return 0.0
-    found = [COSTS.student + COSTS.read[1] + COSTS.decide + literally(owned, differ, t + 1)]
+    found = [COSTS.student + COSTS.read[1] + COSTS.decide + slow_bound_s(owned, differ, t + 1)]
     for size, teacher in itertools.product(COSTS.read, (False, True)):
         if size > num - t:
             continue
@@ -52,22 +52,22 @@ def literally(owned: list[int], differ: list[bool], t: int = 0) -> float:
             if differ[i] and bool(owned[i]) != teacher:
                 break
         step, block = (COSTS.write, COSTS.check) if teacher else (COSTS.student, COSTS.read)
-        found.append(size * step + block[size] + emitted * COSTS.decide + literally(owned, differ, t + emitted))
+        found.append(size * step + block[size] + emitted * COSTS.decide + slow_bound_s(owned, differ, t + emitted))
     return min(found)
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_equals_trying_everything(seed: int) -> None:
-    """Dynamic programming finds what a search over all sequences of rounds finds."""
+def test_the_bound_equals_an_exhaustive_search(seed: int) -> None:
+    """Dynamic programming gives the cost that a search over all sequences of rounds gives."""
     rng = np.random.default_rng(seed)
     owned, differ = rng.integers(0, 2, 8).tolist(), (rng.random(8) < 0.5).tolist()
     rule = switching.jsd_threshold()
-    assert row_bound_s(rollout(owned), np.array(differ), COSTS, rule) == pytest.approx(literally(owned, differ))
+    assert row_bound_s(rollout(owned), np.array(differ), COSTS, rule) == pytest.approx(slow_bound_s(owned, differ))
 
 
 @pytest.mark.parametrize("drafter", ["student", "teacher"])
-def test_always_the_same_draft(drafter: str) -> None:
-    """Rounds of 4 with a rejection at the third token, then of what is left, counted by hand."""
+def test_a_fixed_draft_costs_what_a_hand_calculation_gives(drafter: str) -> None:
+    """Rounds of 4 with a rejection at the third token, then rounds of the rest, cost what a hand calculation gives."""
     owned, differ = [1, 1, 1, 1, 1, 1], [False, False, True, False, False, False]
     if drafter == "teacher":  # rejects where the student owns
         owned = [1 - each for each in owned]
@@ -79,14 +79,14 @@ def test_always_the_same_draft(drafter: str) -> None:
     assert found == pytest.approx(by_hand) and found >= row_bound_s(rollout(owned), np.array(differ), COSTS, rule)
 
 
-def test_a_teacher_only_row_costs_the_teachers_steps_only() -> None:
-    """After AdaSwitch's switch no block is checked."""
+def test_a_teacher_only_row_has_no_checks() -> None:
+    """A row that only the teacher writes costs its steps and no check."""
     found = row_bound_s(rollout([1] * 8, threshold=-np.inf), np.zeros(8, bool), COSTS, switching.kl_spike())
     assert found == pytest.approx(8 * COSTS.write)
 
 
-def test_costs_are_averaged():
-    """Field by field, block by block."""
+def test_mean_costs_are_taken_by_field():
+    """The mean of step costs is taken by field and block size."""
     twice = StepCosts(**{
         field.name: {k: 3 * v for k, v in value.items()} if isinstance(value, dict) else 3 * value
         for field in fields(COSTS) for value in [getattr(COSTS, field.name)]

@@ -1,4 +1,4 @@
-"""`switchkd plan`: bytes against ones worked out by hand, and against the tensors that tiny engines hold."""
+"""`switchkd plan`: bytes equal hand calculations and the tensors of tiny engines."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def planned(place: Path, stages: list[dict] | None = None, **sections: Any) -> C
 
 
 class TestShape:
-    """What a config says about a model's size."""
+    """The sizes of a model from its config."""
 
-    def test_a_large_model_without_weights(self, tmp_path):
-        """A folder with nothing but a config.json: the sizes of a 7B model, worked out by hand."""
+    def test_sizes_of_a_7b_model_equal_a_hand_calculation(self, tmp_path):
+        """A folder with only a config.json gives the sizes of a 7B model as calculated by hand."""
         (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
         shape = read_shape(ModelConfig(path=str(tmp_path)), "teacher.path")
         h, ffn, kv, layers, vocab = 4096, 11008, 8 * 128, 32, 32000
@@ -60,15 +60,15 @@ class TestShape:
         assert (shape.kv, shape.attention, shape.ffn, shape.gated, shape.vocab) == (kv, 4096, ffn, True, vocab)
 
     @pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen2", "gpt2", "opt_projected", "mistral", "qwen3"])
-    def test_as_the_model_itself(self, family, tmp_path):
+    def test_sizes_are_those_of_the_loaded_model(self, family, tmp_path):
         """Parameters (tied ones once) and the output layer's width are those of the loaded model."""
         save_tiny(tmp_path, family)
         model, shape = tiny_model(family), read_shape(ModelConfig(path=str(tmp_path)), "teacher.path")
         assert shape.params == num_params(tmp_path) == sum(p.numel() for p in model.parameters())
         assert shape.head_width == model.get_output_embeddings().weight.shape[1] and shape.vocab == 120
 
-    def test_adapters(self, tmp_path):
-        """LoRA's parameters: r x (in + out) of every product but the output layer."""
+    def test_lora_parameters_are_counted(self, tmp_path):
+        """LoRA has r x (in + out) parameters for each linear layer except the output layer."""
         save_tiny(tmp_path)
         lora = LoraConfig(r=4)
         model = tiny_model()
@@ -76,14 +76,14 @@ class TestShape:
         wanted = sum(4 * (m.in_features + m.out_features) for m in products)
         assert read_shape(ModelConfig(path=str(tmp_path)), "student.path", lora=lora).trainable == wanted
 
-    def test_a_student_that_is_still_to_be_cut(self, here):
-        """It is cut in its config only: as large as the teacher with so many layers, and no folder is made."""
+    def test_a_pruned_student_is_planned_from_its_config(self, here):
+        """A pruned student is planned from the teacher's config, with the given number of layers."""
         found = shapes(planned(here, student={"prune": {"num_layers": 2}}))
         assert found["student"].params == sum(p.numel() for p in tiny_model(num_hidden_layers=2).parameters())
         assert found["teacher"].layers == 3
 
-    def test_a_config_of_something_else(self, tmp_path):
-        """A model that is no causal language model: one line with the key."""
+    def test_another_kind_of_model_is_refused(self, tmp_path):
+        """A model that is no causal language model is refused with the key."""
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
         with pytest.raises(ConfigError, match=r"teacher.path=.* no causal language model"):
             read_shape(ModelConfig(path=str(tmp_path)), "teacher.path")
@@ -92,8 +92,8 @@ class TestShape:
 class TestMemory:
     """Bytes of each process."""
 
-    def test_by_hand(self, here):
-        """Weights, caches and output matrices of tiny models in bfloat16."""
+    def test_bytes_equal_a_hand_calculation(self, here):
+        """Weights, caches and rows of tiny models have the bytes of a hand calculation."""
         short = {"dtype": "bfloat16"}
         wanted = planned(here, teacher={"max_sessions": 5, **short}, student=short)
         found = shapes(wanted)
@@ -123,13 +123,13 @@ class TestMemory:
             ({"zero_stage": 3, "dtype": "bfloat16"}, (2 + 4 + 4 + 8) / 2 + 2 + 2),  # + weights while they are whole
         ],
     )
-    def test_states_of_two_ranks(self, here, learner, per_param):
-        """ZeRO divides masters and moments, then gradients, then weights."""
+    def test_zero_divides_states_over_two_ranks(self, here, learner, per_param):
+        """ZeRO divides optimizer states at stage 1, gradients at stage 2 and weights at stage 3."""
         wanted = planned(here, learner={"num_ranks": 2, **learner})
         shape = shapes(wanted)["student"]
         assert sum(states(wanted, shape).values()) == pytest.approx(per_param * shape.params)
 
-    def test_adapters_have_states_of_their_own(self, here):
+    def test_only_adapters_have_states(self, here):
         """With LoRA only the adapters have gradients and moments."""
         wanted = planned(here, learner={"lora": {"r": 2}, "zero_stage": 1})
         shape = shapes(wanted)["student"]
@@ -139,22 +139,22 @@ class TestMemory:
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     @pytest.mark.parametrize(("family", "within"), [("llama", 1e-9), ("qwen2", 1e-9), ("opt", 0.3), ("qwen3", 0.25)])
-    def test_activations_of_a_layer(self, family, within, dtype, tmp_path):
-        """What autograd really keeps of one more layer, in bytes a token."""
+    def test_activations_are_those_of_autograd(self, family, within, dtype, tmp_path):
+        """Planned activations of a layer are those that autograd keeps, in bytes per token."""
         save_tiny(tmp_path, family)
         shape = read_shape(ModelConfig(path=str(tmp_path)), "student.path")
         one, two = (_saved(family, layers, dtype) for layers in (1, 2))
         measured = (two - one) / (2 * 64)
         assert layer_activations(shape, 64, {"float32": 4, "bfloat16": 2}[dtype]) == pytest.approx(measured, rel=within)
 
-    def test_checkpointing_keeps_inputs_and_one_layer(self, here):
-        """Far less than without."""
+    def test_checkpointing_saves_activations(self, here):
+        """Gradient checkpointing cuts activations below three quarters."""
         parts = [memory(planned(here, learner={"gradient_checkpointing": on}), shapes(planned(here)))["learner"]
                  for on in (False, True)]  # fmt: skip
         assert parts[1]["activations"] < 0.75 * parts[0]["activations"]
 
-    def test_engines_hold_what_is_planned(self, here):
-        """Weights and caches of the run's own teacher and worker, byte for byte."""
+    def test_engines_hold_the_planned_bytes(self, here):
+        """Weights and caches of the run's teacher and worker have the planned bytes."""
         from switchkd.engines.build import make_teacher
         from switchkd.rollout.build import make_worker
 
@@ -169,17 +169,17 @@ class TestMemory:
             assert _distinct(engine.model.parameters()) == parts[role]["weights"]
 
     @pytest.mark.parametrize(("dtype", "stage"), [("float32", 0), ("float32", 1), ("bfloat16", 1), ("bfloat16", 2)])
-    def test_a_learner_holds_what_is_planned(self, here, tmp_path, dtype, stage):
-        """Weights, gradients, masters and moments of a real rank, before its second step."""
+    def test_a_learner_holds_the_planned_bytes(self, here, tmp_path, dtype, stage):
+        """Weights, gradients, masters and moments of a real rank have the planned bytes."""
         from switchkd.learner.batching import assign_batch
         from switchkd.learner.deepspeed import DeepSpeedLearner
 
         folder = student_folder(tmp_path / "s", hidden_size=128, intermediate_size=256, num_hidden_layers=2)
-        gang = {"rank": 0, "local_rank": 0, "world_size": 1, "master_addr": "127.0.0.1", "master_port": 0}
+        alone = {"rank": 0, "local_rank": 0, "world_size": 1, "master_addr": "127.0.0.1", "master_port": 0}
         zero = {"zero_optimization": {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000}}
         before = {id(t): t for t in _tensors()}
         learner = DeepSpeedLearner(settings_of(folder, dtype=dtype, zero_stage=stage, deepspeed=zero),
-                                   teacher_lm_heads=teacher_lm_heads(), **gang)  # fmt: skip
+                                   teacher_lm_heads=teacher_lm_heads(), **alone)  # fmt: skip
         held = []
         step = learner.engine.step
 
@@ -234,21 +234,21 @@ def _saved(family: str, layers: int, dtype: str) -> int:
 
 
 class TestWire:
-    """Bytes that travel."""
+    """Bytes on the wire."""
 
     @pytest.mark.parametrize(
         ("teacher", "row"),
         [({}, 4 * 32), ({"dtype": "bfloat16"}, 2 * 32), ({"output": "logits"}, 4 * 120),
          ({"output": "top_logprobs", "num_top_logprobs": 8}, 8 * 8 + 8)],
     )  # fmt: skip
-    def test_rows(self, here, teacher, row):
-        """Each kind of teacher output; a token of a rollout brings its row and 21 bytes of records."""
+    def test_rows_have_their_bytes(self, here, teacher, row):
+        """Each kind of teacher output has its bytes per row; a rollout's token adds 21 bytes."""
         stage = {**SWITCH, "loss": {"type": "forward_kl"}}
         wire = make_plan(planned(here, [stage], teacher=teacher)).wire
         assert wire.teacher_row == row and wire.rollout_token == row + 21
 
-    def test_steps(self, here):
-        """Weights go to each worker, gradients round the ranks, the teacher's output matrix to all of them."""
+    def test_steps_send_weights_and_gradients(self, here):
+        """Weights go to each worker, gradients around the ranks, and the teacher's output matrix to all of them."""
         settings = planned(here, rollout={"num_workers": 3}, learner={"num_ranks": 2}, run={"mode": "ray"})
         plan = make_plan(settings)
         params = plan.shapes["student"].params
@@ -257,10 +257,10 @@ class TestWire:
 
 
 class TestStores:
-    """What waits, and how many processes work on it."""
+    """Rollouts in the replay, processes, and the object store."""
 
-    def test_replay(self, here):
-        """Two batches of data may be ready ahead, and three trained ones wait for a checkpoint; each of 12 tokens."""
+    def test_replay_counts_rollouts_ahead(self, here):
+        """The replay plans two batches ahead and three trained ones, each of 12 tokens."""
         settings = planned(here)
         plan = make_plan(settings)
         assert plan.replay_rollouts == (1 + 2) * 4 + 3 * 4
@@ -269,15 +269,15 @@ class TestStores:
         strict = planned(here, [stage], replay={"max_staleness": 0})
         assert make_plan(strict).replay_rollouts == 4 + 3 * 4
 
-    def test_shares(self, here):
-        """A batch of four over two workers is two rows each, though either has room for four."""
+    def test_workers_share_a_batch(self, here):
+        """A batch of four over two workers is two rows per worker."""
         settings = planned(here, rollout={"num_workers": 2}, run={"mode": "ray"})
         plan = make_plan(settings)
         assert plan.rows_per_worker == 2 and plan.shares["rollout"].num_processes == 2
         assert {share.threads for share in plan.shares.values()} == {1}
 
-    def test_object_store(self, here):
-        """Two versions of the student beside 0.5 GB, or the size in the config."""
+    def test_object_store_holds_two_versions(self, here):
+        """The object store plans two student versions and 0.5 GB, or the configured size."""
         settings = planned(here)
         plan = make_plan(settings)
         assert plan.object_store_bytes == int(5e8) + 2 * 4 * plan.shapes["student"].params
@@ -286,10 +286,10 @@ class TestStores:
 
 
 class TestCommand:
-    """What the user types."""
+    """The command `plan`."""
 
-    def test_tables_and_json(self, here, run):
-        """The terminal shows three tables; JSON has the parts of each role's memory and their sum."""
+    def test_plan_prints_tables_or_json(self, here, run):
+        """The terminal shows three tables, and JSON has the memory parts of each role with their sum."""
         code, out, err = run("plan", config_file(here, [WARM_UP, SWITCH]))
         assert code == 0, err
         assert all(title in out for title in ("What each process gets", "Memory of one process", "Bytes on the wire"))
@@ -307,15 +307,15 @@ class TestCommand:
             (["teacher.attach=shared", "cluster.address=auto", "run.mode=ray"], "a plan counts the run's own only"),
         ],
     )
-    def test_bad_input(self, here, run, args, message):
-        """One line, exit code 2."""
+    def test_bad_input_is_one_line(self, here, run, args, message):
+        """Bad input is one line with exit code 2."""
         config_file(here, [SWITCH])
         code, out, err = run("plan", "config.yaml", *args)
         errors = [line for line in err.splitlines() if line.startswith("switchkd: error: ")]
         assert code == 2 and len(errors) == 1 and message in errors[0] and not out, err
 
 
-def test_shape_of_head():
+def test_head_is_cut_to_the_vocabulary():
     """The output matrix is cut to the shared vocabulary."""
     shape = Shape(name="", params=0, layers=1, width=4, attention=4, kv=4, heads=1, ffn=8, gated=True, head_width=3,
                   vocab=10)  # fmt: skip

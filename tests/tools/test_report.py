@@ -1,4 +1,4 @@
-"""`switchkd report`: whole runs, broken ones, and texts that would like to be markup."""
+"""`switchkd report`: complete runs, damaged runs, and texts with markup."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EVIL = "</script><script>document.title = 'owned'</script><img src=x onerror=ale
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """STAGES with everything that can be recorded and evaluated."""
+    """STAGES with all records and evaluations."""
     place = save_models(tmp_path_factory.mktemp("models"))
     evaluation = {"data": "./data.jsonl", "num_prompts": 4, "max_new_tokens": 8}
     with pytest.MonkeyPatch.context() as patch:
@@ -33,7 +33,7 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copy(run, tmp_path) -> Path:
-    """The run's folder, to be broken."""
+    """A copy of the run's files, to be damaged."""
     for name in ("config.yaml", "metrics.jsonl", "rollouts.jsonl", "summary.json"):
         (tmp_path / "copy").mkdir(exist_ok=True)
         shutil.copy(run / name, tmp_path / "copy" / name)
@@ -41,7 +41,7 @@ def copy(run, tmp_path) -> Path:
 
 
 class Page(HTMLParser):
-    """What a browser would make of the page: its elements, and the data in it."""
+    """The elements of the page and the data in it, as a browser parses them."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -77,25 +77,25 @@ def lines(path: Path) -> list[dict]:
 # --- a whole run -----------------------------------------------------------------------------------------------------
 
 
-def test_everything_is_on_the_page(run, monkeypatch, capsys):
-    """The command prints the page's path; every number of a step and every rollout is in it, nothing is missing."""
+def test_the_page_has_all_numbers_and_rollouts(run, monkeypatch, capsys):
+    """The page has every number of a step and every rollout, and the command prints its path."""
     code, out, _ = command(monkeypatch, capsys, "report", run)
     assert code == 0 and out.strip() == str(run / "report.html")
     page = Page(run / "report.html")
-    (told,) = page.data["runs"]
+    (shown,) = page.data["runs"]
     rows = lines(run / "metrics.jsonl")
     steps = [row for row in rows if "stage" in row]
     for key in ("loss/total", "loss/kl", "rollout/teacher_token_frac", "replay/staleness_max", "time/wait_teacher_s",
                 "replay/waiting", "teacher/output_bytes", "rollout/tokens_per_s", "weight_version"):  # fmt: skip
-        assert told["steps"][key] == [[row["step"], row[key]] for row in steps if key in row], key
-    assert told["evals"]["eval/agreement"] == [[r["step"], r["eval/agreement"]] for r in rows if "eval/agreement" in r]
-    assert [stage["name"] for stage in told["stages"]] == [stage["name"] for stage in STAGES]
-    assert [one["pieces"] for one in told["rollouts"]] == [row["pieces"] for row in lines(run / "rollouts.jsonl")]
+        assert shown["steps"][key] == [[row["step"], row[key]] for row in steps if key in row], key
+    assert shown["evals"]["eval/agreement"] == [[r["step"], r["eval/agreement"]] for r in rows if "eval/agreement" in r]
+    assert [stage["name"] for stage in shown["stages"]] == [stage["name"] for stage in STAGES]
+    assert [one["pieces"] for one in shown["rollouts"]] == [row["pieces"] for row in lines(run / "rollouts.jsonl")]
     assert not [attrs for attrs in page.tags("ul") if attrs.get("class") == "missing"]
     assert "finished: 10 steps" in page.text and "adaswitch" in page.text
 
 
-def test_counts_are_those_of_the_rollouts(run):
+def test_statistics_equal_a_slow_loop(run):
     """Shares, divergences and block lengths by position equal those of a slow loop over rollouts.jsonl."""
     statistics = read_run(run, "run", 10).statistics
     rows = [row for row in lines(run / "rollouts.jsonl") if row["origin"] == "rollout" and row["stage"] == 1]
@@ -118,7 +118,7 @@ def test_counts_are_those_of_the_rollouts(run):
 
 
 def test_long_completions_are_binned():
-    """Thousands of positions become at most MAX_POINTS, whose weighted mean is the whole share."""
+    """Thousands of positions become at most MAX_POINTS bins."""
     num = 4 * MAX_POINTS + 3
     row = {
         "prompt": "p", "step": 0, "stage": 0, "origin": "rollout", "num_tokens": num, "token_ids": [1] * num,
@@ -131,8 +131,8 @@ def test_long_completions_are_binned():
     assert len(points) <= MAX_POINTS and points[0][1] < 1 and points[-1] == [pytest.approx(points[-1][0]), 1]
 
 
-def test_rollouts_are_spread_over_the_run(run):
-    """With fewer rollouts than there are, the page takes them from everywhere and says how many there were."""
+def test_rollouts_are_taken_from_the_whole_run(run):
+    """A limited number of rollouts is taken from the whole run, and the page has the total."""
     found = read_run(run, "run", 7)
     assert len(found.rollouts) == 7 and found.num_rollouts == 40
     steps = [row["step"] for row in found.rollouts]
@@ -140,8 +140,8 @@ def test_rollouts_are_spread_over_the_run(run):
     assert not read_run(run, "run", 0).rollouts
 
 
-def test_nothing_is_fetched(run):
-    """No element of the page and no rule of its style names another place, and its policy forbids it besides."""
+def test_the_page_loads_nothing(run):
+    """No element or style of the page loads anything, and the page's policy forbids it."""
     page = Page(write_report([run]))
     for _, attrs in page.elements:
         for name in ("src", "href", "action", "data", "srcset"):
@@ -153,8 +153,8 @@ def test_nothing_is_fetched(run):
     assert "default-src 'none'" in policy and "unsafe" not in policy
 
 
-def test_several_runs(run, copy, tmp_path, monkeypatch, capsys):
-    """Two runs stand on one page under names that tell them apart, with the settings that differ."""
+def test_two_runs_share_a_page(run, copy, tmp_path, monkeypatch, capsys):
+    """Two runs are on one page under distinct names, with the settings that differ."""
     text = (copy / "config.yaml").read_text().replace("seed: 0", "seed: 7", 1)
     (copy / "config.yaml").write_text(text)
     code, _, _ = command(monkeypatch, capsys, "report", run, copy, "--out", tmp_path / "both.html", "--rollouts", 5)
@@ -170,19 +170,19 @@ def test_several_runs(run, copy, tmp_path, monkeypatch, capsys):
     assert len({one["name"] for one in again.data["runs"]}) == 2
 
 
-# --- broken runs -----------------------------------------------------------------------------------------------------
+# --- damaged runs ----------------------------------------------------------------------------------------------------
 
 
-def test_an_empty_folder_gives_a_page(tmp_path):
-    """A folder without anything says so."""
+def test_an_empty_folder_has_a_page(tmp_path):
+    """The page of an empty folder says that it is empty."""
     page = Page(write_report([tmp_path]))
     assert "holds nothing of a run yet" in page.text and page.data["runs"][0]["steps"] == {}
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "rollouts.jsonl", "summary.json"])
 @pytest.mark.parametrize("how", ["gone", "empty", "noise"])
-def test_a_broken_file_is_named(copy, name, how):
-    """Whatever one file is, the page is written, names it, and shows the rest."""
+def test_a_damaged_file_is_named(copy, name, how):
+    """A missing, empty or malformed file is named, and the page shows the rest."""
     if how == "gone":
         (copy / name).unlink()
     else:
@@ -195,8 +195,8 @@ def test_a_broken_file_is_named(copy, name, how):
         assert len(page.data["runs"][0]["rollouts"]) == 40
 
 
-def test_a_run_that_is_being_written(copy):
-    """Half a last line is left out and said; what stands before it is shown."""
+def test_a_half_written_line_is_left_out(copy):
+    """A half-written last line is left out and reported."""
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         (copy / name).write_bytes((copy / name).read_bytes()[:-30])
     (copy / "summary.json").unlink()
@@ -212,8 +212,8 @@ def test_a_run_that_is_being_written(copy):
         {"step": "1"}, {"token_ids": 5}, {"stage": "one"}, {"statistic": 1.0},
     ],
 )  # fmt: skip
-def test_lines_that_are_no_rollouts(copy, change):
-    """A line that is an object, but no rollout, is left out and counted."""
+def test_lines_without_a_rollout_are_counted(copy, change):
+    """A line that is an object but no rollout is left out and counted."""
     rows = lines(copy / "rollouts.jsonl")
     rows[20] |= change
     (copy / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -222,8 +222,8 @@ def test_lines_that_are_no_rollouts(copy, change):
     assert len(page.data["runs"][0]["rollouts"]) == 39
 
 
-def test_rollouts_without_pieces(copy):
-    """Lines without texts of single tokens are shown by segments."""
+def test_rollouts_without_pieces_are_shown_by_segment(copy):
+    """Rollouts without texts of single tokens are shown by segment."""
     rows = [{key: value for key, value in row.items() if key != "pieces"} for row in lines(copy / "rollouts.jsonl")]
     (copy / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = Page(write_report([copy]))
@@ -231,16 +231,16 @@ def test_rollouts_without_pieces(copy):
     assert page.data["runs"][0]["rollouts"][0]["pieces"] == [part["text"] for part in rows[0]["segments"]]
 
 
-def test_places_that_cannot_be(run, tmp_path, monkeypatch, capsys):
-    """No such folder, a file for a folder, and a page that has nowhere to go: exit 2 and one line."""
+def test_invalid_paths_are_refused(run, tmp_path, monkeypatch, capsys):
+    """A missing folder, a file for a folder and an impossible output are refused in one line."""
     for args in (
         (tmp_path / "nowhere",),
         (run / "config.yaml",),
         (run, "--out", tmp_path),
         (run, "--out", "no/r.html"),
     ):
-        code, _, told = command(monkeypatch, capsys, "report", *args)
-        assert code == 2 and told.count("\n") == 1, args
+        code, _, err = command(monkeypatch, capsys, "report", *args)
+        assert code == 2 and err.count("\n") == 1, args
     with pytest.raises(ConfigError, match="does not exist"):
         write_report([tmp_path / "nowhere"])
 
@@ -249,7 +249,7 @@ def test_places_that_cannot_be(run, tmp_path, monkeypatch, capsys):
 
 
 def hostile(copy: Path) -> Path:
-    """A run whose every text would like to be markup."""
+    """A run with markup in each of its texts."""
     rows = lines(copy / "rollouts.jsonl")
     for row in rows:
         row["prompt"] = EVIL + row["prompt"]
@@ -268,7 +268,7 @@ def hostile(copy: Path) -> Path:
 
 
 def test_markup_stays_text(run, copy, tmp_path):
-    """The page with hostile texts has the elements of the page without them, and the texts come back whole."""
+    """Markup in texts adds no element to the page, and the texts are complete."""
     plain, page = Page(write_report([run])), Page(write_report([hostile(copy)], tmp_path / "hostile.html"))
     assert [tag for tag, _ in page.elements if tag in ("script", "img")] == ["script", "script"]
     assert {tag for tag, _ in page.elements} == {tag for tag, _ in plain.elements}
@@ -278,8 +278,8 @@ def test_markup_stays_text(run, copy, tmp_path):
     assert EVIL in page.text, "the config's stage name, as text"
 
 
-def test_half_a_surrogate_pair(copy):
-    """A lone surrogate, which JSON allows and UTF-8 does not, does not keep the page from being written."""
+def test_a_lone_surrogate_is_replaced(copy):
+    """A lone surrogate, which JSON allows and UTF-8 does not, becomes a question mark."""
     text = (copy / "rollouts.jsonl").read_text().replace('"prompt": "', '"prompt": "\\ud83d', 1)
     (copy / "rollouts.jsonl").write_text(text)
     (copy / "config.yaml").write_text('run: {dir: "\\ud83d"}\n')

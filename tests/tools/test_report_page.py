@@ -1,4 +1,4 @@
-"""The report in a real browser: what is drawn, what the keyboard does, narrow windows, the dark, and no requests.
+"""The report in a real browser: charts, keyboard, narrow windows, dark mode, and no requests.
 
 Needs Chromium (Debian: `apt-get install chromium`; $CHROMIUM names another binary) and `pip install playwright`.
 """
@@ -35,16 +35,16 @@ def browser() -> Iterator[Any]:
 
 
 class Tab:
-    """A page that was opened, and everything that it complained about or asked for."""
+    """An open page with the errors and requests that it made."""
 
     def __init__(self, browser: Any, file: Path, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         scheme = "dark" if dark else "light"
         self.page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
-        self.complaints: list[str] = []
+        self.errors: list[str] = []
         self.requests: list[str] = []
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("console", lambda said: self.complaints.append(said.text))
-        self.page.on("dialog", lambda dialog: self.complaints.append(f"dialog {dialog.message}"))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", lambda said: self.errors.append(said.text))
+        self.page.on("dialog", lambda dialog: self.errors.append(f"dialog {dialog.message}"))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(file.resolve().as_uri())
 
@@ -57,7 +57,7 @@ class Tab:
         return Image.open(io.BytesIO(self.page.locator(selector).first.screenshot())).convert("RGB")
 
     def clean(self) -> bool:
-        return not self.complaints and len(self.requests) == 1
+        return not self.errors and len(self.requests) == 1
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def brightness(picture: Any) -> float:
 
 
 def test_charts_are_drawn(open_page, file, run):  # noqa: F811
-    """Every promised chart is there with a curve in it, in ink; nothing was fetched and nothing complained."""
+    """Each chart is drawn with a visible curve, without errors or requests."""
     tab = open_page(file)
     titles = tab.page.eval_on_selector_all(".chart", "all => all.map(one => one.dataset.title)")
     assert {
@@ -102,11 +102,11 @@ def test_charts_are_drawn(open_page, file, run):  # noqa: F811
     assert (0x33, 0x69, 0x9C) in colors, "the curve in the first run's colour"
     loss = lines(run / "metrics.jsonl")[-2]["loss/total"]
     assert f"last {loss:.3g}" in tab.page.locator('.chart[data-title="Loss"] svg').first.get_attribute("aria-label")
-    assert tab.clean(), (tab.complaints, tab.requests)
+    assert tab.clean(), (tab.errors, tab.requests)
 
 
-def test_a_chart_is_read_by_pointer_and_keys(open_page, file, run):  # noqa: F811
-    """The crosshair names step and value under the pointer, and walks with the arrow keys."""
+def test_a_chart_shows_values_by_pointer_and_keys(open_page, file, run):  # noqa: F811
+    """A chart's crosshair shows step and value under the pointer and moves with the arrow keys."""
     tab = open_page(file)
     chart = '.chart[data-title="Weight version"]'
     tab.page.locator(f"{chart} svg").first.hover()
@@ -120,8 +120,8 @@ def test_a_chart_is_read_by_pointer_and_keys(open_page, file, run):  # noqa: F81
     assert not tab.page.locator(f"{chart} .tip").is_visible()
 
 
-def test_the_viewer_by_keyboard_alone(open_page, file, run):  # noqa: F811
-    """From the search field to a token's divergence, threshold, candidates and version without a mouse."""
+def test_the_viewer_works_by_keyboard_alone(open_page, file, run):  # noqa: F811
+    """The keyboard alone leads from the search field to a token's divergence, threshold, candidates and version."""
     tab, keys = open_page(file), None
     keys = tab.page.keyboard
     rows = [row for row in lines(run / "rollouts.jsonl") if row["origin"] == "rollout"]
@@ -153,8 +153,8 @@ def test_the_viewer_by_keyboard_alone(open_page, file, run):  # noqa: F811
     assert not tab.page.locator(".card").is_visible() and tab.clean()
 
 
-def test_who_wrote_is_seen_without_colour(open_page, file, run):  # noqa: F811
-    """The teacher's tokens carry a solid line, the data's a dotted one, the student's none."""
+def test_writers_are_marked_without_colour(open_page, file, run):  # noqa: F811
+    """Tokens of the teacher have a solid line, those of the data a dotted one, those of the student none."""
     tab = open_page(file)
     tab.page.get_by_label("written as").select_option("")
     style = "one => { const s = getComputedStyle(one); return s.borderBottomStyle + ' ' + s.borderBottomColor }"
@@ -170,8 +170,8 @@ def test_who_wrote_is_seen_without_colour(open_page, file, run):  # noqa: F811
         assert drawn == writers
 
 
-def test_filters(open_page, file, run):  # noqa: F811
-    """By prompt, step and share; what does not fit is gone, and an empty answer says so."""
+def test_the_viewer_filters_rollouts(open_page, file, run):  # noqa: F811
+    """The viewer filters by prompt, step and share, and an empty result says so."""
     tab = open_page(file)
     rows = [row for row in lines(run / "rollouts.jsonl") if row["origin"] == "rollout"]
 
@@ -190,8 +190,8 @@ def test_filters(open_page, file, run):  # noqa: F811
     assert tab.clean()
 
 
-def test_a_narrow_window(open_page, file):
-    """On a telephone nothing is wider than the window, and a token's card lies at its lower edge."""
+def test_a_narrow_window_fits(open_page, file):
+    """In a narrow window nothing is wider than the window, and a token's card is at its lower edge."""
     tab = open_page(file, width=360, height=740)
     assert tab.page.evaluate("document.documentElement.scrollWidth") <= 360
     tab.page.locator(".tokens .tok").first.click()
@@ -201,8 +201,8 @@ def test_a_narrow_window(open_page, file):
     assert token["y"] + token["height"] <= box["y"], "the card does not lie on the token"
 
 
-def test_the_dark(open_page, file):
-    """Light by default, dark where the reader asks for it; texts stand out from their ground in both."""
+def test_light_and_dark_are_readable(open_page, file):
+    """The page is light by default and dark on request, with a contrast of at least 7 in both."""
     light, dark = open_page(file), open_page(file, dark=True)
     assert brightness(light.picture("main")) > 200 and brightness(dark.picture("main")) < 70
     contrast = """kind => {
@@ -218,8 +218,8 @@ def test_the_dark(open_page, file):
             assert tab.page.evaluate(contrast, kind) >= 7, kind
 
 
-def test_runs_side_by_side(open_page, run, copy, tmp_path):  # noqa: F811
-    """Two runs share each chart, in two colours, and the viewer shows the same prompt of both."""
+def test_two_runs_share_charts(open_page, run, copy, tmp_path):  # noqa: F811
+    """Two runs share each chart in two colours, and the viewer shows the same prompt of both."""
     tab = open_page(write_report([run, copy], tmp_path / "both.html"))
     strokes = tab.page.eval_on_selector_all(
         '.chart[data-title="Loss"] path.curve', "all => all.map(one => getComputedStyle(one).stroke)"
@@ -230,8 +230,8 @@ def test_runs_side_by_side(open_page, run, copy, tmp_path):  # noqa: F811
     assert "The same prompt in run" in tab.text(".panel .others") and tab.clean()
 
 
-def test_an_empty_run(open_page, tmp_path):
-    """A page about nothing is a page all the same."""
+def test_an_empty_run_has_a_page(open_page, tmp_path):
+    """The page of an empty run works without errors."""
     tab = open_page(write_report([tmp_path]))
     assert "holds nothing of a run yet" in tab.text("#runs") and "No rollouts were recorded" in tab.text(".list")
     assert tab.clean()
@@ -244,4 +244,4 @@ def test_markup_is_never_run(open_page, copy, tmp_path):  # noqa: F811
     assert EVIL in tab.text(".panel .prompt") and EVIL in tab.page.locator(".tokens").first.text_content()
     tab.page.locator(".tokens .tok").first.click()
     assert "<script>" in tab.text(".card")
-    assert tab.clean(), (tab.complaints, tab.requests)
+    assert tab.clean(), (tab.errors, tab.requests)

@@ -1,4 +1,4 @@
-"""The head-to-head: its task, its grid that goes on cell by cell, its table against a hand calculation."""
+"""`bench quality`: its task, its grid of cells that resumes, and its table against hand calculations."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ STUDY: dict[str, Any] = {
 
 
 def solution_tokens(digits: int) -> int:
-    """The most that a solution takes: 8 a column, commas between them, `####`, the answer, the end."""
+    """Most tokens of a solution: 8 per column, commas between them, `####`, the answer, the end."""
     return 8 * digits + (digits - 1) + 1 + (digits + 1) + 1
 
 
@@ -59,8 +59,8 @@ def study_file(place: Path, **changes: Any) -> Path:
 # --- the task --------------------------------------------------------------------------------------------------------
 
 
-def test_a_solution_written_out():
-    """By hand: 385 + 947, columns from the right, with the carry that each was handed."""
+def test_a_solution_equals_a_hand_calculation():
+    """The solutions of 385 + 947 and 20 + 51 are those of a hand calculation, from the right column with carries."""
     problem = Problem(385, 947)
     assert problem.prompt == "385+947="
     assert problem.solution == "5+7+0=12,8+4+1=13,3+9+1=13####1332"
@@ -68,8 +68,7 @@ def test_a_solution_written_out():
 
 
 def test_every_solution_is_right():
-    """Each column's sum is that of its three digits, its carry is the one before, and the results are the answer's
-    digits."""
+    """Each column of a solution has the right sum and carry, and the results form the answer."""
     for problem in arithmetic_task.draw([2, 3, 4, 8], 200, seed=3):
         steps, answer = problem.solution.split("####")
         carry, result = 0, ""
@@ -83,13 +82,13 @@ def test_every_solution_is_right():
         assert exact_match(problem.solution, problem.answer) and not exact_match(problem.solution + "0", problem.answer)
 
 
-def test_the_answer_is_what_follows_the_mark():
+def test_the_answer_follows_the_mark():
     assert final_number("5+7+0=12####1332") == "1332"
     assert final_number("5+7+0=12####") is None
 
 
 def test_train_and_test_share_no_problem():
-    """Swapped summands are the same problem; each part is as asked, and the same whenever it is drawn."""
+    """No two problems are equal, also with swapped summands, and draws are repeatable with equal shares of lengths."""
     test = arithmetic_task.draw([2, 3], 400, seed=0)
     train = arithmetic_task.draw([2, 3], 2000, seed=1, apart_from=test)
     pairs = [frozenset((p.first, p.second)) for p in (*test, *train)]
@@ -102,13 +101,13 @@ def test_train_and_test_share_no_problem():
     )
 
 
-def test_too_many_problems():
+def test_too_many_problems_are_refused():
     with pytest.raises(ConfigError, match="30 problems of 1 digits"):
         arithmetic_task.draw([1], 30, seed=0)
 
 
-def test_the_tokenizer_gives_texts_back():
-    """`####` is one token, all else is one a letter; nothing falls to the padding token."""
+def test_the_tokenizer_decodes_what_it_encodes():
+    """`####` is one token and any other character is one, and no character becomes a special token."""
     tokenizer = arithmetic_task.tokenizer()
     text = Problem(385, 947).prompt + Problem(385, 947).solution
     ids = tokenizer(text)["input_ids"]
@@ -121,8 +120,8 @@ def test_the_tokenizer_gives_texts_back():
 # --- the study file --------------------------------------------------------------------------------------------------
 
 
-def test_the_shipped_study_is_sound():
-    """It is read, every method's config is accepted, the rollouts have room for every solution."""
+def test_the_arithmetic_study_is_valid():
+    """The shipped arithmetic study is valid, and its rollouts have room for each solution."""
     study = read_study(Path(__file__).parents[2] / "configs" / "study" / "arithmetic.yaml")
     assert study.task is not None
     assert study.base["rollout"]["max_new_tokens"] >= solution_tokens(max(study.task.digits))
@@ -132,16 +131,15 @@ def test_the_shipped_study_is_sound():
 
 
 @pytest.mark.parametrize("name", ["dolly", "dolly_small"])
-def test_the_study_of_dolly_is_sound(name):
-    """Every method's config is accepted, and each test set is told by name."""
+def test_the_dolly_studies_are_valid(name):
+    """Each method's config of the Dolly studies is valid, and the test sets have their names."""
     study = read_study(Path(__file__).parents[2] / "configs" / "study" / f"{name}.yaml")
     assert set(study.test_sets) == {"dolly", "self_inst", "s_ni", "vicuna"} and set(study.main) <= study.methods.keys()
     assert len(cells(study)) == 3 * len(study.methods)
 
 
-def test_a_student_that_was_warmed_up_is_not_cut_again(tmp_path):
-    """Where a study cuts its student out of the teacher, the warm-up begins with the cut; its cells, and every
-    evaluation, take the folder that they are given."""
+def test_a_warmed_up_student_is_not_pruned_again(tmp_path):
+    """A study prunes its student for the warm-up only; cells and evaluations use the given folder."""
     student = {"prune": {"num_layers": 1}, "prepack": "off"}
     study = read_study(study_file(tmp_path, base={**STUDY["base"], "student": student}))
     assert configured(study, {}, tmp_path, tmp_path).student.prune is not None
@@ -149,15 +147,15 @@ def test_a_student_that_was_warmed_up_is_not_cut_again(tmp_path):
     assert (given.path, given.prune, given.prepack) == ("warm-up/student", None, "off")
 
 
-def test_scores_over_several_test_sets():
-    """By name, and the mean of all; a part that one test set lacks is the mean of the others."""
+def test_scores_are_averaged_over_test_sets():
+    """Scores have the test set's name and a mean; a part that one set lacks is the mean of the others."""
     scores = {"a/rouge_l": 10.0, "b/rouge_l": 20.0, "a/rouge_l/short": 4.0}
     assert over_test_sets(scores, ["a", "b"]) == {**scores, "rouge_l": 15.0, "rouge_l/short": 4.0}
     named = {"rouge_l": 1.0, "b/rouge_l": 3.0}
     assert over_test_sets(named, ["", "b"]) == named
 
 
-def test_the_order_keeps_a_part_of_the_grid_balanced(tmp_path):
+def test_the_order_of_cells_is_balanced(tmp_path):
     study = read_study(study_file(tmp_path, methods={**STUDY["methods"], "other": {}}))
     assert [cell.name for cell in cells(study)] == [
         "switch-seed1", "switch-seed2", "supervised-kd-seed1", "other-seed1", "supervised-kd-seed2", "other-seed2",
@@ -171,7 +169,7 @@ def test_groups_of_keys_are_merged():
 
 
 @pytest.mark.parametrize(
-    ("changes", "options", "told"),
+    ("changes", "options", "message"),
     [
         ({"sedes": [1]}, [], "sedes: unknown key (value [1]); did you mean 'seeds'?"),
         ({"task": {**STUDY["task"], "digit": [2]}}, [], "task.digit: unknown key (value [2]); did you mean 'digits'?"),
@@ -189,18 +187,18 @@ def test_groups_of_keys_are_merged():
         ({}, ["--only-table"], "holds no study yet"),
     ],
 )
-def test_bad_input_is_one_line(changes, options, told, tmp_path, monkeypatch, capsys):
-    """Exit code 2, one line, nothing trained."""
+def test_bad_input_is_one_line(changes, options, message, tmp_path, monkeypatch, capsys):
+    """Bad input is one line with exit code 2, before anything is trained."""
     monkeypatch.setattr(grid.Grid, "_write_task", lambda self: pytest.fail("it was started"))
     file = study_file(tmp_path, **changes)
     code, _, err = command(
         monkeypatch, capsys, "bench", "quality", "--study", file, "--out", tmp_path / "out", *options
     )
-    assert code == 2 and told in err and len(err.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
-def test_the_folder_of_another_study(tmp_path, monkeypatch, capsys):
-    """Refused, and left as it was; more methods and seeds are not another study."""
+def test_the_folder_of_another_study_is_refused(tmp_path, monkeypatch, capsys):
+    """The folder of another study is refused and unchanged; more methods and seeds are the same study."""
     study = read_study(study_file(tmp_path))
     grid.claim(study, tmp_path / "out")
     grid.claim(read_study(study_file(tmp_path, seeds=[1, 2, 3], methods={"switch": {}})), tmp_path / "out")
@@ -219,7 +217,7 @@ def test_the_folder_of_another_study(tmp_path, monkeypatch, capsys):
 
 
 class Trains:
-    """`train.train`, counted; the given call ends as after SIGTERM."""
+    """Records the calls of `train.train`; call number `stop_at` ends as after SIGTERM."""
 
     def __init__(self, monkeypatch: Any, stop_at: int = 0) -> None:
         from switchkd import train
@@ -236,7 +234,7 @@ class Trains:
 
             def stopped(trainer: Any) -> None:
                 step(trainer)
-                trainer.recovery.started -= 1000  # seconds that a resumed run must know of
+                trainer.recovery.started -= 1000  # seconds that a resumed run must count
                 signal.raise_signal(signal.SIGTERM)
 
             with pytest.MonkeyPatch.context() as patch:
@@ -245,20 +243,19 @@ class Trains:
         return self.real(config, resume=resume)
 
 
-def test_a_grid_goes_on_cell_by_cell(tmp_path, monkeypatch, capsys):
-    """Stopped in its third cell it keeps two; the same command runs that one on and the last one, and no other; the
-    table then has all four, with numbers of each length, and a third time nothing is run."""
+def test_a_stopped_grid_resumes(tmp_path, monkeypatch, capsys):
+    """A stopped grid resumes the interrupted cell and runs the rest; finished cells are unchanged and not run again."""
     args = ("bench", "quality", "--study", study_file(tmp_path), "--out", tmp_path / "out")
     first = Trains(monkeypatch, stop_at=6)  # teacher, warm-up 1, cell, warm-up 2, cell, cell
-    code, told, _ = command(monkeypatch, capsys, *args)
-    assert code == 1 and "stopped at supervised-kd-seed1; the same command goes on" in told
+    code, printed, _ = command(monkeypatch, capsys, *args)
+    assert code == 1 and "stopped at supervised-kd-seed1; the same command goes on" in printed
     order = ["teacher", "warm-up-seed1", "switch-seed1", "warm-up-seed2", "switch-seed2", "supervised-kd-seed1"]
     assert first.seen == order
     made = {path.name: path.read_bytes() for path in (tmp_path / "out" / "cells").iterdir()}
     assert set(made) == {f"{name}.json" for name in ("teacher-seed0", *order[1:5])}
 
     second = Trains(monkeypatch)
-    code, told, _ = command(monkeypatch, capsys, *args)
+    code, printed, _ = command(monkeypatch, capsys, *args)
     assert code == 0 and second.seen == ["supervised-kd-seed1", "supervised-kd-seed2"]
     assert all((tmp_path / "out" / "cells" / name).read_bytes() == data for name, data in made.items())
     cell = json.loads((tmp_path / "out" / "cells" / "supervised-kd-seed1.json").read_text())
@@ -266,28 +263,27 @@ def test_a_grid_goes_on_cell_by_cell(tmp_path, monkeypatch, capsys):
     assert cell["rollouts"]["steps"] == 2 and cell["rollouts"]["teacher_frac"] == 0
     assert {"exact_match", "exact_match/digits=2", "exact_match/digits=3", "kl", "kl_greedy"} <= set(cell["scores"])
     assert json.loads((tmp_path / "out" / "cells" / "switch-seed1.json").read_text())["rollouts"]["tokens"] > 0
-    assert "| supervised-kd | 2 |" in told and (tmp_path / "out" / "plot.png").read_bytes()[1:4] == b"PNG"
+    assert "| supervised-kd | 2 |" in printed and (tmp_path / "out" / "plot.png").read_bytes()[1:4] == b"PNG"
     assert len(json.loads((tmp_path / "out" / "table.json").read_text())["rows"]) == 2
 
     third = Trains(monkeypatch)
     assert command(monkeypatch, capsys, *args)[0] == 0 and not third.seen
 
 
-def test_a_study_with_several_test_sets_has_a_table(tmp_path, monkeypatch, capsys):
-    """Scores by the name of the set, their mean to rank by, and a column for each set."""
+def test_several_test_sets_have_columns(tmp_path, monkeypatch, capsys):
+    """With several test sets a cell has scores by set and their mean, and the table a column for each set."""
     file = study_file(tmp_path, test_sets={"a": {}, "b": {"eval": {"num_prompts": 4}}})
     out = tmp_path / "out"
     options = ("--study", file, "--out", out, "--cells", "supervised-kd-seed1")
-    code, told, err = command(monkeypatch, capsys, "bench", "quality", *options)
+    code, printed, err = command(monkeypatch, capsys, "bench", "quality", *options)
     assert code == 0, err
     scores = json.loads((out / "cells" / "supervised-kd-seed1.json").read_text())["scores"]
     assert scores["kl"] == (scores["a/kl"] + scores["b/kl"]) / 2 and scores["a/kl"] != scores["b/kl"]
-    assert "| method | digits=2 | digits=3 | a | b |" in told
+    assert "| method | digits=2 | digits=3 | a | b |" in printed
 
 
-def test_a_cell_that_fails_does_not_keep_the_others(tmp_path, monkeypatch, capsys):
-    """Exit code 1 at the end, with its name and its log, where the whole error stands; the same command tries it again,
-    and SIGTERM behind a cell's last step ends the grid, too."""
+def test_a_failed_cell_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    """A failed cell is reported with its log, the other cells run, and the same command tries it again."""
     args = ("bench", "quality", "--study", study_file(tmp_path), "--out", tmp_path / "out")
     with monkeypatch.context() as patch:
         run_cell = grid.Grid._run_cell
@@ -298,9 +294,9 @@ def test_a_cell_that_fails_does_not_keep_the_others(tmp_path, monkeypatch, capsy
             run_cell(one, cell)
 
         patch.setattr(grid.Grid, "_run_cell", breaks)
-        code, told, _ = command(monkeypatch, capsys, *args)
+        code, printed, _ = command(monkeypatch, capsys, *args)
     log = tmp_path / "out" / "runs" / "switch-seed1.log"
-    assert code == 1 and f"without a result: switch-seed1 (ValueError: the loss is nan; {log})" in told
+    assert code == 1 and f"without a result: switch-seed1 (ValueError: the loss is nan; {log})" in printed
     assert "Traceback" in log.read_text() and "| supervised-kd | 2 |" in (tmp_path / "out" / "table.md").read_text()
     names = {path.stem for path in (tmp_path / "out" / "cells").iterdir()}
     assert {"switch-seed2", "supervised-kd-seed1", "supervised-kd-seed2"} <= names and "switch-seed1" not in names
@@ -308,13 +304,13 @@ def test_a_cell_that_fails_does_not_keep_the_others(tmp_path, monkeypatch, capsy
     (tmp_path / "out" / "cells" / "supervised-kd-seed2.json").unlink()
     evaluate = grid.Grid._evaluate
     monkeypatch.setattr(grid.Grid, "_evaluate", lambda *args: (signal.raise_signal(signal.SIGTERM), evaluate(*args))[1])
-    code, told, _ = command(monkeypatch, capsys, *args)
-    assert code == 1 and "stopped at supervised-kd-seed2;" in told
+    code, printed, _ = command(monkeypatch, capsys, *args)
+    assert code == 1 and "stopped at supervised-kd-seed2;" in printed
     assert (tmp_path / "out" / "cells" / "switch-seed1.json").exists()
 
 
-def test_a_warm_up_that_fails_keeps_its_seed_alone(tmp_path, monkeypatch, capsys):
-    """The other seed's cells are made; the warm-up is named once, with its log."""
+def test_a_failed_warm_up_stops_its_seed_only(tmp_path, monkeypatch, capsys):
+    """A failed warm-up stops the cells of its seed only, and is reported once."""
     run_cell = grid.Grid._run_cell
 
     def breaks(one: Any, cell: Cell) -> None:
@@ -324,39 +320,39 @@ def test_a_warm_up_that_fails_keeps_its_seed_alone(tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(grid.Grid, "_run_cell", breaks)
     args = ("bench", "quality", "--study", study_file(tmp_path), "--out", tmp_path / "out")
-    code, told, _ = command(monkeypatch, capsys, *args)
+    code, printed, _ = command(monkeypatch, capsys, *args)
     log = tmp_path / "out" / "warm-up-seed1.log"
-    assert code == 1 and told.count("the loss is nan") == 2  # when it happened, and at the end
-    assert f"without a result: warm-up-seed1 (ValueError: the loss is nan; {log})" in told and log.is_file()
+    assert code == 1 and printed.count("the loss is nan") == 2  # at the failure and at the end
+    assert f"without a result: warm-up-seed1 (ValueError: the loss is nan; {log})" in printed and log.is_file()
     made = {path.stem for path in (tmp_path / "out" / "cells").iterdir()}
     assert {"switch-seed2", "supervised-kd-seed2"} <= made and not any(name.endswith("seed1") for name in made)
 
 
-def test_every_cell_fails(tmp_path, monkeypatch, capsys):
-    """The command says why, not that there is no table."""
+def test_a_grid_of_failed_cells_gives_the_reason(tmp_path, monkeypatch, capsys):
+    """If all cells fail, the command gives the reason."""
     run_cell = grid.Grid._run_cell
     monkeypatch.setattr(
         grid.Grid, "_run_cell", lambda one, cell: 1 / 0 if cell.method == "switch" else run_cell(one, cell)
     )
     args = ("bench", "quality", "--study", study_file(tmp_path), "--out", tmp_path / "out")
-    code, told, _ = command(monkeypatch, capsys, *args, "--cells", "switch-seed1")
-    assert code == 1 and "without a result: switch-seed1 (ZeroDivisionError:" in told
+    code, printed, _ = command(monkeypatch, capsys, *args, "--cells", "switch-seed1")
+    assert code == 1 and "without a result: switch-seed1 (ZeroDivisionError:" in printed
 
 
-def test_sigterm_behind_a_runs_last_step(tmp_path, monkeypatch, capsys):
-    """The cell is kept; no other one begins."""
+def test_sigterm_after_a_last_step_ends_the_grid(tmp_path, monkeypatch, capsys):
+    """SIGTERM after a run's last step ends the grid; the finished cell is kept."""
     from switchkd.controller.recovery import Recovery
 
     save = Recovery.export
     monkeypatch.setattr(Recovery, "export", lambda *args: (signal.raise_signal(signal.SIGTERM), save(*args))[1])
     args = ("bench", "quality", "--study", study_file(tmp_path), "--out", tmp_path / "out")
-    code, told, _ = command(monkeypatch, capsys, *args, "--cells", "switch-seed1")
-    assert code == 1 and "stopped at warm-up-seed1;" in told
+    code, printed, _ = command(monkeypatch, capsys, *args, "--cells", "switch-seed1")
+    assert code == 1 and "stopped at warm-up-seed1;" in printed
     assert {path.stem for path in (tmp_path / "out" / "cells").iterdir()} == {"teacher-seed0"}
 
 
-def test_a_method_that_was_changed_under_its_name(tmp_path):
-    """Its old cells are not taken for the new method's."""
+def test_a_changed_method_is_refused(tmp_path):
+    """Results of a method whose config has changed are refused."""
     one = grid.Grid(study=read_study(study_file(tmp_path)), home=tmp_path, out=tmp_path / "out")
     grid.claim(one.study, one.out)
     (one.out / "cells").mkdir()
@@ -377,16 +373,16 @@ def cell(method: str, seed: int, score: float, **parts: float) -> dict[str, Any]
     }  # fmt: skip
 
 
-def test_the_interval_by_hand():
-    """Of 1, 2, 3: s = 1, t(0.975, 2) = 4.302653, so 2 ± 4.302653 / sqrt(3)."""
+def test_the_interval_equals_a_hand_calculation():
+    """The interval of 1, 2, 3 is 2 ± 4.302653 / sqrt(3), with s = 1 and t(0.975, 2) = 4.302653."""
     mean = Mean.from_values([1.0, 2.0, 3.0])
     assert mean.mean == 2 and mean.half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
     assert Mean.from_values([5.0]) == Mean(5.0, None, 1)
 
 
-def test_the_paired_test_by_hand():
-    """Differences 1, 2, 3: t = 2 / (1 / sqrt(3)); with two degrees of freedom p = 1 - t / sqrt(2 + t^2). Seeds that
-    only one has do not count."""
+def test_the_paired_test_equals_a_hand_calculation():
+    """Differences 1, 2, 3 give t = 2 / (1 / sqrt(3)) and p = 1 - t / sqrt(2 + t^2) at 2 degrees of freedom. Unpaired
+    seeds do not count."""
     pair = Paired.from_scores("a", {1: 2.0, 2: 4.0, 3: 6.0, 4: 9.0}, "b", {1: 1.0, 2: 2.0, 3: 3.0, 5: 0.0})
     t = 2 * math.sqrt(3)
     assert pair.difference.num == 3 and pair.t == pytest.approx(t)
@@ -395,19 +391,18 @@ def test_the_paired_test_by_hand():
     assert same.p is None and same.difference.mean == 0
 
 
-def test_holm_by_hand():
-    """0.01 x 3, 0.03 x 2, and 0.04 x 1, which may not be below the one before."""
+def test_holm_equals_a_hand_calculation():
+    """Holm's correction gives 0.01 x 3, 0.03 x 2, and for 0.04 the value before, which is larger."""
     assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
 
 
 def test_the_table_ranks_and_compares_neighbours():
-    """Best first, whatever the order of the cells; neighbours in that order; a method with fewer seeds is named. Gains
-    are over each seed's own start: 11 - 9 and 12 - 10."""
-    told = [cell("low", s, 10.0 + s, **{"digits=2": 30.0}) for s in (1, 2)]
-    told += [cell("high", s, 50.0 + 2 * s, **{"digits=2": 70.0}) for s in (1, 2)] + [cell("middle", 1, 20.0)]
+    """Methods are ranked by score, neighbours compared, missing seeds named, and gains taken over each seed's start."""
+    made = [cell("low", s, 10.0 + s, **{"digits=2": 30.0}) for s in (1, 2)]
+    made += [cell("high", s, 50.0 + 2 * s, **{"digits=2": 70.0}) for s in (1, 2)] + [cell("middle", 1, 20.0)]
     before = [cell("teacher", 0, 99.0, **{"digits=2": 100.0}), cell("warm-up", 1, 9.0), cell("warm-up", 2, 10.0)]
-    table = QualityTable.from_cells("t", "exact_match", 2, told, before)
+    table = QualityTable.from_cells("t", "exact_match", 2, made, before)
     assert [row.method for row in table.rows] == ["high", "middle", "low"]
     assert [(pair.method, pair.other) for pair in table.neighbours] == [("high", "middle"), ("middle", "low")]
     assert table.rows[0].scores["exact_match"].mean == 53 and table.parts == ["digits=2"]
@@ -418,13 +413,12 @@ def test_the_table_ranks_and_compares_neighbours():
 
 
 @pytest.mark.parametrize("with_starts", [True, False])
-def test_the_plot_shows_what_ranks(with_starts):
-    """Gains over each seed's start with the zero line in view where the starts are there, else the scores themselves;
-    the best on top, one stroke a seed."""
+def test_the_plot_shows_gains_or_scores(with_starts):
+    """The plot shows gains over each seed's start with a zero line, or scores without starts, the best on top."""
     figure = pytest.importorskip("matplotlib.figure").Figure()
-    told = [cell("low", s, 40.0 + s) for s in (1, 2)] + [cell("high", s, 50.0 + 2 * s) for s in (1, 2)]
+    made = [cell("low", s, 40.0 + s) for s in (1, 2)] + [cell("high", s, 50.0 + 2 * s) for s in (1, 2)]
     before = [cell("warm-up", 1, 38.0), cell("warm-up", 2, 39.0)] if with_starts else []
-    table, axes = QualityTable.from_cells("t", "exact_match", 2, told, before), figure.subplots()
+    table, axes = QualityTable.from_cells("t", "exact_match", 2, made, before), figure.subplots()
     plot._ranking(axes, table)
     assert table.by_gain == with_starts
     assert [label.get_text() for label in axes.get_yticklabels()] == ["low (2)", "high (2)"]
