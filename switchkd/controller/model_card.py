@@ -17,9 +17,8 @@ from switchkd.config.loader import dump_yaml
 from switchkd.config.schema import Config, StageConfig
 from switchkd.controller.metrics import COLUMNS, METRICS, StageScores, figure, is_number, summary_rows
 from switchkd.data.atomic_files import redact, write_text_atomic
-from switchkd.engines.models.sources import looks_local
+from switchkd.engines.models.origin import CARD, origin_of
 
-CARD = "README.md"
 PACKAGES = ("switchkd", "torch", "transformers", "deepspeed", "ray")
 
 
@@ -30,19 +29,21 @@ def write_card(folder: Path, run_dir: Path, config: Config, scores: StageScores,
 
 def model_card(run_dir: Path, config: Config, scores: StageScores, steps: int) -> str:
     head = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["distillation", "switchkd"]}
-    if not looks_local(config.student.path):
-        head["base_model"] = config.student.path
+    origin = origin_of(config.student.path)
+    head |= origin.front_matter()
     sections = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {run_dir.resolve().name}",
-        "A student that was distilled with [switchkd](https://arxiv.org/abs/2410.19503): teacher and student write "
-        "sequences together, token by token, and the student learns from the teacher's distribution at each of them.",
+        "A student that was distilled with switchkd: teacher and student write sequences together, token by token "
+        "([2410.19503](https://arxiv.org/abs/2410.19503)), and the student learns from the teacher's distribution at "
+        "each of them.",
         "## How it was made",
         _list(_origin(config, steps)),
         "## Stages",
         _list([_stage(stage) for stage in config.train.stages]),
         "## Results",
         _results(run_dir, scores),
+        *(["## Origin", origin.text] if origin.text else []),
         "## Versions",
         _list([f"{name} {number}" for name, number in versions().items()]),
         f"<details><summary>config.yaml</summary>\n\n```yaml\n{dump_yaml(config)}```\n\n</details>",

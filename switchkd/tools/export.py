@@ -18,9 +18,10 @@ from switchkd.config.errors import ConfigError, first_line
 from switchkd.config.loader import parse
 from switchkd.config.schema import FORMAT
 from switchkd.controller.metrics import METRICS
-from switchkd.controller.model_card import CARD, write_card
+from switchkd.controller.model_card import write_card
 from switchkd.controller.resume import written_format
 from switchkd.data.atomic_files import CONFIG
+from switchkd.engines.models.origin import CARD
 from switchkd.engines.models.sources import new_folder
 
 

