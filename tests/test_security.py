@@ -342,53 +342,6 @@ def test_listening_addresses_are_found():
             assert listening({os.getpid()}).keys() - LOOPBACK == {"00000000"}
 
 
-LOOK = """
-import json, os, sys
-from pathlib import Path
-from switchkd import cli
-from switchkd.controller.metrics import MetricsLog
-
-sys.path.insert(0, {tests!r})
-log_step = MetricsLog.step
-
-def look(self, step, row):
-    from runs import descendants
-    from test_security import listening
-
-    pids = set(descendants(os.getpid())) | {{os.getpid()}}
-    import ray
-    seen = {{"listens": listening(pids), "num": len(pids), "mode": os.environ["RAY_AUTH_MODE"],
-            "token": os.environ["RAY_AUTH_TOKEN"], "address": ray.get_runtime_context().gcs_address}}
-    Path("seen.json").write_text(json.dumps(seen))
-    log_step(self, step, row)
-
-MetricsLog.step = look
-sys.argv = ["switchkd", "train", "config.yaml"]
-cli.main()
-"""
-
-
-@pytest.mark.ray
-@pytest.mark.timeout(240)
-def test_a_private_cluster_listens_on_loopback_with_a_token(place):
-    """A private cluster listens on loopback only and needs a token, which is new for each run and in no file."""
-    config_file(place, ONE_STEP, run={"dir": "run", "mode": "ray"})
-    home = place / "home"
-    home.mkdir()
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    done = subprocess.run(
-        [sys.executable, "-c", LOOK.format(tests=str(ROOT / "tests"))],
-        env={**env, "HOME": str(home)}, capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    seen = json.loads((place / "seen.json").read_text())
-    assert seen["num"] > 6 and seen["listens"] and seen["listens"].keys() <= LOOPBACK, seen["listens"]
-    assert seen["mode"] == "token" and len(seen["token"]) == 64
-    files = [path for path in (*home.rglob("*"), *(place / "run").rglob("*")) if path.is_file()]
-    assert len(files) > 5 and [path for path in files if seen["token"].encode() in path.read_bytes()] == []
-    assert not (home / ".ray").exists()
-
-
 @pytest.mark.ray
 @pytest.mark.timeout(240)
 def test_a_head_on_loopback_needs_the_token(tmp_path):

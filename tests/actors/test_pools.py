@@ -229,7 +229,7 @@ def test_no_room(cluster, place, notes, monkeypatch):
     wait_until(lambda: ray.available_resources().get("CPU", 0) >= 9, "the cluster did not empty")
     with pytest.raises(ConfigError, match=r"resources.learner.labels=pool=learn: no node of the cluster has these"):
         train(config(place, [SWITCH], **JOINED, resources={"learner": {"labels": {"pool": "learn"}}}))
-    monkeypatch.setattr(placement_group, "RELEASE_S", 8.0)
+    monkeypatch.setattr(placement_group, "RELEASE_S", 4.0)
     wide = {"teacher": {"num_cpus": 2, "labels": TEACH}, "rollout": {"num_cpus": 1.5, "labels": TEACH}}
     several = {"rollout": {"num_workers": 1}, "teacher": {"path": "teacher", "replicas": 2}}
     # Ray may place the worker before the second teacher: then it is the teacher that finds no node
@@ -388,6 +388,13 @@ def test_grows_with_its_queue_and_shrinks_without(cluster, place):
     pool = start_pool(config(place, STAGES, **JOINED, teacher=teacher, fake={"teacher_s": 0.05}))
     try:
         assert ray.get(pool.actor.ready.remote()) == 1
+
+        def look_often(actor: Any) -> None:
+            from switchkd.actors import teacher_pool
+
+            teacher_pool.MEASURE_S = 0.3
+
+        ray.get(pool.actor.__ray_call__.remote(look_often))
         enough = Event()
 
         def call(index: int) -> None:

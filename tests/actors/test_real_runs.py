@@ -6,13 +6,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from faults import FaultInjector, actors, report_at_once, same_losses, same_rollouts, wait_until
-from runs import STAGES, SWITCH, config, distance, lines, rollouts, steps
+from runs import STAGES, SWITCH, config, config_file, distance, lines, linked, rollouts, steps
 from test_broken_prompts import break_rollouts
+from test_security import LOOPBACK
 
 from switchkd.controller.summary import Summary
 from switchkd.train import train
@@ -119,26 +121,76 @@ def arm():
 without tokens, at which the teacher raises."""
 
 
-def test_prompts_that_break_and_kill(cluster, place, monkeypatch, notes):
+LOOK = """
+import json, os, sys
+from pathlib import Path
+from switchkd import cli
+from switchkd.controller.metrics import MetricsLog
+
+sys.path.insert(0, {tests!r})
+log_step = MetricsLog.step
+
+def look(self, step, row):
+    from runs import descendants
+    from test_security import listening
+
+    pids = set(descendants(os.getpid())) | {{os.getpid()}}
+    seen = {{"listens": listening(pids), "num": len(pids), "mode": os.environ["RAY_AUTH_MODE"],
+            "token": os.environ["RAY_AUTH_TOKEN"]}}
+    Path("seen.json").write_text(json.dumps(seen))
+    log_step(self, step, row)
+
+MetricsLog.step = look
+sys.argv = ["switchkd", "train", "config.yaml"]
+cli.main()
+"""
+"""A run that notes which sockets its processes listen on, and its cluster's token."""
+BREAKING = {"path": "./data.jsonl", "max_prompt_tokens": 64, "max_reference_tokens": 32, "max_quarantined_frac": 0.2}
+STAGE = {**SWITCH, "steps": 4, "mix": {"rollout": 1}}
+
+
+@pytest.fixture(scope="module")
+def private_run(models, tmp_path_factory) -> tuple[Path, str]:
+    """A run on a cluster of its own, with the rule DEADLY: its folder, and what it printed."""
+    place = linked(models, tmp_path_factory.mktemp("private"))
+    (place / "deadly.py").write_text(DEADLY)
+    (place / "home").mkdir()
+    config_file(place, [{**STAGE, "rule": {"type": "deadly:rule"}}], run=ON_RAY, data=BREAKING)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-c", LOOK.format(tests=str(Path(__file__).parents[1]))]
+    env |= {"HOME": str(place / "home")}
+    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return place, done.stdout
+
+
+def test_prompts_that_break_and_kill(private_run, place, monkeypatch):
     """A prompt that ends its worker's process, one its rule and one its teacher raise at are quarantined with
     their reasons; the others are written and trained on as in a run without Ray where those could not be written."""
-    stage = {**SWITCH, "steps": 4, "mix": {"rollout": 1}}
-    broken = {"path": "./data.jsonl", "max_prompt_tokens": 64, "max_reference_tokens": 32, "max_quarantined_frac": 0.2}
     with monkeypatch.context() as patch:
         break_rollouts(patch, {6, 9, 13})
-        train(config(place, [stage], run={"dir": "sound"}, data=broken))
-    (place / "deadly.py").write_text(DEADLY)
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    summary = train(config(place, [{**stage, "rule": {"type": "deadly:rule"}}], run=ON_RAY, data=broken))
-    assert summary.finished
-    told = {row["rollout_id"]: row["reason"] for row in lines(place / "run" / "quarantined.jsonl")}
-    assert told[6].startswith("WorkerLost")
-    assert told[9] == "ValueError: no rule for this prompt"
-    assert "ValueError: session 13 has 0 tokens" in told[13] and len(told) == 3
-    assert notes.count("rollout worker 0 died; its 4 rollouts are written again, each alone") == 1
-    assert any(re.match("warning: rollout 6 is quarantined: its prompt .* fails", note) for note in notes)
-    assert rollouts(place / "run") == rollouts(place / "sound") and len(rollouts(place / "run")) == 13
-    assert distance(place / "run" / "student", place / "sound" / "student") < 1e-4
+        train(config(place, [STAGE], run={"dir": "sound"}, data=BREAKING))
+    folder, printed = private_run
+    reasons = {row["rollout_id"]: row["reason"] for row in lines(folder / "run" / "quarantined.jsonl")}
+    assert reasons[6].startswith("WorkerLost")
+    assert reasons[9] == "ValueError: no rule for this prompt"
+    assert "ValueError: session 13 has 0 tokens" in reasons[13] and len(reasons) == 3
+    assert printed.count("rollout worker 0 died; its 4 rollouts are written again, each alone") == 1
+    assert re.search("warning: rollout 6 is quarantined: its prompt .* fails", printed)
+    assert rollouts(folder / "run") == rollouts(place / "sound") and len(rollouts(folder / "run")) == 13
+    assert distance(folder / "run" / "student", place / "sound" / "student") < 1e-4
+
+
+def test_a_private_cluster_listens_on_loopback_with_a_token(private_run):
+    """A private cluster listens on loopback only and needs a token, which is new for each run and in no file."""
+    folder, _ = private_run
+    seen = json.loads((folder / "seen.json").read_text())
+    assert seen["num"] > 6 and seen["listens"] and seen["listens"].keys() <= LOOPBACK, seen["listens"]
+    assert seen["mode"] == "token" and len(seen["token"]) == 64
+    home = folder / "home"
+    files = [path for path in (*home.rglob("*"), *(folder / "run").rglob("*")) if path.is_file()]
+    assert len(files) > 5 and [path for path in files if seen["token"].encode() in path.read_bytes()] == []
+    assert not (home / ".ray").exists()
 
 
 OWN_RULE = """
