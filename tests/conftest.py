@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny models with data, a working directory, an undisturbed run, one Ray cluster."""
+"""Shared fixtures: tiny models with prompts, a working directory, a run without faults, one Ray cluster."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def models(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def place(models, tmp_path, monkeypatch) -> Path:
-    """A working directory of one's own with the models in it."""
+    """The working directory of a test, with the models in it."""
     monkeypatch.chdir(tmp_path)
     return linked(models, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def alone(models) -> Path:
-    """STAGES without Ray and without accidents: what others are held against."""
+    """The folder of a run of STAGES without Ray and without faults: the reference of other runs."""
     from switchkd.train import train
 
     with pytest.MonkeyPatch.context() as patch:
@@ -44,14 +44,14 @@ def alone(models) -> Path:
 
 @pytest.fixture
 def fake_place(tmp_path, monkeypatch) -> Path:
-    """A working directory of one's own with prompts and no models."""
+    """The working directory of a test, with prompts and without models."""
     monkeypatch.chdir(tmp_path)
     return save_prompts(tmp_path)
 
 
 @pytest.fixture(scope="session")
 def fake_alone(tmp_path_factory) -> Path:
-    """STAGES with fake models, without Ray and without accidents: what others are held against."""
+    """The folder of a run of STAGES with fake models, without Ray and without faults: the reference of other runs."""
     from switchkd.train import train
 
     place = save_prompts(tmp_path_factory.mktemp("fake"))
@@ -94,16 +94,16 @@ def cluster() -> Iterator[Any]:
 
 @pytest.fixture
 def notes(monkeypatch) -> list[str]:
-    """What the user is told."""
-    told: list[str] = []
+    """The lines that runs print."""
+    lines: list[str] = []
     info = MetricsLog.info
-    monkeypatch.setattr(MetricsLog, "info", lambda self, text: (told.append(text), info(self, text)))
-    return told
+    monkeypatch.setattr(MetricsLog, "info", lambda self, text: (lines.append(text), info(self, text)))
+    return lines
 
 
 @pytest.fixture
 def done_at(monkeypatch) -> list[tuple[int, float]]:
-    """Which steps this process has done, and when: to tell, never to assert, how long a recovery took."""
+    """The steps that this process has done, with their times. Recovery times are printed, never asserted."""
     done: list[tuple[int, float]] = []
     log_step = MetricsLog.step
     monkeypatch.setattr(

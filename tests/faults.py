@@ -1,4 +1,4 @@
-"""Faults at set moments of a run, and what a run on Ray leaves behind."""
+"""Faults at set moments of a run, and checks of what a run on Ray leaves behind."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from runs import NUM_ROLLOUTS, descendants, rollouts, steps
 from switchkd.controller.metrics import MetricsLog
 
 Action = str | Callable[[], None]
-"""A role whose first process is killed, or something to do."""
+"""A role whose first process is killed, or a function to call."""
 
 
 class FaultInjector:
-    """Strikes just after tasks of a batch were dispatched (`at_batch`), or after the evaluation of a weight version
-    began (`at_evaluation`: the worker dies); each once. The only teacher is killed while a worker waits for its answer
-    about a block: `in_flight` says where the worker stood."""
+    """Acts just after tasks of a batch were dispatched (`at_batch`), or kills a worker after the evaluation of a weight
+    version began (`at_evaluation`); each once. The only teacher is killed while a worker waits for its answer about a
+    block: `in_flight` says where the worker was."""
 
     def __init__(
         self, patch: pytest.MonkeyPatch, at_batch: dict[int, Action], at_evaluation: int | None = None
@@ -63,7 +63,7 @@ class FaultInjector:
 
 
 def stop_within_a_block(worker: Any) -> str:
-    """Stop the only teacher while the worker waits for its answer about a block. Returns where the worker stands."""
+    """Stop the only teacher while the worker waits for its answer about a block. Returns where the worker is."""
     import ray
 
     (teacher,) = actors("TeacherActor")
@@ -71,7 +71,7 @@ def stop_within_a_block(worker: Any) -> str:
     deadline = time.monotonic() + 60
     while "_ask_once" not in (where := ray.get(worker.actor.heartbeat.remote())[1]):
         assert time.monotonic() < deadline, f"no block was asked about; the worker stands at {where!r}"
-        if "teacher_router.py" in where:  # it opens sessions, or the like: let that be done
+        if "teacher_router.py" in where:  # another call, such as one that opens sessions: let it end
             os.kill(teacher, signal.SIGCONT)
             time.sleep(0.01)
             os.kill(teacher, signal.SIGSTOP)
@@ -79,7 +79,7 @@ def stop_within_a_block(worker: Any) -> str:
 
 
 def after_step(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> None:
-    """`act(step)` just after a step's line was written."""
+    """Call `act(step)` just after a step's line was written."""
     log_step = MetricsLog.step
 
     def step(self: MetricsLog, number: int, row: Any) -> None:
@@ -90,7 +90,7 @@ def after_step(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> N
 
 
 def report_at_once(patch: pytest.MonkeyPatch) -> None:
-    """Wait after every step for what the teachers' pool reports; else the last steps may be over before."""
+    """Wait for the teacher pool's events after every step; otherwise the run may end before they arrive."""
     from switchkd.actors.shared_teacher import TeacherPoolHandle
 
     events = TeacherPoolHandle.events
@@ -109,7 +109,7 @@ def report_at_once(patch: pytest.MonkeyPatch) -> None:
 
 
 def actors(role: str = r"\w+Actor") -> list[int]:
-    """Process ids of our own actors of a role. Ray names them `ray::RolloutActor`, with the method that runs."""
+    """Ids of this process's actor processes of a role. Ray names them `ray::RolloutActor`, with the running method."""
     return sorted(pid for pid, name in descendants(os.getpid()).items() if re.match(f"ray::{role}", name))
 
 
@@ -125,7 +125,7 @@ def wait_until(true: Callable[[], bool], otherwise: str, seconds: float = 60) ->
 
 
 def nothing_left(num_cpus: int = 9) -> None:
-    """No process, and no placement, is left of a run on the session's cluster."""
+    """Assert that a run on the session's cluster left no process and no placement."""
     import ray
 
     wait_until(lambda: not actors(), "the run left actors behind")
@@ -147,11 +147,11 @@ def answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-# --- what is compared ------------------------------------------------------------------------------------------------
+# --- comparisons -----------------------------------------------------------------------------------------------------
 
 
 def same_rollouts(run: Path, other: Path, num: int | None = NUM_ROLLOUTS) -> None:
-    """Same ids, each once, with the same tokens, token sources and steps; `num`: 0, 1, ..., num - 1."""
+    """Assert equal ids, each once, with equal tokens, token sources and steps; `num`: the ids are range(num)."""
     ours, theirs = rollouts(run), rollouts(other)
     assert sorted(ours) == sorted(theirs)
     assert num is None or sorted(ours) == list(range(num))

@@ -1,4 +1,4 @@
-"""Pools that are not there: a directory whose members a test changes, and replicas of this process."""
+"""Doubles for the router's tests: a pool client whose view a test sets, and replicas in this process."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 from switchkd.actors.replicas import ReplicaView
 
 
-class Still:
-    """A router's directory: it says what `members` says, at every look."""
+class FixedPool:
+    """A pool client that returns `members` at every look."""
 
     def __init__(self, ready: dict[int, Any]) -> None:
         self.members = ReplicaView(ready=ready, draining={}, sessions={})
-        self.heard: list[dict[int, int]] = []  # what the router reported
+        self.reported: list[dict[int, int]] = []  # by the router
         self.num_lost = 0
 
     def ask(self, sessions: Any) -> ReplicaView:
-        self.heard.append(dict(sessions))
+        self.reported.append(dict(sessions))
         return self.members
 
     def poll(self, sessions: Any) -> ReplicaView:
@@ -27,8 +27,8 @@ class Still:
         self.num_lost += 1
 
 
-class Thunks:
-    """A replica whose calls are thunks, run by `fetch` in the place of ray.get. `fault` is raised by the next calls."""
+class ThunkReplica:
+    """A replica whose calls are thunks, which `fetch` runs in place of ray.get; each raises the next of `faults`."""
 
     def __init__(self, teacher: Any) -> None:
         self.teacher = teacher
@@ -36,7 +36,7 @@ class Thunks:
         self.calls: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
-        if name == "close":  # nobody waits for it
+        if name == "close":  # no caller waits for it
             return SimpleNamespace(remote=lambda *args: self._run(name, args))
         return SimpleNamespace(remote=lambda *args: lambda: self._run(name, args))
 

@@ -1,4 +1,4 @@
-"""Whole runs of tiny models: models and data in a folder, a config, and what a run left behind."""
+"""Whole runs of tiny models: models and prompts in a folder, a config, and readers of run folders."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BASE: dict[str, Any] = {
 }
 
 FAKE: dict[str, Any] = {role: {"backend": "fake"} for role in ("teacher", "student", "learner")}
-"""No models: for what a run's control does. `switchkd/engines/fake.py` says what they write."""
+"""The sections of a run with fake models (`switchkd/engines/fake.py`)."""
 
 WARM_UP = {"name": "warm-up", "steps": 3, "mix": {"dataset": 1}}
 SWITCH = {
@@ -54,21 +54,21 @@ NUM_ROLLOUTS = 40  # of STAGES
 
 
 def save_models(place: Path, **model: Any) -> Path:
-    """A teacher, a student and 30 questions; `model` overrides keys of both models' configs."""
+    """Save a teacher, a student and 30 prompts; `model` overrides keys of both models' configs."""
     save_tiny(place / "teacher", num_hidden_layers=3, seed=1, **model)
     save_tiny(place / "student", seed=2, **model)
     return save_prompts(place)
 
 
 def save_prompts(place: Path) -> Path:
-    """30 questions."""
+    """Save 30 prompts with references."""
     rows = [{"prompt": f"say {i} in the house", "reference": f"the answer is {i} there"} for i in range(30)]
     (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return place
 
 
 def linked(models: Path, place: Path) -> Path:
-    """What `save_models` left in `models`, in another folder."""
+    """Link the files of `save_models` into another folder."""
     for name in ("teacher", "student", "data.jsonl"):
         (place / name).symlink_to(models / name)
     return place
@@ -82,8 +82,7 @@ def config_file(
     fake: bool | dict[str, float] = False,
     **sections: Any,
 ) -> Path:
-    """A config in `place`: BASE with these stages, and with the given sections laid over it; `fake`: without models;
-    a dict is the section `fake`."""
+    """Write a config to `place`: BASE with these stages and sections. `fake`: fake models; a dict is their section."""
     config = deepcopy(BASE)
     config["train"]["stages"] = stages
     if isinstance(fake, dict):
@@ -127,10 +126,10 @@ MetricsLog.step = die
 sys.argv = ["switchkd", "train", "config.yaml"]
 cli.main()
 """
-"""`python -c` this: a run of config.yaml that a signal ends after a step."""
+"""Script: a run of config.yaml that a signal ends after a step."""
 
 
-# --- what a run left behind ------------------------------------------------------------------------------------------
+# --- run folders -----------------------------------------------------------------------------------------------------
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -143,7 +142,7 @@ def steps(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def rollouts(run_dir: Path) -> dict[int, tuple[Any, ...]]:
-    """What each rollout is: tokens, who wrote them, the step that trained on them. Fails where an id stands twice."""
+    """The tokens, token sources and step of each rollout by id. Fails where an id occurs twice."""
     rows = lines(run_dir / "rollouts.jsonl")
     found = {row["rollout_id"]: (row["token_ids"], _sources(row), row["step"]) for row in rows}
     assert len(found) == len(rows), "a rollout stands twice"
@@ -170,7 +169,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def seconds_beyond(step: int, since: float, done_at: list[tuple[int, float]]) -> str:
-    """From a moment until a step beyond this one was done."""
+    """The time from `since` until a later step was done."""
     return f"{min(when for number, when in done_at if number > step and when > since) - since:.1f} s"
 
 
@@ -178,12 +177,12 @@ def seconds_beyond(step: int, since: float, done_at: list[tuple[int, float]]) ->
 
 
 def processes() -> dict[int, str]:
-    """All that run now (zombies do not): process id and command."""
+    """The commands of all running processes (no zombies) by process id."""
     return {pid: name for pid, (_, name) in _table().items()}
 
 
 def descendants(root: int) -> dict[int, str]:
-    """Those that a process started, at any depth."""
+    """The commands of the processes that a process started, at any depth, by process id."""
     table = _table()
     found = {root}
     while more := {pid for pid, (parent, _) in table.items() if parent in found} - found:

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-FORMAT = 2
+FORMAT = 3
 """The format of configs and run folders. It grows when the results of a seed, or the meaning of a file, change."""
 Frac = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]

@@ -7,12 +7,13 @@ In: one row per optimizer step, with names such as `loss/...`, `rollout/...` or 
 from __future__ import annotations
 
 import json
-import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO, TypeGuard
 
 import yaml
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -39,7 +40,18 @@ COLUMNS = {
     "teacher share": "rollout/teacher_token_frac",
     "tokens/s": "rollout/tokens_per_s",
 }
-"""Titles and metrics of the final table. A column without numbers is left out."""
+"""Titles and metrics of the final table. A metric without numbers is left out."""
+
+CAPTION = (
+    "agreement: share of positions with the teacher's most likely token; KL: from the teacher, nats a token; "
+    "own text: on the student's greedy text, else on the references"
+)
+
+DENOMINATORS = {"rollout/teacher_token_frac": "rollout/shared_tokens", "rollout/tokens_per_s": "time/step_s"}
+"""Metrics of steps that are ratios, with their denominators: a stage's number is a ratio of sums."""
+
+RECENT = 8
+"""Steps of the current stage from which the remaining time is extrapolated."""
 
 SHORT = {"loss/total": "loss", "rollout/teacher_token_frac": "teacher", "rollout/tokens_per_s": "tokens/s"}
 """Metrics that a console line shows of a step, with their short names."""
@@ -51,8 +63,9 @@ class MetricsLog:
     def __init__(self, settings: MetricsConfig, console: Console | None = None) -> None:
         self.settings = settings
         self.console = console or Console()
-        self._num_steps = self._first_step = 0
-        self._started = time.monotonic()
+        self._num_steps = 0
+        self._stage = ""
+        self._recent_s: deque[float] = deque(maxlen=RECENT)  # of steps of this stage
         self._run_dir: Path | None = None
         self._file: TextIO | None = None
         self._tensorboard: Any = None
@@ -62,8 +75,7 @@ class MetricsLog:
 
     def open(self, run_dir: Path, num_steps: int, state: TrainState) -> None:
         """Append to the run folder's files, which a resume has cut back to `state`. Raises ConfigError (wandb)."""
-        self._run_dir, self._num_steps, self._first_step = run_dir, num_steps, state.step
-        self._started = time.monotonic()
+        self._run_dir, self._num_steps = run_dir, num_steps
         self._file = (run_dir / METRICS).open("a", encoding="utf-8")
         if self.settings.tensorboard:
             self._tensorboard = _tensorboard(run_dir, state.step)
@@ -85,6 +97,10 @@ class MetricsLog:
     def step(self, step: int, row: Mapping[str, Any]) -> None:
         """Write the row of an optimizer step (0-based)."""
         written = self._write({"step": step, **row})
+        if row["stage"] != self._stage:
+            self._stage = row["stage"]
+            self._recent_s.clear()
+        self._recent_s.append(row["time/step_s"])
         line = _line(written)
         if self._live is not None:
             self._live.step(step + 1, written, line)
@@ -143,13 +159,12 @@ class MetricsLog:
         return row
 
     def _eta(self, num_done: int) -> str:
-        per_step = (time.monotonic() - self._started) / max(num_done - self._first_step, 1)
-        left = int(per_step * (self._num_steps - num_done))
+        left = int(sum(self._recent_s) / len(self._recent_s) * (self._num_steps - num_done))
         return f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
 
 
 def summary_rows(stage_scores: StageScores, metrics_file: Path) -> list[dict[str, Any]]:
-    """One row for the start and one per stage: its scores, and the means of the metrics in COLUMNS over its steps, from
+    """One row for the start and one per stage: its scores, and the ratios in DENOMINATORS over its steps, from
     metrics.jsonl, which also has the steps before a resume."""
     with metrics_file.open(encoding="utf-8") as lines:
         return stage_rows(stage_scores, [row for row in map(json.loads, lines) if "stage" in row])
@@ -161,21 +176,26 @@ def stage_rows(stage_scores: StageScores, steps: Sequence[Mapping[str, Any]]) ->
     rows = []
     for name in dict.fromkeys([*scores, *(row["stage"] for row in steps)]):
         stage = [row for row in steps if row["stage"] == name]
-        columns = {key: [row[key] for row in stage if is_number(row.get(key))] for key in COLUMNS.values()}
-        means = {key: sum(values) / len(values) for key, values in columns.items() if values}
-        rows.append({"name": name, **means, **scores.get(name, {})})
+        ratios = {key: _ratio(stage, key) for key in DENOMINATORS if any(is_number(row.get(key)) for row in stage)}
+        rows.append({"name": name, **ratios, **scores.get(name, {})})
     return rows
 
 
+def _ratio(steps: Sequence[Mapping[str, Any]], key: str) -> float:
+    """A ratio over several steps: the sum of the numerators by the sum of the denominators."""
+    pairs = [(row.get(key) or 0.0, row.get(DENOMINATORS[key]) or 0.0) for row in steps]
+    return sum(ratio * whole for ratio, whole in pairs) / sum(whole for _, whole in pairs)
+
+
 def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Table of `rows`: each has a `name`, metrics of COLUMNS and, with several seeds, their `..._std`."""
-    shown = {title: key for title, key in COLUMNS.items() if any(is_number(row.get(key)) for row in rows)}
-    table = Table(title="before and after each stage", caption="agreement and KL (nats a token): with the teacher")
-    table.add_column("after")
-    for title in shown:
-        table.add_column(title, justify="right")
+    """Table of `rows`, one a column: each has a `name`, metrics of COLUMNS and, with several seeds, their `..._std`."""
+    table = Table(title="before and after each stage", caption=CAPTION, caption_justify="left", box=SIMPLE)
+    table.add_column("after", no_wrap=True)
     for row in rows:
-        table.add_row(str(row["name"]), *(_cell(row, key) for key in shown.values()))
+        table.add_column(str(row["name"]), justify="right", overflow="fold")
+    for title, key in COLUMNS.items():
+        if any(is_number(row.get(key)) for row in rows):
+            table.add_row(title, *(_cell(row, key) for row in rows))
     return table
 
 

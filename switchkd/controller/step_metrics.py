@@ -13,26 +13,34 @@ from switchkd.types import CompletionSource, Entry, StepResult, WorkReport
 
 
 def step_row(
-    result: StepResult, entries: Sequence[Entry], reports: Sequence[WorkReport], staleness: Sequence[int]
+    result: StepResult,
+    entries: Sequence[Entry],
+    reports: Sequence[WorkReport],
+    staleness: Sequence[int],
+    step_s: float,
 ) -> dict[str, float]:
-    """Return a step's numbers. `entries` are the rollouts that it trained on, `reports` the workers' calls since the
-    last step (under asynchrony those of other steps), `staleness` the ages in versions of the student's rollouts."""
+    """Return a step's numbers. `entries` are the rollouts that it trained on, `reports` the workers' calls in the
+    `step_s` seconds since the last step (under asynchrony for other steps), `staleness` the ages in versions of the
+    student's rollouts."""
     work = sum(reports, WorkReport())
+    generated = work.num_student_tokens + work.num_teacher_tokens
     return {
         "weight_version": result.version,
         "lr": result.lr,
         **result.metrics,
         **rollout_metrics(entries),
-        "rollout/tokens": work.num_tokens,
+        "rollout/tokens": generated,
         "rollout/student_tokens": work.num_student_tokens,
         "rollout/teacher_tokens": work.num_teacher_tokens,
-        "rollout/tokens_per_s": work.num_tokens / max(work.time_s, 1e-9),
+        "rollout/reference_tokens": work.num_tokens - generated,
+        **({"rollout/tokens_per_s": generated / max(step_s, 1e-9)} if generated else {}),
         "rollout/near_ties": work.stats.num_near_ties,
         "teacher/calls": work.num_teacher_calls,
         "teacher/output_bytes": work.stats.output_bytes,
         **_ratios(work),
         "replay/staleness_mean": sum(staleness) / len(staleness) if staleness else 0.0,
         "replay/staleness_max": max(staleness, default=0),
+        "time/step_s": step_s,
         "time/learn_s": result.time_s,
         "time/rollout_s": work.time_s,
         "time/rollout_idle_s": work.idle_s,
@@ -56,12 +64,17 @@ def _ratios(work: WorkReport) -> dict[str, float]:
 
 def rollout_metrics(entries: Sequence[Entry]) -> dict[str, float]:
     """Means over completions, NaN where none has the number. `rollout/teacher_token_frac` is the teacher's share of all
-    tokens of the completions that both models generated; it is absent where there are none."""
+    tokens of the completions that both models generated, `rollout/shared_tokens`; both are absent where there are
+    none."""
     together = [entry for entry in entries if entry.completion_source == CompletionSource.ROLLOUT]
     num_tokens = sum(entry.num_tokens for entry in together)
     num_teacher_tokens = sum(entry.num_teacher_tokens for entry in together)
     return {
-        **({"rollout/teacher_token_frac": num_teacher_tokens / num_tokens} if num_tokens else {}),
+        **(
+            {"rollout/teacher_token_frac": num_teacher_tokens / num_tokens, "rollout/shared_tokens": num_tokens}
+            if num_tokens
+            else {}
+        ),
         "rollout/len_mean": _mean([entry.num_tokens for entry in entries]),
         "rollout/eos_frac": _mean([entry.finish_reason == "eos" for entry in entries]),
         "rollout/repeat_frac": _mean([entry.repeat_frac for entry in entries]),

@@ -52,10 +52,9 @@ class StepReporter:
         stage, num_quarantined = self.schedule.stage(step), len(self.dispatcher.quarantine.ids)
         row = {
             "stage": stage.name,
-            **step_row(result, entries, self.dispatcher.take_reports(), staleness),
+            **step_row(result, entries, self.dispatcher.take_reports(), staleness, step_s),
             **self._queue_metrics(),
             **self._adaptive_metrics(step),
-            "time/step_s": step_s,
             "time/wait_rollouts_s": wait_s,
             **({"rollout/num_quarantined": num_quarantined} if num_quarantined else {}),
         }

@@ -1,8 +1,7 @@
-"""Parts die, stall, or lie, on live runs: each run ends with the rollouts and the student of one that nothing befell.
+"""Faults in runs of fake models: each run ends with the rollouts and the student of a run without faults.
 
-For each fault: rollouts lost and rollouts that stand twice in the surviving history (0 and 0: `same_rollouts`), the
-line that the user sees, and, printed and never asserted, the seconds that it took to recover. The
-models are fake; test_real_runs.py kills real ones, test_jobs.py a driver.
+The tests assert that no rollout is lost or duplicated (`same_rollouts`) and the line that is printed. They print the
+seconds of a recovery. test_real_runs.py kills processes with real models, test_jobs.py a driver.
 """
 
 from __future__ import annotations
@@ -66,14 +65,14 @@ def alone(fake_alone) -> Path:
 
 
 def limit_files(pid: int, num_bytes: int) -> None:
-    """From now on the kernel refuses that process to write beyond so many bytes of a file (EFBIG, as ENOSPC of a full
-    disk, at whichever write meets it)."""
+    """Limit the size of the files that a process writes; a write beyond it fails with EFBIG, as one on a full disk
+    fails with ENOSPC."""
     _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (num_bytes, hard))
 
 
 class FullDisk:
-    """The learner's, from the end of a step until the user was told."""
+    """Fills the learner's disk after a step, until the warning is printed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
         self.after, self.pids = after, list[int]()
@@ -94,10 +93,10 @@ class FullDisk:
                 limit_files(pid, resource.RLIM_INFINITY)
 
 
-def test_one_run_with_six_faults(cluster, alone, place, monkeypatch, notes, done_at):
-    """In one run the disk is full, and a worker, a teacher, the teachers' pool, a rank and the replay die. A checkpoint
-    that cannot be written is tried again; a lost rank or replay sends the run back to its checkpoint. What was written
-    since is trained on again or written again; the student has the weights of the other run."""
+def test_a_full_disk_and_six_killed_processes_change_no_rollout(cluster, alone, place, monkeypatch, notes, done_at):
+    """A run whose disk is full once, and in which a worker, a teacher, the teacher pool, the replay and two ranks are
+    killed, ends with the rollouts, losses and weights of a run without faults. It tries the checkpoint again, and goes
+    back to it after the loss of a rank or of the replay."""
     report_at_once(monkeypatch)
     FullDisk(monkeypatch, after=2)
     order = ["RolloutActor", "LearnerActor", "ReplayActor", "TeacherActor", "TeacherPoolActor", "LearnerActor"]
@@ -124,9 +123,8 @@ def test_one_run_with_six_faults(cluster, alone, place, monkeypatch, notes, done
     nothing_left()
 
 
-def test_a_rank_dies_while_workers_write(cluster, alone, place, monkeypatch, notes):
-    """With two ranks, two workers and rollouts one version old, the loss of one rank costs no rollout, trains none
-    twice, and makes none too old."""
+def test_a_rank_that_dies_while_workers_write_costs_no_rollout(cluster, alone, place, monkeypatch, notes):
+    """The death of a rank while workers write loses and repeats no rollout; none is older than `max_staleness`."""
     injector = FaultInjector(monkeypatch, {5: "LearnerActor"})
     two = {"rollout": {"num_workers": 2}, "teacher": {"replicas": 2}, "learner": {"num_ranks": 2}}
     assert train(config(place, STAGES, run=ON_RAY, replay={"max_staleness": 1}, **two)).finished
@@ -158,9 +156,8 @@ cli.main()
 """
 
 
-def test_the_disk_stays_full(alone, place, monkeypatch, capsys):
-    """Without room in the end the run fails with exit code 1; its last whole checkpoint stands and no half one takes
-    up room. With room again --resume completes it."""
+def test_a_full_disk_leaves_the_last_complete_checkpoint(alone, place, monkeypatch, capsys):
+    """On a disk that stays full a run ends with exit code 1 and its last complete checkpoint; --resume completes it."""
     config_file(place, STAGES)
     done = subprocess.run([sys.executable, "-c", FILL], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 1 and done.stdout.count("warning: saving checkpoint 6") == 2, done.stderr[-2000:]
@@ -174,9 +171,9 @@ def test_the_disk_stays_full(alone, place, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("times", [2, 9])
-def test_no_room_to_publish(alone, place, monkeypatch, notes, times):
-    """A version that does not fit into the object store is published again; when there is no room in the end, the run
-    ends with what it has learnt, and --resume completes it. (No cluster: `publish` itself fails, as a rank's does.)"""
+def test_a_version_without_room_is_published_again(alone, place, monkeypatch, notes, times):
+    """A version that does not fit into the object store is published again; if it never fits, the run saves its state
+    and ends, and --resume completes it. (No cluster: `publish` itself fails.)"""
     from switchkd.learner.fake import FakeRank
 
     monkeypatch.setattr(recovery, "RETRY_S", (0.01, 0.01, 0.01))
@@ -195,8 +192,8 @@ def test_no_room_to_publish(alone, place, monkeypatch, notes, times):
                 train(config(place, STAGES))
         else:
             assert train(config(place, STAGES)).finished
-    told = [note for note in notes if "publishing version 5 failed (OSError: " in note]
-    assert len(told) == min(times, 3)
+    warnings = [note for note in notes if "publishing version 5 failed (OSError: " in note]
+    assert len(warnings) == min(times, 3)
     if times > 3:
         assert (place / "run" / "checkpoints" / "LATEST").read_text().strip() == "step-00000005"
         assert notes[-1] == "saved checkpoint 5; --resume goes on from there"
@@ -206,9 +203,8 @@ def test_no_room_to_publish(alone, place, monkeypatch, notes, times):
     assert distance(place / "run" / "student", alone / "student") == 0
 
 
-def test_a_rank_says_that_there_is_no_room(monkeypatch):
-    """Ray's error of a full store becomes one of the disk's kind: the rank lives on, with the version's size and what
-    can be done."""
+def test_a_full_object_store_is_an_os_error(monkeypatch):
+    """A full object store becomes an OSError (ENOSPC) with the version's size and the remedy, and loses no state."""
     from ray.exceptions import OutOfDiskError
 
     from switchkd.actors import learner_actor
@@ -223,15 +219,15 @@ def test_a_rank_says_that_there_is_no_room(monkeypatch):
         raise OutOfDiskError("Local disk is full")
 
     monkeypatch.setattr(learner_actor.ray, "put", put)
-    assert rank.call("publish", 0) is None  # another rank's part: it puts nothing
+    assert rank.call("publish", 0) is None  # the part of another rank, which puts nothing
     with pytest.raises(OSError, match=r"a version of 0\.005 GB.*free some, or give more memory") as caught:
         rank.call("publish", 1)
     assert caught.value.errno == errno.ENOSPC and not _loses_state(caught.value)
 
 
-def test_the_newest_checkpoint_is_cut_short(alone, place, monkeypatch, caplog, done_at):
-    """A run that was stopped, and whose newest checkpoint lost half a file, goes on from the one before, says so, and
-    ends as if nothing had been."""
+def test_a_checkpoint_that_is_cut_short_is_skipped(alone, place, monkeypatch, caplog, done_at):
+    """A run whose newest checkpoint lost half a file resumes from the one before, logs it, and ends with the same
+    rollouts and weights."""
     with monkeypatch.context() as patch:
         after_step(patch, lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 6 else None)
         assert train(config(place, STAGES)).steps == 7
@@ -250,26 +246,26 @@ def test_the_newest_checkpoint_is_cut_short(alone, place, monkeypatch, caplog, d
 
 
 LOST_CALLS = {
-    # actors' calls, by probability and the first ones for sure; actors' starts; objects put into the store
+    # calls of actors, at random and the first ones always; starts of actors; objects put into the store
     "CoreWorkerService.grpc_client.PushTask": {"num_failures": 3, "req_failure_prob": 10, "resp_failure_prob": 10},
     "ray::rpc::ActorInfoGcsService.grpc_client.RegisterActor": {"num_failures": 2},
     "ray::rpc::ActorInfoGcsService.grpc_client.CreateActor": {"num_failures": 2},
     "NodeManagerService.grpc_client.PinObjectIDs": {"num_failures": 2},
     "NodeManagerService.grpc_client.RequestWorkerLease": {"num_failures": 2},
 }
-"""Of each process's calls."""
-FOR_SURE = {"num_lower_bound_req_failures": 1, "num_lower_bound_resp_failures": 1}
-"""The first call's request and the second one's answer are lost."""
+"""Faults in the calls of each process, by RPC."""
+ALWAYS = {"num_lower_bound_req_failures": 1, "num_lower_bound_resp_failures": 1}
+"""The request of the first call and the answer of the second are lost."""
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(480)
-def test_calls_are_lost_late_and_repeated(alone, place):
-    """Requests that never arrive, answers that never come back (their calls are made again), and everything late: Ray's
-    logs tell of each kind, and the run ends with the same rollouts and the same student."""
+def test_lost_late_and_repeated_calls_change_no_rollout(alone, place):
+    """With requests and answers lost, calls repeated and everything late, as Ray's logs show, a run ends with the same
+    rollouts and weights."""
     config_file(place, STAGES, run={**ON_RAY, "watchdog_s": 60})
     logs = tempfile.mkdtemp(prefix="skd-", dir="/tmp")  # a socket's path must be short
-    faults = {name: {**FOR_SURE, **fault} for name, fault in LOST_CALLS.items()}
+    faults = {name: {**ALWAYS, **fault} for name, fault in LOST_CALLS.items()}
     chaos = {
         "RAY_testing_rpc_failure": json.dumps(faults),
         "RAY_testing_rpc_failure_avoid_intra_node_failures": "0",
@@ -294,7 +290,7 @@ def test_calls_are_lost_late_and_repeated(alone, place):
     assert distance(place / "run" / "student", alone / "student") == 0
 
 
-A_NODE_GOES = """
+REMOVE_NODE = """
 import os
 from switchkd.actors import process_setup
 process_setup.for_private_cluster()
@@ -331,11 +327,11 @@ cluster.shutdown()
 """
 
 
-def test_a_node_goes(alone, place):
-    """The machine that most actors live on disappears: they come back on another one, and the run completes."""
+def test_a_run_survives_the_loss_of_its_main_node(alone, place):
+    """Actors of a node that is removed restart on another one, and the run ends with the same rollouts and weights."""
     config_file(place, STAGES, run={**ON_RAY, "watchdog_s": 90})
     done = subprocess.run(
-        [sys.executable, "-c", A_NODE_GOES], capture_output=True, text=True, timeout=220, check=False
+        [sys.executable, "-c", REMOVE_NODE], capture_output=True, text=True, timeout=220, check=False
     )  # fmt: skip
     print(done.stdout[-6000:])
     assert "the node is gone" in done.stdout and "finished: True" in done.stdout, (
@@ -346,9 +342,8 @@ def test_a_node_goes(alone, place):
     assert distance(place / "run" / "student", alone / "student") == 0
 
 
-def test_sigterm_on_ray(alone, place, monkeypatch, capsys, done_at):
-    """SIGTERM to a run on Ray: within the job's grace period it saves the step at hand and ends with exit code 143;
-    --resume completes it."""
+def test_sigterm_on_ray_saves_the_current_step(alone, place, monkeypatch, capsys, done_at):
+    """On SIGTERM a run on Ray saves the current step and ends with exit code 143 within 30 s; --resume completes it."""
     config_file(place, STAGES, run=ON_RAY)
     command_line = [sys.executable, "-m", "switchkd.cli", "train", "config.yaml"]
     with subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
@@ -371,12 +366,12 @@ def test_sigterm_on_ray(alone, place, monkeypatch, capsys, done_at):
     assert distance(place / "run" / "student", alone / "student") == 0
 
 
-# --- nobody hangs ----------------------------------------------------------------------------------------------------
+# --- the watchdog ----------------------------------------------------------------------------------------------------
 
 
-def test_a_teacher_stands_still(cluster, alone, place, monkeypatch, notes):
-    """A teacher that neither answers nor dies: the run names it and who waits for it, leaves the stacks of all threads,
-    saves the step at hand, and ends; --resume completes it."""
+def test_a_teacher_that_does_not_answer_ends_the_run(cluster, alone, place, monkeypatch, notes):
+    """A run whose teacher neither answers nor dies names the teacher and the worker that waits for it, writes all
+    stacks, saves the current step and ends; --resume completes it."""
 
     def act(step: int) -> None:
         if step == 3:
@@ -385,10 +380,10 @@ def test_a_teacher_stands_still(cluster, alone, place, monkeypatch, notes):
     with monkeypatch.context() as patch, pytest.raises(Stalled) as caught:
         after_step(patch, act)
         train(config(place, STAGES, run={**ON_RAY, "watchdog_s": 8}))
-    told = str(caught.value)
-    assert "no progress for 8 s (run.watchdog_s)" in told and "from rollout worker 0" in told and "--resume" in told
-    assert re.search(r"rollout worker 0 waits for a teacher \(actors/teacher_router.py:\d+", told)
-    assert "teacher 0 does not answer" in told and "\n" not in told
+    error = str(caught.value)
+    assert "no progress for 8 s (run.watchdog_s)" in error and "from rollout worker 0" in error and "--resume" in error
+    assert re.search(r"rollout worker 0 waits for a teacher \(actors/teacher_router.py:\d+", error)
+    assert "teacher 0 does not answer" in error and "\n" not in error
     (stacks,) = (place / "run" / "logs").glob("stall-*.txt")
     text = stacks.read_text()
     assert all(part in text for part in ("teacher_router.py", "== this process", "train.py", "== learner rank 0"))

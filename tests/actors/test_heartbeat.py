@@ -1,4 +1,4 @@
-"""Where an actor's work is, as its heartbeat says it. (No cluster: the actors' classes, in threads of this process.)"""
+"""The heartbeat reports where an actor's call is. (No cluster: the actors' classes, in threads of this process.)"""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from switchkd.types import StateLost
 
 
 def actor(**methods: Any) -> Any:
-    """The class behind Ray's wrapping, around a replay with these methods."""
+    """An instance of the class that Ray wraps, around a replay with these methods."""
     made = object.__new__(ReplayActor.__ray_metadata__.modified_class)
     made.replay, made.restored = SimpleNamespace(num_put=3, **methods), True
     return made
 
 
-def test_says_what_it_waits_for():
-    """Without a call: nothing. Within one: the line, and what it waits for; the outer reason again after an inner."""
+def test_a_heartbeat_names_the_line_and_the_wait():
+    """The heartbeat names the current line and the innermost `waiting_for`; without a call it is empty."""
     inner, outer, plain, end = (Event() for _ in range(4))
     steps = [Event() for _ in range(3)]
 
@@ -47,17 +47,17 @@ def test_says_what_it_waits_for():
         (plain, end, rf"is at {place}"),
     ):
         assert reached.wait(30)
-        _, told, stacks = here.heartbeat()
-        assert re.fullmatch(where, told), told
+        _, location, stacks = here.heartbeat()
+        assert re.fullmatch(where, location), location
         assert "in take" in stacks and "in heartbeat" not in stacks
-        assert actor().heartbeat()[1] == "", "another actor's call is not its own"
+        assert actor().heartbeat()[1] == "", "an actor reports its own call only"
         go_on.set()
     thread.join()
     assert here.heartbeat()[1] == ""
 
 
-def test_a_replay_that_was_started_again():
-    """It knows nothing until `restore`: every call raises StateLost, and nothing can be rewound."""
+def test_a_restarted_replay_refuses_calls_until_restore():
+    """Until `restore`, calls of a restarted replay raise StateLost and `rewind` returns False."""
     here = actor(restore=lambda path, num: [], stats=dict, rewind=lambda step, num: True)
     here.restored = False
     with pytest.raises(StateLost, match="the replay died"):

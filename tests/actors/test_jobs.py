@@ -1,5 +1,5 @@
-"""Runs as jobs: they join a cluster or start one, are submitted to one, are refused by one that is too small, and are
-resumed after their driver was killed. Fake models."""
+"""Runs as jobs: on a joined or private cluster, submitted, refused where they do not fit, and resumed after their
+driver was killed. Fake models."""
 
 from __future__ import annotations
 
@@ -43,9 +43,8 @@ def alone(fake_alone) -> Path:
     return fake_alone
 
 
-def test_shares_of_gpus(cluster, alone, place, monkeypatch):
-    """Each process takes its share of a GPU, as Ray counts: two teachers with halves, two workers with quarters, a
-    learner with one eighth. Afterwards both GPUs are whole again."""
+def test_processes_reserve_shares_of_gpus(cluster, alone, place, monkeypatch):
+    """Each process reserves its share of a GPU during a run, and both GPUs are free afterwards."""
     import ray
 
     from switchkd.actors.worker_pool import RayWorkerHandle
@@ -59,19 +58,19 @@ def test_shares_of_gpus(cluster, alone, place, monkeypatch):
 
     monkeypatch.setattr(RayWorkerHandle, "generate", watched)
     shares = {"teacher": {"num_gpus": 0.5}, "rollout": {"num_gpus": 0.25}, "learner": {"num_gpus": 0.125}}
-    node = cluster.add_node(num_cpus=5, num_gpus=2, object_store_memory=80_000_000)  # for Ray's books only
+    node = cluster.add_node(num_cpus=5, num_gpus=2, object_store_memory=80_000_000)  # in Ray's accounting only
     two = {"rollout": {"num_workers": 2}, "teacher": {"replicas": 2}}
     taken = {role: {"threads": 1, **share} for role, share in shares.items()}
     train(config(place, STAGES, run=ON_RAY, cluster={"address": "auto"}, resources=taken, **two))
     assert set(free) == {2 - 2 * 0.5 - 2 * 0.25 - 0.125}
-    wait_until(lambda: ray.available_resources().get("GPU") == 2, "the GPUs were not given back")
+    wait_until(lambda: ray.available_resources().get("GPU") == 2, "the GPUs were not freed")
     cluster.remove_node(node)
     same_rollouts(place / "run", alone)
 
 
-def test_kill_everything_and_resume(cluster, alone, place, monkeypatch, done_at):
-    """SIGKILL of the driver and its private Ray leaves no process behind. The resumed run loses its learner, goes back
-    to its last checkpoint by itself, and completes: no rollout lost, none twice, the same weights bit for bit."""
+def test_a_run_resumes_after_its_driver_and_ray_are_killed(cluster, alone, place, monkeypatch, done_at):
+    """SIGKILL of the driver and its private Ray leaves no process; the resumed run, whose learner dies too, ends with
+    the same rollouts, losses and weights."""
     config_file(place, STAGES, run=ON_RAY)
     code = DIE_AFTER.format(step=4)
     with subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL) as driver:
@@ -95,9 +94,8 @@ def test_kill_everything_and_resume(cluster, alone, place, monkeypatch, done_at)
     assert [row["step"] for row in lines(place / "run" / "lost" / "metrics.jsonl")] == [3, 4, 6, 7]
 
 
-def test_the_driver_dies_on_a_joined_cluster(cluster, alone, place, done_at):
-    """On a cluster that others use too the actors of a driver that was killed go by themselves, and --resume completes
-    its run there."""
+def test_a_run_on_a_joined_cluster_resumes_after_its_driver_is_killed(cluster, alone, place, done_at):
+    """On a joined cluster the actors of a killed driver end, and --resume completes its run there."""
     import ray
 
     address = ray.get_runtime_context().gcs_address
@@ -138,9 +136,9 @@ cli.main()
 """
 
 
-def test_more_than_the_cluster_has(cluster, place, monkeypatch):
-    """A joined cluster that is too small is refused by one line that names what is missing, after `cluster.wait_s`;
-    no actor was started and no run folder made."""
+def test_a_run_that_does_not_fit_a_joined_cluster_is_refused(cluster, place, monkeypatch):
+    """A run that does not fit a joined cluster ends after `cluster.wait_s` with a line that names a role and what it
+    lacks, before any actor or run folder."""
     from switchkd.actors import placement_group
 
     monkeypatch.setattr(placement_group, "RELEASE_S", 2.0)
@@ -162,13 +160,13 @@ def test_more_than_the_cluster_has(cluster, place, monkeypatch):
     assert not actors() and not (place / "run").exists()
 
 
-def test_no_cluster_to_join(place):
-    """An address where no Ray answers is refused at once, by one line and with exit code 2; nothing is made."""
+def test_an_address_without_ray_is_refused(place):
+    """An address at which no Ray answers is an error in one line with exit code 2; no run folder is made."""
     config_file(place, STAGES, run=ON_RAY, cluster={"address": f"127.0.0.1:{free_ports(1)[0]}"})
     command = [sys.executable, "-m", "switchkd.cli", "train", "config.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    (said,) = [line for line in done.stderr.splitlines() if line.startswith("switchkd: error:")]
-    assert done.returncode == 2 and "cannot be joined ([Errno 111] Connection refused); start one" in said
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("switchkd: error:")]
+    assert done.returncode == 2 and "cannot be joined ([Errno 111] Connection refused); start one" in error
     assert not (place / "run").exists()
 
 
@@ -182,7 +180,7 @@ def head(monkeypatch) -> Iterator[str]:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    # A job's entrypoint is looked up in the head's PATH: whoever starts a head has activated the environment.
+    # a job's entrypoint is looked up in the head's PATH, as if the environment was active at `ray start`
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     gcs, dashboard, agent, agent_grpc, client, metrics = free_ports(6)
     command = [
@@ -208,9 +206,9 @@ def head(monkeypatch) -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_submitted_job(head, alone, place, tmp_path_factory):
-    """`ray job submit` of a config on a cluster with a token ends with exit code 0, a line per step, and the run folder
-    that the same config leaves elsewhere."""
+def test_a_submitted_job_leaves_the_same_run_folder(head, alone, place, tmp_path_factory):
+    """`ray job submit` on a cluster with a token ends with exit code 0, a line per step, and the files and rollouts of
+    a run in one process."""
     shutil.copytree(place, job := tmp_path_factory.mktemp("job") / "dir", symlinks=False)
     (job / "configs").mkdir()
     moved = {"data": {**BASE["data"], "path": "../data.jsonl"}, "eval": {**EVAL, "data": "../data.jsonl"}}
@@ -230,7 +228,7 @@ def ray_command() -> str:
     return str(Path(sys.executable).with_name("ray"))
 
 
-NOBODY = """
+CALL_WITHOUT_RAY = """
 from switchkd.actors.ray_futures import retry_until_alive
 import ray
 
@@ -243,11 +241,11 @@ print(type(answer.exception(timeout=60)).__name__, ray.is_initialized())
 """
 
 
-def test_a_late_question_starts_no_ray():
-    """Whoever asks a Ray that is gone hears so; Ray's own answer would be to start another one."""
+def test_a_call_without_ray_starts_none():
+    """A call where Ray is down gives RaySystemError; Ray itself would start a cluster."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(
-        [sys.executable, "-c", NOBODY],
+        [sys.executable, "-c", CALL_WITHOUT_RAY],
         env=env, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.stdout.split() == ["RaySystemError", "False"], done.stdout + done.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""What a run that does not fit a cluster says: which role lacks what, and what is free. (Placements are doubles.)"""
+"""Errors of runs that do not fit a cluster: which role lacks what, and what is free. (Placements are doubles.)"""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def node(cpu: float, gpu: float = 0.0, free: tuple[float, float] | None = None, 
 
 
 class Placement:
-    """Reserved from the start, never, or after so many questions."""
+    """Reserved from the start, never, or after so many calls of `wait`."""
 
     def __init__(self, after: float = 0) -> None:
         self.left = after
@@ -45,7 +45,7 @@ class Placement:
 
 @pytest.fixture
 def there(monkeypatch) -> list[Node]:
-    """The nodes of the cluster. Nothing is waited for."""
+    """The nodes of the cluster, which tests add. The time limits are 0."""
     found: list[Node] = []
     monkeypatch.setattr(placement_group, "nodes", lambda: found)
     monkeypatch.setattr(placement_group, "RELEASE_S", 0.0)
@@ -53,7 +53,7 @@ def there(monkeypatch) -> list[Node]:
 
 
 def refused(wanted: Config, placements: dict[str, list[Placement]]) -> tuple[str, list[str]]:
-    """The one line of the error, and what was said before."""
+    """The error, which has one line, and the lines logged before."""
     notes: list[str] = []
     with pytest.raises(ConfigError) as error:
         wait_for_placements(wanted, placements, notes.append)
@@ -62,13 +62,13 @@ def refused(wanted: Config, placements: dict[str, list[Placement]]) -> tuple[str
 
 
 def placements(**never: int) -> dict[str, list[Placement]]:
-    """One for the teacher, two for workers and one for the learner, of which so many never come."""
+    """One for the teacher, two for workers and one for the learner; `never`: how many are never reserved."""
     num = {"teacher": 1, "rollout": 2, "learner": 1}
     return {role: [Placement(math.inf if i < never.get(role, 0) else 0) for i in range(num[role])] for role in num}
 
 
-def test_fits(there):
-    """What finds its place is not refused, and nothing is said; also where that takes a moment."""
+def test_a_run_that_fits_logs_nothing(there):
+    """Processes that get their placements raise and log nothing."""
     there.append(node(4))
     notes: list[str] = []
     wait_for_placements(config(workers=2), placements(), notes.append)
@@ -76,9 +76,9 @@ def test_fits(there):
     assert notes == []
 
 
-def test_says_who_lacks_what(there):
-    """The line names the role, its number, what each process needs, what is free and what can be done; the table what
-    all roles ask for and what each node has free."""
+def test_the_error_names_a_role_and_the_table_all_requests(there):
+    """The error names a role, its needs, what is free and the remedies; the table lists the requests of all roles and
+    what each node has free."""
     there += [node(8, free=(0, 0)), node(8, 1, free=(0.5, 1), pool="write")]
     line, (shown,) = refused(config(workers=2), placements(rollout=1, learner=1))
     assert line == (
@@ -97,8 +97,8 @@ def test_says_who_lacks_what(there):
     ]
 
 
-def test_gpus_of_one_process_lie_on_one_node(there):
-    """Eight GPUs in two nodes are no place for a replica of eight: the line says what one node has."""
+def test_gpus_of_one_process_are_on_one_node(there):
+    """Two nodes of four GPUs do not fit a process of eight; the error counts the free GPUs of one node."""
     there += [node(8, 4), node(8, 4)]
     line, _ = refused(config(resources={"teacher": {"num_gpus": 8}}), placements(teacher=1))
     assert "teacher.replicas=1: 1 cannot be placed, each needs 1 CPUs and 8 GPUs on one node, and beside" in line
@@ -106,6 +106,7 @@ def test_gpus_of_one_process_lie_on_one_node(there):
 
 
 def test_fractions_are_of_one_gpu(there):
+    """A share of a GPU is one of a single GPU, and a number above 1 is whole."""
     there.append(node(8, 2, free=(5, 0.8)))
     line, _ = refused(config(resources={"teacher": {"num_gpus": 0.6}}), placements(teacher=1))
     assert "each needs 1 CPUs and 0.6 of one GPU on one node" in line and "5 CPUs and 0.8 GPUs are free on one" in line
@@ -113,9 +114,8 @@ def test_fractions_are_of_one_gpu(there):
         config(resources={"teacher": {"num_gpus": 1.5}})
 
 
-def test_labels(there):
-    """Labels that no node has are said at once, or after the wait for such a node; where the nodes that have them are
-    too small, only those count."""
+def test_labels_that_no_node_has_are_an_error(there):
+    """Labels that no node has are an error, also after `cluster.wait_s`; only nodes with the labels count as free."""
     wanted = {"resources": {"rollout": {"labels": {"pool": "write"}}}}
     there += [node(4), node(4, pool="train")]
     line, notes = refused(config(**wanted), placements())
@@ -133,15 +133,15 @@ def test_labels(there):
     assert "each needs 1 CPUs on one node with labels pool=write, and beside the rest of the run at most 2 CPUs" in line
 
 
-def test_pools_ask_for_their_smallest_number():
-    """A joined cluster must fit the smallest pools; one's own machine is shared out for the largest."""
+def test_a_joined_cluster_must_fit_the_smallest_pools():
+    """On a joined cluster a run requests the smallest size of each pool, on a private one the largest."""
     spans = {"teacher": {"replicas": {"min": 2, "max": 6}}, "workers": {"max": 3}}
     assert resources.counts(config(**spans)) == {"teacher": 2, "rollout": 1, "learner": 1}
     assert resources.counts(config(**spans, cluster={})) == {"teacher": 6, "rollout": 3, "learner": 1}
 
 
-def test_several_teachers(there):
-    """Each is a role of its own with resources of its own; one that is served elsewhere asks for nothing."""
+def test_each_teacher_is_a_role_with_its_own_resources(there):
+    """Each of several teachers is a role with its own resources; an attached teacher requests none."""
     wanted = config(
         teachers={"math": {"path": "m", "replicas": 2}, "chat": {"path": "c"}, "far": {"path": "f", "attach": "big"}},
         resources={"teacher": {"num_cpus": 2}, "teachers": {"math": {"num_gpus": 1, "labels": {"gen": "b"}}}},
@@ -155,8 +155,8 @@ def test_several_teachers(there):
     assert resources.counts(config({"attach": "big"})) == {"rollout": 1, "learner": 1}
 
 
-def test_labels_need_a_joined_cluster():
-    """A private cluster has one node without labels: said at once."""
+def test_labels_and_attach_need_a_joined_cluster():
+    """On a private cluster labels and `teacher.attach` are errors."""
     with pytest.raises(
         ConfigError, match=r"resources.learner.labels=.*pool.*: .* a private cluster has none; set cluster"
     ):

@@ -1,4 +1,4 @@
-"""A pool of processes without a cluster: what it starts, adds, drains, gives up and ends, and what a router sees."""
+"""ProcessPool without a cluster: which processes it starts, adds, drains and ends, and the view that routers get."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IDLE = Load(num=3, busy_frac=0.1, queue=0.0, wait_frac=0.0)
 
 
 class Process:
-    """A handle: each call is a future that a test answers."""
+    """An actor's handle; each call is a future that a test answers."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, Future[Any]]] = []
@@ -45,7 +45,7 @@ class Process:
 
 
 class Owner:
-    """Starts `Process`es, and answers what a test sets. A placement is there unless `full`."""
+    """Starts `Process`es and returns what a test sets. A placement is reserved unless `full`."""
 
     def __init__(self) -> None:
         self.load: Load | None = None
@@ -74,7 +74,7 @@ class Owner:
 
 @pytest.fixture
 def killed(monkeypatch) -> list[Process]:
-    """What was ended; the pool's Ray is a double."""
+    """The handles that the pool killed; its Ray is a double."""
     handles: list[Process] = []
     double = SimpleNamespace(get=lambda ref: ref.future().result(), kill=handles.append)
     monkeypatch.setattr(pool_module, "ray", double)
@@ -82,7 +82,7 @@ def killed(monkeypatch) -> list[Process]:
 
 
 def made(num: int, most: int) -> tuple[ProcessPool, Owner]:
-    """A pool of at least one process in which `num` are ready."""
+    """A pool of 1 to `most` processes, of which `num` are ready, and its owner."""
     owner = Owner()
     pool = ProcessPool(owner, "teacher replica", ReplicaRange(min=1, max=most), question="load")
     for number in range(num):
@@ -93,8 +93,8 @@ def made(num: int, most: int) -> tuple[ProcessPool, Owner]:
     return pool, owner
 
 
-def test_grows_when_requests_queue(killed):
-    """After several crowded measurements one is added, which counts once it is ready; up to the largest number."""
+def test_a_pool_grows_when_requests_queue(killed):
+    """A process is added after ADD_LOOKS crowded measurements, up to the largest size, and counts once it is ready."""
     pool, owner = made(1, 2)
     owner.load = CROWDED
     for _ in range(ADD_LOOKS):
@@ -109,8 +109,8 @@ def test_grows_when_requests_queue(killed):
     assert list(pool.within(State.READY)) == [0, 1] and pool.events[-1] == "teacher replica 1 works"
 
 
-def test_shrinks_when_idle_and_drains_before_it_ends(killed):
-    """The emptiest is drained, the youngest of equal ones; it ends when its work has. Numbers are not used again."""
+def test_an_idle_pool_drains_a_process_before_ending_it(killed):
+    """The newest process with the fewest sessions is drained and ends without any; numbers are not reused."""
     pool, owner = made(3, 3)
     owner.load, owner.sessions = IDLE, {0: 3, 1: 1, 2: 1}
     for _ in range(DRAIN_LOOKS):
@@ -134,14 +134,14 @@ def test_shrinks_when_idle_and_drains_before_it_ends(killed):
     assert list(pool.within(State.STARTING)) == [3]
 
 
-def test_gives_up_on_a_process_without_a_placement(killed):
-    """An additional one waits for its placement for a while, and the pool does not ask again soon."""
+def test_an_additional_process_without_a_placement_is_given_up(killed):
+    """An additional process without a placement ends after PATIENCE_S; no other is added for ten times as long."""
     pool, owner = made(1, 2)
     owner.load = CROWDED
     for _ in range(ADD_LOOKS):
         pool.reconcile(0.0)
     pool.reconcile(PATIENCE_S + 1)
-    assert 1 in pool.members, "its placement is there, it only starts slowly"
+    assert 1 in pool.members, "it has its placement and is slow to start"
     owner.full = True
     pool.reconcile(PATIENCE_S + 1)
     assert list(pool.members) == [0] and pool.events[-1] == "one more teacher replica cannot be placed on the cluster"
@@ -152,8 +152,8 @@ def test_gives_up_on_a_process_without_a_placement(killed):
     assert list(pool.members) == [0, 2]
 
 
-def test_one_that_died_is_started_again(killed):
-    """Ray does so; until it answers it takes no session. One that is lost for good is replaced."""
+def test_a_dead_process_is_restarted_or_replaced(killed):
+    """A process that Ray restarts is not ready until it answers; one that is lost for good is replaced."""
     pool, _ = made(1, 1)
     pool.members[0].handle.answer(error=ActorUnavailableError("not now", None))
     pool.reconcile(1.0)
@@ -166,8 +166,8 @@ def test_one_that_died_is_started_again(killed):
     assert list(pool.within(State.STARTING)) == [1] and pool.events[2].startswith("teacher replica 0 is lost: ")
 
 
-def test_one_that_dies_whenever_it_starts(killed):
-    """It is replaced after a time, and the third of them ends the pool, with the reason."""
+def test_processes_that_die_at_each_start_break_the_pool(killed):
+    """A process that dies at each start is replaced after RESTART_S; MAX_FAILURES of them break the pool."""
     pool, _ = made(1, 1)
     pool.members[0].handle.answer(error=ActorDiedError())
     now = 0.0
@@ -185,8 +185,8 @@ def test_one_that_dies_whenever_it_starts(killed):
     assert pool.events[1] == f"teacher replica 1 is lost: {pool.broken}"
 
 
-def test_the_first_one_that_cannot_start_ends_the_pool(killed):
-    """With what its start raised."""
+def test_a_first_process_that_cannot_start_breaks_the_pool(killed):
+    """A pool whose first process cannot start is broken, with the error of that start."""
     pool = ProcessPool(Owner(), "teacher replica", ReplicaRange(min=1, max=1))
     pool.reconcile(0.0)
     raised = RayTaskError("__init__", "Traceback ...\nValueError: no such model", ValueError("no such model"))
@@ -196,11 +196,11 @@ def test_the_first_one_that_cannot_start_ends_the_pool(killed):
     assert not pool.members and pool.broken == "an actor could not start: ValueError: no such model"
 
 
-# --- what a router sees ----------------------------------------------------------------------------------------------
+# --- the view of a router --------------------------------------------------------------------------------------------
 
 
-def test_what_a_router_sees(killed):
-    """Ready and draining replicas, and the load that the other routers make."""
+def test_a_router_gets_replicas_and_the_load_of_others(killed):
+    """A router's view holds ready and draining replicas, the number that start, and other routers' sessions."""
     from switchkd.actors.teacher_pool import TeacherPoolActor
 
     actor = object.__new__(TeacherPoolActor.__ray_metadata__.modified_class)
@@ -216,8 +216,8 @@ def test_what_a_router_sees(killed):
     assert dict(view.sessions) == {0: 1, 1: 4, 2: 0} and view.num_starting == 1
 
 
-def test_drained():
-    """A replica ends when every router knows of the drain and none has a session there, or when its time is up."""
+def test_a_replica_without_sessions_is_drained():
+    """A draining replica may end without sessions once NOTICE_S have passed, and in any case after DRAIN_S."""
     reports = SessionReports()
     reports.add("a", {0: 1}, 0.0)
     assert not reports.is_drained(0, 0.0, NOTICE_S - 1) and not reports.is_drained(0, 0.0, NOTICE_S + 1)
@@ -227,7 +227,8 @@ def test_drained():
     assert not reports.is_drained(0, 0.0, DRAIN_S) and reports.is_drained(0, 0.0, DRAIN_S + 1)
 
 
-def test_a_router_that_died_counts_no_more():
+def test_a_router_without_reports_counts_no_more():
+    """The sessions of a router without a report for FORGET_S do not count."""
     reports = SessionReports()
     reports.add("a", {0: 7}, 0.0)
     assert reports.count(0, FORGET_S) == 7 and reports.count(0, FORGET_S + 1) == 0

@@ -1,5 +1,5 @@
-"""Pools on a cluster of several nodes: they change while a run goes on, find their nodes by label, survive what dies,
-and one teacher serves many runs. The rollouts are those of one process."""
+"""Pools on a cluster of several nodes: they change during a run, are placed by label, survive losses, and serve several
+runs. The rollouts are those of one process."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def alone(fake_alone) -> Path:
 
 @pytest.fixture
 def pools(monkeypatch) -> list[Any]:
-    """The pools that runs start or attach to, as they do."""
+    """The pools that runs start or attach to, in order."""
     from switchkd.actors import launch
 
     found: list[Any] = []
@@ -64,7 +64,7 @@ def members(pool: Any) -> Any:
 
 
 def nodes_of(role: str) -> set[str]:
-    """Where living actors of a class stand: the labels' pool of each node."""
+    """The labels `pool` of the nodes with living actors of a class."""
     import ray
 
     pool_of = {node["NodeID"]: node.get("Labels", {}).get("pool", "") for node in ray.nodes()}
@@ -76,14 +76,14 @@ def nodes_of(role: str) -> set[str]:
 # --- a run whose pools change ----------------------------------------------------------------------------------------
 
 
-def test_workers_come_and_go(cluster, alone, place, notes, monkeypatch):
-    """A run that begins with one worker, goes on with three and ends with two writes the rollouts of a run with one
-    (tests/test_autoscaling.py says when that happens; here it is told to)."""
+def test_a_changing_number_of_workers_changes_no_rollout(cluster, alone, place, notes, monkeypatch):
+    """A run that grows from one worker to three and shrinks to two has the rollouts and losses of a run with one. (The
+    decisions are fixed here; test_autoscaling.py tests them.)"""
     from switchkd.actors import pool
     from switchkd.actors.worker_pool import WorkerPool
 
     sizes: list[int] = []
-    plan = {1: 1, 3: 1, 6: -1}  # decision at the so manieth look
+    plan = {1: 1, 3: 1, 6: -1}  # look -> decision
     autoscale = WorkerPool.autoscale
 
     def decide(loads: Any, limits: Any) -> int:
@@ -93,7 +93,7 @@ def test_workers_come_and_go(cluster, alone, place, notes, monkeypatch):
         events = autoscale(workers, waited_s, elapsed_s)
         sizes.append(len(workers))
         for member in workers._pool.within(pool.State.STARTING).values():
-            # tiny steps are over before a process has started
+            # a fake step is shorter than the start of a process
             wait_until(lambda member=member: member.probe.answered, "the worker did not start", 120)
         return events
 
@@ -109,9 +109,9 @@ def test_workers_come_and_go(cluster, alone, place, notes, monkeypatch):
     nothing_left()
 
 
-def test_teachers_die_leave_and_come(cluster, alone, place, notes, pools, monkeypatch):
-    """A replica that is killed for good is replaced, one is drained under its sessions, and at last the pool itself is
-    killed with all it has: the run goes on, with the same rollouts."""
+def test_lost_and_drained_replicas_change_no_rollout(cluster, alone, place, notes, pools, monkeypatch):
+    """A run has the same rollouts and losses when a replica is lost for good and replaced, another is drained, and
+    their pool is killed."""
     import ray
 
     ready: list[int] = []
@@ -122,7 +122,7 @@ def test_teachers_die_leave_and_come(cluster, alone, place, notes, pools, monkey
         ready.append(number)
 
     def drain_one() -> None:
-        # two are ready also before the pool has heard of the death
+        # two are ready also before the pool notices the death
         wait_until(lambda: 2 in members(pools[0].actor).ready, "the dead replica was not replaced")
         ready.extend(members(pools[0].actor).ready)
         ray.get(pools[0].actor.drain.remote(min(ready[-2:])))
@@ -133,17 +133,17 @@ def test_teachers_die_leave_and_come(cluster, alone, place, notes, pools, monkey
     report_at_once(monkeypatch)
     FaultInjector(monkeypatch, {3: kill_one, 5: drain_one, 8: kill_pool})
     train(config(place, STAGES, **JOINED, teacher={"path": "teacher", "replicas": 2}))
-    assert 2 in ready[1:], "the third replica came for the one that died"
-    for told in ("is lost", "is drained", "the teacher pool died"):
-        assert any(told in note for note in notes), told
+    assert 2 in ready[1:], "the third replica replaces the one that died"
+    for event in ("is lost", "is drained", "the teacher pool died"):
+        assert any(event in note for note in notes), event
     same_rollouts(place / "run", alone)
     same_losses(place / "run", alone)
     nothing_left()
 
 
-def test_labels_and_a_node_that_goes(cluster, alone, place, notes, pools, monkeypatch):
-    """Each role stands on the nodes that its labels name. When a node with a teacher is taken away and another comes,
-    the run goes on meanwhile with the other replica, and ends as if nothing had happened."""
+def test_roles_follow_their_labels_also_after_a_node_is_lost(cluster, alone, place, notes, pools, monkeypatch):
+    """Each role runs on the nodes with its labels, and a run from which a node with a teacher is removed ends with the
+    same rollouts."""
     import ray
 
     from switchkd.actors.teacher_pool import NO_EVENTS
@@ -157,13 +157,13 @@ def test_labels_and_a_node_that_goes(cluster, alone, place, notes, pools, monkey
         cluster.remove_node(nodes.pop(), allow_graceful=False)
         nodes.append(cluster.add_node(**frail))
 
-    def hear() -> None:  # the run would be over before its pool has heard of the death
-        def told() -> list[str]:
+    def wait_for_event() -> None:  # the run could end before its pool notices the death
+        def events() -> list[str]:
             return ray.get(pools[0].actor.events.remote(NO_EVENTS))[1]
 
-        wait_until(lambda: any("died" in line or "lost" in line for line in told()), "the pool heard of no death")
+        wait_until(lambda: any("died" in line or "lost" in line for line in events()), "the pool noticed no death")
 
-    FaultInjector(monkeypatch, {4: look_and_strike, 6: hear})
+    FaultInjector(monkeypatch, {4: look_and_strike, 6: wait_for_event})
     each = {
         "teacher": {"threads": 1, "labels": frail["labels"]},
         "rollout": {"threads": 1, "labels": WRITE},
@@ -179,8 +179,8 @@ def test_labels_and_a_node_that_goes(cluster, alone, place, notes, pools, monkey
     wait_until(lambda: ray.cluster_resources().get("CPU") == 9, "the nodes did not go")
 
 
-def test_several_teachers(cluster, place):
-    """Two pools of different teachers, one of them of two replicas: each rollout is that of a run in one process."""
+def test_several_teachers_equal_one_process(cluster, place):
+    """Two pools of different teachers, one of two replicas, give the rollouts and losses of a run in one process."""
     rows = [json.loads(line) for line in (place / "data.jsonl").read_text().splitlines()]
     named = [{**row, "source": ("near", "far")[i % 2]} for i, row in enumerate(rows)]
     (place / "named.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
@@ -194,13 +194,12 @@ def test_several_teachers(cluster, place):
     nothing_left()
 
 
-# --- what does not fit -----------------------------------------------------------------------------------------------
+# --- runs that do not fit --------------------------------------------------------------------------------------------
 
 
-def test_no_room(cluster, place, notes, monkeypatch):
-    """A cluster that is large enough but full, one without such labels, processes that fit one by one but not together,
-    GPUs that do not lie on one node: each is said in a line that names who lacks what and what is free, before any
-    actor starts and any folder is made."""
+def test_runs_that_do_not_fit_are_refused(cluster, place, notes, monkeypatch):
+    """A full cluster, missing labels, processes that fit one by one but not together, and GPUs on different nodes are
+    refused by a line that names the role and what is free, before any actor or folder."""
     import ray
 
     from switchkd.actors import placement_group
@@ -232,7 +231,7 @@ def test_no_room(cluster, place, notes, monkeypatch):
     monkeypatch.setattr(placement_group, "RELEASE_S", 4.0)
     wide = {"teacher": {"num_cpus": 2, "labels": TEACH}, "rollout": {"num_cpus": 1.5, "labels": TEACH}}
     several = {"rollout": {"num_workers": 1}, "teacher": {"path": "teacher", "replicas": 2}}
-    # Ray may place the worker before the second teacher: then it is the teacher that finds no node
+    # Ray may place the worker before the second teacher: then the teacher lacks a node
     lacks = r"(rollout.num_workers=1: 1 cannot be placed, each needs 1.5|teacher.replicas=2: 1 cannot .*, each needs 2)"
     with pytest.raises(ConfigError, match=rf"^{lacks} CPUs .* with labels pool=teach"):
         train(config(place, [SWITCH], **JOINED, resources=wide, **several))
@@ -261,9 +260,9 @@ REFUSED = (
 )
 
 
-def test_serve_attach_stop(cluster, alone, place, notes, pools, monkeypatch, capsys, request):
-    """`serve-teacher` starts a teacher that outlives it; a run attaches, goes on although the served pool dies (its
-    replica keeps its sessions), leaves nothing behind, and a second run finds it as it was."""
+def test_a_served_teacher_serves_runs_until_stopped(cluster, alone, place, notes, pools, monkeypatch, capsys, request):
+    """A served teacher outlives its command, serves two runs with one replica although its pool is killed, refuses runs
+    that do not match, and ends at `--stop`."""
     import ray
 
     from switchkd.actors import shared_teacher
@@ -273,16 +272,16 @@ def test_serve_attach_stop(cluster, alone, place, notes, pools, monkeypatch, cap
     code, out, _ = command(monkeypatch, capsys, "serve-teacher", file, "--name", "big")
     assert (code, out) == (0, "big is served by 1 replica: teacher.attach=big\n")
     replica = actors("TeacherActor")
-    code, _, said = command(monkeypatch, capsys, "serve-teacher", file, "--name", "big")
-    assert code == 2 and "--name big: a teacher of this name is served already; attach to it" in said
-    code, _, said = command(monkeypatch, capsys, "serve-teacher", file, "--name", "big/one")
-    assert code == 2 and "--name 'big/one': choose a name without a slash" in said
+    code, _, err = command(monkeypatch, capsys, "serve-teacher", file, "--name", "big")
+    assert code == 2 and "--name big: a teacher of this name is served already; attach to it" in err
+    code, _, err = command(monkeypatch, capsys, "serve-teacher", file, "--name", "big/one")
+    assert code == 2 and "--name 'big/one': choose a name without a slash" in err
 
     attached = {"path": "teacher", "attach": "big"}
     FaultInjector(monkeypatch, {4: lambda: os.kill(actors("TeacherPoolActor")[0], signal.SIGKILL)})
     train(config(place, STAGES, **JOINED, teacher=attached))
     same_rollouts(place / "run", alone)
-    assert actors("TeacherActor") == replica, "the pool came back and found its replica"
+    assert actors("TeacherActor") == replica, "the restarted pool kept its replica"
     assert not actors("RolloutActor")
     again = {**JOINED, "run": {"dir": "again", "mode": "ray"}}
     train(config(place, STAGES, **again, teacher=attached))
@@ -291,8 +290,8 @@ def test_serve_attach_stop(cluster, alone, place, notes, pools, monkeypatch, cap
     assert actors("TeacherActor") == replica
 
     no = {**JOINED, "run": {"dir": "no", "mode": "ray"}}
-    for teacher, told in REFUSED:
-        with pytest.raises(ConfigError, match=told):
+    for teacher, expected in REFUSED:
+        with pytest.raises(ConfigError, match=expected):
             train(config(place, STAGES, **no, teacher={"path": "teacher", **teacher}))
     longer = {"path": "./data.jsonl", "max_prompt_tokens": 200, "max_reference_tokens": 32}
     with pytest.raises(
@@ -304,14 +303,13 @@ def test_serve_attach_stop(cluster, alone, place, notes, pools, monkeypatch, cap
     code, out, _ = command(monkeypatch, capsys, "serve-teacher", "--stop", "big")
     assert (code, out) == (0, "big is no longer served\n") and shared_teacher.list_shared() == []
     nothing_left()
-    code, _, said = command(monkeypatch, capsys, "serve-teacher", "--stop", "big")
-    assert code == 2 and "--stop big: no teacher of this name is served on the cluster (there: none)" in said
-    wait_until(lambda: ray.available_resources().get("CPU", 0) >= 9, "its places were not given back")
+    code, _, err = command(monkeypatch, capsys, "serve-teacher", "--stop", "big")
+    assert code == 2 and "--stop big: no teacher of this name is served on the cluster (there: none)" in err
+    wait_until(lambda: ray.available_resources().get("CPU", 0) >= 9, "its placements were not freed")
 
 
-def test_a_served_pool_that_does_not_answer(cluster, place, monkeypatch, capsys):
-    """A run that would attach to it ends with one line instead of waiting for ever; `--stop` ends it, and the replicas
-    that it does not end itself."""
+def test_a_served_pool_that_does_not_answer_is_an_error(cluster, place, monkeypatch, capsys):
+    """A run ends with one line if the served pool does not answer; `--stop` ends the pool and its replicas."""
     import ray
 
     from switchkd.actors import shared_teacher
@@ -330,10 +328,10 @@ def test_a_served_pool_that_does_not_answer(cluster, place, monkeypatch, capsys)
     names = [shared_teacher._pool_name("still"), replica_name("still", 0)]
     kept = [Frozen.options(name=name, namespace=NAMESPACE, lifetime="detached").remote() for name in names]
     file = config_file(place, STAGES, **JOINED, teacher={"path": "teacher", "attach": "still"})
-    code, _, said = command(monkeypatch, capsys, "train", file)
+    code, _, err = command(monkeypatch, capsys, "train", file)
     assert code == 2 and (
         "teacher.attach=still: it does not answer (nothing in 1 s); end it with `switchkd serve-teacher --stop "
-        "still` and serve it anew" in said
+        "still` and serve it anew" in err
     )
     assert not (place / "run").exists()
     code, out, _ = command(monkeypatch, capsys, "serve-teacher", "--stop", "still")
@@ -349,18 +347,18 @@ def _is_named(name: str) -> bool:
     return name in [each["name"] for each in ray.util.list_named_actors(all_namespaces=True)]
 
 
-def test_a_cluster_is_needed(place, monkeypatch, capsys):
-    """Without one that outlives the command there is nothing to serve on, or to attach to."""
+def test_serving_and_attaching_need_a_joined_cluster(place, monkeypatch, capsys):
+    """Without a joined cluster `serve-teacher` and `teacher.attach` are errors."""
     for name in ("RAY_ADDRESS", "RAY_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
     file = config_file(place, STAGES, run={"dir": "run", "mode": "ray"})
-    code, _, said = command(monkeypatch, capsys, "serve-teacher", file, "--name", "big")
-    assert code == 2 and "serve-teacher needs a cluster that outlives it: set cluster.address" in said
+    code, _, err = command(monkeypatch, capsys, "serve-teacher", file, "--name", "big")
+    assert code == 2 and "serve-teacher needs a cluster that outlives it: set cluster.address" in err
     with pytest.raises(ConfigError, match=r"teacher.attach=big needs the cluster on which that teacher is served"):
         train(config(place, STAGES, run={"dir": "run", "mode": "ray"}, teacher={"path": "teacher", "attach": "big"}))
 
 
-# --- the controller at work ------------------------------------------------------------------------------------------
+# --- autoscaling of a running pool -----------------------------------------------------------------------------------
 
 
 def start_pool(wanted: Config) -> Any:
@@ -376,9 +374,9 @@ def start_pool(wanted: Config) -> Any:
     return TeacherPoolHandle(actor, "")
 
 
-def test_grows_with_its_queue_and_shrinks_without(cluster, place):
-    """While six callers keep one replica busy the pool adds others, which take new sessions; when they stop it drains
-    them, down to one."""
+def test_a_running_pool_grows_under_load_and_shrinks_without(cluster, place):
+    """While six callers keep one replica busy the pool adds another, which gets new sessions; without calls it drains
+    back to one."""
     import ray
 
     from switchkd.actors.pool_client import PoolClient
@@ -418,15 +416,15 @@ def test_grows_with_its_queue_and_shrinks_without(cluster, place):
         for thread in threads:
             thread.start()
         wait_until(lambda: len(members(pool.actor).ready) == 2, "the pool did not grow", 120)
-        wait_until(lambda: all(members(pool.actor).sessions.values()), "the new one got no session")
+        wait_until(lambda: all(members(pool.actor).sessions.values()), "the new replica got no session")
         enough.set()
         for thread in threads:
             thread.join(30)
         wait_until(lambda: not (seen := members(pool.actor)).draining and len(seen.ready) == 1, "it did not shrink", 90)
         from switchkd.actors.teacher_pool import NO_EVENTS
 
-        said = ray.get(pool.actor.events.remote(NO_EVENTS))[1]
-        assert "one is added" in said[0] and any("is drained" in line for line in said)
+        events = ray.get(pool.actor.events.remote(NO_EVENTS))[1]
+        assert "one is added" in events[0] and any("is drained" in line for line in events)
     finally:
         pool.close()
     nothing_left()

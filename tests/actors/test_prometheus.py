@@ -1,4 +1,4 @@
-"""A run's numbers on Ray's metrics port, and a dashboard that asks for nothing else."""
+"""A run's metrics on Ray's metrics port, and the dashboard that queries them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STAGES = [{**WARM_UP, "steps": 1}, {**SWITCH, "steps": 2}]
 
 @pytest.fixture(scope="module")
 def port(cluster) -> int:
-    """Of the metrics of the driver's node."""
+    """The metrics port of the driver's node."""
     import ray
 
     here = ray.get_runtime_context().get_node_id()
@@ -39,7 +39,7 @@ def run(port, tmp_path_factory) -> Path:
 
 
 def exported(port: int) -> dict[str, float]:
-    """Our gauges as Prometheus would read them, by name."""
+    """The run's gauges as Prometheus reads them, by name."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         text = answer.read().decode()
     found = re.findall(r'^(ray_switchkd_\w+)\{[^}]*run="shown"[^}]*\} (\S+)$', text, flags=re.MULTILINE)
@@ -48,7 +48,7 @@ def exported(port: int) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def seen(port, run) -> dict[str, float]:
-    """Once the last row, the final evaluation's, has arrived: the last step's came before it."""
+    """The gauges once the last row, the final evaluation's, has arrived; the last step's arrives before it."""
     final = [row for row in lines(run / "metrics.jsonl") if "stage_end" in row][-1]["eval/kl"]
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
@@ -59,15 +59,15 @@ def seen(port, run) -> dict[str, float]:
     raise AssertionError(f"the metrics port shows {sorted(exported(port))}")
 
 
-def test_the_port_shows_the_last_step(seen, run):
-    """Every number of the last step's line stands there, with its value, under the run's name."""
+def test_the_port_exports_the_last_step(seen, run):
+    """The metrics port exports the numbers of the last step under the run's name."""
     last = [row for row in lines(run / "metrics.jsonl") if "stage" in row][-1]
     for key in ("loss/total", "rollout/teacher_token_frac", "weight_version", "replay/staleness_max", "time/learn_s"):
         assert seen["ray_switchkd_" + key.replace("/", "_")] == pytest.approx(last[key]), key
 
 
-def test_the_dashboard_asks_for_what_is_there(seen):
-    """Each panel's queries name gauges that a run exports; every panel has one."""
+def test_the_dashboard_queries_exported_gauges(seen):
+    """Each panel has a query, and all queries name exported gauges of the selected run."""
     board = json.loads(BOARD.read_text())
     panels = [panel for panel in board["panels"] if panel["type"] != "row"]
     queries = [target["expr"] for panel in panels for target in panel["targets"]]

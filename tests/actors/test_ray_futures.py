@@ -1,4 +1,4 @@
-"""Ray's references as plain futures: whoever asks too late hears so and harms nobody. (No cluster: Ray is a double.)"""
+"""Ray's references as plain futures: calls while Ray shuts down, and errors of ranks. (No cluster: Ray is a double.)"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from switchkd.types import StateLost
 
 @pytest.fixture
 def ray(monkeypatch) -> Any:
-    """A double that is up until it is shut down. While it goes down, a question would end this process."""
+    """A double that is up until `shutdown`, during which `meanwhile` runs in a thread and a call would be an error."""
     from switchkd.actors import ray_futures
 
     double = SimpleNamespace(up=True, going=False, meanwhile=lambda: None)
@@ -31,60 +31,59 @@ def ray(monkeypatch) -> Any:
     return double
 
 
-def question(ray: Any) -> Any:
+def call(ray: Any) -> Any:
     answered: Future[int] = Future()
     answered.set_result(7)
-    assert ray.up and not ray.going, "asked a Ray that is not there"
+    assert ray.up and not ray.going, "Ray is down"
     return SimpleNamespace(future=lambda: answered)
 
 
-def test_nobody_asks_a_ray_that_goes_down(ray):
-    """Before: an answer. While it goes down, from another thread, and afterwards: an error, and Ray is not touched. A
-    Ray that is started again can be asked again."""
+def test_no_call_reaches_a_ray_that_shuts_down(ray):
+    """During and after a shutdown calls give RaySystemError and do not reach Ray; a Ray that is up again answers."""
     from ray.exceptions import RaySystemError
 
     from switchkd.actors.ray_futures import retry_until_alive, shut_down
 
     late: list[Future[Any]] = []
-    ray.meanwhile = lambda: late.append(retry_until_alive(lambda: question(ray)))
-    assert retry_until_alive(lambda: question(ray)).result(1) == 7
+    ray.meanwhile = lambda: late.append(retry_until_alive(lambda: call(ray)))
+    assert retry_until_alive(lambda: call(ray)).result(1) == 7
     shut_down()
-    late.append(retry_until_alive(lambda: question(ray)))
+    late.append(retry_until_alive(lambda: call(ray)))
     assert [type(one.exception(1)) for one in late] == [RaySystemError] * 2
     ray.up = True
-    assert retry_until_alive(lambda: question(ray)).result(1) == 7
+    assert retry_until_alive(lambda: call(ray)).result(1) == 7
 
 
-def test_a_question_that_is_being_asked_is_waited_for(ray):
-    """Ray goes down only when the question that a thread is just asking is out."""
+def test_shutdown_waits_for_a_call_that_is_being_started(ray):
+    """Ray shuts down only once a call that another thread is starting was sent."""
     from switchkd.actors.ray_futures import retry_until_alive, shut_down
 
-    asking, order = Event(), []
+    starting, order = Event(), []
 
     def slowly() -> Any:
-        asking.set()
+        starting.set()
         Event().wait(0.3)
-        order.append("asked")
-        return question(ray)
+        order.append("sent")
+        return call(ray)
 
     ray.meanwhile = lambda: order.append("down")
     thread = Thread(target=lambda: order.append(retry_until_alive(slowly).result(1)))
     thread.start()
-    assert asking.wait(5)
+    assert starting.wait(5)
     shut_down()
     thread.join()
-    assert order.index("asked") < order.index("down") and 7 in order
+    assert order.index("sent") < order.index("down") and 7 in order
 
 
-def test_a_question_that_hangs_keeps_nobody(ray, monkeypatch):
-    """Ray goes down though somebody has been asking for too long."""
+def test_a_call_that_hangs_does_not_block_shutdown(ray, monkeypatch):
+    """Ray shuts down after CALL_S although a call is still being started."""
     from switchkd.actors import ray_futures
 
     monkeypatch.setattr(ray_futures, "CALL_S", 0.1)
-    asking, end = Event(), Event()
-    thread = Thread(target=lambda: ray_futures.retry_until_alive(lambda: (asking.set(), end.wait(30))), daemon=True)
+    starting, end = Event(), Event()
+    thread = Thread(target=lambda: ray_futures.retry_until_alive(lambda: (starting.set(), end.wait(30))), daemon=True)
     thread.start()
-    assert asking.wait(5)
+    assert starting.wait(5)
     ray_futures.shut_down()
     assert not ray.up and not end.is_set()
     end.set()
@@ -108,6 +107,7 @@ class TestRanks:
         return ranks, gather_ranks([SimpleNamespace(future=lambda rank=rank: rank) for rank in ranks])
 
     def test_rank_0_answers_once_all_have(self):
+        """The answer is that of rank 0, once all ranks have answered."""
         ranks, answer = self.gathered()
         for i in (0, 2):
             ranks[i].set_result(i)
@@ -116,8 +116,8 @@ class TestRanks:
         ranks[1].set_result(1)
         assert answer.result(5) == 0
 
-    def test_a_rank_that_died(self):
-        """Its loss is said, at once, whatever the others raise because of it before."""
+    def test_the_loss_of_a_rank_is_raised_at_once(self):
+        """The death of a rank is raised at once as StateLost, whatever error another rank raised before."""
         from ray.exceptions import ActorDiedError
 
         ranks, answer = self.gathered()
@@ -127,8 +127,8 @@ class TestRanks:
         ranks[1].set_exception(ActorDiedError())
         assert str(answer.exception(5)) == "a learner rank died" and type(answer.exception()) is StateLost
 
-    def test_an_error_of_the_work(self):
-        """It is raised as it is: when all have ended, or when the others still compute after a while."""
+    def test_an_error_of_a_rank_is_raised_unchanged(self):
+        """A rank's own error is raised unchanged, once all ranks have ended or after GRACE_S."""
         for rest in ([], [0, 1]):
             ranks, answer = self.gathered()
             ranks[2].set_exception(ValueError("no such loss"))
@@ -136,8 +136,8 @@ class TestRanks:
                 ranks[i].set_result(None)
             assert type(answer.exception(5)) is ValueError
 
-    def test_a_rank_without_a_disk_whose_peers_wait_for_it(self):
-        """Nothing but new ranks helps."""
+    def test_an_os_error_of_one_rank_loses_the_state(self):
+        """An OSError for which other ranks wait becomes StateLost; one that all ranks raise is raised unchanged."""
         ranks, answer = self.gathered()
         ranks[0].set_exception(OSError(28, "no space"))
         assert type(answer.exception(5)) is StateLost and "a learner rank failed (OSError" in str(answer.exception())

@@ -1,5 +1,5 @@
-"""Real engines on Ray: the rollouts, losses and students of one process, whatever number of processes, though some are
-killed. What needs no model is held by fake ones (test_pools.py, test_faults.py, test_jobs.py)."""
+"""Real engines on Ray: rollouts, losses and students equal those of one process for any number of processes, also if
+some are killed. Tests with fake models: test_pools.py, test_faults.py, test_jobs.py."""
 
 from __future__ import annotations
 
@@ -27,17 +27,16 @@ ON_RAY = {"dir": "run", "mode": "ray"}
 
 @pytest.fixture(scope="module")
 def alone(models) -> tuple[Path, Summary]:
-    """The run without Ray that the others are held against."""
+    """A run without Ray, the reference of the others."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(models)
         summary = train(config(models, STAGES, name="alone.yaml", run={"dir": "alone"}, eval=EVAL))
     return models / "alone", summary
 
 
-def test_one_of_each_and_all_of_them_die(cluster, alone, place, monkeypatch, notes):
-    """With one worker, one teacher and one rank the run equals the one without Ray, its losses and evaluations too,
-    though its worker is killed while it writes and while it evaluates, and its only teacher while a call about a
-    block waits for its answer. The user is told of each death."""
+def test_one_worker_and_one_teacher_that_die_change_no_rollout(cluster, alone, place, monkeypatch, notes):
+    """A run with one worker and one teacher equals the run without Ray although the worker is killed in a batch and in
+    an evaluation, and the teacher during a call about a block; each death is printed."""
     report_at_once(monkeypatch)
     injector = FaultInjector(monkeypatch, {4: "RolloutActor", 5: "TeacherActor"}, at_evaluation=3)
     summary = train(config(place, STAGES, run=ON_RAY, eval=EVAL))
@@ -58,9 +57,9 @@ def test_one_of_each_and_all_of_them_die(cluster, alone, place, monkeypatch, not
         assert name == same and ours == pytest.approx(theirs, abs=1e-4)
 
 
-def test_two_of_each_and_one_of_them_dies(cluster, place, monkeypatch, notes):
-    """Two teachers (one of two replicas), two workers and two ranks write the same rollouts and compute the same losses
-    as one process, though a replica, a worker and a rank are killed at their work."""
+def test_two_of_each_equal_one_process_although_one_of_each_dies(cluster, place, monkeypatch, notes):
+    """Two teachers (one of two replicas), two workers and two ranks give the rollouts, losses and weights of one
+    process, although a replica, a worker and a rank are killed."""
     rows = [json.loads(line) for line in (place / "data.jsonl").read_text().splitlines()]
     named = [{**row, "source": ("near", "far")[i % 2]} for i, row in enumerate(rows)]
     (place / "named.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
@@ -117,8 +116,8 @@ def arm():
     RolloutState.start = staticmethod(started)
     TeacherRouter._open_somewhere = placed
 """
-"""A rule that is the user's own code, and what it may do to a process: end it, or raise; the last one sends a session
-without tokens, at which the teacher raises."""
+"""A user's rule: it ends its process at one prompt, raises at the next, and at the last sends a session without tokens,
+at which the teacher raises."""
 
 
 LOOK = """
@@ -144,14 +143,14 @@ MetricsLog.step = look
 sys.argv = ["switchkd", "train", "config.yaml"]
 cli.main()
 """
-"""A run that notes which sockets its processes listen on, and its cluster's token."""
+"""Script: a run that records the sockets on which its processes listen, and its cluster's token."""
 BREAKING = {"path": "./data.jsonl", "max_prompt_tokens": 64, "max_reference_tokens": 32, "max_quarantined_frac": 0.2}
 STAGE = {**SWITCH, "steps": 4, "mix": {"rollout": 1}}
 
 
 @pytest.fixture(scope="module")
 def private_run(models, tmp_path_factory) -> tuple[Path, str]:
-    """A run on a cluster of its own, with the rule DEADLY: its folder, and what it printed."""
+    """A run on a private cluster with the rule DEADLY: its folder, and what it printed."""
     place = linked(models, tmp_path_factory.mktemp("private"))
     (place / "deadly.py").write_text(DEADLY)
     (place / "home").mkdir()
@@ -164,9 +163,9 @@ def private_run(models, tmp_path_factory) -> tuple[Path, str]:
     return place, done.stdout
 
 
-def test_prompts_that_break_and_kill(private_run, place, monkeypatch):
-    """A prompt that ends its worker's process, one its rule and one its teacher raise at are quarantined with
-    their reasons; the others are written and trained on as in a run without Ray where those could not be written."""
+def test_prompts_that_raise_or_kill_are_quarantined(private_run, place, monkeypatch):
+    """Prompts that end their worker or at which the rule or the teacher raises are quarantined with the reason; the
+    other rollouts equal those of a run without Ray."""
     with monkeypatch.context() as patch:
         break_rollouts(patch, {6, 9, 13})
         train(config(place, [STAGE], run={"dir": "sound"}, data=BREAKING))
@@ -182,7 +181,7 @@ def test_prompts_that_break_and_kill(private_run, place, monkeypatch):
 
 
 def test_a_private_cluster_listens_on_loopback_with_a_token(private_run):
-    """A private cluster listens on loopback only and needs a token, which is new for each run and in no file."""
+    """A private cluster listens on loopback only and needs a token, which is in no file."""
     folder, _ = private_run
     seen = json.loads((folder / "seen.json").read_text())
     assert seen["num"] > 6 and seen["listens"] and seen["listens"].keys() <= LOOPBACK, seen["listens"]
@@ -206,10 +205,9 @@ def guarded():
 """
 
 
-def test_stale_weights_and_a_secret(cluster, place, monkeypatch):
-    """With max_staleness 1 and weights taken in mid-rollout the run ends, no token ever older than one version. Its
-    actors know HF_TOKEN, which Ray was started without (and say why they cannot start without it), and no file of the
-    run or of Ray's logs holds it."""
+def test_staleness_is_bounded_and_actors_get_a_secret(cluster, place, monkeypatch):
+    """With max_staleness 1 and weights loaded mid-rollout no token is older than one version. Actors get HF_TOKEN from
+    the driver, and no file of the run or of Ray's logs holds it."""
     token = "hf_" + "abcDEF0123456789" * 2
     assert "HF_TOKEN" not in os.environ
     (place / "my_rule.py").write_text(OWN_RULE)

@@ -1,4 +1,4 @@
-"""A router with replicas of this process: which gets a session, and what a lost replica costs."""
+"""TeacherRouter with replicas in this process: which replica gets a session, and what happens when one is lost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pools import Still, Thunks, fetch
+from pools import FixedPool, ThunkReplica, fetch
 from toy import ToyTeacher, pair
 
 from switchkd.actors.replicas import ReplicaView
@@ -21,7 +21,7 @@ CHAIN = pair()[0]
 
 
 @pytest.fixture
-def rooms(monkeypatch) -> Any:
+def routing(monkeypatch) -> Any:
     """The module, whose ray.get runs thunks and whose pauses are short."""
     from switchkd.actors import teacher_router
 
@@ -32,12 +32,12 @@ def rooms(monkeypatch) -> Any:
 
 
 @pytest.fixture
-def naps(rooms, monkeypatch) -> list[float]:
-    """How long the router meant to wait; nobody does."""
+def pauses(routing, monkeypatch) -> list[float]:
+    """The router's pauses, recorded instead of slept."""
     found: list[float] = []
-    monkeypatch.setattr(rooms, "PAUSE_S", 0.2)
-    monkeypatch.setattr(rooms, "MAX_PAUSE_S", 3.0)
-    monkeypatch.setattr(rooms.time, "sleep", found.append)
+    monkeypatch.setattr(routing, "PAUSE_S", 0.2)
+    monkeypatch.setattr(routing, "MAX_PAUSE_S", 3.0)
+    monkeypatch.setattr(routing.time, "sleep", found.append)
     return found
 
 
@@ -68,45 +68,46 @@ def block(*ids: int, base: int = 2, tokens: tuple[int, ...] = (5, 6)) -> Blocks:
     )  # fmt: skip
 
 
-def replicas(num: int) -> dict[int, Thunks]:
-    return {i: Thunks(ToyTeacher(CHAIN)) for i in range(num)}
+def replicas(num: int) -> dict[int, ThunkReplica]:
+    return {i: ThunkReplica(ToyTeacher(CHAIN)) for i in range(num)}
 
 
 def alone(*blocks_and_ids: Any) -> np.ndarray:
-    """What one teacher that is never lost answers."""
+    """The rows of a single teacher that is never lost."""
     teacher = ToyTeacher(CHAIN)
     ids, blocks = blocks_and_ids
     teacher.open(opened(*ids))
     return [teacher.score(each).rows.values for each in blocks][-1]
 
 
-def held(pool: dict[int, Thunks]) -> dict[int, list[int]]:
+def held(pool: dict[int, ThunkReplica]) -> dict[int, list[int]]:
     return {i: sorted(replica.teacher.sessions) for i, replica in pool.items()}
 
 
 class TestRouter:
-    def test_new_sessions_go_to_the_least_loaded_of_all(self, rooms):
-        """The load is that of all workers: what the others have is told, one's own is counted."""
+    def test_a_new_session_goes_to_the_least_loaded_replica(self, routing):
+        """A new session goes to the replica with the fewest sessions: reported ones of other workers and its own."""
         pool = replicas(3)
-        pool_client = Still(pool)
+        pool_client = FixedPool(pool)
         pool_client.members = ReplicaView(ready=pool, draining={}, sessions={0: 2, 1: 5, 2: 3})
-        router = rooms.TeacherRouter(pool_client)
+        router = routing.TeacherRouter(pool_client)
         for i in range(5):
             router.open(opened(i))
         assert held(pool) == {0: [0, 1, 3], 1: [], 2: [2, 4]}
-        assert pool_client.heard[-1] == {0: 3, 2: 1}, "its own sessions are reported"
+        assert pool_client.reported[-1] == {0: 3, 2: 1}, "its own sessions are reported"
 
-    def test_workers_start_at_different_replicas(self, rooms):
+    def test_workers_start_at_different_replicas(self, routing):
+        """Routers with different `first` open their first sessions at different replicas."""
         pool = replicas(3)
         for first in range(3):
-            rooms.TeacherRouter(Still(pool), first=first).open(opened(first))
+            routing.TeacherRouter(FixedPool(pool), first=first).open(opened(first))
         assert held(pool) == {0: [0], 1: [1], 2: [2]}
 
-    def test_a_drained_replica_keeps_its_sessions_and_gets_no_new_one(self, rooms):
-        """Then it leaves: what it still had is read again elsewhere, with the rows of a teacher that stayed."""
+    def test_a_draining_replica_keeps_its_sessions_and_gets_no_new_one(self, routing):
+        """A draining replica keeps its sessions and gets no new one; once it has left they move with the same rows."""
         pool = replicas(2)
-        pool_client = Still(pool)
-        router = rooms.TeacherRouter(pool_client)
+        pool_client = FixedPool(pool)
+        router = routing.TeacherRouter(pool_client)
         router.open(opened(0))
         pool_client.members = ReplicaView(ready={1: pool[1]}, draining={0: pool[0]}, sessions={})
         router.open(opened(1))
@@ -118,11 +119,11 @@ class TestRouter:
         np.testing.assert_allclose(rows, alone((0, 1), (block(0, 1), block(0, 1, base=4, tokens=(7,)))))
 
     @pytest.mark.parametrize("fault", [lost, away])
-    def test_a_lost_replica_costs_a_new_reading(self, rooms, fault):
-        """Its sessions go on at another one with the same rows; only a dead one is reported to the pool."""
+    def test_sessions_of_a_lost_replica_move(self, routing, fault):
+        """Sessions of a lost replica give the same rows at another one; only a dead replica is reported to the pool."""
         pool = replicas(2)
-        pool_client = Still(pool)
-        router = rooms.TeacherRouter(pool_client)
+        pool_client = FixedPool(pool)
+        router = routing.TeacherRouter(pool_client)
         router.open(opened(0))
         router.open(opened(1))
         router.score(block(0, 1))
@@ -133,11 +134,10 @@ class TestRouter:
         router.open(opened(2))
         assert held(pool)[1] == [0, 1, 2], "a replica that failed gets no new session for a while"
 
-    def test_a_call_that_kills(self, rooms, naps):
-        """A session over whose calls three replicas died, in a row, is given back to whoever wants it written; asked
-        for anew, it has three more. The others are answered as ever."""
-        pool = {i: Mortal(deadly=1) for i in range(2)}
-        router = rooms.TeacherRouter(Looks(pool))
+    def test_a_call_over_which_three_replicas_die_is_given_up(self, routing, pauses):
+        """A call over which replicas die three times raises TeacherLost, also when repeated; others are answered."""
+        pool = {i: DyingReplica(deadly=1) for i in range(2)}
+        router = routing.TeacherRouter(DyingPool(pool))
         router.open(opened(0))
         for num in (3, 6):
             router.open(opened(1))
@@ -147,43 +147,43 @@ class TestRouter:
         router.close(np.array([1]))
         np.testing.assert_allclose(router.score(block(0)).rows.values, alone((0,), (block(0),)))
 
-    def test_losses_with_answers_between(self, rooms, naps):
-        """Only losses in a row count, and those of a replica that had been there: one that is away for long is one."""
-        pool = {0: Mortal(deadly=-1)}
-        pool_client = Looks(pool, noticed=20)
-        router = rooms.TeacherRouter(pool_client)
+    def test_an_answer_resets_the_count_of_losses(self, routing, pauses):
+        """Losses with answers in between do not add up, and a replica that stays away is one loss."""
+        pool = {0: DyingReplica(deadly=-1)}
+        pool_client = DyingPool(pool, noticed=20)
+        router = routing.TeacherRouter(pool_client)
         router.open(opened(0))
         for _ in range(4):
             pool[0].die()
             np.testing.assert_allclose(router.score(block(0)).rows.values, alone((0,), (block(0),)))
-        assert pool[0].deaths == 4 and len(pool[0].calls) > 40, "it was asked while it was away"
+        assert pool[0].deaths == 4 and len(pool[0].calls) > 40, "it was called while it was away"
 
-    def test_pauses_grow(self, rooms, naps):
-        """Twice as long each time, up to a few seconds."""
-        pool = {0: Mortal(deadly=-1)}
-        router = rooms.TeacherRouter(Looks(pool, noticed=7))
+    def test_pauses_double_up_to_a_limit(self, routing, pauses):
+        """Pauses between retries double, up to MAX_PAUSE_S."""
+        pool = {0: DyingReplica(deadly=-1)}
+        router = routing.TeacherRouter(DyingPool(pool, noticed=7))
         pool[0].die()
         router.open(opened(0))
-        assert naps[:6] == pytest.approx([0.2, 0.4, 0.8, 1.6, 3.0, 3.0])
+        assert pauses[:6] == pytest.approx([0.2, 0.4, 0.8, 1.6, 3.0, 3.0])
 
-    def test_a_replica_that_forgot(self, rooms):
-        """A session that its replica no longer knows is opened again, at once."""
+    def test_an_unknown_session_is_opened_again(self, routing):
+        """A session that its replica does not know is opened there again."""
         pool = replicas(1)
-        router = rooms.TeacherRouter(Still(pool))
+        router = routing.TeacherRouter(FixedPool(pool))
         router.open(opened(3))
         pool[0].faults = [UnknownSession([3])]
         np.testing.assert_allclose(router.score(block(3)).rows.values, alone((3,), (block(3),)))
 
-    def test_all_gone_and_one_comes(self, rooms, monkeypatch):
-        """Without any replica the router waits for the pool to have one again, and not for ever."""
+    def test_the_wait_for_a_replica_has_a_limit_unless_one_starts(self, routing, monkeypatch):
+        """Without replicas the router waits while one is starting, and for RETRY_FOR_S otherwise."""
         pool = replicas(2)
-        pool_client = Still(pool)
-        router = rooms.TeacherRouter(pool_client)
+        pool_client = FixedPool(pool)
+        router = routing.TeacherRouter(pool_client)
         router.open(opened(0))
         begun = time.monotonic()
 
         def ask(sessions):
-            """One is being started for longer than the router waits where none is."""
+            """One replica is starting for longer than RETRY_FOR_S, then it is ready."""
             there = time.monotonic() - begun > 0.5
             return ReplicaView(
                 ready={9: pool[1]} if there else {}, draining={}, sessions={}, num_starting=int(not there)
@@ -191,7 +191,7 @@ class TestRouter:
 
         monkeypatch.setattr(pool_client, "ask", ask)
         monkeypatch.setattr(pool_client, "poll", lambda sessions: None)
-        monkeypatch.setattr(rooms, "RETRY_FOR_S", 0.05)
+        monkeypatch.setattr(routing, "RETRY_FOR_S", 0.05)
         pool_client.members = ReplicaView(ready={}, draining={}, sessions={}, num_starting=1)
         router._view = pool_client.members
         np.testing.assert_allclose(router.score(block(0)).rows.values, alone((0,), (block(0),)))
@@ -200,17 +200,17 @@ class TestRouter:
         with pytest.raises(RuntimeError, match=r"no teacher replica answered for 0\.05 s"):
             router.score(block(0))
 
-    def test_broken_pool(self, rooms):
+    def test_a_broken_pool_ends_the_wait(self, routing):
         """A pool that cannot start replicas any more ends the wait with its reason."""
-        pool_client = Still({})
+        pool_client = FixedPool({})
         pool_client.members = ReplicaView(ready={}, draining={}, sessions={}, broken="no weights")
         with pytest.raises(RuntimeError, match="there is no teacher any more: no weights"):
-            rooms.TeacherRouter(pool_client).open(opened(0))
+            routing.TeacherRouter(pool_client).open(opened(0))
 
-    def test_busy(self, rooms):
-        """A full replica is passed over; when all are full the worker hears of it."""
+    def test_full_replicas_are_skipped(self, routing):
+        """A full replica is skipped; when all are full the router raises TeacherBusy."""
         pool = replicas(2)
-        router = rooms.TeacherRouter(Still(pool))
+        router = routing.TeacherRouter(FixedPool(pool))
         pool[0].faults = [TeacherBusy("full")]
         router.open(opened(0))
         assert held(pool) == {0: [], 1: [0]}
@@ -219,27 +219,27 @@ class TestRouter:
         with pytest.raises(TeacherBusy, match="no teacher replica has slots for 1 sessions"):
             router.open(opened(1))
 
-    def test_runs_do_not_meet(self, rooms):
-        """Two runs with sessions of the same numbers share a replica: each reads its own text."""
+    def test_runs_do_not_share_sessions(self, routing):
+        """Two runs with sessions of the same numbers at one replica get the rows of their own tokens."""
         pool = replicas(1)
-        routers = [rooms.TeacherRouter(Still(pool), namespace=n) for n in (1, 2)]
+        routers = [routing.TeacherRouter(FixedPool(pool), namespace=n) for n in (1, 2)]
         routers[0].open(opened(0))
         other = Sessions(session_ids=np.array([0]), tokens=Ragged.concat([[9, 9]], np.int32))
         routers[1].open(other)
         assert len(pool[0].teacher.sessions) == 2
         np.testing.assert_allclose(routers[0].score(block(0)).rows.values, alone((0,), (block(0),)))
         routers[1].close(np.array([0]))
-        assert list(pool[0].teacher.sessions) == [1 << rooms.SESSION_BITS]
-        largest = (1 << 20) - 1 << rooms.SESSION_BITS
-        assert largest + (1 << rooms.SESSION_BITS) - 1 < 1 << 63, "every run's sessions have room in an int64"
+        assert list(pool[0].teacher.sessions) == [1 << routing.SESSION_BITS]
+        largest = (1 << 20) - 1 << routing.SESSION_BITS
+        assert largest + (1 << routing.SESSION_BITS) - 1 < 1 << 63, "every run's sessions have room in an int64"
 
 
-class Mortal(Thunks):
-    """A replica whose process dies of a session's score, and knows no session when it is back."""
+class DyingReplica(ThunkReplica):
+    """A replica whose process dies when it scores the session `deadly`, and has no sessions when it is back."""
 
     def __init__(self, deadly: int) -> None:
         super().__init__(ToyTeacher(CHAIN))
-        self.deadly, self.deaths, self.looks = deadly, 0, 0  # looks: since it died; 0: it is there
+        self.deadly, self.deaths, self.looks = deadly, 0, 0  # looks: since its death; 0: it is alive
 
     def die(self) -> None:
         self.deaths, self.looks = self.deaths + 1, 1
@@ -248,16 +248,16 @@ class Mortal(Thunks):
     def _run(self, name: str, args: tuple[Any, ...]) -> Any:
         if not self.looks and name == "score" and self.deadly in args[0].session_ids:
             self.die()
-        if self.looks and name != "close":  # nobody waits for that
+        if self.looks and name != "close":  # no caller waits for that
             self.calls.append(name)
             raise away()
         return super()._run(name, args)
 
 
-class Looks(Still):
-    """The directory of `Mortal` replicas: at the look `noticed` after a death it is known, at the next one over."""
+class DyingPool(FixedPool):
+    """A pool of `DyingReplica`s: at the look `noticed` after its death one is missing, at the next it is back."""
 
-    def __init__(self, ready: dict[int, Mortal], noticed: int = 2) -> None:
+    def __init__(self, ready: dict[int, DyingReplica], noticed: int = 2) -> None:
         super().__init__(ready)
         self.noticed = noticed
 
@@ -276,8 +276,8 @@ class Looks(Still):
         return None
 
 
-def test_what_a_router_gave_up_on(rooms):
-    """Reaches the driver as what it is, through the worker's own process."""
+def test_teacher_lost_reaches_the_driver(routing):
+    """A TeacherLost in a worker reaches the driver with its type and message."""
     from ray.exceptions import RayTaskError
 
     from switchkd.actors.ray_futures import worker_future
@@ -289,9 +289,9 @@ def test_what_a_router_gave_up_on(rooms):
     assert type(found) is TeacherLost and str(found) == "3 times"
 
 
-class TestDirectory:
-    def test_asks_now_and_then_and_never_waits(self, monkeypatch):
-        """One question at a time; its answer is taken at a later call; a pool that is away is asked again."""
+class TestPoolClient:
+    def test_poll_has_one_call_in_flight_and_never_waits(self, monkeypatch):
+        """`poll` keeps one call in flight, never waits, and calls again after an error; an ended pool is broken."""
         from ray import cloudpickle
         from ray.exceptions import ActorUnavailableError
 
@@ -316,7 +316,7 @@ class TestDirectory:
         assert here.poll({0: 1}) is None and here.poll({0: 2}) is None and asked == [{0: 1}]
         done[0] = True
         assert here.poll({0: 3}) == members
-        assert here.poll({0: 4}) is None and len(asked) == 1, "not so soon"
+        assert here.poll({0: 4}) is None and len(asked) == 1, "not before POLL_S"
         clock[0] += 2 * pool_client.POLL_S
         fails.append(ActorUnavailableError("", None))
         assert here.poll({0: 5}) is None and here.poll({}) is None and asked[-1] == {0: 5}

@@ -1,4 +1,4 @@
-"""Several teachers in one run, routed by a field of the prompt: each rollout is that of its own teacher."""
+"""Several teachers in one run: a field of the prompt selects the teacher of each rollout."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def wanted(place: Path, run: str, **sections):
 
 
 def test_each_prompt_has_its_own_teacher(models):
-    """Every rollout, written or taken from the data set, equals that of a run with its teacher alone (at the first
-    step: later the students differ); the learner rebuilds rows of both widths, evaluation compares with both."""
+    """Each rollout, generated or from the data set, equals that of a run with its teacher alone (at the first step,
+    before the students differ). Losses and evaluations use both teachers, whose widths differ."""
     evaluation = {"data": "./data.jsonl", "num_prompts": 4, "max_new_tokens": 8}
     summary = train(wanted(models, "both", eval=evaluation))
     assert summary.finished and {"eval/kl", "eval/agreement"} <= summary.stage_scores[-1][1].keys()
@@ -67,8 +67,8 @@ def test_each_prompt_has_its_own_teacher(models):
     assert all(row["loss/total"] > 0 for row in steps(models / "both"))
 
 
-def test_resume_and_look(models):
-    """`switchkd rollout` shows each prompt with its teacher, and a resume finds the names again."""
+def test_samples_and_resumed_runs_find_each_teacher(models):
+    """`switchkd rollout` shows each prompt with its teacher, and a resumed run finds the teachers by name."""
     pairs, _ = sample_rollouts(wanted(models, "looked"), 6, 0)
     assert {(prompt.teacher, rollout.teacher) for prompt, rollout in pairs} == {("math", "math"), ("chat", "chat")}
     train(wanted(models, "resumed"))
@@ -79,7 +79,7 @@ def test_resume_and_look(models):
 
 
 def test_rows_without_a_teacher_are_refused(models, tmp_path):
-    """In one line, before anything is made: the row, the field, what it says, and the names there are."""
+    """A row that names no teacher is an error with the row, the field and the known names; no folder is made."""
     broken = tmp_path / "broken.jsonl"
     broken.write_text(
         "\n".join([*text(models)[:3], json.dumps({"prompt": "who", "reference": "me", "source": "cooking"})]) + "\n"
@@ -95,16 +95,16 @@ def test_rows_without_a_teacher_are_refused(models, tmp_path):
     assert not (models / "refused").exists()
 
 
-def test_a_field_of_that_name_means_nothing_to_one_teacher(models, tmp_path):
-    """With a single teacher rows may say what they like."""
+def test_a_single_teacher_ignores_the_teacher_field(models, tmp_path):
+    """With a single teacher the teacher field of a row has no effect."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "who", "reference": "me", "teacher": "gone"}) + "\n")
     ready = prepare(config(models, [SWITCH], data={"path": str(rows)}, run={"dir": str(tmp_path / "run")}))
     assert [prompt.teacher for prompt in ready.prompts.prompts] == [""]
 
 
-def test_tokenizers(models, tmp_path):
-    """All share the student's; the one that does not is named."""
+def test_a_teacher_with_another_tokenizer_is_refused(models, tmp_path):
+    """A teacher whose tokenizer is not the student's is named in the error."""
     save_tiny(tmp_path / "strange")
     strange = tiny_tokenizer()
     strange.add_tokens(["more"])
@@ -117,13 +117,13 @@ def test_tokenizers(models, tmp_path):
 BASE = {"run": {"dir": "x"}, "train": {"num_steps": 1}}
 
 
-def test_keys():
-    """What one leaves out it takes from `teacher`; what all must share is said; names are checked."""
+def test_named_teachers_take_missing_keys_from_teacher():
+    """Named teachers take missing keys from `teacher`; an error names the key."""
     both = parse({**BASE, "teacher": {"path": "big", "dtype": "bfloat16"}, "teachers": {"a": {}, "b": {"path": "c"}}})
     assert [(both.teachers[n].path, both.teachers[n].dtype) for n in "ab"] == [("big", "bfloat16"), ("c", "bfloat16")]
     assert both.of_teacher("b").teacher.path == "c" and both.of_teacher("b").teacher_names == ("",)
     assert both.teacher_names == ("a", "b") and parse(BASE).teacher_names == ("",)
-    for sections, said in (
+    for sections, expected in (
         ({"teachers": {"a": {"temperature": 0.5}}}, r"teachers.a.temperature=0.5: all teachers of a run sample alike"),
         ({"teachers": {"a b": {}}}, r"teachers: the name 'a b' is not made of letters"),
         ({"teachers": {"a": {"pth": "x"}}}, r"teachers.a.pth: unknown key .*did you mean 'path'"),
@@ -131,12 +131,12 @@ def test_keys():
         ({"teachers": {"a": {"graphs": "on", "device": "cpu"}}}, r"teachers.a.graphs=on needs a CUDA device"),
         ({"teacher": {"attach": "big"}, "run": {"dir": "x", "mode": "inprocess"}}, r"teacher.attach needs a cluster"),
     ):
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=expected):
             parse({**BASE, **sections})
 
 
-def test_eval_with_another_teacher(models):
-    """`eval --teacher` compares with that one, whatever the run had."""
+def test_eval_takes_another_teacher(models):
+    """`eval --teacher` replaces the run's teachers; without it they are kept."""
     train(wanted(models, "evaluated"))
     one = eval_config(model="evaluated", teacher="other", data="data.jsonl")
     assert one.teacher_names == ("",) and one.teacher.path == "other"

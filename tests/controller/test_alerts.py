@@ -85,8 +85,8 @@ def test_rollout_metrics_are_means_over_completions():
     """Metrics are means over completions; the divergence skips completions that have none."""
     found = rollout_metrics([entry(10, 0.5, 0.2, 0.4), entry(30, 0.0, 0.0, math.nan, end="length")])
     assert found == pytest.approx({
-        "rollout/teacher_token_frac": 0.125, "rollout/len_mean": 20, "rollout/eos_frac": 0.5,
-        "rollout/repeat_frac": 0.1, "rollout/divergence_mean": 0.4,
+        "rollout/teacher_token_frac": 0.125, "rollout/shared_tokens": 40, "rollout/len_mean": 20,
+        "rollout/eos_frac": 0.5, "rollout/repeat_frac": 0.1, "rollout/divergence_mean": 0.4,
     })  # fmt: skip
     assert math.isnan(rollout_metrics([entry(divergence=math.nan)])["rollout/divergence_mean"])
 

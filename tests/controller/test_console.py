@@ -12,7 +12,7 @@ from switchkd.controller.metrics import MetricsLog
 ROW = {
     "stage": "warm", "loss/total": 0.5, "teacher/calls": 12, "rollout/tokens_per_s": 345.6, "time/learn_s": 1.25,
     "replay/waiting": 7, "replay/bytes": 15_400, "time/wait_teacher_s": 2.5, "time/rollout_idle_s": 0.25,
-    "time/wait_rollouts_s": 3.75,
+    "time/wait_rollouts_s": 3.75, "time/step_s": 5.0,
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from switchkd.config.errors import ConfigError
 from switchkd.config.schema import MetricsConfig
 from switchkd.controller.checkpoint import TrainState
-from switchkd.controller.metrics import MetricsLog, summary_rows
+from switchkd.controller.metrics import COLUMNS, MetricsLog, summary_rows
 
 
 def quiet(terminal: bool = False) -> Console:
@@ -25,9 +25,14 @@ def opened(run_dir, num_steps=4, step=0, console=None, **settings) -> MetricsLog
     return log
 
 
+NUMBERS = {
+    "loss/total": 0.5, "rollout/teacher_token_frac": 0.25, "rollout/shared_tokens": 10,
+    "rollout/tokens_per_s": 1234.5, "time/step_s": 2.0,
+}  # fmt: skip
+
+
 def row(stage="warm", **more):
-    numbers = {"loss/total": 0.5, "rollout/teacher_token_frac": 0.25, "rollout/tokens_per_s": 1234.5}
-    return {"stage": stage, **numbers, **more}
+    return {"stage": stage, **NUMBERS, **more}
 
 
 def lines(run_dir) -> list[dict]:
@@ -100,11 +105,14 @@ def test_notes_need_no_run_folder():
 
 
 def test_summary_has_a_row_for_the_start_and_each_stage(tmp_path):
-    """The summary has a row for the start and one per stage, with scores, deviations and means over its steps."""
+    """The summary has the start and each stage, with scores, deviations, and ratios of sums over the stage's steps: a
+    step without generated tokens counts no teacher share, and its seconds count for the tokens per second."""
     log = opened(tmp_path)
     log.step(0, row())
-    log.step(1, row(**{"rollout/teacher_token_frac": 0.75}))
+    log.step(1, row(**{"rollout/teacher_token_frac": 0.75, "rollout/shared_tokens": 30, "time/step_s": 1.0}))
+    nothing = {"rollout/teacher_token_frac": None, "rollout/shared_tokens": None, "rollout/tokens_per_s": None}
     log.step(2, row("main"))
+    log.step(3, row("main", **nothing))
     scores = [
         ("start", {"eval/kl": 2.0, "eval/rouge_l": 11.1, "eval/rouge_l_std": 0.5}),
         ("warm", {"eval/kl": 1.0, "eval/rouge_l": 22.2}),
@@ -113,9 +121,10 @@ def test_summary_has_a_row_for_the_start_and_each_stage(tmp_path):
     rows = summary_rows(scores, log_file := tmp_path / "metrics.jsonl")
     assert [(one["name"], one.get("rollout/teacher_token_frac")) for one in rows] == [
         ("start", None),
-        ("warm", 0.5),
+        ("warm", 0.625),
         ("main", 0.25),
     ]
+    assert [one.get("rollout/tokens_per_s") for one in rows] == [None, 1234.5, 617.25]
     log.summary(scores, "runs/a/student", True)
     log.close()
     table = said(log)
@@ -169,7 +178,7 @@ def test_wandb_resumes_under_its_id(tmp_path, monkeypatch):
         log.close()
     assert [call["id"] for call in calls] == [None, "abc123"]
     assert calls[0]["project"] == "kd" and calls[0]["config"] == {"run": {"dir": "x"}}
-    assert rows[0] == {"step": 0, "loss/total": 0.5, "rollout/teacher_token_frac": 0.25, "rollout/tokens_per_s": 1234.5}
+    assert rows[0] == {"step": 0, **NUMBERS}
     assert rows.count("finished") == 2
 
 
@@ -214,5 +223,27 @@ def test_an_exported_sink_gets_the_numbers(tmp_path):
     log.step(2, row())
     log.evaluation(3, "warm", {"eval/kl": 1.0})
     log.close()
-    numbers = {"loss/total": 0.5, "rollout/teacher_token_frac": 0.25, "rollout/tokens_per_s": 1234.5}
-    assert got == [(2, numbers), (2, {"eval/kl": 1.0})]
+    assert got == [(2, NUMBERS), (2, {"eval/kl": 1.0})]
+
+
+def test_the_remaining_time_comes_from_recent_steps_of_the_stage(tmp_path):
+    """The remaining time is extrapolated from the current stage's last steps: not from another stage, nor from the
+    seconds before the first step."""
+    log = opened(tmp_path, num_steps=100)
+    for step in range(30):
+        log.step(step, row("warm" if step < 10 else "main", **{"time/step_s": 60.0 if step < 20 else 2.0}))
+    log.close()
+    left = [line.split()[-2] for line in said(log).splitlines() if line.startswith("step")]
+    assert left[0] == "1:39:00" and left[10] == "1:29:00" and left[29] == "0:02:20"
+
+
+def test_the_final_table_fits_80_columns(tmp_path):
+    """The final table shows all metrics whole on 80 columns, with deviations and four stages."""
+    log = opened(tmp_path, console=Console(file=io.StringIO(), width=80))
+    log.step(0, row())
+    scores = dict.fromkeys(COLUMNS.values(), 12.3456) | {f"{key}_std": 0.1234 for key in COLUMNS.values()}
+    log.summary([(name, scores) for name in ("start", "warm", "switch", "adaswitch")], "runs/a/student", True)
+    log.close()
+    table = said(log)
+    assert "…" not in table and all(title in table for title in COLUMNS) and "12.35 ± 0.12" in table
+    assert max(map(len, table.splitlines())) <= 80

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +38,7 @@ from switchkd.actors.placement_group import resolve_resources
 from switchkd.config import resources
 from switchkd.config.errors import ConfigError
 from switchkd.config.loader import load
-from switchkd.controller.metrics import MetricsLog
+from switchkd.controller.metrics import MetricsLog, summary_rows
 from switchkd.controller.summary import Summary
 from switchkd.learner.rank import LearnerRank
 from switchkd.train import train
@@ -68,16 +69,40 @@ def loads(folder: Path) -> torch.nn.Module:
 # --- from start to end -----------------------------------------------------------------------------------------------
 
 
+def test_shares_and_speeds_are_those_of_the_rollouts(whole):
+    """Teacher share and tokens per second of each step and stage equal those counted in rollouts.jsonl."""
+    run, summary = whole
+    rows, by_stage = {row["step"]: row for row in steps(run)}, {}
+    written = [Counter() for _ in rows]
+    for row in lines(run / "rollouts.jsonl"):
+        for part in row["segments"]:
+            written[row["step"]][row["origin"], part["source"]] += part["num_tokens"]
+    for step, tokens in enumerate(written):
+        teacher, student = (tokens["rollout", writer] for writer in ("teacher", "student"))
+        both, seconds = teacher + student, rows[step]["time/step_s"]
+        assert rows[step].get("rollout/teacher_token_frac") == (pytest.approx(teacher / both) if both else None)
+        assert rows[step].get("rollout/tokens_per_s") == (pytest.approx(both / seconds) if both else None)
+        assert rows[step]["rollout/reference_tokens"] == tokens["dataset", "data"]
+        sums = by_stage.setdefault(rows[step]["stage"], Counter())
+        sums.update(teacher=teacher, both=both, seconds=seconds)
+    for row in summary_rows(summary.stage_scores, run / "metrics.jsonl"):
+        sums = by_stage.get(row["name"], Counter())
+        for key, part, whole_ in (("teacher_token_frac", "teacher", "both"), ("tokens_per_s", "both", "seconds")):
+            expected = pytest.approx(sums[part] / sums[whole_]) if sums["both"] else None
+            assert row.get(f"rollout/{key}") == expected
+
+
 def test_a_run_of_three_stages_is_complete(whole):
     """A run of three stages has each step and rollout once, the documented files, and a student that loads."""
     run, summary = whole
     assert [row["step"] for row in steps(run)] == list(range(10))
     assert [row["stage"] for row in steps(run)] == [stage["name"] for stage in STAGES for _ in range(stage["steps"])]
     assert [row["weight_version"] for row in steps(run)] == list(range(1, 11))
-    promised = {"step", "weight_version", "loss/total", "rollout/len_mean", "rollout/tokens_per_s", "time/step_s"}
+    promised = {"step", "weight_version", "loss/total", "rollout/len_mean", "rollout/tokens", "time/step_s"}
     assert all(promised <= row.keys() and row["replay/staleness_max"] == 0 for row in steps(run))
     together = {row["step"] for row in lines(run / "rollouts.jsonl") if row["origin"] == "rollout"}
     assert together == {row["step"] for row in steps(run) if "rollout/teacher_token_frac" in row}
+    assert together == {row["step"] for row in steps(run) if "rollout/tokens_per_s" in row}
     assert sorted(rollouts(run)) == list(range(NUM_ROLLOUTS))
     assert all(step == rollout_id // 4 for rollout_id, (_, _, step) in rollouts(run).items())
     stored = json.loads((run / "summary.json").read_text())

@@ -59,10 +59,10 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_config_of_another_format_is_refused():
-    """`format` may be left out; any other format than 2 is refused in one line, before other mistakes."""
-    assert parse(CONFIG).format == parse({**CONFIG, "format": FORMAT}).format == FORMAT == 2
-    for other in (1, 3):
-        with pytest.raises(ConfigError, match=rf"^format={other}: this is format 2; use the version that wrote it"):
+    """`format` may be left out; any other format than 3 is refused in one line, before other mistakes."""
+    assert parse(CONFIG).format == parse({**CONFIG, "format": FORMAT}).format == FORMAT == 3
+    for other in (1, 2):
+        with pytest.raises(ConfigError, match=rf"^format={other}: this is format 3; use the version that wrote it"):
             parse({**CONFIG, "format": other, "teacher": {"signal": "hidden"}})
 
 
@@ -84,7 +84,7 @@ def test_resume_refuses_another_format(place, stored):
         (place / "run" / "config.yaml").unlink()
     before = tree(place)
     remedy = r"resume with the version that wrote it, or start a new run in another run\.dir"
-    with pytest.raises(ConfigError, match=rf"^--resume: \S+ was written in format 1 and .* reads format 2; {remedy}$"):
+    with pytest.raises(ConfigError, match=rf"^--resume: \S+ was written in format 1 and .* reads format 3; {remedy}$"):
         open_run(parse(CONFIG), resume=True)
     assert tree(place) == before
 
@@ -104,7 +104,7 @@ def test_report_reads_another_format(place, monkeypatch, capsys):
     """The report states the run's format and draws the metrics whose names are unchanged."""
     code, _, _ = command(monkeypatch, capsys, "report", "run", "--out", "report.html")
     page = (place / "report.html").read_text()
-    assert code == 0 and "the run was written in format 1, this page is made for format 2" in page
+    assert code == 0 and "the run was written in format 1, this page is made for format 3" in page
     assert "teacher share" not in page  # format 1 defines it differently
     assert '"loss/total":[[0,0.5],[1,0.5],[2,0.5]]' in page
 
@@ -113,5 +113,5 @@ def test_export_reads_another_format(place, monkeypatch, capsys):
     """The student of another format is exported with a line that says why it has no model card."""
     code, out, err = command(monkeypatch, capsys, "export", "run", "--out", "student")
     assert (code, out) == (0, "student\n") and err.count("\n") == 1
-    assert "run was written in format 1, this is format 2: the student is exported, a model card is not made" in err
+    assert "run was written in format 1, this is format 3: the student is exported, a model card is not made" in err
     assert sorted(path.name for path in (place / "student").iterdir()) == ["config.json"]

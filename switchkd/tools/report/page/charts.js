@@ -1,4 +1,4 @@
-// Which charts there are. A chart takes metrics by name (`keys`: its curves, told apart by their dashes), or a function.
+// Which charts there are. A chart takes metrics by name (`keys`: its curves, distinguished by their dashes), or a function.
 
 const STEP = "step", POSITION = "token";
 const GROUPS = [
@@ -37,7 +37,7 @@ const GROUPS = [
   {
     title: "Who waits, and for whom?",
     charts: [
-      { title: "Rollout speed", unit: "tokens/s of a worker", zero: true, keys: { "rollout/tokens_per_s": "tokens/s" } },
+      { title: "Rollout speed", unit: "generated tokens/s, all workers", zero: true, keys: { "rollout/tokens_per_s": "tokens/s" } },
       { title: "Time of a step", unit: "s", zero: true, keys: { "time/step_s": "whole step", "time/learn_s": "learner's" } },
       { title: "Learner waits for rollouts", unit: "s a step", zero: true, keys: { "time/wait_rollouts_s": "waiting" } },
       { title: "Workers wait for the teacher", unit: "s a step, all workers", zero: true,

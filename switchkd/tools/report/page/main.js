@@ -1,3 +1,3 @@
-const told = JSON.parse(document.getElementById("data").textContent);
-drawCharts(document.getElementById("charts"), told.runs);
-new Viewer(document.getElementById("viewer"), told.runs);
+const data = JSON.parse(document.getElementById("data").textContent);
+drawCharts(document.getElementById("charts"), data.runs);
+new Viewer(document.getElementById("viewer"), data.runs);
