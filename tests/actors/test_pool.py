@@ -166,6 +166,16 @@ def test_a_dead_process_is_restarted_or_replaced(killed):
     assert list(pool.within(State.STARTING)) == [1] and pool.events[2].startswith("teacher replica 0 is lost: ")
 
 
+def test_a_draining_process_that_dies_is_not_awaited(killed):
+    """A draining process that Ray restarts is ended at once, although sessions are counted on it."""
+    pool, owner = made(2, 2)
+    owner.sessions = {1: 4}
+    pool.drain(1, 1.0, "by hand")
+    pool.members[1].handle.answer(error=ActorUnavailableError("not now", None))
+    pool.reconcile(2.0)
+    assert list(pool.members) == [0] and len(killed) == 1
+
+
 def test_processes_that_die_at_each_start_break_the_pool(killed):
     """A process that dies at each start is replaced after RESTART_S; MAX_FAILURES of them break the pool."""
     pool, _ = made(1, 1)
