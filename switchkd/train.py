@@ -29,7 +29,7 @@ from switchkd.controller import local
 from switchkd.controller.build import build_evaluator, build_schedule
 from switchkd.controller.checkpoint import Checkpoint, RunFolder, TrainState, open_run
 from switchkd.controller.dispatcher import NothingFinishes, TaskDispatcher, id_range
-from switchkd.controller.evaluation import Evaluator, evaluate_with_retries, update_best
+from switchkd.controller.evaluation import Evaluator, aggregate, evaluate_with_retries, update_best
 from switchkd.controller.handles import ActorHandles
 from switchkd.controller.metrics import MetricsLog
 from switchkd.controller.model_card import write_card
@@ -270,16 +270,18 @@ class Trainer:
         """Evaluate the published weights, after the running rollouts have ended, so that results are reproducible."""
         self.dispatcher.drain()
         self.log.now(rollout=f"evaluation on {len(self.evaluator.prompts)} prompts", learner="waits for it")
-        scores = evaluate_with_retries(
+        rows = evaluate_with_retries(
             self.evaluator,
             self.handles.workers,
             self.weights,
             lambda: self._publish(evaluates=True),
             self.watchdog,
             self.log,
+            teacher_text=stage_end == "start",
         )
+        scores = aggregate(rows, self.evaluator.settings.metrics, self.evaluator.prompts)
         self.log.now(rollout="", learner="")
-        self.reporter.evaluation(self.state.step, stage_end, scores)
+        self.reporter.evaluation(self.state.step, stage_end, scores, self.evaluator.sample(rows) if stage_end else {})
         if phi_rises := self.schedule.record_validation_loss(self.state.step, scores.get("eval/loss", math.nan)):
             self.log.info(phi_rises)
         state = update_best(self.state, scores, self.config.train)

@@ -308,6 +308,7 @@ class EvalShard:
     max_new_tokens: int
     with_teacher: bool  # agreement and KL on references and on the student's greedy completions
     with_loss: bool = False  # cross-entropy of the references
+    with_teacher_text: bool = False  # and the teacher's greedy completion of the first prompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -396,3 +397,4 @@ class EvalRow:
     greedy_kl: float = 0.0
     loss_tokens: int = 0
     reference_loss: float = 0.0
+    teacher_text: str = ""  # the teacher's greedy completion, for comparison by eye

@@ -30,17 +30,19 @@ class Evaluator:
         self.prompts = list(prompts[: settings.num_prompts])
         self.has_teacher = has_teacher
 
-    def shards(self, num_workers: int) -> list[EvalShard]:
+    def shards(self, num_workers: int, teacher_text: bool = False) -> list[EvalShard]:
         """Give each worker every n-th prompt, so that lengths are spread evenly."""
         numbered, settings = list(enumerate(self.prompts)), self.settings
+        with_teacher = self.has_teacher and any(name in WITH_TEACHER for name in settings.metrics)
         return [
             EvalShard(
                 prompts=tuple(numbered[i::num_workers]),
                 seeds=settings.seeds,
                 temperature=settings.temperature,
                 max_new_tokens=settings.max_new_tokens,
-                with_teacher=self.has_teacher and any(name in WITH_TEACHER for name in settings.metrics),
+                with_teacher=with_teacher,
                 with_loss="loss" in settings.metrics,
+                with_teacher_text=with_teacher and teacher_text and i == 0,
             )
             for i in range(min(num_workers, len(numbered)))
         ]
@@ -50,12 +52,23 @@ class Evaluator:
         workers: Sequence[WorkerHandle],
         weights: WeightRef | None = None,
         wait_for: Callable[[Future[list[EvalRow]]], list[EvalRow]] = Future.result,
+        *,
+        teacher_text: bool = False,
     ) -> list[EvalRow]:
         """Evaluate these weights on all workers. Returns rows by seed and prompt; raises what `wait_for` does."""
-        shards = self.shards(len(workers))
+        shards = self.shards(len(workers), teacher_text)
         futures = [worker.evaluate(shard, weights) for worker, shard in zip(workers, shards, strict=False)]
         rows: list[EvalRow] = [row for future in futures for row in wait_for(future)]
         return sorted(rows, key=lambda row: (row.seed, row.index))
+
+    def sample(self, rows: Sequence[EvalRow]) -> dict[str, str]:
+        """Return the texts of the first held-out prompt: question, reference, student, teacher where it wrote."""
+        of_first = [row for row in rows if row.index == 0]
+        prompt = self.prompts[0]
+        student = next((row.text for row in of_first if row.seed != GREEDY), "")
+        teacher = [row.teacher_text for row in of_first if row.teacher_text]
+        texts = {"prompt": prompt.text, "reference": prompt.reference, "student": student}
+        return {**texts, **({"teacher": teacher[0]} if teacher else {})}
 
 
 def evaluate_with_retries(
@@ -65,13 +78,18 @@ def evaluate_with_retries(
     publish: Callable[[], WeightRef | None],
     watchdog: Watchdog,
     log: MetricsLog,
-) -> dict[str, float]:
-    """Return the scores. Where a worker dies or cannot reach something (such as the weights, which are then published
+    *,
+    teacher_text: bool,
+) -> list[EvalRow]:
+    """Return the rows. Where a worker dies or cannot reach something (such as the weights, which are then published
     again), the evaluation begins again. Raises RuntimeError after MAX_TRIES."""
     for _ in range(MAX_TRIES):
         try:
-            rows = evaluator.rows(
-                workers, weights, lambda future: watchdog.wait_for(future, "an evaluation by the rollout workers")
+            return evaluator.rows(
+                workers,
+                weights,
+                lambda future: watchdog.wait_for(future, "an evaluation by the rollout workers"),
+                teacher_text=teacher_text,
             )
         except (WorkerLost, Unreachable) as error:
             reason = "died" if isinstance(error, WorkerLost) else f"could not go on ({error})"
@@ -80,8 +98,6 @@ def evaluate_with_retries(
                 watchdog.wait_for(worker.back(), "a rollout worker to come back")
             if isinstance(error, Unreachable):
                 weights = publish()
-        else:
-            return aggregate(rows, evaluator.settings.metrics, evaluator.prompts)
     raise RuntimeError(f"{MAX_TRIES} evaluations lost a rollout worker; see its log")
 
 

@@ -16,17 +16,18 @@ import yaml
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from switchkd.config.errors import ConfigError
 from switchkd.config.schema import MetricsConfig
 from switchkd.controller.checkpoint import TrainState
 from switchkd.controller.console import LiveView
+from switchkd.controller.samples import METRICS, show_samples
 from switchkd.data.atomic_files import CONFIG, json_safe, write_text_atomic
 
 StageScores = Sequence[tuple[str, Mapping[str, float]]]
 """The evaluation at the end of each stage; "start" names the one before the first step."""
 
-METRICS = "metrics.jsonl"
 WANDB_ID = "wandb_run_id"
 
 COLUMNS = {
@@ -107,10 +108,14 @@ class MetricsLog:
         elif (step + 1) % self.settings.log_every == 0 or step + 1 == self._num_steps:
             self.info(f"step {step + 1}/{self._num_steps}  {line}  {self._eta(step + 1)}")
 
-    def evaluation(self, num_done: int, stage_end: str, scores: Mapping[str, float]) -> None:
+    def evaluation(
+        self, num_done: int, stage_end: str, scores: Mapping[str, float], sample: Mapping[str, str] | None = None
+    ) -> None:
         """Write the scores after `num_done` steps. `stage_end` names the stage that ended ("start" before the first
-        step). The row carries the last step done (-1 before the first), so that a checkpoint taken now keeps it."""
-        self._write({"step": num_done - 1, **({"stage_end": stage_end} if stage_end else {}), **scores})
+        step), `sample` has the texts of one prompt. The row carries the last step done (-1 before the first), so that a
+        checkpoint taken now keeps it."""
+        more = {"stage_end": stage_end} if stage_end else {}
+        self._write({"step": num_done - 1, **more, **scores, **({"sample": dict(sample)} if sample else {})})
         text = "  ".join(f"{k.removeprefix('eval/')} {v:.4g}" for k, v in scores.items() if not k.endswith("_std"))
         self.info(f"evaluation after {num_done} steps: {text}")
 
@@ -122,9 +127,13 @@ class MetricsLog:
         """Print the final table, and the student's folder or how to resume."""
         self._stop_live()
         if self._run_dir and (rows := summary_rows(stage_scores, self._run_dir / METRICS)):
-            self.console.print(summary_table(rows))
-        stopped = f"stopped before the end; --resume goes on with {self._run_dir}"
-        self.info(f"student: {student}" if finished else stopped)
+            self.console.print(summary_table(rows), Text(CAPTION, "dim"))
+            show_samples(self.console, self._run_dir)
+        if not finished:
+            self.info(f"stopped before the end; --resume goes on with {self._run_dir}")
+            return
+        self.info(f"student: {student}")
+        self.info(f"curves, and every rollout token by token: switchkd report {self._run_dir}")
 
     def close(self) -> None:
         """Close the files. `open` may follow: a run that goes back to its checkpoint cuts them in between."""
@@ -189,7 +198,7 @@ def _ratio(steps: Sequence[Mapping[str, Any]], key: str) -> float:
 
 def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Table of `rows`, one a column: each has a `name`, metrics of COLUMNS and, with several seeds, their `..._std`."""
-    table = Table(title="before and after each stage", caption=CAPTION, caption_justify="left", box=SIMPLE)
+    table = Table(title="before and after each stage", box=SIMPLE)
     table.add_column("after", no_wrap=True)
     for row in rows:
         table.add_column(str(row["name"]), justify="right", overflow="fold")

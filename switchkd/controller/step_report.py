@@ -64,9 +64,9 @@ class StepReporter:
             self.log.info(line)
         self._count_skipped(step, entries, result)
 
-    def evaluation(self, num_done: int, stage_end: str, scores: Mapping[str, float]) -> None:
+    def evaluation(self, num_done: int, stage_end: str, scores: Mapping[str, float], sample: Mapping[str, str]) -> None:
         """Write the scores after `num_done` steps. The evaluation's time counts towards no step."""
-        self.log.evaluation(num_done, stage_end, scores)
+        self.log.evaluation(num_done, stage_end, scores, sample)
         self._warn(self.alerts.evaluation(scores))
         self.last_end = time.monotonic()
 

@@ -26,6 +26,7 @@ from switchkd.types import GREEDY, CompletionSource, EvalRow, EvalShard, Prompt,
 
 _REFERENCES = 1 << 40
 _GREEDY = 1 << 41
+_TEACHER = 1 << 42
 """First session ids of the completions that the teacher reads, larger than the id of any rollout."""
 _CHUNK = 64  # positions whose rows exist at the same time
 
@@ -54,7 +55,10 @@ class ShardEvaluator:
             rows += [self._row(index, prompt, seed, completions[index]) for index, prompt in shard.prompts]
         if shard.with_teacher:
             greedy = completions if completions and shard.temperature == 0 else self._generate(shard, 0.0, 0)
-            rows += [self._compare_with_teacher(index, prompt, greedy[index]) for index, prompt in shard.prompts]
+            compared = [self._compare_with_teacher(index, prompt, greedy[index]) for index, prompt in shard.prompts]
+            if shard.with_teacher_text:
+                compared[0] = replace(compared[0], teacher_text=self._teacher_text(shard))
+            rows += compared
         if shard.with_loss:
             rows += [self._reference_loss(index, prompt) for index, prompt in shard.prompts]
         return rows
@@ -74,6 +78,21 @@ class ShardEvaluator:
         requests = [GenerationRequest(task=_task(index, prompt), params=params) for index, prompt in shard.prompts]
         self._run(requests, lambda rollouts: completions.update({r.rollout_id: r for r in rollouts}))
         return completions
+
+    def _teacher_text(self, shard: EvalShard) -> str:
+        """The teacher's greedy completion of the first prompt."""
+        params = RolloutParams(
+            rule=switching.teacher(),
+            student=SamplingParams(),
+            teacher=SamplingParams(temperature=0.0),
+            max_new_tokens=shard.max_new_tokens,
+            seed=0,
+            purpose=Purpose.EVAL,
+        )
+        index, prompt = shard.prompts[0]
+        texts: list[Rollout] = []
+        self._run([GenerationRequest(task=_task(_TEACHER + index, prompt), params=params)], texts.extend)
+        return self._decode(texts[0].token_ids.tolist())
 
     def _row(self, index: int, prompt: Prompt, seed: int, completion: Rollout) -> EvalRow:
         return EvalRow(
