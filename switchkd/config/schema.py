@@ -279,9 +279,10 @@ class TrainConfig(Section):
     checkpoint_every: NonNegativeInt = 50
     """Steps; 0 = at the end only."""
     select_by: str | None = None
-    """A metric of `eval`, such as `rouge_l`: `student/` is then the best, `student-last/` the last."""
+    """A metric of `eval`, such as `rouge_l`: `student/` is then the best evaluated student of the last stage that was
+    evaluated, and `student-last/` the last one."""
     early_stop: PositiveInt | None = None
-    """Stop a run whose `select_by` did not improve in so many evaluations."""
+    """End the last stage where `select_by` did not improve in so many evaluations. An earlier stage runs to its end."""
 
 
 class LoraConfig(Section):
@@ -319,8 +320,7 @@ class LearnerConfig(Section):
 class RolloutConfig(Section):
     rule: RuleConfig = RuleConfig()
     num_workers: Count = 1
-    """A number, or `{min: 1, max: 4}`: one is added while the learner and tasks wait, one is drained while the others
-    suffice."""
+    """A number, or `{min: 1, max: 4}`: one is added while learner and tasks wait, drained while the others suffice."""
     batch_size: PositiveInt = 8
     """Sequences that one worker generates at the same time."""
     max_new_tokens: PositiveInt = 128
