@@ -19,7 +19,6 @@ import time
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -29,10 +28,10 @@ from switchkd.controller import local
 from switchkd.controller.build import build_evaluator, build_schedule
 from switchkd.controller.checkpoint import Checkpoint, RunFolder, TrainState, open_run
 from switchkd.controller.dispatcher import NothingFinishes, TaskDispatcher, id_range
-from switchkd.controller.evaluation import Evaluator, aggregate, evaluate_with_retries, update_best
+from switchkd.controller.evaluation import Evaluator, aggregate, evaluate_with_retries, stops_early, update_best
 from switchkd.controller.handles import ActorHandles
-from switchkd.controller.metrics import MetricsLog
-from switchkd.controller.model_card import write_card
+from switchkd.controller.metrics import MetricsLog, StageScores
+from switchkd.controller.model_card import exported_step, model_card
 from switchkd.controller.preflight import PreparedRun, prepare
 from switchkd.controller.quarantine import Quarantine
 from switchkd.controller.recovery import Recovery, retry
@@ -80,8 +79,10 @@ class Trainer:
         self._load_state(self.recovery.resume(checkpoint))
 
     def _load_state(self, state: TrainState) -> None:
-        early_stop = self.config.train.early_stop  # may differ from that of the checkpoint's run
-        stopped = early_stop is not None and state.evals_since_best >= early_stop
+        if exported_step(self.recovery.folder.path / "student") > state.step:
+            # a later best of steps that are trained again has replaced the student of `best_step`
+            state = replace(state, best=None, best_step=None, best_stage=None, evals_since_best=0)
+        stopped = stops_early(state, self.config.train)  # early_stop may differ from that of the checkpoint's run
         incarnation = max(self.state.incarnation, state.incarnation) + 1
         self.state = replace(state, incarnation=incarnation, stopped_early=stopped)
         self.consistent = True
@@ -119,8 +120,13 @@ class Trainer:
             self._one_step()
         self.state = self.recovery.save(self.state)
         if self.finished:
-            best = self.config.train.select_by and self.state.best is not None
-            self.recovery.export("student-last" if best else "student")
+            name = "student" if self.state.best_step is None else "student-last"
+            self._export(name, self.state.stage_scores)
+
+    def _export(self, name: str, scores: StageScores) -> None:
+        """Write the student of this step, with a card that has `scores`, to a folder of the run."""
+        card = model_card(self.recovery.folder.path, self.config, scores, self.state.step)
+        self.recovery.export(name, card)
 
     @property
     def finished(self) -> bool:
@@ -286,7 +292,7 @@ class Trainer:
             self.log.info(phi_rises)
         state = update_best(self.state, scores, self.config.train)
         if state.best_step == state.step:
-            self.recovery.export("student")
+            self._export("student", (*state.stage_scores, (str(state.best_stage), scores)))
         ended = ((stage_end, scores),) if stage_end else ()
         self.state = replace(state, stage_scores=(*state.stage_scores, *ended))
 
@@ -302,9 +308,6 @@ def train(config: Config, *, resume: bool = False) -> Summary:
             trainer = _train(ready, folder, log)
             stopped = bool(trainer.stop_signal)
             summary = summarize(folder, trainer.state, finished=trainer.finished, told_to_stop=stopped)
-            if summary.student:
-                saved_at = summary.steps if summary.best_step is None else summary.best_step
-                write_card(Path(summary.student), folder.path, config, summary.stage_scores, saved_at)
             write_json_atomic(folder.path / "summary.json", asdict(summary))
         log.summary(summary.stage_scores, summary.student, summary.finished)
     return summary

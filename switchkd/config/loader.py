@@ -213,6 +213,21 @@ def _check_across(config: Config) -> None:
         raise ConfigError("train.early_stop needs train.select_by; name a metric such as rouge_l")
     if metric and metric not in config.eval.metrics:
         raise ConfigError(_unknown("train.select_by", metric, config.eval.metrics, "one of eval.metrics"))
+    _check_test_selection(config)
+
+
+def _check_test_selection(config: Config) -> None:
+    """Refuse to select on the test split of a hub data set: the score on it is then no longer an unbiased one."""
+    evaluation, parts = config.eval, config.eval.split.split("+")
+    is_test = any(part.partition("[")[0].strip() == "test" for part in parts)
+    selects = f"train.select_by={config.train.select_by}" if config.train.select_by else ""
+    if config.replay.policy == "adaptive":
+        selects = selects or "replay.policy=adaptive"
+    if selects and is_test and is_hub_name(evaluation.data) and not evaluation.allow_test_selection:
+        raise ConfigError(
+            f"eval.split={evaluation.split}: {selects} would select on the test split of {evaluation.data}; hold out "
+            "other rows (eval.split: train[-500:], data.split: train[:-500]), or set eval.allow_test_selection: true"
+        )
 
 
 def _check_adaptive(config: Config) -> None:
@@ -271,12 +286,17 @@ def _check_teachers(config: Config) -> None:
         raise ConfigError(f"teacher.attach needs a cluster, run.mode is {config.run.mode}; set run.mode: ray")
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether data is named as a data set of the hub, which has splits; any other name is that of one file."""
+    is_file = name.startswith((".", "/", "~", "hf://")) or Path(name).suffix in (".jsonl", ".json", ".parquet")
+    return not is_file
+
+
 def _anchor_data(config: Config, folder: Path) -> Config:
-    """Make relative paths of files absolute, from `folder`; other names are hub names."""
+    """Make relative paths of files absolute, from `folder`."""
 
     def anchored(name: str) -> str:
-        is_file = name.startswith((".", "/", "~")) or Path(name).suffix in (".jsonl", ".json", ".parquet")
-        if not is_file or name.startswith("hf://"):
+        if is_hub_name(name) or name.startswith("hf://"):
             return name
         return str((folder / Path(name).expanduser()).resolve())
 

@@ -279,9 +279,9 @@ class TrainConfig(Section):
     checkpoint_every: NonNegativeInt = 50
     """Steps; 0 = at the end only."""
     select_by: str | None = None
-    """A metric of `eval`, such as `rouge_l`: `student/` is then the best, `student-last/` the last."""
+    """A metric of `eval`: `student/` is then the best student of the last evaluated stage, `student-last/` the last."""
     early_stop: PositiveInt | None = None
-    """Stop a run whose `select_by` did not improve in so many evaluations."""
+    """End the last stage where `select_by` did not improve in so many evaluations. An earlier stage runs to its end."""
 
 
 class LoraConfig(Section):
@@ -319,8 +319,7 @@ class LearnerConfig(Section):
 class RolloutConfig(Section):
     rule: RuleConfig = RuleConfig()
     num_workers: Count = 1
-    """A number, or `{min: 1, max: 4}`: one is added while the learner and tasks wait, one is drained while the others
-    suffice."""
+    """A number, or `{min: 1, max: 4}`: one is added while learner and tasks wait, drained while the others suffice."""
     batch_size: PositiveInt = 8
     """Sequences that one worker generates at the same time."""
     max_new_tokens: PositiveInt = 128
@@ -330,8 +329,7 @@ class RolloutConfig(Section):
     drafter: Literal["auto", "student", "teacher", "none"] = "auto"
     """The model that drafts. `auto` measures what is faster. Speed only: the tokens are the same."""
     overlap: bool | None = None
-    """Two half-batches per worker: one drafts while the other is at the teacher. Null: where both models have their own
-    processors."""
+    """Two half-batches per worker: one drafts, the other is at the teacher. Null: where both have their own devices."""
     on_new_weights: Literal["finish", "reprefill"] = "finish"
     save: bool = True
     """Write rollouts.jsonl."""
@@ -362,16 +360,18 @@ class ReplayConfig(Section):
     capacity: PositiveInt = 4096
     """Rollouts that wait for the learner and, with `adaptive`, that the reuse buffer holds."""
     policy: Literal["fifo", "first_finished", "adaptive"] = "fifo"
-    """`fifo`: each step its own; `first_finished`: the first to finish; `adaptive` (DistiLLM): validation loss decides
-    how often a step trains on the student's completions, new or from a buffer, and how often on the data set (`phi`
-    then replaces the fractions of `mix`)."""
+    """`fifo`: each step its own; `first_finished`: the first to finish; `adaptive` (DistiLLM): the validation loss sets
+    the share of steps on the student's completions, new or from a buffer, in place of the fractions of `mix`."""
     adaptive: AdaptiveScheduleConfig = AdaptiveScheduleConfig()
     lease_s: PositiveFloat = 3600.0
 
 
 class EvalConfig(Section):
     data: str = ""
-    split: str = "test"
+    split: str = "validation"
+    """The split of a hub name, or rows of any kind, as in `data.split`."""
+    allow_test_selection: bool = False
+    """Let `train.select_by` and `replay.policy: adaptive` read the split `test` of a hub name (biases its scores)."""
     every: NonNegativeInt = 0
     """Steps between evaluations during training; 0 = at stage boundaries only."""
     metrics: tuple[Literal["rouge_l", "exact_match", "agreement", "kl", "loss"], ...] = ("rouge_l", "agreement", "kl")

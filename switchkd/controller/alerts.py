@@ -78,7 +78,7 @@ class MetricAlerts:
             "agreement",
             now < best - MAX_AGREEMENT_LOSS,
             f"agreement with the teacher fell to {now:.3f}, its best was {best:.3f}: try a smaller learner.lr; "
-            "train.select_by=agreement keeps the best student",
+            "train.select_by=agreement keeps the best student of the last stage",
         )
 
     def _begin_stage(self, name: str) -> None:

@@ -45,8 +45,9 @@ class TrainState:
     step: int = 0  # the next optimizer step, 0-based over the run
     version: int = 0  # weight version of the student as saved
     incarnation: int = 0  # counts restarts of the learner, to distinguish equal versions
-    best: float | None = None  # of `train.select_by`
+    best: float | None = None  # of `train.select_by`, in `best_stage`
     best_step: int | None = None
+    best_stage: str | None = None  # the last stage that was evaluated
     evals_since_best: int = 0
     stopped_early: bool = False
     elapsed_s: float = 0.0

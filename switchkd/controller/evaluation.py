@@ -1,6 +1,6 @@
 """Evaluates the student: the rollout workers share the prompts, and their rows become scores.
 
-In: the evaluation prompts and the workers' handles. Out: one flat dict of `eval/...` numbers; the best step so far.
+In: the evaluation prompts and the workers' handles. Out: one flat dict of `eval/...` numbers; the stage's best step.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from switchkd.config.schema import EvalConfig, TrainConfig
 from switchkd.controller.checkpoint import TrainState
 from switchkd.controller.handles import WorkerHandle
 from switchkd.controller.metrics import MetricsLog
+from switchkd.controller.schedule import stage_after
 from switchkd.controller.text_metrics import exact_match, rouge_l
 from switchkd.controller.watchdog import Watchdog
 from switchkd.types import GREEDY, EvalRow, EvalShard, Prompt, Unreachable, WeightRef, WorkerLost
 
 WITH_TEACHER = ("agreement", "kl")
 """Metrics that compare the student with the teacher."""
+LOWER_IS_BETTER = ("kl", "loss")
 MAX_TRIES = 5
 Value = Callable[[EvalRow], float]
 
@@ -102,15 +104,26 @@ def evaluate_with_retries(
 
 
 def update_best(state: TrainState, scores: Mapping[str, float], train: TrainConfig) -> TrainState:
-    """Record the best score by `train.select_by`, and stop early when it no longer improves."""
-    if not train.select_by or state.step == 0:
+    """Record the best score by `train.select_by`. Each stage starts without one: its students are those of another
+    method, and a fine-tuned one must not stand for a distilled one."""
+    stage = stage_after(train.stages, state.step)
+    if not train.select_by or not stage:
         return state
-    score = scores[f"eval/{train.select_by}"] * (-1 if train.select_by in ("kl", "loss") else 1)
-    if state.best is None or score > state.best:
-        return replace(state, best=score, best_step=state.step, evals_since_best=0)
-    since = state.evals_since_best + 1
-    stop = train.early_stop is not None and since >= train.early_stop
-    return replace(state, evals_since_best=since, stopped_early=stop)
+    score = scores[f"eval/{train.select_by}"]
+    if state.best is None or stage != state.best_stage or _is_better(score, state.best, train.select_by):
+        return replace(state, best=score, best_step=state.step, best_stage=stage, evals_since_best=0)
+    state = replace(state, evals_since_best=state.evals_since_best + 1)
+    return replace(state, stopped_early=stops_early(state, train))
+
+
+def stops_early(state: TrainState, train: TrainConfig) -> bool:
+    """Whether `train.early_stop` ends the run: only the last stage is ended."""
+    last = stage_after(train.stages, sum(stage.steps for stage in train.stages))
+    return train.early_stop is not None and state.best_stage == last and state.evals_since_best >= train.early_stop
+
+
+def _is_better(score: float, other: float, metric: str) -> bool:
+    return score < other if metric in LOWER_IS_BETTER else score > other
 
 
 @dataclass(frozen=True, slots=True)

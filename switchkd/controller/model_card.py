@@ -1,10 +1,11 @@
-"""Writes the model card of an exported student: its teacher, stages, data, number of steps and results.
+"""Makes the model card of an exported student: its teacher, stages, data, the step and stage it is from, and results.
 
-In: a run's folder and its config. Out: README.md in the format of the model hub.
+In: a run's folder and its config. Out: the text of README.md in the format of the model hub.
 """
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,22 +16,31 @@ import yaml
 
 from switchkd.config.loader import dump_yaml
 from switchkd.config.schema import Config, StageConfig
-from switchkd.controller.metrics import COLUMNS, METRICS, StageScores, figure, is_number, summary_rows
-from switchkd.data.atomic_files import redact, write_text_atomic
-from switchkd.engines.models.origin import CARD, origin_of
+from switchkd.controller.metrics import COLUMNS, METRICS, StageScores, figure, is_number, stage_rows
+from switchkd.controller.schedule import stage_after
+from switchkd.data.atomic_files import redact
+from switchkd.engines.models.origin import front_matter, origin_of
 
 PACKAGES = ("switchkd", "torch", "transformers", "deepspeed", "ray")
 
 
-def write_card(folder: Path, run_dir: Path, config: Config, scores: StageScores, steps: int) -> None:
-    """Write the card of the student in `folder`, exported after `steps` steps of the run in `run_dir`."""
-    write_text_atomic(folder / CARD, redact(model_card(run_dir, config, scores, steps)))
+def exported_step(folder: Path) -> int:
+    """Number of steps after which the student in `folder` was exported, from its card; 0 where no card says it."""
+    made = front_matter(folder).get("switchkd")
+    step = made.get("step") if isinstance(made, dict) else None
+    return step if isinstance(step, int) else 0
 
 
 def model_card(run_dir: Path, config: Config, scores: StageScores, steps: int) -> str:
-    head = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["distillation", "switchkd"]}
-    origin = origin_of(config.student.path)
-    head |= origin.front_matter()
+    """Return the card of a student that was exported after `steps` steps of the run in `run_dir`, without secrets."""
+    stage, origin = stage_after(config.train.stages, steps), origin_of(config.student.path)
+    head = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["distillation", "switchkd"],
+        "switchkd": {"stage": stage, "step": steps},
+        **origin.front_matter(),
+    }
     sections = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {run_dir.resolve().name}",
@@ -38,17 +48,17 @@ def model_card(run_dir: Path, config: Config, scores: StageScores, steps: int) -
         "([2410.19503](https://arxiv.org/abs/2410.19503)), and the student learns from the teacher's distribution at "
         "each of them.",
         "## How it was made",
-        _list(_origin(config, steps)),
+        _list(_origin(config, stage, steps)),
         "## Stages",
         _list([_stage(stage) for stage in config.train.stages]),
         "## Results",
-        _results(run_dir, scores),
+        _results(run_dir, scores, steps),
         *(["## Origin", origin.text] if origin.text else []),
         "## Versions",
         _list([f"{name} {number}" for name, number in versions().items()]),
         f"<details><summary>config.yaml</summary>\n\n```yaml\n{dump_yaml(config)}```\n\n</details>",
     ]
-    return "\n\n".join(sections) + "\n"
+    return redact("\n\n".join(sections) + "\n")
 
 
 def versions() -> dict[str, str]:
@@ -60,7 +70,7 @@ def versions() -> dict[str, str]:
     return numbers
 
 
-def _origin(config: Config, steps: int) -> list[str]:
+def _origin(config: Config, stage: str, steps: int) -> list[str]:
     teacher = f"`{config.teacher.path}`, {config.teacher.dtype}, output {config.teacher.output}"
     if not any(stage.needs_teacher for stage in config.train.stages):
         teacher = "none"
@@ -70,7 +80,7 @@ def _origin(config: Config, steps: int) -> list[str]:
         f"**Teacher**: {teacher}",
         f"**Student before**: `{config.student.path}`, {config.student.dtype}",
         f"**Data**: {data}",
-        f"**Steps**: {steps} of {config.num_steps}, seed {config.seed}",
+        f"**Steps**: {steps} of {config.num_steps}, stage {stage or 'none'}, seed {config.seed}",
         f"**Learner**: {config.learner.dtype}, learning rate {config.learner.lr:g}"
         + ("" if lora is None else f", LoRA of rank {lora.r}"),
     ]
@@ -84,16 +94,18 @@ def _stage(stage: StageConfig) -> str:
     return f"**{stage.name}**: {size} ({mix}){rule}, loss {stage.loss.type}"
 
 
-def _results(run_dir: Path, scores: StageScores) -> str:
-    rows = summary_rows(scores, run_dir / METRICS) if (run_dir / METRICS).exists() else []
+def _results(run_dir: Path, scores: StageScores, steps: int) -> str:
+    lines = (run_dir / METRICS).read_text(encoding="utf-8").splitlines() if (run_dir / METRICS).exists() else []
+    done = [row for row in map(json.loads, lines) if "stage" in row and row["step"] < steps]
+    rows = stage_rows(scores, done)
     shown = {title: key for title, key in COLUMNS.items() if any(is_number(row.get(key)) for row in rows)}
     if not shown:
         return "Nothing was measured."
     table = [["after", *shown], ["---", *("---:" for _ in shown)]]
     for row in rows:
         table.append([str(row["name"]), *(figure(row[k]) if is_number(row.get(k)) else "-" for k in shown.values())])
-    lines = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
-    return f"{lines}\n\nAgreement (equal arg max) and KL (nats a token) are with the teacher, on held-out data."
+    text = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    return f"{text}\n\nAgreement (equal arg max) and KL (nats a token) are with the teacher, on held-out data."
 
 
 def _list(lines: Sequence[str]) -> str:

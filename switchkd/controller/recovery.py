@@ -17,7 +17,8 @@ from switchkd.controller.checkpoint import Checkpoint, RunFolder, TrainState, lo
 from switchkd.controller.dispatcher import TaskDispatcher
 from switchkd.controller.metrics import MetricsLog
 from switchkd.controller.watchdog import Stalled
-from switchkd.data.atomic_files import replace_dir
+from switchkd.data.atomic_files import replace_dir, write_text_atomic
+from switchkd.engines.models.origin import CARD
 from switchkd.types import StateLost
 
 RETRY_S = (1.0, 4.0, 16.0)
@@ -125,11 +126,12 @@ class Recovery:
         else:
             self.log.info(f"saved checkpoint {state.step}; --resume goes on from there")
 
-    def export(self, name: str) -> None:
-        """Write the student into a partial folder, then rename it: no reader sees an incomplete student."""
+    def export(self, name: str, card: str) -> None:
+        """Write the student and its card into a partial folder, then rename it: no reader sees an incomplete one."""
         partial = self.folder.path / f"{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         self.watchdog.wait_for(self.handles.learner.export(partial), "the learner to write the student")
+        write_text_atomic(partial / CARD, card)
         replace_dir(partial, self.folder.path / name)
 
     def resume(self, checkpoint: Checkpoint) -> TrainState:

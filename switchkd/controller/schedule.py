@@ -10,12 +10,19 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from itertools import accumulate
 
 from switchkd.config.schema import MixConfig, StageConfig
 from switchkd.controller.adaptive import BUFFERED, GENERATED, MIXED, AdaptiveSchedule
 from switchkd.data.prompts import ORIGIN_OF_BATCH, ORIGIN_OF_ROLLOUT, PromptStream, random_words
 from switchkd.types import CompletionSource, RolloutTask
+
+
+def stage_after(stages: Sequence[StageConfig], num_done: int) -> str:
+    """Name of the stage that the last of `num_done` steps belongs to; empty before the first step."""
+    ends = accumulate(stage.steps for stage in stages)
+    return next((stage.name for stage, end in zip(stages, ends, strict=True) if 0 < num_done <= end), "")
 
 
 class Schedule:

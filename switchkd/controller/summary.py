@@ -17,7 +17,9 @@ class Summary:
     finished: bool
     stopped_early: bool
     best: float | None
+    """Value of `train.select_by` of the student in `student/`, which is the best one of `best_stage`."""
     best_step: int | None
+    best_stage: str | None
     elapsed_s: float
     stage_scores: tuple[tuple[str, dict[str, float]], ...]
     told_to_stop: bool = False  # SIGTERM arrived, even after the last step
@@ -33,6 +35,7 @@ def summarize(folder: RunFolder, state: TrainState, *, finished: bool, told_to_s
         stopped_early=state.stopped_early,
         best=state.best,
         best_step=state.best_step,
+        best_stage=state.best_stage,
         elapsed_s=state.elapsed_s,
         stage_scores=state.stage_scores,
         told_to_stop=told_to_stop,

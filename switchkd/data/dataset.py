@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from switchkd.config.errors import ConfigError, first_line
+from switchkd.config.loader import is_hub_name
 from switchkd.config.schema import DataConfig
 
 _JSON = (".jsonl", ".json")
@@ -80,10 +81,10 @@ def read_records(data: DataConfig) -> list[Record]:
     path = Path(data.path).expanduser()
     if data.path.startswith("hf://"):
         rows = _sliced(_read_file(_fetch(data.path), data.path), data.split)
-    elif path.suffix in (*_JSON, ".parquet") or path.is_absolute():
-        rows = _sliced(_read_file(path, str(path)), data.split)
-    else:
+    elif is_hub_name(data.path):
         rows = _read_hub(data.path, data.split)
+    else:
+        rows = _sliced(_read_file(path, str(path)), data.split)
     records = list(islice(rows, data.num_rows))
     if not records:
         raise ConfigError(f"{data.path} holds no rows; each line is an object such as {_EXAMPLE}")
@@ -167,7 +168,7 @@ def _read_hub(name: str, split: str) -> Iterator[Record]:
         rows = load_dataset(repo, subset or None, split=split)
     except Exception as error:
         raise ConfigError(
-            f"data {name!r} (split {split!r}) is neither a .jsonl or .parquet file nor a data set that can be had from "
+            f"data {name!r} (split {split!r}) is neither a .jsonl or .parquet file nor a split that can be had from "
             f"the hub: {first_line(error)[:200]}"
         ) from None
     return (Record(f"{name}/{split}:{i}", row) for i, row in enumerate(rows, start=1))

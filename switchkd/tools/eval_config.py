@@ -33,7 +33,8 @@ def eval_config(
     folder = Path(model).expanduser()
     is_run = (folder / "config.yaml").is_file() and not (folder / "config.json").is_file()
     file = config or (folder / "config.yaml" if is_run else None)
-    base = load(file, list(overrides)) if file else _minimal(model, overrides)
+    # an evaluation selects nothing: the config of a run that did may be tested on the test split
+    base = load(file, [*overrides, "eval.allow_test_selection=true"]) if file else _minimal(model, overrides)
     compared = bool(teacher) or (file is not None and any(stage.needs_teacher for stage in base.train.stages))
     raw = resolved(base)
     raw["student"] |= {"path": str(find_student(folder) if is_run else model), "prune": None}

@@ -18,9 +18,9 @@ from switchkd.config.errors import ConfigError, first_line
 from switchkd.config.loader import parse
 from switchkd.config.schema import FORMAT
 from switchkd.controller.metrics import METRICS
-from switchkd.controller.model_card import write_card
+from switchkd.controller.model_card import model_card
 from switchkd.controller.resume import written_format
-from switchkd.data.atomic_files import CONFIG
+from switchkd.data.atomic_files import CONFIG, write_text_atomic
 from switchkd.engines.models.origin import CARD
 from switchkd.engines.models.sources import new_folder
 
@@ -46,7 +46,7 @@ def export_run(run_dir: Path, *, step: int | None = None, out: Path | None = Non
         with new_folder(out) as partial:  # renamed when it is whole
             shutil.copytree(folder, partial, dirs_exist_ok=True)
         folder = out
-        if config is not None and not (folder / CARD).exists():
+        if config is not None and step is not None:
             _add_card(folder, run_dir, config, step)
     if push:
         _push(folder, push, str(token))
@@ -89,17 +89,16 @@ def _steps(run_dir: Path) -> dict[int, Path]:
     return {int(number): student for number, student in zip(numbers, students, strict=True) if number.isdigit()}
 
 
-def _add_card(folder: Path, run_dir: Path, stored: dict[str, Any], step: int | None) -> None:
-    """Write a model card from the run's metrics so far; a checkpoint's student has none."""
+def _add_card(folder: Path, run_dir: Path, stored: dict[str, Any], step: int) -> None:
+    """Write the model card of a checkpoint's student, from the run's metrics before `step`."""
     try:
         config = parse(stored)
         lines = (run_dir / METRICS).read_text(encoding="utf-8").splitlines()
     except (OSError, ConfigError):
         return  # the card is optional
     rows = [json.loads(line) for line in lines]
-    before = [row for row in rows if step is None or row["step"] < step]
-    scores = [(row["stage_end"], row) for row in before if "stage_end" in row]
-    write_card(folder, run_dir, config, scores, 1 + max((row["step"] for row in before), default=-1))
+    scores = [(row["stage_end"], row) for row in rows if row["step"] < step and "stage_end" in row]
+    write_text_atomic(folder / CARD, model_card(run_dir, config, scores, step))
 
 
 def _push(folder: Path, repo: str, token: str) -> None:

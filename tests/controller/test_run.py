@@ -268,32 +268,6 @@ def test_a_finished_run_accepts_more_steps_only(place, monkeypatch, capsys):
 # --- the final student -----------------------------------------------------------------------------------------------
 
 
-def test_select_by_keeps_the_best_student(place):
-    """student/ is the best evaluated student and student-last/ the last; early stopping ends a run that does not
-    improve."""
-    ruin = {"name": "ruin", "steps": 4, "mix": {"dataset": 1}, "lr": 5.0, "scheduler": "constant"}
-    stages = [{**WARM_UP, "steps": 2}, ruin]
-    learner = {"lr": 1e-3, "scheduler": "constant"}
-    evaluated = {**EVAL, "every": 1, "metrics": ["kl"]}
-    selected = {"batch_size": 4, "checkpoint_every": 1, "select_by": "kl", "early_stop": 2}
-
-    def wanted(**changed):
-        train_section = {**selected, **changed}
-        return config(place, stages, learner=learner, eval=evaluated, train={**train_section, "stages": stages},
-                      checkpoint={"keep_last": 9})  # fmt: skip
-
-    summary = train(wanted())
-    run = place / "run"
-    scores = [row["eval/kl"] for row in lines(run / "metrics.jsonl") if "eval/kl" in row][1:]
-    assert summary.finished and summary.stopped_early and summary.steps == 4 and summary.best_step == 2
-    assert scores.index(min(scores)) == 1 and summary.best == -scores[1]
-    at = {step: run / "checkpoints" / f"step-{step:08d}" / "student" for step in (2, 4)}
-    assert distance(run / "student", at[2]) == 0 and distance(run / "student-last", at[4]) == 0
-    assert distance(at[2], at[4]) > 0.01
-    assert train(wanted(), resume=True).steps == 4, "it stays stopped"
-    assert train(wanted(early_stop=None), resume=True).steps == 6
-
-
 def test_lora_gives_a_merged_student_and_an_adapter(place):
     """With LoRA student/ is the merged model, and adapter/ on the base gives the same logits."""
     from peft import PeftModel

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -40,17 +41,26 @@ def origin_of(name: str) -> Origin:
     """Read the origin from a folder's card; of a hub name only the name is known."""
     if not looks_local(name):
         return Origin(base_model=name)
-    card = Path(name).expanduser() / CARD
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    found = _FRONT.match(text)
-    try:  # an external file
-        front = yaml.safe_load(found[1]) if found else {}
-    except yaml.YAMLError:
-        front = {}
-    known = {key: value for key, value in front.items() if isinstance(value, str)} if isinstance(front, dict) else {}
-    section = _ORIGIN.search(text)
+    folder = Path(name).expanduser()
+    known = {key: value for key, value in front_matter(folder).items() if isinstance(value, str)}
+    section = _ORIGIN.search(_card_of(folder))
     return Origin(
         licence=known.get("license", ""),
         base_model=known.get("base_model", ""),
         text=section[1].strip() if section else "",
     )
+
+
+def front_matter(folder: Path) -> dict[str, Any]:
+    """Read the keys at the top of a folder's card; none where there is no card, or none that is valid."""
+    found = _FRONT.match(_card_of(folder))
+    try:  # an external file
+        front = yaml.safe_load(found[1]) if found else {}
+    except yaml.YAMLError:
+        return {}
+    return front if isinstance(front, dict) else {}
+
+
+def _card_of(folder: Path) -> str:
+    card = folder / CARD
+    return card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
