@@ -42,6 +42,7 @@ from switchkd.controller.summary import Summary, summarize
 from switchkd.controller.watchdog import POLL_S, Stalled, Watchdog
 from switchkd.data.atomic_files import write_json_atomic
 from switchkd.learner.batching import assign_batch
+from switchkd.learner.build import build_loss
 from switchkd.types import CompletionSource, Entry, StateLost, StepResult, WeightRef
 
 
@@ -212,9 +213,8 @@ class Trainer:
             return StepResult(
                 step=step, version=step + 1, loss=math.nan, grad_norm=0.0, lr=lr, num_loss_tokens=0, time_s=0.0
             )
-        loss = self.schedule.stage(step).loss
-        hard_frac = (0.5 if loss.hard_frac is None else loss.hard_frac) if loss.type == "atkd" else None
-        batch = assign_batch(step, self.schedule.stage_index(step), entries, self.config.learner.num_ranks, hard_frac)
+        stage, loss = self.schedule.stage_index(step), build_loss(self.schedule.stage(step))
+        batch = assign_batch(step, stage, entries, self.config.learner.num_ranks, loss.hard_frac)
         self.consistent = False
         self.log.now(learner=f"trains on step {step + 1}")
         learning, waits_for = self.handles.learner.step(batch, lr), f"the learner at step {step}"

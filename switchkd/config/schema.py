@@ -201,7 +201,7 @@ class RuleConfig(Section):
     prob: float | None = None
     """The teacher's share under `random` and `mixture`."""
     params: dict[str, Any] = {}
-    """Parameters of a rule of your own (`my_file:my_rule`)."""
+    """Parameters of a rule of your own (`my_file:my_rule`); an error for others."""
     student: SamplingConfig = SamplingConfig()
     """Sampling in this stage; null takes `student.temperature` and so on."""
     teacher: SamplingConfig = SamplingConfig()
@@ -224,7 +224,7 @@ class LossConfig(Section):
     """ATKD's lambda."""
     direction: Literal["forward", "reverse"] | None = None
     params: dict[str, Any] = {}
-    """Parameters of a loss of your own (`my_file:my_loss`)."""
+    """Parameters of a loss of your own (`my_file:my_loss`); an error for others."""
     lm_coef: float = Field(0.0, ge=0)
     """Weight of the cross-entropy on data-set tokens that is added."""
     approximate: bool = False

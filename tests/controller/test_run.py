@@ -114,6 +114,16 @@ def test_a_run_of_three_stages_is_complete(whole):
     assert len(list((run / "checkpoints").glob("step-*"))) == 2, "checkpoint.keep_last"
 
 
+@pytest.mark.parametrize(("loss", "share"), [({}, 0.5), ({"hard_frac": 0.2}, 0.2)])
+def test_atkd_splits_at_its_hard_frac(place, monkeypatch, loss, share):
+    """The learner gets ATKD's split at `hard_frac`: floor((1 - hard_frac) (n - 1)) of the step's n tokens are easy."""
+    step, assigned = LearnerRank.step, []
+    monkeypatch.setattr(LearnerRank, "step", lambda rank, batch, lr: (assigned.append(batch), step(rank, batch, lr))[1])
+    train(config(place, [{"name": "only", "steps": 1, "loss": {"type": "atkd", **loss}}]))
+    num = assigned[0].num_loss_tokens
+    assert num > 20 and assigned[0].num_hard == num - int((1 - share) * (num - 1))
+
+
 def test_warm_up_lowers_the_kl(whole):
     """Scores belong to their stage, and the warm-up lowers the KL with the teacher on held-out references."""
     run, summary = whole
