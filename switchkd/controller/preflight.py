@@ -29,6 +29,7 @@ from switchkd.engines.build import make_tokenizer, max_len
 from switchkd.engines.fake import END
 from switchkd.engines.models.loading import (
     check_attention,
+    position_limit,
     read_config,
     read_tokenizer,
     same_tokenizer,
@@ -220,13 +221,12 @@ def check_models(config: Config) -> tuple[Any, frozenset[int]]:
 
 
 def _check_model(config: Config, model: Any, section: ModelConfig, role: str) -> None:
-    text = model.config.get_text_config(decoder=True)
     on_vllm = isinstance(section, TeacherConfig) and section.backend == "vllm"
-    limit, prompt = getattr(text, "max_position_embeddings", None), config.data.max_prompt_tokens
+    (limit, positions), prompt = position_limit(model.config, slots=not on_vllm), config.data.max_prompt_tokens
     needed = max_len(config) + on_vllm  # vLLM needs a position for a generated token
     if limit and needed > limit:
         raise ConfigError(
-            f"{role}.path={section.path} has {limit} positions, but data.max_prompt_tokens={prompt} and the longest "
+            f"{role}.path={section.path} has {limit} {positions}, but data.max_prompt_tokens={prompt} and the longest "
             f"completion ({needed - prompt}) need {needed}; lower data.max_prompt_tokens, data.max_reference_tokens or "
             "max_new_tokens"
         )
