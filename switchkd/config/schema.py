@@ -5,6 +5,7 @@ Imports nothing heavy. `loader.py` reads files into these classes and names mist
 
 from __future__ import annotations
 
+import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -157,6 +158,8 @@ class DataConfig(Section):
     template_with_input: str | None = None
     """Instead of `template` where `input_field` holds text: a text with {prompt} and {input}."""
     system: str | None = None
+    date: datetime.date | None = None
+    """The day that a chat template writes (`strftime_now`). Null: the run's first day, which a resume keeps."""
     max_prompt_tokens: PositiveInt = 512
     max_reference_tokens: PositiveInt = 512
     max_skipped_frac: Frac = 0.1
@@ -319,8 +322,7 @@ class LearnerConfig(Section):
 class RolloutConfig(Section):
     rule: RuleConfig = RuleConfig()
     num_workers: Count = 1
-    """A number, or `{min: 1, max: 4}`: one is added while the learner and tasks wait, one is drained while the others
-    suffice."""
+    """A number, or `{min: 1, max: 4}`: one is added while learner and tasks wait, one drained while others suffice."""
     batch_size: PositiveInt = 8
     """Sequences that one worker generates at the same time."""
     max_new_tokens: PositiveInt = 128
@@ -330,8 +332,7 @@ class RolloutConfig(Section):
     drafter: Literal["auto", "student", "teacher", "none"] = "auto"
     """The model that drafts. `auto` measures what is faster. Speed only: the tokens are the same."""
     overlap: bool | None = None
-    """Two half-batches per worker: one drafts while the other is at the teacher. Null: where both models have their own
-    processors."""
+    """Two half-batches per worker: one drafts, one is at the teacher. Null: where both models have own processors."""
     on_new_weights: Literal["finish", "reprefill"] = "finish"
     save: bool = True
     """Write rollouts.jsonl."""
@@ -363,8 +364,7 @@ class ReplayConfig(Section):
     """Rollouts that wait for the learner and, with `adaptive`, that the reuse buffer holds."""
     policy: Literal["fifo", "first_finished", "adaptive"] = "fifo"
     """`fifo`: each step its own; `first_finished`: the first to finish; `adaptive` (DistiLLM): validation loss decides
-    how often a step trains on the student's completions, new or from a buffer, and how often on the data set (`phi`
-    then replaces the fractions of `mix`)."""
+    how often a step trains on the student's completions, new or buffered, or on the data set (`phi` replaces `mix`)."""
     adaptive: AdaptiveScheduleConfig = AdaptiveScheduleConfig()
     lease_s: PositiveFloat = 3600.0
 

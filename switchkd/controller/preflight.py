@@ -6,6 +6,7 @@ In: a parsed config. Out: a `PreparedRun`, or a ConfigError of one line that nam
 
 from __future__ import annotations
 
+import datetime
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ _JOB_VARIABLES = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_ID")
 class PreparedRun:
     """The results of `prepare`."""
 
-    config: Config  # with `demo` and `student.prune` replaced by folders
+    config: Config  # with `demo` and `student.prune` replaced by folders, and a date
     tokenizer: Any
     stop_ids: frozenset[int]  # of both models; each ends a completion
     stop_id: int  # ends the data set's references
@@ -58,6 +59,8 @@ class PreparedRun:
 
 def prepare(config: Config) -> PreparedRun:
     """Run all checks that need no cluster, in the order of their cost. Raises ConfigError."""
+    data = config.data.model_copy(update={"date": config.data.date or datetime.date.today()})
+    config = config.model_copy(update={"data": data})
     if config.rollout.recorded:
         config = with_recorded_settings(config)
     check(config)
