@@ -35,12 +35,15 @@ from switchkd.controller.model_card import exported_step, model_card
 from switchkd.controller.preflight import PreparedRun, prepare
 from switchkd.controller.quarantine import Quarantine
 from switchkd.controller.recovery import Recovery, retry
+from switchkd.controller.resume import with_stored_date
 from switchkd.controller.schedule import Schedule
 from switchkd.controller.step_report import StepReporter
 from switchkd.controller.summary import Summary, summarize
 from switchkd.controller.watchdog import POLL_S, Stalled, Watchdog
 from switchkd.data.atomic_files import write_json_atomic
+from switchkd.data.prompts import prompts_digest
 from switchkd.learner.batching import assign_batch
+from switchkd.learner.build import build_loss
 from switchkd.types import CompletionSource, Entry, StateLost, StepResult, WeightRef
 
 
@@ -218,9 +221,8 @@ class Trainer:
             return StepResult(
                 step=step, version=step + 1, loss=math.nan, grad_norm=0.0, lr=lr, num_loss_tokens=0, time_s=0.0
             )
-        loss = self.schedule.stage(step).loss
-        hard_frac = (0.5 if loss.hard_frac is None else loss.hard_frac) if loss.type == "atkd" else None
-        batch = assign_batch(step, self.schedule.stage_index(step), entries, self.config.learner.num_ranks, hard_frac)
+        stage, loss = self.schedule.stage_index(step), build_loss(self.schedule.stage(step))
+        batch = assign_batch(step, stage, entries, self.config.learner.num_ranks, loss.hard_frac)
         self.consistent = False
         self.log.now(learner=f"trains on step {step + 1}")
         learning, waits_for = self.handles.learner.step(batch, lr), f"the learner at step {step}"
@@ -299,12 +301,12 @@ class Trainer:
 
 def train(config: Config, *, resume: bool = False) -> Summary:
     """Run a config to its end, or to SIGTERM. Raises ConfigError before it starts or overwrites anything."""
-    ready = prepare(config)
-    config = ready.config
+    ready = prepare(with_stored_date(config) if resume else config)
+    config, prompts = ready.config, prompts_digest(ready.prompts, ready.eval_prompts)
     with closing(MetricsLog(config.metrics)) as log:
         log.info(f"data: {config.rollout.recorded or ready.prompts.report()}")
         _check_capacity(config, log)
-        with open_run(config, resume) as folder:
+        with open_run(config, resume, prompts=prompts) as folder:
             trainer = _train(ready, folder, log)
             stopped = bool(trainer.stop_signal)
             summary = summarize(folder, trainer.state, finished=trainer.finished, told_to_stop=stopped)

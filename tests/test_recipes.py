@@ -103,7 +103,7 @@ def test_each_recipe_is_listed():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_is_valid_and_has_the_papers_numbers(name, offline):
-    """A recipe passes the dry run's checks, and its epochs, learning rate and sources are the paper's."""
+    """A recipe passes the dry run's checks, and its epochs, learning rate, betas and sources are the paper's."""
     config = load(ROOT / f"configs/paper/{name}.yaml")
     ready = prepare(offline(config))
     assert len(ready.prompts.prompts) == 40 and ready.eval_prompts is not None
@@ -114,6 +114,7 @@ def test_a_recipe_is_valid_and_has_the_papers_numbers(name, offline):
     assert {(stage.lr, stage.batch_size, stage.scheduler) for stage in config.train.stages} == {
         (lr, batch_size, "cosine")
     }
+    assert config.learner.betas == (0.9, 0.999)
     plan = plan_of(config)
     last = plan.num_steps - 1
     assert 0 < plan.lr_at(last) < 1e-3 * lr and max(plan.lr_at(step) for step in range(100)) == pytest.approx(lr)

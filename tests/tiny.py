@@ -50,6 +50,9 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {**_WINDOWED, "query_pre_attn_scalar": 8, "tie_word_embeddings": True,
                                "layer_types": ["sliding_attention", "full_attention"]}),
     "mistral": ("mistral", _WINDOWED),
+    "phi3": ("phi3", {**{k: v for k, v in _LLAMA.items() if k != "head_dim"}, "original_max_position_embeddings": 128,
+                      "rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+                                          "rope_theta": 1e4}}),
     "cohere": ("cohere", {**_LLAMA, "logit_scale": 0.25, "tie_word_embeddings": True}),
     "granite": ("granite", {**_LLAMA, "logits_scaling": 4.0}),
 }  # fmt: skip

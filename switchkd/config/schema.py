@@ -5,6 +5,7 @@ Imports nothing heavy. `loader.py` reads files into these classes and names mist
 
 from __future__ import annotations
 
+import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -157,6 +158,8 @@ class DataConfig(Section):
     template_with_input: str | None = None
     """Instead of `template` where `input_field` holds text: a text with {prompt} and {input}."""
     system: str | None = None
+    date: datetime.date | None = None
+    """The day that a chat template writes (`strftime_now`). Null: the run's first day, which a resume keeps."""
     max_prompt_tokens: PositiveInt = 512
     max_reference_tokens: PositiveInt = 512
     max_skipped_frac: Frac = 0.1
@@ -201,7 +204,7 @@ class RuleConfig(Section):
     prob: float | None = None
     """The teacher's share under `random` and `mixture`."""
     params: dict[str, Any] = {}
-    """Parameters of a rule of your own (`my_file:my_rule`)."""
+    """Parameters of a rule of your own (`my_file:my_rule`); an error for others."""
     student: SamplingConfig = SamplingConfig()
     """Sampling in this stage; null takes `student.temperature` and so on."""
     teacher: SamplingConfig = SamplingConfig()
@@ -224,7 +227,7 @@ class LossConfig(Section):
     """ATKD's lambda."""
     direction: Literal["forward", "reverse"] | None = None
     params: dict[str, Any] = {}
-    """Parameters of a loss of your own (`my_file:my_loss`)."""
+    """Parameters of a loss of your own (`my_file:my_loss`); an error for others."""
     lm_coef: float = Field(0.0, ge=0)
     """Weight of the cross-entropy on data-set tokens that is added."""
     approximate: bool = False

@@ -49,15 +49,21 @@ def _installed(module: str) -> bool:
 
 
 def given_params(section: RuleConfig | LossConfig, keys: Mapping[str, Collection[str]]) -> dict[str, Any]:
-    """Return the parameters that are set, out of all types' `keys`. Raises ConfigError for one of another type."""
-    what = "rule" if isinstance(section, RuleConfig) else "loss"
+    """Return the parameters that are set: a built-in type's out of all types' `keys`, a user's own under `params`.
+    Raises ConfigError for one of another type, and for `params` of a built-in type: each number has one place."""
+    what, own = ("rule" if isinstance(section, RuleConfig) else "loss"), ":" in section.type
     allowed, all_keys = keys.get(section.type, ()), sorted(set().union(*keys.values()))
     params = {key: value for key in all_keys if (value := getattr(section, key)) is not None}
-    for key, value in params.items():
+    choices = ", ".join(sorted(allowed)) or ("its own, under params" if own else "none")
+    for key, value in [*params.items(), *([] if own else section.params.items())]:
         if key not in allowed:
-            choices = ", ".join(sorted(allowed)) or ("its own, under params" if ":" in section.type else "none")
             raise ConfigError(f"{what} {section.type}: unknown parameter {key!r} (value {value!r}); it takes {choices}")
-    return params
+    if section.params and not own:
+        key, value = next(iter(section.params.items()))
+        raise ConfigError(
+            f"{what}.params.{key}={value!r}: params are for a {what} of your own; set {what}.{key} instead"
+        )
+    return params | section.params
 
 
 def call_constructor(function: Callable[..., Any], what: str, params: dict[str, Any]) -> Any:

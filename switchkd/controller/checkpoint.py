@@ -4,6 +4,7 @@ In: a Config, and whether to resume; later a learner and a replay that have writ
 Out: a RunFolder that no other live process holds, and one folder per checkpoint, which is ignored unless complete:
 
     <run.dir>/config.yaml                                    the resolved config
+    <run.dir>/prompts.sha256                                 a digest of the prompts' and references' token ids
     <run.dir>/checkpoints/step-00000050/learner/             DeepSpeed writes here
                                         student/             the student as a transformers folder
                                         replay.safetensors   rollouts not yet trained
@@ -31,7 +32,7 @@ from switchkd.config.loader import dump_yaml
 from switchkd.config.schema import FORMAT, Config
 from switchkd.controller.resume import RESUME_REMEDY, check_format, check_same, truncate_history
 from switchkd.controller.run_lock import RunLock
-from switchkd.data.atomic_files import CONFIG, HISTORY, fsync_dir, redact, seal, unseal, write_text_atomic
+from switchkd.data.atomic_files import CONFIG, HISTORY, PROMPTS, fsync_dir, redact, seal, unseal, write_text_atomic
 
 STATE, LATEST = "state.json", "LATEST"
 
@@ -185,9 +186,9 @@ class RunFolder:
         self.close()
 
 
-def open_run(config: Config, resume: bool = False) -> RunFolder:
-    """Make or reopen `run.dir` and write the resolved config into it. A resume cuts the history back to its checkpoint;
-    without a checkpoint the run begins at step 0. Raises ConfigError."""
+def open_run(config: Config, resume: bool = False, *, prompts: str = "") -> RunFolder:
+    """Make or reopen `run.dir` and write the resolved config and the digest of the prompts into it. A resume cuts the
+    history back to its checkpoint; without a checkpoint the run begins at step 0. Raises ConfigError."""
     path = Path(config.run.dir).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -198,7 +199,7 @@ def open_run(config: Config, resume: bool = False) -> RunFolder:
         on_error.callback(lambda: lock.release())
         checkpoint = None
         if resume:
-            check_same(path, config)
+            check_same(path, config, prompts)
             checkpoint = load_latest(path)
         elif any((path / name).exists() for name in (CONFIG, "checkpoints", *HISTORY)):
             if not config.run.overwrite:
@@ -208,6 +209,7 @@ def open_run(config: Config, resume: bool = False) -> RunFolder:
                 )
             lock = _start_over(path, lock)
         write_text_atomic(path / CONFIG, redact(dump_yaml(config)))
+        write_text_atomic(path / PROMPTS, prompts + "\n")
         on_error.pop_all()
     return RunFolder(path=path, checkpoint=checkpoint, keep_last=config.checkpoint.keep_last, lock=lock)
 

@@ -6,6 +6,7 @@ In: a parsed config. Out: a `PreparedRun`, or a ConfigError of one line that nam
 
 from __future__ import annotations
 
+import datetime
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from switchkd.engines.build import make_tokenizer, max_len
 from switchkd.engines.fake import END
 from switchkd.engines.models.loading import (
     check_attention,
+    position_limit,
     read_config,
     read_tokenizer,
     same_tokenizer,
@@ -47,7 +49,7 @@ _JOB_VARIABLES = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_ID")
 class PreparedRun:
     """The results of `prepare`."""
 
-    config: Config  # with `demo` and `student.prune` replaced by folders
+    config: Config  # with `demo` and `student.prune` replaced by folders, and a date
     tokenizer: Any
     stop_ids: frozenset[int]  # of both models; each ends a completion
     stop_id: int  # ends the data set's references
@@ -57,6 +59,8 @@ class PreparedRun:
 
 def prepare(config: Config) -> PreparedRun:
     """Run all checks that need no cluster, in the order of their cost. Raises ConfigError."""
+    data = config.data.model_copy(update={"date": config.data.date or datetime.date.today()})
+    config = config.model_copy(update={"data": data})
     if config.rollout.recorded:
         config = with_recorded_settings(config)
     check(config)
@@ -220,13 +224,12 @@ def check_models(config: Config) -> tuple[Any, frozenset[int]]:
 
 
 def _check_model(config: Config, model: Any, section: ModelConfig, role: str) -> None:
-    text = model.config.get_text_config(decoder=True)
     on_vllm = isinstance(section, TeacherConfig) and section.backend == "vllm"
-    limit, prompt = getattr(text, "max_position_embeddings", None), config.data.max_prompt_tokens
+    (limit, positions), prompt = position_limit(model.config, slots=not on_vllm), config.data.max_prompt_tokens
     needed = max_len(config) + on_vllm  # vLLM needs a position for a generated token
     if limit and needed > limit:
         raise ConfigError(
-            f"{role}.path={section.path} has {limit} positions, but data.max_prompt_tokens={prompt} and the longest "
+            f"{role}.path={section.path} has {limit} {positions}, but data.max_prompt_tokens={prompt} and the longest "
             f"completion ({needed - prompt}) need {needed}; lower data.max_prompt_tokens, data.max_reference_tokens or "
             "max_new_tokens"
         )

@@ -1,7 +1,8 @@
-"""Checks the config of a resume, and cuts the run's history back to the checkpoint.
+"""Checks the config and the prompts of a resume, and cuts the run's history back to the checkpoint.
 
-In: a run's folder, the new config, the step to resume from. Out: a ConfigError that names each key that may not change,
-and a history (metrics.jsonl, rollouts.jsonl, quarantined.jsonl) with every step once. Cut lines are kept in `lost/`.
+In: a run's folder, the new config, a digest of the prompts, the step to resume from. Out: a ConfigError that names each
+key that may not change, and a history (metrics.jsonl, rollouts.jsonl, quarantined.jsonl) with every step once. Cut
+lines are kept in `lost/`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,16 @@ from switchkd import __version__
 from switchkd.config.errors import ConfigError
 from switchkd.config.loader import dump_yaml, parse, read_yaml, resolved
 from switchkd.config.schema import FORMAT, Config
-from switchkd.data.atomic_files import CONFIG, HISTORY, QUARANTINED, TEACHER_OUTPUT, fsync_dir, redact, write_atomic
+from switchkd.data.atomic_files import (
+    CONFIG,
+    HISTORY,
+    PROMPTS,
+    QUARANTINED,
+    TEACHER_OUTPUT,
+    fsync_dir,
+    redact,
+    write_atomic,
+)
 
 MAY_CHANGE = (
     "run.*",
@@ -75,8 +85,29 @@ def check_format(stored: dict[str, Any], what: str, remedy: str) -> None:
         )
 
 
-def check_same(run_dir: Path, config: Config) -> None:
-    """Raise ConfigError where a config differs from the stored one in keys that may not change."""
+def with_stored_date(config: Config) -> Config:
+    """Return the config of a resume with the `data.date` of the run's first day, unless it has one. Raises
+    ConfigError."""
+    path = Path(config.run.dir).expanduser() / CONFIG
+    if config.data.date is not None or not path.exists():
+        return config
+    date = parse(_stored(path)).data.date
+    return config.model_copy(update={"data": config.data.model_copy(update={"date": date})})
+
+
+def check_same(run_dir: Path, config: Config, prompts: str) -> None:
+    """Raise ConfigError where a config differs from the stored one in keys that may not change, or the digest of the
+    prompts from the stored one."""
+    _check_keys(run_dir, config)
+    path = run_dir / PROMPTS
+    if path.exists() and path.read_text().strip() != prompts:
+        raise ConfigError(
+            f"--resume of {run_dir}: prompts or references have other token ids than at the run's start; bring back "
+            "data.path, eval.data and the tokenizer with its chat template, or start a new run in another run.dir"
+        )
+
+
+def _check_keys(run_dir: Path, config: Config) -> None:
     path = run_dir / CONFIG
     if not path.exists():
         return

@@ -22,12 +22,14 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
 
 def final_number(text: str) -> str | None:
     """The final number of an answer, as a reduced fraction or decimal: "1,200.50" and "$1200.5" give "1200.5".
+    Digits may be grouped in threes by commas or blanks (non-breaking and thin ones too); the minus may be U+2212.
 
     In GSM8K's form it follows the first `####` (a model that does not stop may write more of them); without `####` it
     is the last number of the text. None where there is no number, as in "#### None".
     """
-    _, mark, answer = text.partition("####")
-    numbers = _NUMBER.findall(_FRAC.sub(r"\1/\2", answer.partition("\n")[0] if mark else text))
+    whole, mark, answer = text.replace("\u2212", "-").partition("####")
+    line = answer.partition("\n")[0] if mark else whole
+    numbers = [found[0] for found in _NUMBER.finditer(_FRAC.sub(r"\1/\2", line))]
     return _canonical(numbers[0 if mark else -1]) if numbers else None
 
 
@@ -44,7 +46,8 @@ def exact_match(prediction: str, answer: str) -> bool:
     return _UNANSWERABLE.search(prediction.replace("\u2019", "'")) is not None
 
 
-_NUMBER = re.compile(r"(?:(?<![\w.)])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+|/\d+)?|\.\d+)")
+_GROUPED = r"\d{1,3}([, \u00a0\u2009\u202f])\d{3}(?:\1\d{3})*(?!\d)"
+_NUMBER = re.compile(rf"(?:(?<![\w.)])-)?\$?(?:(?:{_GROUPED}|\d+)(?:\.\d+|/\d+)?|\.\d+)")
 _FRAC = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
 _UNANSWERABLE = re.compile(
     r"\bnone\b|not (?:provide|specif|mention|state|given|have enough|enough)"
@@ -56,7 +59,7 @@ _UNANSWERABLE = re.compile(
 
 
 def _canonical(number: str) -> str | None:
-    plain = number.replace(",", "").replace("$", "")
+    plain = re.sub(r"[\s,$]", "", number)
     if re.search(r"/0+$", plain):
         return None
     value = Fraction(plain)

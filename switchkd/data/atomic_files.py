@@ -23,6 +23,7 @@ SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 """Environment variables whose values are never written to a file."""
 
 CONFIG = "config.yaml"
+PROMPTS = "prompts.sha256"
 HISTORY = ("metrics.jsonl", "rollouts.jsonl")
 QUARANTINED = "quarantined.jsonl"
 TEACHER_OUTPUT = "teacher_output"

@@ -6,6 +6,7 @@ so that a run resumes at any step. Every error names the file and, for JSONL, th
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -77,13 +78,24 @@ def load_prompts(
     return PromptSet(prompts=tuple(prompts), num_rows=len(rows), skipped=dict(skipped), num_cut=num_cut)
 
 
+def prompts_digest(*prompt_sets: PromptSet | None) -> str:
+    """A checksum of the token ids of all prompts and references, in their order."""
+    digest = hashlib.sha256()
+    for prompt_set in prompt_sets:
+        prompts = prompt_set.prompts if prompt_set else ()
+        arrays = [ids for prompt in prompts for ids in (prompt.token_ids, prompt.reference_ids)]
+        for ids in (np.array([len(ids) for ids in arrays], np.int64), *arrays):
+            digest.update(ids.tobytes())
+    return digest.hexdigest()
+
+
 def answer_end(data: DataConfig, tokenizer: Any, stop_ids: Iterable[int]) -> int:
     """The id that ends an answer: the first stop id that the chat template writes after an assistant's message, else
     the tokenizer's end-of-sequence id. Raises ConfigError where there is none."""
     if _uses_chat(data, tokenizer):
         word = "answer"
         chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": word}]
-        after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(word)[2]
+        after = _chat_text(chat, data, tokenizer).rpartition(word)[2]
         known = set(stop_ids)
         if ends := [i for i in tokenizer(after, add_special_tokens=False)["input_ids"] if i in known]:
             return ends[0]
@@ -212,9 +224,15 @@ def _templated(row: _Row, data: DataConfig, tokenizer: Any) -> str:
     if data.system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": data.system})
     try:  # templates raise for messages that they do not support (system messages, two user messages in a row)
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return _chat_text(messages, data, tokenizer, add_generation_prompt=True)
     except Exception as error:
         raise ConfigError(f"{row.where}: the chat template refuses these messages: {one_line(error)}") from None
+
+
+def _chat_text(messages: list[dict[str, str]], data: DataConfig, tokenizer: Any, **options: bool) -> str:
+    """The chat template's text, with `data.date` where it writes a date."""
+    day = {} if data.date is None else {"strftime_now": data.date.strftime}
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, **day, **options))
 
 
 def _tokenize(tokenizer: Any, texts: list[str], *, whole: bool) -> list[list[int]]:

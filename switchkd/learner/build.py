@@ -33,7 +33,7 @@ _LOSS_KEYS = {
 def build_loss(stage: StageConfig) -> LossSpec:
     """The stage's loss. Raises ConfigError that names a parameter it does not take."""
     kind = stage.loss.type
-    params = given_params(stage.loss, _LOSS_KEYS) | stage.loss.params
+    params = given_params(stage.loss, _LOSS_KEYS)
     hard_frac = params.pop("hard_frac", 0.5) if kind == "atkd" else None
     per_token = _LOSSES.get(kind) or load_user_function(kind, "loss")
     check_params(per_token, f"loss {kind}", params)

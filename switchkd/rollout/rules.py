@@ -63,7 +63,7 @@ _RULE_KEYS = {
 
 def _rule_params(stage: StageConfig) -> dict[str, Any]:
     rule, names = stage.rule, _RULE_KEYS.get(stage.rule.type, {})
-    params = {names[key]: value for key, value in given_params(rule, _RULE_KEYS).items()} | rule.params
+    params = {names.get(key, key): value for key, value in given_params(rule, _RULE_KEYS).items()}
     if rule.type == "jsd_threshold":
         params.setdefault("max_new_tokens", stage.max_new_tokens)
     return params

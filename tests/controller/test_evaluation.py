@@ -58,6 +58,17 @@ def test_rouge_l_stems_and_takes_the_best_reference():
         ("12,345,678 people", "12345678"),
         ("007", "7"),
         ("-0.125", "-0.125"),
+        ("it fell to \u22123.", "-3"),
+        ("#### \u2212$1,234", "-1234"),
+        ("10\u22125", "5"),
+        ("#### 1 234 567.50", "1234567.5"),
+        ("it costs 12\u00a0345 euros", "12345"),
+        ("it costs 1\u2009234\u2009567 euros", "1234567"),
+        ("#### 1\u202f234", "1234"),
+        ("1 2345", "2345"),
+        ("1,234 567", "567"),
+        ("12\n345", "345"),
+        ("0.5 125", "125"),
         ("#### None", None),
         ("no idea", None),
         ("5/0", None),
@@ -65,7 +76,7 @@ def test_rouge_l_stems_and_takes_the_best_reference():
     ],
 )
 def test_final_number_follows_the_mark_or_is_the_last(text, number):
-    """The number after `####`, else the last one, without commas, currency signs and trailing zeros."""
+    """The number after `####`, else the last one, without groups of digits, currency signs and trailing zeros."""
     assert final_number(text) == number
 
 

@@ -107,6 +107,15 @@ def test_too_long_sequences_are_refused(config):
     refused(r"student\.path=.* has 1024 positions, but data.max_prompt_tokens=1000 .* need 1064", check_models, wanted)
 
 
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_longrope_beyond_its_original_length_is_refused(config, tmp_path, role):
+    """Prompt and completion that exceed LongRoPE's original length are refused before anything starts."""
+    model = {role: {"path": str(save_tiny(tmp_path / "phi", "phi3"))}}
+    check_models(config(data={"max_prompt_tokens": 64}, **model))
+    message = rf"{role}\.path=.* has 128 positions in LongRoPE's .*max_prompt_tokens=65 .* need 129; lower data\.max_pr"
+    refused(message, check_models, config(data={"max_prompt_tokens": 65}, **model))
+
+
 def test_an_unreachable_hub_is_refused(config, monkeypatch):
     """A hub model that cannot be downloaded is refused with the reason."""
     import huggingface_hub
@@ -145,7 +154,10 @@ class TestRulesAndLosses:
             ({"loss": {"type": "jsd", "beta": 2}}, r"loss jsd: .*beta"),
             ({"loss": {"type": "skew_kl", "params": {"alfa": 1}}}, r"unknown parameter 'alfa'"),
             ({"loss": {"type": "atkd", "hard_frac": 2}}, r"hard_frac"),
-            ({"loss": {"type": "atkd", "params": {"direction": "up"}}}, r"direction is 'up'"),
+            ({"loss": {"type": "atkd", "params": {"direction": "reverse"}}}, r"loss\.params\.direction='reverse': "),
+            ({"loss": {"type": "atkd", "params": {"hard_frac": 0.2}}}, r"set loss\.hard_frac instead$"),
+            ({"loss": {"type": "atkd", "hard_frac": 0.5, "params": {"hard_frac": 0.2}}}, r"set loss\.hard_frac"),
+            ({"rule": {"type": "skd", "params": {"top_k": 99}}}, r"rule\.params\.top_k=99: .*set rule\.top_k instead$"),
             ({"loss": {"type": "cross_entropy"}, "rule": {"type": "student"}}, r"teaches it nothing"),
             ({"loss": {"type": "forward_kl", "lm_coef": 1}}, r"lm_coef=1 .* mix.dataset is 0"),
         ],

@@ -60,6 +60,15 @@ def test_template_replaces_the_chat_template(tmp_path, tokenizer):
     assert bare.decode(prompt.token_ids) == "x {y}"
 
 
+def test_a_chat_template_writes_the_given_date(tmp_path):
+    """A chat template that asks for today's date gets `data.date`."""
+    dated = tiny_tokenizer()
+    dated.chat_template = "{{ strftime_now('%d %b %Y') }}" + dated.chat_template
+    path = jsonl(tmp_path, {"prompt": "x", "reference": "y"})
+    (prompt,) = load(path, dated, date="2024-02-29").prompts
+    assert dated.decode(prompt.token_ids) == "29 Feb 2024<user>x<assistant>"
+
+
 def test_a_prompt_has_one_start_token(tmp_path):
     """A prompt has one start token, whether the tokenizer or the template adds it."""
     from tokenizers.processors import TemplateProcessing

@@ -50,7 +50,7 @@ def check_random_history(engine, plain, *, turns, atol):
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "phi3"])  # LongRoPE's host wait forbids CUDA graphs
 def test_random_histories_equal_clean_forwards(family, attn):
     """Random rounds of extends and cuts over random slots equal clean forward passes."""
     rng = np.random.default_rng(0)
@@ -154,6 +154,16 @@ def test_max_len_beyond_the_model_is_refused():
     """A max_len beyond the model's positions is refused with the keys to lower."""
     with pytest.raises(ConfigError, match="max_prompt_tokens"):
         ModelRunner(tiny_model("gpt2", n_positions=32), num_slots=1, max_len=33)
+
+
+def test_longrope_ends_at_its_original_length():
+    """LongRoPE rows up to the original length equal clean forward passes; a longer max_len is refused."""
+    engine, plain = ModelRunner(tiny_model("phi3"), num_slots=2, max_len=128), tiny_model("phi3")
+    rows = [np.random.default_rng(n).integers(0, 128, n) for n in (128, 30)]
+    for row, got in zip(rows, extend(engine, [0, 1], [0, 0], rows), strict=True):
+        torch.testing.assert_close(got, clean(plain, row), atol=2e-5, rtol=0)
+    with pytest.raises(ConfigError, match=r"129 tokens, phi3 model has 128 positions in LongRoPE's .*prompt_tokens"):
+        ModelRunner(tiny_model("phi3"), num_slots=2, max_len=129)
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "qwen2_windows"])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 
 from switchkd.algo import switching
 from switchkd.tools.bench.lower_bound import StepCosts, row_bound_s, row_steady_s
+from switchkd.tools.bench.switching import RULES, SMOKE, Engines, agreements
 from switchkd.types import CompletionSource, Rollout
 
 COSTS = StepCosts(
@@ -17,8 +18,14 @@ COSTS = StepCosts(
 )
 
 
-def rollout(owned: list[int], threshold: float = 0.5) -> Rollout:
-    num = len(owned)
+@pytest.fixture(scope="module")
+def engines(models) -> Engines:
+    """Two tiny models in fp32, with 4 prompts."""
+    load = replace(SMOKE, tokens=24)
+    return Engines(str(models / "teacher"), str(models / "student"), device="cpu", dtype="float32", load=load)
+
+
+def rollout(num: int, threshold: float = 0.5) -> Rollout:
     return Rollout(
         rollout_id=0,
         batch=0,
@@ -27,7 +34,7 @@ def rollout(owned: list[int], threshold: float = 0.5) -> Rollout:
         completion_source=CompletionSource.ROLLOUT,
         prompt_ids=np.zeros(1, np.int32),
         token_ids=np.zeros(num, np.int32),
-        sources=np.array(owned, np.uint8),
+        sources=np.zeros(num, np.uint8),
         weight_versions=np.zeros(num, np.int32),
         statistic=np.zeros(num, np.float32),
         threshold=np.full(num, threshold, np.float32),
@@ -37,22 +44,22 @@ def rollout(owned: list[int], threshold: float = 0.5) -> Rollout:
     )
 
 
-def slow_bound_s(owned: list[int], differ: list[bool], t: int = 0) -> float:
+def slow_bound_s(rejected: dict[str, np.ndarray], t: int = 0) -> float:
     """Slow reference: try all sequences of rounds."""
-    num = len(owned)
+    num = len(rejected["student"])
     if t == num:
         return 0.0
-    found = [COSTS.student + COSTS.read[1] + COSTS.decide + slow_bound_s(owned, differ, t + 1)]
-    for size, teacher in itertools.product(COSTS.read, (False, True)):
+    found = [COSTS.student + COSTS.read[1] + COSTS.decide + slow_bound_s(rejected, t + 1)]
+    for size, drafter in itertools.product(COSTS.read, rejected):
         if size > num - t:
             continue
         emitted = 0
         for i in range(t, t + size):
             emitted += 1
-            if differ[i] and bool(owned[i]) != teacher:
+            if rejected[drafter][i]:
                 break
-        step, block = (COSTS.write, COSTS.check) if teacher else (COSTS.student, COSTS.read)
-        found.append(size * step + block[size] + emitted * COSTS.decide + slow_bound_s(owned, differ, t + emitted))
+        step, block = (COSTS.write, COSTS.check) if drafter == "teacher" else (COSTS.student, COSTS.read)
+        found.append(size * step + block[size] + emitted * COSTS.decide + slow_bound_s(rejected, t + emitted))
     return min(found)
 
 
@@ -60,28 +67,39 @@ def slow_bound_s(owned: list[int], differ: list[bool], t: int = 0) -> float:
 def test_the_bound_equals_an_exhaustive_search(seed: int) -> None:
     """Dynamic programming gives the cost that a search over all sequences of rounds gives."""
     rng = np.random.default_rng(seed)
-    owned, differ = rng.integers(0, 2, 8).tolist(), (rng.random(8) < 0.5).tolist()
-    rule = switching.jsd_threshold()
-    assert row_bound_s(rollout(owned), np.array(differ), COSTS, rule) == pytest.approx(slow_bound_s(owned, differ))
+    rejected = {drafter: rng.random(8) < 0.3 for drafter in ("student", "teacher")}
+    assert row_bound_s(rollout(8), rejected, COSTS, switching.jsd_threshold()) == pytest.approx(slow_bound_s(rejected))
+
+
+@pytest.mark.parametrize(
+    ("drafter", "by_hand"),
+    [
+        ("student", (4 * 1.0 + 2.1 + 3 * 0.1) + (2 * 1.0 + 1.7 + 2 * 0.1) + (1.0 + 1.5 + 0.1)),
+        ("teacher", (4 * 1.5 + 1.6 + 3 * 0.1) + (2 * 1.5 + 1.2 + 2 * 0.1) + (1.5 + 1.0 + 0.1)),
+    ],
+)
+def test_a_fixed_draft_costs_what_a_hand_calculation_gives(drafter: str, by_hand: float) -> None:
+    """Rounds of 4 with a rejection at the third token, then rounds of the rest, cost what a hand calculation gives."""
+    rejected = {"student": np.zeros(6, bool), "teacher": np.zeros(6, bool)}
+    rejected[drafter][2] = True
+    found = row_steady_s(rollout(6), rejected, COSTS, switching.jsd_threshold(), drafter, 4)
+    assert found == pytest.approx(by_hand)
+    assert found >= row_bound_s(rollout(6), rejected, COSTS, switching.jsd_threshold())
 
 
 @pytest.mark.parametrize("drafter", ["student", "teacher"])
-def test_a_fixed_draft_costs_what_a_hand_calculation_gives(drafter: str) -> None:
-    """Rounds of 4 with a rejection at the third token, then rounds of the rest, cost what a hand calculation gives."""
-    owned, differ = [1, 1, 1, 1, 1, 1], [False, False, True, False, False, False]
-    if drafter == "teacher":  # rejects where the student owns
-        owned = [1 - each for each in owned]
-        by_hand = (4 * 1.5 + 1.6 + 3 * 0.1) + (2 * 1.5 + 1.2 + 2 * 0.1) + (1.5 + 1.0 + 0.1)
-    else:
-        by_hand = (4 * 1.0 + 2.1 + 3 * 0.1) + (2 * 1.0 + 1.7 + 2 * 0.1) + (1.0 + 1.5 + 0.1)
-    rule = switching.jsd_threshold()
-    found = row_steady_s(rollout(owned), np.array(differ), COSTS, rule, drafter, 4)
-    assert found == pytest.approx(by_hand) and found >= row_bound_s(rollout(owned), np.array(differ), COSTS, rule)
+@pytest.mark.parametrize("rule", ["switch", "skd"])
+def test_drafts_are_rejected_where_the_generator_rejects_them(rule: str, drafter: str, engines: Engines) -> None:
+    """The rejections that the bound reads are those of a generator with that drafter, for every rollout."""
+    params = engines.params(RULES[rule][0]())
+    _, rollouts = engines.timed(engines.generator(drafter), params)
+    found = [int(read.rejected[drafter].sum()) for read in agreements(engines, rollouts, params)]
+    assert found == [rollout.stats.num_rejections for rollout in rollouts] and sum(found) > 5
 
 
 def test_a_teacher_only_row_has_no_checks() -> None:
     """A row that only the teacher writes costs its steps and no check."""
-    found = row_bound_s(rollout([1] * 8, threshold=-np.inf), np.zeros(8, bool), COSTS, switching.kl_spike())
+    found = row_bound_s(rollout(8, threshold=-np.inf), {}, COSTS, switching.kl_spike())
     assert found == pytest.approx(8 * COSTS.write)
 
 

@@ -29,6 +29,7 @@ from switchkd.engines.hf.kv_cache import (
     use_grouped_sdpa,
 )
 from switchkd.engines.models.lm_head import final_hidden, own_logits
+from switchkd.engines.models.loading import position_limit
 
 Output = Literal["hidden_states", "logits"]
 
@@ -43,11 +44,11 @@ class ModelRunner:
 
     def __init__(self, model: Any, *, num_slots: int, max_len: int, prefill_chunk: int = 512,
                  output: Output = "hidden_states", capture: Capture | None = None) -> None:  # fmt: skip
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limit, positions = position_limit(model.config, slots=True)
         if limit and max_len > limit:
             raise ConfigError(
                 f"prompt and completion may take {max_len} tokens, {model.config.model_type} model has {limit} "
-                f"positions; lower data.max_prompt_tokens or max_new_tokens"
+                f"{positions}; lower data.max_prompt_tokens or max_new_tokens"
             )
         use_grouped_sdpa(model)
         self.model, self.output = model, output

@@ -150,6 +150,22 @@ def check_attention(config: Any, attn: str, name: str, key: str = "attn") -> Non
         raise ConfigError(f"{key}=sdpa leaves out the soft-cap ({cap}) of {name}'s attention scores; set attn: eager")
 
 
+def position_limit(config: Any, *, slots: bool) -> tuple[int | None, str]:
+    """The number of positions that a row may take, None for any, and what they are called in an error.
+
+    In a cache of `slots` LongRoPE ends at its original length: a longer row changes the frequencies of all rows of its
+    call, and those that their cached keys were made with.
+    """
+    text = config.get_text_config(decoder=True)
+    limit, rope = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None) or {}
+    for group in [rope, *(value for value in rope.values() if isinstance(value, dict))]:  # some have one a layer type
+        if slots and group.get("rope_type", group.get("type")) == "longrope":
+            original = group.get("original_max_position_embeddings") or text.original_max_position_embeddings
+            if limit is None or original < limit:
+                return original, "positions in LongRoPE's original length (a longer row changes its whole batch)"
+    return limit, "positions"
+
+
 def read_tokenizer(section: ModelConfig, key: str) -> Any:
     """The tokenizer of a config's model; `key` names its path. Raises ConfigError, without delay also if offline."""
     _fetch_small_files(section, key)

@@ -1,14 +1,14 @@
 """Computes the least time in which a set of rollouts could be generated: the bound of `bench switching`.
 
-In: finished rollouts with, for every token, its owner and whether both models' keyed draws differ there; the measured
-costs of steps and blocks. Out: seconds. Each row costs its share of a full batch; partly filled batches, mixed drafts,
+In: finished rollouts with, for every token, whether a draft of either model is rejected there; the measured costs of
+steps and blocks. Out: seconds. Each row costs its share of a full batch; partly filled batches, mixed drafts,
 admissions and bookkeeping are losses against the bound.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from statistics import fmean
 from typing import Any
@@ -22,7 +22,7 @@ from switchkd.algo.switching import Rule
 from switchkd.engines.hf.student import HFStudent
 from switchkd.engines.hf.teacher import HFTeacher
 from switchkd.rollout.speculation import SIZES
-from switchkd.types import Blocks, Prompt, Ragged, Rollout, Sessions, TokenSource, WriteRequest
+from switchkd.types import Blocks, Prompt, Ragged, Rollout, Sessions, WriteRequest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,15 +140,16 @@ def _median(call: Callable[[], Any], repeats: int = 3) -> float:
 def bound_s(rollouts: Sequence[Rollout], reads: Sequence[Any], costs: StepCosts, rule: Rule) -> float:
     """Seconds if every round of every row had been the best one, known in hindsight."""
     return sum(
-        len(rollout.prompt_ids) * costs.prompt + row_bound_s(rollout, read.differ, costs, rule)
+        len(rollout.prompt_ids) * costs.prompt + row_bound_s(rollout, read.rejected, costs, rule)
         for rollout, read in zip(rollouts, reads, strict=True)
     )
 
 
-def row_bound_s(rollout: Rollout, differ: np.ndarray, costs: StepCosts, rule: Rule) -> float:
-    """Minimize over the three kinds of the next round, by dynamic programming from the last token to the first."""
+def row_bound_s(rollout: Rollout, rejected: Mapping[str, np.ndarray], costs: StepCosts, rule: Rule) -> float:
+    """Minimize over the three kinds of the next round, by dynamic programming from the last token to the first.
+    `rejected`: by drafter, whether its token of a position is not the rollout's, bool [T]."""
     num = rollout.num_tokens
-    teacher_only, ends = _course(rollout, differ, rule)
+    teacher_only, ends = _course(rollout, rejected, rule)
     best = np.zeros(num + 1)
     for t in range(num - 1, -1, -1):
         if teacher_only[t]:
@@ -171,14 +172,16 @@ def steady_s(rollouts: Sequence[Rollout], reads: Sequence[Any], costs: StepCosts
     ways = [("student", size) for size in costs.read] + [("teacher", size) for size in costs.check]
     pairs = list(zip(rollouts, reads, strict=True))
     return prompts + min(
-        sum(row_steady_s(rollout, read.differ, costs, rule, drafter, most) for rollout, read in pairs)
+        sum(row_steady_s(rollout, read.rejected, costs, rule, drafter, most) for rollout, read in pairs)
         for drafter, most in ways
     )
 
 
-def row_steady_s(rollout: Rollout, differ: np.ndarray, costs: StepCosts, rule: Rule, drafter: str, most: int) -> float:
+def row_steady_s(
+    rollout: Rollout, rejected: Mapping[str, np.ndarray], costs: StepCosts, rule: Rule, drafter: str, most: int
+) -> float:
     """Return one row's seconds where `drafter` drafts every round, with blocks of `most` tokens or of those left."""
-    teacher_only, ends = _course(rollout, differ, rule)
+    teacher_only, ends = _course(rollout, rejected, rule)
     step, block = (costs.write, costs.check) if drafter == "teacher" else (costs.student, costs.read)
     t, seconds = 0, 0.0
     while t < rollout.num_tokens:
@@ -191,11 +194,13 @@ def row_steady_s(rollout: Rollout, differ: np.ndarray, costs: StepCosts, rule: R
     return seconds
 
 
-def _course(rollout: Rollout, differ: np.ndarray, rule: Rule) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _course(
+    rollout: Rollout, rejected: Mapping[str, np.ndarray], rule: Rule
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return, for each token, whether only the teacher writes from it on, and where each drafter's block ends."""
-    owned = rollout.sources == TokenSource.TEACHER
-    teacher_only = np.isneginf(rollout.threshold) if rule.teacher_only is not None else np.zeros(len(owned), bool)
-    return teacher_only, {"student": _next(owned & differ), "teacher": _next(~owned & differ)}
+    num = rollout.num_tokens
+    teacher_only = np.isneginf(rollout.threshold) if rule.teacher_only is not None else np.zeros(num, bool)
+    return teacher_only, {drafter: _next(tokens) for drafter, tokens in rejected.items()}
 
 
 def _next(rejected: np.ndarray) -> np.ndarray:

@@ -4,8 +4,8 @@ In: a teacher, a student, prompts. Out: a Table, one row per rule. All sides gen
 at temperature 1, with the same limit, batch and dtype, in turns (A B C, C B A, ...) after a warm-up.
 
 The bound is the hindsight optimum: for every rollout the cheapest sequence of rounds (drafted by the student, by the
-teacher, or without a draft), by dynamic programming over the recorded owners and agreements. The costs of full batches
-are measured before and after every turn, since a shared machine's speed drifts.
+teacher, or without a draft), by dynamic programming over the positions at which a draft of each model is rejected. The
+costs of full batches are measured before and after every turn, since a shared machine's speed drifts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from switchkd.algo import divergence, switching
-from switchkd.algo.sampling import Purpose, SamplingParams, draw
+from switchkd.algo.sampling import SamplingParams, draw
 from switchkd.config.errors import ConfigError
 from switchkd.engines.hf.student import HFStudent
 from switchkd.engines.hf.teacher import HFTeacher
@@ -210,13 +210,17 @@ def _per_token(rollouts: Sequence[Rollout], num_tokens: int) -> dict[str, Cell]:
 class Read:
     """Both models' agreement on a finished rollout of T tokens."""
 
-    differ: np.ndarray  # whether their keyed draws differ, bool [T]
+    rejected: dict[str, np.ndarray]  # by drafter: whether its token of a position is not the rollout's, bool [T]
     agree: np.ndarray  # whether their most likely ids are equal, bool [T]
 
 
 @torch.inference_mode()
 def agreements(engines: Engines, rollouts: Sequence[Rollout], params: RolloutParams) -> list[Read]:
-    """Compare both models at every position. SKD's replacement never equals the draft by sharing noise."""
+    """Compare both models at every position with each other, and their drafts with the rollout.
+
+    Both draft with one noise. A model's own token is its draft, except where the teacher replaces with noise of another
+    purpose (SKD); only there it is compared, so that rounding rejects nothing.
+    """
     reads, reader = [], TeacherLogits(engines.head, engines.device)
     for rollout in rollouts:
         num = rollout.num_tokens
@@ -226,13 +230,16 @@ def agreements(engines: Engines, rollouts: Sequence[Rollout], params: RolloutPar
         assert rollout.teacher_output is not None
         reader.set_format(rollout.teacher_output)
         p_logits = reader.logits(rollout.teacher_output.rows.values)
-        key = {"run_seed": params.seed, "rollout_ids": [rollout.rollout_id] * num, "positions": range(num)}
-        purposes = (params.rule.replacement, Purpose.GUMBEL)
-        of_teacher, of_student = (
-            draw(logits, purpose=purpose, sampling=SamplingParams(), **key)  # type: ignore[call-overload]
-            for logits, purpose in zip((p_logits, q_logits), purposes, strict=True)
-        )
-        reads.append(Read(of_teacher != of_student, divergence.agreement(p_logits, q_logits).cpu().numpy()))
+        by_teacher = rollout.sources == TokenSource.TEACHER
+        others = {"student": by_teacher, "teacher": ~by_teacher | (params.rule.replacement != params.purpose)}
+        rejected = {}
+        for drafter, logits in (("student", q_logits), ("teacher", p_logits)):
+            drafted = draw(
+                logits, run_seed=params.seed, rollout_ids=[rollout.rollout_id] * num, positions=range(num),
+                purpose=params.purpose, sampling=getattr(params, drafter),
+            )  # fmt: skip
+            rejected[drafter] = others[drafter] & (drafted != rollout.token_ids)
+        reads.append(Read(rejected, divergence.agreement(p_logits, q_logits).cpu().numpy()))
     return reads
 
 
