@@ -167,7 +167,7 @@ def slow_rollout(a_mode: RolloutParams, rollout_id: int, k: int) -> tuple[list[i
                 drafted=torch.tensor([drafted]),
                 coins=torch.from_numpy(coin(a_mode.seed, [rollout_id], [t])),
             )
-        threshold = rule.threshold(torch.tensor([t]), 0, memory)
+        threshold = rule.threshold(torch.tensor([t]), torch.tensor([0]), memory)
         memory = rule.update(memory, statistic, threshold)
         owner = TokenSource.TEACHER if bool(statistic > threshold) else TokenSource.STUDENT
         token = drafted
