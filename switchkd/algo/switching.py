@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from switchkd.algo import divergence
-from switchkd.algo.sampling import Purpose
+from switchkd.algo.noise import Purpose
 
 _DIVERGENCES = {"kl": divergence.forward_kl, "reverse_kl": divergence.reverse_kl, "jsd": divergence.jsd}
 _SCHEDULES = ("exponential", "linear", "constant", "exponential_growth")

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from switchkd.algo.sampling import Purpose, SamplingParams
+from switchkd.algo.noise import Purpose
+from switchkd.algo.sampling import SamplingParams
 from switchkd.algo.switching import Rule, init_memory
 from switchkd.rollout.top_logprobs import TopTokens, top_logprobs
 from switchkd.types import CompletionSource, Ragged, Rollout, RolloutStats, RolloutTask, TeacherOutput, TokenSource

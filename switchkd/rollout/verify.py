@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from switchkd.algo.losses import uncertainty
-from switchkd.algo.sampling import Purpose, SamplingParams, coin, draw
+from switchkd.algo.noise import Purpose, coin
+from switchkd.algo.sampling import SamplingParams, draw
 from switchkd.algo.switching import Rule
 from switchkd.algo.topk import TopK, coarse_grain, kept, spread
 from switchkd.rollout.state import RolloutState

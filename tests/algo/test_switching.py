@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from switchkd.algo import divergence, sampling, switching
-from switchkd.algo.sampling import Purpose
+from switchkd.algo import divergence, switching
+from switchkd.algo.noise import Purpose, coin
 from switchkd.algo.switching import Rule
 
 torch.set_num_threads(1)
@@ -34,7 +34,7 @@ def rollout(num: int = 60, vocab: int = 40, apart: float = 1.0, seed: int = 0) -
     size = torch.rand(num, 1, generator=generator) ** 3 * 3 * apart
     q = p + size * torch.randn(num, vocab, generator=generator)
     drafted = torch.randint(vocab, (num,), generator=generator)
-    return p, q, drafted, torch.from_numpy(sampling.coin(seed, [0] * num, range(num)))
+    return p, q, drafted, torch.from_numpy(coin(seed, [0] * num, range(num)))
 
 
 def test_student_and_teacher_write_every_token() -> None:

@@ -14,7 +14,8 @@ from scipy import stats
 from toy import STOP, VOCAB, ToyStudent, ToyTeacher, pair, rows_of, task
 
 from switchkd.algo import divergence, switching
-from switchkd.algo.sampling import Purpose, SamplingParams, coin, gumbel, noise_bits
+from switchkd.algo.noise import Purpose, coin, gumbel, noise_bits
+from switchkd.algo.sampling import SamplingParams
 from switchkd.rollout.generator import GenerationRequest, SwitchingGenerator
 from switchkd.rollout.state import RolloutParams
 from switchkd.rollout.worker import RolloutWorker

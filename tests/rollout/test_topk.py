@@ -15,7 +15,8 @@ from toy import STOP, VOCAB, ToyStudent, ToyTeacher, pair, rows_of, task
 
 from switchkd.algo import divergence, switching
 from switchkd.algo.losses import uncertainty
-from switchkd.algo.sampling import Purpose, SamplingParams, coin, gumbel, noise_bits
+from switchkd.algo.noise import Purpose, coin, gumbel, noise_bits
+from switchkd.algo.sampling import SamplingParams
 from switchkd.algo.topk import compress, kept, pack, spread, unpack
 from switchkd.engines.hf.teacher import HFTeacher
 from switchkd.rollout.generator import GenerationRequest, SwitchingGenerator
