@@ -135,7 +135,7 @@ class WriteRequest:
     rollout_ids: np.ndarray  # int64 [B]
     positions: np.ndarray  # int32 [B], completion index of the first written token
     run_seed: int
-    purpose: int  # of sampling.Purpose
+    purpose: int  # of algo.noise.Purpose
     temperature: float
     top_p: float
     top_k: int

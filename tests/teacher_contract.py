@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from switchkd.algo.sampling import Purpose, SamplingParams, draw
+from switchkd.algo.noise import Purpose
+from switchkd.algo.sampling import SamplingParams, draw
 from switchkd.engines.base import Teacher, TeacherBusy, UnknownSession
 from switchkd.types import Blocks, Ragged, Sessions, TeacherOutput, WriteRequest
 

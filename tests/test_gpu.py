@@ -20,7 +20,8 @@ from test_rollout import MAX_NEW, RULES, SAMPLINGS
 from test_slot_cache import check_random_history, clean, extend
 from tiny import EOS, NUM_TOKENS, tiny_model
 
-from switchkd.algo.sampling import Purpose, SamplingParams, draw
+from switchkd.algo.noise import Purpose
+from switchkd.algo.sampling import SamplingParams, draw
 from switchkd.algo.transfer import to_host
 from switchkd.engines.hf import cuda_graphs, model_runner
 from switchkd.engines.hf.cuda_graphs import CudaCapture, StepGraphs, capture_for

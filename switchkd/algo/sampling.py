@@ -10,17 +10,15 @@ In: logits [N, V] and the key of each row. Out: token ids [N]. Equal values are 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import IntEnum
 from typing import Literal, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from switchkd.algo.noise import UNIT, WORD, Purpose, gumbel, noise_bits
 from switchkd.algo.transfer import to_device, to_host
 
-_WORD = 2**64 - 1
-_UNIT = 2.0**-53
 _MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)  # Philox4x64 (Salmon et al., SC 2011)
 _WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 _ROUNDS = 10
@@ -28,15 +26,6 @@ _DEPTH = 5.0  # nats below the best logit within which entries are scored first 
 _MAX_SCORED = 2048  # ... and their largest number; both change the speed only
 _NUCLEUS_DEPTHS = (2.0, 4.0, 8.0, 16.0, math.inf)  # nats below the best logit, tried in turn for the nucleus
 _TIE = 1e-12  # of the mass: a nucleus that ends exactly on top_p must not depend on the order of a summation
-
-
-class Purpose(IntEnum):
-    """The purpose of a random number. Each purpose has an independent noise stream."""
-
-    GUMBEL = 0
-    COIN = 1
-    SKD = 2
-    EVAL = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,21 +54,10 @@ def within_top(sampling: SamplingParams, k: int) -> SamplingParams:
     return replace(sampling, top_k=min(sampling.top_k or k, k))
 
 
-# --- noise -----------------------------------------------------------------------------------------------------------
+# --- noise on a device -----------------------------------------------------------------------------------------------
 
 
-def noise_bits(run_seed: int, rollout_id: int, position: int, purpose: int, num: int) -> np.ndarray:
-    """The stream of one key, uint64 [num]; token id = index, so a shorter stream is a prefix of a longer one.
-
-    Philox4x64-10 keyed by (run seed, rollout id). Position and purpose are the high half of the 256-bit counter and the
-    stream counts in the low half, so no two keys share a block. Negative numbers wrap to 64 bits.
-    """
-    key = np.array([run_seed & _WORD, rollout_id & _WORD], dtype=np.uint64)
-    counter = np.array([0, 0, position & _WORD, purpose & _WORD], dtype=np.uint64)
-    return np.random.Philox(key=key, counter=counter).random_raw(num)
-
-
-def noise_bits_torch(run_seed: int, rollout_ids: Tensor, positions: Tensor, purpose: int, num: int) -> Tensor:
+def noise_bits_torch(run_seed: int, rollout_ids: Tensor, positions: Tensor, purpose: Purpose, num: int) -> Tensor:
     """`noise_bits` of many keys on any device: int64 [N], int64 [N] -> int64 [N, num], the same 64 bits."""
     num_blocks = -(-num // 4)
     # numpy steps the counter before its first block
@@ -98,7 +76,7 @@ def noise_bits_torch(run_seed: int, rollout_ids: Tensor, positions: Tensor, purp
 
 def _signed(word: int) -> int:
     """The int64 with the 64 low bits of `word`."""
-    word &= _WORD
+    word &= WORD
     return word - 2**64 if word >= 2**63 else word
 
 
@@ -112,23 +90,10 @@ def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     return a_high * b_high + ((middle >> 32) & low) + ((cross >> 32) & low), a * _signed(b)
 
 
-def gumbel(bits: np.ndarray) -> np.ndarray:
-    """Gumbel numbers, float64, of uint64 bits: -log(-log U), U = top 53 bits in [0, 1). U = 0 gives -inf."""
-    with np.errstate(divide="ignore"):
-        return -np.log(-np.log((bits >> np.uint64(11)) * _UNIT))
-
-
 def gumbel_torch(bits: Tensor) -> Tensor:
     """`gumbel` of an int64 bit pattern, float64, on its device."""
-    uniform = ((bits >> 11) & (2**53 - 1)).double() * _UNIT
+    uniform = ((bits >> 11) & (2**53 - 1)).double() * UNIT
     return -torch.log(-torch.log(uniform))
-
-
-def coin(run_seed: int, rollout_ids: Sequence[int] | np.ndarray, positions: Sequence[int] | np.ndarray) -> np.ndarray:
-    """One uniform number in [0, 1) per (rollout, position), float64 [N]: the coin of `random` and `mixture`."""
-    keys = zip(rollout_ids, positions, strict=True)
-    bits = [noise_bits(run_seed, int(r), int(t), Purpose.COIN, 1)[0] for r, t in keys]
-    return (np.array(bits, dtype=np.uint64) >> np.uint64(11)) * _UNIT
 
 
 # --- draws -----------------------------------------------------------------------------------------------------------
@@ -141,7 +106,7 @@ def draw(
     run_seed: int,
     rollout_ids: Sequence[int] | np.ndarray,
     positions: Sequence[int] | np.ndarray,
-    purpose: int,
+    purpose: Purpose,
     sampling: SamplingParams,
     return_margin: Literal[False] = False,
 ) -> np.ndarray: ...
@@ -154,7 +119,7 @@ def draw(
     run_seed: int,
     rollout_ids: Sequence[int] | np.ndarray,
     positions: Sequence[int] | np.ndarray,
-    purpose: int,
+    purpose: Purpose,
     sampling: SamplingParams,
     return_margin: Literal[True],
 ) -> tuple[np.ndarray, np.ndarray]: ...
@@ -166,7 +131,7 @@ def draw(
     run_seed: int,
     rollout_ids: Sequence[int] | np.ndarray,
     positions: Sequence[int] | np.ndarray,
-    purpose: int,
+    purpose: Purpose,
     sampling: SamplingParams,
     return_margin: bool = False,
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
@@ -186,13 +151,13 @@ def draw(
         tokens, margins = np.empty(len(positions), dtype=np.int64), np.empty(len(positions))
         rows = logits.detach().float().contiguous().numpy()
         for n, (row, rollout_id, position) in enumerate(zip(rows, rollout_ids, positions, strict=True)):
-            key = (run_seed, int(rollout_id), int(position), int(purpose))
+            key = (run_seed, int(rollout_id), int(position), purpose)
             tokens[n], margins[n] = draw_row(row, key, sampling, exact_margin=return_margin)
     return (tokens, margins) if return_margin else tokens
 
 
 def draw_row(
-    row: np.ndarray, key: tuple[int, int, int, int], sampling: SamplingParams, *, exact_margin: bool
+    row: np.ndarray, key: tuple[int, int, int, Purpose], sampling: SamplingParams, *, exact_margin: bool
 ) -> tuple[int, float]:
     """Draw from one float32 row [V] with the noise of `key` = (run seed, rollout id, position, purpose).
 
@@ -308,7 +273,7 @@ def draw_there(
     rollout_ids: Sequence[int] | np.ndarray,
     positions: Sequence[int] | np.ndarray,
     *,
-    purpose: int,
+    purpose: Purpose,
     sampling: SamplingParams,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`draw` on the logits' device: one copy of the keys to it, one of tokens and margins (16 bytes a row) back."""
@@ -319,7 +284,7 @@ def draw_there(
 
 
 def draw_on_device(
-    logits: Tensor, run_seed: int, rollout_ids: Tensor, positions: Tensor, *, purpose: int, sampling: SamplingParams
+    logits: Tensor, run_seed: int, rollout_ids: Tensor, positions: Tensor, *, purpose: Purpose, sampling: SamplingParams
 ) -> tuple[Tensor, Tensor]:
     """`draw` in plain torch operations, without pruning or a copy to the host: (token ids int64 [N], margin [N])."""
     values = logits.detach().float()

@@ -3,12 +3,12 @@
 A rule is three small functions, and the teacher writes token t iff statistic > threshold (strictly):
 
     statistic(p_logits=[N, V], q_logits=[N, V], drafted=int64 [N], coins=float64 [N]) -> float64 [N]
-    threshold(t int64 [B], step int, memory float64 [B, M]) -> float64 [B]
+    threshold(t int64 [B], step int64 [B], memory float64 [B, M]) -> float64 [B]
     update(memory [B, M], statistic [B], threshold [B]) -> the memory [B, M] after this token
 
 p = teacher, q = student, temperature 1, not truncated; t = index of the completion token, 0 for the first; step =
-training step. The statistic's arguments are passed by name, the others by position. `threshold` depends on the tokens
-before t only. A user's rule is any function that returns a Rule:
+training step of each row's rollout, 0 for the first of its stage. The statistic's arguments are passed by name, the
+others by position. `threshold` depends on the tokens before t only. A user's rule is any function that returns a Rule:
 
     def entropy_limit(*, nats: float = 2.0) -> Rule:
         '''The teacher writes where the student's entropy exceeds `nats`.'''
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from switchkd.algo import divergence
-from switchkd.algo.sampling import Purpose
+from switchkd.algo.noise import Purpose
 
 _DIVERGENCES = {"kl": divergence.forward_kl, "reverse_kl": divergence.reverse_kl, "jsd": divergence.jsd}
 _SCHEDULES = ("exponential", "linear", "constant", "exponential_growth")
@@ -111,7 +111,7 @@ def _coin(*, p_logits: Tensor | None, q_logits: Tensor | None, drafted: Tensor, 
     return 1 - coins
 
 
-def _fixed(t: Tensor, step: int, memory: Tensor, *, value: float) -> Tensor:
+def _fixed(t: Tensor, step: Tensor, memory: Tensor, *, value: float) -> Tensor:
     return torch.full(t.shape, value, dtype=torch.float64, device=t.device)
 
 
@@ -159,7 +159,7 @@ def _jsd(*, p_logits: Tensor, q_logits: Tensor, drafted: Tensor, coins: Tensor, 
 
 
 def _tau(
-    t: Tensor, step: int, memory: Tensor, *, schedule: str, tau_0: float, decay: float, max_new_tokens: int
+    t: Tensor, step: Tensor, memory: Tensor, *, schedule: str, tau_0: float, decay: float, max_new_tokens: int
 ) -> Tensor:
     index = t.double()
     if schedule == "exponential":
@@ -203,7 +203,7 @@ def _divergence(*, p_logits: Tensor, q_logits: Tensor, drafted: Tensor, coins: T
     return divergence.per_row(_DIVERGENCES[name], p_logits, q_logits)
 
 
-def _spike(t: Tensor, step: int, memory: Tensor, *, K: float, num_needed: int) -> Tensor:
+def _spike(t: Tensor, step: Tensor, memory: Tensor, *, K: float, num_needed: int) -> Tensor:
     values, known, switched = memory[:, :-2], memory[:, -2], memory[:, -1].bool()
     limit = K * values.sum(dim=-1) / known.clamp(min=1)  # unknown values are zero
     return limit.masked_fill(known < num_needed, math.inf).masked_fill(switched, -math.inf)
@@ -262,10 +262,10 @@ def with_step_schedule(rule: Rule, *, start: float, end: float, steps: int) -> R
 
 
 def _scaled(
-    t: Tensor, step: int, memory: Tensor, *, base: Callable[..., Tensor], start: float, end: float, steps: int
+    t: Tensor, step: Tensor, memory: Tensor, *, base: Callable[..., Tensor], start: float, end: float, steps: int
 ) -> Tensor:
     threshold = base(t, step, memory)
-    factor = start + (end - start) * min(max(step / steps, 0.0), 1.0)
+    factor = start + (end - start) * (step.double() / steps).clamp(0, 1)
     return torch.where(threshold.isfinite(), threshold * factor, threshold)
 
 

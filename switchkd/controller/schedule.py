@@ -13,9 +13,10 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
+from switchkd.algo.noise import Purpose, coin
 from switchkd.config.schema import MixConfig, StageConfig
 from switchkd.controller.adaptive import BUFFERED, GENERATED, MIXED, AdaptiveSchedule
-from switchkd.data.prompts import ORIGIN_OF_BATCH, ORIGIN_OF_ROLLOUT, PromptStream, random_words
+from switchkd.data.prompts import PromptStream
 from switchkd.types import CompletionSource, RolloutTask
 
 
@@ -93,8 +94,8 @@ class Schedule:
         if source != MIXED:
             return CompletionSource.ROLLOUT if source == GENERATED else CompletionSource.DATASET
         if mix.drawn == "per_batch":
-            return _draw_source(mix, _coin(self.seed, step, ORIGIN_OF_BATCH))
-        return _draw_source(mix, _coin(self.seed, rollout_id, ORIGIN_OF_ROLLOUT))
+            return _draw_source(mix, self._coin(step, Purpose.BATCH_SOURCE))
+        return _draw_source(mix, self._coin(rollout_id, Purpose.ROLLOUT_SOURCE))
 
     def student_writes(self, step: int) -> bool:
         """Whether the student writes a part of any completion of a step."""
@@ -123,8 +124,7 @@ class Schedule:
                 self.adaptive.skip()
                 continue
             done = undecided - (self.stage_ends[self.stage_index(undecided)] - stage.steps)
-            coin = _coin(self.seed, undecided, ORIGIN_OF_BATCH)
-            self.adaptive.decide(coin, done / stage.steps, stage.batch_size)
+            self.adaptive.decide(self._coin(undecided, Purpose.ADAPTIVE_SOURCE), done / stage.steps, stage.batch_size)
         return self.adaptive.sources[step]
 
     def record_validation_loss(self, step: int, loss: float) -> str:
@@ -148,6 +148,9 @@ class Schedule:
         falling = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
         return stage.lr * (stage.min_lr_frac + (1 - stage.min_lr_frac) * falling[stage.scheduler])
 
+    def _coin(self, index: int, purpose: Purpose) -> float:
+        return float(coin(self.seed, [index], [0], purpose)[0])
+
     def _check_step(self, step: int) -> None:
         if not 0 <= step < self.num_steps:
             raise IndexError(f"step {step} is outside this run's 0 to {self.num_steps - 1}")
@@ -163,8 +166,3 @@ def _draw_source(mix: MixConfig, coin: float) -> CompletionSource:
     ends = accumulate(shares[source] / sum(shares.values()) for source in present)
     # rounding may leave the last end below 1: the last source takes the rest
     return next((source for source, end in zip(present[:-1], ends, strict=False) if coin < end), present[-1])
-
-
-def _coin(seed: int, index: int, purpose: int) -> float:
-    """A number in [0, 1) with 53 random bits, a function of the arguments only."""
-    return (int(random_words(seed, index, purpose, 1)[0]) >> 11) * 2.0**-53

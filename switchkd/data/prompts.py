@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from switchkd.algo.noise import Purpose, noise_bits
 from switchkd.config.errors import ConfigError, one_line
 from switchkd.config.schema import Config, DataConfig
 from switchkd.data.dataset import Record, read_records
 from switchkd.types import Prompt
 
 TOO_LONG, EMPTY, NO_REFERENCE = "over max_prompt_tokens", "empty prompt", "no reference"
-EPOCH_ORDER, ORIGIN_OF_ROLLOUT, ORIGIN_OF_BATCH, DRAW_OF_BUFFER = 1, 2, 3, 4  # purposes of random words
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -282,12 +282,6 @@ class PromptStream:
             while len(self._orders) > 2:
                 del self._orders[next(iter(self._orders))]
             # sorted raw words, not Generator.permutation, whose algorithm NumPy may change
-            words = random_words(self.seed, epoch, EPOCH_ORDER, len(self.prompts))
+            words = noise_bits(self.seed, epoch, 0, Purpose.PROMPT_ORDER, len(self.prompts))
             self._orders[epoch] = np.argsort(words, kind="stable")
         return self._orders[epoch]
-
-
-def random_words(seed: int, index: int, purpose: int, num: int) -> np.ndarray:
-    """Random words, uint64 [num], a function of the arguments only."""
-    key = np.array([seed % (1 << 64), index], np.uint64)
-    return np.random.Philox(key=key, counter=[0, 0, 0, purpose]).random_raw(num)

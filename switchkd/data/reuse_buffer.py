@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from switchkd.data.prompts import DRAW_OF_BUFFER, random_words
+from switchkd.algo.noise import Purpose, noise_bits
 from switchkd.types import CompletionSource, Rollout
 
 
@@ -36,7 +36,7 @@ class ReuseBuffer:
     def draw(self, step: int, num: int) -> list[Rollout]:
         """Draw `num` different rollouts (fewer where it holds fewer), sorted by id; the same at every call."""
         ids = self._as_of(step)
-        words = random_words(self._seed, step, DRAW_OF_BUFFER, len(ids))
+        words = noise_bits(self._seed, step, 0, Purpose.REUSE, len(ids))
         drawn = np.argsort(words, kind="stable")[:num]
         return self.fetch(sorted(ids[place] for place in drawn.tolist()))
 

@@ -14,6 +14,7 @@ from zlib import crc32
 
 import numpy as np
 
+from switchkd.algo.noise import Purpose
 from switchkd.config.schema import FakeConfig
 from switchkd.engines.sessions import Session, SessionTable
 from switchkd.types import Blocks, PackedWeights, Ragged, Sessions, TeacherOutput, WriteRequest, Written
@@ -59,7 +60,7 @@ def distance(p_row: int, q_row: int) -> float:
     return (p_row ^ q_row) / 2**_WORD_BITS
 
 
-def draw_key(seed: int, rollout_id: int, position: int, purpose: int) -> int:
+def draw_key(seed: int, rollout_id: int, position: int, purpose: Purpose) -> int:
     return mix(seed, rollout_id, position, purpose)
 
 
@@ -141,7 +142,7 @@ class FakeTeacher:
             digest = context(session.tokens)
             while len(written[b]) < request.counts[b] and not stops & set(written[b]):
                 position = int(request.positions[b]) + len(written[b])
-                key = draw_key(request.run_seed, int(request.rollout_ids[b]), position, request.purpose)
+                key = draw_key(request.run_seed, int(request.rollout_ids[b]), position, Purpose(request.purpose))
                 p_row = row(self.weights, digest)
                 rows[b] += [p_row] * bool(written[b])
                 written[b].append(draw(p_row, digest, key, self.fake.agreement))

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from switchkd.algo.noise import Purpose, noise_bits
 from switchkd.config.schema import LearnerConfig
 from switchkd.engines.models.lm_head import LMHead, LMHeadState
 from switchkd.engines.weights import pack
@@ -53,10 +54,10 @@ class DeepSpeedLearner:
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
         _join(self.device, settings.learner.timeout_s)
         config = deepspeed_config(settings.learner, world_size)
-        torch.manual_seed(settings.seed)  # equal adapters on all ranks
+        _seed(settings.seed, 0, Purpose.LORA_INIT)  # equal adapters on all ranks
         zero3 = config if config["zero_optimization"]["stage"] == 3 else None
         self.module = build_student(settings, zero3, self.device, self._gather)
-        torch.manual_seed(settings.seed * 1_000_003 + rank)  # different dropout on each rank
+        _seed(settings.seed, rank, Purpose.DROPOUT)  # different dropout on each rank
         self.engine = _initialize(self.module, settings.learner, config)
         _limit_waits(settings.learner.timeout_s)
         self.engine.train()
@@ -205,6 +206,11 @@ class DeepSpeedLearner:
             raise ValueError(
                 f"step {assignment.step}: rank {self.rank} got rollouts {received}, the plan says {planned}"
             )
+
+
+def _seed(seed: int, index: int, purpose: Purpose) -> None:
+    """Seed torch's random state of this process for one purpose."""
+    torch.manual_seed(int(noise_bits(seed, index, 0, purpose, 1)[0]))
 
 
 def _initialize(student: torch.nn.Module, learner: LearnerConfig, config: dict[str, Any]) -> Any:

@@ -15,7 +15,8 @@ import torch
 
 from switchkd.algo import switching
 from switchkd.algo.divergence import agreement, forward_kl, per_row
-from switchkd.algo.sampling import Purpose, SamplingParams
+from switchkd.algo.noise import Purpose
+from switchkd.algo.sampling import SamplingParams
 from switchkd.algo.topk import coarse_grain
 from switchkd.engines.base import StudentEngine
 from switchkd.rollout.generator import SwitchingGenerator

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from switchkd.algo.noise import Purpose
 from switchkd.config.schema import Config, StageConfig
 from switchkd.engines import fake
 from switchkd.engines.base import Teacher
@@ -40,7 +41,6 @@ from switchkd.types import (
 
 _OWNED_FROM = 0.5
 _EVAL_IDS = 1 << 40  # sessions of evaluations: no rollout's id is as large
-_EVAL = 1  # purpose of evaluation's draws
 
 
 @dataclass(slots=True)
@@ -183,7 +183,7 @@ class FakeGenerator:
             rollout_ids=np.array([row.task.rollout_id for row in rows], np.int64),
             positions=np.array([row.t for row in rows], np.int32),
             run_seed=self.config.seed,
-            purpose=0,
+            purpose=Purpose.GUMBEL,
             temperature=1.0,
             top_p=1.0,
             top_k=0,
@@ -216,7 +216,7 @@ class FakeGenerator:
             row.finish_reason = "length"
 
     def _key(self, row: _Row, position: int) -> int:
-        return fake.draw_key(self.config.seed, row.task.rollout_id, position, 0)
+        return fake.draw_key(self.config.seed, row.task.rollout_id, position, Purpose.GUMBEL)
 
 
 def _rollout(row: _Row) -> Rollout:
@@ -269,7 +269,7 @@ def _text(generators: Mapping[str, FakeGenerator], shard: EvalShard, index: int,
     tokens: list[int] = []
     digest = fake.context(prompt.token_ids)
     while len(tokens) < shard.max_new_tokens and fake.END not in tokens:
-        key = 0 if seed == GREEDY or shard.temperature == 0 else fake.draw_key(seed, index, len(tokens), _EVAL)
+        key = 0 if seed == GREEDY or shard.temperature == 0 else fake.draw_key(seed, index, len(tokens), Purpose.EVAL)
         tokens.append(generator.student.draw(digest, key))
         digest = fake.context(tokens[-1:], digest)
     time.sleep(generator.config.fake.student_s * len(tokens))

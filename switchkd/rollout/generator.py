@@ -274,7 +274,7 @@ class SwitchingGenerator:
         num_accepted = np.zeros(len(rows), np.int64)
         kind = "walk teacher" if block.by_teacher else "walk student"
         with self.speculation.costs.timed(kind, int(block.counts.sum())):
-            for members in grouped(rows, lambda row: (id(row.params), row.step if row.params.scheduled else 0)):
+            for members in grouped(rows, lambda row: id(row.params)):
                 group = [rows[r] for r in members]
                 rule = group[0].params.rule.name
                 record_outcome = None

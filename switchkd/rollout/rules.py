@@ -100,7 +100,6 @@ def _stage_params(config: Config, stage: StageConfig, first_step: int) -> StageP
     }
     rollout = RolloutParams(
         rule=build_rule(stage),
-        scheduled=stage.rule.step_schedule is not None,
         teacher_budget=_budget(stage),
         **common,
     )

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from switchkd.algo.sampling import Purpose
+from switchkd.algo.noise import Purpose
 from switchkd.rollout.state import RolloutState
 
 DraftedBy = Literal["student", "teacher", "none"]

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from switchkd.algo.sampling import Purpose, SamplingParams
+from switchkd.algo.noise import Purpose
+from switchkd.algo.sampling import SamplingParams
 from switchkd.algo.switching import Rule, init_memory
 from switchkd.rollout.top_logprobs import TopTokens, top_logprobs
 from switchkd.types import CompletionSource, Ragged, Rollout, RolloutStats, RolloutTask, TeacherOutput, TokenSource
@@ -22,7 +23,7 @@ from switchkd.types import CompletionSource, Ragged, Rollout, RolloutStats, Roll
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutParams:
-    """How a completion is written. Rows of one mode (and training step) are decided together."""
+    """How a completion is written. Rows of one mode are decided together."""
 
     rule: Rule
     student: SamplingParams
@@ -31,8 +32,7 @@ class RolloutParams:
     seed: int
     purpose: Purpose = Purpose.GUMBEL  # of both models' coupled draws; evaluation has its own
     teacher_budget: int | None = None  # tokens; then the student writes
-    scheduled: bool = False  # the threshold changes over training steps, ...
-    first_step: int = 0  # ... counted from the stage's first
+    first_step: int = 0  # of the stage: a rule sees training steps counted from it
     scored: bool = True  # False: without the teacher, the student generates alone
     wants_uncertainty: bool = False  # ATKD's UnC rides along
     top_logprobs: int = 0  # this many of each model's most likely ids ride along
@@ -111,7 +111,7 @@ class RolloutState:
 
     @property
     def step(self) -> int:
-        """Optimizer steps into its stage, for schedules."""
+        """Optimizer steps into its stage, for the rule."""
         return self.task.batch - self.params.first_step
 
     @property
@@ -133,7 +133,8 @@ class RolloutState:
         """Append tokens that the teacher wrote without being asked which rule holds (`teacher_only`)."""
         memory = self.memory
         t = torch.arange(self.t, self.t + len(tokens))
-        self.threshold += self.params.rule.threshold(t, self.step, memory.expand(len(tokens), -1)).tolist()
+        step = torch.full_like(t, self.step)
+        self.threshold += self.params.rule.threshold(t, step, memory.expand(len(tokens), -1)).tolist()
         self.statistic += [math.nan] * len(tokens)
         for token in tokens:
             self.accept(token, TokenSource.TEACHER, version, stop_ids)

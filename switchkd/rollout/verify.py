@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from switchkd.algo.losses import uncertainty
-from switchkd.algo.sampling import Purpose, SamplingParams, coin, draw
+from switchkd.algo.noise import Purpose, coin
+from switchkd.algo.sampling import SamplingParams, draw
 from switchkd.algo.switching import Rule
 from switchkd.algo.topk import TopK, coarse_grain, kept, spread
 from switchkd.rollout.state import RolloutState
@@ -77,7 +78,7 @@ def verify(
     stop_ids: frozenset[int],
     record_outcome: RecordOutcome | None = None,
 ) -> np.ndarray:
-    """Settle the tokens of one block per row; all rows share rule, sampling and training step.
+    """Settle the tokens of one block per row; all rows share `RolloutParams`.
 
     Returns held int [R]: how many settled tokens equal the proposed ones, from the left. With `record_outcome`, both
     models draw at the first position of every block, whichever owns it.
@@ -150,12 +151,12 @@ class _Decision(NamedTuple):
 def _decide(rows: list[RolloutState], span: _Window, alive: np.ndarray, k: int) -> _Decision:
     rule = rows[0].params.rule
     memory = torch.cat([rows[r].memory for r in alive])
-    t = torch.tensor([rows[r].t for r in alive])
+    t, step = torch.tensor([(rows[r].t, rows[r].step) for r in alive]).T
     statistic = shown = span.statistic[alive, k - span.first]
     if rule.teacher_only is not None:  # after its switch a rule has no statistic, whichever model drafts
         settled = rule.teacher_only(memory)
         statistic, shown = statistic.masked_fill(settled, 0.0), shown.masked_fill(settled, torch.nan)
-    threshold = rule.threshold(t, rows[alive[0]].step, memory)
+    threshold = rule.threshold(t, step, memory)
     memory = rule.update(memory, statistic, threshold)
     return _Decision((statistic > threshold).numpy(), shown, threshold, memory)
 

@@ -8,7 +8,8 @@ import torch
 from scipy import stats
 
 from switchkd.algo import sampling
-from switchkd.algo.sampling import Purpose, SamplingParams, coin, draw, gumbel, noise_bits, noise_bits_torch
+from switchkd.algo.noise import Purpose, coin, gumbel, noise_bits
+from switchkd.algo.sampling import SamplingParams, draw, noise_bits_torch
 
 torch.set_num_threads(1)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from switchkd.algo import divergence, sampling, switching
-from switchkd.algo.sampling import Purpose
+from switchkd.algo import divergence, switching
+from switchkd.algo.noise import Purpose, coin
 from switchkd.algo.switching import Rule
 
 torch.set_num_threads(1)
@@ -21,7 +21,7 @@ def owners(rule: Rule, p: Tensor, q: Tensor, drafted: Tensor, coins: Tensor, ste
     assert statistic.dtype == torch.float64
     memory, owned = switching.init_memory(rule, 1), []
     for t in range(len(statistic)):
-        now, limit = statistic[t : t + 1], rule.threshold(torch.tensor([t]), step, memory)
+        now, limit = statistic[t : t + 1], rule.threshold(torch.tensor([t]), torch.tensor([step]), memory)
         assert limit.dtype == torch.float64
         owned.append(bool(now > limit))
         memory = rule.update(memory, now, limit)
@@ -34,7 +34,7 @@ def rollout(num: int = 60, vocab: int = 40, apart: float = 1.0, seed: int = 0) -
     size = torch.rand(num, 1, generator=generator) ** 3 * 3 * apart
     q = p + size * torch.randn(num, vocab, generator=generator)
     drafted = torch.randint(vocab, (num,), generator=generator)
-    return p, q, drafted, torch.from_numpy(sampling.coin(seed, [0] * num, range(num)))
+    return p, q, drafted, torch.from_numpy(coin(seed, [0] * num, range(num)))
 
 
 def test_student_and_teacher_write_every_token() -> None:
@@ -70,14 +70,14 @@ def test_switch_follows_its_threshold(schedule: str) -> None:
     rule = switching.jsd_threshold(schedule=schedule, max_new_tokens=64)
     assert owners(rule, p, q, drafted, coins) == expected
     assert len(set(expected)) == 2 or schedule == "constant"
-    tau = rule.threshold(torch.arange(64), 0, switching.init_memory(rule, 64))
+    tau = rule.threshold(torch.arange(64), torch.zeros(64).long(), switching.init_memory(rule, 64))
     assert tau.tolist() == pytest.approx([TAU[schedule](t) for t in range(64)])
 
 
 def test_threshold_starts_at_tau_0_and_halves_every_half_life() -> None:
     """The threshold starts at tau_0 and halves every `half_life` tokens; the student writes at equality."""
     rule = switching.jsd_threshold(half_life=20, tau_0=0.8)
-    tau = rule.threshold(torch.tensor([0, 20, 40]), 0, switching.init_memory(rule, 3))
+    tau = rule.threshold(torch.tensor([0, 20, 40]), torch.zeros(3).long(), switching.init_memory(rule, 3))
     assert tau.tolist() == pytest.approx([0.8, 0.4, 0.2])
     p, q = torch.zeros(1, 4), torch.zeros(1, 4)
     never = switching.jsd_threshold(schedule="constant", tau_0=0)
@@ -116,7 +116,7 @@ def test_kl_spike_batches_rollouts_and_needs_no_statistic_after_the_switch() -> 
     owned = []
     for t, d in enumerate([[1.0, 1.0], [1.0, 1.0], [2.5, 1.0], [math.inf, 1.0], [0.0, 5.0]]):
         statistic = torch.tensor(d, dtype=torch.float64)
-        limit = rule.threshold(torch.tensor([t, t]), 0, memory)
+        limit = rule.threshold(torch.tensor([t, t]), torch.zeros(2).long(), memory)
         owned.append((statistic > limit).tolist())
         memory = rule.update(memory, statistic, limit)
     assert owned == [[False, False], [False, False], [True, False], [True, False], [True, True]]
@@ -146,13 +146,13 @@ def test_flags_declare_what_a_rule_reads() -> None:
 
 
 def test_step_schedule_scales_finite_thresholds() -> None:
-    """The factor goes linearly from start to end and stays there; infinite thresholds are unchanged."""
+    """Each row's factor goes linearly from start to end and stays there; infinite thresholds are unchanged."""
     rule = switching.with_step_schedule(switching.jsd_threshold(schedule="constant"), start=1, end=0.5, steps=10)
-    memory, t = switching.init_memory(rule, 1), torch.tensor([3])
-    assert [rule.threshold(t, s, memory).item() for s in (0, 5, 10, 99)] == pytest.approx([0.2, 0.15, 0.1, 0.1])
+    memory, t, step = switching.init_memory(rule, 4), torch.full((4,), 3), torch.tensor([0, 5, 10, 99])
+    assert rule.threshold(t, step, memory).tolist() == pytest.approx([0.2, 0.15, 0.1, 0.1])
     for fixed in (switching.student(), switching.teacher()):
         scaled = switching.with_step_schedule(fixed, start=0, end=0, steps=1)
-        assert torch.equal(scaled.threshold(t, 5, memory), fixed.threshold(t, 5, memory))
+        assert torch.equal(scaled.threshold(t, step, memory), fixed.threshold(t, step, memory))
 
 
 def test_step_schedule_reaches_the_memory() -> None:

@@ -27,7 +27,8 @@ from teacher_contract import Bench, ask, blocks, close_to, sessions
 from test_rollout import MAX_NEW, RULES, SAMPLINGS
 from tiny import EOS, NUM_TOKENS, tiny_tokenizer
 
-from switchkd.algo.sampling import Purpose, SamplingParams, draw, within_top
+from switchkd.algo.noise import Purpose
+from switchkd.algo.sampling import SamplingParams, draw, within_top
 from switchkd.algo.switching import jsd_threshold
 from switchkd.algo.topk import compress, unpack
 from switchkd.config.errors import ConfigError

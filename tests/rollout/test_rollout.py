@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from scipy import stats
 from toy import STOP, VOCAB, ToyStudent, ToyTeacher, pair, rows_of, task
 
 from switchkd.algo import divergence, switching
-from switchkd.algo.sampling import Purpose, SamplingParams, coin, gumbel, noise_bits
+from switchkd.algo.noise import Purpose, coin, gumbel, noise_bits
+from switchkd.algo.sampling import SamplingParams
 from switchkd.rollout.generator import GenerationRequest, SwitchingGenerator
 from switchkd.rollout.state import RolloutParams
 from switchkd.rollout.worker import RolloutWorker
@@ -55,6 +57,7 @@ def write(  # type: ignore[no-untyped-def]
     drafter: str = "student",
     distance: float = 1.0,
     overlap: bool = False,
+    step_of=lambda rollout_id: 0,
 ):
     """Rollouts by id, and their generator."""
     p, q = pair(distance)
@@ -74,11 +77,14 @@ def write(  # type: ignore[no-untyped-def]
             assert rollout.rollout_id not in found
             found[rollout.rollout_id] = rollout
 
-    worker.run([GenerationRequest(task=task(i), params=a_mode) for i in ids], emit)
+    tasks = [replace(task(i), batch=step_of(i)) for i in ids]
+    worker.run([GenerationRequest(task=each, params=a_mode) for each in tasks], emit)
     return found, worker
 
 
-def slow_rollout(a_mode: RolloutParams, rollout_id: int, distance: float = 1.0) -> tuple[list[int], list[int]]:
+def slow_rollout(
+    a_mode: RolloutParams, rollout_id: int, distance: float = 1.0, step: int = 0
+) -> tuple[list[int], list[int]]:
     """Slow reference in float64: decide the writer token by token, then draw with the writer's own key."""
     p, q = pair(distance)
     rule = a_mode.rule
@@ -95,7 +101,7 @@ def slow_rollout(a_mode: RolloutParams, rollout_id: int, distance: float = 1.0) 
             drafted=torch.tensor([drafted]),
             coins=torch.from_numpy(coin(a_mode.seed, [rollout_id], [t])),
         )
-        threshold = rule.threshold(torch.tensor([t]), 0, memory)
+        threshold = rule.threshold(torch.tensor([t]), torch.tensor([step]), memory)
         memory = rule.update(memory, statistic, threshold)
         owner = TokenSource.TEACHER if bool(statistic > threshold) else TokenSource.STUDENT
         if a_mode.teacher_budget is not None and sources.count(TokenSource.TEACHER) >= a_mode.teacher_budget:

@@ -15,7 +15,8 @@ from toy import STOP, VOCAB, ToyStudent, ToyTeacher, pair, rows_of, task
 
 from switchkd.algo import divergence, switching
 from switchkd.algo.losses import uncertainty
-from switchkd.algo.sampling import Purpose, SamplingParams, coin, gumbel, noise_bits
+from switchkd.algo.noise import Purpose, coin, gumbel, noise_bits
+from switchkd.algo.sampling import SamplingParams
 from switchkd.algo.topk import compress, kept, pack, spread, unpack
 from switchkd.engines.hf.teacher import HFTeacher
 from switchkd.rollout.generator import GenerationRequest, SwitchingGenerator
@@ -167,7 +168,7 @@ def slow_rollout(a_mode: RolloutParams, rollout_id: int, k: int) -> tuple[list[i
                 drafted=torch.tensor([drafted]),
                 coins=torch.from_numpy(coin(a_mode.seed, [rollout_id], [t])),
             )
-        threshold = rule.threshold(torch.tensor([t]), 0, memory)
+        threshold = rule.threshold(torch.tensor([t]), torch.tensor([0]), memory)
         memory = rule.update(memory, statistic, threshold)
         owner = TokenSource.TEACHER if bool(statistic > threshold) else TokenSource.STUDENT
         token = drafted

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from switchkd.algo.noise import Purpose
 from switchkd.algo.sampling import SamplingParams, draw, within_top
 from switchkd.algo.topk import compress_packed
 from switchkd.engines.hf.cuda_graphs import Capture
@@ -90,8 +91,8 @@ class HFTeacher:
         while True:
             drawn, drawn_margins = draw(
                 self._logits(last), run_seed=request.run_seed, rollout_ids=request.rollout_ids[active],
-                positions=[int(request.positions[b]) + len(tokens[b]) for b in active], purpose=request.purpose,
-                sampling=sampling, return_margin=True,
+                positions=[int(request.positions[b]) + len(tokens[b]) for b in active],
+                purpose=Purpose(request.purpose), sampling=sampling, return_margin=True,
             )  # fmt: skip
             for b, token, margin in zip(active, drawn, drawn_margins, strict=True):
                 tokens[b].append(int(token))

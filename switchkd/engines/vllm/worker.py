@@ -18,6 +18,7 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_updates
 
+from switchkd.algo.noise import Purpose
 from switchkd.algo.sampling import SamplingParams, draw
 from switchkd.algo.topk import compress_packed
 from switchkd.engines.models.lm_head import LMHead, LMHeadState
@@ -196,7 +197,7 @@ class KeyedDraws(*_PROCESSORS):  # type: ignore[misc]
             draws = [self.draws[slot] for _, slot in members]
             indices = [each.index(reads[row]) for each, (row, _) in zip(draws, members, strict=True)]
             tokens, margins = draw(
-                _rows_to_draw(logits, members, draws[0].vocab_size), run_seed=run_seed, purpose=purpose,
+                _rows_to_draw(logits, members, draws[0].vocab_size), run_seed=run_seed, purpose=Purpose(purpose),
                 rollout_ids=[each.rollout_id for each in draws],
                 positions=[each.position + index for each, index in zip(draws, indices, strict=True)],
                 sampling=SamplingParams(temperature=shape[0], top_p=shape[1], top_k=shape[2]), return_margin=True,

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from switchkd.algo import divergence
-from switchkd.algo.sampling import Purpose, SamplingParams, draw
+from switchkd.algo.noise import Purpose
+from switchkd.algo.sampling import SamplingParams, draw
 from switchkd.algo.switching import Rule
 from switchkd.engines.hf.student import HFStudent
 from switchkd.engines.hf.teacher import HFTeacher

@@ -1,0 +1,61 @@
+"""Keyed random numbers: every number of a run that is drawn is a function of (seed, index, position, purpose).
+
+In: a key. Out: bits of a counter-based generator, and Gumbel numbers and coins made of them. NumPy only, so that a
+process without models needs no torch; `algo/sampling.py` makes the same bits on a device.
+"""
+
+from collections.abc import Sequence
+from enum import IntEnum, unique
+
+import numpy as np
+
+WORD = 2**64 - 1
+UNIT = 2.0**-53
+
+
+@unique
+class Purpose(IntEnum):
+    """The purpose of a random number. Each purpose has an independent noise stream, so no two uses share one."""
+
+    GUMBEL = 0  # both models' coupled draws, by rollout id and position
+    COIN = 1  # the coins of rules, by rollout id and position
+    SKD = 2  # a replacement that must not depend on the drafted id, by rollout id and position
+    EVAL = 3  # an evaluation's draws, by its seed, prompt index and position
+    PROMPT_ORDER = 4  # the order of an epoch
+    ROLLOUT_SOURCE = 5  # the source of a completion, by rollout id
+    BATCH_SOURCE = 6  # the source of a step's completions (`mix.drawn: per_batch`)
+    ADAPTIVE_SOURCE = 7  # whether a step generates or reuses (`replay.policy: adaptive`)
+    REUSE = 8  # the rollouts that a step reuses
+    LORA_INIT = 9  # seeds new adapters
+    DROPOUT = 10  # seeds dropout, by rank
+
+
+def noise_bits(seed: int, index: int, position: int, purpose: Purpose, num: int) -> np.ndarray:
+    """The stream of one key, uint64 [num]; a shorter stream is a prefix of a longer one. A draw's key has the run's
+    seed and the rollout id; token id = index in the stream.
+
+    Philox4x64-10 keyed by (seed, index). Position and purpose are the high half of the 256-bit counter and the stream
+    counts in the low half, so no two keys share a block. Negative numbers wrap to 64 bits.
+    """
+    key = np.array([seed & WORD, index & WORD], dtype=np.uint64)
+    counter = np.array([0, 0, position & WORD, purpose & WORD], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=counter).random_raw(num)
+
+
+def gumbel(bits: np.ndarray) -> np.ndarray:
+    """Gumbel numbers, float64, of uint64 bits: -log(-log U), U = top 53 bits in [0, 1). U = 0 gives -inf."""
+    with np.errstate(divide="ignore"):
+        return -np.log(-np.log((bits >> np.uint64(11)) * UNIT))
+
+
+def coin(
+    seed: int,
+    indices: Sequence[int] | np.ndarray,
+    positions: Sequence[int] | np.ndarray,
+    purpose: Purpose = Purpose.COIN,
+) -> np.ndarray:
+    """One uniform number in [0, 1) with 53 random bits per (index, position), float64 [N]; by default the coins of
+    rules, whose index is the rollout id."""
+    keys = zip(indices, positions, strict=True)
+    bits = [noise_bits(seed, int(i), int(t), purpose, 1)[0] for i, t in keys]
+    return (np.array(bits, dtype=np.uint64) >> np.uint64(11)) * UNIT
