@@ -26,6 +26,7 @@ FORMAT = 3
 """The format of configs and run folders. It grows when the results of a seed, or the meaning of a file, change."""
 Frac = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Scheduler = Literal["constant", "linear", "cosine"]
 Switch = Annotated[
     Literal["auto", "on", "off"],
     BeforeValidator(lambda value: {True: "on", False: "off"}[value] if isinstance(value, bool) else value),
@@ -61,7 +62,6 @@ Count = Annotated[
     Annotated[PositiveInt, Tag("<number>")] | Annotated[ReplicaRange, Tag("<span>")],
     Discriminator(lambda value: "<span>" if isinstance(value, dict | ReplicaRange) else "<number>"),
 ]
-"""A number of processes, or `{min: 1, max: 4}`."""
 
 
 class RunConfig(Section):
@@ -98,16 +98,13 @@ class ModelConfig(Section):
 
 class TeacherConfig(ModelConfig):
     backend: Literal["hf", "vllm", "fake"] = "hf"
-    """`hf` runs any causal transformers model; `vllm`, a separate install (see the README), is for large ones; `fake`
-    (with `student.backend` and `learner.backend`) loads no model: for trying a cluster."""
+    """`hf`: any causal transformers model; `vllm`: large ones (see the README); `fake`: no model, to try a cluster."""
     engine: dict[str, Any] = {}
     """With `vllm`: its engine arguments, passed on unchanged (`tensor_parallel_size`, `quantization`, ...)."""
     output: Literal["hidden_states", "logits", "top_logprobs"] = "hidden_states"
-    """The rows that it sends, one per position: its hidden state, all logits, or its most likely ids with the mass and
-    the entropy of the rest. With these, rules see the rest as one bin, the teacher draws from these ids only, and every
-    rollout is marked approximate."""
+    """What it sends: hidden states, all logits, or the `num_top_logprobs` most likely ids with mass and entropy of the
+    rest. Rules then see the rest as one bin, the teacher draws from these ids, and rollouts are marked approximate."""
     num_top_logprobs: PositiveInt = 64
-    """With `top_logprobs`: the number of ids."""
     replicas: Count = 1
     """A number, or `{min: 1, max: 4}`: one is added while calls wait, one is drained while the others suffice."""
     attach: str = ""
@@ -191,17 +188,15 @@ class RuleConfig(Section):
     schedule: str | None = None
     log_base: float | None = None
     window: int | None = None
-    """AdaSwitch's L."""
     factor: float | None = None
-    """AdaSwitch's K."""
+    """AdaSwitch's K; `window` is its L."""
     divergence: str | None = None
     warm_up: str | None = None
     top_k: int | None = None
     """SKD's K: a drafted id outside the teacher's first K is replaced."""
     prob: float | None = None
-    """The teacher's share under `random` and `mixture`."""
+    """The teacher's share under `random` and `mixture`. `params` are those of a rule of your own."""
     params: dict[str, Any] = {}
-    """Parameters of a rule of your own (`my_file:my_rule`)."""
     student: SamplingConfig = SamplingConfig()
     """Sampling in this stage; null takes `student.temperature` and so on."""
     teacher: SamplingConfig = SamplingConfig()
@@ -211,20 +206,17 @@ class RuleConfig(Section):
 
 
 class LossConfig(Section):
-    """The loss (`algo/losses.py`). Null takes the loss's own default."""
+    """The loss (`algo/losses.py`). Null takes the loss's own default. `params` are those of a loss of your own."""
 
     type: str = "forward_kl"
     """A name, or `my_file:my_loss` from the working directory: your own code, which runs with your rights."""
     alpha: float | None = None
-    """The mixing weight of the skewed losses."""
     beta: float | None = None
-    """The teacher's share in `jsd`."""
+    """The teacher's share in `jsd`; `alpha` is the mixing weight of the skewed losses, `lam` ATKD's lambda."""
     hard_frac: float | None = None
     lam: float | None = None
-    """ATKD's lambda."""
     direction: Literal["forward", "reverse"] | None = None
     params: dict[str, Any] = {}
-    """Parameters of a loss of your own (`my_file:my_loss`)."""
     lm_coef: float = Field(0.0, ge=0)
     """Weight of the cross-entropy on data-set tokens that is added."""
     approximate: bool = False
@@ -246,7 +238,15 @@ class MixConfig(Section):
         return self
 
 
-Scheduler = Literal["constant", "linear", "cosine"]
+class HorizonConfig(Section):
+    """Longest completion at a stage's step s: round(start + (end - start) min(1, s / steps)) (arXiv 2602.15260)."""
+
+    start: PositiveInt
+    end: PositiveInt
+    steps: PositiveInt
+
+    def at(self, step: int) -> int:
+        return round(self.start + (self.end - self.start) * min(1.0, step / self.steps))
 
 
 class StageConfig(Section):
@@ -259,6 +259,7 @@ class StageConfig(Section):
     rule: RuleConfig = RuleConfig()
     loss: LossConfig = LossConfig()
     max_new_tokens: PositiveInt = 128
+    horizon: HorizonConfig | None = None
     lr: PositiveFloat = 1e-5
     scheduler: Scheduler = "cosine"
     warmup_steps: NonNegativeInt = 0
@@ -319,19 +320,19 @@ class LearnerConfig(Section):
 class RolloutConfig(Section):
     rule: RuleConfig = RuleConfig()
     num_workers: Count = 1
-    """A number, or `{min: 1, max: 4}`: one is added while the learner and tasks wait, one is drained while the others
-    suffice."""
+    """A number, or `{min: 1, max: 4}`: one is added while learner and tasks wait, drained while the rest suffice."""
     batch_size: PositiveInt = 8
     """Sequences that one worker generates at the same time."""
     max_new_tokens: PositiveInt = 128
+    horizon: HorizonConfig | None = None
+    """A shorter limit of generated completions that grows over a stage's steps: `{start: 16, end: 64, steps: 50}`."""
     samples_per_prompt: PositiveInt = 1
     max_draft_tokens: PositiveInt = 8
     """Tokens that one model drafts before the other verifies them; with drafter `auto` the largest number."""
     drafter: Literal["auto", "student", "teacher", "none"] = "auto"
     """The model that drafts. `auto` measures what is faster. Speed only: the tokens are the same."""
     overlap: bool | None = None
-    """Two half-batches per worker: one drafts while the other is at the teacher. Null: where both models have their own
-    processors."""
+    """Two half-batches: one drafts while the other is at the teacher. Null: where each model has its own processors."""
     on_new_weights: Literal["finish", "reprefill"] = "finish"
     save: bool = True
     """Write rollouts.jsonl."""
@@ -363,8 +364,7 @@ class ReplayConfig(Section):
     """Rollouts that wait for the learner and, with `adaptive`, that the reuse buffer holds."""
     policy: Literal["fifo", "first_finished", "adaptive"] = "fifo"
     """`fifo`: each step its own; `first_finished`: the first to finish; `adaptive` (DistiLLM): validation loss decides
-    how often a step trains on the student's completions, new or from a buffer, and how often on the data set (`phi`
-    then replaces the fractions of `mix`)."""
+    how often a step trains on the student's completions, new or buffered (`phi` replaces the fractions of `mix`)."""
     adaptive: AdaptiveScheduleConfig = AdaptiveScheduleConfig()
     lease_s: PositiveFloat = 3600.0
 
