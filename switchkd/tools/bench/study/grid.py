@@ -33,7 +33,7 @@ from switchkd.config.schema import Config
 from switchkd.controller.run_lock import RunLock
 from switchkd.data.atomic_files import write_json_atomic
 from switchkd.tools.bench.study.scores import over_test_sets, scores_of
-from switchkd.tools.bench.study.spec import TEACHER, WARM_UP, Cell, Overrides, Study, configured, flat, merged
+from switchkd.tools.bench.study.spec import GROWS, TEACHER, WARM_UP, Cell, Overrides, Study, configured, flat, merged
 from switchkd.tools.offline import evaluate_rows
 
 WITHOUT_TEACHER: Overrides = {"learner": {"loss": {"type": "cross_entropy"}}, "train": {"mix": {"dataset": 1.0}}}
@@ -246,7 +246,7 @@ def claim(study: Study, out: Path) -> None:
     other = json.loads(path.read_text(encoding="utf-8"))
     if other["digest"] != study.digest:
         now = study.model_dump(mode="json")
-        changed = [key for key in now if key not in ("methods", "seeds", "main") and other.get(key) != now[key]]
+        changed = [key for key in now if key not in GROWS and other.get(key) != now[key]]
         raise ConfigError(
             f"--out {out} belongs to another study ({other['name']}; {', '.join(changed)} differ); only methods and "
             "seeds may be added to one that has begun: choose a new folder"
@@ -254,9 +254,13 @@ def claim(study: Study, out: Path) -> None:
 
 
 def rollout_numbers(metrics: Path) -> dict[str, float]:
-    """Return the number of generated tokens of the whole run, the teacher's share, and the number of steps."""
+    """Return the number of generated tokens of the whole run and of its steps. `teacher_token_frac` is the teacher's
+    share of the completions that both models generated; absent where there are none."""
     with metrics.open(encoding="utf-8") as lines:
         steps = [row for row in map(json.loads, lines) if "loss/total" in row]
-    student = sum(row["rollout/student_tokens"] for row in steps)
-    teacher = sum(row["rollout/teacher_tokens"] for row in steps)
-    return {"tokens": student + teacher, "teacher_frac": teacher / max(student + teacher, 1), "steps": len(steps)}
+    numbers = {"tokens": sum(row["rollout/tokens"] for row in steps), "steps": len(steps)}
+    shared = [(row["rollout/shared_tokens"], row["rollout/teacher_token_frac"])
+              for row in steps if "rollout/shared_tokens" in row]  # fmt: skip
+    if shared:
+        numbers["teacher_token_frac"] = sum(num * frac for num, frac in shared) / sum(num for num, _ in shared)
+    return numbers

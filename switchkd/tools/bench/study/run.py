@@ -53,4 +53,4 @@ def _table(grid: Grid) -> QualityTable:
     finished = [grid.read(Cell(method, seed)) for method in study.methods for seed in study.seeds]
     before = [grid.read(cell) for cell in (Cell(TEACHER, 0), *(Cell(WARM_UP, seed) for seed in study.seeds))]
     results, results_before = ([result for result in part if result] for part in (finished, before))
-    return QualityTable.from_cells(study.name, study.rank_by, len(study.seeds), results, results_before)
+    return QualityTable.from_cells(study, results, results_before)
