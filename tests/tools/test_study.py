@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,9 @@ def test_the_arithmetic_study_is_valid():
     assert study.base["rollout"]["max_new_tokens"] >= solution_tokens(max(study.task.digits))
     names = [cell.name for cell in cells(study)]
     assert len(set(names)) == len(study.methods) * len(study.seeds)
-    assert {cell.seed for cell in cells(study)[: len(study.main)]} == {study.seeds[0]}
+    assert {cell.seed for cell in cells(study)[: len(study.methods)]} == {study.seeds[0]}
+    on_policy = {"on-policy", "on-policy-cold"}
+    assert {one for one, other in study.compare if other in on_policy} == study.methods.keys() - {"on-policy"}
 
 
 @pytest.mark.parametrize("name", ["dolly", "dolly_small"])
@@ -247,7 +250,8 @@ class Trains:
 
 
 def test_a_stopped_grid_resumes(tmp_path, monkeypatch, capsys):
-    """A stopped grid resumes the interrupted cell and runs the rest; finished cells are unchanged and not run again."""
+    """A stopped grid resumes the interrupted cell and runs the rest; finished cells are unchanged and not run again.
+    The cells, copied beside the study file, give the same table without --out."""
     args = ("bench", "quality", "--study", study_file(tmp_path), "--out", tmp_path / "out")
     first = Trains(monkeypatch, stop_at=6)  # teacher, warm-up 1, cell, warm-up 2, cell, cell
     code, printed, _ = command(monkeypatch, capsys, *args)
@@ -272,6 +276,14 @@ def test_a_stopped_grid_resumes(tmp_path, monkeypatch, capsys):
 
     third = Trains(monkeypatch)
     assert command(monkeypatch, capsys, *args)[0] == 0 and not third.seen
+
+    only_table = ("bench", "quality", "--study", tmp_path / "study.yaml", "--only-table")
+    code, _, err = command(monkeypatch, capsys, *only_table)
+    assert code == 2 and f"there are no cells in {tmp_path / 'cells' / 'study'}; name the folder" in err
+    shutil.copytree(tmp_path / "out" / "cells", tmp_path / "cells" / "study")
+    assert command(monkeypatch, capsys, *only_table)[0] == 0 and not third.seen
+    assert (tmp_path / "study.md").read_text() == (tmp_path / "out" / "table.md").read_text()
+    assert (tmp_path / "study.png").read_bytes()[1:4] == b"PNG"
 
 
 def test_several_test_sets_have_columns(tmp_path, monkeypatch, capsys):
@@ -453,6 +465,16 @@ def test_the_teachers_share_is_over_shared_completions(tmp_path):
     assert grid.rollout_numbers(path) == pytest.approx({"tokens": 150, "steps": 3, "teacher_token_frac": 8 / 40})
     path.write_text(json.dumps(steps[2]) + "\n")
     assert grid.rollout_numbers(path) == {"tokens": 50, "steps": 1}
+
+
+@pytest.mark.parametrize("folder", sorted((STUDIES / "cells").glob("*")), ids=lambda folder: folder.name)
+def test_a_shipped_table_is_that_of_its_cells(folder, tmp_path, monkeypatch, capsys):
+    """A shipped table is what its shipped cells give; the cells are small."""
+    file = shutil.copy(STUDIES / f"{folder.name}.yaml", tmp_path)
+    shutil.copytree(folder, tmp_path / "cells" / folder.name)
+    assert command(monkeypatch, capsys, "bench", "quality", "--study", file, "--only-table")[0] == 0
+    assert (tmp_path / f"{folder.name}.md").read_text() == (STUDIES / f"{folder.name}.md").read_text()
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 200_000
 
 
 @pytest.mark.parametrize("with_starts", [True, False])

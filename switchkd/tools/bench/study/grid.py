@@ -142,9 +142,8 @@ class Grid:
                 f"the teacher has {rank_by} {scores[rank_by]:.4g}, below teacher_at_least={least:g}; train it longer "
                 "(teacher.train.num_steps) into another --out"
             )
-        path = self._path(cell)
-        path.parent.mkdir(exist_ok=True)
-        write_json_atomic(path, result)
+        self.cells.mkdir(exist_ok=True)
+        write_json_atomic(self.cells / f"{cell.name}.json", result)
         main = " ".join(f"{name} {scores[name]:.4g}" for name in (rank_by, "kl_greedy", "length") if name in scores)
         print(f"{cell.name}  {main}  {result['seconds']['train']:.0f} s", flush=True)
 
@@ -216,22 +215,27 @@ class Grid:
 
     # --- cells on the disk -------------------------------------------------------------------------------------------
 
-    def _path(self, cell: Cell) -> Path:
-        return self.out / "cells" / f"{cell.name}.json"
+    @property
+    def cells(self) -> Path:
+        return self.out / "cells"
 
     def read(self, cell: Cell) -> dict[str, Any] | None:
-        """Return a cell's result, or None. Raises ConfigError where the method of that name had other changes."""
-        path = self._path(cell)
-        if not path.exists():
-            return None
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        overrides = self.study.methods.get(cell.method)
-        if overrides is not None and result["overrides"] != json.loads(json.dumps(overrides)):
-            raise ConfigError(
-                f"methods.{cell.method} is not what {path} was made with ({' '.join(flat(result['overrides']))}); give "
-                "the changed method another name, or remove its cells"
-            )
-        return result
+        return read_cell(self.study, self.cells, cell)
+
+
+def read_cell(study: Study, folder: Path, cell: Cell) -> dict[str, Any] | None:
+    """Return a cell's result, or None. Raises ConfigError where the method of that name had other changes."""
+    path = folder / f"{cell.name}.json"
+    if not path.exists():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    overrides = study.methods.get(cell.method)
+    if overrides is not None and result["overrides"] != json.loads(json.dumps(overrides)):
+        raise ConfigError(
+            f"methods.{cell.method} is not what {path} was made with ({' '.join(flat(result['overrides']))}); give "
+            "the changed method another name, or remove its cells"
+        )
+    return result
 
 
 def claim(study: Study, out: Path) -> None:
