@@ -75,7 +75,7 @@ def _with_teachers(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 _SHARED_KEYS = {
-    "rollout": ("rule", "max_new_tokens"),
+    "rollout": ("rule", "max_new_tokens", "horizon"),
     "learner": ("loss", "lr", "scheduler", "warmup_steps", "min_lr_frac"),
     "train": ("batch_size", "mix"),
 }
@@ -190,6 +190,13 @@ def _check_across(config: Config) -> None:
         if stage.batch_size % ranks:
             larger = -(-stage.batch_size // ranks) * ranks
             raise ConfigError(f"{key}={stage.batch_size} is no multiple of learner.num_ranks={ranks}; take {larger}")
+        if stage.horizon and not stage.horizon.start <= stage.horizon.end <= stage.max_new_tokens:
+            key = _key_of(config.rollout.horizon, stage.horizon, "rollout.horizon", i, "horizon")
+            start, end = stage.horizon.start, stage.horizon.end
+            raise ConfigError(
+                f"{key} (start {start}, end {end}): the length grows to max_new_tokens={stage.max_new_tokens} at most; "
+                "take start <= end <= max_new_tokens"
+            )
         if stage.batch_size > config.replay.capacity:
             raise ConfigError(
                 f"{key}={stage.batch_size} is above replay.capacity={config.replay.capacity}; raise the capacity"

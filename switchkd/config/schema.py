@@ -27,6 +27,7 @@ FORMAT = 3
 """The format of configs and run folders. It grows when the results of a seed, or the meaning of a file, change."""
 Frac = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Scheduler = Literal["constant", "linear", "cosine"]
 Switch = Annotated[
     Literal["auto", "on", "off"],
     BeforeValidator(lambda value: {True: "on", False: "off"}[value] if isinstance(value, bool) else value),
@@ -99,8 +100,8 @@ class ModelConfig(Section):
 
 class TeacherConfig(ModelConfig):
     backend: Literal["hf", "vllm", "fake"] = "hf"
-    """`hf` runs any causal transformers model; `vllm`, a separate install (see the README), is for large ones; `fake`
-    (with `student.backend` and `learner.backend`) loads no model: for trying a cluster."""
+    """`hf` runs any causal transformers model; `vllm`, a separate install (see `actors/README.md`), is for large ones;
+    `fake` (with `student.backend` and `learner.backend`) loads no model: for trying a cluster."""
     engine: dict[str, Any] = {}
     """With `vllm`: its engine arguments, passed on unchanged (`tensor_parallel_size`, `quantization`, ...)."""
     output: Literal["hidden_states", "logits", "top_logprobs"] = "hidden_states"
@@ -249,7 +250,15 @@ class MixConfig(Section):
         return self
 
 
-Scheduler = Literal["constant", "linear", "cosine"]
+class HorizonConfig(Section):
+    """Longest completion at a stage's step s: round(start + (end - start) min(1, s / steps)) (arXiv 2602.15260)."""
+
+    start: PositiveInt
+    end: PositiveInt
+    steps: PositiveInt
+
+    def at(self, step: int) -> int:
+        return round(self.start + (self.end - self.start) * min(1.0, step / self.steps))
 
 
 class StageConfig(Section):
@@ -262,6 +271,7 @@ class StageConfig(Section):
     rule: RuleConfig = RuleConfig()
     loss: LossConfig = LossConfig()
     max_new_tokens: PositiveInt = 128
+    horizon: HorizonConfig | None = None
     lr: PositiveFloat = 1e-5
     scheduler: Scheduler = "cosine"
     warmup_steps: NonNegativeInt = 0
@@ -326,6 +336,8 @@ class RolloutConfig(Section):
     batch_size: PositiveInt = 8
     """Sequences that one worker generates at the same time."""
     max_new_tokens: PositiveInt = 128
+    horizon: HorizonConfig | None = None
+    """A shorter limit of generated completions that grows over a stage's steps: `{start: 16, end: 64, steps: 50}`."""
     samples_per_prompt: PositiveInt = 1
     max_draft_tokens: PositiveInt = 8
     """Tokens that one model drafts before the other verifies them; with drafter `auto` the largest number."""

@@ -42,7 +42,7 @@ class Drafter:
 
     def draft(self, rows: list[RolloutState], size: int) -> Draft:
         """The student writes up to `size` tokens a row with its keyed draws; nothing is drafted past a stop."""
-        limits = np.array([min(size, row.params.max_new_tokens - row.t) for row in rows])
+        limits = np.array([min(size, row.max_new_tokens - row.t) for row in rows])
         keep = any((row.params.rule.needs_rows and row.params.scored) or row.params.top_logprobs for row in rows)
         tokens = np.full((len(rows), int(limits.max())), -1, np.int64)
         counts = np.zeros(len(rows), np.int64)

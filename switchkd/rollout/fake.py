@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from math import inf, nan
 from operator import attrgetter
-from typing import Any
+from typing import cast
 
 import numpy as np
 
@@ -49,6 +49,7 @@ class _Row:
 
     task: RolloutTask
     stage: StageConfig
+    max_new_tokens: int  # at its step
     tokens: list[int]  # prompt and completion
     teacher_len: int  # tokens that the teacher's session shares with the row
     sources: list[int] = field(default_factory=list)
@@ -61,10 +62,12 @@ class _Row:
     started: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def start(cls, request: GenerationRequest) -> _Row:
-        stage: Any = request.params
-        prompt = request.task.prompt.token_ids.tolist()
-        return cls(request.task, stage, prompt, len(prompt))
+    def start(cls, request: GenerationRequest, config: Config) -> _Row:
+        task, stage = request.task, cast(StageConfig, request.params)
+        step = task.batch - sum(before.steps for before in config.train.stages[: task.stage])
+        max_new_tokens = stage.horizon.at(step) if stage.horizon else stage.max_new_tokens
+        prompt = task.prompt.token_ids.tolist()
+        return cls(task, stage, max_new_tokens, prompt, len(prompt))
 
     @property
     def t(self) -> int:
@@ -103,7 +106,7 @@ class FakeGenerator:
 
     def run(self, requests: Sequence[GenerationRequest], emit: Emit) -> None:
         """Serve all requests, `rollout.batch_size` at a time; `emit` gets each rollout once."""
-        rows = sorted(map(_Row.start, requests), key=attrgetter("scored"))
+        rows = sorted((_Row.start(request, self.config) for request in requests), key=attrgetter("scored"))
         for scored, members in groupby(rows, attrgetter("scored")):
             waiting = list(members)
             while waiting:
@@ -143,7 +146,7 @@ class FakeGenerator:
         """The student's next tokens."""
         draft: list[int] = []
         digest = fake.context(row.tokens)
-        num = min(self.config.rollout.max_draft_tokens, row.stage.max_new_tokens - row.t)
+        num = min(self.config.rollout.max_draft_tokens, row.max_new_tokens - row.t)
         while len(draft) < num and not self.stop_ids & set(draft[-1:]):
             draft.append(self.student.draw(digest, self._key(row, row.t + len(draft))))
             digest = fake.context(draft[-1:], digest)
@@ -179,7 +182,7 @@ class FakeGenerator:
         num = self.config.rollout.max_draft_tokens
         request = WriteRequest(
             blocks=blocks_of(rows, [row.tokens[row.teacher_len :] for row in rows], [len(r.tokens) - 1 for r in rows]),
-            counts=np.array([min(num, row.stage.max_new_tokens - row.t) for row in rows], np.int32),
+            counts=np.array([min(num, row.max_new_tokens - row.t) for row in rows], np.int32),
             rollout_ids=np.array([row.task.rollout_id for row in rows], np.int64),
             positions=np.array([row.t for row in rows], np.int32),
             run_seed=self.config.seed,
@@ -212,7 +215,7 @@ class FakeGenerator:
             row.finish_reason = "" if row.given else "eos"
         elif tokens[-1] in self.stop_ids:
             row.finish_reason = "eos"
-        elif row.t >= row.stage.max_new_tokens:
+        elif row.t >= row.max_new_tokens:
             row.finish_reason = "length"
 
     def _key(self, row: _Row, position: int) -> int:
@@ -283,7 +286,8 @@ def _compare(generators: Mapping[str, FakeGenerator], shard: EvalShard, index: i
     task = RolloutTask(
         rollout_id=_EVAL_IDS + index, batch=0, stage=0, completion_source=CompletionSource.DATASET, prompt=prompt
     )
-    row = _Row.start(GenerationRequest(task=task, params=generator.config.train.stages[0]))  # type: ignore[arg-type]
+    request = GenerationRequest(task=task, params=generator.config.train.stages[0])  # type: ignore[arg-type]
+    row = _Row.start(request, generator.config)
     generator.calls.open([task])
     output = generator.calls.score(blocks_of([row], [row.given], [len(row.tokens) - 1]))
     generator.calls.close([task.rollout_id])

@@ -250,7 +250,7 @@ class SwitchingGenerator:
         )
 
     def _teacher_drafts(self, rows: list[RolloutState], plan: DraftPlan) -> PendingCall:
-        counts = np.array([min(plan.num_tokens, row.params.max_new_tokens - row.t) for row in rows], np.int32)
+        counts = np.array([min(plan.num_tokens, row.max_new_tokens - row.t) for row in rows], np.int32)
         new_tokens, request = self._write_request(rows, counts)
 
         def on_result(written: Written) -> None:
@@ -295,7 +295,7 @@ class SwitchingGenerator:
         """The teacher owns the rest of these rows: it generates alone, without verification."""
         (first, *_) = grouped(rows, lambda row: id(row.params))
         rows = [rows[r] for r in first]
-        counts = np.array([min(WRITE_SPAN, row.params.max_new_tokens - row.t) for row in rows], np.int32)
+        counts = np.array([min(WRITE_SPAN, row.max_new_tokens - row.t) for row in rows], np.int32)
         new_tokens, request = self._write_request(rows, counts)
 
         def on_result(written: Written) -> None:

@@ -93,6 +93,7 @@ def _stage_params(config: Config, stage: StageConfig, first_step: int) -> StageP
         "student": sampling_params(stage.rule.student),
         "teacher": sampling_params(stage.rule.teacher),
         "max_new_tokens": stage.max_new_tokens,
+        "horizon": stage.horizon,
         "seed": config.seed,
         "first_step": first_step,
         "wants_uncertainty": stage.loss.type == "atkd",

@@ -181,7 +181,7 @@ class SpeculationPolicy:
 
     def _ways(self, rows: Sequence[RolloutState]) -> list[DraftPlan]:
         rule = rows[0].params.rule
-        most = min(self.max_draft_tokens, max(row.params.max_new_tokens - row.t for row in rows))
+        most = min(self.max_draft_tokens, max(row.max_new_tokens - row.t for row in rows))
         sizes = [size for size in SIZES if size <= most]
         ways = [NO_DRAFT, *(DraftPlan("student", size) for size in sizes)]
         # a teacher's block breaks under SKD wherever the two draws differ, or the replacement's noise does
@@ -193,7 +193,7 @@ class SpeculationPolicy:
         """Expected settled tokens per second of a round, for every way to take it with blocks up to `most`."""
         num, cost = len(rows), self.costs.of
         t = np.array([row.t for row in rows])
-        limits = np.array([row.params.max_new_tokens for row in rows]) - t
+        limits = np.array([row.max_new_tokens for row in rows]) - t
         ahead = np.arange(most)
         live = ahead < limits[:, None]
         widths = live.sum(0)

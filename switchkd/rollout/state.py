@@ -17,6 +17,7 @@ import torch
 from switchkd.algo.noise import Purpose
 from switchkd.algo.sampling import SamplingParams
 from switchkd.algo.switching import Rule, init_memory
+from switchkd.config.schema import HorizonConfig
 from switchkd.rollout.top_logprobs import TopTokens, top_logprobs
 from switchkd.types import CompletionSource, Ragged, Rollout, RolloutStats, RolloutTask, TeacherOutput, TokenSource
 
@@ -29,6 +30,7 @@ class RolloutParams:
     student: SamplingParams
     teacher: SamplingParams
     max_new_tokens: int
+    horizon: HorizonConfig | None = None  # replaces `max_new_tokens` as the limit, by step
     seed: int
     purpose: Purpose = Purpose.GUMBEL  # of both models' coupled draws; evaluation has its own
     teacher_budget: int | None = None  # tokens; then the student writes
@@ -115,6 +117,12 @@ class RolloutState:
         return self.task.batch - self.params.first_step
 
     @property
+    def max_new_tokens(self) -> int:
+        """Length at which the completion ends: a function of its step and the config, whatever it runs beside."""
+        horizon = self.params.horizon
+        return horizon.at(self.step) if horizon else self.params.max_new_tokens
+
+    @property
     def teacher_may_write(self) -> bool:
         return self.params.teacher_budget is None or self.num_teacher < self.params.teacher_budget
 
@@ -126,7 +134,7 @@ class RolloutState:
         self.num_teacher += source == TokenSource.TEACHER
         if token in stop_ids:
             self.finish_reason = "eos"
-        elif self.t >= self.params.max_new_tokens:
+        elif self.t >= self.max_new_tokens:
             self.finish_reason = "length"
 
     def write(self, tokens: Sequence[int], version: int, stop_ids: frozenset[int]) -> None:

@@ -10,7 +10,7 @@ from runs import command
 from switchkd.config import renamed
 from switchkd.config.errors import ConfigError
 from switchkd.config.loader import apply_override, dump_yaml, load, parse, resolved
-from switchkd.config.schema import StageConfig
+from switchkd.config.schema import HorizonConfig, StageConfig
 from switchkd.controller.preflight import check
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
@@ -65,6 +65,18 @@ def written(folder: Path, raw: object) -> Path:
         ),
         (tree(train={"stages": [{"steps": 1, "loss": {"type": "kl"}}]}), r"loss.type='kl' is not known; .*forward_kl"),
         (tree(train={"stages": [{"steps": 1, "batch_size": 3}]}, learner={"num_ranks": 2}), r"no multiple .* take 4"),
+        (
+            tree(rollout={"max_new_tokens": 32, "horizon": {"start": 16, "end": 64, "steps": 50}}),
+            r"^rollout.horizon \(start 16, end 64\): .* max_new_tokens=32 at most; take start <= end <= max_new",
+        ),
+        (
+            tree(train={"stages": [{"steps": 1, "horizon": {"start": 9, "end": 8, "steps": 5}}]}),
+            r"^train.stages.0.horizon \(start 9, end 8\): .* take start <= end",
+        ),
+        (
+            tree(rollout={"horizon": {"start": 0, "end": 8, "steps": 5}}),
+            r"^rollout.horizon.start=0: .* greater than 0",
+        ),
         (tree(train={"stages": [{"steps": 1, "mix": {"rollout": 0}}]}), r"at least one of rollout, dataset, teacher"),
         (tree(train={"stages": [{"steps": 1, "name": "a"}] * 2}), r"two stages have the name 'a'"),
         (tree(train={"stages": [{"steps": 1}], "select_by": "rouge_l"}), r"need eval.data"),
@@ -189,7 +201,8 @@ class TestStages:
     """A stage takes missing keys from `rollout`, `learner` and `train`."""
 
     SHARED: ClassVar[dict] = {
-        "rollout": {"rule": {"type": "switch", "half_life": 8}, "max_new_tokens": 40},
+        "rollout": {"rule": {"type": "switch", "half_life": 8}, "max_new_tokens": 40,
+                    "horizon": {"start": 8, "end": 40, "steps": 5}},
         "learner": {"loss": {"type": "jsd", "beta": 0.3}, "lr": 1e-3, "scheduler": "linear", "warmup_steps": 2,
                     "min_lr_frac": 0.1},
         "train": {"batch_size": 4, "mix": {"rollout": 1, "dataset": 1}},
@@ -204,17 +217,18 @@ class TestStages:
         """A stage with only `steps` has the shared rule, loss, sources, sizes and learning rate."""
         (stage,) = self.stages({"steps": 3})
         assert (stage.name, stage.steps, stage.batch_size, stage.max_new_tokens) == ("stage-1", 3, 4, 40)
+        assert stage.horizon == HorizonConfig(start=8, end=40, steps=5)
         assert (stage.rule.type, stage.rule.half_life, stage.mix.dataset) == ("jsd_threshold", 8, 1)
         assert (stage.loss.type, stage.loss.beta) == ("jsd", 0.3)
         assert (stage.lr, stage.scheduler, stage.warmup_steps, stage.min_lr_frac) == (1e-3, "linear", 2, 0.1)
 
     def test_a_stages_keys_override_shared_keys(self):
         """A stage's keys override the shared ones; a rule or loss with a type replaces the shared one whole."""
-        own = {"steps": 1, "lr": 1.0, "batch_size": 2, "mix": {"teacher": 1}, "rule": {"log_base": 3}}
+        own = {"steps": 1, "lr": 1.0, "batch_size": 2, "mix": {"teacher": 1}, "rule": {"log_base": 3}, "horizon": None}
         one, two, three = self.stages(
             own, {"steps": 1, "loss": {"lm_coef": 0.5}}, {"steps": 1, "rule": {"type": "skd"}, "loss": {"type": "tvd"}}
         )
-        assert (one.lr, one.batch_size, one.scheduler) == (1.0, 2, "linear")
+        assert (one.lr, one.batch_size, one.scheduler, one.horizon) == (1.0, 2, "linear", None)
         assert (one.mix.rollout, one.mix.dataset, one.mix.teacher) == (0, 0, 1)
         assert (one.rule.type, one.rule.half_life, one.rule.log_base) == ("jsd_threshold", 8, 3)
         assert (two.loss.type, two.loss.beta, two.loss.lm_coef) == ("jsd", 0.3, 0.5) and two.lr == 1e-3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from runs import STAGES, SWITCH, command, rollouts
 from switchkd.config.errors import ConfigError
 from switchkd.config.loader import load
 from switchkd.config.schema import FakeConfig
+from switchkd.controller.metrics import MetricsLog
 from switchkd.engines import fake
 from switchkd.engines.base import TeacherBusy, UnknownSession
 from switchkd.engines.fake import FakeTeacher
@@ -90,6 +92,47 @@ def test_rollouts_do_not_depend_on_blocks_and_batches(fake_place):
     assert 0 < report.stats.num_rejections < report.num_teacher_tokens
     assert report.stats.num_accepted == report.num_tokens - report.stats.num_rejections
     assert all(len(r.teacher_output.rows.values) == r.num_tokens for r in first if r.teacher_output)
+
+
+HORIZON = {"start": 2, "end": 8, "steps": 3}
+
+
+def test_a_horizon_ends_rollouts_at_the_limit_of_their_step(fake_place):
+    """With a horizon a rollout is the first tokens of the one without, up to the limit of its own step, for each block
+    size and batch size."""
+    wanted = [replace(one, batch=one.rollout_id % 6) for one in tasks(24)]
+    whole, _ = written(worker(fake_place), wanted)
+    limits = [2, 4, 6, 8, 8, 8]
+    for size, rows in ((4, 4), (1, 1), (12, 24)):
+        cut, _ = written(worker(fake_place, horizon=HORIZON, max_draft_tokens=size, batch_size=rows), wanted)
+        for short, long in zip(cut, whole, strict=True):
+            assert short.token_ids.tolist() == long.token_ids[: limits[short.rollout_id % 6]].tolist()
+    assert sum(a.num_tokens < b.num_tokens for a, b in zip(cut, whole, strict=True)) > 12
+
+
+def test_a_resumed_run_keeps_its_horizon(fake_place, monkeypatch):
+    """A run with a horizon that SIGTERM stops and that is resumed has the rollouts of an undisturbed run; the limit
+    counts each stage's steps and does not cut references."""
+    sections = {"fake": True, "rollout": {"horizon": HORIZON}, "replay": {"max_staleness": 2}}
+    train(runs.config(fake_place, STAGES, **sections, run={"dir": "whole"}))
+    whole, log_step = rollouts(fake_place / "whole"), MetricsLog.step
+
+    def stop(self, step, row):
+        log_step(self, step, row)
+        if step == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "step", stop)
+        assert not train(runs.config(fake_place, STAGES, **sections)).finished
+    assert train(runs.config(fake_place, STAGES, **sections), resume=True).finished
+    assert rollouts(fake_place / "run") == whole
+    of_step = [0, 0, 0, 2, 4, 6, 8, 2, 4, 6]  # the first stage has references only
+    lengths = [(len(ids), of_step[step], dict(sources)) for ids, sources, step in whole.values()]
+    generated = [(num, limit) for num, limit, sources in lengths if "data" not in sources]
+    assert all(num <= limit for num, limit in generated)
+    assert {limit for num, limit in generated if num == limit} == {2, 4, 6, 8}
+    assert any(num > limit for num, limit, sources in lengths if "data" in sources and limit)
 
 
 def test_completions_follow_their_source(fake_place):

@@ -16,7 +16,10 @@ from toy import STOP, VOCAB, ToyStudent, ToyTeacher, pair, rows_of, task
 from switchkd.algo import divergence, switching
 from switchkd.algo.noise import Purpose, coin, gumbel, noise_bits
 from switchkd.algo.sampling import SamplingParams
+from switchkd.config.loader import parse
+from switchkd.config.schema import HorizonConfig
 from switchkd.rollout.generator import GenerationRequest, SwitchingGenerator
+from switchkd.rollout.rules import build_rollout_params
 from switchkd.rollout.state import RolloutParams
 from switchkd.rollout.worker import RolloutWorker
 from switchkd.types import CompletionSource, Rollout, RolloutStats, TokenSource
@@ -165,6 +168,45 @@ def test_rollouts_are_equal_for_each_block_batch_and_drafter(name: str) -> None:
             assert found[i].sources.tolist() == rollout.sources.tolist()
             assert np.allclose(found[i].statistic, rollout.statistic, atol=1e-6, equal_nan=True)
             np.testing.assert_array_equal(found[i].threshold, rollout.threshold)
+
+
+@pytest.mark.parametrize("name", ["student", "teacher", "switch-linear", "switch-growth", "adaswitch", "skd"])
+def test_a_horizon_ends_each_rollout_at_the_limit_of_its_own_step(name: str) -> None:
+    """With a horizon a rollout is the slow loop's up to round(start + (end - start) min(1, s / steps)) tokens, s = its
+    own step in its stage, for each block size, batch size, order of work and drafter."""
+    limits = [3, 7, 10, 14, 18, 18]  # 3, 6.75, 10.5 (to even), 14.25, 18 and no more
+    a_mode = params(RULES[name], horizon=HorizonConfig(start=3, end=18, steps=4), first_step=2)
+    wanted = {i: slow_rollout(a_mode, i) for i in range(12)}
+    num_cut = 0
+    for max_draft_tokens, slots, drafter, ids in [
+        (1, 1, "none", range(12)),
+        (5, 8, "student", reversed(range(12))),
+        (32, 12, "student", range(12)),
+        (8, 5, "teacher", range(12)),
+        (8, 4, "auto", [4, 0, 8, 1, 11, 3, 2, 7, 10, 5, 6, 9]),
+    ]:
+        ways = {"max_draft_tokens": max_draft_tokens, "slots": slots, "drafter": drafter}
+        found, _ = write(a_mode, ids, step_of=lambda i: 2 + i % 6, **ways)
+        for i, (tokens, sources) in wanted.items():
+            limit = limits[i % 6]
+            assert found[i].token_ids.tolist() == tokens[:limit] and found[i].sources.tolist() == sources[:limit]
+            assert found[i].finish_reason == ("eos" if STOP in tokens[:limit] else "length")
+            num_cut += len(tokens) > limit
+    assert num_cut >= 20
+
+
+def test_a_horizon_leaves_schedules_alone() -> None:
+    """The models' completions have their stage's horizon; a linear threshold falls to 0 at `max_new_tokens` still."""
+    horizon = HorizonConfig(start=4, end=8, steps=5)
+    rollout = {"max_new_tokens": 10, "horizon": horizon.model_dump(), "rule": {"type": "switch", "schedule": "linear"}}
+    stages = [{"steps": 7, "horizon": None}, {"steps": 3}]
+    first, second = build_rollout_params(
+        parse({"run": {"dir": "run"}, "rollout": rollout, "train": {"stages": stages}})
+    )
+    for source in (CompletionSource.ROLLOUT, CompletionSource.TEACHER):
+        assert (first[source].horizon, second[source].horizon, second[source].first_step) == (None, horizon, 7)
+    memory, t = switching.init_memory(second[CompletionSource.ROLLOUT].rule, 2), torch.tensor([5, 10])
+    assert second[CompletionSource.ROLLOUT].rule.threshold(t, 0, memory).tolist() == [0.5, 0]
 
 
 @pytest.mark.parametrize("drafter", ["student", "teacher", "auto"])

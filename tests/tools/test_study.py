@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from switchkd.controller.text_metrics import exact_match, final_number
 from switchkd.tools.bench.study import arithmetic_task, grid, plot
 from switchkd.tools.bench.study.arithmetic_task import Problem
 from switchkd.tools.bench.study.scores import over_test_sets
-from switchkd.tools.bench.study.spec import Cell, cells, configured, merged, read_study
+from switchkd.tools.bench.study.spec import Cell, Study, cells, configured, merged, read_study
 from switchkd.tools.bench.study.table import Mean, Paired, QualityTable, holm
 
+STUDIES = Path(__file__).parents[2] / "configs" / "study"
 SIZE = {"layers": 1, "hidden": 16, "heads": 2}
 STUDY: dict[str, Any] = {
     "name": "tiny",
@@ -122,18 +124,20 @@ def test_the_tokenizer_decodes_what_it_encodes():
 
 def test_the_arithmetic_study_is_valid():
     """The shipped arithmetic study is valid, and its rollouts have room for each solution."""
-    study = read_study(Path(__file__).parents[2] / "configs" / "study" / "arithmetic.yaml")
+    study = read_study(STUDIES / "arithmetic.yaml")
     assert study.task is not None
     assert study.base["rollout"]["max_new_tokens"] >= solution_tokens(max(study.task.digits))
     names = [cell.name for cell in cells(study)]
     assert len(set(names)) == len(study.methods) * len(study.seeds)
-    assert {cell.seed for cell in cells(study)[: len(study.main)]} == {study.seeds[0]}
+    assert {cell.seed for cell in cells(study)[: len(study.methods)]} == {study.seeds[0]}
+    on_policy = {"on-policy", "on-policy-cold"}
+    assert {one for one, other in study.compare if other in on_policy} == study.methods.keys() - {"on-policy"}
 
 
 @pytest.mark.parametrize("name", ["dolly", "dolly_small"])
 def test_the_dolly_studies_are_valid(name):
     """Each method's config of the Dolly studies is valid, and the test sets have their names."""
-    study = read_study(Path(__file__).parents[2] / "configs" / "study" / f"{name}.yaml")
+    study = read_study(STUDIES / f"{name}.yaml")
     assert set(study.test_sets) == {"dolly", "self_inst", "s_ni", "vicuna"} and set(study.main) <= study.methods.keys()
     assert len(cells(study)) == 3 * len(study.methods)
 
@@ -182,6 +186,7 @@ def test_groups_of_keys_are_merged():
         ({"main": [], "methods": {"x": {"rollout": {"rule": {"type": "switch", "prob": 1}}}}}, [], "methods.x: rule"),
         ({"rank_by": "rouge_l"}, [], "test_sets.: rank_by=rouge_l is not scored; eval.metrics has exact_match, kl"),
         ({"methods": {"warm-up": {}}}, [], "the name 'warm-up' is taken"),
+        ({"compare": [["switch", "swich"]]}, [], "compare: 'swich' is not known; did you mean 'switch'?"),
         ({}, ["--methods", "swich"], "--methods: 'swich' is not known; did you mean 'switch'?"),
         ({}, ["--cells", "switch-seed9"], "--cells: 'switch-seed9' is not known"),
         ({}, ["--only-table"], "holds no study yet"),
@@ -198,10 +203,11 @@ def test_bad_input_is_one_line(changes, options, message, tmp_path, monkeypatch,
 
 
 def test_the_folder_of_another_study_is_refused(tmp_path, monkeypatch, capsys):
-    """The folder of another study is refused and unchanged; more methods and seeds are the same study."""
+    """The folder of another study is refused and unchanged; more methods, seeds and pairs are the same study."""
     study = read_study(study_file(tmp_path))
     grid.claim(study, tmp_path / "out")
-    grid.claim(read_study(study_file(tmp_path, seeds=[1, 2, 3], methods={"switch": {}})), tmp_path / "out")
+    more = {"seeds": [1, 2, 3], "methods": {"switch": {}, "skd": {}}, "compare": [["switch", "skd"]]}
+    grid.claim(read_study(study_file(tmp_path, **more)), tmp_path / "out")
     before = (tmp_path / "out" / "study.json").read_bytes()
     file = study_file(tmp_path, base=merged(STUDY["base"], {"train": {"num_steps": 9}}))
     code, _, err = command(monkeypatch, capsys, "bench", "quality", "--study", file, "--out", tmp_path / "out")
@@ -244,7 +250,8 @@ class Trains:
 
 
 def test_a_stopped_grid_resumes(tmp_path, monkeypatch, capsys):
-    """A stopped grid resumes the interrupted cell and runs the rest; finished cells are unchanged and not run again."""
+    """A stopped grid resumes the interrupted cell and runs the rest; finished cells are unchanged and not run again.
+    The cells, copied beside the study file, give the same table without --out."""
     args = ("bench", "quality", "--study", study_file(tmp_path), "--out", tmp_path / "out")
     first = Trains(monkeypatch, stop_at=6)  # teacher, warm-up 1, cell, warm-up 2, cell, cell
     code, printed, _ = command(monkeypatch, capsys, *args)
@@ -260,14 +267,23 @@ def test_a_stopped_grid_resumes(tmp_path, monkeypatch, capsys):
     assert all((tmp_path / "out" / "cells" / name).read_bytes() == data for name, data in made.items())
     cell = json.loads((tmp_path / "out" / "cells" / "supervised-kd-seed1.json").read_text())
     assert cell["resumed"] and 1000 < cell["seconds"]["train"] < 1200
-    assert cell["rollouts"]["steps"] == 2 and cell["rollouts"]["teacher_frac"] == 0
+    assert cell["rollouts"] == {"tokens": 0, "steps": 2}
     assert {"exact_match", "exact_match/digits=2", "exact_match/digits=3", "kl", "kl_greedy"} <= set(cell["scores"])
-    assert json.loads((tmp_path / "out" / "cells" / "switch-seed1.json").read_text())["rollouts"]["tokens"] > 0
+    of_switch = json.loads((tmp_path / "out" / "cells" / "switch-seed1.json").read_text())["rollouts"]
+    assert of_switch["tokens"] > 0 and 0 <= of_switch["teacher_token_frac"] <= 1
     assert "| supervised-kd | 2 |" in printed and (tmp_path / "out" / "plot.png").read_bytes()[1:4] == b"PNG"
-    assert len(json.loads((tmp_path / "out" / "table.json").read_text())["rows"]) == 2
+    assert len(json.loads((tmp_path / "out" / "table.json").read_text())["ranked"]) == 2
 
     third = Trains(monkeypatch)
     assert command(monkeypatch, capsys, *args)[0] == 0 and not third.seen
+
+    only_table = ("bench", "quality", "--study", tmp_path / "study.yaml", "--only-table")
+    code, _, err = command(monkeypatch, capsys, *only_table)
+    assert code == 2 and f"there are no cells in {tmp_path / 'cells' / 'study'}; name the folder" in err
+    shutil.copytree(tmp_path / "out" / "cells", tmp_path / "cells" / "study")
+    assert command(monkeypatch, capsys, *only_table)[0] == 0 and not third.seen
+    assert (tmp_path / "study.md").read_text() == (tmp_path / "out" / "table.md").read_text()
+    assert (tmp_path / "study.png").read_bytes()[1:4] == b"PNG"
 
 
 def test_several_test_sets_have_columns(tmp_path, monkeypatch, capsys):
@@ -369,8 +385,15 @@ def cell(method: str, seed: int, score: float, **parts: float) -> dict[str, Any]
     return {
         "method": method, "seed": seed, "overrides": {},
         "scores": {"exact_match": score, **{f"exact_match/{name}": value for name, value in parts.items()}},
-        "rollouts": {"teacher_frac": 0.25, "tokens": 100.0}, "seconds": {"train": 2.0},
+        "rollouts": {"teacher_token_frac": 0.25, "tokens": 100.0}, "seconds": {"train": 2.0},
     }  # fmt: skip
+
+
+def quality(cells: list[dict[str, Any]], before: list[dict[str, Any]], **keys: Any) -> QualityTable:
+    """The table of a study with two seeds."""
+    methods = {cell["method"]: {} for cell in cells}
+    study = Study(name="t", seeds=(1, 2), base={}, methods=methods, **keys)
+    return QualityTable.from_cells(study, cells, before)
 
 
 def test_the_interval_equals_a_hand_calculation():
@@ -397,19 +420,61 @@ def test_holm_equals_a_hand_calculation():
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
 
 
-def test_the_table_ranks_and_compares_neighbours():
-    """Methods are ranked by score, neighbours compared, missing seeds named, and gains taken over each seed's start."""
+def test_methods_with_all_seeds_are_ranked():
+    """Methods with all seeds are ranked by score; one with fewer stands below them, marked, however high its score."""
     made = [cell("low", s, 10.0 + s, **{"digits=2": 30.0}) for s in (1, 2)]
-    made += [cell("high", s, 50.0 + 2 * s, **{"digits=2": 70.0}) for s in (1, 2)] + [cell("middle", 1, 20.0)]
+    made += [cell("high", s, 50.0 + 2 * s, **{"digits=2": 70.0}) for s in (1, 2)] + [cell("lucky", 1, 90.0)]
     before = [cell("teacher", 0, 99.0, **{"digits=2": 100.0}), cell("warm-up", 1, 9.0), cell("warm-up", 2, 10.0)]
-    table = QualityTable.from_cells("t", "exact_match", 2, made, before)
-    assert [row.method for row in table.rows] == ["high", "middle", "low"]
-    assert [(pair.method, pair.other) for pair in table.neighbours] == [("high", "middle"), ("middle", "low")]
-    assert table.rows[0].scores["exact_match"].mean == 53 and table.parts == ["digits=2"]
+    del before[0]["rollouts"]["teacher_token_frac"]
+    table = quality(made, before)
+    assert [row.method for row in table.ranked] == ["high", "low"]
+    assert [row.method for row in table.unranked] == ["lucky"]
+    assert table.ranked[0].scores["exact_match"].mean == 53 and table.parts == ["digits=2"]
     text = table.markdown()
-    assert "Not all of the 2 seeds are there for: middle." in text
+    assert text.index("| high | 2 |") < text.index("| low | 2 |") < text.index("| lucky * | 1 |")
+    assert "`*`: fewer than the study's 2 seeds, so not ranked." in text and "Pairs" not in text
     assert "| low | 2 | 11.5 ± 6.4 | 2.00 ± 0.00 | 25.0% | 100 | 2 |" in text
-    assert "| low | 30.0 ± 0.0 |" in text and "| teacher | 100.0 |" in text and "| middle | - |" in text
+    assert "| teacher | 1 | 99.0 | - | - | 100 | 2 |" in text
+    assert "| low | 30.0 ± 0.0 |" in text and "| teacher | 100.0 |" in text and "| lucky * | - |" in text
+
+
+def test_only_the_pairs_of_the_study_are_tested():
+    """The study's pairs are tested in its order, over shared seeds, and Holm's correction counts these alone."""
+    scores = {"a": (1.0, 2.0), "b": (3.0, 5.0), "c": (8.0, 7.0), "d": (9.0,)}
+    made = [cell(method, s, score) for method, values in scores.items() for s, score in enumerate(values, 1)]
+    table = quality(made, [], compare=(("b", "a"), ("c", "a"), ("d", "a")))
+    first, second, third = table.compared
+    assert [(pair.method, pair.other, pair.difference.num) for pair in table.compared] == [
+        ("b", "a", 2), ("c", "a", 2), ("d", "a", 1)
+    ]  # fmt: skip
+    assert (first.p, second.p) == pytest.approx((0.1257, 0.1051), abs=1e-4) and third.p is third.p_holm is None
+    assert (first.p_holm, second.p_holm) == pytest.approx((2 * second.p, 2 * second.p))
+    assert "| c - a | 2 | 6.00 ± 12.71 | 0.105 | 0.210 |" in table.markdown()
+
+
+def test_the_teachers_share_is_over_shared_completions(tmp_path):
+    """The teacher's share is over the tokens of completions that both models generated, and absent without any."""
+    steps = [
+        {"loss/total": 1, "rollout/tokens": 70, "rollout/teacher_token_frac": 0.5, "rollout/shared_tokens": 10},
+        {"loss/total": 1, "rollout/tokens": 30, "rollout/teacher_token_frac": 0.1, "rollout/shared_tokens": 30},
+        {"loss/total": 1, "rollout/tokens": 50},
+        {"eval/kl": 1},
+    ]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in steps))
+    assert grid.rollout_numbers(path) == pytest.approx({"tokens": 150, "steps": 3, "teacher_token_frac": 8 / 40})
+    path.write_text(json.dumps(steps[2]) + "\n")
+    assert grid.rollout_numbers(path) == {"tokens": 50, "steps": 1}
+
+
+@pytest.mark.parametrize("folder", sorted((STUDIES / "cells").glob("*")), ids=lambda folder: folder.name)
+def test_a_shipped_table_is_that_of_its_cells(folder, tmp_path, monkeypatch, capsys):
+    """A shipped table is what its shipped cells give; the cells are small."""
+    file = shutil.copy(STUDIES / f"{folder.name}.yaml", tmp_path)
+    shutil.copytree(folder, tmp_path / "cells" / folder.name)
+    assert command(monkeypatch, capsys, "bench", "quality", "--study", file, "--only-table")[0] == 0
+    assert (tmp_path / f"{folder.name}.md").read_text() == (STUDIES / f"{folder.name}.md").read_text()
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 200_000
 
 
 @pytest.mark.parametrize("with_starts", [True, False])
@@ -418,9 +483,8 @@ def test_the_plot_shows_gains_or_scores(with_starts):
     figure = pytest.importorskip("matplotlib.figure").Figure()
     made = [cell("low", s, 40.0 + s) for s in (1, 2)] + [cell("high", s, 50.0 + 2 * s) for s in (1, 2)]
     before = [cell("warm-up", 1, 38.0), cell("warm-up", 2, 39.0)] if with_starts else []
-    table, axes = QualityTable.from_cells("t", "exact_match", 2, made, before), figure.subplots()
-    plot._ranking(axes, table)
-    assert table.by_gain == with_starts
+    axes = figure.subplots()
+    plot._ranking(axes, quality(made, before))
     assert [label.get_text() for label in axes.get_yticklabels()] == ["low (2)", "high (2)"]
     low, high = ([3.0, 3.0], [14.0, 15.0]) if with_starts else ([41.0, 42.0], [52.0, 54.0])
     marks = {mark: [list(line.get_xdata()) for line in axes.lines if line.get_marker() == mark] for mark in "o|"}

@@ -165,10 +165,15 @@ def soak(
 @app.command()
 def quality(
     study: Annotated[Path, typer.Option(metavar="FILE", help="Such as configs/study/arithmetic.yaml.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The study's folder; the same command goes on in it.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The study's folder; the same command goes on in it.")
+    ] = None,
     methods: Annotated[list[str] | None, typer.Option(help="Run this method only; may be repeated.")] = None,
     cells: Annotated[list[str] | None, typer.Option(help="Run this cell (NAME-seed1) only; may be repeated.")] = None,
-    only_table: Annotated[bool, typer.Option("--only-table", help="Make table and plot; run nothing.")] = False,
+    only_table: Annotated[
+        bool,
+        typer.Option("--only-table", help="Run nothing, make table and plot; without --out of FILE's shipped cells."),
+    ] = False,
 ) -> None:
     """Compare methods on equal terms: a study's grid of methods and seeds, its table and its plot."""
     from switchkd.tools.bench.study.run import run

@@ -33,7 +33,7 @@ from switchkd.config.schema import Config
 from switchkd.controller.run_lock import RunLock
 from switchkd.data.atomic_files import write_json_atomic
 from switchkd.tools.bench.study.scores import over_test_sets, scores_of
-from switchkd.tools.bench.study.spec import TEACHER, WARM_UP, Cell, Overrides, Study, configured, flat, merged
+from switchkd.tools.bench.study.spec import GROWS, TEACHER, WARM_UP, Cell, Overrides, Study, configured, flat, merged
 from switchkd.tools.offline import evaluate_rows
 
 WITHOUT_TEACHER: Overrides = {"learner": {"loss": {"type": "cross_entropy"}}, "train": {"mix": {"dataset": 1.0}}}
@@ -142,9 +142,8 @@ class Grid:
                 f"the teacher has {rank_by} {scores[rank_by]:.4g}, below teacher_at_least={least:g}; train it longer "
                 "(teacher.train.num_steps) into another --out"
             )
-        path = self._path(cell)
-        path.parent.mkdir(exist_ok=True)
-        write_json_atomic(path, result)
+        self.cells.mkdir(exist_ok=True)
+        write_json_atomic(self.cells / f"{cell.name}.json", result)
         main = " ".join(f"{name} {scores[name]:.4g}" for name in (rank_by, "kl_greedy", "length") if name in scores)
         print(f"{cell.name}  {main}  {result['seconds']['train']:.0f} s", flush=True)
 
@@ -216,22 +215,27 @@ class Grid:
 
     # --- cells on the disk -------------------------------------------------------------------------------------------
 
-    def _path(self, cell: Cell) -> Path:
-        return self.out / "cells" / f"{cell.name}.json"
+    @property
+    def cells(self) -> Path:
+        return self.out / "cells"
 
     def read(self, cell: Cell) -> dict[str, Any] | None:
-        """Return a cell's result, or None. Raises ConfigError where the method of that name had other changes."""
-        path = self._path(cell)
-        if not path.exists():
-            return None
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        overrides = self.study.methods.get(cell.method)
-        if overrides is not None and result["overrides"] != json.loads(json.dumps(overrides)):
-            raise ConfigError(
-                f"methods.{cell.method} is not what {path} was made with ({' '.join(flat(result['overrides']))}); give "
-                "the changed method another name, or remove its cells"
-            )
-        return result
+        return read_cell(self.study, self.cells, cell)
+
+
+def read_cell(study: Study, folder: Path, cell: Cell) -> dict[str, Any] | None:
+    """Return a cell's result, or None. Raises ConfigError where the method of that name had other changes."""
+    path = folder / f"{cell.name}.json"
+    if not path.exists():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    overrides = study.methods.get(cell.method)
+    if overrides is not None and result["overrides"] != json.loads(json.dumps(overrides)):
+        raise ConfigError(
+            f"methods.{cell.method} is not what {path} was made with ({' '.join(flat(result['overrides']))}); give "
+            "the changed method another name, or remove its cells"
+        )
+    return result
 
 
 def claim(study: Study, out: Path) -> None:
@@ -246,7 +250,7 @@ def claim(study: Study, out: Path) -> None:
     other = json.loads(path.read_text(encoding="utf-8"))
     if other["digest"] != study.digest:
         now = study.model_dump(mode="json")
-        changed = [key for key in now if key not in ("methods", "seeds", "main") and other.get(key) != now[key]]
+        changed = [key for key in now if key not in GROWS and other.get(key) != now[key]]
         raise ConfigError(
             f"--out {out} belongs to another study ({other['name']}; {', '.join(changed)} differ); only methods and "
             "seeds may be added to one that has begun: choose a new folder"
@@ -254,9 +258,13 @@ def claim(study: Study, out: Path) -> None:
 
 
 def rollout_numbers(metrics: Path) -> dict[str, float]:
-    """Return the number of generated tokens of the whole run, the teacher's share, and the number of steps."""
+    """Return the number of generated tokens of the whole run and of its steps. `teacher_token_frac` is the teacher's
+    share of the completions that both models generated; absent where there are none."""
     with metrics.open(encoding="utf-8") as lines:
         steps = [row for row in map(json.loads, lines) if "loss/total" in row]
-    student = sum(row["rollout/student_tokens"] for row in steps)
-    teacher = sum(row["rollout/teacher_tokens"] for row in steps)
-    return {"tokens": student + teacher, "teacher_frac": teacher / max(student + teacher, 1), "steps": len(steps)}
+    numbers = {"tokens": sum(row["rollout/tokens"] for row in steps), "steps": len(steps)}
+    shared = [(row["rollout/shared_tokens"], row["rollout/teacher_token_frac"])
+              for row in steps if "rollout/shared_tokens" in row]  # fmt: skip
+    if shared:
+        numbers["teacher_token_frac"] = sum(num * frac for num, frac in shared) / sum(num for num, _ in shared)
+    return numbers

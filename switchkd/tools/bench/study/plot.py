@@ -28,17 +28,18 @@ def draw(table: QualityTable, main: tuple[str, ...], path: Path) -> None:
 def _ranking(axes: Any, table: QualityTable) -> None:
     """Draw gains where the starts are known: seeds differ more in their starts than methods do in their gains."""
     rows = table.rows[::-1]  # the best on top
-    means = [row.gain if table.by_gain and row.gain else row.scores[table.rank_by] for row in rows]
-    seeds = [list((row.gains if table.by_gain else row.by_seed).values()) for row in rows]
+    by_gain = all(row.gain for row in rows)
+    means = [row.gain if by_gain and row.gain else row.scores[table.rank_by] for row in rows]
+    seeds = [list((row.gains if by_gain else row.by_seed).values()) for row in rows]
     places = list(range(len(rows)))
     axes.errorbar([mean.mean for mean in means], places, xerr=[mean.half or 0 for mean in means], fmt="o", capsize=3)
     for scores, place in zip(seeds, places, strict=True):
         axes.plot(scores, [place] * len(scores), "|", color="gray", markersize=6)
-    axes.set_yticks(places, [f"{row.method} ({len(row.by_seed)})" for row in rows])
-    axes.set_xlim(*_around([score for scores in seeds for score in scores] + ([0.0] if table.by_gain else [])))
-    if table.by_gain:
+    axes.set_yticks(places, [f"{table.title(row)} ({len(row.by_seed)})" for row in rows])
+    axes.set_xlim(*_around([score for scores in seeds for score in scores] + ([0.0] if by_gain else [])))
+    if by_gain:
         axes.axvline(0.0, linestyle=":", color="gray")
-    axes.set_xlabel(f"{table.ranked_by}: mean, 95% interval; strokes: seeds")
+    axes.set_xlabel(f"{'gain in ' if by_gain else ''}{table.rank_by}: mean, 95% interval; strokes: seeds")
     axes.grid(axis="x", alpha=0.3)
 
 

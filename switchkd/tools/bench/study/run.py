@@ -1,6 +1,7 @@
 """`switchkd bench quality`: compare methods on equal terms.
 
 In: a study file and a folder. Out: finished cells in the folder, and `table.md`, `table.json` and `plot.png` of them.
+Without a folder: the cells in `cells/STUDY/` beside the study file become `STUDY.md` and `STUDY.png`.
 """
 
 from __future__ import annotations
@@ -10,19 +11,29 @@ from pathlib import Path
 
 from switchkd.config.errors import ConfigError
 from switchkd.data.atomic_files import write_json_atomic, write_text_atomic
-from switchkd.tools.bench.study.grid import Failed, Grid, Stopped, claim
+from switchkd.tools.bench.study.grid import Failed, Grid, Stopped, claim, read_cell
 from switchkd.tools.bench.study.plot import check_matplotlib, draw
-from switchkd.tools.bench.study.spec import TEACHER, WARM_UP, Cell, cells, read_study
+from switchkd.tools.bench.study.spec import TEACHER, WARM_UP, Cell, Study, cells, read_study
 from switchkd.tools.bench.study.table import QualityTable, check_scipy
 
 
-def run(study_file: Path, out: Path, *, methods: Sequence[str], cell_names: Sequence[str], only_table: bool) -> bool:
-    """Run missing cells, then write the table of all finished ones; False after a failure or SIGTERM. Raises
-    ConfigError."""
+def run(
+    study_file: Path, out: Path | None, *, methods: Sequence[str], cell_names: Sequence[str], only_table: bool
+) -> bool:
+    """Run missing cells, then write the table of all finished ones; False after a failure or SIGTERM. Without `out`,
+    write the table of the cells beside the study file. Raises ConfigError."""
     study = read_study(study_file)
     chosen = cells(study, methods, cell_names)
     check_scipy()  # before hours are spent
     check_matplotlib()
+    if out is None:
+        kept = study_file.parent / "cells" / study_file.stem
+        if not only_table:
+            raise ConfigError(f"--out is missing; name a folder for the study, such as runs/{study_file.stem}")
+        if not kept.is_dir():
+            raise ConfigError(f"--only-table: there are no cells in {kept}; name the folder of a study with --out")
+        _write_table(study, kept, study_file.with_suffix(".md"), study_file.with_suffix(".png"))
+        return True
     grid = Grid(study=study, home=study_file.resolve().parent, out=out.resolve())
     if only_table and not (grid.out / "study.json").exists():
         raise ConfigError(f"--out {out} holds no study yet; run the same command without --only-table first")
@@ -37,20 +48,22 @@ def run(study_file: Path, out: Path, *, methods: Sequence[str], cell_names: Sequ
     except Failed as error:
         failed = error
     if failed is None or any(grid.read(cell) for cell in cells(study)):
-        table = _table(grid)
-        write_text_atomic(out / "table.md", table.markdown())
+        table = _write_table(study, grid.cells, out / "table.md", out / "plot.png")
         write_json_atomic(out / "table.json", table.to_json())
-        draw(table, study.main, out / "plot.png")
-        print(f"{out / 'table.md'}, table.json and plot.png: {sum(len(row.by_seed) for row in table.rows)} cells")
-        print(table.markdown())
     if failed is not None:
         print(f"without a result: {failed}; the same command tries them again", flush=True)
     return failed is None
 
 
-def _table(grid: Grid) -> QualityTable:
-    study = grid.study
-    finished = [grid.read(Cell(method, seed)) for method in study.methods for seed in study.seeds]
-    before = [grid.read(cell) for cell in (Cell(TEACHER, 0), *(Cell(WARM_UP, seed) for seed in study.seeds))]
-    results, results_before = ([result for result in part if result] for part in (finished, before))
-    return QualityTable.from_cells(study.name, study.rank_by, len(study.seeds), results, results_before)
+def _write_table(study: Study, folder: Path, text: Path, picture: Path) -> QualityTable:
+    """Make the table of a folder's cells, and print it."""
+    before = [Cell(TEACHER, 0), *(Cell(WARM_UP, seed) for seed in study.seeds)]
+    results, results_before = (
+        [result for cell in part if (result := read_cell(study, folder, cell))] for part in (cells(study), before)
+    )
+    table = QualityTable.from_cells(study, results, results_before)
+    write_text_atomic(text, table.markdown())
+    draw(table, study.main, picture)
+    print(f"{text} and {picture}: {len(results)} cells")
+    print(table.markdown())
+    return table

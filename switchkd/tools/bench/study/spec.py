@@ -24,6 +24,9 @@ from switchkd.config.schema import Config, Section
 TEACHER, WARM_UP = "teacher", "warm-up"
 """Runs before the cells, and their rows in the table."""
 
+GROWS = {"methods", "seeds", "main", "compare"}
+"""Keys of a study that may change after it has begun."""
+
 Overrides = dict[str, Any]
 
 
@@ -65,6 +68,9 @@ class Study(Section):
     warm_up: Overrides | None = None  # changes of the run from whose student a seed's cells start; else `base.student`
     methods: dict[str, Overrides] = Field(min_length=1)
     main: tuple[str, ...] = ()  # methods whose cells run first, and whose curves are in the plot
+    compare: tuple[
+        tuple[str, str], ...
+    ] = ()  # pairs of methods that the table tests, chosen before the scores are known
     test_sets: dict[str, Overrides] = Field(default={"": {}}, min_length=1)
     """Changes of the shared config (`eval`, `data`) by test set. A score without a set's name is that of the set with
     the empty name, else the mean over all sets with equal weights."""
@@ -81,8 +87,8 @@ class Study(Section):
 
     @property
     def digest(self) -> str:
-        """Return a digest without methods, seeds and `main`, which may change in a study that has begun."""
-        shared = self.model_dump(mode="json", exclude={"methods", "seeds", "main"})
+        """Return a digest without the keys that may change in a study that has begun."""
+        shared = self.model_dump(mode="json", exclude=GROWS)
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -107,6 +113,9 @@ def read_study(path: Path) -> Study:
         raise ConfigError(f"{path}: {explain(error, Study)}") from None
     for name in study.main:
         _check_known(name, study.methods, f"{path}: main")
+    for pair in study.compare:
+        for name in pair:
+            _check_known(name, study.methods, f"{path}: compare")
     _check_configs(study, path)
     return study
 

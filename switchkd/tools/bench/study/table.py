@@ -1,7 +1,8 @@
-"""Makes a table of finished cells: means with 95% intervals over seeds, and paired tests between neighbours.
+"""Makes a table of finished cells: means with 95% intervals over seeds, and paired tests of the study's pairs.
 
-In: cells as `grid.py` writes them. Out: markdown and JSON. Intervals are Student's t. Tests are paired t-tests over the
-seeds that both methods have (`scipy.stats.ttest_rel`), with p-values also in Holm's correction.
+In: cells as `grid.py` writes them. Out: markdown and JSON. Methods with all seeds of the study are ranked, so all ranks
+are over the same seeds. Intervals are Student's t. Tests are paired t-tests over the seeds that both methods have
+(`scipy.stats.ttest_rel`), with p-values also in Holm's correction over all pairs.
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 from switchkd.config.errors import ConfigError
-from switchkd.tools.bench.study.spec import WARM_UP, flat
+from switchkd.tools.bench.study.spec import WARM_UP, Study, flat
 from switchkd.tools.bench.table import surroundings
 
 LEVEL = 0.95
@@ -83,7 +83,7 @@ class TableRow:
     by_seed: dict[int, float]  # the score that ranks
     gains: dict[int, float]  # that score minus the score of the seed's start, where there is one
     gain: Mean | None
-    teacher_frac: Mean
+    teacher_token_frac: Mean | None  # of completions that both models generated, where there are any
     rollout_tokens: Mean
     train_s: Mean
 
@@ -93,6 +93,7 @@ class TableRow:
         by_seed = {cell["seed"]: cell["scores"][rank_by] for cell in cells}
         gains = {seed: score - started[seed] for seed, score in by_seed.items() if seed in started}
         names = [name for name in cells[0]["scores"] if all(name in cell["scores"] for cell in cells)]
+        fracs = [frac for cell in cells if (frac := cell["rollouts"].get("teacher_token_frac")) is not None]
         return cls(
             method=method,
             what=" ".join(flat(cells[0]["overrides"])),
@@ -100,7 +101,7 @@ class TableRow:
             by_seed=by_seed,
             gains=gains,
             gain=Mean.from_values(list(gains.values())) if gains else None,
-            teacher_frac=Mean.from_values([cell["rollouts"]["teacher_frac"] for cell in cells]),
+            teacher_token_frac=Mean.from_values(fracs) if fracs else None,
             rollout_tokens=Mean.from_values([cell["rollouts"]["tokens"] for cell in cells]),
             train_s=Mean.from_values([cell["seconds"]["train"] for cell in cells]),
         )
@@ -108,38 +109,44 @@ class TableRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QualityTable:
-    """`rows` by rank; `before` has the teacher and the students that all methods start from."""
+    """`ranked` has the methods with all seeds, by rank, `unranked` those with fewer, `before` the teacher and the
+    students that all methods start from."""
 
     name: str
     rank_by: str
-    by_gain: bool  # gains rank, not scores
     num_seeds: int
-    rows: tuple[TableRow, ...]
+    ranked: tuple[TableRow, ...]
+    unranked: tuple[TableRow, ...]
     before: tuple[TableRow, ...]
-    neighbours: tuple[Paired, ...]
+    compared: tuple[Paired, ...]
 
     @classmethod
-    def from_cells(cls, name: str, rank_by: str, num_seeds: int, cells: Results, before: Results) -> QualityTable:
+    def from_cells(cls, study: Study, cells: Results, before: Results) -> QualityTable:
         """Rank the methods of `cells`; `before` has the runs before them. Raises ConfigError without a cell."""
         if not cells:
-            raise ConfigError(f"{name}: no cell is finished yet; run `switchkd bench quality` without --only-table")
+            raise ConfigError(
+                f"{study.name}: no cell is finished yet; run `switchkd bench quality` without --only-table"
+            )
+        rank_by, num_seeds = study.rank_by, len(study.seeds)
         started = {cell["seed"]: cell["scores"][rank_by] for cell in before if cell["method"] == WARM_UP}
-        rows = _rows(cells, rank_by, started)
-        by_gain = all(row.gain for row in rows)  # methods may have other seeds, and seeds other starts
-        rows.sort(key=lambda row: -(row.gain if by_gain and row.gain else row.scores[rank_by]).mean)
+        rows = sorted(_rows(cells, rank_by, started), key=lambda row: -row.scores[rank_by].mean)
         return cls(
-            name=name,
+            name=study.name,
             rank_by=rank_by,
-            by_gain=by_gain,
             num_seeds=num_seeds,
-            rows=tuple(rows),
+            ranked=tuple(row for row in rows if len(row.by_seed) == num_seeds),
+            unranked=tuple(row for row in rows if len(row.by_seed) < num_seeds),
             before=tuple(_rows(before, rank_by, {})),
-            neighbours=tuple(_neighbours(rows)),
+            compared=_compared(rows, study.compare),
         )
 
     @property
-    def ranked_by(self) -> str:
-        return f"gain in {self.rank_by}" if self.by_gain else self.rank_by
+    def rows(self) -> tuple[TableRow, ...]:
+        return (*self.ranked, *self.unranked)
+
+    def title(self, row: TableRow) -> str:
+        """Return a row's method, marked where it is not ranked."""
+        return f"{row.method} *" if row in self.unranked else row.method
 
     @property
     def parts(self) -> list[str]:
@@ -157,48 +164,50 @@ class QualityTable:
 
     def markdown(self) -> str:
         """Return four tables with their titles: scores, parts, tests and methods."""
-        few = [row.method for row in self.rows if len(row.by_seed) < self.num_seeds]
         parts = [
             f"# {self.name}",
-            f"Means over seeds with their 95% interval (Student's t), by {self.ranked_by}. KL in nats a token; teacher "
-            "share of the tokens that models generated for the training; seconds of the run without its evaluation. "
-            "The gain is over the student that all methods of a seed start from.",
+            f"Means over seeds with their 95% interval (Student's t), by {self.rank_by}. KL in nats a token. The gain "
+            "is over the student that all methods of a seed start from. Teacher share: the teacher's tokens over all "
+            "tokens of the completions that both models generated for the training, `-` where there are none. Tokens "
+            "generated: by either model, for the training. Seconds: of the run, without its evaluation.",
             self._scores(),
         ]
-        if few:
-            parts.append(f"Not all of the {self.num_seeds} seeds are there for: {', '.join(few)}.")
+        if self.unranked:
+            parts.append(f"`*`: fewer than the study's {self.num_seeds} seeds, so not ranked.")
         if self.parts:
             parts += [f"## {self.rank_by} by part", self._parts()]
-        parts += [
-            "## Neighbours in the ranking",
-            f"Difference in {self.rank_by}, paired by seed; p of the paired t-test, and Holm's over all of them.",
-            self._tests(),
-            "## What each method changes",
-            _table(("method", "keys"), [(row.method, f"`{row.what}`" if row.what else "nothing") for row in self.rows]),
-        ]
+        if self.compared:
+            parts += [
+                "## Pairs of the study file",
+                f"Difference in {self.rank_by}, paired by seed; p of the paired t-test, and Holm's over all of these.",
+                self._tests(),
+            ]
+        changes = [(self.title(row), f"`{row.what}`" if row.what else "nothing") for row in self.rows]
+        parts += ["## What each method changes", _table(("method", "keys"), changes)]
         return "\n\n".join(parts) + "\n"
 
     def _scores(self) -> str:
         names = [name for name in MEASURES if name in self.rows[0].scores]
         titles = ("method", "seeds", self.rank_by, "gain", *(MEASURES[name] for name in names), "teacher share",
-                  "tokens written", "seconds")  # fmt: skip
+                  "tokens generated", "seconds")  # fmt: skip
         rows = []
         for row in (*self.rows, *self.before):
             measures = [str(row.scores.get(name, "-")) for name in names]
-            rest = (f"{row.teacher_frac.mean:.1%}", f"{row.rollout_tokens.mean:,.0f}", f"{row.train_s.mean:.0f}")
-            first = (row.method, str(len(row.by_seed)), str(row.scores[self.rank_by]), str(row.gain or "-"))
+            share = f"{row.teacher_token_frac.mean:.1%}" if row.teacher_token_frac else "-"
+            rest = (share, f"{row.rollout_tokens.mean:,.0f}", f"{row.train_s.mean:.0f}")
+            first = (self.title(row), str(len(row.by_seed)), str(row.scores[self.rank_by]), str(row.gain or "-"))
             rows.append((*first, *measures, *rest))
         return _table(titles, rows)
 
     def _parts(self) -> str:
         all_rows = (*self.rows, *self.before)
-        rows = [(row.method, *(str(self.part(row, part) or "-") for part in self.parts)) for row in all_rows]
+        rows = [(self.title(row), *(str(self.part(row, part) or "-") for part in self.parts)) for row in all_rows]
         return _table(("method", *self.parts), rows)
 
     def _tests(self) -> str:
         rows = [
             (f"{one.method} - {one.other}", str(one.difference.num), str(one.difference), _p(one.p), _p(one.p_holm))
-            for one in self.neighbours
+            for one in self.compared
         ]
         return _table(("pair", "seeds", "difference", "p", "p (Holm)"), rows)
 
@@ -210,14 +219,16 @@ def _rows(cells: Results, rank_by: str, started: Mapping[int, float]) -> list[Ta
     return [TableRow.from_cells(method, group, rank_by, started) for method, group in by_method.items()]
 
 
-def _neighbours(rows: Sequence[TableRow]) -> list[Paired]:
+def _compared(rows: Sequence[TableRow], names: Sequence[tuple[str, str]]) -> tuple[Paired, ...]:
+    """Test the named pairs that have a seed in common."""
+    by_seed = {row.method: row.by_seed for row in rows}
     pairs = [
-        Paired.from_scores(one.method, one.by_seed, other.method, other.by_seed)
-        for one, other in pairwise(rows)
-        if one.by_seed.keys() & other.by_seed.keys()
+        Paired.from_scores(one, by_seed[one], other, by_seed[other])
+        for one, other in names
+        if by_seed.get(one, {}).keys() & by_seed.get(other, {}).keys()
     ]
     corrected = iter(holm([pair.p for pair in pairs if pair.p is not None]))
-    return [replace(pair, p_holm=None if pair.p is None else next(corrected)) for pair in pairs]
+    return tuple(replace(pair, p_holm=None if pair.p is None else next(corrected)) for pair in pairs)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
