@@ -160,8 +160,9 @@ def position_limit(config: Any, *, slots: bool) -> tuple[int | None, str]:
     limit, rope = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None) or {}
     for group in [rope, *(value for value in rope.values() if isinstance(value, dict))]:  # some have one a layer type
         if slots and group.get("rope_type", group.get("type")) == "longrope":
-            original = group.get("original_max_position_embeddings") or text.original_max_position_embeddings
-            if limit is None or original < limit:
+            key = "original_max_position_embeddings"  # beside the group in the configs of Phi-3's own code
+            original = group.get(key) or getattr(text, key, None)
+            if original and (limit is None or original < limit):
                 return original, "positions in LongRoPE's original length (a longer row changes its whole batch)"
     return limit, "positions"
 
