@@ -160,7 +160,7 @@ class RolloutStats:
     num_drafted: int = 0  # tokens that either model drafted for the other to verify
     num_accepted: int = 0  # accepted ones of these
     num_rejections: int = 0  # blocks that end early, at a token that differs from the drafted one
-    num_near_ties: int = 0  # tokens whose two best scores differ by less than the tolerance
+    num_near_ties: int = 0  # tokens that rounding might change, see algo.sampling.NEAR_TIE
     teacher_positions: int = 0  # positions that the teacher read, without the prompt
     output_bytes: int = 0  # bytes that the teacher sent, with rejected positions
     num_scored_rows: int = 0  # rows that the teacher sent, with rejected positions

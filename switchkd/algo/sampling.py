@@ -10,7 +10,7 @@ In: logits [N, V] and the key of each row. Out: token ids [N]. Equal values are 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -19,6 +19,10 @@ from torch import Tensor
 from switchkd.algo.noise import UNIT, WORD, Purpose, gumbel, noise_bits
 from switchkd.algo.transfer import to_device, to_host
 
+NEAR_TIE = 1e-4
+"""Two scores (log-prob + Gumbel), or a statistic and its threshold, closer than this may fall either way under another
+batch shape; so may an id whose log-prob, or the mass before it, is this close to the edge of top_k or top_p. Such
+tokens are counted, not hidden."""
 _MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)  # Philox4x64 (Salmon et al., SC 2011)
 _WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 _ROUNDS = 10
@@ -138,7 +142,8 @@ def draw(
     """One token per row of logits [N, V]: int64 [N], and with `return_margin` its lead over the second best score.
 
     Rows on a CPU are drawn one by one with exact pruning, rows on a device without (`draw_on_device`). Both draw the
-    same token unless two scores differ by less than rounding; the margin (float64 [N]) shows such near ties.
+    same token unless two scores differ by less than rounding; the margin (float64 [N]) shows such near ties. Ids that
+    top_k and top_p cut by less than NEAR_TIE count as rivals there, and a winner that they kept by less has margin 0.
     """
     if not len(rollout_ids) == len(positions) == logits.shape[0]:
         raise ValueError(
@@ -169,15 +174,18 @@ def draw_row(
     if sampling.temperature == 0:
         token = int(row.argmax())
         return token, best - _second_best(row, token) if exact_margin else math.inf
-    ids = _kept(row, best, sampling)
-    if ids is None:
-        bits, values = noise_bits(*key, num=row.size), row
-    elif ids.size == 1:
-        return int(ids[0]), math.inf
-    else:
-        bits, values = noise_bits(*key, num=int(ids[-1]) + 1)[ids], row[ids]
-    index, margin = _best_score(values, bits, best, sampling.temperature, exact_margin)
-    return (index if ids is None else int(ids[index])), margin
+    if not _cuts(sampling, row.size):
+        return _best_score(row, noise_bits(*key, num=row.size), best, sampling.temperature, exact_margin)
+    cut = _cut(row, best, sampling)
+    if cut.ids.size == 1:
+        return int(cut.ids[0]), math.inf
+    bits, values = noise_bits(*key, num=int(cut.ids[-1]) + 1)[cut.ids], row[cut.ids]
+    kept = np.flatnonzero(cut.kept)
+    index, margin = _best_score(values[kept], bits[kept], best, sampling.temperature, exact_margin)
+    winner = int(kept[index])
+    if exact_margin:
+        margin = min(margin, _edge_margin(cut, winner, values, bits, best, sampling))
+    return int(cut.ids[winner]), margin
 
 
 def _best_score(
@@ -221,19 +229,54 @@ def _second_best(values: np.ndarray, winner: int) -> float:
     return float(others.max()) if others.size else -math.inf
 
 
-def _kept(row: np.ndarray, best: float, sampling: SamplingParams) -> np.ndarray | None:
-    """Ids that survive top_k and then top_p, ascending; None for all. Order: logit descending, then id ascending."""
+def _cuts(sampling: SamplingParams, vocab_size: int) -> bool:
+    return sampling.top_p < 1 or 0 < sampling.top_k < vocab_size
+
+
+class _Cut(NamedTuple):
+    """The ids of one row that top_k and then top_p keep, or would keep with log-probs off by less than NEAR_TIE."""
+
+    ids: np.ndarray  # ascending
+    kept: np.ndarray  # bool, of `ids`: those that they keep. Order: logit descending, then id ascending
+    total: float  # mass of the ids that top_k keeps
+    num_safe: int  # so many ids, the first in order, are kept in any case
+
+
+def _cut(row: np.ndarray, best: float, sampling: SamplingParams) -> _Cut:
     top_k = sampling.top_k if sampling.top_k < row.size else 0
+    loose, tight = (min(sampling.top_p + error, 1) if sampling.top_p < 1 else 1 for error in (NEAR_TIE, -NEAR_TIE))
     if top_k:
         values = torch.topk(torch.from_numpy(row), top_k).values.numpy()
         total = _mass(values, best, sampling.temperature).sum()
-    elif sampling.top_p < 1:
-        total = _mass(row, best, sampling.temperature).sum()
-        values = _descending_to_mass(row, best, sampling.temperature, sampling.top_p * total)
     else:
-        return None
-    size = _nucleus_size(_mass(values, best, sampling.temperature), total, sampling.top_p)
-    return _first(row, size, values[size - 1])
+        total = _mass(row, best, sampling.temperature).sum()
+        values = _descending_to_mass(row, best, sampling.temperature, loose * total)
+    upto = np.cumsum(_mass(values, best, sampling.temperature))
+    size, num_nearly, num_safe = (_nucleus_size(upto, total, top_p) for top_p in (sampling.top_p, loose, tight))
+    ids = np.flatnonzero(row >= _below(values[num_nearly - 1], sampling))
+    kept = row[ids] >= values[size - 1]
+    if surplus := np.count_nonzero(kept) - size:  # among equal values low ids are kept
+        kept[np.flatnonzero(row[ids] == values[size - 1])[-surplus:]] = False
+    return _Cut(ids, kept, total, num_safe)
+
+
+def _below(value: np.float32, sampling: SamplingParams) -> np.float32:
+    """The logit that is NEAR_TIE below another one, as log-probs of the tempered distribution."""
+    return np.float32(float(value) - NEAR_TIE * sampling.temperature)
+
+
+def _edge_margin(
+    cut: _Cut, winner: int, values: np.ndarray, bits: np.ndarray, best: float, sampling: SamplingParams
+) -> float:
+    """The winner's lead over ids that are nearly kept; 0 where it is nearly cut itself."""
+    first = values[values >= _below(values[winner], sampling)]  # the ids before the winner, and itself
+    if first.size > cut.num_safe:
+        mass = _mass(first, best, sampling.temperature).sum() - _mass(values[winner], best, sampling.temperature)
+        if not _stays(first.size, mass / cut.total, sampling):
+            return 0.0
+    rivals = np.append(np.flatnonzero(~cut.kept), winner)
+    scores = _scores(values[rivals], bits[rivals], sampling.temperature)
+    return float(scores[-1] - scores[:-1].max(initial=-math.inf))
 
 
 def _descending_to_mass(row: np.ndarray, best: float, temperature: float, mass: float) -> np.ndarray:
@@ -245,23 +288,22 @@ def _descending_to_mass(row: np.ndarray, best: float, temperature: float, mass: 
     return np.sort(values)[::-1]
 
 
-def _first(row: np.ndarray, num: int, last: np.float32) -> np.ndarray:
-    """The first `num` ids in order, ascending; `last` is the last one's value, among equal values low ids are kept."""
-    ids = np.flatnonzero(row >= last)
-    surplus = ids.size - num
-    return np.delete(ids, np.flatnonzero(row[ids] == last)[-surplus:]) if surplus else ids
-
-
 def _mass(values: np.ndarray, best: float, temperature: float) -> np.ndarray:
     return np.exp((values.astype(np.float64) - best) / temperature)
 
 
-def _nucleus_size(mass: np.ndarray, total: float, top_p: float) -> int:
-    """The number of ordered masses to keep: those with less than top_p of the total before them, at least one."""
-    if top_p == 1:
-        return mass.size
-    before = np.concatenate([[0.0], np.cumsum(mass[:-1])])
-    return max(int((before < (top_p - _TIE) * total).sum()), 1)
+def _nucleus_size(upto: np.ndarray, total: float, top_p: float) -> int:
+    """The number of ordered masses to keep: those with less than top_p of the total before them, at least one. `upto`
+    are the sums up to and with each."""
+    return upto.size if top_p == 1 else 1 + int(np.searchsorted(upto[:-1], (top_p - _TIE) * total))
+
+
+def _stays(rank: Any, before: Any, sampling: SamplingParams) -> Any:
+    """Whether ids with at most this rank, and at most this share of the mass before them, are kept in any case; both
+    count the ids that log-probs off by less than NEAR_TIE would put first."""
+    return (rank <= (sampling.top_k or math.inf)) & (
+        (before <= max(sampling.top_p - NEAR_TIE, 0)) | (sampling.top_p == 1)
+    )
 
 
 # --- draws on a device -----------------------------------------------------------------------------------------------
@@ -292,24 +334,46 @@ def draw_on_device(
         scores = values.double()
     else:
         bits = noise_bits_torch(run_seed, rollout_ids, positions, purpose, values.shape[1])
-        scores = _truncated(values, sampling).double() / sampling.temperature + gumbel_torch(bits)
-    tokens = scores.argmax(dim=-1)
-    best = scores.gather(1, tokens[:, None])
-    second = scores.scatter(1, tokens[:, None], -math.inf).amax(dim=-1)
-    return tokens, best[:, 0] - second
+        scores = values.double() / sampling.temperature + gumbel_torch(bits)
+    if sampling.temperature == 0 or not _cuts(sampling, values.shape[1]):
+        return _winners(scores, scores)
+    return _cut_winners(values, scores, sampling)
 
 
-def _truncated(values: Tensor, sampling: SamplingParams) -> Tensor:
-    """Rows [N, V] with -inf outside top_k and then top_p."""
-    if sampling.top_k == 0 and sampling.top_p == 1:
-        return values
+def _winners(scores: Tensor, rivals: Tensor) -> tuple[Tensor, Tensor]:
+    """Arg max of scores [N, V], and its lead over the best other one of `rivals`."""
+    tokens = scores.argmax(dim=-1, keepdim=True)
+    best = scores.gather(1, tokens)[:, 0]
+    second = rivals.scatter(1, tokens, -math.inf).amax(dim=-1)
+    return tokens[:, 0], best - second
+
+
+def _cut_winners(values: Tensor, scores: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
+    """`_winners` among the ids that top_k and then top_p keep; the margins count those that are nearly kept or cut."""
+    shift = NEAR_TIE * sampling.temperature
+    mass = ((values.double() - values.amax(dim=-1, keepdim=True).double()) / sampling.temperature).exp()
+    kept, last, total = _cut_rows(values, mass, sampling)
+    nearly_kept = values >= (last.double() - shift).float()
+    tokens, margins = _winners(scores.masked_fill(~kept, -math.inf), scores.masked_fill(~nearly_kept, -math.inf))
+    winner = tokens[:, None]
+    first = values >= (values.gather(1, winner).double() - shift).float()  # the ids before the winner, and itself
+    before = mass.masked_fill(~first, 0).sum(dim=-1, keepdim=True) - mass.gather(1, winner)
+    stays = _stays(first.sum(dim=-1), (before / total)[:, 0], sampling)
+    return tokens, margins.where(stays, 0)
+
+
+def _cut_rows(values: Tensor, mass: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
+    """What top_k and then top_p keep of rows [N, V]: bool [N, V]; the last value with top_p up by NEAR_TIE, [N, 1]; and
+    the mass of what top_k keeps, [N, 1]."""
     ordered, order = values.sort(dim=-1, descending=True, stable=True)
     keep = torch.ones_like(order, dtype=torch.bool)
     if sampling.top_k:
         keep[:, sampling.top_k :] = False
+    mass = mass.gather(1, order).masked_fill(~keep, 0)
+    total, before = mass.sum(dim=-1, keepdim=True), mass.cumsum(dim=-1).roll(1, dims=-1)
+    before[:, 0] = 0
+    nearly = keep & (before < (sampling.top_p + NEAR_TIE) * total)
     if sampling.top_p < 1:
-        mass = ((ordered.double() - ordered[:, :1].double()) / sampling.temperature).exp().masked_fill(~keep, 0)
-        before = mass.cumsum(dim=-1).roll(1, dims=-1)
-        before[:, 0] = 0
-        keep &= before < (sampling.top_p - _TIE) * mass.sum(dim=-1, keepdim=True)
-    return values.masked_fill(~torch.zeros_like(keep).scatter(1, order, keep), -math.inf)
+        keep &= before < (sampling.top_p - _TIE) * total
+    last = ordered.gather(1, nearly.sum(dim=-1, keepdim=True) - 1)
+    return torch.zeros_like(keep).scatter(1, order, keep), last, total

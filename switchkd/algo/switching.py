@@ -29,6 +29,7 @@ from torch import Tensor
 
 from switchkd.algo import divergence
 from switchkd.algo.noise import Purpose
+from switchkd.algo.sampling import NEAR_TIE
 
 _DIVERGENCES = {"kl": divergence.forward_kl, "reverse_kl": divergence.reverse_kl, "jsd": divergence.jsd}
 _SCHEDULES = ("exponential", "linear", "constant", "exponential_growth")
@@ -54,6 +55,9 @@ class Rule:
     needs_rows: bool = True  # False: p_logits and q_logits may be None
     needs_draft: bool = False  # True: the statistic depends on the drafted id
     student_only: bool = False  # True: the teacher writes no token; the statistic is not computed
+    bounds: Callable[..., tuple[Tensor, Tensor]] | None = None
+    """The statistic's smallest and largest value where log-probs are off by less than NEAR_TIE, float64 [N] each, from
+    the statistic's arguments; None: statistic -+ NEAR_TIE. Only near ties are counted by it."""
     teacher_only: Callable[[Tensor], Tensor] | None = None
     """memory [B, M] -> bool [B]: the teacher writes all further tokens; the statistic is not computed."""
 
@@ -234,6 +238,7 @@ def outside_top_k(*, k: int = SKD_TOP_K) -> Rule:
         threshold=partial(_fixed, value=float(k)),
         replacement=Purpose.SKD,
         needs_draft=True,
+        bounds=_rank_bounds,
     )
 
 
@@ -244,6 +249,14 @@ def _rank(*, p_logits: Tensor, q_logits: Tensor | None, drafted: Tensor, coins: 
     lower_id = torch.arange(p_logits.shape[1], device=p_logits.device) < drafted
     before = (p_logits > logit) | ((p_logits == logit) & lower_id)
     return 1 + before.sum(dim=-1).double()
+
+
+@torch.no_grad()
+def _rank_bounds(*, p_logits: Tensor, q_logits: Tensor | None, drafted: Tensor, coins: Tensor) -> tuple[Tensor, Tensor]:
+    """A rank says nothing of how near the next one is: count the ids that come first surely, and possibly."""
+    lead = p_logits - p_logits.gather(1, drafted.to(p_logits.device)[:, None])
+    surely, possibly = (lead >= NEAR_TIE).sum(dim=-1), (lead > -NEAR_TIE).sum(dim=-1)  # with the drafted id itself
+    return 1 + surely.double(), possibly.double()
 
 
 # --- over the training -----------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from switchkd.algo.sampling import NEAR_TIE
 from switchkd.engines.base import OutputHead, StudentEngine, Teacher, TeacherBusy
 from switchkd.rollout.draft import Drafter, grouped, write_request
 from switchkd.rollout.request import Emit, GenerationRequest
@@ -36,7 +37,7 @@ from switchkd.rollout.state import RolloutState
 from switchkd.rollout.teacher_client import BUSY_S, TeacherClient, blocks_of
 from switchkd.rollout.teacher_logits import TeacherLogits
 from switchkd.rollout.top_logprobs import TopTokens
-from switchkd.rollout.verify import NEAR_TIE, DraftBlock, verify
+from switchkd.rollout.verify import DraftBlock, verify
 from switchkd.types import CompletionSource, PackedWeights, TeacherOutput, Written
 
 WRITE_SPAN = 8

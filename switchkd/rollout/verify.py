@@ -23,16 +23,13 @@ from torch import Tensor
 
 from switchkd.algo.losses import uncertainty
 from switchkd.algo.noise import Purpose, coin
-from switchkd.algo.sampling import SamplingParams, draw
+from switchkd.algo.sampling import NEAR_TIE, SamplingParams, draw
 from switchkd.algo.switching import Rule
 from switchkd.algo.topk import TopK, coarse_grain, kept, spread
 from switchkd.rollout.state import RolloutState
 from switchkd.rollout.top_logprobs import TopTokens
 from switchkd.types import TokenSource
 
-NEAR_TIE = 1e-4
-"""Two scores (log-prob + Gumbel), or a statistic and its threshold, closer than this may fall either way under
-another batch shape. Such tokens are counted, not hidden."""
 VERIFY_COLUMNS = 4
 """Columns whose distributions are made together: one product with each head, and little of it behind a break."""
 
@@ -124,7 +121,6 @@ def _settle(
     if params.wants_uncertainty:
         for r, value in zip(alive, span.uncertainty(alive, k, tokens).tolist(), strict=True):
             rows[r].uncertainty.append(value)
-    near = ((decision.statistic - decision.threshold).abs() < NEAR_TIE).numpy()
     if params.top_logprobs:
         for r, p, q in zip(alive, *span.tops(alive, k, params.top_logprobs), strict=True):
             rows[r].teacher_top.append(p)
@@ -134,7 +130,7 @@ def _settle(
         row.memory = decision.memory[i : i + 1]
         row.statistic.append(float(decision.statistic[i]))
         row.threshold.append(float(decision.threshold[i]))
-        row.stats.num_near_ties += int(near[i])
+        row.stats.num_near_ties += int(decision.near_tie[i])
         row.accept(int(tokens[i]), TokenSource.TEACHER if owned[i] else TokenSource.STUDENT, version, stop_ids)
     return tokens == proposed
 
@@ -146,30 +142,39 @@ class _Decision(NamedTuple):
     statistic: Tensor  # float64 [n], NaN where it was not computed
     threshold: Tensor  # float64 [n]
     memory: Tensor  # float64 [n, M], the rule's, after this token
+    near_tie: np.ndarray  # bool [n], rounding might change the writer
 
 
 def _decide(rows: list[RolloutState], span: _Window, alive: np.ndarray, k: int) -> _Decision:
     rule = rows[0].params.rule
     memory = torch.cat([rows[r].memory for r in alive])
     t, step = torch.tensor([(rows[r].t, rows[r].step) for r in alive]).T
-    statistic = shown = span.statistic[alive, k - span.first]
+    statistic, low, high = span.values[:, alive, k - span.first]
+    shown = statistic
     if rule.teacher_only is not None:  # after its switch a rule has no statistic, whichever model drafts
         settled = rule.teacher_only(memory)
         statistic, shown = statistic.masked_fill(settled, 0.0), shown.masked_fill(settled, torch.nan)
     threshold = rule.threshold(t, step, memory)
     memory = rule.update(memory, statistic, threshold)
-    return _Decision((statistic > threshold).numpy(), shown, threshold, memory)
+    near_tie = (low <= threshold) & (threshold < high)
+    return _Decision((statistic > threshold).numpy(), shown, threshold, memory, near_tie.numpy())
 
 
-def _coarse_statistic(rule: Rule, row: TopK, q_logits: Tensor, drafted: Tensor, coins: Tensor) -> Tensor:
-    """The rule's statistic from compressed rows, [n]: that of both laws on the kept ids and one bin for the tail. A
-    rule that looks at the drafted id gets whole rows, the tail spread evenly: an id of the tail ranks behind all kept
-    ones."""
-    if rule.needs_draft:
-        p_logits = spread(row, q_logits.shape[1])
+def _coarse_rows(rule: Rule, row: TopK, q_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that a rule sees of compressed ones: both laws on the kept ids and one bin for the tail. A rule that
+    looks at the drafted id gets whole rows, the tail spread evenly: an id of the tail ranks behind all kept ones."""
+    return (spread(row, q_logits.shape[1]), q_logits) if rule.needs_draft else coarse_grain(row, q_logits)
+
+
+def _values(rule: Rule, **inputs: Tensor | None) -> Tensor:
+    """The rule's statistic, and the smallest and largest value that rounding might give it: float64 [3, n]."""
+    statistic = rule.statistic(**inputs).double()
+    if rule.bounds is not None:
+        low, high = rule.bounds(**inputs)
     else:
-        p_logits, q_logits = coarse_grain(row, q_logits)
-    return rule.statistic(p_logits=p_logits, q_logits=q_logits, drafted=drafted, coins=coins)
+        error = NEAR_TIE if rule.needs_rows else 0.0  # coins are exact
+        low, high = statistic - error, statistic + error
+    return torch.stack([statistic, low, high])
 
 
 def _tokens(
@@ -229,8 +234,8 @@ def draws(
 
 
 class _Window:
-    """Both distributions of the live rows at the columns `first` to `first + SPAN`, and the rule's statistic there:
-    float64 [R, SPAN], NaN where nothing was proposed. A rule that reads no rows gets none."""
+    """Both distributions of the live rows at the columns `first` to `first + SPAN`, and `_values` of the rule there:
+    float64 [3, R, SPAN], NaN where nothing was proposed. A rule that reads no rows gets none."""
 
     def __init__(self, rows: list[RolloutState], block: DraftBlock, alive: np.ndarray, first: int) -> None:
         self.rows, self.block, self.first = rows, block, first
@@ -250,14 +255,12 @@ class _Window:
             drafted = draws(rows, r, k, logits, params.student, params.purpose)
             self._drawn = dict(zip(self._place[r, k].tolist(), drafted.tolist(), strict=True))
         coins = coin(params.seed, [rows[i].task.rollout_id for i in r], np.array([rows[i].t for i in r], int) + k)
+        p_logits, q_logits = self._p, self._q
+        if block.top_rows is not None and q_logits is not None:
+            p_logits, q_logits = _coarse_rows(rule, block.top_rows(r, first + k).to(q_logits.device), q_logits)
         inputs = {"drafted": torch.from_numpy(drafted), "coins": torch.from_numpy(coins)}
-        if block.top_rows is not None and self._q is not None:
-            top = block.top_rows(r, first + k).to(self._q.device)
-            values = _coarse_statistic(rule, top, self._q, **inputs)
-        else:
-            values = rule.statistic(p_logits=self._p, q_logits=self._q, **inputs)
-        self.statistic = torch.full(live.shape, torch.nan, dtype=torch.float64)
-        self.statistic[r, k] = values.double().cpu()
+        self.values = torch.full((3, *live.shape), torch.nan, dtype=torch.float64)
+        self.values[:, r, k] = _values(rule, p_logits=p_logits, q_logits=q_logits, **inputs).cpu()
 
     def rows_to_draw(self, which: np.ndarray, k: int) -> Tensor:
         """Logits [n, V] from which the teacher draws at position k of rows `which`. Of a compressed row these are the

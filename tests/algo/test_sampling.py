@@ -1,5 +1,6 @@
 """Keyed draws: the generator, the exact pruning, the truncation and the distribution of the draws."""
 
+import itertools
 import math
 
 import numpy as np
@@ -9,7 +10,7 @@ from scipy import stats
 
 from switchkd.algo import sampling
 from switchkd.algo.noise import Purpose, coin, gumbel, noise_bits
-from switchkd.algo.sampling import SamplingParams, draw, noise_bits_torch
+from switchkd.algo.sampling import NEAR_TIE, SamplingParams, draw, noise_bits_torch
 
 torch.set_num_threads(1)
 
@@ -207,11 +208,87 @@ def test_draw_refuses_rows_that_are_no_distribution() -> None:
         draw(torch.zeros(2, 3), rollout_ids=[0], positions=[0, 1], **key)
 
 
-@pytest.mark.parametrize("setting", SETTINGS[2:], ids=str)
+@pytest.mark.parametrize("setting", [s for s in SETTINGS if sampling._cuts(s, 3000)], ids=str)
 def test_both_truncations_keep_the_same_ids(setting: SamplingParams) -> None:
     """The CPU's nucleus, grown from the top, equals the device's nucleus, cut from a full sort, ties included."""
     logits = torch.cat([rows(20, 3000, seed=1), rows(20, 3000, seed=2, scale=2.0).round(), torch.zeros(1, 3000)])
-    cut = sampling._truncated(logits, setting).isfinite()
-    for row, expected in zip(logits.numpy(), cut, strict=True):
-        kept = sampling._kept(row, float(row.max()), setting)
-        assert (list(range(3000)) if kept is None else kept.tolist()) == expected.nonzero()[:, 0].tolist()
+    mass = ((logits.double() - logits.double().amax(-1, keepdim=True)) / setting.temperature).exp()
+    keep, last, _ = sampling._cut_rows(logits, mass, setting)
+    nearly = logits >= (last.double() - NEAR_TIE * setting.temperature).float()
+    for row, expected, nearly_kept in zip(logits.numpy(), keep, nearly, strict=True):
+        cut = sampling._cut(row, float(row.max()), setting)
+        assert cut.ids[cut.kept].tolist() == expected.nonzero()[:, 0].tolist()
+        assert cut.ids.tolist() == nearly_kept.nonzero()[:, 0].tolist()
+
+
+def slow_margin(logits: torch.Tensor, key: tuple[int, int, int, int], s: SamplingParams) -> float:
+    """Slow reference: the winner's lead over every id that could be kept, 0 if it could be cut itself, where the
+    log-probs of the tempered distribution, and the share of its mass before an id, may be off by NEAR_TIE."""
+    row = [v / s.temperature for v in logits.double().tolist()]
+    winner = slow_draw(logits[None], key[0], [key[1]], [key[2]], key[3], s)[0]
+    top_k, ordered = s.top_k or len(row), sorted(row, reverse=True)
+    total = math.fsum(math.exp(v) for v in ordered[:top_k])
+
+    def first(i: int, shift: float) -> list[float]:
+        return [v for j, v in enumerate(row) if j != i and v - row[i] > shift]
+
+    def share(values: list[float]) -> float:
+        return math.fsum(map(math.exp, values)) / total
+
+    bits = noise_bits(*key, num=len(row))
+    score = [v - math.log(-math.log((int(b) >> 11) / 2**53)) for v, b in zip(row, bits, strict=True)]
+    may, must = (lambda i: first(i, NEAR_TIE)), (lambda i: first(i, -NEAR_TIE))
+    if len(must(winner)) >= top_k or (s.top_p < 1 and share(must(winner)) > max(s.top_p - NEAR_TIE, 0)):
+        return 0.0
+    rivals = [i for i in range(len(row)) if i != winner and len(may(i)) < top_k]
+    rivals = [i for i in rivals if s.top_p == 1 or share(may(i)) < s.top_p + NEAR_TIE]
+    return min((score[winner] - score[i] for i in rivals), default=math.inf)
+
+
+CUTS = [setting for setting in SETTINGS if setting.top_k or setting.top_p < 1]
+
+
+@pytest.mark.parametrize("setting", CUTS, ids=str)
+def test_margins_count_ids_at_the_edge_of_top_k_and_top_p(setting: SamplingParams) -> None:
+    """The margin is the lead over all ids that rounding could keep, and 0 where rounding could cut the winner."""
+    num, generator = 150, torch.Generator().manual_seed(2)
+    logits = (rows(num, 60, seed=3, scale=2.0) * 2).round() / 2  # many equal values, some then moved a little
+    moves = torch.tensor([0.0, 3e-5, -3e-5, 3e-4])
+    logits += moves[torch.randint(4, logits.shape, generator=generator)]
+    expected = [slow_margin(row, (4, i, i % 7, 0), setting) for i, row in enumerate(logits)]
+    key: dict = {"run_seed": 4, "rollout_ids": range(num), "positions": [i % 7 for i in range(num)], "purpose": 0}
+    for found in (draw(logits, **key, sampling=setting, return_margin=True), there(logits, key, setting)):
+        np.testing.assert_allclose(found[1], expected, atol=1e-9)
+
+
+def there(logits: torch.Tensor, key: dict, setting: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
+    """`draw` with the operations of a device."""
+    return sampling.draw_there(
+        logits, key["run_seed"], key["rollout_ids"], key["positions"], purpose=key["purpose"], sampling=setting
+    )
+
+
+EDGES = {
+    "top_k": (SamplingParams(top_k=2), [0.5, 0.2, 0.199995, 0.1]),
+    "nearly kept": (SamplingParams(top_p=0.65), [0.4, 0.250005, 0.2, 0.149995]),
+    "nearly cut": (SamplingParams(top_p=0.65), [0.4, 0.249995, 0.2, 0.150005]),
+    "equal": (SamplingParams(temperature=0.5, top_p=0.6), [0.5, 0.3, 0.3, 0.1]),
+}
+
+
+@pytest.mark.parametrize("case", EDGES)
+def test_a_draw_that_rounding_changes_is_a_near_tie(case: str) -> None:
+    """A token that changes with its logits' last digits has a margin below the tolerance, one that cannot has not."""
+    setting, probs = EDGES[case]
+    logits, num = torch.tensor(probs).log(), 2000
+    key: dict = {"run_seed": 1, "rollout_ids": [3] * num, "positions": range(num), "purpose": 0}
+    signs = torch.tensor(list(itertools.product((1.0, -1.0), repeat=4)))
+    for way in (
+        lambda row: draw(row.expand(num, -1), **key, sampling=setting, return_margin=True),
+        lambda row: there(row.expand(num, -1), key, setting),
+    ):
+        tokens, margins = way(logits)
+        changed = np.any([way(logits + 4e-5 * sign)[0] != tokens for sign in signs], axis=0)
+        assert changed.mean() > 0.1, "the case has an edge"
+        assert (margins[changed] < NEAR_TIE).all()
+        assert (margins < NEAR_TIE).mean() < changed.mean() + 0.01

@@ -98,7 +98,7 @@ def assert_same(wanted: dict[int, Rollout], found: dict[int, Rollout]) -> int:
     return excused
 
 
-@pytest.mark.parametrize("sampling", ["greedy", "sampled"])
+@pytest.mark.parametrize("sampling", ["greedy", "sampled", "papers"])
 @pytest.mark.parametrize("name", ["student", "teacher", "random", "mixture", "switch", "adaswitch", "skd"])
 def test_rollouts_are_equal_for_each_block_and_batch(models, name: str, sampling: str) -> None:  # type: ignore[no-untyped-def]
     """fp32 rollouts are equal for each block size, batch size and drafter, and token by token."""
