@@ -41,6 +41,7 @@ from switchkd.controller.step_report import StepReporter
 from switchkd.controller.summary import Summary, summarize
 from switchkd.controller.watchdog import POLL_S, Stalled, Watchdog
 from switchkd.data.atomic_files import write_json_atomic
+from switchkd.engines.cpu_dtype import slow_bfloat16
 from switchkd.learner.batching import assign_batch
 from switchkd.types import CompletionSource, Entry, StateLost, StepResult, WeightRef
 
@@ -295,6 +296,8 @@ def train(config: Config, *, resume: bool = False) -> Summary:
     config = ready.config
     with closing(MetricsLog(config.metrics)) as log:
         log.info(f"data: {config.rollout.recorded or ready.prompts.report()}")
+        if warning := slow_bfloat16(config):
+            log.info(f"warning: {warning}")
         _check_capacity(config, log)
         with open_run(config, resume) as folder:
             trainer = _train(ready, folder, log)
