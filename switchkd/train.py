@@ -42,6 +42,7 @@ from switchkd.controller.summary import Summary, summarize
 from switchkd.controller.watchdog import POLL_S, Stalled, Watchdog
 from switchkd.data.atomic_files import write_json_atomic
 from switchkd.data.prompts import prompts_digest
+from switchkd.engines.cpu_dtype import slow_bfloat16
 from switchkd.learner.batching import assign_batch
 from switchkd.learner.build import build_loss
 from switchkd.types import CompletionSource, Entry, StateLost, StepResult, WeightRef
@@ -305,6 +306,8 @@ def train(config: Config, *, resume: bool = False) -> Summary:
     config, prompts = ready.config, prompts_digest(ready.prompts, ready.eval_prompts)
     with closing(MetricsLog(config.metrics)) as log:
         log.info(f"data: {config.rollout.recorded or ready.prompts.report()}")
+        if warning := slow_bfloat16(config):
+            log.info(f"warning: {warning}")
         _check_capacity(config, log)
         with open_run(config, resume, prompts=prompts) as folder:
             trainer = _train(ready, folder, log)

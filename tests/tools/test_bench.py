@@ -13,15 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from runs import command
-from tiny import save_tiny
+from tiny import save_tiny, tiny_model
 
 from switchkd.config.errors import ConfigError
-from switchkd.tools.bench import scaling
-from switchkd.tools.bench.models import prompts
+from switchkd.engines.models.cpu_prepack import can_pack
+from switchkd.tools.bench import scaling, table, trainer
+from switchkd.tools.bench.baseline_loop import pack_weights
+from switchkd.tools.bench.models import ModelFolders, prompts
 from switchkd.tools.bench.process_stats import Gauge, cpu_seconds, descendants
 from switchkd.tools.bench.subprocess_side import BenchProcess, Repeats, measure_processes
-from switchkd.tools.bench.table import Options, Spread, Table, check_device, compare, take_turns
+from switchkd.tools.bench.table import Options, Spread, Table, check_device, compare, surroundings, take_turns
+from switchkd.tools.bench.trainer import ON_RAY, OURS, TRL, TrainerCase, choose_dtypes
 
 MIB = 2**20
 # spawned processes must import what the parent has on its path
@@ -89,7 +93,24 @@ def test_the_table_is_complete_in_json_and_on_the_terminal(tmp_path, capsys):
 def test_the_notes_name_the_machine():
     notes = Options(smoke=True, repeats=2, device="cpu", dtype="float32", threads=1).notes(batch=8)
     assert notes["device"] == "cpu" and notes["dtype"] == "float32" and notes["batch"] == 8
-    assert {"cpu", "cores", "torch", "transformers", "ray", "date"} <= set(notes)
+    assert {"cpu", "instruction sets", "cores", "torch", "transformers", "ray", "date"} <= set(notes)
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [
+        ("fpu avx2 avx512f avx512_bf16 amx_tile amx_bf16", "avx2, avx512f, avx512_bf16, amx_bf16"),
+        ("fpu avx avx2 bmi2", "avx2"),
+        ("fpu", "none of avx2, avx512f, avx512_bf16, amx_bf16"),
+    ],
+)
+def test_the_notes_name_cpu_and_instruction_sets(tmp_path, monkeypatch, flags, shown):
+    """The notes name the CPU's model and those instruction sets on which the speed of both dtypes depends."""
+    monkeypatch.setattr(table, "CPUINFO", tmp_path / "cpuinfo")
+    processor = f"processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\nflags\t\t: {flags}\n\n"
+    (tmp_path / "cpuinfo").write_text(processor * 2)
+    notes = surroundings()
+    assert notes["cpu"] == "Some CPU @ 2 GHz" and notes["instruction sets"] == shown
 
 
 def test_the_bound_is_the_reached_limit():
@@ -169,6 +190,62 @@ def test_a_failing_side_is_an_error(work, error, says):
     """A ConfigError of a side stays one; any other failure is an error, not a value."""
     with pytest.raises(error, match=says):
         measure_processes([BenchProcess("s", work)], repeats=1)
+
+
+# --- the best dtype of each side, the naive loop's weights ------------------------------------------------------------
+
+
+def trainer_case(dtype: str, device: str = "cpu") -> TrainerCase:
+    options = Options(smoke=True, repeats=1, device=device, dtype=dtype, threads=1)
+    models = ModelFolders(teacher="t", student="s")
+    return TrainerCase(models=models, options=options, dtype=dtype, batch=2, new_tokens=8, loss="jsd")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "best"),
+    [
+        ({OURS: (4.0, 2.0), TRL: (3.0, 5.0)}, {OURS: "bfloat16", ON_RAY: "bfloat16", TRL: "float32"}),
+        ({OURS: (2.0, 2.5), TRL: (3.0, 1.0)}, {OURS: "float32", ON_RAY: "float32", TRL: "bfloat16"}),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_each_side_has_its_best_dtype(monkeypatch, seconds, best, device):
+    """Each side has the dtype in which its probe was faster, and the notes have all probes."""
+    probes = iter(seconds.values())
+
+    def measured(sides: list[BenchProcess], repeats: int) -> Any:
+        return compare({side.name: [took] for side, took in zip(sides, next(probes), strict=True)}), {}
+
+    monkeypatch.setattr(trainer, "bfloat16_slowdown", lambda: 0.5)
+    monkeypatch.setattr(trainer, "measure_processes", measured)
+    dtypes, notes = choose_dtypes(trainer_case("best", device))
+    assert dtypes == best and notes.get("bfloat16 product / float32") == (0.5 if device == "cpu" else None)
+    for name, (one, other) in seconds.items():
+        assert notes[f"probe of {name}, s/step"] == f"float32 {one:g}, bfloat16 {other:g}"
+
+
+def test_hopeless_and_chosen_dtypes_are_not_probed(monkeypatch):
+    """Where bfloat16 products are 10 times slower, and with a dtype from the command line, no step is probed."""
+    monkeypatch.setattr(trainer, "bfloat16_slowdown", lambda: 48.0)
+    monkeypatch.setattr(trainer, "measure_processes", None)
+    dtypes, notes = choose_dtypes(trainer_case("best"))
+    assert set(dtypes.values()) == {"float32"} and notes == {"bfloat16 product / float32": 48.0}
+    dtypes, notes = choose_dtypes(trainer_case("bfloat16"))
+    assert set(dtypes.values()) == {"bfloat16"} and notes == {}
+
+
+def test_the_packed_naive_loop_packs_every_layer():
+    """The packed naive loop's linear layers, the output layer too, are packed, and its logits are the plain ones."""
+    if not can_pack(torch.ones(64, 64)):
+        pytest.skip("this torch has no oneDNN")
+    sizes = {"hidden_size": 64, "intermediate_size": 96}
+    plain, packed = tiny_model("llama", **sizes), pack_weights(tiny_model("llama", **sizes))
+    layers = [layer for layer in packed.modules() if type(layer) is torch.nn.Linear and can_pack(layer.weight)]
+    assert packed.get_output_embeddings() in layers
+    assert all("forward" in vars(layer) for layer in layers)
+    ids = torch.arange(5, 15).view(2, 5)
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -281,9 +358,13 @@ def smoke(models: Path, place: Path, command: str, *args: object) -> dict[str, A
 @needs_trl
 @pytest.mark.slow
 def test_trainer_losses_are_near(models, tmp_path):
-    """The first losses of both sides are near each other."""
-    rows = smoke(models, tmp_path, "trainer", "--no-ray")["rows"]
+    """The first losses of both sides are near each other, and each side has the dtype that a probe chose."""
+    found = smoke(models, tmp_path, "trainer", "--no-ray")
+    rows = found["rows"]
     ours, theirs = (row["first loss"] for row in rows)
+    for row in rows:
+        probe = found["notes"].get(f"probe of {row['side']}, s/step", "float32 0")  # none on a CPU that is slow
+        assert row["dtype"] == min((part.split() for part in probe.split(", ")), key=lambda part: float(part[1]))[0]
     assert ours == pytest.approx(theirs, rel=0.5)
     assert all(row["peak memory, MiB"] > 0 and row["s/step"]["median"] > 0 for row in rows)
 
@@ -327,7 +408,8 @@ def test_overlap_respects_the_staleness(models, tmp_path):
 def test_switching_measures_each_rule(models, tmp_path):
     """Each rule has all measures, and its bounds are in order."""
     for row in smoke(models, tmp_path, "switching")["rows"]:
-        assert row["tokens/s"]["median"] > 0 and row["x naive loop"]["median"] > 0
+        assert row["tokens/s"]["median"] > 0
+        assert row["x naive loop"]["median"] > 0 and row["x naive packed"]["median"] > 0
         assert row["share of bound"]["median"] > 0 and 0 < row["teacher calls/token"] <= 1
         # equal where a rule leaves no choice, but for rounding
         assert row["share of bound"]["median"] <= row["of steady"]["median"] * (1 + 1e-9)

@@ -6,7 +6,9 @@ Needs Chromium (Debian: `apt-get install chromium`; $CHROMIUM names another bina
 from __future__ import annotations
 
 import io
+import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +41,10 @@ class Tab:
 
     def __init__(self, browser: Any, file: Path, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         scheme = "dark" if dark else "light"
-        self.page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+        # reduced motion: a jump that the page makes has ended when a test reads `scrollY`
+        self.page = browser.new_page(
+            viewport={"width": width, "height": height}, color_scheme=scheme, reduced_motion="reduce"
+        )
         self.errors: list[str] = []
         self.requests: list[str] = []
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
@@ -188,6 +193,43 @@ def test_the_viewer_filters_rollouts(open_page, file, run):  # noqa: F811
     tab.page.get_by_label("prompt or text contains").fill("no such words anywhere")
     assert shown() == 0 and "No rollout fits" in tab.text(".list")
     assert tab.clean()
+
+
+def test_a_sampled_run_opens_at_its_top(open_page, copy):  # noqa: F811
+    """A run of 288 rollouts, of which the page has 200, opens at the top, and no text has a missing value."""
+    rows = lines(copy / "rollouts.jsonl")
+    many = [{**rows[i * len(rows) // 288], "rollout_id": i, "step": i // 8} for i in range(288)]
+    (copy / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
+    tab = open_page(write_report([copy]))
+    assert tab.page.evaluate("document.documentElement.scrollHeight") > 2000
+    assert tab.page.evaluate("scrollY") == 0
+    generated = tab.page.locator("[role=option]").count()
+    assert tab.text("#viewer > .about") == f"{generated} of 200 rollouts on this page, an even sample of the run's 288."
+    shown = "[document.body.innerText, ...Array.from(document.querySelectorAll('[aria-label]'), one => one.ariaLabel)]"
+    for origin in ("rollout", "dataset", ""):
+        tab.page.get_by_label("written as").select_option(origin)
+        for key in ("Home", "End"):
+            tab.page.locator("[role=listbox]").press(key)
+            assert tab.page.locator("[role=option][aria-selected=true]").is_visible()
+            tab.page.locator(".tokens .tok").first.click()
+            for text in tab.page.evaluate(shown):
+                assert not re.search(r"NaN|\bundefined\b|\bnull\b", text), (origin, key, text)
+    assert tab.clean(), (tab.errors, tab.requests)
+
+
+def test_a_choice_scrolls_the_list_only(open_page, copy):  # noqa: F811
+    """A choice in the list scrolls the list to the chosen rollout, and leaves the page where it is."""
+    rows = lines(copy / "rollouts.jsonl")
+    (copy / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 3))
+    tab = open_page(write_report([copy]))
+    place = """() => {
+      const view = document.querySelector('[role=listbox]').getBoundingClientRect();
+      const box = document.querySelector('[aria-selected=true]').getBoundingClientRect();
+      return [scrollY, box.top >= view.top - 1 && box.bottom <= view.bottom + 1] }"""
+    tab.page.evaluate("document.querySelector('[role=listbox]').focus({ preventScroll: true })")
+    for key in ("End", "ArrowUp", "PageUp", "Home", "PageDown"):
+        tab.page.keyboard.press(key)
+        assert tab.page.evaluate(place) == [0, True], key
 
 
 def test_a_narrow_window_fits(open_page, file):

@@ -100,12 +100,12 @@ def can_pack(weight: Tensor) -> bool:
         and weight.ndim == 2
         and min(weight.shape) >= MIN_SIZE
         and weight.is_contiguous()
-        and _works(weight.dtype)
+        and has_packed_product(weight.dtype)
     )
 
 
 @cache
-def _works(dtype: torch.dtype) -> bool:
+def has_packed_product(dtype: torch.dtype) -> bool:
     """Whether this machine's oneDNN computes the plain product, to the rounding of the dtype."""
     if dtype not in _TOLERANCE or not torch.backends.mkldnn.is_available():
         return False

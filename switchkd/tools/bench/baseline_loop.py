@@ -3,6 +3,7 @@
 In: prompts. Out: token ids per prompt, with the engine's distributions but not its draws. Two models with a
 `DynamicCache` each generate one token a step in left-padded batches; `torch.multinomial` draws the owner's token. Once
 all live rows of AdaSwitch have switched, the student is not called. A batch ends when its longest row does.
+`pack_weights` gives the loop the packed weights that switchkd's engines have on a CPU.
 """
 
 from __future__ import annotations
@@ -14,8 +15,19 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from switchkd.engines.models.cpu_prepack import PackedLinear, can_pack, prepack
+
 Decide = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 """(p_logits [B, V], q_logits [B, V], drafted [B], t) -> the teacher owns token t, bool [B]."""
+
+
+def pack_weights(model: Any) -> Any:
+    """Make all linear layers of a model on a CPU, its output layer too, use packed weights. Returns the model."""
+    prepack(model)
+    layer = model.get_output_embeddings()
+    if can_pack(layer.weight):
+        layer.forward = PackedLinear(layer.weight, layer.bias).forward
+    return model
 
 
 class NaiveSwitching:

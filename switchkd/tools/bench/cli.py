@@ -65,7 +65,9 @@ def trainer(
     smoke: Smoke = False,
     repeats: NumRepeats = None,
     device: Device = "cpu",
-    dtype: Dtype = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="float32 or bfloat16 for all sides; best: each side's faster one.")
+    ] = "best",
     threads: Threads = None,
     teacher: Teacher = "demo",
     student: Student = "12",
@@ -76,7 +78,7 @@ def trainer(
     json: Json = None,
 ) -> None:
     """A whole on-policy step of switchkd and of TRL's DistillationTrainer: samples/s and peak memory."""
-    options = _options(smoke, repeats, 5, json, device, dtype, threads)
+    options = _options(smoke, repeats, 5, json, device, dtype, threads, dtypes=("float32", "bfloat16", "best"))
     from switchkd.tools.bench.trainer import run
 
     _finish(run(options, teacher, student, batch=batch, new_tokens=new_tokens, loss=loss, on_ray=ray), json)
@@ -190,12 +192,13 @@ def _options(
     device: str = "cpu",
     dtype: str = "float32",
     threads: int | None = None,
+    dtypes: tuple[str, ...] = ("float32", "bfloat16"),
 ) -> Options:
     """Check the options before a model is loaded. Raises ConfigError."""
     from switchkd.tools.bench.table import Options, check_device
 
-    if dtype not in ("float32", "bfloat16"):
-        raise ConfigError(f"--dtype {dtype}: choose float32 or bfloat16")
+    if dtype not in dtypes:
+        raise ConfigError(f"--dtype {dtype}: choose {' or '.join(dtypes)}")
     if json is not None and not json.resolve().parent.is_dir():
         raise ConfigError(f"--json {json}: the folder {json.resolve().parent} does not exist; make it first")
     check_device(device)

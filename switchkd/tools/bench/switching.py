@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,15 @@ from switchkd.engines.models.loading import load_model, load_tokenizer, pad_id, 
 from switchkd.rollout.generator import GenerationRequest, SwitchingGenerator
 from switchkd.rollout.state import RolloutParams
 from switchkd.rollout.teacher_logits import TeacherLogits
-from switchkd.tools.bench.baseline_loop import HALF_LIFE, AdaSwitch, Decide, NaiveSwitching, skd, switch
+from switchkd.tools.bench.baseline_loop import (
+    HALF_LIFE,
+    AdaSwitch,
+    Decide,
+    NaiveSwitching,
+    pack_weights,
+    skd,
+    switch,
+)
 from switchkd.tools.bench.lower_bound import StepCosts, bound_s, measure_costs, steady_s
 from switchkd.tools.bench.models import prompts, resolve
 from switchkd.tools.bench.table import Cell, Options, Spread, Table, compare, take_turns
@@ -43,8 +52,9 @@ RULES: dict[str, tuple[Callable[[], switching.Rule], Callable[[], Decide]]] = {
 SEED = 1
 LONGER = "A reader who knows a little about it asks, and would like to learn the most useful things first. "
 REMARKS = (
-    "x no draft, x naive loop: tokens/s against one token of each model at a time in the same engine, and against a "
-    "plain transformers loop; time of on-policy: against student-only sampling with one scoring pass, in this engine.",
+    "x no draft: tokens/s against one token of each model at a time in the same engine; x naive loop, x naive packed: "
+    "against a plain transformers loop, with plain weights and with the engine's packed ones (CPU only); time of "
+    "on-policy: against student-only sampling with one scoring pass, in this engine.",
     "share of bound: the hindsight optimum's time over ours; of steady: the time over ours of always the same draft, "
     "the best one, at the same costs of full batches. rows/round: how full the batches were that took a round.",
     "agreement: equal arg max on the generated tokens. rounds: how often each draft was taken, in the last run.",
@@ -66,21 +76,26 @@ SMOKE = Workload(prompts=4, batch=2, tokens=12, block=4)
 
 
 class Engines:
-    """A teacher and a student, both as switchkd's engines and as transformers models for the naive loop."""
+    """A teacher and a student, as switchkd's engines and as transformers models for the naive loops."""
 
     def __init__(self, teacher: str, student: str, *, device: str, dtype: str, load: Workload) -> None:
         tokenizer = load_tokenizer(student)
         self.vocab_size = shared_vocab(tokenizer)
         self.load = load
         self.device = device
-        plain = [load_model(path, dtype=dtype, device=device) for path in (teacher, student)]
-        self.stop_ids = frozenset().union(*(stop_ids(model, tokenizer) for model in plain))
-        self.naive = NaiveSwitching(
-            *plain, pad_id=pad_id(tokenizer), stop_ids=self.stop_ids, vocab_size=self.vocab_size
-        )
+
+        def load_both() -> list[Any]:
+            return [load_model(path, dtype=dtype, device=device) for path in (teacher, student)]
+
+        naive = {"naive loop": load_both()}
+        if device == "cpu":
+            naive["naive packed"] = [pack_weights(model) for model in load_both()]
+        self.stop_ids = frozenset().union(*(stop_ids(model, tokenizer) for model in naive["naive loop"]))
+        settings: Any = {"pad_id": pad_id(tokenizer), "stop_ids": self.stop_ids, "vocab_size": self.vocab_size}
+        self.naive = {name: NaiveSwitching(*models, **settings) for name, models in naive.items()}
         self.tasks = _tasks(tokenizer, load.prompts)
         max_len = max(len(task.prompt.token_ids) for task in self.tasks) + load.tokens + 64
-        served, trained = (load_model(path, dtype=dtype, device=device) for path in (teacher, student))
+        served, trained = load_both()
         self.student = HFStudent(trained, num_slots=load.batch, max_len=max_len, vocab_size=self.vocab_size)
         self.teacher = HFTeacher(served, vocab_size=self.vocab_size, max_sessions=3 * load.batch, max_len=max_len)
         self.head = LMHead.from_state(self.teacher.head().to_state(), device=device).prepack()
@@ -114,12 +129,12 @@ class Engines:
         per_token = seconds / sum(rollout.num_tokens for rollout in rollouts)
         return per_token, sorted(rollouts, key=lambda rollout: rollout.rollout_id)
 
-    def timed_naively(self, decide: Callable[[], Decide]) -> float:
-        """Generate all completions with the naive loop. Returns the seconds per token."""
+    def timed_naively(self, loop: NaiveSwitching, decide: Callable[[], Decide]) -> float:
+        """Generate all completions with a naive loop. Returns the seconds per token."""
         torch.manual_seed(SEED)
         ids = [task.prompt.token_ids.tolist() for task in self.tasks]
         start = time.perf_counter()
-        completions = self.naive.run(ids, decide, batch_size=self.load.batch, max_new_tokens=self.load.tokens)
+        completions = loop.run(ids, decide, batch_size=self.load.batch, max_new_tokens=self.load.tokens)
         return (time.perf_counter() - start) / sum(map(len, completions))
 
     def measure_costs(self) -> StepCosts:
@@ -162,10 +177,10 @@ def _row(engines: Engines, name: str, repeats: int, all_costs: list[StepCosts]) 
         costs.append(StepCosts.mean([before, engines.measure_costs()]))
         return seconds
 
-    sides = {
+    sides: dict[str, Callable[[], float]] = {
         "ours": ours,
         "no draft": lambda: engines.timed(no_draft, params)[0],
-        "naive loop": lambda: engines.timed_naively(decide),
+        **{name: partial(engines.timed_naively, loop, decide) for name, loop in engines.naive.items()},
         "on-policy": lambda: engines.timed(on_policy, student_only)[0],
     }
     pairs = compare(take_turns(sides, repeats, warmup=0))
@@ -183,7 +198,7 @@ def _row(engines: Engines, name: str, repeats: int, all_costs: list[StepCosts]) 
         "rule": name,
         "tokens/s": pairs.spread["ours"].map(lambda seconds: 1 / seconds),
         "x no draft": pairs.ratios["no draft"],
-        "x naive loop": pairs.ratios["naive loop"],
+        **{f"x {name}": pairs.ratios[name] for name in engines.naive},
         "time of on-policy": pairs.ratios["on-policy"].map(lambda ratio: 1 / ratio),
         "share of bound": share(bound_s),
         "of steady": share(steady_s),

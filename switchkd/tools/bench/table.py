@@ -20,6 +20,9 @@ from switchkd.config.errors import ConfigError
 from switchkd.data.atomic_files import write_json_atomic
 
 VERSIONS = ("switchkd", "torch", "transformers", "ray", "deepspeed", "trl")
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+"""Those that decide how fast a CPU multiplies in float32 and in bfloat16."""
+CPUINFO = Path("/proc/cpuinfo")
 T = TypeVar("T")
 
 
@@ -164,7 +167,8 @@ def surroundings(**more: Any) -> dict[str, Any]:
     """Return machine, versions, date, and the bench's own notes."""
     versions = {name: _version(name) for name in VERSIONS}
     return {
-        "cpu": cpu_model(),
+        "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
+        "instruction sets": instruction_sets(),
         "cores": os.cpu_count() or 1,
         **more,
         **{name: version for name, version in versions.items() if version},
@@ -173,11 +177,16 @@ def surroundings(**more: Any) -> dict[str, Any]:
     }
 
 
-def cpu_model() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.lower().startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def instruction_sets() -> str:
+    """Return those of INSTRUCTION_SETS that the CPU shows; a virtual machine may hide some."""
+    flags = _cpuinfo("flags").split()
+    return ", ".join(name for name in INSTRUCTION_SETS if name in flags) or f"none of {', '.join(INSTRUCTION_SETS)}"
+
+
+def _cpuinfo(key: str) -> str:
+    """Return the value of the first processor's line; empty without one."""
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.lower().startswith(key)), "")
 
 
 def _version(package: str) -> str:

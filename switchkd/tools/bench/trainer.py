@@ -2,7 +2,8 @@
 
 In: a teacher and a student. Out: samples/s and peak memory of switchkd in one process, of switchkd on Ray, and of
 `trl.DistillationTrainer`. All sides have the same prompts, batch, number of new tokens (no completion ends early),
-loss, optimizer, dtype and threads, and a key-value cache each.
+loss, optimizer and threads, and a key-value cache each. With `--dtype best` switchkd and TRL each have the dtype in
+which a step of theirs is faster on this machine.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config
+from switchkd.engines.cpu_dtype import bfloat16_slowdown
 from switchkd.tools.bench import trainer_harness
 from switchkd.tools.bench.models import ModelFolders, prompts, resolve
 from switchkd.tools.bench.subprocess_side import BenchProcess, Repeats, measure_processes
@@ -28,6 +30,9 @@ BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 """TRL's values for the losses: its beta interpolates between the two KLs."""
 LR = 1e-5
 OURS, ON_RAY, TRL = "switchkd, one process", "switchkd, Ray", "TRL"
+DTYPES = ("float32", "bfloat16")
+FAR = 10.0
+"""From this ratio of products on, float32 is taken without a probe, which would take minutes in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +41,7 @@ class TrainerCase:
 
     models: ModelFolders
     options: Options
+    dtype: str  # of this side
     batch: int
     new_tokens: int
     loss: str
@@ -59,22 +65,51 @@ def run(options: Options, teacher: str, student: str, *, batch: int, new_tokens:
         new_tokens=min(new_tokens, 8) if options.smoke else new_tokens,
         loss=loss,
         options=options,
+        dtype=options.dtype,
     )
-    where: Any = {"device": options.device, "threads": options.threads}
-    sides = [BenchProcess(OURS, ours, job, "inprocess", **where), BenchProcess(TRL, trl, job, **where)]
-    if on_ray and options.device == "cpu":  # its actors would need a GPU each
-        sides.insert(1, BenchProcess(ON_RAY, ours, job, "ray", **where))
+    dtypes, measured = choose_dtypes(job)
+    names = [OURS, ON_RAY, TRL] if on_ray and options.device == "cpu" else [OURS, TRL]  # actors would need a GPU each
+    sides = [_side(name, replace(job, dtype=dtypes[name])) for name in names]
     pairs, reports = measure_processes(sides, options.repeats, warmup=1 if options.smoke else 2)
-    rows = [_row(job, name, pairs, report) for name, report in reports.items()]
-    names = {"teacher": Path(job.models.teacher).name, "student": Path(job.models.student).name}
-    notes = options.notes(batch=job.batch, new_tokens=job.new_tokens, loss=loss, lr=LR, **names)
+    rows = [_row(job, name, dtypes[name], pairs, report) for name, report in reports.items()]
+    models = {"teacher": Path(job.models.teacher).name, "student": Path(job.models.student).name}
+    notes = options.notes(batch=job.batch, new_tokens=job.new_tokens, loss=loss, lr=LR, **models, **measured)
     return Table(title="One on-policy step", rows=rows, notes=notes, remarks=REMARKS)
 
 
-def _row(job: TrainerCase, name: str, pairs: Pairs, report: Mapping[str, Any]) -> dict[str, Any]:
+def choose_dtypes(job: TrainerCase) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return each side's dtype, and the notes of what decided: with `best` one step of switchkd and of TRL in each
+    dtype, after a warm-up. On Ray switchkd has the dtype of one process."""
+    if job.dtype != "best":
+        return dict.fromkeys((OURS, ON_RAY, TRL), job.dtype), {}
+    notes: dict[str, Any] = {}
+    if job.options.device == "cpu":
+        notes["bfloat16 product / float32"] = slowdown = bfloat16_slowdown()
+        if slowdown >= FAR:
+            return dict.fromkeys((OURS, ON_RAY, TRL), "float32"), notes
+    best: dict[str, str] = {}
+    for name in (OURS, TRL):
+        sides = [_side(name, replace(job, dtype=dtype), label=dtype) for dtype in DTYPES]
+        pairs, _ = measure_processes(sides, repeats=1)
+        seconds = {dtype: round(pairs.spread[dtype].median, 2) for dtype in DTYPES}
+        notes[f"probe of {name}, s/step"] = ", ".join(f"{dtype} {value:g}" for dtype, value in seconds.items())
+        best[name] = min(DTYPES, key=seconds.__getitem__)
+    return {**best, ON_RAY: best[OURS]}, notes
+
+
+def _side(name: str, job: TrainerCase, label: str = "") -> BenchProcess:
+    """Return a side's process; `label` replaces its name."""
+    where: Any = {"device": job.options.device, "threads": job.options.threads}
+    if name == TRL:
+        return BenchProcess(label or name, trl, job, **where)
+    return BenchProcess(label or name, ours, job, "ray" if name == ON_RAY else "inprocess", **where)
+
+
+def _row(job: TrainerCase, name: str, dtype: str, pairs: Pairs, report: Mapping[str, Any]) -> dict[str, Any]:
     seconds = pairs.spread[name]
     return {
         "side": name,
+        "dtype": dtype,
         "s/step": seconds,
         "samples/s": seconds.map(lambda s: job.batch / s),
         "tokens/s": seconds.map(lambda s: job.batch * job.new_tokens / s),
@@ -143,7 +178,7 @@ def _tokenized(job: TrainerCase, tokenizer: Any) -> list[Prompt]:
 
 def _config(job: TrainerCase, mode: str, longest: int) -> Config:
     threads = {"threads": job.options.threads}
-    models = {"dtype": job.options.dtype, "device": job.options.device}
+    models = {"dtype": job.dtype, "device": job.options.device}
     return trainer_harness.endless_config(
         {
             "run": {"mode": mode, "dir": "unused"},
@@ -151,7 +186,7 @@ def _config(job: TrainerCase, mode: str, longest: int) -> Config:
             "student": {"path": job.models.student, **models},
             "data": {"max_prompt_tokens": longest, "max_reference_tokens": 1},
             "rollout": {"rule": {"type": "student"}, "batch_size": job.batch, "max_new_tokens": job.new_tokens},
-            "learner": {"lr": LR, "dtype": job.options.dtype, "loss": {"type": job.loss}},
+            "learner": {"lr": LR, "dtype": job.dtype, "loss": {"type": job.loss}},
             "train": {"batch_size": job.batch},
             "cluster": {"object_store_gb": 1.5},
             "resources": {"teacher": threads, "rollout": threads, "learner": threads},
@@ -186,7 +221,7 @@ def trl(repeats: Repeats, job: TrainerCase) -> None:
             if next(waiting, "over") == "over":
                 control.should_training_stop = True
 
-    dtype = getattr(torch, job.options.dtype)
+    dtype = getattr(torch, job.dtype)
     teacher = AutoModelForCausalLM.from_pretrained(job.models.teacher, dtype=dtype, use_safetensors=True)
     student = AutoModelForCausalLM.from_pretrained(job.models.student, dtype=torch.float32, use_safetensors=True)
     tokenizer = AutoTokenizer.from_pretrained(job.models.student, padding_side="left")
@@ -205,7 +240,7 @@ def trl(repeats: Repeats, job: TrainerCase) -> None:
             adam_beta2=0.95,  # switchkd's
             max_grad_norm=1.0,
             gradient_checkpointing=False,
-            bf16=job.options.dtype == "bfloat16",
+            bf16=job.dtype == "bfloat16",
             use_cpu=job.options.device == "cpu",
             logging_steps=1,
             save_strategy="no",

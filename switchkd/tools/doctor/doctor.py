@@ -25,6 +25,7 @@ def run_checks(config: Config, *, quick: bool = False) -> Iterator[CheckResult]:
     yield from run_check("versions", machine.versions)
     config_passed = yield from run_check("config", lambda: _config(config))
     processors_passed = yield from run_check("processors", lambda: machine.processors(config))
+    yield from run_check("dtype", lambda: machine.dtypes(config))
     ports_passed = yield from run_check("ports", lambda: machine.ports(config))
     yield from run_check("tokens", lambda: machine.tokens(config))
     yield from run_check("secrets", lambda: machine.secrets(config))

@@ -22,6 +22,7 @@ from switchkd.config.schema import Config
 from switchkd.controller.local import check_single, this_machine
 from switchkd.controller.run_lock import LOCK, _read
 from switchkd.data.atomic_files import CONFIG
+from switchkd.engines.cpu_dtype import slow_bfloat16
 from switchkd.engines.models.shape import Shape, object_store_bytes
 from switchkd.engines.models.sources import looks_local
 from switchkd.tools.doctor.check import CheckResult, fail, ok, warn
@@ -81,6 +82,13 @@ def processors(config: Config) -> Iterator[CheckResult]:
     for role, section in (("teacher", config.teacher), ("student", config.student)):
         if section.device.startswith("cuda") and not here["GPU"] and resources.is_private(config):
             yield fail("processors", f"{role}.device={section.device}, torch sees no CUDA device", "take device: auto")
+
+
+def dtypes(config: Config) -> Iterator[CheckResult]:
+    """Warn of bfloat16 where this machine's CPU is slow in it."""
+    text, _, remedy = slow_bfloat16(config).partition("; ")
+    if text:
+        yield warn("dtype", text, remedy)
 
 
 def ports(config: Config) -> Iterator[CheckResult]:

@@ -27,7 +27,7 @@ from switchkd.config.schema import Config
 from switchkd.engines.build import device_of, max_len
 from switchkd.engines.hf.kv_cache import round_up
 from switchkd.engines.hf.model_runner import MAX_FORWARD_TOKENS
-from switchkd.engines.models.cpu_prepack import MAX_BYTES, _works
+from switchkd.engines.models.cpu_prepack import MAX_BYTES, has_packed_product
 from switchkd.engines.models.shape import BYTES, Shape
 from switchkd.rollout.verify import VERIFY_COLUMNS
 
@@ -96,10 +96,10 @@ def _packed(config: Config, role: str, shape: Shape, heads: float) -> Parts:
     resources = config.resources.teacher if role == "teacher" else config.resources.rollout
     if section.prepack == "off" or resources.num_gpus or device_of(section) != "cpu":
         return {}
-    products = float(BYTES[section.dtype] * shape.products) if _works(getattr(torch, section.dtype)) else 0.0
-    if section.prepack == "auto" and products > MAX_BYTES:
+    products = float(BYTES[section.dtype] * shape.products)
+    if not has_packed_product(getattr(torch, section.dtype)) or (section.prepack == "auto" and products > MAX_BYTES):
         products = 0.0
-    copies = products + (heads if _works(torch.float32) else 0.0)
+    copies = products + (heads if has_packed_product(torch.float32) else 0.0)
     return {"packed copies": copies} if copies else {}
 
 

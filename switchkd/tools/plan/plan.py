@@ -1,7 +1,7 @@
 """`switchkd plan`: memory of each process, bytes on the wire, and each role's share of the machines.
 
 In: a checked config. Out: a `Plan`, printed as tables or as JSON. No weights are read. Speed is not estimated: it
-depends on how many drafted tokens are rejected.
+depends on how many drafted tokens are rejected. Only a dtype that is slow on this machine's CPU is warned of.
 
 Bytes on the wire, with D = the teacher's hidden width, d = bytes of its dtype, V = shared vocabulary: the teacher sends
 one row for every drafted token, D x d bytes (`hidden_states`), 4 V (`logits`) or 8 k + 8 (`top_logprobs`). A rollout
@@ -19,6 +19,7 @@ from switchkd.config import resources
 from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config, StageConfig
 from switchkd.controller.dispatcher import PREFETCH
+from switchkd.engines.cpu_dtype import slow_bfloat16
 from switchkd.engines.models.shape import BYTES, Shape, object_store_bytes, shapes
 from switchkd.tools.offline import stage_index
 from switchkd.tools.plan.memory import GIB, Parts, memory
@@ -60,6 +61,7 @@ class Plan:
     replay_rollouts: int  # at most
     replay_bytes: float  # if all have the stage's full length
     object_store_bytes: int
+    warning: str  # of a dtype that is slow on this machine, or empty
 
     def to_json(self) -> dict[str, Any]:
         totals = {role: {**parts, "total": sum(parts.values())} for role, parts in self.memory.items()}
@@ -90,6 +92,7 @@ def make_plan(config: Config, stage_name: str | None = None) -> Plan:
         replay_rollouts=num_rollouts,
         replay_bytes=num_rollouts * stage.max_new_tokens * bytes_on_wire.rollout_token,
         object_store_bytes=object_store_bytes(config, sizes["student"].params),
+        warning=slow_bfloat16(config),
     )
 
 
@@ -145,6 +148,8 @@ def show(plan: Plan, as_json: bool) -> None:
     console.print(f"In stage {plan.stage} a rollout worker generates {plan.rows_per_worker} completions at a time.\n")
     console.print(_memory_table(plan))
     console.print(_wire_table(plan))
+    if plan.warning:
+        console.print(f"warning: {plan.warning}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _shares_table(plan: Plan) -> Any:

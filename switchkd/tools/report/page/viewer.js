@@ -79,9 +79,9 @@ class Viewer {
 
   filter() {
     const words = this.search.value.toLowerCase();
-    const number = (input, otherwise) => (input.value === "" ? otherwise : Number(input.value));
-    const [from, to] = [number(this.from, -Infinity), number(this.to, Infinity)];
-    const [least, most] = [number(this.least, -Infinity) / 100, number(this.most, Infinity) / 100];
+    const limit = (input, otherwise) => (input.value === "" ? otherwise : Number(input.value));
+    const [from, to] = [limit(this.from, -Infinity), limit(this.to, Infinity)];
+    const [least, most] = [limit(this.least, -Infinity) / 100, limit(this.most, Infinity) / 100];
     const key = this.order.value.replace("-", ""), sign = this.order.value.startsWith("-") ? -1 : 1;
     this.shown = this.run.rollouts
       .filter((one) => one.step + 1 >= from && one.step + 1 <= to && one.share >= least && one.share <= most)
@@ -89,7 +89,7 @@ class Viewer {
       .filter((one) => !words || one.prompt.toLowerCase().includes(words) || one.pieces.join("").toLowerCase().includes(words))
       .sort((a, b) => sign * (a[key] - b[key]) || a.step - b.step || a.id - b.id);
     const embedded = this.run.rollouts.length;
-    const more = embedded < this.run.numRollouts ? ` on this page, which has every ${number(this.run.numRollouts / embedded)}th of the run's ${this.run.numRollouts}` : "";
+    const more = embedded < this.run.numRollouts ? ` on this page, an even sample of the run's ${this.run.numRollouts}` : "";
     this.count.textContent = embedded ? `${this.shown.length} of ${embedded} rollouts${more}.` : "";
     this.list.replaceChildren(...this.shown.map((one, place) => this.option(one, place)));
     if (!this.shown.length) {
@@ -113,7 +113,9 @@ class Viewer {
     for (const option of this.list.children) option.setAttribute("aria-selected", String(Number(option.dataset.place) === place));
     const option = this.list.children[place];
     this.list.setAttribute("aria-activedescendant", option.id);
-    option.scrollIntoView({ block: "nearest" });
+    const box = option.getBoundingClientRect(), view = this.list.getBoundingClientRect();
+    // not scrollIntoView, which scrolls the page too, also when it opens
+    this.list.scrollTop += Math.min(0, box.top - view.top) + Math.max(0, box.bottom - view.bottom);
     this.show(this.shown[place]);
   }
 
