@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
-from runs import NUM_ROLLOUTS, STAGES, command, config, config_file, distance, lines, rollouts, steps
+from runs import NUM_ROLLOUTS, STAGES, SWITCH, command, config, config_file, distance, lines, rollouts, steps
 
 from switchkd.controller import dispatcher
 from switchkd.controller.local import LocalWorkerHandle
@@ -106,20 +106,20 @@ def test_more_quarantined_than_allowed_ends_the_run(place, monkeypatch, capsys):
 
 def test_an_error_of_all_rollouts_quarantines_nothing(place, monkeypatch, capsys):
     """If no rollout can be written, the last error ends the run and nothing is quarantined."""
-    config_file(place, STAGES, data={"path": "./data.jsonl", "max_prompt_tokens": 64, "max_quarantined_frac": 1.0})
+    config_file(place, [{**SWITCH, "mix": {"rollout": 1}}], data={"path": "./data.jsonl", "max_prompt_tokens": 64, "max_quarantined_frac": 1.0})
     break_rollouts(monkeypatch, set(range(NUM_ROLLOUTS)))
     code, _, err = command(monkeypatch, capsys, "train", "config.yaml")
     assert code == 1 and "5 failures in a row and no rollout finished in between" in err
-    assert "rollout worker 0 failed (ValueError: cannot write 15) at rollout 15" in err
+    assert "rollout worker 0 failed (ValueError: cannot write 3) at rollout 3" in err
     assert not (place / "run" / "quarantined.jsonl").exists()
 
 
 def test_a_checkpoint_holds_the_quarantined_rollouts(place, monkeypatch):
     """A checkpoint holds its quarantined rollouts and how many of them earlier steps left out."""
-    break_rollouts(monkeypatch, {13})
+    break_rollouts(monkeypatch, {14})
     train(config(place, STAGES, data={"path": "./data.jsonl", "max_prompt_tokens": 64, "max_quarantined_frac": 0.1}))
     stored = json.loads((place / "run" / "checkpoints" / "step-00000010" / "state.json").read_text())["extra"]
-    assert stored == {"num_started": 40, "quarantined": [13], "num_passed": 1}
+    assert stored == {"num_started": 40, "quarantined": [14], "num_passed": 1}
 
 
 # --- deaths and outages ----------------------------------------------------------------------------------------------

@@ -146,12 +146,20 @@ def test_retry_repeats_os_errors_only():
 
 
 STUCK = """
-import dataclasses, time
+import dataclasses, os, time
 from switchkd.algo import switching
+
+RULE = switching.jsd_threshold(half_life=6)
+
+
+def hang(**given):
+    if os.path.exists("run"):  # not where the rule is tried before the start
+        time.sleep(1000)
+    return RULE.statistic(**given)
 
 
 def rule():
-    return dataclasses.replace(switching.jsd_threshold(half_life=6), statistic=lambda **given: time.sleep(1000))
+    return dataclasses.replace(RULE, statistic=hang)
 """
 
 
