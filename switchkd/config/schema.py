@@ -123,7 +123,9 @@ class DepthPruneConfig(Section):
 
     layers: tuple[NonNegativeInt, ...] | None = None
     num_layers: PositiveInt | None = None
-    """Keep so many layers, evenly spread, with the first and the last. Give this or `layers`."""
+    """Keep so many layers, chosen as `by` says. Give this or `layers`."""
+    by: Literal["importance", "block", "even"] = "importance"
+    """Remove the layers, or the `block` of layers, that cost least on the first rows of `data`; or keep `even` ones."""
 
     @model_validator(mode="after")
     def _one(self) -> DepthPruneConfig:
@@ -319,8 +321,7 @@ class LearnerConfig(Section):
 class RolloutConfig(Section):
     rule: RuleConfig = RuleConfig()
     num_workers: Count = 1
-    """A number, or `{min: 1, max: 4}`: one is added while the learner and tasks wait, one is drained while the others
-    suffice."""
+    """A number, or `{min: 1, max: 4}`: one is added while learner and tasks wait, drained while the others suffice."""
     batch_size: PositiveInt = 8
     """Sequences that one worker generates at the same time."""
     max_new_tokens: PositiveInt = 128
@@ -330,8 +331,7 @@ class RolloutConfig(Section):
     drafter: Literal["auto", "student", "teacher", "none"] = "auto"
     """The model that drafts. `auto` measures what is faster. Speed only: the tokens are the same."""
     overlap: bool | None = None
-    """Two half-batches per worker: one drafts while the other is at the teacher. Null: where both models have their own
-    processors."""
+    """Two half-batches per worker: one drafts while the other is at the teacher. Null: if they share no processor."""
     on_new_weights: Literal["finish", "reprefill"] = "finish"
     save: bool = True
     """Write rollouts.jsonl."""
