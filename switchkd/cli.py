@@ -219,6 +219,13 @@ def init_student(
     teacher: Annotated[str | None, typer.Option(help="Model folder, hub name, or `demo`.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
     layers: Annotated[str | None, typer.Option(help="How many (12), or which (0,1,4,29).")] = None,
+    by: Annotated[
+        Literal["importance", "block", "even"],
+        typer.Option(help="How to choose: remove layers, or one block, that cost least on texts; or keep even ones."),
+    ] = "importance",
+    data: Annotated[
+        str, typer.Option(help="JSONL or parquet file, or hub name, of the texts; else built-in ones.")
+    ] = "",
 ) -> None:
     """Cut a student out of a teacher by depth."""
     rest = list(names or [])
@@ -228,7 +235,7 @@ def init_student(
         raise typer.BadParameter("give one teacher and one folder to write")
     from switchkd.tools.init_student import init_student as run
 
-    print(run(source, target, layers))
+    print(run(source, target, layers, by, data))
 
 
 @app.command("fetch-demo")

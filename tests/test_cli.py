@@ -116,6 +116,12 @@ BAD = {
     "export too early": (["export", "used"], "has no student yet"),
     "export step": (["export", "used", "--step", "3"], "no checkpoint of step 3 with a student; there is none"),
     "cut where": (["init-student", "a", "b", "--layers", "x"], "--layers 'x': give a number such as 12 or a list"),
+    "cut to nothing": (["init-student", "a", "b", "--layers", "0"], "--layers '0': give a number such as 12"),
+    "cut of nothing": (["init-student", "/none", "new", "--layers", "2"], "teacher=/none: there is no such folder"),
+    "cut on nothing": (
+        ["init-student", "{models}/teacher", "new", "--layers", "2", "--data", "no.jsonl"],
+        "data file no.jsonl does not exist",
+    ),
     "cut into use": (["init-student", "{models}/teacher", "used", "--layers", "2"], "used exists and is not empty"),
     "cut too deep": (["init-student", "{models}/teacher", "new", "--layers", "0,9"], "list some of 0 to 3"),
 }
@@ -252,14 +258,23 @@ def test_eval_accepts_a_run_folder(place, models, run):
     assert code == 0 and set(json.loads(out)) == {"rouge_l", "rouge_l_std", "length", "length_std", "num_prompts"}, err
 
 
-def test_init_student_accepts_options_or_positions(models, tmp_path, run):
-    """`init-student` accepts options or positions, and a number or a list of layers."""
-    code, out, _ = run("init-student", "--teacher", models / "teacher", "--layers", 2, "--out", tmp_path / "a")
+def test_init_student_accepts_options_or_positions(models, tmp_path, monkeypatch, run):
+    """`init-student` accepts options or positions, a number or a list of layers, and ways to choose them; the costs of
+    layers and the choice are on stderr."""
+    monkeypatch.setenv("SWITCHKD_CACHE", str(tmp_path / "cache"))
+    teacher, data = models / "teacher", tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "say 1", "reference": "the answer is 1"}\n')
+    code, out, err = run("init-student", "--teacher", teacher, "--layers", 2, "--out", tmp_path / "a")
     assert (code, out.strip()) == (0, str(tmp_path / "a"))
-    code, out, _ = run("init-student", models / "teacher", tmp_path / "b", "--layers", "0,2,3")
-    assert code == 0
-    depths = [json.loads((tmp_path / name / "config.json").read_text())["num_hidden_layers"] for name in "ab"]
-    assert depths == [2, 3]
+    assert "without a layer, nats a token" in err and "removed by importance: layers " in err
+    assert run("init-student", teacher, tmp_path / "b", "--layers", "0,2,3")[0] == 0
+    assert run("init-student", teacher, tmp_path / "c", "--layers", "2", "--by", "even")[0] == 0
+    for name, options in {"d": ["--by", "block"], "e": ["--data", data]}.items():
+        assert run("init-student", teacher, tmp_path / name, "--layers", "2", *options)[0] == 0
+    depths = [json.loads((tmp_path / name / "config.json").read_text())["num_hidden_layers"] for name in "abcde"]
+    assert depths == [2, 3, 2, 2, 2]
+    assert "Layers 0, 3 of the 4" in (tmp_path / "c" / "README.md").read_text()
+    assert len(list((tmp_path / "cache" / "cuts").glob("*.json"))) == 3  # importance on two sets of texts, block
 
 
 class TestRealCommands:

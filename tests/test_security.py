@@ -29,9 +29,9 @@ from safetensors.torch import load_file, save_file
 from switchkd.config import user_code
 from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config, ModelConfig, StudentConfig, TeacherConfig
-from switchkd.engines.models.depth_prune import prune_depth
 from switchkd.engines.models.loading import load_model
 from switchkd.engines.models.sources import check_model_folder
+from switchkd.tools.init_student import init_student
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "switchkd").rglob("*.py"))
@@ -155,7 +155,7 @@ def test_pickled_teachers_are_not_pruned(place):
     (folder / "model.safetensors").unlink()
     trapped(folder / "pytorch_model.bin", place / "canary")
     with pytest.raises(ConfigError, match=r"pytorch_model\.bin"):
-        prune_depth(folder, place / "cut", num_layers=2)
+        init_student(str(folder), place / "cut", "2", "importance", "")
     assert not (place / "canary").exists() and not (place / "cut").exists()
 
 

@@ -125,7 +125,9 @@ class DepthPruneConfig(Section):
 
     layers: tuple[NonNegativeInt, ...] | None = None
     num_layers: PositiveInt | None = None
-    """Keep so many layers, evenly spread, with the first and the last. Give this or `layers`."""
+    """Keep so many layers, chosen as `by` says. Give this or `layers`."""
+    by: Literal["importance", "block", "even"] = "importance"
+    """Remove the layers, or the `block` of layers, that cost least on the first rows of `data`; or keep `even` ones."""
 
     @model_validator(mode="after")
     def _one(self) -> DepthPruneConfig:
@@ -344,7 +346,7 @@ class RolloutConfig(Section):
     drafter: Literal["auto", "student", "teacher", "none"] = "auto"
     """The model that drafts. `auto` measures what is faster. Speed only: the tokens are the same."""
     overlap: bool | None = None
-    """Two half-batches per worker: one drafts, the other is at the teacher. Null: where both have their own devices."""
+    """Two half-batches per worker: one drafts, one is at the teacher. Null: where the teacher has GPUs of its own."""
     on_new_weights: Literal["finish", "reprefill"] = "finish"
     save: bool = True
     """Write rollouts.jsonl."""

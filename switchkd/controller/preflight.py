@@ -23,11 +23,13 @@ from switchkd.config.teacher_backend import check_backend
 from switchkd.controller.evaluation import WITH_TEACHER
 from switchkd.controller.resume import check_format
 from switchkd.data.atomic_files import CONFIG, TEACHER_OUTPUT
-from switchkd.data.prompts import PromptSet, answer_end, eval_data, load_prompts
+from switchkd.data.prompts import PromptSet, answer_end, eval_data, layer_texts, load_prompts
 from switchkd.data.recorded import HEADS, load_heads
 from switchkd.data.rollout_io import find_shards, read_column, read_records
 from switchkd.engines.build import make_tokenizer, max_len
 from switchkd.engines.fake import END
+from switchkd.engines.models.demo import resolve_path
+from switchkd.engines.models.layer_importance import Texts, is_measured
 from switchkd.engines.models.loading import (
     check_attention,
     position_limit,
@@ -37,7 +39,7 @@ from switchkd.engines.models.loading import (
     shared_vocab,
     stop_ids,
 )
-from switchkd.engines.models.resolve import reads_teacher, resolve_models
+from switchkd.engines.models.resolve import reads_teacher, resolve_models, without_pruning
 from switchkd.engines.models.sources import check_model_folder
 from switchkd.learner.build import build_loss
 from switchkd.rollout.rules import build_rule
@@ -67,7 +69,7 @@ def prepare(config: Config) -> PreparedRun:
     if config.is_fake:
         tokenizer, ends = make_tokenizer(config.student), frozenset([END])
     else:
-        config = resolve_models(config)
+        config = resolve_models(config, _layer_texts(config))
         tokenizer, ends = check_models(config)
     stop_id = answer_end(config.data, tokenizer, ends)
     evaluated = None
@@ -101,7 +103,7 @@ def prepare_teacher(config: Config) -> tuple[Config, int]:
     if config.is_fake:
         return config, len(make_tokenizer(config.teacher))
     _check_teacher_folder(config.teacher, "teacher")
-    config = resolve_models(config)
+    config = resolve_models(without_pruning(config), ())
     tokenizer = read_tokenizer(config.teacher, "teacher.path")
     _check_model(config, read_config(config.teacher, "teacher.path"), config.teacher, "teacher")
     return config, shared_vocab(tokenizer)
@@ -219,6 +221,14 @@ def _check_data(config: Config) -> None:
     for key, name in (("data.path", config.data.path), ("eval.data", config.eval.data)):
         if Path(name).is_absolute() and not Path(name).is_file():
             raise ConfigError(f"{key}={name}: there is no such file; relative paths start at the config file's folder")
+
+
+def _layer_texts(config: Config) -> Texts:
+    """Return the texts on which the student's layers are chosen; none where no choice needs them."""
+    if config.student.prune is None or not is_measured(config.student.prune):
+        return ()
+    teacher = config.teacher.model_copy(update={"path": resolve_path(config.teacher.path)})
+    return layer_texts(config.data, teacher)
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

@@ -11,17 +11,22 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from switchkd.algo.noise import Purpose, noise_bits
 from switchkd.config.errors import ConfigError, one_line
-from switchkd.config.schema import Config, DataConfig
+from switchkd.config.schema import Config, DataConfig, ModelConfig
 from switchkd.data.dataset import Record, read_records
+from switchkd.engines.models.loading import read_config, read_tokenizer, stop_ids
 from switchkd.types import Prompt
 
 TOO_LONG, EMPTY, NO_REFERENCE = "over max_prompt_tokens", "empty prompt", "no reference"
+LAYER_TOKENS = 384
+"""Tokens on which layers are ranked, for half a forward pass over them a layer. More rank SmolLM2's no better."""
+_LAYER_ROWS = Path(__file__).with_name("layer_texts.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +92,23 @@ def prompts_digest(*prompt_sets: PromptSet | None) -> str:
         for ids in (np.array([len(ids) for ids in arrays], np.int64), *arrays):
             digest.update(ids.tobytes())
     return digest.hexdigest()
+
+
+def layer_texts(data: DataConfig, model: ModelConfig) -> list[list[int]]:
+    """The texts on which the layers of a pruned student are chosen: token ids of the first rows, prompt and reference,
+    LAYER_TOKENS in total. Without a `data.path` they are rows of this package. Raises ConfigError."""
+    data = data if data.path else DataConfig(path=str(_LAYER_ROWS))
+    limits = {"max_prompt_tokens": 10**9, "max_reference_tokens": 10**9, "max_skipped_frac": 1.0}  # cut below
+    data = data.model_copy(update=limits | {"num_rows": min(data.num_rows or LAYER_TOKENS, LAYER_TOKENS)})
+    tokenizer = read_tokenizer(model, "teacher.path")
+    stop_id = answer_end(data, tokenizer, stop_ids(read_config(model, "teacher.path"), tokenizer))
+    texts: list[list[int]] = []
+    rest = LAYER_TOKENS
+    for prompt in load_prompts(data, tokenizer, stop_id=stop_id).prompts:
+        text = [*prompt.token_ids.tolist(), *prompt.reference_ids.tolist()][: min(rest, LAYER_TOKENS // 4)]
+        rest -= len(text)
+        texts += [text] if text else []
+    return texts
 
 
 def answer_end(data: DataConfig, tokenizer: Any, stop_ids: Iterable[int]) -> int:

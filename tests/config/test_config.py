@@ -81,6 +81,7 @@ def written(folder: Path, raw: object) -> Path:
         (tree(train={"stages": [{"steps": 1, "name": "a"}] * 2}), r"two stages have the name 'a'"),
         (tree(train={"stages": [{"steps": 1}], "select_by": "rouge_l"}), r"need eval.data"),
         (tree(student={"prune": {}}), r"exactly one of layers and num_layers"),
+        (tree(student={"prune": {"num_layers": 2, "by": "width"}}), r"student\.prune\.by='width'.*importance"),
         (tree(learner={"zero_stage": 0, "dtype": "bfloat16"}), r"take stage 1"),
         (tree(learner={"dtype": "float16"}), r"^learner.dtype='float16': input should be 'float32' or 'bfloat16'$"),
     ],

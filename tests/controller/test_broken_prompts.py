@@ -106,7 +106,11 @@ def test_more_quarantined_than_allowed_ends_the_run(place, monkeypatch, capsys):
 
 def test_an_error_of_all_rollouts_quarantines_nothing(place, monkeypatch, capsys):
     """If no rollout can be written, the last error ends the run and nothing is quarantined."""
-    config_file(place, [{**SWITCH, "mix": {"rollout": 1}}], data={"path": "./data.jsonl", "max_prompt_tokens": 64, "max_quarantined_frac": 1.0})
+    config_file(
+        place,
+        [{**SWITCH, "mix": {"rollout": 1}}],
+        data={"path": "./data.jsonl", "max_prompt_tokens": 64, "max_quarantined_frac": 1.0},
+    )
     break_rollouts(monkeypatch, set(range(NUM_ROLLOUTS)))
     code, _, err = command(monkeypatch, capsys, "train", "config.yaml")
     assert code == 1 and "5 failures in a row and no rollout finished in between" in err

@@ -10,6 +10,7 @@ import yaml
 from runs import STAGES, command, config, save_models
 from tiny import save_tiny
 
+from switchkd.config.schema import DepthPruneConfig, ModelConfig
 from switchkd.controller.model_card import model_card
 from switchkd.engines.models.depth_prune import prune_depth
 from switchkd.engines.models.origin import CARD, Origin, origin_of
@@ -63,12 +64,12 @@ def test_licence_and_citation_pass_from_the_teacher_to_its_pruned_student(tmp_pa
     teacher = save_tiny(tmp_path / "teacher", num_hidden_layers=4)
     origin = Origin(licence="apache-2.0", base_model="owner/big", text="@misc{paper}")
     (teacher / CARD).write_text(origin.card("big"))
-    cut = prune_depth(teacher, tmp_path / "cut", layers=[0, 3])
+    cut = prune_depth(ModelConfig(path=str(teacher)), DepthPruneConfig(layers=(0, 3)), tmp_path / "cut", ())
     settings = config(tmp_path, STAGES, student={"path": str(cut)})
     text = model_card(tmp_path / "run", settings, (), 3)
     head = yaml.safe_load(text.split("---")[1])
     assert (head["license"], head["base_model"]) == ("apache-2.0", "owner/big")
     (tmp_path / "cut" / CARD).write_text(text)
-    for part in ("@misc{paper}", "Layers 0, 3 of the 4 layers were kept"):
+    for part in ("@misc{paper}", "Layers 0, 3 of the 4 layers were kept (listed by the user)"):
         assert part in text and part in origin_of(str(cut)).text
     assert origin_of(str(tmp_path)) == Origin() and origin_of("owner/big") == Origin(base_model="owner/big")

@@ -10,8 +10,8 @@ from tiny import NUM_TOKENS, save_tiny, tiny_tokenizer
 
 from switchkd.config.errors import ConfigError
 from switchkd.config.loader import parse
-from switchkd.controller.preflight import check, check_models, prepare
-from switchkd.engines.models import demo
+from switchkd.controller.preflight import check, check_models, prepare, prepare_teacher
+from switchkd.engines.models import demo, depth_prune, layer_importance
 from switchkd.engines.models.resolve import resolve_models
 
 
@@ -311,31 +311,59 @@ def test_an_unused_teacher_is_ignored(config):
 class TestResolve:
     """`demo` and `student.prune` resolve to folders."""
 
-    def test_a_pruned_student_is_cached(self, config, teacher, tmp_path, monkeypatch):
-        """A pruned student is cached under its layers and found again."""
+    @pytest.fixture
+    def cuts(self, tmp_path, monkeypatch) -> Path:
+        """The folder of pruned students."""
         monkeypatch.setenv("SWITCHKD_CACHE", str(tmp_path / "cache"))
-        wanted = config(student={"prune": {"num_layers": 2}})
-        first, again = resolve_models(wanted), resolve_models(wanted)
-        assert first == again and first.student.prune is None
-        folder = Path(first.student.path)
-        assert folder.is_relative_to(tmp_path / "cache") and (folder / "model.safetensors").exists()
-        assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 2
-        other = resolve_models(config(student={"prune": {"layers": [0, 2, 3]}}))
-        assert other.student.path != first.student.path
-        assert resolve_models(first) == first
+        return tmp_path / "cache" / "cuts"
 
-    def test_too_many_layers_are_refused(self, config, tmp_path, monkeypatch):
-        """More layers than the model has are refused, and no folder is left behind."""
-        monkeypatch.setenv("SWITCHKD_CACHE", str(tmp_path / "cache"))
-        refused("num_layers=9 of 4", resolve_models, config(student={"prune": {"num_layers": 9}}))
-        assert not [path for path in (tmp_path / "cache" / "cuts").iterdir() if path.is_dir()]
+    def test_a_pruned_student_is_cached(self, config, cuts, monkeypatch):
+        """A pruned student is cached under its number of layers, their choice and the texts of the choice."""
+        wanted = config(student={"prune": {"num_layers": 2}})
+        first = prepare(wanted).config
+        folder = Path(first.student.path)
+        assert first.student.prune is None and folder.parent == cuts and (folder / "model.safetensors").exists()
+        assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 2
+        assert resolve_models(first, ()) == first
+        fewer_rows = prepare(config(student={"prune": {"num_layers": 2}}, data={"num_rows": 2})).config
+        changes = ({"num_layers": 2, "by": "block"}, {"num_layers": 2, "by": "even"}, {"layers": [0, 2, 3]})
+        others = [prepare(config(student={"prune": change})).config for change in changes]
+        assert len({resolved.student.path for resolved in (first, fewer_rows, *others)}) == 5
+        monkeypatch.setattr(layer_importance, "load_model", lambda *_, **__: pytest.fail("measured again"))
+        assert prepare(wanted).config == first
+        assert prepare(config(student={"prune": {"num_layers": 3}})).config != first
+
+    def test_layers_are_chosen_on_the_first_training_rows(self, config, teacher, cuts, monkeypatch):
+        """The texts of the choice are the first rows of `data`, prompt and reference in the template; an even or given
+        choice reads none."""
+        calls = []
+        monkeypatch.setattr(depth_prune, "cheapest_layers", lambda *args: calls.append(args) or (1, 2))
+        wanted = config(student={"prune": {"num_layers": 2}}, eval={"data": config().data.path}, data={"num_rows": 2})
+        prepare(wanted)
+        ((model, num_removed, by, texts),) = calls
+        assert (model.path, num_removed, by) == (str(teacher), 2, "importance")
+        tokenizer = tiny_tokenizer()
+        assert [tokenizer.decode(text) for text in texts] == [f"<user>q{i}<assistant>r{i}<eos>" for i in range(2)]
+        for change in ({"num_layers": 2, "by": "even"}, {"layers": [0, 2]}):
+            prepare(config(student={"prune": change}))
+        assert len(calls) == 1
+
+    def test_a_served_teacher_is_not_pruned(self, config, teacher, cuts):
+        """`serve-teacher` does not prune a student, and reads no data."""
+        served, _ = prepare_teacher(config(student={"prune": {"num_layers": 2}}, data={"path": "/no/such.jsonl"}))
+        assert served.teacher.path == str(teacher) and not cuts.exists()
+
+    def test_too_many_layers_are_refused(self, config, cuts):
+        """More layers than the model has are refused before any is measured, and no folder is left behind."""
+        refused("num_layers=9 of 4", prepare, config(student={"prune": {"num_layers": 9}}))
+        assert not [path for path in cuts.iterdir() if path.is_dir() or path.suffix == ".json"]
 
     def test_demo_is_fetched_where_it_is_used(self, config, student, monkeypatch):
         """`demo` is fetched only for a role that the run uses."""
         calls = []
         monkeypatch.setattr(demo, "fetch_demo", lambda: calls.append(1) or student)
-        assert resolve_models(config(teacher={"path": "demo"})).teacher.path == str(student)
-        resolve_models(config())
+        assert resolve_models(config(teacher={"path": "demo"}), ()).teacher.path == str(student)
+        resolve_models(config(), ())
         stage = {"mix": {"dataset": 1}, "loss": {"type": "cross_entropy"}}
-        resolve_models(config(stage, teacher={"path": "demo"}))
+        resolve_models(config(stage, teacher={"path": "demo"}), ())
         assert len(calls) == 1 and demo.NAME == "SmolLM2-135M-Instruct"

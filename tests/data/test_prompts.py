@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import EOS, tiny_tokenizer
+from tiny import EOS, save_tiny, tiny_tokenizer
 
 from switchkd.config.errors import ConfigError
-from switchkd.config.schema import DataConfig
-from switchkd.data.prompts import PromptStream, answer_end, load_prompts
+from switchkd.config.schema import DataConfig, ModelConfig
+from switchkd.data.prompts import LAYER_TOKENS, PromptStream, answer_end, layer_texts, load_prompts
 
 
 @pytest.fixture(scope="module")
@@ -322,3 +322,29 @@ def test_a_file_is_downloaded_from_the_hub(tmp_path, tokenizer, monkeypatch):
     assert asked == [("owner/name", "sub/f.jsonl", "dataset"), ("no/one", "f.jsonl", "dataset")]
     with pytest.raises(ConfigError, match=r"is not of the form hf://datasets/owner/name/file.jsonl"):
         load("hf://owner/f.jsonl", tokenizer)
+
+
+class TestLayerTexts:
+    """The texts on which a pruned student's layers are chosen."""
+
+    @pytest.fixture(scope="class")
+    def model(self, tmp_path_factory) -> ModelConfig:
+        return ModelConfig(path=str(save_tiny(tmp_path_factory.mktemp("models") / "teacher")))
+
+    def test_they_are_the_first_tokens_of_the_data(self, tmp_path, tokenizer, model):
+        """They are the first rows that are not empty, prompt and reference, each cut at a quarter of all tokens and the
+        last at what is left; the limits of training data do not matter."""
+        rows = [{"prompt": ""}, {"prompt": "a b", "reference": "c"}, {"prompt": "d"}]
+        rows += [{"prompt": f"{i} " * 400, "reference": "e"} for i in range(9)]
+        data = DataConfig(path=jsonl(tmp_path, *rows), max_prompt_tokens=1)
+        texts = layer_texts(data, model)
+        assert [tokenizer.decode(text) for text in texts[:2]] == ["<user>a b<assistant>c<eos>", "<user>d<assistant>"]
+        quarter = LAYER_TOKENS // 4
+        assert [len(text) for text in texts[2:]] == [quarter] * 3 + [quarter - len(texts[0]) - len(texts[1])]
+        assert layer_texts(data.model_copy(update={"num_rows": 2}), model) == texts[:1]
+
+    def test_without_data_they_are_rows_of_the_package(self, tokenizer, model):
+        """Without a data path they are rows of the package, with references, whatever the fields of the data."""
+        texts = layer_texts(DataConfig(prompt_field="question", messages_field="chat"), model)
+        assert len(texts) >= 4 and sum(map(len, texts)) == LAYER_TOKENS
+        assert all("<assistant>" in tokenizer.decode(text) for text in texts)

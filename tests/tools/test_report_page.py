@@ -94,7 +94,7 @@ def test_charts_are_drawn(open_page, file, run):  # noqa: F811
     titles = tab.page.eval_on_selector_all(".chart", "all => all.map(one => one.dataset.title)")
     assert {
         "Loss", "KL on what it trains on", "Agreement with the teacher", "Teacher's share by position",
-        "Teacher's share of generated tokens", "Divergence against threshold, by position",
+        "Teacher's share of completions generated together", "Divergence against threshold, by position",
         "Accepted block lengths", "Staleness", "Queue", "Learner waits for rollouts", "Workers wait for the teacher",
         "Workers have nothing to do",
         "From the teacher", "Rollout speed", "Weight version",

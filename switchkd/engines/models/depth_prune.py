@@ -1,7 +1,7 @@
 """Prunes a teacher by depth to a student: some of its layers, everything else unchanged.
 
 In: the folder (or hub name) of a decoder-only transformers model. Out: an ordinary model folder with the same
-tokenizer, chat template and generation config. A pruned model generates noise until it is trained on references.
+tokenizer, chat template and generation config. A pruned model must be trained on references before it writes well.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from switchkd.config.errors import ConfigError
-from switchkd.config.schema import ModelConfig
+from switchkd.config.schema import DepthPruneConfig, ModelConfig
+from switchkd.engines.models.layer_importance import Texts, cheapest_layers, is_measured, layer_list
 from switchkd.engines.models.loading import read_config
 from switchkd.engines.models.origin import CARD, Origin, origin_of
 from switchkd.engines.models.sources import check_model_folder, new_folder
@@ -35,16 +36,9 @@ def spread(num_layers: int, of: int) -> tuple[int, ...]:
     return 0, *(1 + round(i * (of - 3) / inner) for i in range(inner + 1)), of - 1
 
 
-def prune_depth(
-    teacher_folder: str | Path,
-    out_folder: str | Path,
-    *,
-    layers: Sequence[int] | None = None,
-    num_layers: int | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> Path:
-    """Write the pruned model to `out_folder`, which must be new or empty. Give `layers` or `num_layers`.
+def prune_depth(teacher: ModelConfig, prune: DepthPruneConfig, out_folder: str | Path, texts: Texts) -> Path:
+    """Write the pruned model to `out_folder`, which must be new or empty. The layers are chosen on `texts`, which is
+    read only where `is_measured(prune)`.
 
     Raises ConfigError for layers that the teacher does not have, and for models that cannot be pruned by depth.
     """
@@ -53,36 +47,48 @@ def prune_depth(
     out = Path(out_folder).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty; remove it or choose another folder")
-    check_model_folder(str(teacher_folder), "teacher")
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    config = read_config(ModelConfig(path=str(teacher_folder), **options), "teacher").config
+    check_model_folder(teacher.path, "teacher")
+    config = read_config(teacher, "teacher").config
     depth = config.get_text_config(decoder=True).num_hidden_layers
-    kept = chosen_layers(layers, num_layers, depth)
-    teacher = AutoModelForCausalLM.from_pretrained(
-        teacher_folder, config=config, dtype="auto", use_safetensors=True, **options
+    kept = chosen_layers(prune, depth)
+    if is_measured(prune) and len(kept) < depth:
+        removed = cheapest_layers(teacher, depth - len(kept), prune.by, texts)
+        kept = tuple(layer for layer in range(depth) if layer not in removed)
+    options: dict[str, Any] = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
+    model = AutoModelForCausalLM.from_pretrained(
+        teacher.path, config=config, dtype="auto", use_safetensors=True, **options
     )
-    student, tokenizer = keep_layers(teacher, kept), AutoTokenizer.from_pretrained(teacher_folder, **options)
+    student, tokenizer = keep_layers(model, kept), AutoTokenizer.from_pretrained(teacher.path, **options)
+    by = "list" if prune.layers is not None else prune.by
     with new_folder(out) as partial, redirect_stdout(sys.stderr):  # saving imports DeepSpeed, which logs to stdout
         student.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        (partial / CARD).write_text(_pruned(str(teacher_folder), kept, depth).card(out.name), encoding="utf-8")
+        (partial / CARD).write_text(_pruned(teacher.path, kept, depth, by).card(out.name), encoding="utf-8")
     return out
 
 
-def _pruned(teacher: str, kept: Sequence[int], depth: int) -> Origin:
+_BY = {
+    "importance": "the layers whose single removal changes the model's next-token distribution least were removed",
+    "block": "the contiguous block of layers whose removal changes its next-token distribution least was removed",
+    "even": "at even distances",
+    "list": "listed by the user",
+}
+
+
+def _pruned(teacher: str, kept: Sequence[int], depth: int, by: str) -> Origin:
     origin = origin_of(teacher)
-    what = f"Layers {', '.join(map(str, kept))} of the {depth} layers were kept; their weights are unchanged."
+    what = (
+        f"Layers {', '.join(map(str, kept))} of the {depth} layers were kept ({_BY[by]}); their weights are unchanged."
+    )
     return replace(origin, text=f"{origin.text}\n\n{what}".strip())
 
 
-def chosen_layers(layers: Sequence[int] | None, num_layers: int | None, of: int) -> tuple[int, ...]:
-    """The indices of the layers to keep of `of`. Raises ConfigError."""
-    if (layers is None) == (num_layers is None):
-        raise ConfigError("give exactly one of layers and num_layers")
-    if num_layers is not None:
-        return spread(num_layers, of)
-    kept = tuple(layers or ())
-    if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= of:
+def chosen_layers(prune: DepthPruneConfig, of: int) -> tuple[int, ...]:
+    """The indices of the layers to keep of `of`: those listed, else evenly spread ones. Raises ConfigError."""
+    if prune.num_layers is not None:
+        return spread(prune.num_layers, of)
+    kept = prune.layers or ()
+    if not kept or list(kept) != sorted(set(kept)) or kept[-1] >= of:
         raise ConfigError(f"layers={','.join(map(str, kept))}: list some of 0 to {of - 1}, rising, each once")
     return kept
 
@@ -112,19 +118,6 @@ def keep_layers(teacher: Any, layers: Sequence[int]) -> Any:
         raise ConfigError(f"{type(teacher).__name__} cannot be pruned to layers {list(layers)}: {str(problems)[:200]}")
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.eval()
-
-
-def layer_list(model: Any) -> str:
-    """The name of the module list that holds the decoder's layers, such as `model.layers`. Raises ConfigError."""
-    from torch.nn import ModuleList
-
-    depth = model.config.get_text_config(decoder=True).num_hidden_layers
-    lists = [name for name, module in model.named_modules() if isinstance(module, ModuleList) and len(module) == depth]
-    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    if len(outer) != 1:
-        lists_text = "no list" if not outer else f"several lists ({', '.join(outer)})"
-        raise ConfigError(f"{type(model).__name__} has {lists_text} of {depth} layers; it cannot be pruned by depth")
-    return outer[0]
 
 
 def pruned_config(config: Any, layers: Sequence[int]) -> Any:

@@ -63,7 +63,7 @@ def read_shape(
     config = read_config(section, key).config
     if prune is not None:
         num_layers = config.get_text_config(decoder=True).num_hidden_layers
-        config = pruned_config(config, chosen_layers(prune.layers, prune.num_layers, num_layers))
+        config = pruned_config(config, chosen_layers(prune, num_layers))  # any layers of this number: same size
     model = _meta_model(config, section, key)
     params = sum(parameter.numel() for parameter in model.parameters())
     rows, head_width = _output_layer(model, section, key)

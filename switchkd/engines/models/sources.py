@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 
 from switchkd.config.errors import ConfigError
+from switchkd.config.schema import ModelConfig
 
 TOKENIZER_FILE = "tokenizer_config.json"
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf")
@@ -44,6 +45,15 @@ def check_model_folder(name: str, key: str, *parts: str) -> None:
             f"{key}={name}: the folder has no tokenizer ({TOKENIZER_FILE}); save it there with "
             "tokenizer.save_pretrained"
         )
+
+
+def fingerprint(model: ModelConfig) -> str:
+    """A text that changes when the model's files change."""
+    if not looks_local(model.path):
+        return f"{model.path}@{model.revision}"
+    folder = Path(model.path).expanduser().resolve()
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors", ".jinja")]
+    return f"{folder} " + " ".join(f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files)
 
 
 @contextmanager

@@ -38,7 +38,8 @@ def resolve(teacher: str, student: str) -> ModelFolders:
     if student.isdigit():
         from switchkd.engines.models.resolve import prune_student
 
-        student = str(prune_student(TeacherConfig(path=teacher), DepthPruneConfig(num_layers=int(student))))
+        prune = DepthPruneConfig(num_layers=int(student), by="even")  # as the students of the published tables
+        student = str(prune_student(TeacherConfig(path=teacher), prune, ()))
     check_model_folder(student, "--student")
     return ModelFolders(teacher=teacher, student=student)
 

@@ -14,7 +14,7 @@ from switchkd.config import resources
 from switchkd.config.schema import Config
 from switchkd.controller.preflight import PreparedRun, check, prepare
 from switchkd.engines.models.demo import NAME, cache_dir
-from switchkd.engines.models.resolve import reads_teacher
+from switchkd.engines.models.resolve import reads_teacher, without_pruning
 from switchkd.tools.doctor import machine
 from switchkd.tools.doctor.check import CheckResult, fail, ok, run_check, warn
 from switchkd.tools.offline import stage_index
@@ -51,7 +51,7 @@ def _check_models(config: Config, quick: bool, processors_passed: bool) -> Itera
     prepared: list[PreparedRun] = []
 
     def tokenizers_and_data() -> Iterator[CheckResult]:
-        prepared.append(prepare(_without_pruning(config) if quick else config))
+        prepared.append(prepare(without_pruning(config) if quick else config))
         yield from models.tokenizers(prepared[0])
         yield from models.data(prepared[0])
 
@@ -99,14 +99,6 @@ def _is_demo_missing(config: Config) -> bool:
     paths = [config.student.path] if config.student.prune is None else []
     paths += [config.teacher.path] if reads_teacher(config) else []
     return "demo" in paths and not (cache_dir() / NAME).is_dir()
-
-
-def _without_pruning(config: Config) -> Config:
-    """Use the teacher's folder, which has the same tokenizer, for a student that is still to be pruned."""
-    if config.student.prune is None:
-        return config
-    student = config.student.model_copy(update={"path": config.teacher.path, "prune": None})
-    return config.model_copy(update={"student": student})
 
 
 def _cluster(config: Config) -> Iterator[CheckResult]:

@@ -22,7 +22,7 @@ const GROUPS = [
   {
     title: "Who writes?",
     charts: [
-      { title: "Teacher's share of generated tokens", percent: true, keys: { "rollout/teacher_token_frac": "teacher's share" } },
+      { title: "Teacher's share of completions generated together", percent: true, keys: { "rollout/teacher_token_frac": "teacher's share" } },
       { title: "Teacher's share by position", percent: true, x: POSITION, make: sharesByPosition },
       { title: "Divergence against threshold, by position", x: POSITION, zero: true, make: ruleByPosition },
       { title: "Divergence over time", zero: true, keys: { "rollout/divergence_mean": "mean" } },
