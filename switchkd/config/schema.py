@@ -346,7 +346,7 @@ class RolloutConfig(Section):
     drafter: Literal["auto", "student", "teacher", "none"] = "auto"
     """The model that drafts. `auto` measures what is faster. Speed only: the tokens are the same."""
     overlap: bool | None = None
-    """Two half-batches per worker: one drafts, one is at the teacher. Null: where the teacher has GPUs of its own."""
+    """Two half-batches per worker: one drafts, the other is at the teacher. Null: on Ray with teacher GPUs."""
     on_new_weights: Literal["finish", "reprefill"] = "finish"
     save: bool = True
     """Write rollouts.jsonl."""

@@ -1,8 +1,8 @@
-"""One model goes ahead: the student drafts a block token by token, or reads the one that the teacher wrote.
+"""The student's part of a round: it drafts a block token by token, or reads the one that the teacher drafted.
 
-In: rows. Out: a `DraftBlock` (walk.py) with both models' distributions at every proposed position, made when asked for.
+In: rows. Out: a `DraftBlock` (verify.py) with both models' distributions at every drafted position, made on request.
 
-Shapes: R rows, K proposed positions, D hidden width, V shared vocabulary.
+Shapes: R rows, K drafted positions, D hidden width, V shared vocabulary.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from switchkd.types import Blocks, TokenSource, WriteRequest, Written
 
 @dataclass(slots=True)
 class Draft:
-    """What the student proposes: tokens int64 [R, K] (-1 beyond counts [R]), q_logits float32 [R, K, V] or None."""
+    """What the student drafts: tokens int64 [R, K] (-1 beyond counts [R]), q_logits float32 [R, K, V] or None."""
 
     tokens: np.ndarray
     counts: np.ndarray
@@ -81,7 +81,7 @@ class Drafter:
                 row.student_top.append(TopTokens.of(draft.q_logits[r], row.params.top_logprobs))
 
     def student_block(self, draft: Draft, row_pieces: Sequence[np.ndarray]) -> DraftBlock:
-        """The student proposed; `row_pieces` are the teacher's rows [>= counts[r], D] from its next position on."""
+        """The student drafted; `row_pieces` are the teacher's rows [>= counts[r], D] from its next position on."""
 
         def q_rows(rows: np.ndarray, positions: np.ndarray) -> torch.Tensor:
             assert draft.q_logits is not None, "the rule reads rows, so the draft has kept them"
@@ -97,7 +97,7 @@ class Drafter:
         )
 
     def teacher_block(self, rows: list[RolloutState], written: Written, row_pieces: Sequence[np.ndarray]) -> DraftBlock:
-        """The teacher proposed; the student reads it all but the last token, in one pass."""
+        """The teacher drafted; the student reads all but the last token, in one pass."""
         counts = written.tokens.lengths.astype(np.int64)
         tokens = np.full((len(rows), int(counts.max())), -1, np.int64)
         for r, part in enumerate(written.tokens.split()):
@@ -146,7 +146,7 @@ class Drafter:
 def write_request(
     rows: list[RolloutState], blocks: Blocks, counts: np.ndarray, stop_ids: frozenset[int]
 ) -> WriteRequest:
-    """The teacher reads `blocks` and goes on with its own keyed draws; all rows share one mode."""
+    """The teacher reads `blocks` and continues with its own keyed draws; all rows share `RolloutParams`."""
     params = rows[0].params
     return WriteRequest(
         blocks=blocks,

@@ -2,7 +2,7 @@
 
 In: requests whose `params` are their stage's config. Out: rollouts with token sources, rows and versions: a pure
 function of weights, prompt and seed. The rules `student` and `teacher` are the real ones; with any other, the teacher
-owns the tokens at which the two models' rows are more than a half apart.
+writes the tokens at which the two models' rows are more than a half apart.
 """
 
 from __future__ import annotations

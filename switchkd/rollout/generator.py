@@ -1,18 +1,19 @@
-"""Tasks become rollouts: propose, score, decide, accept, until every completion has ended.
+"""Tasks become rollouts: draft, verify, accept, until every completion has ended.
 
-In: tasks (prompt, origin, stage) and how each is written (`RolloutParams`). Out: finished `Rollout`s, handed to `emit`
-as soon as they end. The worker owns the tokens; the student engine and the teacher only hold caches of them, so either
-can be lost and rebuilt without changing a token.
+In: tasks (prompt, completion source, stage) and how each is generated (`RolloutParams`). Out: finished `Rollout`s,
+handed to `emit` as soon as they end. The worker owns the tokens; the student engine and the teacher only hold caches of
+them, so either can be lost and rebuilt without changing a token.
 
-    admit ─► propose: the student drafts K tokens (or the teacher writes K) ─► the other reads them ─► walk ─► finish
+    admit ─► draft: the student or the teacher, K tokens ─► the other model reads them ─► verify, accept ─► finish
       ▲                                                                                                       │
-      └──────────────────────── a finished row's slot takes the next prompt ◄─────────────────────────────────┘
+      └────────────────────────── a finished row's slot takes the next task ◄─────────────────────────────────┘
 
-Rows go on in one of three lanes. Where both models matter they take the way above, the faster one (`pace.py`). Where
-only the student writes it goes on alone, and the teacher reads the finished text once. Where only the teacher writes
-from now on, a row leaves the student's slot and waits until the teacher can write for a whole batch of such rows.
+A row (`RolloutState`) is generated in one of three ways. Where both models matter, one of them drafts and the other
+reads, as above; `speculation.py` chooses the drafter. Where only the student writes, it generates alone, and the
+teacher reads the finished completion once. Where only the teacher writes from now on, a row gives up its slot and waits
+until the teacher can write for a whole batch of such rows.
 
-One teacher call is a `PendingCall`. With `overlap`, half of the rows draft while the other half's flight is up.
+One teacher call is a `PendingCall`. With `overlap`, half of the rows draft while the call of the other half is pending.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ WRITE_SPAN = 8
 
 @dataclass(slots=True)
 class PendingCall:
-    """A teacher call that is up, the rows that wait for it, and what to do with its answer."""
+    """A pending teacher call, the rows that wait for it, and what to do with its answer."""
 
     rows: list[RolloutState]
     answer: Future
@@ -54,7 +55,7 @@ class PendingCall:
 
 
 class SwitchingGenerator:
-    """Writes completions with a student engine and a teacher (local or remote: it cannot tell)."""
+    """Generates completions with a student engine and a teacher, local or remote."""
 
     def __init__(
         self,
@@ -119,7 +120,7 @@ class SwitchingGenerator:
     # ── admit ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _admit(self, waiting: deque[GenerationRequest], rows: list[RolloutState]) -> None:
-        """Give free slots to waiting requests. A busy teacher is back-pressure: wait, and go on with what runs."""
+        """Give free slots to waiting requests. A busy teacher is back-pressure: wait, and continue with these rows."""
         free = sorted(set(range(self.student.num_slots)) - {row.slot for row in rows if self.needs_slot(row)})
         new = [
             RolloutState.start(request.task, request.params, slot) for request, slot in zip(waiting, free, strict=False)
@@ -150,16 +151,16 @@ class SwitchingGenerator:
         """`reprefill`: a newer version replaces the one in use, and every row's cache is read anew."""
         packed = self._new_weights() if self._new_weights else None
         if packed is not None:
-            while pending:  # they settle with the version that drafted
+            while pending:  # they are verified with the version that drafted
                 self._complete(pending.popleft())
             self.student.load_weights(packed)
             for row in rows:
                 row.student_len = 0
 
-    # ── the lanes ──────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── next call ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _launch(self, rows: list[RolloutState], others_fly: bool) -> PendingCall | None:
-        """The next piece of work on rows that wait for nothing; None where it needed no teacher, or there was none."""
+        """Start the next work on rows without a pending call; None where it needs no teacher, or there is none."""
         width = self.student.num_slots
         waiting_for_teacher = [row for row in rows if self._waits_for_teacher(row)]
         unscored = [row for row in rows if row.finish_reason and not row.done]
@@ -186,7 +187,7 @@ class SwitchingGenerator:
         request: Any,
         plan: DraftPlan | None,
     ) -> PendingCall:
-        """Ask the teacher: "read" scores a `Blocks`, "write" asks for text of its own. `plan` is what was chosen."""
+        """Call the teacher: "read" scores a `Blocks`, "write" generates tokens. `plan` is the chosen one."""
         teacher = self.calls.teacher
         function: Callable[..., Any] = teacher.write if kind == "write" else teacher.score
         # a row's first call also reads its prompt: it says nothing about the next one
@@ -213,15 +214,15 @@ class SwitchingGenerator:
         call.on_result(answer)
 
     def _switch(self, rows: list[RolloutState]) -> PendingCall:
-        """Both models matter: one of them proposes, the other reads, and the walk settles."""
+        """Both models matter: one of them drafts, the other reads, and `verify` decides."""
         plan = self.speculation.choose(rows)
         return self._teacher_drafts(rows, plan) if plan.drafter == "teacher" else self._student_drafts(rows, plan)
 
-    # ── who leads ──────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── who drafts ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _student_drafts(self, rows: list[RolloutState], plan: DraftPlan) -> PendingCall:
         draft = self.drafter.draft(rows, plan.num_tokens)
-        # without a draft it sends only what is settled, unless the teacher has read that already
+        # without a draft it sends only accepted tokens, unless the teacher has read them already
         sent = draft.counts * np.array([plan != NO_DRAFT or row.lookahead_row is not None for row in rows])
         new_tokens = [row.tokens[row.teacher_len :] + draft.tokens[r, : sent[r]].tolist() for r, row in enumerate(rows)]
         first_positions = [len(row.tokens) - (row.lookahead_row is None) for row in rows]
@@ -261,7 +262,7 @@ class SwitchingGenerator:
             block = self.drafter.teacher_block(rows, written, row_pieces)
             num_accepted = self._walk(rows, block)
             for r, row in enumerate(rows):
-                # neither model has read the last proposed token
+                # neither model has read the last drafted token
                 read = prev_lens[r] + min(int(num_accepted[r]), int(block.counts[r]) - 1)
                 row.student_len = row.teacher_len = read
                 row.stats.num_drafted += int(block.counts[r])
@@ -293,7 +294,7 @@ class SwitchingGenerator:
     # ── only one of the models writes ──────────────────────────────────────────────────────────────────────────────
 
     def _write_on(self, rows: list[RolloutState]) -> PendingCall:
-        """The teacher owns the rest of these rows: it generates alone, without verification."""
+        """The teacher writes all later tokens of these rows: it generates alone, without verification."""
         (first, *_) = grouped(rows, lambda row: id(row.params))
         rows = [rows[r] for r in first]
         counts = np.array([min(WRITE_SPAN, row.max_new_tokens - row.t) for row in rows], np.int32)
@@ -329,7 +330,7 @@ class SwitchingGenerator:
         )
 
     def _read_alone(self, row: RolloutState, tokens: np.ndarray, teacher_rows: np.ndarray) -> None:
-        """The teacher's rows of tokens that no walk has settled."""
+        """Append the teacher's rows of tokens that are not verified."""
         row.append_teacher_rows(teacher_rows)
         if row.params.wants_uncertainty:
             row.uncertainty.extend(self.reader.uncertainty(teacher_rows, tokens).tolist())
@@ -341,7 +342,7 @@ class SwitchingGenerator:
     # ── teacher calls ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def _write_request(self, rows: list[RolloutState], counts: np.ndarray) -> tuple[list[list[int]], Any]:
-        """What the teacher has not read yet, at least the last token, and the request to go on from there."""
+        """What the teacher has not read yet, at least the last token, and the request to continue from there."""
         for row in rows:
             row.lookahead_row = None
             row.teacher_len = min(row.teacher_len, max(len(row.tokens) - 1, 0))

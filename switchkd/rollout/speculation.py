@@ -1,12 +1,12 @@
-"""Who takes the next step, and how far: a decision about speed only, the tokens are the same under every choice.
+"""Chooses who drafts the next block, and how far: a decision about speed only; no choice changes a token.
 
-In: what calls took, and where proposals broke. Out: a `DraftPlan` for the coming round, the one with the most settled
-tokens per second. Three ways to go on (a round of R rows):
+In: what calls took, and where drafts were rejected. Out: a `DraftPlan` for the coming round, the one with the most
+emitted tokens per second. Three kinds of plan (a round of R rows):
 
-    student   K student steps, then the teacher reads the block at once; breaks where the teacher owns a token and
-              draws another one
-    teacher   K teacher steps in one call, then the student reads the block at once; breaks where the student does
-    none      one step each: the floor
+    student   K student steps, then the teacher reads the block at once; the block ends where the teacher writes a token
+              and draws another one
+    teacher   K teacher steps in one call, then the student reads the block at once; it ends where the student does
+    none      one step of each model: the baseline
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _TRIALS = 2
 """Each way is tried so often before any is trusted: the first call of a shape also pays for its setting up."""
 _MEMORY = 0.99
-"""Weight of what is known of a break rate against one more token."""
+"""Weight of what is known of a rejection rate against one more token."""
 _PRIOR = 0.3
 _PRIOR_WEIGHT = 8.0  # tokens; it fades as they do, or it would count for a few percent for ever
 _SURE = 1.05
-"""A gain over no draft below this may be the clock's error: then the floor is taken."""
+"""A gain over no draft below this may be the clock's error: then nothing is drafted."""
 _NEAR, _AGAIN = 1.25, 16
 """Where no draft is nearly as good, it is taken every so many rounds: what it costs would else be known from its first
 calls only."""
 _BUCKET = 8
-"""Tokens of a completion that share a break rate: thresholds, and with them owners, change along the way."""
+"""Tokens of a completion that share a rejection rate: thresholds, and with them writers, change along the way."""
 
 
 class LatencyModel:
-    """How long calls take, by kind and number of tokens: medians of the last few, straight lines between sizes."""
+    """How long calls take, by kind and number of tokens: medians of the last few, interpolated linearly."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter, keep: int = 9) -> None:
         self._clock, self._keep = clock, keep
@@ -77,7 +77,7 @@ class LatencyModel:
 
     def of(self, kind: str, tokens: float) -> float:
         """Expected seconds; NaN before anything of this kind was seen. Below the sizes seen half the tokens
-        take 0.7 of the time (a call has a fixed part), above them the line goes on."""
+        take 0.7 of the time (a call has a fixed part), above them the line continues."""
         if kind not in self._lines:
             return math.nan
         sizes, times = self._lines[kind]
@@ -91,7 +91,7 @@ class LatencyModel:
 
 
 def _beyond(sizes: list[int], times: list[float], tokens: float) -> float:
-    """The line through the larger sizes goes on, by least squares: between two neighbours the clock's error would be
+    """The line through the larger sizes continues, by least squares: between two neighbours the clock's error would be
     all of the slope, and a way that looks dear is never tried."""
     if len(sizes) == 1:
         return times[0] * (1 + (tokens / sizes[0] - 1) / 2)
@@ -101,8 +101,8 @@ def _beyond(sizes: list[int], times: list[float], tokens: float) -> float:
 
 
 class _Rates:
-    """Break rates of one way to propose, by place in the completion: sums of breaks and chances, older ones fading.
-    Before a place tells its own it has the rate of all."""
+    """Rejection rates of one drafter, by place in the completion: sums of rejections and chances, older ones fading.
+    Before a place has a rate of its own it has that of all."""
 
     def __init__(self) -> None:
         self._breaks, self._chances, self._prior = np.zeros(1), np.zeros(1), np.full(1, _PRIOR_WEIGHT)
@@ -127,7 +127,7 @@ class _Rates:
 
 
 class SpeculationPolicy:
-    """Chooses the plan of every round. `plan` "auto" measures; any other is kept, with blocks of `max_draft_tokens`."""
+    """Chooses the plan of every round: measured with `drafter` "auto", else fixed with blocks of `max_draft_tokens`."""
 
     def __init__(self, drafter: str, max_draft_tokens: int, costs: LatencyModel | None = None) -> None:
         self.drafter, self.max_draft_tokens = drafter, max_draft_tokens
@@ -150,7 +150,7 @@ class SpeculationPolicy:
         self.trials[plan] = self.trials.get(plan, 0) + 1
 
     def record_outcome(self, rule: str, by_teacher: bool, t: np.ndarray, owned: np.ndarray, differ: np.ndarray) -> None:
-        """Settled positions (see walk.Note): each tells whether a student's or a teacher's proposal breaks there."""
+        """Verified positions (see `verify.RecordOutcome`): whether a student's or a teacher's block ends there."""
         rates = self._of(rule)
         for place, own, other in zip(t.tolist(), owned.tolist(), differ.tolist(), strict=True):
             if other >= 0 or not own:
@@ -184,13 +184,13 @@ class SpeculationPolicy:
         most = min(self.max_draft_tokens, max(row.max_new_tokens - row.t for row in rows))
         sizes = [size for size in SIZES if size <= most]
         ways = [NO_DRAFT, *(DraftPlan("student", size) for size in sizes)]
-        # a teacher's block breaks under SKD wherever the two draws differ, or the replacement's noise does
+        # a teacher's block ends under SKD wherever the two draws differ, or the replacement's noise does
         if not rule.needs_draft and rule.replacement == Purpose.GUMBEL:
             ways += [DraftPlan("teacher", size) for size in sizes]
         return ways
 
     def expected_throughput(self, rows: Sequence[RolloutState], most: int) -> dict[DraftPlan, float]:
-        """Expected settled tokens per second of a round, for every way to take it with blocks up to `most`."""
+        """Expected emitted tokens per second of a round, for every way to take it with blocks up to `most`."""
         num, cost = len(rows), self.costs.of
         t = np.array([row.t for row in rows])
         limits = np.array([row.max_new_tokens for row in rows]) - t
@@ -204,7 +204,7 @@ class SpeculationPolicy:
             kept, drafted = reached.sum(0).cumsum(), widths.cumsum()
             steps = np.cumsum([cost(step, float(width)) for width in widths])
             for size in (size for size in SIZES if size <= most):
-                # after a break the teacher also reads the token that replaced the drafted one
+                # after a rejection the teacher also reads the token that replaced the drafted one
                 read = drafted[size - 1] + (num * 0.5 if who == "student" else 0)
                 seconds = steps[size - 1] + cost(block, read) + cost(f"walk {who}", drafted[size - 1])
                 throughput[DraftPlan(who, size)] = kept[size - 1] / seconds  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
-"""One completion while it is being written: what a rollout worker knows of it between two rounds.
+"""One completion while it is generated: what a rollout worker knows of it between two rounds.
 
-A `RolloutParams` says how it is written (rule, sampling, limits), a `RolloutState` holds its tokens, what decided them,
-and how much of it each model has read.
+A `RolloutParams` says how it is generated (rule, sampling, limits), a `RolloutState` holds its tokens, what decided
+them, and how much of it each model has read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from switchkd.types import CompletionSource, Ragged, Rollout, RolloutStats, Roll
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutParams:
-    """How a completion is written. Rows of one mode are decided together."""
+    """How a completion is generated. Rows with the same parameters are verified together."""
 
     rule: Rule
     student: SamplingParams
@@ -36,8 +36,8 @@ class RolloutParams:
     teacher_budget: int | None = None  # tokens; then the student writes
     first_step: int = 0  # of the stage: a rule sees training steps counted from it
     scored: bool = True  # False: without the teacher, the student generates alone
-    wants_uncertainty: bool = False  # ATKD's UnC rides along
-    top_logprobs: int = 0  # this many of each model's most likely ids ride along
+    wants_uncertainty: bool = False  # ATKD's UnC is recorded
+    top_logprobs: int = 0  # this many of each model's most likely ids are recorded
 
 
 StageParams = Mapping[CompletionSource, RolloutParams]
@@ -118,7 +118,7 @@ class RolloutState:
 
     @property
     def max_new_tokens(self) -> int:
-        """Length at which the completion ends: a function of its step and the config, whatever it runs beside."""
+        """Length at which the completion ends: a function of its step and the config, not of what runs alongside."""
         horizon = self.params.horizon
         return horizon.at(self.step) if horizon else self.params.max_new_tokens
 
@@ -138,7 +138,7 @@ class RolloutState:
             self.finish_reason = "length"
 
     def write(self, tokens: Sequence[int], version: int, stop_ids: frozenset[int]) -> None:
-        """Append tokens that the teacher wrote without being asked which rule holds (`teacher_only`)."""
+        """Append tokens that the teacher wrote alone (`teacher_only`): the statistic is not computed."""
         memory = self.memory
         t = torch.arange(self.t, self.t + len(tokens))
         step = torch.full_like(t, self.step)

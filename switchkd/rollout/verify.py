@@ -1,14 +1,14 @@
-"""The decision at the heart of it: walk proposed blocks and settle, token by token, who writes what.
+"""Verifies drafted blocks: decides token by token which model writes, and accepts or replaces the drafted token.
 
-In: rows with the tokens that one of the models proposed, and both models' distributions at every proposed position.
-Out: the rows, longer by at least one token each, and how far each proposal held.
+In: rows with the tokens that one of the models drafted, and both models' distributions at every drafted position.
+Out: the rows, longer by at least one token each, and how many tokens of each draft are accepted.
 
-Both models draw with the same keyed Gumbel numbers, so a token may be the proposed one whichever owns it. A block stays
-valid as long as the settled token equals the proposed one. A student's proposal breaks where the teacher owns the
-token and draws another one; a teacher's proposal where the student does. Even then the settled token is kept. The
-outcome depends neither on the block size nor on who proposed.
+Both models draw with the same keyed Gumbel numbers, so a token may be the drafted one whichever model writes it. A
+block continues as long as the emitted token equals the drafted one. A student's block ends where the teacher writes the
+token and draws another one; a teacher's block where the student does. Even then the emitted token is kept. The outcome
+depends neither on the block size nor on the drafter.
 
-Shapes: R rows, K proposed positions (ragged, `counts`), V shared vocabulary.
+Shapes: R rows, K drafted positions (ragged, `counts`), V shared vocabulary.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from switchkd.rollout.top_logprobs import TopTokens
 from switchkd.types import TokenSource
 
 VERIFY_COLUMNS = 4
-"""Columns whose distributions are made together: one product with each head, and little of it behind a break."""
+"""Columns whose distributions are made together: one product with each LM head, little of it beyond a block's end."""
 
 Rows = Callable[[np.ndarray, np.ndarray], Tensor]
-"""Float32 logits [n, V] of proposed position `positions[i]` of row `rows[i]`."""
+"""Float32 logits [n, V] of drafted position `positions[i]` of row `rows[i]`."""
 TopRows = Callable[[np.ndarray, np.ndarray], TopK]
 RecordOutcome = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
-"""Gets settled positions: t int [n], owned by the teacher bool [n], whether both models' draws differ: 1, 0, or -1
+"""Gets verified positions: t int [n], written by the teacher bool [n], whether both models' draws differ: 1, 0, or -1
 where only one of them was made."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DraftBlock:
-    """What one model proposes for R rows. tokens int64 [R, K] (-1 beyond counts [R] >= 1)."""
+    """What one model drafts for R rows. tokens int64 [R, K] (-1 beyond counts [R] >= 1)."""
 
     tokens: np.ndarray
     counts: np.ndarray
@@ -75,10 +75,10 @@ def verify(
     stop_ids: frozenset[int],
     record_outcome: RecordOutcome | None = None,
 ) -> np.ndarray:
-    """Settle the tokens of one block per row; all rows share `RolloutParams`.
+    """Accept or replace the tokens of one block per row; all rows share `RolloutParams`.
 
-    Returns held int [R]: how many settled tokens equal the proposed ones, from the left. With `record_outcome`, both
-    models draw at the first position of every block, whichever owns it.
+    Returns num_accepted int [R]: how many emitted tokens equal the drafted ones, from the left. With `record_outcome`,
+    both models draw at the first position of every block, whichever writes it.
     """
     num_accepted = np.zeros(len(rows), np.int64)
     alive = np.arange(len(rows))
@@ -109,7 +109,7 @@ def _settle(
     stop_ids: frozenset[int],
     record_outcome: RecordOutcome | None,
 ) -> np.ndarray:
-    """Settle position k of rows `alive`: whether each settled token is the proposed one, bool [n]."""
+    """Verify position k of rows `alive`: whether each emitted token is the drafted one, bool [n]."""
     params, block = rows[0].params, span.block
     t = np.array([rows[r].t for r in alive])
     decision = _decide(rows, span, alive, k)
@@ -161,8 +161,8 @@ def _decide(rows: list[RolloutState], span: _Window, alive: np.ndarray, k: int) 
 
 
 def _coarse_rows(rule: Rule, row: TopK, q_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows that a rule sees of compressed ones: both laws on the kept ids and one bin for the tail. A rule that
-    looks at the drafted id gets whole rows, the tail spread evenly: an id of the tail ranks behind all kept ones."""
+    """The rows that a rule sees of compressed ones: both distributions on the kept ids and one bin for the tail. A
+    rule that reads the drafted id gets whole rows, the tail spread evenly: ids of the tail rank after all kept ones."""
     return (spread(row, q_logits.shape[1]), q_logits) if rule.needs_draft else coarse_grain(row, q_logits)
 
 
@@ -180,10 +180,10 @@ def _values(rule: Rule, **inputs: Tensor | None) -> Tensor:
 def _tokens(
     rows: list[RolloutState], span: _Window, alive: np.ndarray, k: int, owned: np.ndarray, *, probe: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each owner's draw, int64 [n], and whether the two models' draws differ (1, 0, -1 for unknown).
+    """Each writer's draw, int64 [n], and whether the two models' draws differ (1, 0, -1 for unknown).
 
-    The proposer's own tokens stand in the block already. SKD's replacement has its own purpose: its test looks at the
-    drafted id, so sharing that noise would bend the law.
+    The drafter's own tokens are in the block already. SKD's replacement has a separate purpose: its test looks at the
+    drafted id, so shared noise would bias the replacement.
     """
     params, block = rows[0].params, span.block
     drafted = block.tokens[alive, k]
@@ -234,8 +234,8 @@ def draws(
 
 
 class _Window:
-    """Both distributions of the live rows at the columns `first` to `first + SPAN`, and `_values` of the rule there:
-    float64 [3, R, SPAN], NaN where nothing was proposed. A rule that reads no rows gets none."""
+    """Both distributions of the live rows at the columns from `first` on, VERIFY_COLUMNS at most, and `_values` of the
+    rule there: float64 [3, R, columns], NaN where nothing was drafted. A rule that reads no rows gets none."""
 
     def __init__(self, rows: list[RolloutState], block: DraftBlock, alive: np.ndarray, first: int) -> None:
         self.rows, self.block, self.first = rows, block, first
@@ -271,7 +271,7 @@ class _Window:
         return kept(self.block.top_rows(which, np.full(len(which), k)))
 
     def uncertainty(self, which: np.ndarray, k: int, tokens: np.ndarray) -> Tensor:
-        """ATKD's UnC of the settled tokens, [n]."""
+        """ATKD's UnC of the emitted tokens, [n]."""
         p_logits = self.p_rows(which, k)
         return uncertainty(p_logits, torch.from_numpy(tokens).to(p_logits.device))
 
