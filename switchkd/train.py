@@ -149,6 +149,8 @@ class Trainer:
         result = self._learn(entries)
         self._commit(entries, result)
         self.reporter.step(step, entries, staleness, result, wait_s)
+        if result.diverged:
+            raise self.recovery.diverged(step)
         num_done, every = self.state.step, self.config.eval.every
         stage_end = self.schedule.stage(step).name if num_done in self.schedule.stage_ends else ""
         evaluates = bool(self.evaluator.prompts) and (stage_end != "" or (every > 0 and num_done % every == 0))

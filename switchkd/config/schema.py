@@ -36,9 +36,9 @@ Switch = Annotated[
 
 
 class Section(BaseModel):
-    """A group of keys. Unknown keys are errors; values do not change after loading."""
+    """A group of keys. Unknown keys, infinity and NaN are errors; values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ReplicaRange(Section):
