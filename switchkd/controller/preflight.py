@@ -7,6 +7,7 @@ In: a parsed config. Out: a `PreparedRun`, or a ConfigError of one line that nam
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,8 @@ def prepare_teacher(config: Config) -> tuple[Config, int]:
 def check(config: Config) -> None:
     """Run the checks that need no model in memory. Raises ConfigError."""
     _check_run_dir(config)
+    if config.metrics.wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(f"metrics.wandb={config.metrics.wandb!r} needs wandb: pip install 'switchkd[wandb]'")
     for name in config.teacher_names or ("",):
         check_backend(config.of_teacher(name))
     for index, stage in enumerate(config.train.stages):

@@ -297,6 +297,13 @@ def test_a_relative_run_dir_in_a_job_is_refused(config, monkeypatch):
     check(config())
 
 
+def test_wandb_without_its_package_is_refused(config, monkeypatch):
+    """W&B without its package is refused before anything starts, with the install command."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    message = r"^metrics.wandb='kd' needs wandb: pip install 'switchkd\[wandb\]'"
+    refused(message, check, config(metrics={"wandb": "kd"}))
+
+
 def test_a_file_as_run_dir_is_refused(config, data):
     """A file as run.dir is refused."""
     refused("is a file", check, config(run={"dir": str(data)}))
