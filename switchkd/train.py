@@ -308,6 +308,8 @@ def train(config: Config, *, resume: bool = False) -> Summary:
     config, prompts = ready.config, prompts_digest(ready.prompts, ready.eval_prompts)
     log = MetricsLog(config.metrics)
     log.info(f"data: {config.rollout.recorded or ready.prompts.report()}")
+    if ready.eval_prompts and ready.eval_prompts.num_skipped:
+        log.info(f"evaluation: {ready.eval_prompts.report()}")
     _check_capacity(config, log)
     with open_run(config, resume, prompts=prompts) as folder:
         trainer = _train(ready, folder, log)

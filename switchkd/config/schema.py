@@ -153,7 +153,7 @@ class DataConfig(Section):
     teacher_field: str = "teacher"
     """With `teachers`: the field that names a prompt's teacher."""
     messages_field: str | None = None
-    """A field of chat messages; the last assistant message is the reference."""
+    """A field of chat messages. The assistant's message at the end is the reference; without it all are the prompt."""
     template: str | None = None
     """A text with {prompt}; by default the tokenizer's chat template, else the bare prompt."""
     template_with_input: str | None = None

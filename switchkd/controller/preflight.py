@@ -80,9 +80,15 @@ def prepare(config: Config) -> PreparedRun:
         names = tuple(config.teachers) if config.needs_teacher else ()
         prompts = load_prompts(config.data, tokenizer, stop_id=stop_id, need_references=needs, teachers=names)
         if config.eval.data:
-            needs = "loss" in config.eval.metrics
-            data = eval_data(config)
-            evaluated = load_prompts(data, tokenizer, stop_id=stop_id, need_references=needs, teachers=names)
+            metrics, by = config.eval.metrics, config.train.select_by
+            evaluated = load_prompts(
+                eval_data(config),
+                tokenizer,
+                stop_id=stop_id,
+                need_references=not {"rouge_l", "loss"}.isdisjoint(metrics) or by in WITH_TEACHER,
+                need_answers="exact_match" in metrics,
+                teachers=names,
+            )
     return PreparedRun(
         config=config, tokenizer=tokenizer, stop_ids=ends, stop_id=stop_id, prompts=prompts, eval_prompts=evaluated
     )
