@@ -17,7 +17,7 @@ import math
 import signal
 import time
 from concurrent.futures import Future, wait
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from types import FrameType
 from typing import Any
@@ -150,6 +150,8 @@ class Trainer:
         result = self._learn(entries)
         self._commit(entries, result)
         self.reporter.step(step, entries, staleness, result, wait_s)
+        if result.diverged:
+            raise self.recovery.diverged(step)
         num_done, every = self.state.step, self.config.eval.every
         stage_end = self.schedule.stage(step).name if num_done in self.schedule.stage_ends else ""
         evaluates = bool(self.evaluator.prompts) and (stage_end != "" or (every > 0 and num_done % every == 0))
@@ -301,28 +303,32 @@ class Trainer:
 
 
 def train(config: Config, *, resume: bool = False) -> Summary:
-    """Run a config to its end, or to SIGTERM. Raises ConfigError before it starts or overwrites anything."""
+    """Run a config to its end, or to SIGTERM. Raises ConfigError before the first step; the folder of a new run is then
+    as it was before."""
     ready = prepare(with_stored_date(config) if resume else config)
     config, prompts = ready.config, prompts_digest(ready.prompts, ready.eval_prompts)
-    with closing(MetricsLog(config.metrics)) as log:
-        log.info(f"data: {config.rollout.recorded or ready.prompts.report()}")
-        if warning := slow_bfloat16(config):
-            log.info(f"warning: {warning}")
-        _check_capacity(config, log)
-        with open_run(config, resume, prompts=prompts) as folder:
-            trainer = _train(ready, folder, log)
-            stopped = bool(trainer.stop_signal)
-            summary = summarize(folder, trainer.state, finished=trainer.finished, told_to_stop=stopped)
-            write_json_atomic(folder.path / "summary.json", asdict(summary))
-        log.summary(summary.stage_scores, summary.student, summary.finished)
+    log = MetricsLog(config.metrics)
+    log.info(f"data: {config.rollout.recorded or ready.prompts.report()}")
+    if ready.eval_prompts and ready.eval_prompts.num_skipped:
+        log.info(f"evaluation: {ready.eval_prompts.report()}")
+    if warning := slow_bfloat16(config):
+        log.info(f"warning: {warning}")
+    _check_capacity(config, log)
+    with open_run(config, resume, prompts=prompts) as folder:
+        trainer = _train(ready, folder, log)
+        stopped = bool(trainer.stop_signal)
+        summary = summarize(folder, trainer.state, finished=trainer.finished, told_to_stop=stopped)
+        write_json_atomic(folder.path / "summary.json", asdict(summary))
+    log.summary(summary.stage_scores, summary.student, summary.finished)
     return summary
 
 
 def _train(ready: PreparedRun, folder: RunFolder, log: MetricsLog) -> Trainer:
     """Start the actors, run to the end, end the actors."""
     schedule, checkpoint = build_schedule(ready), folder.checkpoint
-    log.open(folder.path, schedule.num_steps, checkpoint.state if checkpoint else TrainState())
     with ExitStack() as opened:
+        opened.callback(log.close)
+        log.open(folder.path, schedule.num_steps, checkpoint.state if checkpoint else TrainState())
         watchdog = Watchdog(ready.config.run.watchdog_s, folder.path, log.info)
         opened.callback(watchdog.stop)
         watchdog.start()

@@ -255,6 +255,7 @@ class StepResult:
     num_loss_tokens: int
     time_s: float
     skipped: bool = False  # loss or gradient was not finite: the weights are those before the step
+    diverged: bool = False  # a weight is not finite, or too large to compute with
     metrics: dict[str, float] = field(default_factory=dict)
 
 

@@ -18,7 +18,7 @@ from ray.exceptions import ActorUnavailableError, RayError
 from switchkd.actors.autoscaling import DRAIN_LOOKS, Load, decide
 from switchkd.actors.placement_group import ProcessPlacement
 from switchkd.actors.ray_futures import RESTART_S, cause_of
-from switchkd.config.errors import first_line
+from switchkd.config.errors import ConfigError, first_line
 from switchkd.config.schema import ReplicaRange
 
 PATIENCE_S = 60.0
@@ -104,6 +104,7 @@ class ProcessPool:
         self.placements = list(placements)
         self.events: list[str] = []
         self.broken = ""  # the reason why no process can start
+        self.refused = False  # that reason is a ConfigError
         self._owner = owner
         self._question = question
         self._patience_s = max(PATIENCE_S, wait_s)
@@ -175,7 +176,9 @@ class ProcessPool:
         except ActorUnavailableError:
             self._restarted(number, now)
         except RayError as error:
-            self._lost(number, str(cause_of(error)) if "creation task" in first_line(error) else first_line(error), now)
+            cause = cause_of(error) if "creation task" in first_line(error) else error
+            self.refused = isinstance(cause, ConfigError)
+            self._lost(number, first_line(cause), now)
         else:
             self._answered(number, answer, now)
 

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RaySystemError, RayTaskError
 
-from switchkd.config.errors import first_line, last_line, with_type
+from switchkd.config.errors import ConfigError, first_line, last_line, with_type
 from switchkd.types import StateLost, Unreachable, WorkerLost
 
 RESTART_S = 600.0
@@ -70,6 +70,9 @@ def cause_of(error: BaseException) -> BaseException:
     if isinstance(error, RayTaskError) and error.cause is not None:
         return error.cause
     if isinstance(error, ActorDiedError) and "creation task" in first_line(error):
+        name, _, text = last_line(error).partition(": ")
+        if name == f"{ConfigError.__module__}.{ConfigError.__name__}":
+            return ConfigError(text)
         return RuntimeError(f"an actor could not start: {last_line(error)}")
     if isinstance(error, RayActorError):
         return RuntimeError(f"an actor was lost; --resume goes on from the last checkpoint ({first_line(error)})")

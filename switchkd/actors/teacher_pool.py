@@ -26,6 +26,7 @@ from switchkd.actors.process_setup import Secrets, prepare
 from switchkd.actors.replicas import ReplicaView, SessionReports
 from switchkd.actors.teacher_actor import ReplicaLoad, TeacherActor
 from switchkd.actors.teacher_router import SESSION_BITS
+from switchkd.config.errors import ConfigError
 from switchkd.config.resources import of_role
 from switchkd.config.schema import Config, ReplicaRange
 
@@ -92,11 +93,12 @@ class TeacherPoolActor:
     # ── what the driver asks ───────────────────────────────────────────────────────────────────────────────────────
 
     def ready(self) -> int:
-        """Wait for the initial replicas; return how many are ready. Raises RuntimeError where they cannot start."""
+        """Wait for the initial replicas; return how many are ready. Raises RuntimeError where they cannot start,
+        ConfigError where the config is the reason."""
         while True:
             with self.lock:
                 if self.pool.broken:
-                    raise RuntimeError(self.pool.broken)
+                    raise (ConfigError if self.pool.refused else RuntimeError)(self.pool.broken)
                 if (num := len(self.pool.within(State.READY))) >= self.pool.limits.min:
                     return num
             time.sleep(0.1)

@@ -36,9 +36,9 @@ Switch = Annotated[
 
 
 class Section(BaseModel):
-    """A group of keys. Unknown keys are errors; values do not change after loading."""
+    """A group of keys. Unknown keys, infinity and NaN are errors; values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ReplicaRange(Section):
@@ -155,7 +155,7 @@ class DataConfig(Section):
     teacher_field: str = "teacher"
     """With `teachers`: the field that names a prompt's teacher."""
     messages_field: str | None = None
-    """A field of chat messages; the last assistant message is the reference."""
+    """A field of chat messages. The assistant's message at the end is the reference; without it all are the prompt."""
     template: str | None = None
     """A text with {prompt}; by default the tokenizer's chat template, else the bare prompt."""
     template_with_input: str | None = None

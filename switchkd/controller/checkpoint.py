@@ -156,12 +156,15 @@ def latest(run_dir: Path) -> Checkpoint | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunFolder:
-    """A run's folder, locked by this process until `close`."""
+    """A run's folder, locked by this process until `close`. A ConfigError inside the `with` block, before the
+    first row of metrics, undoes `open_run` of a new run, so that the corrected command needs no --resume."""
 
     path: Path
     checkpoint: Checkpoint | None  # to resume from; None: begin at step 0
     keep_last: int
     lock: RunLock
+    made: tuple[Path, ...] = ()  # by `open_run`, for a new run
+    replaced: Path | None = None  # the earlier run, where `open_run` moved it
 
     def begin(self, step: int) -> PartialCheckpoint:
         self.check()
@@ -179,10 +182,25 @@ class RunFolder:
     def close(self) -> None:
         self.lock.release()
 
+    def _undo(self) -> None:
+        """Remove what `open_run` made, and put the earlier run back."""
+        self.lock.stop()  # it writes into the folder
+        for path in self.made:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        if self.replaced is not None:
+            os.rename(self.replaced, self.path)
+            log.warning("%s was moved back to %s", self.replaced, self.path)
+
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        history = [path for name in HISTORY if (path := self.path / name).exists()]
+        if isinstance(error, ConfigError) and not any(path.stat().st_size for path in history):
+            self._undo()
         self.close()
 
 
@@ -190,6 +208,8 @@ def open_run(config: Config, resume: bool = False, *, prompts: str = "") -> RunF
     """Make or reopen `run.dir` and write the resolved config and the digest of the prompts into it. A resume cuts the
     history back to its checkpoint; without a checkpoint the run begins at step 0. Raises ConfigError."""
     path = Path(config.run.dir).expanduser()
+    made: tuple[Path, ...] = () if path.exists() else (path,)
+    replaced = None
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -207,11 +227,15 @@ def open_run(config: Config, resume: bool = False, *, prompts: str = "") -> RunF
                     f"run.dir={path} already holds a run; add --resume to go on with it, run.overwrite=true to move it "
                     "aside, or give another run.dir"
                 )
-            lock = _start_over(path, lock)
+            lock, replaced = _start_over(path, lock)
+            made = (path,)
+        elif not made:  # a folder with other files
+            made = tuple(path / name for name in (CONFIG, PROMPTS, *HISTORY))
         write_text_atomic(path / CONFIG, redact(dump_yaml(config)))
         write_text_atomic(path / PROMPTS, prompts + "\n")
         on_error.pop_all()
-    return RunFolder(path=path, checkpoint=checkpoint, keep_last=config.checkpoint.keep_last, lock=lock)
+    keep_last = config.checkpoint.keep_last
+    return RunFolder(path=path, checkpoint=checkpoint, keep_last=keep_last, lock=lock, made=made, replaced=replaced)
 
 
 def load_latest(path: Path) -> Checkpoint | None:
@@ -236,8 +260,8 @@ def load_latest(path: Path) -> Checkpoint | None:
     return checkpoint
 
 
-def _start_over(path: Path, lock: RunLock) -> RunLock:
-    """Move the folder aside together with its lock, and lock a new empty folder."""
+def _start_over(path: Path, lock: RunLock) -> tuple[RunLock, Path]:
+    """Move the folder aside together with its lock, and lock a new empty folder. Returns also the folder's new path."""
     num = 0
     while (old := path.with_name(f"{path.name}.old-{num}")).exists():
         num += 1
@@ -247,7 +271,7 @@ def _start_over(path: Path, lock: RunLock) -> RunLock:
     lock.move(old)
     lock.release()
     path.mkdir()
-    return RunLock(path)
+    return RunLock(path), old
 
 
 def _point_to(checkpoint: Checkpoint) -> None:

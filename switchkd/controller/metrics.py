@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from switchkd.config.errors import ConfigError
 from switchkd.config.schema import MetricsConfig
 from switchkd.controller.checkpoint import TrainState
 from switchkd.controller.console import LiveView
@@ -75,7 +74,7 @@ class MetricsLog:
         self._sinks: list[Callable[[int, Mapping[str, float]], None]] = []
 
     def open(self, run_dir: Path, num_steps: int, state: TrainState) -> None:
-        """Append to the run folder's files, which a resume has cut back to `state`. Raises ConfigError (wandb)."""
+        """Append to the run folder's files, which a resume has cut back to `state`."""
         self._run_dir, self._num_steps = run_dir, num_steps
         self._file = (run_dir / METRICS).open("a", encoding="utf-8")
         if self.settings.tensorboard:
@@ -241,10 +240,8 @@ def _tensorboard(run_dir: Path, first_step: int) -> Any:
 
 def _wandb(run_dir: Path, project: str) -> Any:
     """Start or continue a W&B run. The x axis is the run's step: W&B's own cannot go back to a checkpoint."""
-    try:  # an optional dependency
-        import wandb
-    except ImportError:
-        raise ConfigError(f"metrics.wandb={project!r} needs wandb: pip install 'switchkd[wandb]'") from None
+    import wandb
+
     known, config = run_dir / WANDB_ID, run_dir / CONFIG
     run = wandb.init(
         project=project,

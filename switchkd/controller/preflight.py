@@ -7,6 +7,7 @@ In: a parsed config. Out: a `PreparedRun`, or a ConfigError of one line that nam
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,9 +82,15 @@ def prepare(config: Config) -> PreparedRun:
         names = tuple(config.teachers) if config.needs_teacher else ()
         prompts = load_prompts(config.data, tokenizer, stop_id=stop_id, need_references=needs, teachers=names)
         if config.eval.data:
-            needs = "loss" in config.eval.metrics
-            data = eval_data(config)
-            evaluated = load_prompts(data, tokenizer, stop_id=stop_id, need_references=needs, teachers=names)
+            metrics, by = config.eval.metrics, config.train.select_by
+            evaluated = load_prompts(
+                eval_data(config),
+                tokenizer,
+                stop_id=stop_id,
+                need_references=not {"rouge_l", "loss"}.isdisjoint(metrics) or by in WITH_TEACHER,
+                need_answers="exact_match" in metrics,
+                teachers=names,
+            )
     return PreparedRun(
         config=config, tokenizer=tokenizer, stop_ids=ends, stop_id=stop_id, prompts=prompts, eval_prompts=evaluated
     )
@@ -115,6 +122,8 @@ def prepare_teacher(config: Config) -> tuple[Config, int]:
 def check(config: Config) -> None:
     """Run the checks that need no model in memory. Raises ConfigError."""
     _check_run_dir(config)
+    if config.metrics.wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(f"metrics.wandb={config.metrics.wandb!r} needs wandb: pip install 'switchkd[wandb]'")
     for name in config.teacher_names or ("",):
         check_backend(config.of_teacher(name))
     for index, stage in enumerate(config.train.stages):

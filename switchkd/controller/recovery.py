@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from switchkd.config.errors import with_type
-from switchkd.controller.checkpoint import Checkpoint, RunFolder, TrainState, load_latest
+from switchkd.controller.checkpoint import Checkpoint, RunFolder, TrainState, latest, load_latest
 from switchkd.controller.dispatcher import TaskDispatcher
 from switchkd.controller.metrics import MetricsLog
 from switchkd.controller.watchdog import Stalled
@@ -125,6 +125,18 @@ class Recovery:
             self.log.info(f"the state could not be saved ({error}); the last checkpoint stands")
         else:
             self.log.info(f"saved checkpoint {state.step}; --resume goes on from there")
+
+    def diverged(self, step: int) -> RuntimeError:
+        """The error that ends a run before the weights of `step` are saved; it names the checkpoint that stands."""
+        last = latest(self.folder.path)
+        stands, anew = "there is no checkpoint", "run.overwrite=true"
+        if last is not None:
+            stands = f"checkpoint {last.path} stands"
+            anew = f"student.path={last.path / 'student'}, another run.dir"
+        return RuntimeError(
+            f"step {step}: the weights diverged (not finite, or too large to compute with) and were not saved; {stands}"
+            f"; start anew with {anew} and a smaller learner.lr or learner.grad_clip (--resume repeats the step)"
+        )
 
     def export(self, name: str, card: str) -> None:
         """Write the student and its card into a partial folder, then rename it: no reader sees an incomplete one."""

@@ -57,13 +57,20 @@ def eval_data(config: Config) -> DataConfig:
 
 
 def load_prompts(
-    data: DataConfig, tokenizer: Any, *, stop_id: int, need_references: bool = False, teachers: Sequence[str] = ()
+    data: DataConfig,
+    tokenizer: Any,
+    *,
+    stop_id: int,
+    need_references: bool = False,
+    need_answers: bool = False,
+    teachers: Sequence[str] = (),
 ) -> PromptSet:
     """Read `data.path` and tokenize it. `stop_id` ends every reference (see `answer_end`). With `teachers`, the
     `teacher_field` of each row names one of them.
 
     Prompts that are empty or over `max_prompt_tokens` are skipped and counted, and rows without a reference where
-    references are needed. Raises ConfigError, also where more than `max_skipped_frac` of the rows are skipped.
+    references are needed (`need_answers`: without a reference or an `answer`). Raises ConfigError, also where more than
+    `max_skipped_frac` of the rows are skipped.
     """
     _check_template(data, tokenizer)
     rows = [_Row.read(record, data, need_references, teachers) for record in read_records(data)]
@@ -72,7 +79,10 @@ def load_prompts(
     reference_ids = _tokenize(tokenizer, [row.reference for row in rows], whole=False)
     prompts, skipped, num_cut = [], Counter[str](), 0
     for row, ids, answer in zip(rows, prompt_ids, reference_ids, strict=True):
-        if reason := _unusable(row, ids, data, need_references):
+        lacking = (need_references and not row.reference.strip()) or (
+            need_answers and not (row.answer or row.reference).strip()
+        )
+        if reason := _unusable(row, ids, data, lacking=lacking):
             skipped[reason] += 1
             continue
         cut = len(answer) >= data.max_reference_tokens
@@ -142,24 +152,26 @@ class _Row:
     @classmethod
     def read(cls, record: Record, data: DataConfig, need_references: bool, teachers: Sequence[str]) -> _Row:
         fields = record.fields
-        references, parts = tuple(record.texts("references")), ("", "")
+        parts, answered = ("", ""), ""
         if data.messages_field:
-            messages, reference = _conversation(record, data.messages_field)
+            messages, answered = _conversation(record, data.messages_field)
         else:
             parts = record.text(data.prompt_field, needed=True), record.text(data.input_field or "")
             whole = "\n\n".join(parts) if parts[1].strip() else parts[0]
             messages = ({"role": "user", "content": whole},)
-            if isinstance(fields.get(data.reference_field), list):
-                references = references or tuple(record.texts(data.reference_field))
-                reference = ""
-            else:
-                reference = record.text(data.reference_field, needed=need_references and "references" not in fields)
+        needed = need_references and not data.messages_field
+        reference, references = _references(record, data.reference_field, needed=needed)
+        if answered.strip() and reference.strip():
+            raise ConfigError(
+                f"{record.where}: the last message of {data.messages_field!r} and the field {data.reference_field!r} "
+                "(data.reference_field) both give a reference; remove one, or name another field"
+            )
         return cls(
             where=record.where,
             prompt_id=str(fields.get("id", record.where)),
             messages=messages,
             parts=parts,
-            reference=reference or (references[0] if references else ""),
+            reference=answered or reference or (references[0] if references else ""),
             references=references,
             answer=record.text("answer") if data.reference_field != "answer" else "",
             teacher=_teacher(record, data.teacher_field, teachers) if teachers else "",
@@ -193,12 +205,20 @@ def _teacher(record: Record, field: str, teachers: Sequence[str]) -> str:
 
 
 def _conversation(record: Record, field: str) -> tuple[tuple[dict[str, str], ...], str]:
-    """Split messages into those before the assistant's last answer, and that answer."""
+    """Split the assistant's answer from a conversation that ends with it. Any other conversation is the prompt."""
     messages = record.messages(field)
-    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
-    if last is None:
-        return tuple(messages), ""
-    return tuple(messages[:last]), messages[last]["content"]
+    if messages and messages[-1]["role"] == "assistant":
+        return tuple(messages[:-1]), messages[-1]["content"]
+    return tuple(messages), ""
+
+
+def _references(record: Record, field: str, *, needed: bool) -> tuple[str, tuple[str, ...]]:
+    """The reference of `field`, a text or the first of a list, and all references: `references`, or that list."""
+    references = tuple(record.texts("references"))
+    if isinstance(record.fields.get(field), list):
+        several = tuple(record.texts(field))
+        return (several[0] if several else ""), references or several
+    return record.text(field, needed=needed and "references" not in record.fields), references
 
 
 def _uses_chat(data: DataConfig, tokenizer: Any) -> bool:
@@ -264,12 +284,12 @@ def _tokenize(tokenizer: Any, texts: list[str], *, whole: bool) -> list[list[int
     return [row[:-1] if whole and len(row) > 1 and row[-1] == end else row for row in ids]
 
 
-def _unusable(row: _Row, ids: list[int], data: DataConfig, need_references: bool) -> str | None:
+def _unusable(row: _Row, ids: list[int], data: DataConfig, *, lacking: bool) -> str | None:
     if not ids or not row.text.strip():
         return EMPTY
     if len(ids) > data.max_prompt_tokens:
         return TOO_LONG
-    return NO_REFERENCE if need_references and not row.reference.strip() else None
+    return NO_REFERENCE if lacking else None
 
 
 def _check_skipped(data: DataConfig, skipped: Counter[str], num_rows: int, longest: int) -> None:
@@ -277,10 +297,18 @@ def _check_skipped(data: DataConfig, skipped: Counter[str], num_rows: int, longe
     if num < num_rows and num <= data.max_skipped_frac * num_rows:
         return
     reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+    remedies = []
+    if TOO_LONG in skipped:
+        remedies.append(f"data.max_prompt_tokens is {data.max_prompt_tokens}, the longest prompt has {longest} tokens")
+    if NO_REFERENCE in skipped:
+        field = data.reference_field
+        remedies.append(
+            f"references are the field {field!r} (data.reference_field) or the assistant's last message; mix.dataset, "
+            "train.select_by and eval.metrics rouge_l, exact_match and loss need them"
+        )
     raise ConfigError(
         f"{data.path}: {num} of {num_rows} prompts cannot be used ({reasons}), more than data.max_skipped_frac="
-        f"{data.max_skipped_frac:g} allows; data.max_prompt_tokens is {data.max_prompt_tokens}, the longest prompt has "
-        f"{longest} tokens"
+        f"{data.max_skipped_frac:g} allows" + "".join(f"; {remedy}" for remedy in remedies)
     )
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from switchkd.algo.noise import Purpose, noise_bits
+from switchkd.config.errors import ConfigError
 from switchkd.config.schema import LearnerConfig
 from switchkd.engines.models.lm_head import LMHead, LMHeadState
 from switchkd.engines.weights import pack
@@ -33,7 +34,8 @@ from switchkd.types import BatchAssignment, PackedWeights, Rollout, StepResult
 
 
 class DeepSpeedLearner:
-    """One rank. `teacher_lm_heads` by teacher name, for rollouts with hidden states."""
+    """One rank. `teacher_lm_heads` by teacher name, for rollouts with hidden states. Raises ConfigError where the
+    student's weights are not finite."""
 
     def __init__(
         self,
@@ -64,6 +66,8 @@ class DeepSpeedLearner:
         self.teacher_lm_heads: dict[str, LMHead] = {
             name: LMHead.from_state(state, self.device) for name, state in teacher_lm_heads.items()
         }
+        if self._diverged():
+            raise ConfigError(f"student.path={settings.student.path}: its weights are not finite; take another model")
 
     def step(
         self, assignment: BatchAssignment, rollouts: Sequence[Rollout], *, loss: LossSpec, lr: float, version_after: int
@@ -71,7 +75,8 @@ class DeepSpeedLearner:
         """One optimizer step on this rank's share of the assignment, in any number of micro-batches.
 
         The loss is one sum over the tokens of all ranks with the assignment's denominators. Where the loss or the
-        gradient is not finite all ranks skip the step: weights, optimizer and random state do not change.
+        gradient is not finite all ranks skip the step: weights, optimizer and random state do not change. The result
+        says whether weights diverged, also those of another rank.
         """
         start = time.monotonic()
         self._check_share(assignment, rollouts)
@@ -98,6 +103,7 @@ class DeepSpeedLearner:
             num_loss_tokens=assignment.num_loss_tokens,
             time_s=time.monotonic() - start,
             skipped=skipped,
+            diverged=self._diverged(),
             metrics={
                 **metrics.means(),
                 "loss/grad_norm": grad_norm,
@@ -181,6 +187,14 @@ class DeepSpeedLearner:
                 "learner.deepspeed, and resume from the last checkpoint"
             )
         return norm if math.isfinite(norm) else math.inf
+
+    def _diverged(self) -> bool:
+        """Whether the Euclidean norm of the weights of any rank, in float32, is not finite. So is that of weights above
+        1.8e19: their squares, and the student's own norms and attention scores, are infinite."""
+        # under ZeRO-3 the part of this rank
+        weights = [getattr(parameter, "ds_tensor", parameter).detach() for parameter in self.module.parameters()]
+        norm = float(torch.nn.utils.get_total_norm(weights))
+        return bool(self._max_over_ranks(int(not math.isfinite(norm))))
 
     def _gather(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager:
         if self.settings.learner.zero_stage < 3 or not parameters:

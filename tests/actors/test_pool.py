@@ -16,6 +16,7 @@ from switchkd.actors.autoscaling import ADD_LOOKS, DRAIN_LOOKS, Load
 from switchkd.actors.pool import MAX_FAILURES, PATIENCE_S, ProcessPool, State
 from switchkd.actors.ray_futures import RESTART_S
 from switchkd.actors.replicas import DRAIN_S, FORGET_S, NOTICE_S, SessionReports
+from switchkd.config.errors import ConfigError
 from switchkd.config.schema import ReplicaRange
 
 CROWDED = Load(num=1, busy_frac=1.0, queue=2.0, wait_frac=0.5)
@@ -204,6 +205,19 @@ def test_a_first_process_that_cannot_start_breaks_the_pool(killed):
     pool.members[0].handle.answer(error=ActorDiedError(raised))
     pool.reconcile(1.0)
     assert not pool.members and pool.broken == "an actor could not start: ValueError: no such model"
+    assert not pool.refused
+
+
+def test_a_refused_config_breaks_the_pool_as_such(killed):
+    """A pool whose first process refuses the config keeps the line, and that it is the user's to correct."""
+    pool = ProcessPool(Owner(), "teacher replica", ReplicaRange(min=1, max=1))
+    pool.reconcile(0.0)
+    said = "Traceback ...\nswitchkd.config.errors.ConfigError: teacher.path=x: no; take y"
+    raised = RayTaskError("__init__", said, ConfigError("teacher.path=x: no; take y"))
+    raised._actor_id = "0"
+    pool.members[0].handle.answer(error=ActorDiedError(raised))
+    pool.reconcile(1.0)
+    assert pool.refused and pool.broken == "teacher.path=x: no; take y"
 
 
 # --- the view of a router --------------------------------------------------------------------------------------------

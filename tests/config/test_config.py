@@ -1,5 +1,6 @@
 """A config is read strictly: each mistake is one line that names the key, the value and the remedy."""
 
+import math
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -48,6 +49,10 @@ def written(folder: Path, raw: object) -> Path:
         (tree(rollout={"rule": {"type": "swich"}}), r"^rollout.rule.type='swich' .* did you mean 'switch'"),
         (tree(learner={"loss": {"type": "kl"}}), r"^learner.loss.type='kl' is not known; .*forward_kl"),
         (tree(train={"num_steps": 1, "batch_size": 3}, learner={"num_ranks": 2}), r"^train.batch_size=3 .* take 4"),
+        (tree(learner={"lr": math.inf}), r"^learner.lr=inf: input should be a finite number$"),
+        (tree(rollout={"rule": {"tau0": math.nan}}), r"^rollout.rule.tau0=nan: input should be a finite number$"),
+        (tree(cluster={"wait_s": "inf"}), r"^cluster.wait_s='inf': input should be a finite number$"),
+        (tree(learner={"betas": [0.9, math.inf]}), r"^learner.betas.1=inf: input should be a finite number$"),
         (tree(student={"temperature": -1}), r"student.temperature=-1: input should be greater than or equal to 0"),
         (tree(run={"dir": "x", "mode": "local"}), r"run.mode='local': input should be 'ray' or 'inprocess'"),
         (tree(resources={"student": {}}), r"resources.student: unknown key .* known here: teacher, rollout, learner"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -26,8 +27,8 @@ NUMBERS = {
 }  # fmt: skip
 
 
-def stage(name: str, num: int, spoil: float = 0.0) -> dict:
-    return {"name": name, "steps": num, "loss": {"type": "spoiled:loss", "params": {"spoil": spoil}}}
+def stage(name: str, num: int, spoil: float = 0.0, **keys: float) -> dict:
+    return {"name": name, "steps": num, "loss": {"type": "spoiled:loss", "params": {"spoil": spoil}}, **keys}
 
 
 @pytest.fixture
@@ -77,3 +78,34 @@ def test_three_bad_steps_end_the_run(place, monkeypatch, capsys):
     assert code == 0, err
     assert [row["loss/skipped"] for row in steps(place / "run")] == [0, 0, 1, 1, 0, 0]
     assert len(lines(place / "run" / "rollouts.jsonl")) == 24
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_diverged_weights_end_the_run(place, monkeypatch, capsys, zero_stage):
+    """A step that makes the weights useless ends the run with one line; the checkpoint before it stands, and its
+    student goes on with a smaller learning rate."""
+    stages = [stage("good", 2), stage("steep", 1, lr=1e30)]
+    sections = {"learner": {"zero_stage": zero_stage, "grad_clip": 0}, "checkpoint": {"keep_last": 1}}
+    config_file(place, stages, train={"batch_size": 4, "checkpoint_every": 1}, **sections)
+    code, _, err = command(monkeypatch, capsys, "train", "config.yaml")
+    last = err.strip().splitlines()[-1]
+    assert code == 1 and last.startswith("switchkd: error: RuntimeError: step 2: the weights diverged"), err
+    (kept,) = (place / "run" / "checkpoints").glob("step-*")
+    assert kept.name == "step-00000002" and "checkpoint run/checkpoints/step-00000002 stands" in last
+    assert "learner.lr" in last and "learner.grad_clip" in last
+    assert not (place / "run" / "student").exists() and not (place / "run" / "summary.json").exists()
+    assert [row["step"] for row in steps(place / "run")] == [0, 1, 2]
+    (student,) = re.findall(r"student\.path=\S+(?=,)", last)
+    anew = (student, "run.dir=anew", "train.stages.1.lr=1e-4")
+    code, _, err = command(monkeypatch, capsys, "train", "config.yaml", *anew)
+    assert code == 0, err
+    assert 0 < distance(kept / "student", place / "anew" / "student") < 1
+
+
+def test_diverged_weights_without_a_checkpoint_say_so(place, monkeypatch, capsys):
+    """Without a checkpoint the line says how to start anew."""
+    config_file(place, [stage("steep", 1, lr=1e30)])
+    code, _, err = command(monkeypatch, capsys, "train", "config.yaml")
+    assert code == 1 and "step 0: the weights diverged" in err and "there is no checkpoint" in err
+    anew = ("run.overwrite=true", "train.stages.0.lr=1e-4")
+    assert command(monkeypatch, capsys, "train", "config.yaml", *anew)[0] == 0

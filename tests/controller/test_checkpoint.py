@@ -284,6 +284,17 @@ def test_overwrite_keeps_the_old_folders(tmp_path):
     assert not list(tmp_path.rglob(LOCK))
 
 
+def test_a_refusal_after_the_first_row_keeps_the_folder(tmp_path):
+    """A ConfigError undoes a new run's folder only while it has no row of metrics; other errors never do."""
+    for name, error, rows, kept in (("a", ConfigError, "", False), ("b", ConfigError, "{}\n", True),
+                                    ("c", RuntimeError, "", True)):  # fmt: skip
+        with pytest.raises(error), open_run(config_of(tmp_path / name)) as folder:
+            (folder.path / "metrics.jsonl").write_text(rows)
+            raise error("no")
+        assert (tmp_path / name / "config.yaml").exists() == (tmp_path / name).exists() == kept
+    assert not list(tmp_path.rglob(LOCK))
+
+
 def test_resume_starts_at_the_checkpoint(tmp_path):
     """A resume finds the checkpoint and cuts the history back to it."""
     config = config_of(tmp_path)

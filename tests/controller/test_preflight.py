@@ -275,6 +275,28 @@ def test_data_set_stages_need_references(config, data):
     refused("no field 'reference'", prepare, config({"mix": {"dataset": 1}}))
 
 
+@pytest.mark.parametrize(
+    ("metrics", "train", "needed"),
+    [
+        (["rouge_l", "kl"], {}, True),
+        (["loss"], {}, True),
+        (["exact_match"], {}, True),
+        (["agreement", "kl"], {}, False),
+        (["agreement", "kl"], {"select_by": "kl"}, True),
+    ],
+)
+def test_evaluation_data_need_references(config, tmp_path, metrics, train, needed):
+    """Evaluation data without references are refused where a metric or the selection needs them."""
+    path = tmp_path / "eval.jsonl"
+    path.write_text('{"m": [{"role": "user", "content": "a"}]}\n')
+    fields = {"path": str(path), "messages_field": "m"}
+    evaluated = config(data=fields, eval={"data": str(path), "metrics": metrics}, train=train)
+    if needed:
+        refused(r"eval.jsonl: 1 of 1 prompts cannot be used \(1 no reference\)", prepare, evaluated)
+    else:
+        assert len(prepare(evaluated).eval_prompts.prompts) == 1
+
+
 def test_missing_data_is_refused(config, tmp_path):
     """An empty data path and a missing file are refused."""
     refused("data.path is empty", check, config(data={"path": ""}))
@@ -295,6 +317,13 @@ def test_a_relative_run_dir_in_a_job_is_refused(config, monkeypatch):
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     refused(r"run.dir=runs/x is relative, but a submitted job", check, config(run={"dir": "runs/x"}))
     check(config())
+
+
+def test_wandb_without_its_package_is_refused(config, monkeypatch):
+    """W&B without its package is refused before anything starts, with the install command."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    message = r"^metrics.wandb='kd' needs wandb: pip install 'switchkd\[wandb\]'"
+    refused(message, check, config(metrics={"wandb": "kd"}))
 
 
 def test_a_file_as_run_dir_is_refused(config, data):

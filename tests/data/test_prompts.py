@@ -42,11 +42,62 @@ def test_a_row_becomes_a_prompt(tmp_path, tokenizer):
 
 def test_the_last_assistant_message_is_the_reference(tmp_path, tokenizer):
     """The assistant's last message is the reference, the messages before it the prompt after `data.system`."""
-    chat = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")]
+    chat = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     row = {"chat": [{"role": role, "content": text} for role, text in chat]}
     (prompt,) = load(jsonl(tmp_path, row), tokenizer, messages_field="chat", system="S").prompts
     assert tokenizer.decode(prompt.token_ids).startswith("<system>S<user>a<assistant>b<eos><user>c<assistant>")
     assert (prompt.text, prompt.reference) == ("c", "d")
+
+
+def chat_row(*texts: str, **fields: object) -> dict:
+    """A row of a conversation whose roles alternate, the user's first."""
+    return {"m": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)], **fields}
+
+
+def test_a_conversation_that_ends_with_a_user_turn_is_the_prompt(tmp_path, tokenizer):
+    """A conversation that ends with a user turn is the whole prompt; its reference is that of the reference field."""
+    rows = [
+        chat_row("a", "b", "c"),
+        chat_row("a", "b", "c", reference="d"),
+        chat_row("a", "b", "c", reference=["e", "f"]),
+    ]
+    prompts = load(jsonl(tmp_path, *rows), tokenizer, messages_field="m").prompts
+    assert {tokenizer.decode(one.token_ids) for one in prompts} == {"<user>a<assistant>b<eos><user>c<assistant>"}
+    assert [(one.text, one.reference, one.references) for one in prompts] == [
+        ("c", "", ()), ("c", "d", ()), ("c", "e", ("e", "f"))
+    ]  # fmt: skip
+    assert [len(one.reference_ids) > 0 for one in prompts] == [False, True, True]
+
+
+def test_two_references_of_a_conversation_are_refused(tmp_path, tokenizer):
+    """A reference field beside a conversation that ends with an answer is refused; `references` for metrics are not."""
+    (prompt,) = load(jsonl(tmp_path, chat_row("a", "b", references=["c"])), tokenizer, messages_field="m").prompts
+    assert (prompt.reference, prompt.references) == ("b", ("c",))
+    path = jsonl(tmp_path, chat_row("a", "b"), chat_row("a", "b", reference="c"))
+    with pytest.raises(ConfigError, match=r"data.jsonl:2: the last message of 'm' and the field 'reference' .* both"):
+        load(path, tokenizer, messages_field="m")
+    assert load(path, tokenizer, messages_field="m", reference_field="other").prompts[1].reference == "b"
+
+
+def test_conversations_without_a_reference_are_counted(tmp_path, tokenizer):
+    """Where references are needed a conversation without one is skipped and counted; if all lack it, one line says what
+    needs them."""
+    path = jsonl(tmp_path, *[chat_row("a", "b")] * 9, chat_row("a"))
+    loaded = load(path, tokenizer, need_references=True, messages_field="m")
+    assert loaded.skipped == {"no reference": 1} and loaded.report() == "9 prompts, 1 skipped (no reference)"
+    path = jsonl(tmp_path, *[chat_row("a", "b", "c")] * 3)
+    message = r"3 of 3 prompts cannot be used \(3 no reference\).*'reference' \(data.reference_field\).*mix.dataset"
+    with pytest.raises(ConfigError, match=message):
+        load(path, tokenizer, need_references=True, messages_field="m")
+    assert len(load(path, tokenizer, messages_field="m").prompts) == 3
+
+
+def test_an_answer_is_enough_for_exact_match(tmp_path, tokenizer):
+    """Where answers are needed, a row with an `answer` or a reference is used."""
+    rows = [{"prompt": "a", "answer": 1}, {"prompt": "a", "reference": "1"}, {"prompt": "a"}]
+    path = jsonl(tmp_path, *rows)
+    loaded = load_prompts(DataConfig(path=path, max_skipped_frac=0.5), tokenizer, stop_id=EOS, need_answers=True)
+    assert loaded.skipped == {"no reference": 1}
 
 
 def test_template_replaces_the_chat_template(tmp_path, tokenizer):

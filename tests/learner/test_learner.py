@@ -27,9 +27,11 @@ from learning import (
     student_folder,
     teacher_lm_heads,
 )
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
 from switchkd.algo import losses
+from switchkd.config.errors import ConfigError
 from switchkd.engines.weights import unpack
 from switchkd.learner.batching import LossSpec, assign_batch, collate
 from switchkd.types import Rollout, StepResult, TokenSource
@@ -288,3 +290,22 @@ def test_logits_are_computed_in_chunks(build: Build, tmp_path: Path) -> None:
     learner = build(student_folder(tmp_path), micro_batch_tokens=10_000)
     run_step(learner, rollouts, LossSpec(name="spy", per_token=spy))
     assert max(sizes) == 5 and sum(sizes) == len(collate(rollouts, 0).labels)  # and each is computed once
+
+
+@pytest.mark.parametrize("zero_stage", range(4))
+@pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["full", "lora"])
+def test_diverged_weights_are_reported(zero_stage: int, lora: Any, build: Build, tmp_path: Path) -> None:
+    """The result of a step says whether it left weights that are useless."""
+    learner = build(student_folder(tmp_path), zero_stage=zero_stage, lora=lora)
+    first, steep = (run_step(learner, make_rollouts(3), FORWARD_KL, step, lr=lr) for step, lr in ((0, 1e-3), (1, 1e30)))
+    assert (first.diverged, steep.diverged) == (False, True) and not steep.skipped
+
+
+def test_a_student_whose_weights_are_not_finite_is_refused(build: Build, tmp_path: Path) -> None:
+    """A student with NaN in one weight is refused at the start."""
+    folder = student_folder(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    next(iter(weights.values())).view(-1)[-1] = math.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"^student.path=.*: its weights are not finite"):
+        build(folder)

@@ -113,6 +113,7 @@ class Outcome:
     results: list[StepResult]  # of steps 0 to LAST
     skipped: list[StepResult]
     resumed: StepResult  # of step LAST again, from the checkpoint
+    steep: StepResult  # of a step whose learning rate makes the weights useless
     weights_before: dict[str, torch.Tensor]  # step LAST
     weights: dict[str, torch.Tensor]
     resumed_weights: dict[str, torch.Tensor]
@@ -142,7 +143,7 @@ def run_rank(job: dict[str, tuple[Case, Path]], root: Path, rank: int) -> None:
 
 def run_case(case: Case, folder: Path, rank: int, out: Path) -> Outcome:
     """Run steps, save, two bad steps, the last step and an export; then build, load, and run the last step again
-    without the bad ones."""
+    without the bad ones, and a steep one."""
     learner = build(case, folder, rank, out / "port")
     results = [train(learner, case, rank, step) for step in range(LAST)]
     weights_before = published(learner)
@@ -157,11 +158,13 @@ def run_case(case: Case, folder: Path, rank: int, out: Path) -> Outcome:
     learner.load(out / "checkpoint", "tag")
     resumed = train(learner, case, rank, LAST)
     resumed_weights = published(learner)
+    steep = train(learner, case, rank, 0, lr=1e30)
     learner.close()
     return Outcome(
         results=results,
         skipped=skipped,
         resumed=resumed,
+        steep=steep,
         weights_before=weights_before,
         weights=weights,
         resumed_weights=resumed_weights,
@@ -197,7 +200,7 @@ def meeting_port(file: Path, rank: int) -> int:
     return int(file.read_text())
 
 
-def train(learner: Any, case: Case, rank: int, step: int) -> StepResult:
+def train(learner: Any, case: Case, rank: int, step: int, lr: float = NUMBERS["lr"]) -> StepResult:
     rollouts, loss = make_rollouts(case.num_rollouts, seed=step), LOSSES[step]
     assignment = assign_batch(step, 0, rollouts, 2, loss.hard_frac)
     share = [rollouts[i] for i in assignment.rollout_ids[rank]]
@@ -206,7 +209,7 @@ def train(learner: Any, case: Case, rank: int, step: int) -> StepResult:
             print("rank 1 stalls", file=sys.stderr, flush=True)
             time.sleep(120)
         share = rollouts  # "raise": not what this rank is given
-    return learner.step(assignment, share, loss=loss, lr=NUMBERS["lr"], version_after=step + 1)
+    return learner.step(assignment, share, loss=loss, lr=lr, version_after=step + 1)
 
 
 def train_badly(learner: Any, rank: int) -> list[StepResult]:
@@ -312,6 +315,14 @@ def test_both_ranks_skip_a_bad_step(name: str, ran: Ran) -> None:
         assert [r.skipped for r in outcome.skipped] == [True, True]
         assert not any(r.skipped for r in [*outcome.results, outcome.resumed])
         assert [math.isfinite(r.loss) for r in outcome.skipped] == [False, True]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_ranks_report_diverged_weights(name: str, ran: Ran) -> None:
+    """A step that makes the weights useless is reported by both ranks, no other step is."""
+    for outcome in (ran.rank0[name], ran.rank1[name]):
+        assert outcome.steep.diverged
+        assert not any(r.diverged for r in [*outcome.results, *outcome.skipped, outcome.resumed])
 
 
 @pytest.mark.parametrize("name", CASES)
