@@ -1,12 +1,14 @@
 """Computes a model's size from its config alone: it builds the model without weights, in a second and without memory.
 
 In: a model section of the config. Out: a `Shape`: parameters, and the widths that determine caches and activations.
-Only config.json and the tokenizer's files are read. torch and transformers are imported late.
+Only config.json, the tokenizer's files and the headers of weight files are read. torch and transformers are imported
+late.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from switchkd.config.errors import ConfigError, first_line
@@ -14,6 +16,7 @@ from switchkd.config.schema import Config, DepthPruneConfig, LoraConfig, ModelCo
 from switchkd.engines.models.demo import resolve_path
 from switchkd.engines.models.depth_prune import chosen_layers, pruned_config
 from switchkd.engines.models.loading import read_config, read_tokenizer, shared_vocab
+from switchkd.engines.models.sources import check_model_folder
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of one number
 _FFN = ("intermediate_size", "ffn_dim", "n_inner")
@@ -58,8 +61,10 @@ def read_shape(
     section: ModelConfig, key: str, *, prune: DepthPruneConfig | None = None, lora: LoraConfig | None = None
 ) -> Shape:
     """The shape of a model, after pruning by `prune`. `demo` is fetched. Raises ConfigError for a config that cannot be
-    read or built."""
+    read or built, and for a folder with weight files that are cut short."""
     section = section.model_copy(update={"path": resolve_path(section.path)})
+    if any(Path(section.path).expanduser().glob("*.safetensors")):  # a config alone has a shape too
+        check_model_folder(section.path, key, "weights")
     config = read_config(section, key).config
     if prune is not None:
         num_layers = config.get_text_config(decoder=True).num_hidden_layers
