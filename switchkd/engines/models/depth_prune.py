@@ -17,7 +17,7 @@ from typing import Any
 
 from switchkd.config.errors import ConfigError
 from switchkd.config.schema import ModelConfig
-from switchkd.engines.models.loading import read_config
+from switchkd.engines.models.loading import check_tensors, load_whole, read_config
 from switchkd.engines.models.origin import CARD, Origin, origin_of
 from switchkd.engines.models.sources import check_model_folder, new_folder
 
@@ -46,7 +46,8 @@ def prune_depth(
 ) -> Path:
     """Write the pruned model to `out_folder`, which must be new or empty. Give `layers` or `num_layers`.
 
-    Raises ConfigError for layers that the teacher does not have, and for models that cannot be pruned by depth.
+    Raises ConfigError for layers that the teacher does not have, and for models that are not whole or that cannot be
+    pruned by depth.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -55,11 +56,19 @@ def prune_depth(
         raise ConfigError(f"{out} exists and is not empty; remove it or choose another folder")
     check_model_folder(str(teacher_folder), "teacher")
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    config = read_config(ModelConfig(path=str(teacher_folder), **options), "teacher").config
+    section = ModelConfig(path=str(teacher_folder), **options)
+    check_tensors(section, "teacher")
+    config = read_config(section, "teacher").config
     depth = config.get_text_config(decoder=True).num_hidden_layers
     kept = chosen_layers(layers, num_layers, depth)
-    teacher = AutoModelForCausalLM.from_pretrained(
-        teacher_folder, config=config, dtype="auto", use_safetensors=True, **options
+    teacher = load_whole(
+        AutoModelForCausalLM.from_pretrained,
+        str(teacher_folder),
+        f"teacher={teacher_folder}",
+        config=config,
+        dtype="auto",
+        use_safetensors=True,
+        **options,
     )
     student, tokenizer = keep_layers(teacher, kept), AutoTokenizer.from_pretrained(teacher_folder, **options)
     with new_folder(out) as partial, redirect_stdout(sys.stderr):  # saving imports DeepSpeed, which logs to stdout

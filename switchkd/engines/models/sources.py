@@ -1,6 +1,7 @@
 """Model folders as files: checks that they have what `from_pretrained` needs, and writes complete folders only.
 
-In: a model's folder or hub name. Out: nothing, or a ConfigError that names the missing or broken file and the remedy.
+In: a model's folder or hub name. Out: tensors' shapes, or a ConfigError that names the missing or broken file and the
+remedy.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from pathlib import Path
 from switchkd.config.errors import ConfigError, first_line
 
 TOKENIZER_FILE = "tokenizer_config.json"
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf")
 _AGAIN = "load the model once where you trust it and write it again with save_pretrained"
 
@@ -69,6 +72,16 @@ def num_params(folder: Path) -> int:
     return sum(prod(shape) for path in folder.glob("*.safetensors") for shape in _shapes(path, "model").values())
 
 
+def tensor_shapes(folder: Path, key: str) -> dict[str, list[int]]:
+    """The shapes of the tensors that transformers reads from a folder, by name, from the headers alone. Empty where the
+    weight files have other names. Raises ConfigError. Call `check_model_folder` before."""
+    files = {_WEIGHTS}
+    if not (folder / _WEIGHTS).is_file():
+        index = folder / _INDEX
+        files = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    return {name: shape for file in files for name, shape in _shapes(folder / file, key).items()}
+
+
 def _shapes(path: Path, key: str) -> dict[str, list[int]]:
     """The shapes of a safetensors file's tensors by name. The header also has the file's length. Raises ConfigError."""
     from safetensors import SafetensorError, safe_open
@@ -89,7 +102,7 @@ def _check_weights(folder: Path, key: str) -> None:
         others = sorted(path.name for pattern in _OTHER_WEIGHTS for path in folder.glob(pattern))
         hint = f" (only {', '.join(others[:3])}: {_AGAIN})" if others else ""
         raise ConfigError(f"{key}={folder}: the folder has no weights, no *.safetensors{hint}; give a complete model")
-    index = folder / "model.safetensors.index.json"
+    index = folder / _INDEX
     if not index.is_file():
         return
     try:  # an external file
