@@ -12,6 +12,7 @@ from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores: before anything imports torch
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # as `switchkd`: before anything imports transformers
 
 import pytest
 from runs import PROTECTED, STAGES, config, linked, save_models, save_prompts

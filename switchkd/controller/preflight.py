@@ -33,6 +33,7 @@ from switchkd.engines.models.demo import resolve_path
 from switchkd.engines.models.layer_importance import Texts, is_measured
 from switchkd.engines.models.loading import (
     check_attention,
+    check_tensors,
     position_limit,
     read_config,
     read_tokenizer,
@@ -143,12 +144,17 @@ def check(config: Config) -> None:
     for name in config.teacher_names or ("",) * reads_teacher(config):
         _check_teacher_folder(config.of_teacher(name).teacher, role_of(name))
     if config.student.prune is None and config.student.path != "demo":
-        check_model_folder(config.student.path, "student.path")
+        _check_folder(config.student, "student.path")
 
 
 def _check_teacher_folder(teacher: TeacherConfig, role: str) -> None:
     if teacher.path != "demo" and not teacher.attach:  # a served teacher's weights may be elsewhere
-        check_model_folder(teacher.path, f"{role}.path")
+        _check_folder(teacher, f"{role}.path")
+
+
+def _check_folder(section: ModelConfig, key: str) -> None:
+    check_model_folder(section.path, key)
+    check_tensors(section, key)
 
 
 def _check_run_dir(config: Config) -> None:

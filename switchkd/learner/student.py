@@ -13,7 +13,7 @@ import torch
 
 from switchkd.config.schema import LoraConfig
 from switchkd.engines.models.lm_head import lm_head_of, logit_scales
-from switchkd.engines.models.loading import load_model
+from switchkd.engines.models.loading import load_model, load_whole
 from switchkd.learner.loss_module import Gather, StudentModule, causal_model, full_tensors
 from switchkd.learner.settings import LearnerSettings
 
@@ -87,8 +87,10 @@ def _load_partitioned(settings: LearnerSettings, config: dict[str, Any]) -> Any:
 
     student = settings.student
     alive = HfDeepSpeedConfig(config)  # while this object exists, from_pretrained partitions every layer over the ranks
-    model = AutoModelForCausalLM.from_pretrained(
+    model = load_whole(
+        AutoModelForCausalLM.from_pretrained,
         student.path,
+        f"student.path={student.path}",
         dtype=getattr(torch, settings.learner.dtype),
         attn_implementation=student.attn,
         use_safetensors=True,

@@ -18,7 +18,7 @@ from typing import Any
 from switchkd.config.errors import ConfigError
 from switchkd.config.schema import DepthPruneConfig, ModelConfig
 from switchkd.engines.models.layer_importance import Texts, cheapest_layers, is_measured, layer_list
-from switchkd.engines.models.loading import read_config
+from switchkd.engines.models.loading import check_tensors, load_whole, read_config
 from switchkd.engines.models.origin import CARD, Origin, origin_of
 from switchkd.engines.models.sources import check_model_folder, new_folder
 
@@ -40,7 +40,8 @@ def prune_depth(teacher: ModelConfig, prune: DepthPruneConfig, out_folder: str |
     """Write the pruned model to `out_folder`, which must be new or empty. The layers are chosen on `texts`, which is
     read only where `is_measured(prune)`.
 
-    Raises ConfigError for layers that the teacher does not have, and for models that cannot be pruned by depth.
+    Raises ConfigError for layers that the teacher does not have, and for models that are not whole or that cannot be
+    pruned by depth.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -48,6 +49,7 @@ def prune_depth(teacher: ModelConfig, prune: DepthPruneConfig, out_folder: str |
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty; remove it or choose another folder")
     check_model_folder(teacher.path, "teacher")
+    check_tensors(teacher, "teacher")
     config = read_config(teacher, "teacher").config
     depth = config.get_text_config(decoder=True).num_hidden_layers
     kept = chosen_layers(prune, depth)
@@ -55,8 +57,14 @@ def prune_depth(teacher: ModelConfig, prune: DepthPruneConfig, out_folder: str |
         removed = cheapest_layers(teacher, depth - len(kept), prune.by, texts)
         kept = tuple(layer for layer in range(depth) if layer not in removed)
     options: dict[str, Any] = {"revision": teacher.revision, "trust_remote_code": teacher.trust_remote_code}
-    model = AutoModelForCausalLM.from_pretrained(
-        teacher.path, config=config, dtype="auto", use_safetensors=True, **options
+    model = load_whole(
+        AutoModelForCausalLM.from_pretrained,
+        teacher.path,
+        f"teacher={teacher.path}",
+        config=config,
+        dtype="auto",
+        use_safetensors=True,
+        **options,
     )
     student, tokenizer = keep_layers(model, kept), AutoTokenizer.from_pretrained(teacher.path, **options)
     by = "list" if prune.layers is not None else prune.by

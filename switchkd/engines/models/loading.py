@@ -8,13 +8,15 @@ with fake models needs neither.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from switchkd.config.errors import ConfigError, first_line
 from switchkd.config.schema import ModelConfig
 from switchkd.engines.models.demo import HUB_TIMEOUT_S
-from switchkd.engines.models.sources import check_model_folder, looks_local
+from switchkd.engines.models.sources import check_model_folder, looks_local, tensor_shapes
 
 # Texts on which tokenizers with equal vocabularies may differ: merges, normalizers, splitting, special tokens.
 PROBES = (
@@ -35,6 +37,7 @@ PROBES = (
 )
 
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "*.py"]
+_WHOLE = "copy or download the whole model again, with its own config.json"
 _REMEDY = "(give a folder, or check the hub name, the network and, for gated models, HF_TOKEN)"
 
 
@@ -50,16 +53,18 @@ def load_model(
 ) -> Any:
     """A causal language model in eval mode without gradients, on `device` (or spread by `device_map`).
 
-    Raises ConfigError for a folder that holds no model, and for an attention that computes other logits than the
-    model's own (see `check_attention`).
+    Raises ConfigError for a folder that holds no model, for weights that are not whole (`load_whole`), and for an
+    attention that computes other logits than the model's own (`check_attention`).
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     check_model_folder(name, "model", "config", "weights")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = load_whole(
+            AutoModelForCausalLM.from_pretrained,
             name,
+            f"model={name}",
             dtype=getattr(torch, dtype),
             attn_implementation=attn,
             use_safetensors=True,
@@ -75,6 +80,61 @@ def load_model(
         raise
     check_attention(model.config, attn, name)
     return model.eval().requires_grad_(False)
+
+
+def load_whole(from_pretrained: Callable[..., Any], name: str | None, subject: str, **options: Any) -> Any:
+    """The model that a class's `from_pretrained` loads. Raises ConfigError where weights are missing or have another
+    shape: transformers would draw them at random. Tied weights, and buffers that are not saved, may be missing."""
+    try:  # external files
+        model, info = from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    except RuntimeError as error:
+        if "automatic conversion" not in str(error):  # of several tensors to one, as for experts
+            raise
+        raise ConfigError(f"{subject}: some tensors do not fit the model or are missing; {_WHOLE}") from None
+    broken = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+    if broken:
+        what = f"{len(broken)} of its tensors are missing or have another shape: {', '.join(broken[:3])}"
+        raise ConfigError(f"{subject}: {what}{', ...' * (len(broken) > 3)}; {_WHOLE}")
+    return model
+
+
+def check_tensors(section: ModelConfig, key: str) -> None:
+    """Raise ConfigError where a folder's weights are not whole, from config and headers alone: transformers loads
+    tensors without data. Hub names, folders without weights and quantized models are left to `load_model`."""
+    import torch
+    from transformers.utils import logging
+
+    folder = Path(section.path).expanduser()
+    if not any(folder.glob("*.safetensors")):
+        return
+    check_model_folder(section.path, key, "weights")
+    shapes, config = tensor_shapes(folder, key), read_config(section, key).config
+    if not shapes or getattr(config, "quantization_config", None):
+        return
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    kind, verbosity = type(meta_model(config, section, key)), logging.get_verbosity()
+    logging.set_verbosity_error()  # no table of all missing tensors
+    try:
+        load_whole(
+            kind.from_pretrained, None, f"{key}={section.path}", config=config, state_dict=tensors, device_map="meta"
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def meta_model(config: Any, section: ModelConfig, key: str) -> Any:
+    """The model on torch's meta device: shapes without memory. Raises ConfigError."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:  # external files
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{key}={section.path}: no causal language model can be made of its config: {first_line(error)}; "
+            "check its config.json"
+        ) from None
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:

@@ -1,7 +1,8 @@
 """Computes a model's size from its config alone: it builds the model without weights, in a second and without memory.
 
 In: a model section of the config. Out: a `Shape`: parameters, and the widths that determine caches and activations.
-Only config.json and the tokenizer's files are read. torch and transformers are imported late.
+Only config.json, the tokenizer's files and the headers of weight files are read. torch and transformers are imported
+late.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from switchkd.config.errors import ConfigError, first_line
+from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config, DepthPruneConfig, LoraConfig, ModelConfig
 from switchkd.engines.models.demo import resolve_path
 from switchkd.engines.models.depth_prune import chosen_layers, pruned_config
-from switchkd.engines.models.loading import read_config, read_tokenizer, shared_vocab
+from switchkd.engines.models.loading import check_tensors, meta_model, read_config, read_tokenizer, shared_vocab
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of one number
 _FFN = ("intermediate_size", "ffn_dim", "n_inner")
@@ -58,13 +59,14 @@ def read_shape(
     section: ModelConfig, key: str, *, prune: DepthPruneConfig | None = None, lora: LoraConfig | None = None
 ) -> Shape:
     """The shape of a model, after pruning by `prune`. `demo` is fetched. Raises ConfigError for a config that cannot be
-    read or built."""
+    read or built, and for a folder whose weights are not whole."""
     section = section.model_copy(update={"path": resolve_path(section.path)})
+    check_tensors(section, key)
     config = read_config(section, key).config
     if prune is not None:
         num_layers = config.get_text_config(decoder=True).num_hidden_layers
         config = pruned_config(config, chosen_layers(prune, num_layers))  # any layers of this number: same size
-    model = _meta_model(config, section, key)
+    model = meta_model(config, section, key)
     params = sum(parameter.numel() for parameter in model.parameters())
     rows, head_width = _output_layer(model, section, key)
     text = config.get_text_config(decoder=True)
@@ -94,21 +96,6 @@ def object_store_bytes(config: Config, student_params: int) -> int:
     if config.cluster.object_store_gb is not None:
         return int(config.cluster.object_store_gb * 1e9)
     return int(5e8) + 2 * BYTES[config.student.dtype] * student_params
-
-
-def _meta_model(config: Any, section: ModelConfig, key: str) -> Any:
-    """The model on torch's meta device: shapes without memory."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:  # external files
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{key}={section.path}: no causal language model can be made of its config: {first_line(error)}; "
-            "check its config.json"
-        ) from None
 
 
 def _output_layer(model: Any, section: ModelConfig, key: str) -> tuple[int, int]:

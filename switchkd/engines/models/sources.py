@@ -1,6 +1,7 @@
 """Model folders as files: checks that they have what `from_pretrained` needs, and writes complete folders only.
 
-In: a model's folder or hub name. Out: nothing, or a ConfigError that names the missing file and the remedy.
+In: a model's folder or hub name. Out: tensors' shapes, or a ConfigError that names the missing or broken file and the
+remedy.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
-from switchkd.config.errors import ConfigError
+from switchkd.config.errors import ConfigError, first_line
 from switchkd.config.schema import ModelConfig
 
 TOKENIZER_FILE = "tokenizer_config.json"
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf")
 _AGAIN = "load the model once where you trust it and write it again with save_pretrained"
 
@@ -27,7 +30,7 @@ def looks_local(name: str) -> bool:
 
 def check_model_folder(name: str, key: str, *parts: str) -> None:
     """Raise ConfigError when `name`, the value of `key`, is a folder that lacks one of the `parts`: `config`, `weights`
-    and `tokenizer` (by default all). Hub names are not checked."""
+    and `tokenizer` (by default all), or has a weight file that is cut short. Hub names are not checked."""
     if not looks_local(name):
         return
     folder = Path(name).expanduser()
@@ -40,6 +43,8 @@ def check_model_folder(name: str, key: str, *parts: str) -> None:
         raise ConfigError(f"{key}={name}: the folder has no config.json; give the one that save_pretrained wrote")
     if "weights" in parts:
         _check_weights(folder, key)
+        for path in sorted(folder.glob("*.safetensors")):
+            _shapes(path, key)
     if "tokenizer" in parts and not (folder / TOKENIZER_FILE).is_file():
         raise ConfigError(
             f"{key}={name}: the folder has no tokenizer ({TOKENIZER_FILE}); save it there with "
@@ -73,14 +78,32 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def num_params(folder: Path) -> int:
-    """The number of weights in a folder's safetensors files, from their headers alone."""
-    from safetensors import safe_open
+    """The number of weights in a folder's safetensors files, from their headers alone. Raises ConfigError."""
+    return sum(prod(shape) for path in folder.glob("*.safetensors") for shape in _shapes(path, "model").values())
 
-    total = 0
-    for path in folder.glob("*.safetensors"):
+
+def tensor_shapes(folder: Path, key: str) -> dict[str, list[int]]:
+    """The shapes of the tensors that transformers reads from a folder, by name, from the headers alone. Empty where the
+    weight files have other names. Raises ConfigError. Call `check_model_folder` before."""
+    files = {_WEIGHTS}
+    if not (folder / _WEIGHTS).is_file():
+        index = folder / _INDEX
+        files = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    return {name: shape for file in files for name, shape in _shapes(folder / file, key).items()}
+
+
+def _shapes(path: Path, key: str) -> dict[str, list[int]]:
+    """The shapes of a safetensors file's tensors by name. The header also has the file's length. Raises ConfigError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:  # an external file
         with safe_open(path, framework="numpy") as file:
-            total += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (no mapping)
-    return total
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            f"{key}={path.parent}: {path.name} is no whole safetensors file ({first_line(error)}); copy or "
+            "download it again (in a git clone: git lfs pull)"
+        ) from None
 
 
 def _check_weights(folder: Path, key: str) -> None:
@@ -89,7 +112,7 @@ def _check_weights(folder: Path, key: str) -> None:
         others = sorted(path.name for pattern in _OTHER_WEIGHTS for path in folder.glob(pattern))
         hint = f" (only {', '.join(others[:3])}: {_AGAIN})" if others else ""
         raise ConfigError(f"{key}={folder}: the folder has no weights, no *.safetensors{hint}; give a complete model")
-    index = folder / "model.safetensors.index.json"
+    index = folder / _INDEX
     if not index.is_file():
         return
     try:  # an external file
