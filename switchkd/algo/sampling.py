@@ -23,6 +23,7 @@ NEAR_TIE = 1e-4
 """Two scores (log-prob + Gumbel), or a statistic and its threshold, closer than this may fall either way under another
 batch shape; so may an id whose log-prob, or the mass before it, is this close to the edge of top_k or top_p. Such
 tokens are counted, not hidden."""
+_NO_ROW = "a row to draw from needs finite logits, or -inf for some of them, and no NaN"
 _MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)  # Philox4x64 (Salmon et al., SC 2011)
 _WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 _ROUNDS = 10
@@ -144,6 +145,7 @@ def draw(
     Rows on a CPU are drawn one by one with exact pruning, rows on a device without (`draw_on_device`). Both draw the
     same token unless two scores differ by less than rounding; the margin (float64 [N]) shows such near ties. Ids that
     top_k and top_p cut by less than NEAR_TIE count as rivals there, and a winner that they kept by less has margin 0.
+    Raises ValueError for a row whose best logit is not finite.
     """
     if not len(rollout_ids) == len(positions) == logits.shape[0]:
         raise ValueError(
@@ -170,7 +172,7 @@ def draw_row(
     """
     best = float(row.max())
     if not math.isfinite(best):
-        raise ValueError(f"the best logit of a row is {best}: a row to draw from needs finite logits and no NaN")
+        raise ValueError(f"{_NO_ROW}: its best logit is {best}")
     if sampling.temperature == 0:
         token = int(row.argmax())
         return token, best - _second_best(row, token) if exact_margin else math.inf
@@ -318,17 +320,21 @@ def draw_there(
     purpose: Purpose,
     sampling: SamplingParams,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`draw` on the logits' device: one copy of the keys to it, one of tokens and margins (16 bytes a row) back."""
+    """`draw` on the logits' device: one copy of the keys to it, one of tokens and margins (16 bytes a row) back. A row
+    that is no distribution raises ValueError, as there: its margin is NaN, so finding it needs no other copy."""
     keys = to_device(np.stack([np.asarray(key, np.int64) for key in (rollout_ids, positions)]), logits.device)
     tokens, margins = draw_on_device(logits, run_seed, keys[0], keys[1], purpose=purpose, sampling=sampling)
     drawn = to_host(torch.stack([tokens.double(), margins])).numpy()  # float64 represents every token id exactly
+    if np.isnan(drawn[1]).any():
+        raise ValueError(f"{_NO_ROW}: row {int(np.isnan(drawn[1]).argmax())} of {len(logits)}")
     return drawn[0].astype(np.int64), drawn[1]
 
 
 def draw_on_device(
     logits: Tensor, run_seed: int, rollout_ids: Tensor, positions: Tensor, *, purpose: Purpose, sampling: SamplingParams
 ) -> tuple[Tensor, Tensor]:
-    """`draw` in plain torch operations, without pruning or a copy to the host: (token ids int64 [N], margin [N])."""
+    """`draw` in plain torch operations, without pruning or a copy to the host: (token ids int64 [N], margin [N]). The
+    margin of a row that is no distribution is NaN, and its token any id."""
     values = logits.detach().float()
     if sampling.temperature == 0:
         scores = values.double()
@@ -341,11 +347,11 @@ def draw_on_device(
 
 
 def _winners(scores: Tensor, rivals: Tensor) -> tuple[Tensor, Tensor]:
-    """Arg max of scores [N, V], and its lead over the best other one of `rivals`."""
+    """Arg max of scores [N, V], and its lead over the best other one of `rivals`; NaN where it is not finite."""
     tokens = scores.argmax(dim=-1, keepdim=True)
     best = scores.gather(1, tokens)[:, 0]
     second = rivals.scatter(1, tokens, -math.inf).amax(dim=-1)
-    return tokens[:, 0], best - second
+    return tokens[:, 0], (best - second).masked_fill(~best.isfinite(), math.nan)
 
 
 def _cut_winners(values: Tensor, scores: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
@@ -359,7 +365,7 @@ def _cut_winners(values: Tensor, scores: Tensor, sampling: SamplingParams) -> tu
     first = values >= (values.gather(1, winner).double() - shift).float()  # the ids before the winner, and itself
     before = mass.masked_fill(~first, 0).sum(dim=-1, keepdim=True) - mass.gather(1, winner)
     stays = _stays(first.sum(dim=-1), (before / total)[:, 0], sampling)
-    return tokens, margins.where(stays, 0)
+    return tokens, margins.where(stays | margins.isnan(), 0)
 
 
 def _cut_rows(values: Tensor, mass: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
@@ -375,5 +381,5 @@ def _cut_rows(values: Tensor, mass: Tensor, sampling: SamplingParams) -> tuple[T
     nearly = keep & (before < (sampling.top_p + NEAR_TIE) * total)
     if sampling.top_p < 1:
         keep &= before < (sampling.top_p - _TIE) * total
-    last = ordered.gather(1, nearly.sum(dim=-1, keepdim=True) - 1)
+    last = ordered.gather(1, nearly.sum(dim=-1, keepdim=True).clamp(min=1) - 1)  # a row with NaN keeps none
     return torch.zeros_like(keep).scatter(1, order, keep), last, total

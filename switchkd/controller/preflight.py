@@ -189,30 +189,19 @@ def check_stage(stage: StageConfig) -> None:
 
 
 def _try_rule(stage: StageConfig) -> None:
-    """Call the rule's functions once, on three rows of different tokens and steps, without what it does not read."""
+    """Call the threshold once, on three rows of different tokens and steps: each row has a threshold of its own."""
     import torch
 
-    rule = build_rule(stage)
-    if rule.student_only:
-        return
-    num, vocab = 3, 64
-    p_logits = torch.linspace(-1, 1, num * vocab).view(num, vocab)
-    rows: tuple[Any, Any] = (p_logits, p_logits.flip(1)) if rule.needs_rows else (None, None)
-    index, memory = torch.arange(num), switching.init_memory(rule, num)
-    coins = torch.full((num,), 0.5, dtype=torch.float64)
-    statistic = rule.statistic(p_logits=rows[0], q_logits=rows[1], drafted=index, coins=coins)
-    threshold = rule.threshold(index, index, memory)
-    updated = rule.update(memory, statistic, threshold)
-    results = {"statistic": (statistic, [num]), "threshold": (threshold, [num]), "update": (updated, [*memory.shape])}
-    for name, (values, shape) in results.items():
-        _check_shape(f"rule {stage.rule.type}: {name}", values, shape)
+    rule, num = build_rule(stage), 3
+    if not rule.student_only:
+        threshold = rule.threshold(torch.arange(num), torch.arange(num), switching.init_memory(rule, num))
+        _check_shape(f"rule {stage.rule.type}: threshold", threshold, num)
 
 
-def _check_shape(what: str, values: Any, shape: list[int]) -> None:
-    actual = list(values.shape) if hasattr(values, "shape") else type(values).__name__
-    if actual != shape:
-        each = "value" if len(shape) == 1 else "row"
-        raise ConfigError(f"{what} returned {actual} for {shape[0]} tokens; return one {each} a token, {shape}")
+def _check_shape(what: str, values: Any, num: int) -> None:
+    shape = list(values.shape) if hasattr(values, "shape") else type(values).__name__
+    if shape != [num]:
+        raise ConfigError(f"{what} returned {shape} for {num} tokens; return one value a token, [{num}]")
 
 
 def _try_loss(stage: StageConfig) -> None:
@@ -225,7 +214,7 @@ def _try_loss(stage: StageConfig) -> None:
     mask = torch.ones(num, dtype=torch.bool)
     hard = {} if loss.hard_frac is None else {"hard": mask}
     values = loss.per_token(logits, logits.flip(1), torch.arange(num), mask, **hard, **loss.numbers)
-    _check_shape(f"loss {stage.loss.type}", values, [num])
+    _check_shape(f"loss {stage.loss.type}", values, num)
     if loss.hard_frac is not None and not 0 <= loss.hard_frac <= 1:
         raise ConfigError(f"loss {stage.loss.type}: hard_frac is {loss.hard_frac}: give a share from 0 to 1")
 

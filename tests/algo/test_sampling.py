@@ -198,14 +198,29 @@ def test_invalid_sampling_settings_are_refused(bad: dict) -> None:
         SamplingParams(**bad)
 
 
-def test_draw_refuses_rows_that_are_no_distribution() -> None:
-    """A row with NaN, a row of -inf and a missing key are errors."""
-    key: dict = {"run_seed": 0, "purpose": 0, "sampling": SamplingParams()}
-    for bad in (torch.tensor([[0.0, math.nan]]), torch.full((1, 2), -math.inf)):
-        with pytest.raises(ValueError, match="finite"):
-            draw(bad, rollout_ids=[0], positions=[0], **key)
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_draw_refuses_rows_that_are_no_distribution(setting: SamplingParams) -> None:
+    """A row with NaN, with inf or of -inf only is an error, on a CPU and with the operations of a device."""
+    good = torch.tensor([[0.5, -math.inf, *range(58)]])
+    key: dict = {"run_seed": 0, "purpose": 0, "rollout_ids": [0, 0], "positions": [0, 1]}
+    assert (
+        draw(good.expand(2, -1), **key, sampling=setting).tolist()
+        == there(good.expand(2, -1), key, setting)[0].tolist()
+    )
+    for place, value in ((0, math.nan), (59, math.nan), (30, math.inf), (slice(None), math.nan), (..., -math.inf)):
+        bad = good.clone()
+        bad[0, place] = value
+        for both in (torch.cat([good, bad]), torch.cat([bad, good])):
+            with pytest.raises(ValueError, match="finite logits"):
+                draw(both, **key, sampling=setting)
+            with pytest.raises(ValueError, match=r"finite logits.* row [01] of 2"):
+                there(both, key, setting)
+
+
+def test_draw_refuses_missing_keys() -> None:
+    """Rows of logits without a rollout id each are an error."""
     with pytest.raises(ValueError, match="one of each per row"):
-        draw(torch.zeros(2, 3), rollout_ids=[0], positions=[0, 1], **key)
+        draw(torch.zeros(2, 3), run_seed=0, purpose=0, sampling=SamplingParams(), rollout_ids=[0], positions=[0, 1])
 
 
 @pytest.mark.parametrize("setting", [s for s in SETTINGS if sampling._cuts(s, 3000)], ids=str)

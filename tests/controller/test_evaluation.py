@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from switchkd.controller.evaluation import aggregate, stats
+from switchkd.config.schema import EvalConfig
+from switchkd.controller.evaluation import Evaluator, aggregate, stats
 from switchkd.controller.text_metrics import exact_match, final_number, rouge_l
 from switchkd.types import GREEDY, EvalRow, Prompt
 
@@ -131,6 +132,17 @@ def test_aggregate_weighs_tokens_and_averages_seeds():
             "eval/kl_greedy_std": 0,
         }
     )
+
+
+def test_each_worker_draws_with_all_seeds():
+    """Prompts are dealt to the workers with their numbers, and each gets the evaluation's seeds and limits."""
+    settings = EvalConfig(seeds=(3, 5), temperature=0.7, max_new_tokens=9, metrics=("kl",), num_prompts=5)
+    shards = Evaluator(settings, [prompt(i) for i in range(8)], has_teacher=True).shards(2)
+    assert [[index for index, _ in shard.prompts] for shard in shards] == [[0, 2, 4], [1, 3]]
+    for shard in shards:
+        assert all(each.prompt_id == f"p{index}" for index, each in shard.prompts)
+        assert (shard.seeds, shard.temperature, shard.max_new_tokens) == ((3, 5), 0.7, 9)
+        assert shard.with_teacher and not shard.with_loss
 
 
 def test_metrics_without_numbers_are_left_out():

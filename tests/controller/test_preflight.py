@@ -223,8 +223,6 @@ class TestRulesAndLosses:
         def fixed(*, p_logits, q_logits, drafted, coins): return 1 - coins
         def old_rule(): return Rule(name="old", statistic=fixed, threshold=lambda t, step, memory: t * min(step / 9, 1))
         def scalar_rule(): return Rule(name="scalar", statistic=fixed, threshold=lambda t, step, memory: 0.5)
-        def reads(*, p_logits, q_logits, drafted, coins): return q_logits.double().amax(-1)
-        def reader(): return Rule(name="reader", statistic=reads, threshold=lambda t, step, memory: t, needs_rows=False)
         def sulks(): raise RuntimeError("no\\nthanks")
         def good_loss(p_logits, q_logits, labels, mask, *, w=1.0): return (p_logits - q_logits).abs().sum(-1) * mask * w
         def scalar_loss(p_logits, q_logits, labels, mask): return q_logits.sum()
@@ -255,7 +253,6 @@ class TestRulesAndLosses:
             ({"rule": {"type": "own_functions:no_rule"}}, r"returned int"),
             ({"rule": {"type": "own_functions:old_rule"}}, r"own_functions:old_rule: RuntimeError: .*ambiguous"),
             ({"rule": {"type": "own_functions:scalar_rule"}}, r"threshold returned float for 3 tokens; return one "),
-            ({"rule": {"type": "own_functions:reader"}}, r"reader: AttributeError: 'NoneType' object has no"),
             ({"rule": {"type": "own_functions:sulks"}}, r"own_functions:sulks: RuntimeError: no thanks"),
             ({"rule": {"type": "own_broken:f"}}, r"own_broken:f: SyntaxError"),
             ({"loss": {"type": "own_functions:good_loss", "params": {"v": 2}}}, r"unknown parameter 'v' .* it takes w"),

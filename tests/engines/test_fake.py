@@ -30,6 +30,7 @@ from switchkd.types import (
     BatchAssignment,
     Blocks,
     CompletionSource,
+    EvalShard,
     Prompt,
     Ragged,
     Rollout,
@@ -146,6 +147,19 @@ def test_completions_follow_their_source(fake_place):
     ours.student.weights = 7
     assert same(alone, written(ours, tasks(3, CompletionSource.TEACHER))[0])
     assert all(set(r.sources) == {TokenSource.TEACHER} and r.teacher_output for r in alone)
+
+
+def test_an_evaluation_draws_by_seed(fake_place):
+    """Each seed of an evaluation has completions of its own, the same in any shard."""
+    prompts = tuple((i, task.prompt) for i, task in enumerate(tasks(6)))
+
+    def texts(prompts: Any, *seeds: int) -> dict[tuple[int, int], str]:
+        shard = EvalShard(prompts=prompts, seeds=seeds, temperature=1.0, max_new_tokens=20, with_teacher=False)
+        return {(row.seed, row.index): row.text for row in worker(fake_place).evaluate(shard)}
+
+    together = texts(prompts, 0, 1, 7)
+    assert len(set(together.values())) == len(together) == 18
+    assert together == texts(prompts, 7) | texts(prompts[::2], 0, 1) | texts(prompts[1::2], 1, 0)
 
 
 def test_weights_a_seed_and_the_teacher_change_rollouts(fake_place):
