@@ -40,7 +40,7 @@ def switchkd(monkeypatch, capsys):
 
     def run(*args: str) -> tuple[int, str]:
         code, _, err = command(monkeypatch, capsys, "train", "config.yaml", *args)
-        return code, err.strip().splitlines()[-1]
+        return code, err.strip().rpartition("\n")[2]
 
     return run
 
