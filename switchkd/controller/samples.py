@@ -6,6 +6,7 @@ In: a run folder. Out: texts on the console; the rollout's tokens have the colou
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from rich.text import Text
 
 METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
 STYLES = {"student": "green", "teacher": "bold magenta", "data": "cyan"}
-MAX_CHARS = 400
+MAX_CHARS, MAX_PROMPT_CHARS = 400, 100
+_SPECIAL = re.compile(r"<\|[^|>]*\|>")  # as in chat templates
 _TAIL_BYTES = 1 << 20  # of rollouts.jsonl, in which a rollout is looked for
 
 
@@ -32,7 +34,8 @@ def show_samples(console: Console, run_dir: Path) -> None:
             console.print(Text.assemble((f"  {name}: ", "bold"), _short(text) or "(no text)"), soft_wrap=True)
     if rollout := last_shared(run_dir / ROLLOUTS):
         line = Text("one rollout of the training: ")
-        line.append_text(legend(console)).append("\n  ").append(_short(rollout["prompt"]) + " ", "dim")
+        question = " ".join(_SPECIAL.sub(" ", rollout["prompt"]).split())[-MAX_PROMPT_CHARS:]
+        line.append_text(legend(console)).append(f"\n  … {question} ", "dim")
         console.print(line.append_text(coloured(rollout, console)), soft_wrap=True)
 
 
