@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import runs
-from faults import FaultInjector, actors, answers, free_ports, same_losses, same_rollouts, wait_until
+from faults import FaultInjector, actors, answers, free_ports, nothing_left, same_losses, same_rollouts, wait_until
 from runs import BASE, STAGES, descendants, distance, lines, processes, seconds_beyond, steps
 
 from switchkd.config.errors import ConfigError
@@ -142,6 +142,7 @@ def test_a_run_that_does_not_fit_a_joined_cluster_is_refused(cluster, place, mon
     from switchkd.actors import placement_group
 
     monkeypatch.setattr(placement_group, "RELEASE_S", 2.0)
+    nothing_left()  # of the run before, whose driver was killed
     notes: list[str] = []
     monkeypatch.setattr(MetricsLog, "info", lambda self, text: notes.append(text))
     too_many = {"rollout": {"num_workers": 10}, "cluster": {"address": "auto"}}
