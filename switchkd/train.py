@@ -71,6 +71,7 @@ class Trainer:
         self.dispatcher = TaskDispatcher(config, schedule, handles, log, watchdog, self.quarantine)
         self.recovery = Recovery(self.dispatcher, folder, log, config.run.max_restarts)
         self.reporter = StepReporter(config.replay, self.dispatcher, log, folder.path)
+        self.hard_fracs = [build_loss(stage).hard_frac for stage in schedule.stages]  # ATKD's
         self.state = TrainState()
         self.weights: WeightRef | None = None  # of `state.version`, where a call needs them
         self.consistent = True  # learner and replay are in the state `state`
@@ -224,8 +225,8 @@ class Trainer:
             return StepResult(
                 step=step, version=step + 1, loss=math.nan, grad_norm=0.0, lr=lr, num_loss_tokens=0, time_s=0.0
             )
-        stage, loss = self.schedule.stage_index(step), build_loss(self.schedule.stage(step))
-        batch = assign_batch(step, stage, entries, self.config.learner.num_ranks, loss.hard_frac)
+        stage = self.schedule.stage_index(step)
+        batch = assign_batch(step, stage, entries, self.config.learner.num_ranks, self.hard_fracs[stage])
         self.consistent = False
         self.log.now(learner=f"trains on step {step + 1}")
         learning, waits_for = self.handles.learner.step(batch, lr), f"the learner at step {step}"

@@ -369,8 +369,8 @@ def _cut_winners(values: Tensor, scores: Tensor, sampling: SamplingParams) -> tu
 
 
 def _cut_rows(values: Tensor, mass: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
-    """What top_k and then top_p keep of rows [N, V]: bool [N, V]; the last value with top_p up by NEAR_TIE, [N, 1]; and
-    the mass of what top_k keeps, [N, 1]."""
+    """The ids that top_k and then top_p keep of rows [N, V], bool [N, V]; the last value with top_p up by NEAR_TIE,
+    [N, 1]; and the mass of the ids that top_k keeps, [N, 1]."""
     ordered, order = values.sort(dim=-1, descending=True, stable=True)
     keep = torch.ones_like(order, dtype=torch.bool)
     if sampling.top_k:

@@ -21,8 +21,8 @@ from rich.text import Text
 from switchkd.config.schema import MetricsConfig
 from switchkd.controller.checkpoint import TrainState
 from switchkd.controller.console import LiveView
-from switchkd.controller.samples import METRICS, show_samples
-from switchkd.data.atomic_files import CONFIG, json_safe, write_text_atomic
+from switchkd.controller.samples import show_samples
+from switchkd.data.atomic_files import CONFIG, METRICS, ROLLOUTS, json_safe, write_text_atomic
 
 StageScores = Sequence[tuple[str, Mapping[str, float]]]
 """The evaluation at the end of each stage; "start" names the one before the first step."""
@@ -125,9 +125,11 @@ class MetricsLog:
     def summary(self, stage_scores: StageScores, student: str, finished: bool) -> None:
         """Print the final table, and the student's folder or how to resume."""
         self._stop_live()
-        if self._run_dir and (rows := summary_rows(stage_scores, self._run_dir / METRICS)):
-            self.console.print(summary_table(rows), Text(CAPTION, "dim"))
-            show_samples(self.console, self._run_dir)
+        if self._run_dir:
+            metrics = read_rows(self._run_dir / METRICS)
+            if rows := stage_rows(stage_scores, metrics):
+                self.console.print(summary_table(rows), Text(CAPTION, "dim"))
+                show_samples(self.console, metrics, self._run_dir / ROLLOUTS)
         if not finished:
             self.info(f"stopped before the end; --resume goes on with {self._run_dir}")
             return
@@ -171,28 +173,27 @@ class MetricsLog:
         return f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
 
 
-def summary_rows(stage_scores: StageScores, metrics_file: Path) -> list[dict[str, Any]]:
-    """One row for the start and one per stage: its scores, and the ratios in DENOMINATORS over its steps, from
-    metrics.jsonl, which also has the steps before a resume."""
+def read_rows(metrics_file: Path) -> list[dict[str, Any]]:
+    """Return the rows of metrics.jsonl: of steps, also those before a resume, and of evaluations."""
     with metrics_file.open(encoding="utf-8") as lines:
-        return stage_rows(stage_scores, [row for row in map(json.loads, lines) if "stage" in row])
+        return [json.loads(line) for line in lines]
 
 
-def stage_rows(stage_scores: StageScores, steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of `summary_rows` from the rows of the steps."""
-    scores = dict(stage_scores)
+def stage_rows(stage_scores: StageScores, metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row for the start and one per stage: its scores, and the ratios in DENOMINATORS over its steps."""
+    scores, steps = dict(stage_scores), [row for row in metrics if "stage" in row]
     rows = []
     for name in dict.fromkeys([*scores, *(row["stage"] for row in steps)]):
         stage = [row for row in steps if row["stage"] == name]
-        ratios = {key: _ratio(stage, key) for key in DENOMINATORS if any(is_number(row.get(key)) for row in stage)}
+        ratios = {key: ratio(stage, key) for key in DENOMINATORS if any(is_number(row.get(key)) for row in stage)}
         rows.append({"name": name, **ratios, **scores.get(name, {})})
     return rows
 
 
-def _ratio(steps: Sequence[Mapping[str, Any]], key: str) -> float:
-    """A ratio over several steps: the sum of the numerators by the sum of the denominators."""
+def ratio(steps: Sequence[Mapping[str, Any]], key: str) -> float:
+    """A metric of DENOMINATORS over several steps: the sum of the numerators by the sum of the denominators."""
     pairs = [(row.get(key) or 0.0, row.get(DENOMINATORS[key]) or 0.0) for row in steps]
-    return sum(ratio * whole for ratio, whole in pairs) / sum(whole for _, whole in pairs)
+    return sum(share * whole for share, whole in pairs) / sum(whole for _, whole in pairs)
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:

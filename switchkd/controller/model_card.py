@@ -5,7 +5,6 @@ In: a run's folder and its config. Out: the text of README.md in the format of t
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,9 +15,9 @@ import yaml
 
 from switchkd.config.loader import dump_yaml
 from switchkd.config.schema import Config, StageConfig
-from switchkd.controller.metrics import COLUMNS, METRICS, StageScores, figure, is_number, stage_rows
+from switchkd.controller.metrics import COLUMNS, StageScores, figure, is_number, read_rows, stage_rows
 from switchkd.controller.schedule import stage_after
-from switchkd.data.atomic_files import redact
+from switchkd.data.atomic_files import METRICS, redact
 from switchkd.engines.models.origin import front_matter, origin_of
 
 PACKAGES = ("switchkd", "torch", "transformers", "deepspeed", "ray")
@@ -95,8 +94,8 @@ def _stage(stage: StageConfig) -> str:
 
 
 def _results(run_dir: Path, scores: StageScores, steps: int) -> str:
-    lines = (run_dir / METRICS).read_text(encoding="utf-8").splitlines() if (run_dir / METRICS).exists() else []
-    done = [row for row in map(json.loads, lines) if "stage" in row and row["step"] < steps]
+    path = run_dir / METRICS
+    done = [row for row in read_rows(path) if row["step"] < steps] if path.exists() else []
     rows = stage_rows(scores, done)
     shown = {title: key for title, key in COLUMNS.items() if any(is_number(row.get(key)) for row in rows)}
     if not shown:

@@ -24,7 +24,8 @@ SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 
 CONFIG = "config.yaml"
 PROMPTS = "prompts.sha256"
-HISTORY = ("metrics.jsonl", "rollouts.jsonl")
+METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
+HISTORY = (METRICS, ROLLOUTS)
 QUARANTINED = "quarantined.jsonl"
 TEACHER_OUTPUT = "teacher_output"
 """Folder of `rollout.save_teacher_output`: a file per step, `step-00000012.safetensors`, and the teachers' LM heads."""

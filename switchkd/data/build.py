@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from switchkd.config.schema import Config
-from switchkd.data.atomic_files import TEACHER_OUTPUT
+from switchkd.data.atomic_files import ROLLOUTS, TEACHER_OUTPUT
 from switchkd.data.recorded import RecordedRollouts
 from switchkd.data.replay import Replay
 from switchkd.data.reuse_buffer import ReuseBuffer
@@ -17,7 +17,7 @@ def make_replay(config: Config, run_dir: Path) -> Replay:
     """Build the replay, or the one with another run's recorded rollouts (`rollout.recorded`)."""
     section = config.replay
     decode = partial(make_tokenizer(config.student).decode, skip_special_tokens=False)
-    rollouts_file = run_dir / "rollouts.jsonl" if config.rollout.save else None
+    rollouts_file = run_dir / ROLLOUTS if config.rollout.save else None
     if config.rollout.recorded:
         sizes = [stage.batch_size for stage in config.train.stages for _ in range(stage.steps)]
         return RecordedRollouts(Path(config.rollout.recorded), sizes, rollouts_file, decode)

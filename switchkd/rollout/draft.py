@@ -25,7 +25,7 @@ from switchkd.types import Blocks, TokenSource, WriteRequest, Written
 
 @dataclass(slots=True)
 class Draft:
-    """What the student drafts: tokens int64 [R, K] (-1 beyond counts [R]), q_logits float32 [R, K, V] or None."""
+    """The student's draft: tokens int64 [R, K] (-1 beyond counts [R]), q_logits float32 [R, K, V] or None."""
 
     tokens: np.ndarray
     counts: np.ndarray

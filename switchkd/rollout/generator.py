@@ -342,7 +342,7 @@ class SwitchingGenerator:
     # ── teacher calls ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def _write_request(self, rows: list[RolloutState], counts: np.ndarray) -> tuple[list[list[int]], Any]:
-        """What the teacher has not read yet, at least the last token, and the request to continue from there."""
+        """The tokens that the teacher has not read, at least the last one, and the request to continue from there."""
         for row in rows:
             row.lookahead_row = None
             row.teacher_len = min(row.teacher_len, max(len(row.tokens) - 1, 0))

@@ -145,7 +145,7 @@ class SpeculationPolicy:
         return plan
 
     def observe_call(self, plan: DraftPlan, kind: str, tokens: int, seconds: float) -> None:
-        """What a teacher call took: "read" as a whole, "write" by step."""
+        """Record the seconds of a teacher call: "read" as a whole, "write" by step."""
         self.costs.add(kind, tokens, seconds)
         self.trials[plan] = self.trials.get(plan, 0) + 1
 

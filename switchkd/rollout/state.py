@@ -187,7 +187,7 @@ class RolloutState:
 
 
 def sum_tail_mass(values: np.ndarray) -> float:
-    """What compressed rows [n, 2 k + 2] leave out, summed over them."""
+    """The mass that compressed rows [n, 2 k + 2] leave out, summed over them."""
     return float(np.ascontiguousarray(values[:, -2]).view(np.float32).sum(dtype=np.float64))
 
 

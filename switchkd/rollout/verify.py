@@ -43,7 +43,7 @@ where only one of them was made."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DraftBlock:
-    """What one model drafts for R rows. tokens int64 [R, K] (-1 beyond counts [R] >= 1)."""
+    """One model's draft for R rows. tokens int64 [R, K] (-1 beyond counts [R] >= 1)."""
 
     tokens: np.ndarray
     counts: np.ndarray
@@ -53,7 +53,7 @@ class DraftBlock:
     top_rows: TopRows | None = None  # `teacher.output: top_logprobs`: all that is known of the teacher's rows
 
     def of(self, members: list[int]) -> DraftBlock:
-        """Of some rows only."""
+        """The block of some rows only."""
         if len(members) == len(self.tokens):
             return self
         index, top_rows = np.array(members), self.top_rows

@@ -5,7 +5,6 @@ In: a run folder, and where its student goes. Out: the path of a transformers fo
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -17,10 +16,10 @@ import yaml
 from switchkd.config.errors import ConfigError, first_line
 from switchkd.config.loader import parse
 from switchkd.config.schema import FORMAT
-from switchkd.controller.metrics import METRICS
+from switchkd.controller.metrics import read_rows
 from switchkd.controller.model_card import model_card
 from switchkd.controller.resume import written_format
-from switchkd.data.atomic_files import CONFIG, write_text_atomic
+from switchkd.data.atomic_files import CONFIG, METRICS, write_text_atomic
 from switchkd.engines.models.origin import CARD
 from switchkd.engines.models.sources import new_folder
 
@@ -93,10 +92,9 @@ def _add_card(folder: Path, run_dir: Path, stored: dict[str, Any], step: int) ->
     """Write the model card of a checkpoint's student, from the run's metrics before `step`."""
     try:
         config = parse(stored)
-        lines = (run_dir / METRICS).read_text(encoding="utf-8").splitlines()
+        rows = read_rows(run_dir / METRICS)
     except (OSError, ConfigError):
         return  # the card is optional
-    rows = [json.loads(line) for line in lines]
     scores = [(row["stage_end"], row) for row in rows if row["step"] < step and "stage_end" in row]
     write_text_atomic(folder / CARD, model_card(run_dir, config, scores, step))
 

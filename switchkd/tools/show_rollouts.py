@@ -17,11 +17,11 @@ from rich.text import Text
 
 from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config
+from switchkd.controller.samples import STYLES, coloured
 from switchkd.data.atomic_files import write_text_atomic
 from switchkd.tools.offline import sample_rollouts, stage_index
 from switchkd.types import Prompt, Rollout, TokenSource
 
-STYLES = {TokenSource.STUDENT: "green", TokenSource.TEACHER: "bold magenta", TokenSource.DATA: "cyan"}
 PICTURE_WIDTH = 96
 """Columns of the picture."""
 
@@ -70,8 +70,8 @@ def record(prompt: Prompt, rollout: Rollout, decode: Decode) -> dict[str, Any]:
 
 def _print(records: Iterable[dict[str, Any]], decode: Decode, console: Console) -> None:
     """Print each rollout with its prompt. Without colours the teacher's tokens are in ⟦ ⟧."""
+    names = "  ".join(f"[{style}]{writer}[/]" for writer, style in STYLES.items())
     colours = console.color_system is not None
-    names = "  ".join(f"[{style}]{source.name.lower()}[/]" for source, style in STYLES.items())
     console.print(f"who wrote it:  {names}" if colours else "who wrote it: the teacher ⟦like this⟧")
     for row in records:
         num = len(row["sources"])
@@ -79,19 +79,15 @@ def _print(records: Iterable[dict[str, Any]], decode: Decode, console: Console) 
         title = f"\n#{row['rollout_id']}: {num} tokens, {share:.0%} by the teacher, ends by {row['finish_reason']}"
         console.print(Text(title, "dim"))
         console.print(Text(row["prompt"].strip(), "bold"))
-        text = Text()
-        for source, piece in runs(row, decode):
-            marked = f"⟦{piece}⟧" if source == TokenSource.TEACHER and not colours else piece
-            text.append(marked, STYLES[source])
-        console.print(text)
+        console.print(coloured(runs(row, decode), console))
 
 
-def runs(row: dict[str, Any], decode: Decode) -> Iterator[tuple[TokenSource, str]]:
-    """Yield the completion's text by runs of one source. Each run is decoded from the start of the completion: a letter
+def runs(row: dict[str, Any], decode: Decode) -> Iterator[tuple[str, str]]:
+    """Yield the completion's text by runs of one writer. Each run is decoded from the start of the completion: a letter
     may be several tokens, and some decoders drop a leading space."""
     done, end = "", 0
     for source, group in groupby(row["sources"]):
         end += len(list(group))
         so_far = decode(row["token_ids"][:end])
-        yield TokenSource(source), so_far[len(done) :]
+        yield TokenSource(source).name.lower(), so_far[len(done) :]
         done = so_far

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from switchkd.config.schema import MetricsConfig
 from switchkd.controller.checkpoint import TrainState
-from switchkd.controller.metrics import COLUMNS, MetricsLog, summary_rows
+from switchkd.controller.metrics import COLUMNS, MetricsLog, read_rows, stage_rows
 
 
 def quiet(terminal: bool = False) -> Console:
@@ -117,7 +117,7 @@ def test_summary_has_a_row_for_the_start_and_each_stage(tmp_path):
         ("warm", {"eval/kl": 1.0, "eval/rouge_l": 22.2}),
         ("main", {"eval/kl": 0.5, "eval/rouge_l": 33.3}),
     ]
-    rows = summary_rows(scores, log_file := tmp_path / "metrics.jsonl")
+    rows = stage_rows(scores, read_rows(log_file := tmp_path / "metrics.jsonl"))
     assert [(one["name"], one.get("rollout/teacher_token_frac")) for one in rows] == [
         ("start", None),
         ("warm", 0.625),

@@ -38,7 +38,7 @@ from switchkd.actors.placement_group import resolve_resources
 from switchkd.config import resources
 from switchkd.config.errors import ConfigError
 from switchkd.config.loader import load
-from switchkd.controller.metrics import MetricsLog, summary_rows
+from switchkd.controller.metrics import MetricsLog, read_rows, stage_rows
 from switchkd.controller.summary import Summary
 from switchkd.learner.rank import LearnerRank
 from switchkd.train import train
@@ -85,7 +85,7 @@ def test_shares_and_speeds_are_those_of_the_rollouts(whole):
         assert rows[step]["rollout/reference_tokens"] == tokens["dataset", "data"]
         sums = by_stage.setdefault(rows[step]["stage"], Counter())
         sums.update(teacher=teacher, both=both, seconds=seconds)
-    for row in summary_rows(summary.stage_scores, run / "metrics.jsonl"):
+    for row in stage_rows(summary.stage_scores, read_rows(run / "metrics.jsonl")):
         sums = by_stage.get(row["name"], Counter())
         for key, part, whole_ in (("teacher_token_frac", "teacher", "both"), ("tokens_per_s", "both", "seconds")):
             expected = pytest.approx(sums[part] / sums[whole_]) if sums["both"] else None

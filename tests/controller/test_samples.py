@@ -17,7 +17,7 @@ EVAL = {"data": "./data.jsonl", "num_prompts": 3, "max_new_tokens": 8, "temperat
 
 def shown(run_dir: Path, **settings) -> str:
     console = Console(file=io.StringIO(), width=80, **settings)
-    show_samples(console, run_dir)
+    show_samples(console, lines(run_dir / "metrics.jsonl"), run_dir / "rollouts.jsonl")
     return console.file.getvalue()
 
 

@@ -15,12 +15,10 @@ from typing import Any
 import yaml
 
 from switchkd.config.schema import FORMAT
-from switchkd.controller.metrics import METRICS
 from switchkd.controller.resume import written_format
-from switchkd.data.atomic_files import CONFIG
+from switchkd.data.atomic_files import CONFIG, METRICS, ROLLOUTS
 from switchkd.tools.report.rollout_statistics import RolloutStatistics
 
-ROLLOUTS = "rollouts.jsonl"
 SUMMARY = "summary.json"
 
 

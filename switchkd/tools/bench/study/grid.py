@@ -30,8 +30,9 @@ from typing import Any
 
 from switchkd.config.errors import ConfigError, with_type
 from switchkd.config.schema import Config
+from switchkd.controller.metrics import ratio, read_rows
 from switchkd.controller.run_lock import RunLock
-from switchkd.data.atomic_files import write_json_atomic
+from switchkd.data.atomic_files import METRICS, write_json_atomic
 from switchkd.tools.bench.study.scores import over_test_sets, scores_of
 from switchkd.tools.bench.study.spec import GROWS, TEACHER, WARM_UP, Cell, Overrides, Study, configured, flat, merged
 from switchkd.tools.offline import evaluate_rows
@@ -175,7 +176,7 @@ class Grid:
             "seed": cell.seed,
             "overrides": overrides,
             "scores": scores,
-            "rollouts": rollout_numbers(run_dir / "metrics.jsonl"),
+            "rollouts": rollout_numbers(run_dir / METRICS),
             # `elapsed_s` counts from the run's first start, `started` from its last resume
             "seconds": {"train": max(trained - started, summary.elapsed_s), "evaluation": ended - trained},
             "resumed": resume,
@@ -260,11 +261,8 @@ def claim(study: Study, out: Path) -> None:
 def rollout_numbers(metrics: Path) -> dict[str, float]:
     """Return the number of generated tokens of the whole run and of its steps. `teacher_token_frac` is the teacher's
     share of the completions that both models generated; absent where there are none."""
-    with metrics.open(encoding="utf-8") as lines:
-        steps = [row for row in map(json.loads, lines) if "loss/total" in row]
+    steps = [row for row in read_rows(metrics) if "loss/total" in row]
     numbers = {"tokens": sum(row["rollout/tokens"] for row in steps), "steps": len(steps)}
-    shared = [(row["rollout/shared_tokens"], row["rollout/teacher_token_frac"])
-              for row in steps if "rollout/shared_tokens" in row]  # fmt: skip
-    if shared:
-        numbers["teacher_token_frac"] = sum(num * frac for num, frac in shared) / sum(num for num, _ in shared)
+    if any("rollout/shared_tokens" in row for row in steps):
+        numbers["teacher_token_frac"] = ratio(steps, "rollout/teacher_token_frac")
     return numbers
