@@ -20,6 +20,27 @@ from runs import PROTECTED, STAGES, config, linked, save_models, save_prompts
 from switchkd.controller.metrics import MetricsLog
 
 
+def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        if mark := item.get_closest_marker("bad_input"):
+            item.user_properties.append(("bad_input", mark.args[0]))
+
+
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    """Print a table of `bad_input` tests, if they are what was asked for: kind, cases, right."""
+    if config.getoption("markexpr") != "bad_input":
+        return
+    kinds: dict[str, list[bool]] = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for kind in (value for name, value in report.user_properties if name == "bad_input"):
+                kinds.setdefault(kind, []).append(outcome == "passed")
+    terminalreporter.write_line(f"{'kind':<58}{'cases':>6}{'right':>6}")
+    every = [right for cases in kinds.values() for right in cases]
+    for kind, right in [*sorted(kinds.items()), ("all", every)]:
+        terminalreporter.write_line(f"{kind:<58}{len(right):>6}{sum(right):>6}")
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
     return save_models(tmp_path_factory.mktemp("models"))
