@@ -122,19 +122,48 @@ def wait_for_placements(
     config: Config, placements: Mapping[str, Sequence[ProcessPlacement]], log: Callable[[str], None]
 ) -> None:
     """Wait `cluster.wait_s`, at least RELEASE_S, until each process has its placement. Raises ConfigError that names a
-    role without enough of them, after logging a table of requested and free resources."""
+    role without enough of them, after logging a table of requested and free resources: at once where `cluster.wait_s`
+    is 0 and a process is larger than every node."""
     wait_s = config.cluster.wait_s
     deadline = time.monotonic() + max(wait_s, RELEASE_S)
-    if not wait_s:
-        check_labels(config, placements, nodes())
+    if not wait_s:  # no end of another run helps a process that is larger than every node
+        there = nodes()
+        check_labels(config, placements, there)
+        if too_large := _larger_than_nodes(config, placements, there):
+            raise _refusal(config, placements, too_large, there, log)
     first_look = min(time.monotonic() + 1.0, deadline)
     if wait_s and (lacking := _lacking(placements, first_look)):
         log(f"waiting up to {wait_s:g} s: {shortage(config, placements, lacking, nodes())}")
     if lacking := _lacking(placements, deadline):
         there = nodes()
         check_labels(config, placements, there)
-        log(table(config, placements, lacking, there))
-        raise ConfigError(shortage(config, placements, lacking, there))
+        raise _refusal(config, placements, lacking, there, log)
+
+
+def _refusal(
+    config: Config,
+    placements: Mapping[str, Sequence[object]],
+    lacking: Mapping[str, int],
+    there: Sequence[Node],
+    log: Callable[[str], None],
+) -> ConfigError:
+    log(table(config, placements, lacking, there))
+    return ConfigError(shortage(config, placements, lacking, there))
+
+
+def _larger_than_nodes(
+    config: Config, placements: Mapping[str, Sequence[object]], there: Sequence[Node]
+) -> dict[str, int]:
+    """Numbers of processes by role, for roles of which a process fits no node that is empty."""
+
+    def fits(role: str, node: Node) -> bool:
+        each = resources.of_role(config, role)
+        needs = {"CPU": each.num_cpus, "GPU": each.num_gpus}
+        return each.labels.items() <= node.labels.items() and all(
+            node.total.get(name, 0.0) >= requested for name, requested in needs.items()
+        )
+
+    return {role: len(each) for role, each in placements.items() if not any(fits(role, node) for node in there)}
 
 
 def _lacking(placements: Mapping[str, Sequence[ProcessPlacement]], deadline: float) -> dict[str, int]:

@@ -105,6 +105,15 @@ def test_gpus_of_one_process_are_on_one_node(there):
     assert "at most 8 CPUs and 4 GPUs are free on one" in line
 
 
+def test_a_process_larger_than_every_node_is_refused_at_once(there):
+    """A process that fits no empty node is refused without waiting for the end of other runs."""
+    there += [node(8, 4), node(2, 8)]
+    asked = placements()
+    line, (shown,) = refused(config(resources={"learner": {"num_gpus": 8, "num_cpus": 4}}), asked)
+    assert line.startswith("learner.num_ranks=1: 1 cannot be placed, each needs 4 CPUs and 8 GPUs on one node")
+    assert "learner.num_ranks" in shown and asked["teacher"][0].left == 0, "it waited for a placement"
+
+
 def test_fractions_are_of_one_gpu(there):
     """A share of a GPU is one of a single GPU, and a number above 1 is whole."""
     there.append(node(8, 2, free=(5, 0.8)))
