@@ -160,7 +160,7 @@ def _larger_than_nodes(
         each = resources.of_role(config, role)
         needs = {"CPU": each.num_cpus, "GPU": each.num_gpus}
         return each.labels.items() <= node.labels.items() and all(
-            node.total.get(name, 0.0) >= requested for name, requested in needs.items()
+            node.total.get(name, 0.0) >= (requested or 0.0) for name, requested in needs.items()
         )
 
     return {role: len(each) for role, each in placements.items() if not any(fits(role, node) for node in there)}
