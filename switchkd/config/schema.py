@@ -356,6 +356,8 @@ class RolloutConfig(Section):
     """Keep trained rollouts with the teacher's output in `teacher_output/`, for `train --from-rollouts`."""
     recorded: str = ""
     """A run folder with `teacher_output/`: train on its rollouts, without a teacher and rollout workers."""
+    repeat_recorded: bool = False
+    """Begin with the first recorded rollout again where the steps need more than there are. False: that is an error."""
 
 
 class AdaptiveScheduleConfig(Section):

@@ -260,12 +260,16 @@ def with_recorded_settings(config: Config) -> Config:
         check_format(raw, f"--from-rollouts: {stored.parent}", remedy)
     kinds: set[str] = set()
     age = config.replay.max_staleness
-    for step, path in find_shards(Path(config.rollout.recorded)):
+    num_rollouts, shards = 0, find_shards(Path(config.rollout.recorded))
+    for step, path in shards:
         try:  # files of another run
-            kinds |= {record["teacher_output"]["kind"] for record in read_records(path) if record["teacher_output"]}
+            records = read_records(path)
+            num_rollouts += len(records)
+            kinds |= {record["teacher_output"]["kind"] for record in records if record["teacher_output"]}
             age = max(age, step - int(read_column(path, "weight_versions").min(initial=step)))
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ConfigError(f"--from-rollouts: {path} cannot be read ({error}); record it again") from None
+    _check_recorded(config, [step for step, _ in shards], num_rollouts)
     if not kinds and any(stage.needs_teacher for stage in config.train.stages):
         raise ConfigError(
             f"--from-rollouts {config.rollout.recorded}: its rollouts carry no teacher output, but the loss needs one; "
@@ -274,6 +278,22 @@ def with_recorded_settings(config: Config) -> Config:
     teacher = config.teacher.model_copy(update={"output": min(kinds)} if kinds else {})
     replay = config.replay.model_copy(update={"max_staleness": age})
     return config.model_copy(update={"teacher": teacher, "replay": replay})
+
+
+def _check_recorded(config: Config, steps: list[int], num_rollouts: int) -> None:
+    """Raise ConfigError where recorded steps are missing, or rollouts would be trained on twice unasked."""
+    what = f"--from-rollouts {config.rollout.recorded}"
+    if missing := sorted(set(range(steps[0], steps[-1])) - set(steps)):
+        raise ConfigError(
+            f"{what}: its {TEACHER_OUTPUT}/ has no file of step {missing[0]} ({len(missing)} missing between steps "
+            f"{steps[0]} and {steps[-1]}); bring it back, or record the run again"
+        )
+    needed = sum(stage.steps * stage.batch_size for stage in config.train.stages)
+    if num_rollouts < needed and not config.rollout.repeat_recorded:
+        raise ConfigError(
+            f"{what}: it has {num_rollouts} rollouts, {config.num_steps} steps need {needed}; lower train.num_steps or "
+            "the stages' steps, or set rollout.repeat_recorded=true to begin with the first again"
+        )
 
 
 def check_vocab(config: Config, vocab_size: int) -> None:

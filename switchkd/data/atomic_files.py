@@ -31,6 +31,11 @@ TEACHER_OUTPUT = "teacher_output"
 """Folder of `rollout.save_teacher_output`: a file per step, `step-00000012.safetensors`, and the teachers' LM heads."""
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether a folder has a file of a run, whatever its state."""
+    return any((folder / name).exists() for name in (CONFIG, "checkpoints", *HISTORY))
+
+
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then put it in place. One writer per path."""
     beside = path.with_name(path.name + ".tmp")
