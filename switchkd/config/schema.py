@@ -161,6 +161,9 @@ class DataConfig(Section):
     template_with_input: str | None = None
     """Instead of `template` where `input_field` holds text: a text with {prompt} and {input}."""
     system: str | None = None
+    escape_special: bool = False
+    """Break special tokens that a prompt's text spells, such as `<|im_end|>`, with a zero-width space after their first
+    character, so that only the template's own are real. False: they become real ones, as in `apply_chat_template`."""
     date: datetime.date | None = None
     """The day that a chat template writes (`strftime_now`). Null: the run's first day, which a resume keeps."""
     max_prompt_tokens: PositiveInt = 512
