@@ -113,6 +113,7 @@ def evaluate(
     teacher: Annotated[str | None, typer.Option(help="Compare with this model.")] = None,
     metric: Annotated[list[str] | None, typer.Option(help="rouge_l, exact_match, agreement, kl, loss; repeat.")] = None,
     config: Annotated[Path | None, typer.Option(help="Take all other settings from this config.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the scored texts here, as JSON lines.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a model, or a run's student, alone."""
@@ -125,7 +126,7 @@ def evaluate(
     loaded = eval_config(model=names[0], data=data, teacher=teacher, metrics=metric, config=config, overrides=overrides)
     from switchkd.tools import offline
 
-    offline.show_scores(offline.evaluate(loaded), as_json)
+    offline.show_scores(offline.evaluate(loaded, out), as_json)
 
 
 @app.command()

@@ -36,7 +36,8 @@ def check_refusal(monkeypatch: Any, captured: Any, says: str, *args: object) -> 
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of change of every file and folder below `folder` (links are not followed) but Python's caches."""
+    """Size and time of change of every file below `folder`, and all folders (links are not followed) but Python's
+    caches. A lock that came and went changes a folder's time, not what it holds."""
     paths = [path for path in folder.rglob("*") if "__pycache__" not in path.parts]
     stats = {str(path.relative_to(folder)): path.lstat() for path in paths}
-    return {name: (0 if (folder / name).is_dir() else stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+    return {name: (0, 0) if (folder / name).is_dir() else (one.st_size, one.st_mtime_ns) for name, one in stats.items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from runs import command
+from runs import command, lines
 from tiny import save_tiny
 
 HEAVY = {"torch", "transformers", "ray", "deepspeed", "datasets", "pydantic"}
@@ -192,18 +192,16 @@ def test_dry_run_prints_the_config_and_writes_nothing(place, run):
 
 
 def test_rollout_writes_json_lines(place, run):
-    """`rollout` writes JSON lines with fixed keys; on the terminal the teacher's text is marked."""
+    """`rollout` writes the lines of a run's rollouts.jsonl; on the terminal the teacher's text is marked."""
     code, out, err = run("rollout", "config.yaml", "--num", 3, "--out", "r.jsonl")
     assert code == 0, err
     assert out.strip() == "r.jsonl"
     rows = [json.loads(line) for line in Path("r.jsonl").read_text().splitlines()]
     assert [row["rollout_id"] for row in rows] == [0, 1, 2]
     for row in rows:
-        assert set(row) == {"rollout_id", "prompt", "prompt_token_ids", "token_ids", "sources", "weight_versions",
-                            "finish_reason", "text"}  # fmt: skip
-        assert len(row["token_ids"]) == len(row["sources"]) == len(row["weight_versions"]) <= 12
+        assert len(row["token_ids"]) == len(row["statistic"]) == len(row["threshold"]) == row["num_tokens"] <= 12
         assert row["finish_reason"] == ("eos" if row["token_ids"][-1] == 1 else "length")
-        assert set(row["sources"]) <= {0, 1}
+        assert {part["source"] for part in row["segments"]} <= {"student", "teacher"}
     code, out, _ = run("rollout", "config.yaml", "--num", 2, "train.stages.0.rule.type=teacher")
     assert code == 0 and "⟦" in out and "100% by the teacher" in out
 
@@ -224,10 +222,45 @@ def test_rollout_follows_the_stages_mix(place, run):
     code, _, err = run("rollout", "config.yaml", "--num", 10, "--out", "r.jsonl", *given)
     assert code == 0, err
     rows = [json.loads(line) for line in Path("r.jsonl").read_text().splitlines()]
-    assert [row["prompt"] for row in rows] == [f"the q{i // 2}" for i in range(10)]
-    assert [row["text"] for row in rows] == [f"in the {i // 2}" for i in range(10)]
-    assert {source for row in rows for source in row["sources"]} == {2}
+    assert [row["prompt"] for row in rows] == [f"<user>the q{i // 2}<assistant>" for i in range(10)]
+    assert [row["completion"] for row in rows] == [f"in the {i // 2}<eos>" for i in range(10)]
+    assert {part["source"] for row in rows for part in row["segments"]} == {"data"}
     assert {(row["finish_reason"], row["token_ids"][-1]) for row in rows} == {("eos", 1)}
+
+
+def test_rollouts_have_one_format(place, run):
+    """The lines of `rollout --out` are those of the run's rollouts.jsonl: same keys, and the same first batch; a report
+    reads them."""
+    (place / "alone").mkdir()
+    code, _, err = run("rollout", "config.yaml", "--num", 4, "--out", "alone/rollouts.jsonl")
+    assert code == 0, err
+    code, _, err = run("train", "config.yaml", "run.dir=trained")
+    assert code == 0, err
+    alone, trained = (lines(place / name / "rollouts.jsonl") for name in ("alone", "trained"))
+    assert [list(row) for row in alone] == [list(trained[0])] * 4
+    both = [{key: value for key, value in row.items() if key != "stats"} for row in (*alone, *trained[:4])]
+    assert both[:4] == both[4:]
+    from switchkd.tools.report.read import read_run
+
+    read = read_run(place / "alone", "alone", 9)
+    assert read.rollouts == alone and read.num_rollouts == 4
+
+
+def test_eval_writes_the_scored_texts(place, models, run):
+    """`eval --out` writes prompt, reference, completion and each metric of every row; their means are the scores."""
+    small = ["--data", "data.jsonl", "eval.num_prompts=3", "eval.max_new_tokens=4", "eval.seeds=[1,2]", "--json"]
+    metrics = ["--metric", "rouge_l", "--metric", "exact_match", "--metric", "loss"]
+    code, out, err = run("eval", models / "student", *small, *metrics, "--out", "texts.jsonl")
+    assert code == 0, err
+    scores, rows = json.loads(out), lines(place / "texts.jsonl")
+    drawn, read = [row for row in rows if row["seed"] is not None], [row for row in rows if row["seed"] is None]
+    assert [(row["seed"], row["index"]) for row in drawn] == [(seed, i) for seed in (1, 2) for i in range(3)]
+    assert all(isinstance(row[key], str) for row in rows for key in ("prompt", "reference", "completion"))
+    for name in ("rouge_l", "exact_match", "length"):
+        assert sum(row[name] for row in drawn) / len(drawn) == pytest.approx(scores[name])
+    assert len(read) == 3 and all(row["loss"] > 0 and "rouge_l" not in row for row in read)
+    code, _, err = run("eval", models / "student", *small, "--out", "nowhere/texts.jsonl")
+    assert code == 2 and "--out nowhere/texts.jsonl" in err
 
 
 def test_eval_gives_json_scores(place, models, run):
@@ -304,11 +337,12 @@ class TestRealCommands:
         done = self.switchkd(*given, "--out", "one.jsonl", "rollout.batch_size=1", "rollout.max_draft_tokens=1")
         assert done.stdout == "one.jsonl\n"
         assert run(*given, "--out", "many.jsonl", "rollout.batch_size=8", "rollout.max_draft_tokens=5")[0] == 0
-        text = Path("one.jsonl").read_text()
-        assert text == Path("many.jsonl").read_text()
-        rows = [json.loads(line) for line in text.splitlines()]
-        assert len(rows) == 5 and {source for row in rows for source in row["sources"]} == {1}
-        assert {version for row in rows for version in row["weight_versions"]} == {0}
+        rows, many = (lines(place / name) for name in ("one.jsonl", "many.jsonl"))
+        for row in [*rows, *many]:
+            del row["stats"]  # times and blocks
+        assert rows == many
+        assert len(rows) == 5 and {part["source"] for row in rows for part in row["segments"]} == {"teacher"}
+        assert {version for row in rows for version, _ in row["versions"]} == {0}
 
     def test_fetch_demo_uses_the_cache(self, place):
         """`fetch-demo` prints only the folder and does not download a cached model."""

@@ -7,8 +7,9 @@ A rule is three small functions, and the teacher writes token t iff statistic > 
     update(memory [B, M], statistic [B], threshold [B]) -> the memory [B, M] after this token
 
 p = teacher, q = student, temperature 1, not truncated; t = index of the completion token, 0 for the first; step =
-training step of each row's rollout, 0 for the first of its stage. The statistic's arguments are passed by name, the
-others by position. `threshold` depends on the tokens before t only. A user's rule is any function that returns a Rule:
+training step of each row's rollout, 0 for the first of its stage. The statistic's arguments are passed by name (the
+logits and `drafted` are None where the rule does not declare to read them), the others by position. `threshold` depends
+on the tokens before t only. A user's rule is any function that returns a Rule:
 
     def entropy_limit(*, nats: float = 2.0) -> Rule:
         '''The teacher writes where the student's entropy exceeds `nats`.'''
@@ -52,8 +53,8 @@ class Rule:
     update: Callable[..., Tensor] = no_update
     memory_size: int = 0  # M; memory starts at zero
     replacement: Purpose = Purpose.GUMBEL  # noise of the teacher's token
-    needs_rows: bool = True  # False: p_logits and q_logits may be None
-    needs_draft: bool = False  # True: the statistic depends on the drafted id
+    needs_rows: bool = True  # False: p_logits and q_logits are None
+    needs_draft: bool = False  # True: the statistic depends on the drafted id; False: drafted is None
     student_only: bool = False  # True: the teacher writes no token; the statistic is not computed
     bounds: Callable[..., tuple[Tensor, Tensor]] | None = None
     """The statistic's smallest and largest value where log-probs are off by less than NEAR_TIE, float64 [N] each, from
@@ -107,11 +108,11 @@ def mixture(*, alpha: float = 0.2) -> Rule:
     return replace(random(prob=alpha), name="mixture")
 
 
-def _zero(*, p_logits: Tensor | None, q_logits: Tensor | None, drafted: Tensor, coins: Tensor) -> Tensor:
+def _zero(*, p_logits: Tensor | None, q_logits: Tensor | None, drafted: Tensor | None, coins: Tensor) -> Tensor:
     return torch.zeros_like(coins)
 
 
-def _coin(*, p_logits: Tensor | None, q_logits: Tensor | None, drafted: Tensor, coins: Tensor) -> Tensor:
+def _coin(*, p_logits: Tensor | None, q_logits: Tensor | None, drafted: Tensor | None, coins: Tensor) -> Tensor:
     return 1 - coins
 
 
@@ -158,7 +159,7 @@ def jsd_threshold(
     )
 
 
-def _jsd(*, p_logits: Tensor, q_logits: Tensor, drafted: Tensor, coins: Tensor, log_base: float) -> Tensor:
+def _jsd(*, p_logits: Tensor, q_logits: Tensor, drafted: None, coins: Tensor, log_base: float) -> Tensor:
     return divergence.per_row(divergence.jsd, p_logits, q_logits, log_base=log_base)
 
 
@@ -203,7 +204,7 @@ def kl_spike(*, K: float = 3.0, L: int = 10, divergence: str = "kl", warm_up: st
     )
 
 
-def _divergence(*, p_logits: Tensor, q_logits: Tensor, drafted: Tensor, coins: Tensor, name: str) -> Tensor:
+def _divergence(*, p_logits: Tensor, q_logits: Tensor, drafted: None, coins: Tensor, name: str) -> Tensor:
     return divergence.per_row(_DIVERGENCES[name], p_logits, q_logits)
 
 

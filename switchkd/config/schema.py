@@ -161,6 +161,9 @@ class DataConfig(Section):
     template_with_input: str | None = None
     """Instead of `template` where `input_field` holds text: a text with {prompt} and {input}."""
     system: str | None = None
+    escape_special: bool = False
+    """Break special tokens that a prompt's text spells, such as `<|im_end|>`, with a zero-width space after their first
+    character, so that only the template's own are real. False: they become real ones, as in `apply_chat_template`."""
     date: datetime.date | None = None
     """The day that a chat template writes (`strftime_now`). Null: the run's first day, which a resume keeps."""
     max_prompt_tokens: PositiveInt = 512
@@ -356,6 +359,8 @@ class RolloutConfig(Section):
     """Keep trained rollouts with the teacher's output in `teacher_output/`, for `train --from-rollouts`."""
     recorded: str = ""
     """A run folder with `teacher_output/`: train on its rollouts, without a teacher and rollout workers."""
+    repeat_recorded: bool = False
+    """Begin with the first recorded rollout again where the steps need more than there are. False: that is an error."""
 
 
 class AdaptiveScheduleConfig(Section):

@@ -30,9 +30,19 @@ from typing import Any
 from switchkd.config.errors import ConfigError
 from switchkd.config.loader import dump_yaml
 from switchkd.config.schema import FORMAT, Config
-from switchkd.controller.resume import RESUME_REMEDY, check_format, check_same, truncate_history
+from switchkd.controller.resume import RESUME_REMEDY, check_format, check_history, check_same, truncate_history
 from switchkd.controller.run_lock import RunLock
-from switchkd.data.atomic_files import CONFIG, HISTORY, PROMPTS, fsync_dir, redact, seal, unseal, write_text_atomic
+from switchkd.data.atomic_files import (
+    CONFIG,
+    HISTORY,
+    PROMPTS,
+    fsync_dir,
+    holds_run,
+    redact,
+    seal,
+    unseal,
+    write_text_atomic,
+)
 
 STATE, LATEST = "state.json", "LATEST"
 
@@ -220,13 +230,14 @@ def open_run(config: Config, resume: bool = False, *, prompts: str = "") -> RunF
         checkpoint = None
         if resume:
             check_same(path, config, prompts)
-            checkpoint = load_latest(path)
-        elif any((path / name).exists() for name in (CONFIG, "checkpoints", *HISTORY)):
+            checkpoint = load_latest(path, resumes=True)
+        elif holds_run(path):
             if not config.run.overwrite:
                 raise ConfigError(
                     f"run.dir={path} already holds a run; add --resume to go on with it, run.overwrite=true to move it "
                     "aside, or give another run.dir"
                 )
+            _check_outside(path, config)
             lock, replaced = _start_over(path, lock)
             made = (path,)
         elif not made:  # a folder with other files
@@ -238,15 +249,31 @@ def open_run(config: Config, resume: bool = False, *, prompts: str = "") -> RunF
     return RunFolder(path=path, checkpoint=checkpoint, keep_last=keep_last, lock=lock, made=made, replaced=replaced)
 
 
-def load_latest(path: Path) -> Checkpoint | None:
+def _check_outside(run_dir: Path, config: Config) -> None:
+    """Raise ConfigError where the run would move its own input away."""
+    inputs = {"--from-rollouts": config.rollout.recorded, "data.path": config.data.path, "eval.data": config.eval.data}
+    inputs |= {"student.path": config.student.path, "teacher.path": config.teacher.path}
+    inputs |= {f"teachers.{name}.path": teacher.path for name, teacher in config.teachers.items()}
+    for key, name in inputs.items():
+        path = Path(name).expanduser()
+        if name and path.exists() and path.resolve().is_relative_to(run_dir.resolve()):
+            raise ConfigError(
+                f"{key}={name} lies in run.dir={run_dir}, which run.overwrite=true would move away; give another "
+                "run.dir"
+            )
+
+
+def load_latest(path: Path, *, resumes: bool = False) -> Checkpoint | None:
     """Return the checkpoint to resume from (None: step 0), and cut the history back to it. Raises ConfigError where all
-    are damaged."""
+    are damaged and, where a command `resumes`, where the history lacks rows."""
     checkpoint = latest(path)
     if checkpoint is None and _numbered(path / "checkpoints"):
         raise ConfigError(
             f"{path}/checkpoints holds no checkpoint that can be read (see the messages above); bring one back, or "
             "start anew with run.overwrite=true and without --resume"
         )
+    if checkpoint is not None and resumes:
+        check_history(path, checkpoint.step, checkpoint.state.extra.get("history", {}))
     if checkpoint is not None:
         _point_to(
             checkpoint

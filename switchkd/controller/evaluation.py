@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from typing import Any
 
 from switchkd.config.schema import EvalConfig, TrainConfig
 from switchkd.controller.checkpoint import TrainState
@@ -149,6 +150,18 @@ def stats(rows: Sequence[EvalRow], metrics: Iterable[str], prompts: Sequence[Pro
     `loss` (nats) is the student's cross-entropy on the references.
     """
     scored = [row for row in rows if row.seed != GREEDY]
+    terms = {name: (scored if name in _OF_TEXTS else rows, *pair) for name, pair in _terms(prompts).items()}
+    names = ["length", *(name for metric in metrics for name in (metric, f"{metric}_greedy"))]
+    scores = {name: _over_seeds(*terms[name]) for name in names if name in terms}
+    return {name: stat for name, stat in scores.items() if stat.num_seeds}
+
+
+_OF_TEXTS = ("length", "rouge_l", "exact_match")
+"""Scores of the completions at `eval.temperature`; the others are sums over tokens."""
+
+
+def _terms(prompts: Sequence[Prompt]) -> dict[str, tuple[Value, Value]]:
+    """By score: a row's numerator and denominator."""
 
     def rouge(row: EvalRow) -> float:
         prompt = prompts[row.index]
@@ -158,19 +171,34 @@ def stats(rows: Sequence[EvalRow], metrics: Iterable[str], prompts: Sequence[Pro
         prompt = prompts[row.index]
         return 100.0 * exact_match(row.text, prompt.answer or prompt.reference)
 
-    terms: dict[str, tuple[Sequence[EvalRow], Value, Value]] = {
-        "length": (scored, lambda row: row.num_tokens, lambda row: 1),
-        "rouge_l": (scored, rouge, lambda row: 1),
-        "exact_match": (scored, match, lambda row: 1),
-        "agreement": (rows, lambda row: row.reference_agree, lambda row: row.reference_tokens),
-        "agreement_greedy": (rows, lambda row: row.greedy_agree, lambda row: row.greedy_tokens),
-        "kl": (rows, lambda row: row.reference_kl, lambda row: row.reference_tokens),
-        "kl_greedy": (rows, lambda row: row.greedy_kl, lambda row: row.greedy_tokens),
-        "loss": (rows, lambda row: row.reference_loss, lambda row: row.loss_tokens),
+    return {
+        "length": (lambda row: row.num_tokens, lambda row: 1),
+        "rouge_l": (rouge, lambda row: 1),
+        "exact_match": (match, lambda row: 1),
+        "agreement": (lambda row: row.reference_agree, lambda row: row.reference_tokens),
+        "agreement_greedy": (lambda row: row.greedy_agree, lambda row: row.greedy_tokens),
+        "kl": (lambda row: row.reference_kl, lambda row: row.reference_tokens),
+        "kl_greedy": (lambda row: row.greedy_kl, lambda row: row.greedy_tokens),
+        "loss": (lambda row: row.reference_loss, lambda row: row.loss_tokens),
     }
-    names = ["length", *(name for metric in metrics for name in (metric, f"{metric}_greedy"))]
-    scores = {name: _over_seeds(*terms[name]) for name in names if name in terms}
-    return {name: stat for name, stat in scores.items() if stat.num_seeds}
+
+
+def text_rows(rows: Sequence[EvalRow], metrics: Iterable[str], prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    """What was scored, a row for each seed and prompt: its texts, and each score that is known of this row.
+
+    `seed` is null for the greedy completion that is compared with the teacher, and where only the reference is read.
+    """
+    terms = _terms(prompts)
+    names = ["length", *(name for metric in metrics for name in (metric, f"{metric}_greedy") if name in terms)]
+    written = []
+    for row in rows:
+        greedy, prompt = row.seed == GREEDY, prompts[row.index]
+        known = [name for name in names if not (greedy and name in _OF_TEXTS)]
+        scores = {name: terms[name][0](row) / num for name in known if (num := terms[name][1](row))}
+        texts = {"prompt": prompt.text, "reference": prompt.reference, "completion": row.text}
+        seed = None if greedy else row.seed
+        written.append({"index": row.index, "prompt_id": row.prompt_id, "seed": seed, **texts, **scores})
+    return written
 
 
 def _over_seeds(rows: Sequence[EvalRow], total: Value, weight: Value) -> Stat:

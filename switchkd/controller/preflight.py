@@ -16,13 +16,14 @@ from typing import Any
 from safetensors import SafetensorError
 
 from switchkd.algo import switching, topk_losses
-from switchkd.config.errors import ConfigError, one_line
+from switchkd.config.errors import ConfigError
 from switchkd.config.loader import read_yaml
 from switchkd.config.resources import role_of
 from switchkd.config.schema import Config, ModelConfig, StageConfig, TeacherConfig
 from switchkd.config.teacher_backend import check_backend
 from switchkd.controller.evaluation import WITH_TEACHER
 from switchkd.controller.resume import check_format
+from switchkd.controller.trial import check_stage
 from switchkd.data.atomic_files import CONFIG, TEACHER_OUTPUT
 from switchkd.data.prompts import PromptSet, answer_end, eval_data, layer_texts, load_prompts
 from switchkd.data.recorded import HEADS, load_heads
@@ -43,8 +44,6 @@ from switchkd.engines.models.loading import (
 )
 from switchkd.engines.models.resolve import reads_teacher, resolve_models, without_pruning
 from switchkd.engines.models.sources import check_model_folder
-from switchkd.learner.build import build_loss
-from switchkd.rollout.rules import build_rule
 
 _JOB_VARIABLES = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_ID")
 
@@ -168,57 +167,6 @@ def _check_run_dir(config: Config) -> None:
         raise ConfigError(f"run.dir={config.run.dir} is a file; give a folder")
 
 
-def check_stage(stage: StageConfig) -> None:
-    """Build and call rule and loss, then check combinations that train on nothing. Raises ConfigError."""
-    for kind, name, attempt in (("rule", stage.rule.type, _try_rule), ("loss", stage.loss.type, _try_loss)):
-        try:
-            attempt(stage)
-        except ConfigError:
-            raise
-        except Exception as error:
-            if ":" not in name and not isinstance(error, ValueError):
-                raise  # a bug of this package, not of the user
-            raise ConfigError(f"{kind} {name}: {type(error).__name__}: {one_line(error)}") from None
-    if stage.loss.type == "cross_entropy" and stage.mix.rollout > 0 and stage.rule.type == "student":
-        raise ConfigError(
-            "loss cross_entropy on tokens that the student wrote itself teaches it nothing; take a distillation loss, "
-            "or mix.dataset or mix.teacher instead of mix.rollout"
-        )
-    if stage.loss.lm_coef > 0 and stage.mix.dataset == 0:
-        raise ConfigError(f"loss.lm_coef={stage.loss.lm_coef:g} counts on data-set tokens, but mix.dataset is 0")
-
-
-def _try_rule(stage: StageConfig) -> None:
-    """Call the threshold once, on three rows of different tokens and steps: each row has a threshold of its own."""
-    import torch
-
-    rule, num = build_rule(stage), 3
-    if not rule.student_only:
-        threshold = rule.threshold(torch.arange(num), torch.arange(num), switching.init_memory(rule, num))
-        _check_shape(f"rule {stage.rule.type}: threshold", threshold, num)
-
-
-def _check_shape(what: str, values: Any, num: int) -> None:
-    shape = list(values.shape) if hasattr(values, "shape") else type(values).__name__
-    if shape != [num]:
-        raise ConfigError(f"{what} returned {shape} for {num} tokens; return one value a token, [{num}]")
-
-
-def _try_loss(stage: StageConfig) -> None:
-    """Call the loss once: losses check their parameters, and a user's loss its shapes, when they are called."""
-    import torch
-
-    loss = build_loss(stage)
-    num, vocab = 3, 64
-    logits = torch.linspace(-1, 1, num * vocab).view(num, vocab)
-    mask = torch.ones(num, dtype=torch.bool)
-    hard = {} if loss.hard_frac is None else {"hard": mask}
-    values = loss.per_token(logits, logits.flip(1), torch.arange(num), mask, **hard, **loss.numbers)
-    _check_shape(f"loss {stage.loss.type}", values, num)
-    if loss.hard_frac is not None and not 0 <= loss.hard_frac <= 1:
-        raise ConfigError(f"loss {stage.loss.type}: hard_frac is {loss.hard_frac}: give a share from 0 to 1")
-
-
 def _check_data(config: Config) -> None:
     if not config.data.path:
         raise ConfigError("data.path is empty; name a JSONL or parquet file, or a data set of the hub")
@@ -312,12 +260,16 @@ def with_recorded_settings(config: Config) -> Config:
         check_format(raw, f"--from-rollouts: {stored.parent}", remedy)
     kinds: set[str] = set()
     age = config.replay.max_staleness
-    for step, path in find_shards(Path(config.rollout.recorded)):
+    num_rollouts, shards = 0, find_shards(Path(config.rollout.recorded))
+    for step, path in shards:
         try:  # files of another run
-            kinds |= {record["teacher_output"]["kind"] for record in read_records(path) if record["teacher_output"]}
+            records = read_records(path)
+            num_rollouts += len(records)
+            kinds |= {record["teacher_output"]["kind"] for record in records if record["teacher_output"]}
             age = max(age, step - int(read_column(path, "weight_versions").min(initial=step)))
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ConfigError(f"--from-rollouts: {path} cannot be read ({error}); record it again") from None
+    _check_recorded(config, [step for step, _ in shards], num_rollouts)
     if not kinds and any(stage.needs_teacher for stage in config.train.stages):
         raise ConfigError(
             f"--from-rollouts {config.rollout.recorded}: its rollouts carry no teacher output, but the loss needs one; "
@@ -326,6 +278,22 @@ def with_recorded_settings(config: Config) -> Config:
     teacher = config.teacher.model_copy(update={"output": min(kinds)} if kinds else {})
     replay = config.replay.model_copy(update={"max_staleness": age})
     return config.model_copy(update={"teacher": teacher, "replay": replay})
+
+
+def _check_recorded(config: Config, steps: list[int], num_rollouts: int) -> None:
+    """Raise ConfigError where recorded steps are missing, or rollouts would be trained on twice unasked."""
+    what = f"--from-rollouts {config.rollout.recorded}"
+    if missing := sorted(set(range(steps[0], steps[-1])) - set(steps)):
+        raise ConfigError(
+            f"{what}: its {TEACHER_OUTPUT}/ has no file of step {missing[0]} ({len(missing)} missing between steps "
+            f"{steps[0]} and {steps[-1]}); bring it back, or record the run again"
+        )
+    needed = sum(stage.steps * stage.batch_size for stage in config.train.stages)
+    if num_rollouts < needed and not config.rollout.repeat_recorded:
+        raise ConfigError(
+            f"{what}: it has {num_rollouts} rollouts, {config.num_steps} steps need {needed}; lower train.num_steps or "
+            "the stages' steps, or set rollout.repeat_recorded=true to begin with the first again"
+        )
 
 
 def check_vocab(config: Config, vocab_size: int) -> None:

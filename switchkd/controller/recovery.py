@@ -17,7 +17,7 @@ from switchkd.controller.checkpoint import Checkpoint, RunFolder, TrainState, la
 from switchkd.controller.dispatcher import TaskDispatcher
 from switchkd.controller.metrics import MetricsLog
 from switchkd.controller.watchdog import Stalled
-from switchkd.data.atomic_files import replace_dir, write_text_atomic
+from switchkd.data.atomic_files import HISTORY, replace_dir, write_text_atomic
 from switchkd.engines.models.origin import CARD
 from switchkd.types import StateLost
 
@@ -89,6 +89,8 @@ class Recovery:
             return state
         self.log.now(learner=f"saves checkpoint {state.step}")
         extra = self.dispatcher.state_dict()
+        history = [path for name in HISTORY if (path := self.folder.path / name).is_file()]
+        extra["history"] = {path.name: path.stat().st_size for path in history}
         if self.schedule.adaptive:
             extra["adaptive"] = self.schedule.adaptive.state_dict()
         retry(

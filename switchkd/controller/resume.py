@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ MAY_CHANGE = (
 """Keys that a resume may change: they set where, how fast or how long, not the result. The steps of the last stage may
 also grow."""
 
+REPLACED = "bring it back, or start a new run in another run.dir"
 RESUME_REMEDY = "resume with the version that wrote it, or start a new run in another run.dir"
 
 
@@ -97,9 +99,11 @@ def with_stored_date(config: Config) -> Config:
 
 def check_same(run_dir: Path, config: Config, prompts: str) -> None:
     """Raise ConfigError where a config differs from the stored one in keys that may not change, or the digest of the
-    prompts from the stored one."""
+    prompts from the stored one, or where a run that has begun lacks either."""
     _check_keys(run_dir, config)
     path = run_dir / PROMPTS
+    if not path.exists():
+        _check_not_begun(run_dir, PROMPTS)
     if path.exists() and path.read_text().strip() != prompts:
         raise ConfigError(
             f"--resume of {run_dir}: prompts or references have other token ids than at the run's start; bring back "
@@ -110,7 +114,7 @@ def check_same(run_dir: Path, config: Config, prompts: str) -> None:
 def _check_keys(run_dir: Path, config: Config) -> None:
     path = run_dir / CONFIG
     if not path.exists():
-        return
+        return _check_not_begun(run_dir, CONFIG)
     stored = _stored(path)
     old, new = dict(flatten_keys(stored)), dict(flatten_keys(yaml.safe_load(redact(dump_yaml(config)))))
     fixed = ("eval.every",) if config.replay.policy == "adaptive" else ()  # phi follows evaluations
@@ -129,6 +133,37 @@ def _check_keys(run_dir: Path, config: Config) -> None:
         )
 
 
+def _check_not_begun(run_dir: Path, missing: str) -> None:
+    """Raise ConfigError where a folder without the file `missing` has checkpoints or rows: any may be of other
+    settings."""
+    begun = [path for path in (*(run_dir / name for name in HISTORY), *run_dir.glob("checkpoints/step-*"))
+             if path.exists() and path.stat().st_size]  # fmt: skip
+    if begun:
+        raise ConfigError(
+            f"--resume of {run_dir}: {missing} is missing, but {begun[0].relative_to(run_dir)} is there: the run may "
+            f"have had other settings; {REPLACED}"
+        )
+
+
+def check_history(run_dir: Path, step: int, sizes: Mapping[str, int]) -> None:
+    """Raise ConfigError where a file has fewer bytes of rows of steps before `step` than when that checkpoint was saved
+    (`sizes`, by name). A file that is gone altogether is not missed."""
+    for name, size in sizes.items():
+        if not (run_dir / name).is_file():
+            continue
+        with (run_dir / name).open("rb") as lines:
+            num_bytes = sum(len(line) for line in lines if _keep_row(line, partial(_is_before, step=step)))
+        if num_bytes < size:
+            raise ConfigError(
+                f"--resume of {run_dir}: {name} lacks {size - num_bytes} of the {size} bytes that it had at checkpoint "
+                f"{step}: rows are missing or damaged; bring it back, or move it away to go on without its rows"
+            )
+
+
+def _is_before(row: dict[str, Any], step: int | None) -> bool:
+    return step is not None and isinstance(row.get("step"), int) and row["step"] < step
+
+
 def truncate_history(run_dir: Path, step: int | None, quarantined: Collection[int] = ()) -> dict[str, int]:
     """Cut metrics.jsonl and rollouts.jsonl to rows of steps before `step` (None: all rows), and quarantined.jsonl to
     the rollouts in `quarantined`. Returns the number of cut lines by file.
@@ -137,13 +172,10 @@ def truncate_history(run_dir: Path, step: int | None, quarantined: Collection[in
     steps (`rollout.save_teacher_output`) are moved there too.
     """
 
-    def before(row: dict[str, Any]) -> bool:
-        return step is not None and isinstance(row.get("step"), int) and row["step"] < step
-
     def known(row: dict[str, Any]) -> bool:
         return row.get("rollout_id") in quarantined
 
-    rules = {**dict.fromkeys(HISTORY, before), QUARANTINED: known}
+    rules: dict[str, KeepRow] = {**dict.fromkeys(HISTORY, partial(_is_before, step=step)), QUARANTINED: known}
     cut = {name: _cut_file(run_dir / name, stays) for name, stays in rules.items() if (run_dir / name).exists()}
     moved = _cut_shards(run_dir, step)
     return {**cut, TEACHER_OUTPUT: moved} if moved else cut
@@ -162,12 +194,16 @@ def _cut_shards(run_dir: Path, step: int | None) -> int:
 
 def _stored(path: Path) -> dict[str, Any]:
     """The stored config, with defaults for keys that it lacks."""
-    raw = read_yaml(path, "config file", "configs/quickstart.yaml")
+    try:
+        raw = read_yaml(path, "config file", "configs/quickstart.yaml")
+    except ConfigError:
+        raise ConfigError(f"--resume of {path.parent}: its {CONFIG} cannot be read; {REPLACED}") from None
     check_format(raw, f"--resume: {path.parent}", RESUME_REMEDY)
     try:
         return resolved(parse(raw))
     except ConfigError as error:
-        raise ConfigError(f"{path} cannot be read by this version of switchkd: {error}") from None
+        what = f"--resume of {path.parent}: its {CONFIG} is not one that a run of this version of switchkd wrote"
+        raise ConfigError(f"{what} ({error}); {REPLACED}") from None
 
 
 def flatten_keys(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:

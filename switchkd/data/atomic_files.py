@@ -13,7 +13,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,11 @@ HISTORY = (METRICS, ROLLOUTS)
 QUARANTINED = "quarantined.jsonl"
 TEACHER_OUTPUT = "teacher_output"
 """Folder of `rollout.save_teacher_output`: a file per step, `step-00000012.safetensors`, and the teachers' LM heads."""
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder has a file of a run, whatever its state."""
+    return any((folder / name).exists() for name in (CONFIG, "checkpoints", *HISTORY))
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -128,6 +133,11 @@ def json_safe(obj: Any) -> Any:
     if isinstance(obj, float) and not math.isfinite(obj):
         return None
     return obj
+
+
+def json_lines(rows: Iterable[dict[str, Any]]) -> str:
+    """One line of strict JSON per row."""
+    return "".join(json.dumps(json_safe(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
 def redact(text: str) -> str:

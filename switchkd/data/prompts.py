@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,9 @@ def load_prompts(
     """
     _check_template(data, tokenizer)
     rows = [_Row.read(record, data, need_references, teachers) for record in read_records(data)]
+    if data.escape_special:
+        names = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        rows = [_escaped(row, tokenizer, names) for row in rows]
     texts = [_templated(row, data, tokenizer) for row in rows]
     prompt_ids = _tokenize(tokenizer, texts, whole=not _writes_start(data, tokenizer))
     reference_ids = _tokenize(tokenizer, [row.reference for row in rows], whole=False)
@@ -192,6 +195,29 @@ class _Row:
             answer=self.answer,
             teacher=self.teacher,
         )
+
+
+def _escaped(row: _Row, tokenizer: Any, names: dict[int, str]) -> _Row:
+    """The row with a zero-width space inside each special token (`names` by id) that its prompt spells. Other texts
+    stay as they are, and so do their token ids: tokenizing user text apart from the template would change merges where
+    they meet. Raises ConfigError where the tokenizer drops the space."""
+    special = names.keys() - {tokenizer.unk_token_id}  # the space itself may be unknown
+    spelled = re.compile("|".join(map(re.escape, sorted(names.values(), key=len, reverse=True))) or r"(?!)")
+
+    def escape(text: str) -> str:
+        if not spelled.search(text):
+            return text
+        escaped = spelled.sub(lambda match: f"{match[0][0]}\u200b{match[0][1:]}", text)
+        if not special.isdisjoint(tokenizer(escaped, add_special_tokens=False)["input_ids"]):
+            raise ConfigError(
+                f"{row.where}: data.escape_special cannot break the special tokens in {text[:60]!r}: the tokenizer "
+                "drops zero-width spaces; remove them from the data"
+            )
+        return escaped
+
+    first, second = row.parts
+    messages = tuple({**message, "content": escape(message["content"])} for message in row.messages)
+    return replace(row, messages=messages, parts=(escape(first), escape(second)))
 
 
 def _teacher(record: Record, field: str, teachers: Sequence[str]) -> str:

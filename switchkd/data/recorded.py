@@ -2,7 +2,7 @@
 
 In: `<run>/teacher_output/`: a shard per optimizer step (tokens, their sources, the teacher's output) and the teachers'
 LM heads. Out: the heads, and a replay with the methods of `replay.Replay`. The rollouts are in the order in which they
-were trained on, and repeat when they run out.
+were trained on, and repeat when they run out (`rollout.repeat_recorded`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from switchkd.config.errors import ConfigError
+from switchkd.config.errors import ConfigError, one_line
 from switchkd.config.schema import Config
 from switchkd.data.atomic_files import TEACHER_OUTPUT, write_atomic
 from switchkd.data.replay import EMPTY, Replay
@@ -53,19 +53,22 @@ def save_heads(path: Path, heads: dict[str, LMHeadState]) -> None:
 
 
 def load_heads(path: Path) -> dict[str, LMHeadState]:
-    """Read the LM heads by teacher. Raises ConfigError where the file is missing."""
+    """Read the LM heads by teacher. Raises ConfigError where the file is missing or damaged."""
     from switchkd.engines.models.lm_head import LMHeadState
 
     if not path.is_file():
         raise ConfigError(f"--from-rollouts: {path} is missing, without it hidden states cannot be read; record again")
-    with safe_open(path, framework="numpy") as file:
-        records = json.loads(file.metadata()["heads"])
-        return {
-            fields.pop("name"): LMHeadState(
-                weight=file.get_tensor(f"{i}.weight"), bias=file.get_tensor(f"{i}.bias"), **fields
-            )
-            for i, fields in records.items()
-        }
+    try:  # a file of another run
+        with safe_open(path, framework="numpy") as file:
+            records = json.loads(file.metadata()["heads"])
+            return {
+                fields.pop("name"): LMHeadState(
+                    weight=file.get_tensor(f"{i}.weight"), bias=file.get_tensor(f"{i}.bias"), **fields
+                )
+                for i, fields in records.items()
+            }
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"--from-rollouts: {path} cannot be read ({one_line(error)}); record again") from None
 
 
 class RecordedRollouts(Replay):

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from switchkd.config.errors import ConfigError
-from switchkd.data.atomic_files import TEACHER_OUTPUT, append_whole, json_safe, write_atomic
+from switchkd.data.atomic_files import TEACHER_OUTPUT, append_whole, json_lines, json_safe, write_atomic
 from switchkd.types import CompletionSource, Ragged, Rollout, RolloutStats, TeacherOutput, TokenSource, TopLogprobs
 
 FORMAT = {"format": "switchkd-rollouts", "version": "1"}
@@ -94,6 +94,7 @@ def rollout_to_row(
         **{name: getattr(rollout, name) for name in PLAIN_FIELDS},
         "origin": CompletionSource(rollout.completion_source).name.lower(),
         "prompt": prompt_text,
+        "prompt_token_ids": rollout.prompt_ids,
         "completion": decode(rollout.token_ids.tolist()),
         "segments": [
             {"source": TokenSource(source).name.lower(), "num_tokens": num, "text": text}
@@ -113,12 +114,17 @@ def rollout_to_row(
     return json_safe(row)
 
 
+def rollout_lines(rollouts: Iterable[Rollout], decode: Callable[[Sequence[int]], str], step: int | None = None) -> str:
+    """The lines of a rollouts.jsonl, which `switchkd rollout --out` writes too: one per rollout."""
+    rows = (rollout_to_row(rollout, decode(rollout.prompt_ids.tolist()), decode, step) for rollout in rollouts)
+    return json_lines(rows)
+
+
 def append_rows(
     path: Path, rollouts: Sequence[Rollout], decode: Callable[[Sequence[int]], str], step: int | None = None
 ) -> None:
     """Append a line per rollout to a rollouts.jsonl. Raises OSError, and then appends none."""
-    rows = [rollout_to_row(rollout, decode(rollout.prompt_ids.tolist()), decode, step) for rollout in rollouts]
-    append_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    append_whole(path, rollout_lines(rollouts, decode, step))
 
 
 def _candidates_row(top: TopLogprobs, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
@@ -275,7 +281,8 @@ def rollout_features() -> Any:
         {
             "step": integer, "rollout_id": integer, "batch": integer, "stage": integer, "prompt_id": text,
             "finish_reason": text, "approximate": flag, "teacher": text, "origin": text, "prompt": text,
-            "completion": text, "segments": List({"source": text, "num_tokens": integer, "text": text}),
+            "prompt_token_ids": List(integer), "completion": text,
+            "segments": List({"source": text, "num_tokens": integer, "text": text}),
             "num_tokens": integer, "teacher_frac": number, "token_ids": List(integer), "pieces": List(text),
             "statistic": List(number), "threshold": List(number), "uncertainty": List(number),
             "versions": List(List(integer)), "candidates": {"teacher": side, "student": side}, "stats": stats,

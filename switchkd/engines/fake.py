@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 from zlib import crc32
 
 import numpy as np
@@ -76,7 +76,8 @@ class FakeTokenizer:
     """UTF-8 bytes as token ids, as far as `data` asks a tokenizer."""
 
     eos_token_id = END
-    bos_token = chat_template = None
+    bos_token = chat_template = unk_token_id = None
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
     def __len__(self) -> int:
         return END + 1

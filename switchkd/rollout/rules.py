@@ -14,16 +14,18 @@ from switchkd.algo.sampling import SamplingParams
 from switchkd.algo.switching import Rule
 from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config, SamplingConfig, StageConfig
-from switchkd.config.user_code import call_constructor, given_params, load_user_function
+from switchkd.config.user_code import call_constructor, given_params, load_user_function, place_of_function
 from switchkd.rollout.state import RolloutParams, StageParams
 from switchkd.types import CompletionSource
 
 
 def build_rule(stage: StageConfig) -> Rule:
     """The stage's switching rule. Raises ConfigError naming the parameter that it refuses."""
-    rule = call_constructor(_rule_constructor(stage.rule.type), f"rule {stage.rule.type}", _rule_params(stage))
+    constructor, what = _rule_constructor(stage.rule.type), f"rule {stage.rule.type}"
+    rule = call_constructor(constructor, what, _rule_params(stage))
     if not isinstance(rule, Rule):
-        raise ConfigError(f"rule {stage.rule.type!r} returned {type(rule).__name__}; return a switchkd Rule")
+        place = place_of_function(constructor)
+        raise ConfigError(f"{what}: {place}returned {type(rule).__name__}; return a switchkd Rule")
     schedule = stage.rule.step_schedule
     if schedule is None:
         return rule

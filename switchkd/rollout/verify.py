@@ -258,7 +258,7 @@ class _Window:
         p_logits, q_logits = self._p, self._q
         if block.top_rows is not None and q_logits is not None:
             p_logits, q_logits = _coarse_rows(rule, block.top_rows(r, first + k).to(q_logits.device), q_logits)
-        inputs = {"drafted": torch.from_numpy(drafted), "coins": torch.from_numpy(coins)}
+        inputs = {"drafted": torch.from_numpy(drafted) if rule.needs_draft else None, "coins": torch.from_numpy(coins)}
         self.values = torch.full((3, *live.shape), torch.nan, dtype=torch.float64)
         self.values[:, r, k] = _values(rule, p_logits=p_logits, q_logits=q_logits, **inputs).cpu()
 

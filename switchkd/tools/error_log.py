@@ -5,6 +5,8 @@ In: a run folder and the block that may fail. Out: `logs/error-TIME.txt`, and a 
 
 from __future__ import annotations
 
+import errno
+import shutil
 import sys
 import time
 import traceback
@@ -33,6 +35,18 @@ def traceback_into(run_dir: str) -> Iterator[None]:
         if "--debug" in sys.argv or not folder.is_dir():
             raise
         path = folder / "logs" / f"error-{time.strftime('%Y%m%d-%H%M%S')}.txt"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(redact(traceback.format_exc()), encoding="utf-8")
-        raise Failed(f"{redact(with_type(error))} (traceback in {path})") from None
+        where = f" (traceback in {path})"
+        try:  # the disk, which may be what failed
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(redact(traceback.format_exc()), encoding="utf-8")
+        except OSError:
+            where = " (--debug shows where)"
+        raise Failed(f"{redact(with_type(error))}{_no_room(error, folder)}{where}") from None
+
+
+def _no_room(error: Exception, folder: Path) -> str:
+    """What to do about a disk without room: an error of a write names no file."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ""
+    free = shutil.disk_usage(folder).free
+    return f": {folder} has {free:,} bytes free; make room, and --resume goes on from the last checkpoint"

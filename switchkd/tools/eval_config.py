@@ -32,9 +32,13 @@ def eval_config(
     """Return the config; without a teacher (option or config) with the metrics that need none. Raises ConfigError."""
     folder = Path(model).expanduser()
     is_run = (folder / "config.yaml").is_file() and not (folder / "config.json").is_file()
+    if folder.is_dir() and not is_run and not (folder / "config.json").is_file():
+        raise ConfigError(f"{model} is neither a model's folder (config.json) nor a run's (config.yaml)")
     file = config or (folder / "config.yaml" if is_run else None)
     # an evaluation selects nothing: the config of a run that did may be tested on the test split
     base = load(file, [*overrides, "eval.allow_test_selection=true"]) if file else _minimal(model, overrides)
+    if is_run and base.is_fake:
+        raise ConfigError(f"{model} is a run of fake models: its student writes no text; evaluate a run of real ones")
     compared = bool(teacher) or (file is not None and any(stage.needs_teacher for stage in base.train.stages))
     raw = resolved(base)
     raw["student"] |= {"path": str(find_student(folder) if is_run else model), "prune": None}

@@ -13,13 +13,13 @@ from typing import Any
 
 import yaml
 
-from switchkd.config.errors import ConfigError, first_line
+from switchkd.config.errors import ConfigError, first_line, one_line
 from switchkd.config.loader import parse
 from switchkd.config.schema import FORMAT
 from switchkd.controller.metrics import read_rows
 from switchkd.controller.model_card import model_card
 from switchkd.controller.resume import written_format
-from switchkd.data.atomic_files import CONFIG, METRICS, write_text_atomic
+from switchkd.data.atomic_files import CONFIG, METRICS, holds_run, write_text_atomic
 from switchkd.engines.models.origin import CARD
 from switchkd.engines.models.sources import new_folder
 
@@ -40,10 +40,15 @@ def export_run(run_dir: Path, *, step: int | None = None, out: Path | None = Non
         raise ConfigError(f"--push {push} needs a token; set HF_TOKEN in the environment")
     if out is not None:
         out = out.expanduser()
+        if out.resolve().is_relative_to(run_dir.resolve()):
+            raise ConfigError(f"--out {out} lies in the run folder {run_dir}; choose a folder outside of it")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"--out {out} exists and is not empty; remove it or choose another folder")
-        with new_folder(out) as partial:  # renamed when it is whole
-            shutil.copytree(folder, partial, dirs_exist_ok=True)
+        try:  # the disk
+            with new_folder(out) as partial:  # renamed when it is whole
+                shutil.copytree(folder, partial, dirs_exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--out {out} cannot be written ({one_line(error)}); choose another folder") from None
         folder = out
         if config is not None and step is not None:
             _add_card(folder, run_dir, config, step)
@@ -64,9 +69,12 @@ def _stored_config(run_dir: Path) -> dict[str, Any] | None:
 def find_student(run_dir: Path) -> Path:
     """Return `student/` of a run folder. Raises ConfigError."""
     if not run_dir.is_dir():
-        raise ConfigError(f"run folder {run_dir} does not exist")
+        state = "is a file" if run_dir.exists() else "does not exist"
+        raise ConfigError(f"run folder {run_dir} {state}; give the run.dir of a run")
     folder = run_dir / "student"
     if not (folder / "config.json").is_file():
+        if not holds_run(run_dir):
+            raise ConfigError(f"{run_dir} holds no run; give the run.dir of a run")
         steps = _steps(run_dir)
         hint = f"take --step {max(steps)}" if steps else "train it to the end, or resume it"
         raise ConfigError(f"run folder {run_dir} has no student yet; {hint}")

@@ -8,16 +8,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from functools import partial
+from pathlib import Path
 
 from switchkd.config.errors import ConfigError
 from switchkd.config.loader import dump_yaml
 from switchkd.config.schema import Config
 from switchkd.controller import local
 from switchkd.controller.build import build_evaluator, build_schedule
-from switchkd.controller.evaluation import aggregate
+from switchkd.controller.evaluation import aggregate, text_rows
 from switchkd.controller.preflight import PreparedRun, prepare
-from switchkd.data.atomic_files import json_safe
+from switchkd.data.atomic_files import json_lines, json_safe, write_text_atomic
 from switchkd.rollout.build import make_worker
 from switchkd.rollout.worker import RolloutWorker
 from switchkd.types import EvalRow, Prompt, Rollout
@@ -43,9 +43,14 @@ def stage_index(config: Config, name: str | None) -> int:
     return names.index(name)
 
 
-def evaluate(config: Config) -> dict[str, float]:
-    """Score the config's student on `eval.data`, by metric."""
+def evaluate(config: Config, out: Path | None = None) -> dict[str, float]:
+    """Score the config's student on `eval.data`, by metric, and write each row's texts and scores to `out`. Raises
+    ConfigError."""
+    if out is not None and (out.is_dir() or not out.resolve().parent.is_dir()):
+        raise ConfigError(f"--out {out} is a folder, or its folder does not exist; give a file such as texts.jsonl")
     rows, prompts = evaluate_rows(config)
+    if out is not None:
+        write_text_atomic(out, json_lines(text_rows(rows, config.eval.metrics, prompts)))
     scores = aggregate(rows, config.eval.metrics, prompts)
     return {**{name.removeprefix("eval/"): value for name, value in scores.items()}, "num_prompts": len(prompts)}
 
@@ -73,8 +78,7 @@ def sample_rollouts(config: Config, num: int, stage: int) -> tuple[list[tuple[Pr
     `decode` too."""
     rollout = config.rollout.model_copy(update={"recorded": ""})
     ready = prepare(config.model_copy(update={"rollout": rollout}))
-    decode = partial(ready.tokenizer.decode, skip_special_tokens=True)
-    return first_rollouts(ready, _local_worker(ready), num, stage), decode
+    return first_rollouts(ready, _local_worker(ready), num, stage), ready.tokenizer.decode
 
 
 def first_rollouts(ready: PreparedRun, worker: RolloutWorker, num: int, stage: int) -> list[tuple[Prompt, Rollout]]:

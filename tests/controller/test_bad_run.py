@@ -19,7 +19,8 @@ from switchkd.algo.losses import forward_kl
 
 def loss(p_logits, q_logits, labels, mask, *, spoil=0.0):
     kl = forward_kl(p_logits, q_logits, labels, mask)
-    return kl * float("nan") if spoil and "MENDED" not in os.environ else kl
+    trial = q_logits.shape[1] > 1000  # before the start
+    return kl * float("nan") if spoil and not trial and "MENDED" not in os.environ else kl
 """
 NUMBERS = {
     "weight_version", "loss/grad_norm", "loss/skipped", "rollout/len_mean", "rollout/eos_frac", "rollout/repeat_frac",

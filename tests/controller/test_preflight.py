@@ -215,6 +215,7 @@ class TestRulesAndLosses:
             message = rf"loss {kind}: unknown parameter '{key}' \(value .*\); it takes {takes}$"
             refused(message, check, config({**stage, "loss": {"type": kind, key: values[key]}}))
 
+    AT = r"own_functions\.py:\d+: "
     OWN = """
         import torch
         from switchkd.algo.switching import Rule, student
@@ -250,11 +251,23 @@ class TestRulesAndLosses:
             ({"rule": {"type": "no_such_file:x"}}, r"no module 'no_such_file'"),
             ({"rule": {"type": "own_functions:x"}}, r"own_functions\.py has no 'x'"),
             ({"rule": {"type": "own_functions:number"}}, r"is a int, not a function"),
-            ({"rule": {"type": "own_functions:no_rule"}}, r"returned int"),
-            ({"rule": {"type": "own_functions:old_rule"}}, r"own_functions:old_rule: RuntimeError: .*ambiguous"),
-            ({"rule": {"type": "own_functions:scalar_rule"}}, r"threshold returned float for 3 tokens; return one "),
-            ({"rule": {"type": "own_functions:sulks"}}, r"own_functions:sulks: RuntimeError: no thanks"),
-            ({"rule": {"type": "own_broken:f"}}, r"own_broken:f: SyntaxError"),
+            (
+                {"rule": {"type": "own_functions:no_rule"}},
+                r"own_functions:no_rule: own_functions\.py:\d+: returned int",
+            ),
+            (
+                {"rule": {"type": "own_functions:old_rule"}},
+                rf"own_functions:old_rule: {AT}RuntimeError: .*ambiguous",
+            ),
+            (
+                {"rule": {"type": "own_functions:scalar_rule"}},
+                rf"threshold: {AT}returned float for 3 tokens; return",
+            ),
+            (
+                {"rule": {"type": "own_functions:sulks"}},
+                rf"own_functions:sulks: {AT}RuntimeError: no thanks",
+            ),
+            ({"rule": {"type": "own_broken:f"}}, r"own_broken:f: own_broken\.py:1: SyntaxError: invalid syntax"),
             ({"loss": {"type": "own_functions:good_loss", "params": {"v": 2}}}, r"unknown parameter 'v' .* it takes w"),
             ({"loss": {"type": "own_functions:scalar_loss"}}, r"returned \[\] for 3 tokens; return one value a token"),
             ({"loss": {"type": "own_functions:nope"}}, r"own_functions\.py has no 'nope'"),

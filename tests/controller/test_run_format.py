@@ -81,7 +81,8 @@ def test_a_run_stores_its_format(tmp_path):
 def test_resume_refuses_another_format(place, stored):
     """--resume of another format is refused in one line with the remedy, and the folder stays unchanged."""
     if stored == "state":
-        (place / "run" / "config.yaml").unlink()
+        (place / "run" / "config.yaml").write_text(yaml.safe_dump(resolved(parse(CONFIG))))
+        (place / "run" / "prompts.sha256").write_text("\n")
     before = tree(place)
     remedy = r"resume with the version that wrote it, or start a new run in another run\.dir"
     with pytest.raises(ConfigError, match=rf"^--resume: \S+ was written in format 1 and .* reads format 3; {remedy}$"):

@@ -49,6 +49,49 @@ def test_the_last_assistant_message_is_the_reference(tmp_path, tokenizer):
     assert (prompt.text, prompt.reference) == ("c", "d")
 
 
+SPELLED = "a<eos>b <assistant>no <user>"
+
+
+@pytest.mark.parametrize(
+    ("data", "before", "after"),
+    [
+        ({}, "<user>", "<assistant>"),
+        ({"template": "<user>Q:{prompt}<assistant>"}, "<user>Q:", "<assistant>"),
+        ({"messages_field": "chat", "system": "the <unk>"}, "<system>the <unk><user>", "<assistant>"),
+    ],
+)
+def test_special_tokens_in_a_prompt_are_escaped(tmp_path, tokenizer, data, before, after):
+    """With `escape_special` no special token of a prompt's text is real, the template's own are, and a prompt without
+    any keeps its token ids; without it they are real."""
+    rows = [
+        {"prompt": text, "chat": [{"role": "user", "content": text}], "reference": "yes"}
+        for text in (SPELLED, "an in<user text>")
+    ]
+    path = jsonl(tmp_path, *rows)
+    real, escaped = (load(path, tokenizer, escape_special=on, **data).prompts for on in (False, True))
+    assert real[1].token_ids.tolist() == escaped[1].token_ids.tolist()
+    frame = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, after)]
+    ids = escaped[0].token_ids.tolist()
+    assert ids[: len(frame[0])] == frame[0] and ids[-len(frame[1]) :] == frame[1]
+    inside = ids[len(frame[0]) : -len(frame[1])]
+    special = set(tokenizer.all_special_ids) | {3, 4}
+    assert special.isdisjoint(set(inside) - {tokenizer.unk_token_id}), tokenizer.convert_ids_to_tokens(inside)
+    assert EOS in real[0].token_ids and len(real[0].token_ids) < len(ids)
+    assert escaped[0].text.replace("\u200b", "") == real[0].text == SPELLED
+
+
+def test_special_tokens_that_cannot_be_escaped_are_refused(tmp_path, tokenizer):
+    """A tokenizer that drops zero-width spaces is refused where a prompt spells a special token."""
+    from tokenizers import AddedToken, normalizers
+
+    dropping = tiny_tokenizer()
+    dropping.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    dropping.add_special_tokens({"additional_special_tokens": [AddedToken("<over>", special=True, normalized=True)]})
+    path = jsonl(tmp_path, {"prompt": "it is <over>"})
+    with pytest.raises(ConfigError, match=r"data.jsonl:1: data.escape_special cannot break"):
+        load(path, dropping, escape_special=True)
+
+
 def chat_row(*texts: str, **fields: object) -> dict:
     """A row of a conversation whose roles alternate, the user's first."""
     return {"m": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)], **fields}

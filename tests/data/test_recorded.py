@@ -221,7 +221,7 @@ def test_a_resume_moves_later_records_to_lost(online, tmp_path):
 def test_recorded_rollouts_serve_other_losses_and_longer_runs(online, here, tmp_path):
     """Recorded rollouts serve another loss and batch size, and start again when they run out."""
     only = [{"name": "only", "steps": 7, "batch_size": 8, "loss": {"type": "reverse_kl"}}]
-    offline = {"recorded": str(online)}
+    offline = {"recorded": str(online), "repeat_recorded": True}
     train(config(here, only, name="again.yaml", run={"dir": str(tmp_path / "run")}, rollout=offline))
     ids = [row["token_ids"] for row in lines(tmp_path / "run" / "rollouts.jsonl")]
     assert len(ids) == 56 and ids[:16] == ids[40:]

@@ -173,10 +173,11 @@ def test_two_runs_share_a_page(run, copy, tmp_path, monkeypatch, capsys):
 # --- damaged runs ----------------------------------------------------------------------------------------------------
 
 
-def test_an_empty_folder_has_a_page(tmp_path):
-    """The page of an empty folder says that it is empty."""
+def test_a_run_that_has_just_begun_has_a_page(tmp_path):
+    """The page of a run without steps says so."""
+    (tmp_path / "config.yaml").touch()
     page = Page(write_report([tmp_path]))
-    assert "holds nothing of a run yet" in page.text and page.data["runs"][0]["steps"] == {}
+    assert "there is nothing to draw over time" in page.text and page.data["runs"][0]["steps"] == {}
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "rollouts.jsonl", "summary.json"])

@@ -274,8 +274,10 @@ def test_two_runs_share_charts(open_page, run, copy, tmp_path):  # noqa: F811
 
 def test_an_empty_run_has_a_page(open_page, tmp_path):
     """The page of an empty run works without errors."""
+    (tmp_path / "config.yaml").touch()
     tab = open_page(write_report([tmp_path]))
-    assert "holds nothing of a run yet" in tab.text("#runs") and "No rollouts were recorded" in tab.text(".list")
+    assert "there is nothing to draw over time" in tab.text("#runs")
+    assert "No rollouts were recorded" in tab.text(".list")
     assert tab.clean()
 
 

@@ -52,9 +52,6 @@ class RunData:
 def read_run(path: Path, name: str, max_rollouts: int) -> RunData:
     """Read the folder; `missing` names what cannot be read. No content of the folder raises an error."""
     run = RunData(path=path, name=name)
-    if not any((path / file).exists() for file in (CONFIG, METRICS, ROLLOUTS, SUMMARY)):
-        run.missing.append("this folder holds nothing of a run yet")
-        return run
     _read_config(run)
     _read_metrics(run)
     _read_rollouts(run, max_rollouts)

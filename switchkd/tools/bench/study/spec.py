@@ -122,7 +122,7 @@ def read_study(path: Path) -> Study:
 
 def _check_configs(study: Study, path: Path) -> None:
     """Parse every run's config and build its rule and loss before anything is trained."""
-    from switchkd.controller.preflight import check_stage
+    from switchkd.controller.trial import check_stage
 
     runs = {f"methods.{name}": overrides for name, overrides in study.methods.items()}
     runs |= {f"test_sets.{name}": overrides for name, overrides in study.test_sets.items()}
