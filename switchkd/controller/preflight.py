@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 
 from switchkd.algo import switching, topk_losses
 from switchkd.config.errors import ConfigError, one_line
-from switchkd.config.loader import read_yaml
 from switchkd.config.resources import role_of
 from switchkd.config.schema import Config, ModelConfig, StageConfig, TeacherConfig
 from switchkd.config.teacher_backend import check_backend
+from switchkd.config.yaml_file import read_yaml
 from switchkd.controller.evaluation import WITH_TEACHER
 from switchkd.controller.resume import check_format
 from switchkd.data.atomic_files import CONFIG, TEACHER_OUTPUT
