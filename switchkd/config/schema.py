@@ -223,6 +223,8 @@ class RuleConfig(Section):
     """AdaSwitch's K."""
     divergence: Literal["kl", "reverse_kl", "jsd"] | None = None
     warm_up: Literal["full_window", "available"] | None = None
+    min_divergence: NonNegativeFloat | None = None
+    """AdaSwitch switches above this divergence only (1e-6 nats): where the models agree, the window is rounding."""
     top_k: PositiveInt | None = None
     """SKD's K: a drafted id outside the teacher's first K is replaced."""
     prob: Frac | None = None
