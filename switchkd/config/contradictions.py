@@ -10,7 +10,7 @@ from typing import Any
 
 from switchkd.config.errors import ConfigError
 from switchkd.config.explain import unknown_value
-from switchkd.config.schema import AdaptiveScheduleConfig, Config, ModelConfig
+from switchkd.config.schema import AdaptiveScheduleConfig, Config, ModelConfig, ResourcesConfig, StageConfig
 
 
 def check_across(config: Config) -> None:
@@ -34,8 +34,10 @@ def check_across(config: Config) -> None:
             raise ConfigError(
                 f"{key}={stage.batch_size} is above replay.capacity={config.replay.capacity}; raise the capacity"
             )
+        _check_rule(config, i, stage)
     _check_teachers(config)
     _check_adaptive(config)
+    _check_devices(config)
     _check_fakes(config)
     models: list[tuple[str, ModelConfig]] = [("student", config.student), ("teacher", config.teacher)]
     models += [(f"teachers.{name}", teacher) for name, teacher in config.teachers.items()]
@@ -53,7 +55,49 @@ def check_across(config: Config) -> None:
         raise ConfigError("train.early_stop needs train.select_by; name a metric such as rouge_l")
     if metric and metric not in config.eval.metrics:
         raise ConfigError(unknown_value("train.select_by", metric, config.eval.metrics, "one of eval.metrics"))
+    if config.train.early_stop and not config.eval.every:
+        raise ConfigError(
+            f"train.early_stop={config.train.early_stop} counts evaluations, but eval.every=0 has none within a stage; "
+            "set eval.every"
+        )
+    if config.eval.every and not config.eval.data:
+        raise ConfigError(f"eval.every={config.eval.every} needs eval.data; name a file, or set eval.every: 0")
     _check_test_selection(config)
+
+
+def _check_rule(config: Config, index: int, stage: StageConfig) -> None:
+    """Refuse keys of SWITCH's rule of which one would be ignored."""
+    rule, shared = stage.rule, config.rollout.rule
+    if rule.decay is not None and rule.half_life is not None:
+        key = stage_key(shared.decay, rule.decay, "rollout.rule.decay", index, "rule.decay")
+        raise ConfigError(
+            f"{key}={rule.decay:g} and half_life={rule.half_life:g} both set the threshold's fall; set one to null"
+        )
+    for name in ("decay", "half_life"):
+        if (value := getattr(rule, name)) is not None and rule.schedule in ("constant", "linear"):
+            key = stage_key(getattr(shared, name), value, f"rollout.rule.{name}", index, f"rule.{name}")
+            raise ConfigError(f"{key}={value:g} is not for schedule {rule.schedule}; remove it, or take exponential")
+
+
+def _check_devices(config: Config) -> None:
+    """Refuse a CUDA device for an actor to which Ray gives no GPU: it sees none."""
+    if config.run.mode == "inprocess" or config.is_fake:
+        return
+    roles: list[tuple[str, ModelConfig, ResourcesConfig]] = []
+    if not config.rollout.recorded:
+        roles.append(("student", config.student, config.resources.rollout))
+    for name in config.teacher_names:
+        alone = config.of_teacher(name)
+        if not alone.teacher.attach and alone.teacher.backend != "vllm":
+            roles.append((f"teachers.{name}" if name else "teacher", alone.teacher, alone.resources.teacher))
+    roles.append(("student", config.student, config.resources.learner))
+    keys = ["rollout", *(role for role, *_ in roles if role != "student"), "learner"][-len(roles) :]
+    for key, (role, model, resources) in zip(keys, roles, strict=True):
+        if model.device.startswith("cuda") and resources.num_gpus == 0:
+            raise ConfigError(
+                f"{role}.device={model.device}, but resources.{key}.num_gpus is 0: Ray shows its process no GPU; give "
+                f"it a share (0.5) or more, or set {role}.device: auto"
+            )
 
 
 def _check_test_selection(config: Config) -> None:

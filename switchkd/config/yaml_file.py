@@ -72,7 +72,9 @@ def read_yaml(path: Path, what: str, example: str) -> dict[str, Any]:
         raise ConfigError(f"{what} {path} is not UTF-8 ({one_line(error)}); save it in that encoding") from None
     except RecursionError:
         raise ConfigError(f"{what} {path} cannot be read as YAML: it is nested too deeply") from None
-    except (yaml.YAMLError, OSError, ValueError) as error:
+    except OSError as error:
+        raise ConfigError(f"{what} {path} cannot be read: {error.strerror}; give a path such as {example}") from None
+    except (yaml.YAMLError, ValueError) as error:
         tab = "; indent with spaces" if "'\\t'" in str(error) else ""
         raise ConfigError(f"{what} {path} cannot be read as YAML: {one_line(error)}{tab}") from None
     if not isinstance(raw, dict):
