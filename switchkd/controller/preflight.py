@@ -42,7 +42,9 @@ from switchkd.engines.models.loading import (
     stop_ids,
 )
 from switchkd.engines.models.resolve import reads_teacher, resolve_models, without_pruning
+from switchkd.engines.models.shape import check_adapters
 from switchkd.engines.models.sources import check_model_folder
+from switchkd.learner import deepspeed
 from switchkd.learner.build import build_loss
 from switchkd.rollout.rules import build_rule
 
@@ -141,6 +143,9 @@ def check(config: Config) -> None:
         _check_data(config)
     if config.is_fake:  # no path is read
         return
+    _check_devices(config)
+    if config.learner.deepspeed:
+        deepspeed.check_keys(config.learner)
     for name in config.teacher_names or ("",) * reads_teacher(config):
         _check_teacher_folder(config.of_teacher(name).teacher, role_of(name))
     if config.student.prune is None and config.student.path != "demo":
@@ -155,6 +160,23 @@ def _check_teacher_folder(teacher: TeacherConfig, role: str) -> None:
 def _check_folder(section: ModelConfig, key: str) -> None:
     check_model_folder(section.path, key)
     check_tensors(section, key)
+
+
+def _check_devices(config: Config) -> None:
+    """Without Ray, all devices are those that this process sees."""
+    if config.run.mode != "inprocess":
+        return
+    import torch
+
+    models: dict[str, ModelConfig] = {"student": config.student}
+    models |= {role_of(name): config.of_teacher(name).teacher for name in config.teacher_names}
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for role, model in models.items():
+        kind, _, number = model.device.partition(":")
+        if kind == "cuda" and int(number or 0) >= seen:
+            raise ConfigError(
+                f"{role}.device={model.device}: there is no such GPU, torch sees {seen} here; set {role}.device: auto"
+            )
 
 
 def _check_run_dir(config: Config) -> None:
@@ -262,6 +284,8 @@ def check_models(config: Config) -> tuple[Any, frozenset[int]]:
         model = read_config(section, f"{role}.path")
         _check_model(config, model, section, role)
         ends |= stop_ids(model, student)
+    if lora := config.learner.lora:
+        check_adapters(config.student, "student.path", lora)
     return student, ends
 
 
