@@ -161,6 +161,24 @@ def _complete_stage(config: Config, index: int, stage: StageConfig) -> StageConf
     return stage.model_copy(update={"rule": rule, "name": stage.name or f"stage-{index + 1}"})
 
 
+def sampling_notes(config: Config) -> list[str]:
+    """One line for each model whose temperature is given and whose top-p comes from a rule's paper."""
+    notes = []
+    for role, model in (("student", config.student), ("teacher", config.teacher)):
+        for stage in config.train.stages:
+            paper = SAMPLING_OF_RULE.get(stage.rule.type, {}).get(role)
+            sampling: SamplingConfig = getattr(stage.rule, role)
+            if paper is None or sampling.temperature in (0.0, paper[0]) or sampling.top_p != paper[1]:
+                continue
+            if stage.mix.rollout and model.top_p is None:
+                notes.append(
+                    f"{role}: sampled at temperature {sampling.temperature:g} and, as in the paper of rule "
+                    f"{stage.rule.type}, top-p {paper[1]:g}; {role}.top_p=1 turns that off"
+                )
+                break
+    return notes
+
+
 def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
 

@@ -256,6 +256,8 @@ class _Asked(dict[str, Any]):
 def check_keys(learner: LearnerConfig) -> None:
     """Raise ConfigError for keys and values of `learner.deepspeed` that DeepSpeed does not take. It ignores unknown
     keys at the top level: known are those that it looks for."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else its import prints a warning
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
     from deepspeed.utils.logging import logger
     from pydantic import ValidationError
