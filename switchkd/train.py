@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any
 
 from switchkd.config import resources
+from switchkd.config.loader import sampling_notes
 from switchkd.config.schema import Config
 from switchkd.controller import local
 from switchkd.controller.build import build_evaluator, build_schedule
@@ -312,6 +313,8 @@ def train(config: Config, *, resume: bool = False) -> Summary:
     log.info(f"data: {config.rollout.recorded or ready.prompts.report()}")
     if ready.eval_prompts and ready.eval_prompts.num_skipped:
         log.info(f"evaluation: {ready.eval_prompts.report()}")
+    for note in sampling_notes(config):
+        log.info(note)
     if warning := slow_bfloat16(config):
         log.info(f"warning: {warning}")
     _check_capacity(config, log)

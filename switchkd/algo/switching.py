@@ -36,6 +36,7 @@ _DIVERGENCES = {"kl": divergence.forward_kl, "reverse_kl": divergence.reverse_kl
 _SCHEDULES = ("exponential", "linear", "constant", "exponential_growth")
 _WARM_UPS = ("full_window", "available")
 SKD_TOP_K = 25
+MIN_DIVERGENCE = 1e-6  # nats: where both rows agree to the last bits of float32, a divergence is about 1e-8
 
 
 def no_update(memory: Tensor, statistic: Tensor, threshold: Tensor) -> Tensor:
@@ -179,9 +180,18 @@ def _tau(
 # --- AdaSwitch -------------------------------------------------------------------------------------------------------
 
 
-def kl_spike(*, K: float = 3.0, L: int = 10, divergence: str = "kl", warm_up: str = "full_window") -> Rule:
+def kl_spike(
+    *,
+    K: float = 3.0,
+    L: int = 10,
+    divergence: str = "kl",
+    warm_up: str = "full_window",
+    min_divergence: float = MIN_DIVERGENCE,
+) -> Rule:
     """AdaSwitch (Peng et al., arXiv 2510.07842): one permanent switch where D(p, q) > K mean(last L values of D).
 
+    A D of at most `min_divergence` (nats) is no spike: a window in which the models agree holds rounding errors only,
+    and a multiple of them says nothing. The paper has no such limit (0 turns it off).
     The teacher writes the token at the spike and all later ones. There is no switch before L values are known, or one
     value with warm_up `available`. Memory: the last L values, oldest first, their number, and the switched flag. After
     the switch the threshold is -inf and the memory constant, so the statistic may be any number but NaN.
@@ -192,12 +202,13 @@ def kl_spike(*, K: float = 3.0, L: int = 10, divergence: str = "kl", warm_up: st
         raise ValueError(f"L is {L}: give a window of at least 1 token; the paper uses 10")
     if divergence not in _DIVERGENCES:
         raise ValueError(f"divergence is {divergence!r}: choose one of {', '.join(_DIVERGENCES)}")
+    _check_at_least("min_divergence", min_divergence, 0)
     if warm_up not in _WARM_UPS:
         raise ValueError(f"warm_up is {warm_up!r}: choose one of {', '.join(_WARM_UPS)}")
     return Rule(
         name="kl_spike",
         statistic=partial(_divergence, name=divergence),
-        threshold=partial(_spike, K=K, num_needed=L if warm_up == "full_window" else 1),
+        threshold=partial(_spike, K=K, num_needed=L if warm_up == "full_window" else 1, floor=min_divergence),
         update=_remember,
         memory_size=L + 2,
         teacher_only=lambda memory: memory[:, -1].bool(),
@@ -208,9 +219,9 @@ def _divergence(*, p_logits: Tensor, q_logits: Tensor, drafted: None, coins: Ten
     return divergence.per_row(_DIVERGENCES[name], p_logits, q_logits)
 
 
-def _spike(t: Tensor, step: Tensor, memory: Tensor, *, K: float, num_needed: int) -> Tensor:
+def _spike(t: Tensor, step: Tensor, memory: Tensor, *, K: float, num_needed: int, floor: float) -> Tensor:
     values, known, switched = memory[:, :-2], memory[:, -2], memory[:, -1].bool()
-    limit = K * values.sum(dim=-1) / known.clamp(min=1)  # unknown values are zero
+    limit = (K * values.sum(dim=-1) / known.clamp(min=1)).clamp(min=floor)  # unknown values are zero
     return limit.masked_fill(known < num_needed, math.inf).masked_fill(switched, -math.inf)
 
 

@@ -14,20 +14,41 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
     Tag,
     field_validator,
     model_validator,
 )
 
+from switchkd.config.kinds import (
+    Arguments,
+    Beta,
+    Budget,
+    Device,
+    File,
+    Folder,
+    Frac,
+    Int,
+    Name,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveFrac,
+    PositiveInt,
+    PositiveSeconds,
+    Seconds,
+    Seed,
+    Temperature,
+    Text,
+    is_number,
+    no_repeats,
+    placeholders,
+)
+
 FORMAT = 3
 """The format of configs and run folders. It grows when the results of a seed, or the meaning of a file, change."""
-Frac = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Scheduler = Literal["constant", "linear", "cosine"]
+Metric = Literal["rouge_l", "exact_match", "agreement", "kl", "loss"]
 Switch = Annotated[
     Literal["auto", "on", "off"],
     BeforeValidator(lambda value: {True: "on", False: "off"}[value] if isinstance(value, bool) else value),
@@ -60,31 +81,31 @@ class ReplicaRange(Section):
 
 
 Count = Annotated[
-    Annotated[PositiveInt, Tag("<number>")] | Annotated[ReplicaRange, Tag("<span>")],
-    Discriminator(lambda value: "<span>" if isinstance(value, dict | ReplicaRange) else "<number>"),
+    Annotated[PositiveInt, Tag("<one>")] | Annotated[ReplicaRange, Tag("<several>")],
+    Discriminator(lambda value: "<several>" if isinstance(value, dict | ReplicaRange) else "<one>"),
 ]
 """A number of processes, or `{min: 1, max: 4}`."""
 
 
 class RunConfig(Section):
-    dir: str
+    dir: Folder
     """The run's folder. Relative to the working directory; absolute (on shared storage) for submitted jobs."""
     mode: Literal["ray", "inprocess"] = "ray"
     """`ray` joins the cluster of a job or of `cluster.address`, else starts one here; `inprocess` uses no Ray."""
     overwrite: bool = False
     """Rename a folder that holds another run, and begin a new run."""
-    watchdog_s: PositiveFloat = 1800.0
+    watchdog_s: PositiveSeconds = 1800.0
     """A run without progress for so long names the actor it waits for, saves, and ends. An actor has 5 min to start."""
     max_restarts: NonNegativeInt = 8
     """How often a run goes back to one checkpoint after losing a learner rank or the replay, before it ends."""
 
 
 class ModelConfig(Section):
-    path: str = "demo"
+    path: Folder = "demo"
     """A folder, a hub name, or `demo` (SmolLM2-135M-Instruct, see `switchkd fetch-demo`)."""
-    revision: str | None = None
+    revision: Name | None = None
     dtype: Dtype = "float32"
-    device: str = "auto"
+    device: Device = "auto"
     """`auto` (a GPU when the process sees one), `cpu`, `cuda`, `cuda:1`."""
     attn: Literal["sdpa", "eager"] = "sdpa"
     graphs: Switch = "auto"
@@ -92,9 +113,9 @@ class ModelConfig(Section):
     prepack: Switch = "auto"
     """On a CPU: keep a second copy of the weights, in its matrix unit's order. `auto`: models up to 4 GB."""
     trust_remote_code: bool = False
-    temperature: float | None = Field(None, ge=0)
+    temperature: Temperature | None = None
     """Sampling temperature; 0 is greedy. Null takes that of the rule's paper (else 1)."""
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: PositiveFrac | None = None
     top_k: NonNegativeInt | None = None
 
 
@@ -102,7 +123,7 @@ class TeacherConfig(ModelConfig):
     backend: Literal["hf", "vllm", "fake"] = "hf"
     """`hf` runs any causal transformers model; `vllm`, a separate install (see `actors/README.md`), is for large ones;
     `fake` (with `student.backend` and `learner.backend`) loads no model: for trying a cluster."""
-    engine: dict[str, Any] = {}
+    engine: Arguments = {}
     """With `vllm`: its engine arguments, passed on unchanged (`tensor_parallel_size`, `quantization`, ...)."""
     output: Literal["hidden_states", "logits", "top_logprobs"] = "hidden_states"
     """The rows that it sends, one per position: its hidden state, all logits, or its most likely ids with the mass and
@@ -112,18 +133,18 @@ class TeacherConfig(ModelConfig):
     """With `top_logprobs`: the number of ids."""
     replicas: Count = 1
     """A number, or `{min: 1, max: 4}`: one is added while calls wait, one is drained while the others suffice."""
-    attach: str = ""
+    attach: Text = ""
     """Use the running teacher of this name (`switchkd serve-teacher`). `path` must name the same model."""
     max_sessions: PositiveInt = 64
-    lease_s: PositiveFloat = 600.0
+    lease_s: PositiveSeconds = 600.0
     """A session that is unused for this time is closed."""
-    device_map: str | None = None
+    device_map: Name | None = None
 
 
 class DepthPruneConfig(Section):
     """Prune the teacher by depth to the student, once, before training (see `switchkd init-student`)."""
 
-    layers: tuple[NonNegativeInt, ...] | None = None
+    layers: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None = None
     num_layers: PositiveInt | None = None
     """Keep so many layers, chosen as `by` says. Give this or `layers`."""
     by: Literal["importance", "block", "even"] = "importance"
@@ -143,24 +164,24 @@ class StudentConfig(ModelConfig):
 
 
 class DataConfig(Section):
-    path: str = ""
+    path: File = ""
     """JSONL or parquet (relative to the config file), a hub name (`name:subset`), or `hf://datasets/owner/name/file`."""
-    split: str = "train"
+    split: Name = "train"
     """The split of a hub name. Any kind can be sliced: `train[500:]`, `train[:500]`."""
-    prompt_field: str = "prompt"
-    input_field: str | None = None
+    prompt_field: Name = "prompt"
+    input_field: Text | None = None
     """A second field of the prompt (a context, an input); its text follows after a blank line."""
-    reference_field: str = "reference"
+    reference_field: Name = "reference"
     """A text, or a list of texts, of which the first is trained on."""
-    teacher_field: str = "teacher"
+    teacher_field: Name = "teacher"
     """With `teachers`: the field that names a prompt's teacher."""
-    messages_field: str | None = None
+    messages_field: Text | None = None
     """A field of chat messages. The assistant's message at the end is the reference; without it all are the prompt."""
-    template: str | None = None
-    """A text with {prompt}; by default the tokenizer's chat template, else the bare prompt."""
-    template_with_input: str | None = None
+    template: Annotated[Text, placeholders("{prompt}")] | None = None
+    """A text with {prompt}, and {{ }} for braces; by default the tokenizer's chat template, else the bare prompt."""
+    template_with_input: Annotated[Text, placeholders("{prompt}", "{input}")] | None = None
     """Instead of `template` where `input_field` holds text: a text with {prompt} and {input}."""
-    system: str | None = None
+    system: Text | None = None
     escape_special: bool = False
     """Break special tokens that a prompt's text spells, such as `<|im_end|>`, with a zero-width space after their first
     character, so that only the template's own are real. False: they become real ones, as in `apply_chat_template`."""
@@ -176,45 +197,47 @@ class DataConfig(Section):
 
 
 class SamplingConfig(Section):
-    temperature: float | None = Field(None, ge=0)
-    top_p: float | None = Field(None, gt=0, le=1)
+    temperature: Temperature | None = None
+    top_p: PositiveFrac | None = None
     top_k: NonNegativeInt | None = None
 
 
 class StepScheduleConfig(Section):
     """Multiply the rule's threshold over the stage's steps, from `start` to `end`."""
 
-    start: float = 1.0
-    end: float = 1.0
+    start: NonNegativeFloat = 1.0
+    end: NonNegativeFloat = 1.0
 
 
 class RuleConfig(Section):
     """Who writes the next token (`algo/switching.py`). Null: the rule's default; keys of other rules are errors."""
 
-    type: str = "jsd_threshold"
+    type: Name = "jsd_threshold"
     """A name, or `my_file:my_rule` from the working directory: your own code, which runs with your rights."""
-    tau0: float | None = None
-    decay: float | None = None
-    half_life: float | None = None
+    tau0: NonNegativeFloat | None = None
+    decay: NonNegativeFloat | None = None
+    half_life: PositiveFloat | None = None
     """In tokens; instead of `decay`."""
-    schedule: str | None = None
-    log_base: float | None = None
-    window: int | None = None
+    schedule: Literal["exponential", "linear", "constant", "exponential_growth"] | None = None
+    log_base: PositiveFloat | None = None
+    window: PositiveInt | None = None
     """AdaSwitch's L."""
-    factor: float | None = None
+    factor: PositiveFloat | None = None
     """AdaSwitch's K."""
-    divergence: str | None = None
-    warm_up: str | None = None
-    top_k: int | None = None
+    divergence: Literal["kl", "reverse_kl", "jsd"] | None = None
+    warm_up: Literal["full_window", "available"] | None = None
+    min_divergence: NonNegativeFloat | None = None
+    """AdaSwitch switches above this divergence only (1e-6 nats): where the models agree, the window is rounding."""
+    top_k: PositiveInt | None = None
     """SKD's K: a drafted id outside the teacher's first K is replaced."""
-    prob: float | None = None
+    prob: Frac | None = None
     """The teacher's share under `random` and `mixture`."""
     params: dict[str, Any] = {}
     """Parameters of a rule of your own (`my_file:my_rule`); an error for others."""
     student: SamplingConfig = SamplingConfig()
     """Sampling in this stage; null takes `student.temperature` and so on."""
     teacher: SamplingConfig = SamplingConfig()
-    teacher_budget: float | int | None = None
+    teacher_budget: Budget | None = None
     """Largest number of teacher tokens: a float is a share of max_new_tokens, an int a number of tokens."""
     step_schedule: StepScheduleConfig | None = None
 
@@ -222,19 +245,19 @@ class RuleConfig(Section):
 class LossConfig(Section):
     """The loss (`algo/losses.py`). Null takes the loss's own default."""
 
-    type: str = "forward_kl"
+    type: Name = "forward_kl"
     """A name, or `my_file:my_loss` from the working directory: your own code, which runs with your rights."""
-    alpha: float | None = None
+    alpha: Frac | None = None
     """The mixing weight of the skewed losses."""
-    beta: float | None = None
+    beta: Frac | None = None
     """The teacher's share in `jsd`."""
-    hard_frac: float | None = None
-    lam: float | None = None
+    hard_frac: Frac | None = None
+    lam: Frac | None = None
     """ATKD's lambda."""
     direction: Literal["forward", "reverse"] | None = None
     params: dict[str, Any] = {}
     """Parameters of a loss of your own (`my_file:my_loss`); an error for others."""
-    lm_coef: float = Field(0.0, ge=0)
+    lm_coef: NonNegativeFloat = 0.0
     """Weight of the cross-entropy on data-set tokens that is added."""
     approximate: bool = False
     """With `teacher.output: top_logprobs`: take this loss although its error from the tail has no bound."""
@@ -243,9 +266,9 @@ class LossConfig(Section):
 class MixConfig(Section):
     """Shares of the sources of completions; they are normalised."""
 
-    rollout: float = Field(0.0, ge=0)
-    dataset: float = Field(0.0, ge=0)
-    teacher: float = Field(0.0, ge=0)
+    rollout: NonNegativeFloat = 0.0
+    dataset: NonNegativeFloat = 0.0
+    teacher: NonNegativeFloat = 0.0
     drawn: Literal["per_rollout", "per_batch"] = "per_rollout"
 
     @model_validator(mode="after")
@@ -269,7 +292,7 @@ class HorizonConfig(Section):
 class StageConfig(Section):
     """A part of the run. Missing keys are taken from `rollout`, `learner` and `train` (see `loader.py`)."""
 
-    name: str = ""
+    name: Text = ""
     steps: NonNegativeInt
     batch_size: PositiveInt = 8
     mix: MixConfig = MixConfig(rollout=1.0)
@@ -296,23 +319,30 @@ class TrainConfig(Section):
     stages: tuple[StageConfig, ...] = ()
     checkpoint_every: NonNegativeInt = 50
     """Steps; 0 = at the end only."""
-    select_by: str | None = None
+    select_by: Name | None = None
     """A metric of `eval`: `student/` is then the best student of the last evaluated stage, `student-last/` the last."""
     early_stop: PositiveInt | None = None
     """End the last stage where `select_by` did not improve in so many evaluations. An earlier stage runs to its end."""
+
+
+Modules = Annotated[
+    Annotated[Name, Tag("<one>")] | Annotated[tuple[Name, ...], Field(min_length=1), no_repeats, Tag("<several>")],
+    Discriminator(lambda value: "<several>" if isinstance(value, list | tuple) else "<one>"),
+]
 
 
 class LoraConfig(Section):
     r: PositiveInt = 16
     alpha: PositiveFloat = 32.0
     dropout: Frac = 0.0
-    target_modules: str | tuple[str, ...] = "all-linear"
+    target_modules: Modules = "all-linear"
+    """`all-linear`, a list of names' ends, or a regular expression for whole names."""
 
 
 class LearnerConfig(Section):
     backend: Literal["deepspeed", "fake"] = "deepspeed"
     num_ranks: PositiveInt = 1
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Annotated[Literal[0, 1, 2, 3], is_number] = 1
     lr: PositiveFloat = 1e-5
     scheduler: Scheduler = "cosine"
     warmup_steps: NonNegativeInt = 0
@@ -324,14 +354,14 @@ class LearnerConfig(Section):
     micro_batch_tokens: PositiveInt = 8192
     """Tokens (prompts and padding included) that one rank reads at the same time; at least one sequence."""
     gradient_checkpointing: bool = False
-    grad_clip: float = Field(1.0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip: NonNegativeFloat = 1.0
+    weight_decay: NonNegativeFloat = 0.0
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     chunk_tokens: PositiveInt = 256
     """Positions whose logits exist at the same time."""
-    deepspeed: dict[str, Any] = {}
+    deepspeed: Arguments = {}
     """Keys of DeepSpeed's config, which override those that switchkd sets."""
-    timeout_s: PositiveFloat = 600.0
+    timeout_s: PositiveSeconds = 600.0
 
 
 class RolloutConfig(Section):
@@ -357,7 +387,7 @@ class RolloutConfig(Section):
     """Number of each model's most likely tokens in rollouts.jsonl, for each token, for `switchkd report`."""
     save_teacher_output: bool = False
     """Keep trained rollouts with the teacher's output in `teacher_output/`, for `train --from-rollouts`."""
-    recorded: str = ""
+    recorded: File = ""
     """A run folder with `teacher_output/`: train on its rollouts, without a teacher and rollout workers."""
     repeat_recorded: bool = False
     """Begin with the first recorded rollout again where the steps need more than there are. False: that is an error."""
@@ -369,7 +399,7 @@ class AdaptiveScheduleConfig(Section):
     start: Frac = 0.0
     step: Frac = 0.1
     """The share rises by this after an evaluation ..."""
-    margin: float = Field(0.1, ge=0)
+    margin: NonNegativeFloat = 0.1
     """... whose `eval/loss` (nats a token) was, by this much, ..."""
     rises: Literal["worse", "no_better"] = "worse"
     """... `worse`: above that of the last rise (at first, that of the start), as in the authors' code; or `no_better`:
@@ -385,22 +415,22 @@ class ReplayConfig(Section):
     """`fifo`: each step its own; `first_finished`: the first to finish; `adaptive` (DistiLLM): the validation loss sets
     the share of steps on the student's completions, new or from a buffer, in place of the fractions of `mix`."""
     adaptive: AdaptiveScheduleConfig = AdaptiveScheduleConfig()
-    lease_s: PositiveFloat = 3600.0
+    lease_s: PositiveSeconds = 3600.0
 
 
 class EvalConfig(Section):
-    data: str = ""
-    split: str = "validation"
+    data: File = ""
+    split: Name = "validation"
     """The split of a hub name, or rows of any kind, as in `data.split`."""
     allow_test_selection: bool = False
     """Let `train.select_by` and `replay.policy: adaptive` read the split `test` of a hub name (biases its scores)."""
     every: NonNegativeInt = 0
     """Steps between evaluations during training; 0 = at stage boundaries only."""
-    metrics: tuple[Literal["rouge_l", "exact_match", "agreement", "kl", "loss"], ...] = ("rouge_l", "agreement", "kl")
+    metrics: Annotated[tuple[Metric, ...], Field(min_length=1), no_repeats] = ("rouge_l", "agreement", "kl")
     """`loss`: cross-entropy of the references, nats a token."""
     num_prompts: PositiveInt = 200
-    seeds: tuple[int, ...] = (0,)
-    temperature: float = Field(1.0, ge=0)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1), no_repeats] = (0,)
+    temperature: Temperature = 1.0
     """Sampling of the scored completions; agreement and KL are also measured on the greedy ones."""
     max_new_tokens: PositiveInt = 128
 
@@ -412,7 +442,7 @@ class CheckpointConfig(Section):
 class MetricsConfig(Section):
     log_every: PositiveInt = 1
     tensorboard: bool = False
-    wandb: str | None = None
+    wandb: Name | None = None
     """A W&B project."""
     prometheus: bool = True
     """On Ray: export the numbers on every node's metrics port, as `ray_switchkd_...`."""
@@ -421,19 +451,19 @@ class MetricsConfig(Section):
 class FakeConfig(Section):
     """With `backend: fake`: seconds that a process's start, a forward pass and an optimizer step take."""
 
-    start_s: NonNegativeFloat = 0.0
-    student_s: NonNegativeFloat = 0.0
-    teacher_s: NonNegativeFloat = 0.0
-    learner_s: NonNegativeFloat = 0.0
+    start_s: Seconds = 0.0
+    student_s: Seconds = 0.0
+    teacher_s: Seconds = 0.0
+    learner_s: Seconds = 0.0
     weights_mb: NonNegativeFloat = 1.0
     agreement: Frac = 0.75
     """Share of positions at which the models draw a common token."""
 
 
 class ClusterConfig(Section):
-    address: str = ""
+    address: Text = ""
     """Address of a running Ray cluster (`auto`, `host:port`). Empty: the submitted job's, else a private one here."""
-    wait_s: float = Field(0.0, ge=0)
+    wait_s: Seconds = 0.0
     """Time to wait until a cluster has the resources of the run, as it grows or other runs end."""
     object_store_gb: PositiveFloat | None = None
     """Object store of a private cluster. Null: half a gigabyte, and room for two versions of the student."""
@@ -442,13 +472,13 @@ class ClusterConfig(Section):
 class ResourcesConfig(Section):
     """Resources of each process of a role, as Ray counts them."""
 
-    num_cpus: float | None = Field(None, ge=0)
+    num_cpus: NonNegativeFloat | None = None
     """Null: 1, and on a private cluster an even share of this machine."""
-    num_gpus: float = Field(0.0, ge=0)
+    num_gpus: NonNegativeFloat = 0.0
     """All on one node: a share of one GPU (0.5), or a whole number."""
     threads: PositiveInt | None = None
     """CPU threads. Null: see `resources.py`."""
-    labels: dict[str, str] = {}
+    labels: dict[Name, Text] = {}
     """Ray node labels that every process of the role requires, such as `switchkd.io/role: teacher`."""
 
     @field_validator("num_gpus")
@@ -468,8 +498,8 @@ class RoleResourcesConfig(Section):
 
 
 class Config(Section):
-    format: int = FORMAT
-    seed: int = 0
+    format: Int = FORMAT
+    seed: Seed = 0
     run: RunConfig
     teacher: TeacherConfig = TeacherConfig()
     teachers: dict[str, TeacherConfig] = {}

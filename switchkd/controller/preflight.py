@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 
 from switchkd.algo import switching, topk_losses
 from switchkd.config.errors import ConfigError
-from switchkd.config.loader import read_yaml
 from switchkd.config.resources import role_of
 from switchkd.config.schema import Config, ModelConfig, StageConfig, TeacherConfig
 from switchkd.config.teacher_backend import check_backend
+from switchkd.config.yaml_file import read_yaml
 from switchkd.controller.evaluation import WITH_TEACHER
 from switchkd.controller.resume import check_format
 from switchkd.controller.trial import check_stage
@@ -43,7 +43,9 @@ from switchkd.engines.models.loading import (
     stop_ids,
 )
 from switchkd.engines.models.resolve import reads_teacher, resolve_models, without_pruning
+from switchkd.engines.models.shape import check_adapters
 from switchkd.engines.models.sources import check_model_folder
+from switchkd.learner import deepspeed
 
 _JOB_VARIABLES = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_ID")
 
@@ -140,6 +142,9 @@ def check(config: Config) -> None:
         _check_data(config)
     if config.is_fake:  # no path is read
         return
+    _check_devices(config)
+    if config.learner.deepspeed:
+        deepspeed.check_keys(config.learner)
     for name in config.teacher_names or ("",) * reads_teacher(config):
         _check_teacher_folder(config.of_teacher(name).teacher, role_of(name))
     if config.student.prune is None and config.student.path != "demo":
@@ -154,6 +159,23 @@ def _check_teacher_folder(teacher: TeacherConfig, role: str) -> None:
 def _check_folder(section: ModelConfig, key: str) -> None:
     check_model_folder(section.path, key)
     check_tensors(section, key)
+
+
+def _check_devices(config: Config) -> None:
+    """Without Ray, all devices are those that this process sees."""
+    if config.run.mode != "inprocess":
+        return
+    import torch
+
+    models: dict[str, ModelConfig] = {"student": config.student}
+    models |= {role_of(name): config.of_teacher(name).teacher for name in config.teacher_names}
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for role, model in models.items():
+        kind, _, number = model.device.partition(":")
+        if kind == "cuda" and int(number or 0) >= seen:
+            raise ConfigError(
+                f"{role}.device={model.device}: there is no such GPU, torch sees {seen} here; set {role}.device: auto"
+            )
 
 
 def _check_run_dir(config: Config) -> None:
@@ -205,6 +227,8 @@ def check_models(config: Config) -> tuple[Any, frozenset[int]]:
         model = read_config(section, f"{role}.path")
         _check_model(config, model, section, role)
         ends |= stop_ids(model, student)
+    if lora := config.learner.lora:
+        check_adapters(config.student, "student.path", lora)
     return student, ends
 
 

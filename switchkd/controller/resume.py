@@ -19,8 +19,9 @@ import yaml
 
 from switchkd import __version__
 from switchkd.config.errors import ConfigError
-from switchkd.config.loader import dump_yaml, parse, read_yaml, resolved
+from switchkd.config.loader import dump_yaml, parse, resolved
 from switchkd.config.schema import FORMAT, Config
+from switchkd.config.yaml_file import read_yaml
 from switchkd.data.atomic_files import (
     CONFIG,
     HISTORY,

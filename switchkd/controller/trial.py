@@ -43,6 +43,11 @@ def check_stage(stage: StageConfig) -> None:
             "loss cross_entropy on tokens that the student wrote itself teaches it nothing; take a distillation loss, "
             "or mix.dataset or mix.teacher instead of mix.rollout"
         )
+    if 0 < stage.steps < stage.warmup_steps and stage.scheduler != "constant":
+        raise ConfigError(
+            f"learner.warmup_steps={stage.warmup_steps} is above the stage's {stage.steps} steps: its learning rate "
+            "would never be reached; lower it, or train longer"
+        )
     if stage.loss.lm_coef > 0 and stage.mix.dataset == 0:
         raise ConfigError(f"loss.lm_coef={stage.loss.lm_coef:g} counts on data-set tokens, but mix.dataset is 0")
 

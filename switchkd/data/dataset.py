@@ -15,8 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from switchkd.config.contradictions import is_hub_name
 from switchkd.config.errors import ConfigError, first_line
-from switchkd.config.loader import is_hub_name
 from switchkd.config.schema import DataConfig
 
 _JSON = (".jsonl", ".json")

@@ -258,15 +258,8 @@ def _writes_start(data: DataConfig, tokenizer: Any) -> bool:
 
 
 def _check_template(data: DataConfig, tokenizer: Any) -> None:
-    if data.template is not None and "{prompt}" not in data.template:
-        raise ConfigError(f"data.template={data.template!r} does not contain {{prompt}}; put it where the prompt goes")
-    if data.template_with_input is not None:
-        if data.template is None or data.input_field is None:
-            raise ConfigError("data.template_with_input belongs to data.template and data.input_field; set all three")
-        if not all(name in data.template_with_input for name in ("{prompt}", "{input}")):
-            raise ConfigError(
-                f"data.template_with_input={data.template_with_input!r} does not contain both {{prompt}} and {{input}}"
-            )
+    if data.template_with_input is not None and (data.template is None or data.input_field is None):
+        raise ConfigError("data.template_with_input belongs to data.template and data.input_field; set all three")
     if data.messages_field and not _uses_chat(data, tokenizer):
         reason = "the tokenizer has no chat template" if data.template is None else "data.template takes bare prompts"
         raise ConfigError(
@@ -283,9 +276,8 @@ def _templated(row: _Row, data: DataConfig, tokenizer: Any) -> str:
     if data.template is not None:
         prompt, input_text = row.parts
         if data.template_with_input is None or not input_text.strip():
-            return data.template.replace("{prompt}", row.text)
-        texts = {"{prompt}": prompt, "{input}": input_text}
-        return re.sub(r"\{prompt\}|\{input\}", lambda name: texts[name[0]], data.template_with_input)
+            return data.template.format(prompt=row.text)
+        return data.template_with_input.format(prompt=prompt, input=input_text)
     if not _uses_chat(data, tokenizer):
         return row.text
     messages = list(row.messages)

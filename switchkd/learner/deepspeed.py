@@ -7,6 +7,7 @@ all its processes, start new ones with a new port and load the last checkpoint.
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
 import os
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 from switchkd.algo.noise import Purpose, noise_bits
-from switchkd.config.errors import ConfigError
+from switchkd.config.errors import ConfigError, first_line
 from switchkd.config.schema import LearnerConfig
 from switchkd.engines.models.lm_head import LMHead, LMHeadState
 from switchkd.engines.weights import pack
@@ -232,6 +233,72 @@ def _initialize(student: torch.nn.Module, learner: LearnerConfig, config: dict[s
 
     optimizer = torch.optim.AdamW(param_groups(student, learner.weight_decay), lr=0.0, betas=learner.betas, fused=True)
     return deepspeed.initialize(model=student, optimizer=optimizer, config=config, dist_init_required=False)[0]
+
+
+class _Asked(dict[str, Any]):
+    """A config that remembers which keys DeepSpeed looks for."""
+
+    keys_asked: set[Any]
+
+    def __contains__(self, key: object) -> bool:
+        self.keys_asked.add(key)
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.keys_asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.keys_asked.add(key)
+        return super().get(key, default)
+
+
+def check_keys(learner: LearnerConfig) -> None:
+    """Raise ConfigError for keys and values of `learner.deepspeed` that DeepSpeed does not take. It ignores unknown
+    keys at the top level: known are those that it looks for."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else its import prints a warning
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+    from deepspeed.utils.logging import logger
+    from pydantic import ValidationError
+
+    logger.setLevel(logging.ERROR)
+    asked = _Asked()
+    asked.keys_asked = set()
+    try:
+        asked.update(deepspeed_config(learner, 1))
+        DeepSpeedConfig(asked)
+    except ValidationError as error:
+        first, section = error.errors()[0], error.title
+        name = str(first["loc"][-1]) if first["loc"] else section
+        where = next((k for k, v in learner.deepspeed.items() if isinstance(v, dict) and name in v), section)
+        model = _config_model(section)
+        near = difflib.get_close_matches(name, model, n=1) if first["type"] == "extra_forbidden" else []
+        hint = f"did you mean {near[0]!r}?" if near else first["msg"]
+        raise ConfigError(
+            f"learner.deepspeed.{where}.{name}={first['input']!r}: DeepSpeed refuses it: {hint}"
+        ) from None
+    except (DeepSpeedConfigError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        given = ", ".join(learner.deepspeed)
+        raise ConfigError(f"learner.deepspeed ({given}): DeepSpeed refuses it: {first_line(error)}") from None
+    for name in learner.deepspeed:
+        if name not in asked.keys_asked:
+            near = difflib.get_close_matches(name, map(str, asked.keys_asked), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "see its documentation, or remove it"
+            raise ConfigError(f"learner.deepspeed.{name}: DeepSpeed has no such key; {hint}")
+
+
+def _config_model(name: str) -> list[str]:
+    """The keys of DeepSpeed's section of this class name."""
+    from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+
+    waiting = [DeepSpeedConfigModel]
+    while waiting:
+        model = waiting.pop()
+        if model.__name__ == name:
+            return list(model.model_fields)
+        waiting += model.__subclasses__()
+    return []
 
 
 def _device(device: str, local_rank: int) -> torch.device:

@@ -55,7 +55,8 @@ def _rule_constructor(kind: str) -> Callable[..., Any]:
 _RULE_KEYS = {
     "jsd_threshold": {"tau0": "tau_0", "decay": "decay", "half_life": "half_life", "schedule": "schedule",
                       "log_base": "log_base"},
-    "kl_spike": {"factor": "K", "window": "L", "divergence": "divergence", "warm_up": "warm_up"},
+    "kl_spike": {"factor": "K", "window": "L", "divergence": "divergence", "warm_up": "warm_up",
+                 "min_divergence": "min_divergence"},
     "outside_top_k": {"top_k": "k"},
     "random": {"prob": "prob"},
     "mixture": {"prob": "alpha"},

@@ -6,6 +6,7 @@ In: a config and a number. Out: rollouts, printed, drawn, or written as the line
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from switchkd.config.errors import ConfigError
+from switchkd.config.loader import sampling_notes
 from switchkd.config.schema import Config
 from switchkd.controller.samples import STYLES, coloured
 from switchkd.data.atomic_files import write_text_atomic
@@ -34,6 +36,8 @@ def show_rollouts(config: Config, num: int, stage: str | None, out: Path | None)
     index = stage_index(config, stage)
     if out is not None and not out.resolve().parent.is_dir():
         raise ConfigError(f"--out {out}: the folder {out.resolve().parent} does not exist; make it first")
+    for note in sampling_notes(config):
+        print(f"switchkd: {note}", file=sys.stderr)
     rollouts, decode = sample_rollouts(config, num, index)
     if out is None:
         return _print(rollouts, decode, Console(soft_wrap=True, highlight=False))

@@ -84,11 +84,12 @@ def test_threshold_starts_at_tau_0_and_halves_every_half_life() -> None:
     assert owners(never, p, q, torch.zeros(1).long(), torch.zeros(1, dtype=torch.float64)) == [False]
 
 
-def ada_switch(d: list[float], K: float, L: int, full: bool) -> list[bool]:
-    """AdaSwitch as written: tau_t = K mean(d_{t-L} .. d_{t-1}); the teacher writes from the first d_t > tau_t on."""
+def ada_switch(d: list[float], K: float, L: int, full: bool, floor: float = 1e-6) -> list[bool]:
+    """AdaSwitch as written: tau_t = K mean(d_{t-L} .. d_{t-1}), and not below the floor; the teacher writes from the
+    first d_t > tau_t on."""
     for t in range(len(d)):
         window = d[max(t - L, 0) : t]
-        if len(window) >= (L if full else 1) and d[t] > K * sum(window) / len(window):
+        if len(window) >= (L if full else 1) and d[t] > max(K * sum(window) / len(window), floor):
             return [False] * t + [True] * (len(d) - t)
     return [False] * len(d)
 
@@ -107,6 +108,20 @@ def test_kl_spike_equals_a_literal_loop(name: str, warm_up: str) -> None:
             assert owners(rule, p, q, drafted, coins) == expected
             first.add(expected.index(True) if True in expected else None)
     assert None in first and len(first) > 5
+
+
+def test_kl_spike_ignores_rounding_errors() -> None:
+    """Where both models agree but for rounding there is no switch, unless the floor is 0; above it a spike is one."""
+    p, _, drafted, coins = rollout()
+    noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(7))
+    q = p + 2e-4 * noise * torch.rand(len(p), 1, generator=torch.Generator().manual_seed(8)) ** 4
+    assert 0 < float(divergence.forward_kl(p.double(), q.double()).max()) < 1e-6
+    assert True in owners(switching.kl_spike(min_divergence=0), p, q, drafted, coins)
+    assert owners(switching.kl_spike(), p, q, drafted, coins) == [False] * 60
+    q[30] = p[30] + 0.1 * noise[30].sign()
+    d = divergence.forward_kl(p.double(), q.double()).tolist()
+    expected = ada_switch(d, 3.0, 10, full=True)
+    assert owners(switching.kl_spike(), p, q, drafted, coins) == expected == [False] * 30 + [True] * 30
 
 
 def test_kl_spike_batches_rollouts_and_needs_no_statistic_after_the_switch() -> None:
@@ -186,6 +201,7 @@ BAD = {
     "K is": partial(switching.kl_spike, K=0),
     "L is": partial(switching.kl_spike, L=0),
     "divergence": partial(switching.kl_spike, divergence="tvd"),
+    "min_divergence": partial(switching.kl_spike, min_divergence=-1e-6),
     "warm_up": partial(switching.kl_spike, warm_up="none"),
     "k is": partial(switching.outside_top_k, k=0),
     "steps": partial(switching.with_step_schedule, switching.student(), start=1, end=1, steps=0),

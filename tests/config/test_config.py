@@ -4,16 +4,20 @@ import math
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
+import numpy as np
 import pytest
 import yaml
 from runs import command
 from tiny import save_tiny
 
+from switchkd.algo.noise import Purpose
+from switchkd.algo.sampling import draw_row
 from switchkd.config import renamed
 from switchkd.config.errors import ConfigError
-from switchkd.config.loader import apply_override, dump_yaml, load, parse, resolved
+from switchkd.config.loader import RULES, apply_override, dump_yaml, load, parse, resolved, sampling_notes
 from switchkd.config.schema import HorizonConfig, StageConfig
 from switchkd.controller.preflight import check
+from switchkd.rollout.rules import sampling_params
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 CONFIGS = [path for path in CONFIGS if path.parent.name != "study"]  # those are read by test_study.py
@@ -331,6 +335,27 @@ class TestSampling:
         assert (one.student.temperature, one.student.top_p) == (0, 0.5)
         assert (one.teacher.temperature, one.teacher.top_p) == (0.2, 0.9)
         assert (two.student.temperature, two.teacher.top_p) == (0.7, 0.9)
+
+    @pytest.mark.parametrize("kind", RULES)
+    def test_temperature_0_of_both_models_is_greedy(self, kind):
+        """`student.temperature: 0` and `teacher.temperature: 0` make each rule's draws the arg max, without a note."""
+        greedy = {"temperature": 0}
+        config = parse(tree(rollout={"rule": {"type": kind}}, student=greedy, teacher=greedy))
+        rule = config.train.stages[0].rule
+        row = np.random.default_rng(0).normal(size=50).astype(np.float32)
+        for sampling in map(sampling_params, (rule.student, rule.teacher)):
+            keys = [(3, i, 0, Purpose.GUMBEL) for i in range(20)]
+            assert {draw_row(row, key, sampling, exact_margin=False)[0] for key in keys} == {row.argmax()}
+        assert sampling_notes(config) == []
+
+    def test_top_p_of_a_paper_is_said_where_only_the_temperature_is_given(self):
+        """A temperature without a top-p is answered with the top-p that the rule's paper adds."""
+        rule = {"rule": {"type": "skd"}}
+        (note,) = sampling_notes(parse(tree(rollout=rule, student={"temperature": 0.7})))
+        assert "student" in note and "0.7" in note and "top-p 0.5" in note and "student.top_p=1" in note
+        for given in ({}, {"temperature": 0.7, "top_p": 0.5}, {"temperature": 0.7, "top_p": 1}):
+            assert sampling_notes(parse(tree(rollout=rule, student=given))) == []
+        assert sampling_notes(parse(tree(student={"temperature": 0.7}))) == []
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])

@@ -125,6 +125,6 @@ def test_a_resume_forgets_a_best_student_that_was_replaced(fake_place, monkeypat
     # the checkpoint of step 5 has 4.0 of step 4; let student/ be of step 6
     with pytest.raises(StopIteration):
         selected(fake_place, monkeypatch, [3.0], resume=True, every=2, checkpoint_every=5)
-    summary = selected(fake_place, monkeypatch, [4.5], resume=True, every=0)
+    summary = selected(fake_place, monkeypatch, [4.5], resume=True, every=0, early_stop=None)
     assert (summary.best, summary.best_step) == (4.5, 8)
     assert distance(Path("run/student"), student_at(8)) == 0

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from tiny import EOS, save_tiny, tiny_tokenizer
 
 from switchkd.config.errors import ConfigError
@@ -284,7 +285,6 @@ def test_contradicting_keys_are_refused(tmp_path, tokenizer):
     """Contradicting `data` keys are refused."""
     path = jsonl(tmp_path, {"prompt": "a"})
     for data in (
-        {"template": "Q:"},
         {"messages_field": "m", "template": "{prompt}"},
         {"system": "S", "template": "{prompt}"},
     ):
@@ -357,21 +357,21 @@ WITH_INPUT = {"prompt_field": "instruction", "input_field": "context", "referenc
 
 def test_input_field_joins_the_prompt(tmp_path, tokenizer):
     """`input_field` follows the prompt after a blank line, or stands where `template_with_input` puts it; braces in
-    texts stay."""
+    texts stay, and double ones of a template are single."""
     rows = [{"instruction": "sum {input}", "context": "of {prompt}", "output": "a"},
             {"instruction": "say", "context": " ", "output": "b"}, {"instruction": "go", "output": "c"}]  # fmt: skip
     path = jsonl(tmp_path, *rows)
     prompts = load(path, tokenizer, **WITH_INPUT).prompts
     assert [one.text for one in prompts] == ["sum {input}\n\nof {prompt}", "say", "go"]
-    templates = {"template": "Q {prompt} A", "template_with_input": "Q {prompt} I {input} A"}
+    templates = {"template": "Q {prompt} A{{1}}", "template_with_input": "Q {prompt} I {input} A"}
     prompts = load(path, tokenizer, **WITH_INPUT, **templates).prompts
     read = [tokenizer.decode(one.token_ids) for one in prompts]
-    assert read == ["Q sum {input} I of {prompt} A", "Q say A", "Q go A"]
+    assert read == ["Q sum {input} I of {prompt} A", "Q say A{1}", "Q go A{1}"]
     for missing in ("template", "input_field"):
         wrong = {**WITH_INPUT, **templates, missing: None}
         with pytest.raises(ConfigError, match=r"belongs to data.template and data.input_field"):
             load(path, tokenizer, **wrong)
-    with pytest.raises(ConfigError, match=r"does not contain both \{prompt\} and \{input\}"):
+    with pytest.raises(ValidationError, match=r"does not contain \{input\}"):
         load(path, tokenizer, **WITH_INPUT, template="{prompt}", template_with_input="{prompt}")
 
 

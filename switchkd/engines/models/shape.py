@@ -7,10 +7,11 @@ late.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
-from switchkd.config.errors import ConfigError
+from switchkd.config.errors import ConfigError, first_line
 from switchkd.config.schema import Config, DepthPruneConfig, LoraConfig, ModelConfig
 from switchkd.engines.models.demo import resolve_path
 from switchkd.engines.models.depth_prune import chosen_layers, pruned_config
@@ -131,11 +132,30 @@ def _vocab(section: ModelConfig, key: str, rows: int) -> int:
         return rows
 
 
+def check_adapters(section: ModelConfig, key: str, lora: LoraConfig) -> None:
+    """Raise ConfigError where `lora.target_modules` match nothing in the model. No weights are read."""
+    _adapters(meta_model(read_config(section, key).config, section, key), lora)
+
+
 def _adapters(model: Any, lora: LoraConfig) -> int:
     """Number of parameters of the adapters that the learner builds (`learner/student.py`)."""
     from peft import LoraConfig, get_peft_model
 
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     settings = LoraConfig(r=lora.r, target_modules=targets, task_type="CAUSAL_LM")
-    wrapped = get_peft_model(model, settings, autocast_adapter_dtype=False)
+    try:
+        wrapped = get_peft_model(model, settings, autocast_adapter_dtype=False)
+    except (ValueError, re.error) as error:
+        raise ConfigError(
+            f"learner.lora.target_modules={targets}: {first_line(error)[:200]}; take all-linear, or names of the model"
+        ) from None
+    names = [name for name, module in wrapped.named_modules() if hasattr(module, "lora_A")]
+    for end in () if isinstance(targets, str) else targets:
+        if not any(name.endswith(f".{end}") for name in names):
+            raise ConfigError(f"learner.lora.target_modules={targets}: the student has no layer {end!r}; remove it")
+    head = model.get_output_embeddings()  # peft replaces layers in place
+    if hasattr(head, "lora_A"):
+        raise ConfigError(
+            f"learner.lora.target_modules={targets} include the output layer, which the loss reads; leave it out"
+        )
     return sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)

@@ -99,7 +99,7 @@ def _draw(logits: Tensor) -> Tensor:
 
 
 HALF_LIFE = 16.0
-K, L = 3.0, 10
+K, L, MIN_DIVERGENCE = 3.0, 10, 1e-6
 
 
 def switch(p_logits: Tensor, q_logits: Tensor, drafted: Tensor, t: int) -> Tensor:
@@ -125,7 +125,8 @@ class AdaSwitch:
         p, q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
         kl = (p.exp() * (p - q)).sum(-1)
         if len(self.divergences) >= L:
-            self.switched = self.switched | (kl > K * torch.stack(self.divergences[-L:]).mean(0))
+            tau = (K * torch.stack(self.divergences[-L:]).mean(0)).clamp(min=MIN_DIVERGENCE)
+            self.switched = self.switched | (kl > tau)
         self.divergences.append(kl)
         return self.switched
 

@@ -18,8 +18,10 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, ValidationError, field_validator
 
 from switchkd.config.errors import ConfigError
-from switchkd.config.loader import explain, parse, read_yaml
+from switchkd.config.explain import explain
+from switchkd.config.loader import parse
 from switchkd.config.schema import Config, Section
+from switchkd.config.yaml_file import read_yaml
 
 TEACHER, WARM_UP = "teacher", "warm-up"
 """Runs before the cells, and their rows in the table."""
