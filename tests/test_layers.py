@@ -41,6 +41,7 @@ LIGHT_FILES = [
     "config/__init__.py",
     "config/schema.py",
     "config/loader.py",
+    "config/secret_keys.py",
     "config/errors.py",
     "config/renamed.py",
     "tools/__init__.py",

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from switchkd.config.errors import ConfigError, one_line
 from switchkd.config.renamed import replacement
 from switchkd.config.schema import AdaptiveScheduleConfig, Config, ModelConfig, SamplingConfig, Section, StageConfig
+from switchkd.config.secret_keys import check_no_secrets
 
 ALIASES = {"switch": "jsd_threshold", "adaswitch": "kl_spike", "skd": "outside_top_k"}
 """Names of rules in the papers, accepted as a rule's type."""
@@ -54,6 +55,7 @@ def read_yaml(path: Path, what: str, example: str) -> dict[str, Any]:
 
 def parse(raw: dict[str, Any]) -> Config:
     """Check a tree of plain values. Raises ConfigError with one line that names the key, the value and the remedy."""
+    check_no_secrets(raw)
     try:
         config = Config.model_validate(_with_stages(_with_teachers(raw)))
     except ValidationError as error:
