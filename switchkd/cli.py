@@ -1,8 +1,8 @@
 """The `switchkd` command: parse, call, print.
 
 In: a command line. Out: an exit code: 0, 2 for an error that the user can correct (one line on stderr), 143 for a run
-that SIGTERM stopped and that can be resumed, 1 for other errors (the traceback is in the run's `logs/`, or on the
-terminal with --debug). Heavy imports wait until a command runs.
+that SIGTERM stopped and that can be resumed, 130 after Ctrl-C, 1 for other errors (the traceback is in the run's
+`logs/`, or on the terminal with --debug). Heavy imports wait until a command runs.
 """
 
 from __future__ import annotations
@@ -51,6 +51,10 @@ def main() -> None:
         _leave(str(error), 1)
     except KeyboardInterrupt:
         _leave("interrupted", 130)
+    except SystemExit as end:  # typer ends a command with exit code 130 at Ctrl-C, and says nothing
+        if end.code == 130:
+            _leave("interrupted", 130)
+        raise
     except Exception as error:
         if "--debug" in sys.argv:
             raise

@@ -16,8 +16,9 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from types import FrameType
 from typing import Any
@@ -317,14 +318,32 @@ def train(config: Config, *, resume: bool = False) -> Summary:
         log.info(note)
     if warning := slow_bfloat16(config):
         log.info(f"warning: {warning}")
-    _check_capacity(config, log)
-    with open_run(config, resume, prompts=prompts) as folder:
+    with ExitStack() as opened:
+        opened.enter_context(_sigterm_exits(config.run.dir, log))
+        _check_capacity(config, log)
+        folder = opened.enter_context(open_run(config, resume, prompts=prompts))
         trainer = _train(ready, folder, log)
         stopped = bool(trainer.stop_signal)
         summary = summarize(folder, trainer.state, finished=trainer.finished, told_to_stop=stopped)
         write_json_atomic(folder.path / "summary.json", asdict(summary))
     log.summary(summary.stage_scores, summary.student, summary.finished)
     return summary
+
+
+@contextmanager
+def _sigterm_exits(run_dir: str, log: MetricsLog) -> Iterator[None]:
+    """While actors start and end, SIGTERM ends the process with exit code 143: it closes what is open. The loop has a
+    handler of its own, which saves a checkpoint."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        log.info(f"stopped outside of training; --resume goes on with {run_dir}")
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _train(ready: PreparedRun, folder: RunFolder, log: MetricsLog) -> Trainer:

@@ -46,6 +46,7 @@ LIGHT_FILES = [
     "config/words.py",
     "config/yaml_file.py",
     "config/loader.py",
+    "config/secret_keys.py",
     "config/errors.py",
     "config/renamed.py",
     "tools/__init__.py",

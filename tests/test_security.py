@@ -284,6 +284,27 @@ def test_no_shell_is_started():
     assert len(shelled(ast.parse(bad))) == 4
 
 
+# --- secrets in a config ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "variable"),
+    [
+        ("learner.deepspeed.wandb.api_key", "WANDB_API_KEY"),
+        ("learner.deepspeed.comet.api_key", "COMET_API_KEY"),
+        ("teacher.engine.hf_token", "HF_TOKEN"),
+        ("student.token", "HF_TOKEN"),
+        ("learner.deepspeed.db_password", "that its library reads"),
+    ],
+)
+def test_a_secret_in_a_config_is_refused(place, refused, key, variable):
+    """A key that holds a secret is refused with the environment variable to use instead, and its value is not shown."""
+    config_file(place, ONE_STEP)
+    line = refused("train", "config.yaml", f"{key}=9f8e7d6c5b4a")
+    assert f"{key} holds a secret" in line and f"set the environment variable {variable}" in line
+    assert "9f8e7d6c5b4a" not in line and not (place / "run").exists()
+
+
 # --- Ray's token and ports -------------------------------------------------------------------------------------------
 
 

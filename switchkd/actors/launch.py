@@ -6,6 +6,8 @@ In: a checked config. Out: `ActorHandles` for `train.py`. A run that does not fi
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -20,7 +22,7 @@ from switchkd.actors.learner_actor import LearnerActor, LearnerGroup
 from switchkd.actors.placement_group import ProcessPlacement, beside_driver, resolve_resources, wait_for_placements
 from switchkd.actors.process_setup import Secrets
 from switchkd.actors.prometheus import Exporter
-from switchkd.actors.ray_futures import retry_until_alive, shut_down
+from switchkd.actors.ray_futures import retry_until_alive
 from switchkd.actors.replay_actor import RayReplayHandle, ReplayActor
 from switchkd.actors.rollout_actor import RolloutActor
 from switchkd.actors.shared_teacher import TeacherPoolHandle, attach
@@ -28,6 +30,7 @@ from switchkd.actors.teacher_pool import TeacherPoolActor
 from switchkd.actors.worker_pool import WorkerPool
 from switchkd.config import resources
 from switchkd.config.schema import Config
+from switchkd.controller.checkpoint import latest
 from switchkd.controller.handles import ActorHandles
 from switchkd.controller.metrics import MetricsLog
 from switchkd.controller.watchdog import START_S, wait_for_all
@@ -52,8 +55,7 @@ def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int], log: M
     log.info("starting actors")
     with ExitStack() as opened:
         if not ray.is_initialized():
-            start_private(config)
-            opened.callback(shut_down)
+            opened.callback(start_private(config, _end_process(run_dir, log)))
         placements = _reserve(config, opened, log)
         replay = cast(Any, ReplayActor).options(**beside_driver()).remote(config_dict, str(run_dir), *setup)
         opened.callback(ray.kill, replay)
@@ -82,12 +84,15 @@ def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int], log: M
             return [*workers.autoscale(waited_s, elapsed_s), *pool_events]
 
         patience = max(config.run.watchdog_s, START_S)
-        wait_for_all({pool.role: retry_until_alive(pool.actor.ready.remote) for pool in pools.values()}, patience)
+        # without retries of Ray's: it prints a line for each call of a killed actor that it would repeat
+        ready_calls = {pool.role: pool.actor.ready.options(max_task_retries=0).remote for pool in pools.values()}
+        starting = {role: retry_until_alive(call) for role, call in ready_calls.items()}
+        wait_for_all(starting, patience, log.info)
         teacher_heads = {name: pool.lm_head_state() for name, pool in pools.items()}
         heads = heads_for(config, run_dir, {name: head for name, head in teacher_heads.items() if head is not None})
-        starting = {"replay": replay, **{f"rollout worker {i}": actor for i, actor in enumerate(workers.actors)}}
-        ready = {name: retry_until_alive(actor.ready.remote) for name, actor in starting.items()}
-        wait_for_all({**ready, "learner": learner.start(heads)}, patience)
+        others = {"replay": replay, **{f"rollout worker {i}": actor for i, actor in enumerate(workers.actors)}}
+        ready = {name: retry_until_alive(actor.ready.remote) for name, actor in others.items()}
+        wait_for_all({**ready, "learner": learner.start(heads)}, patience, log.info)
         replay_handle = RayReplayHandle(replay)
         replay_handle.restore(None, 0).result()
         if config.metrics.prometheus:
@@ -100,6 +105,20 @@ def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int], log: M
             close=opened.pop_all().close,
             autoscale=autoscale,
         )
+
+
+def _end_process(run_dir: Path, log: MetricsLog) -> Callable[[str], None]:
+    """Return the function that ends this process because its private cluster is lost."""
+
+    def lost(reason: str) -> None:
+        log.stop_live()
+        last = latest(run_dir)
+        goes_on = f"from checkpoint {last.step}" if last else "at step 0, as there is no checkpoint"
+        print(f"switchkd: error: {reason}; --resume goes on {goes_on}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # calls to Ray no longer return
+
+    return lost
 
 
 def _reserve(config: Config, opened: ExitStack, log: MetricsLog) -> dict[str, list[ProcessPlacement]]:

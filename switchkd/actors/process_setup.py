@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from switchkd.config.errors import ConfigError
 
-SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
+SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "COMET_API_KEY")
 """Environment variables that are passed between processes as an argument: Ray logs runtime environments."""
 
 THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}

@@ -17,6 +17,7 @@ from switchkd.config.contradictions import check_across, is_hub_name, stage_key
 from switchkd.config.errors import ConfigError
 from switchkd.config.explain import explain, unknown_value, value_types
 from switchkd.config.schema import Config, SamplingConfig, StageConfig
+from switchkd.config.secret_keys import check_no_secrets
 from switchkd.config.yaml_file import read_value, read_yaml
 
 ALIASES = {"switch": "jsd_threshold", "adaswitch": "kl_spike", "skd": "outside_top_k"}
@@ -42,6 +43,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
 
 def parse(raw: dict[str, Any]) -> Config:
     """Check a tree of plain values. Raises ConfigError with one line that names the key, the value and the remedy."""
+    check_no_secrets(raw)
     try:
         config = Config.model_validate(_with_stages(_with_teachers(raw)))
     except ValidationError as error:

@@ -124,7 +124,7 @@ class MetricsLog:
 
     def summary(self, stage_scores: StageScores, student: str, finished: bool) -> None:
         """Print the final table, and the student's folder or how to resume."""
-        self._stop_live()
+        self.stop_live()
         if self._run_dir:
             metrics = read_rows(self._run_dir / METRICS)
             if rows := stage_rows(stage_scores, metrics):
@@ -138,7 +138,7 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the files. `open` may follow: a run that goes back to its checkpoint cuts them in between."""
-        self._stop_live()
+        self.stop_live()
         if self._file:
             self._file.close()
         if self._tensorboard:
@@ -146,7 +146,8 @@ class MetricsLog:
         if self._wandb:
             self._wandb.finish()
 
-    def _stop_live(self) -> None:
+    def stop_live(self) -> None:
+        """End the live view, which leaves the terminal as it was."""
         if self._live:
             self._live.stop()
             self._live = None

@@ -25,6 +25,8 @@ START_S = 300.0
 """Smallest limit for the time between two actors that become ready; `run.watchdog_s` may be longer."""
 POLL_S = 0.5
 """Interval at which a wait checks whether the run has stalled."""
+FIRST_NOTE_S, NOTE_S = 20.0, 60.0
+"""Seconds until a line says which actors are still starting, and between two such lines."""
 EXIT_CODE = 1
 
 
@@ -139,16 +141,25 @@ class Watchdog:
         self.stalled = f"{reason}{f' ({busy})' if busy else ''}; stacks in {path}; --resume goes on from the checkpoint"
 
 
-def wait_for_all(awaited: Mapping[str, Future[Any]], limit_s: float) -> None:
-    """Wait until all actors are ready. Raises the first error, or Stalled where none became ready for `limit_s`."""
+def wait_for_all(awaited: Mapping[str, Future[Any]], limit_s: float, log: Callable[[str], None]) -> None:
+    """Wait until all actors are ready; after FIRST_NOTE_S log those that are not. Raises the first error, or Stalled
+    where none became ready for `limit_s`."""
     left = dict(awaited)
+    started = last_ready = time.monotonic()
+    note_at = started + FIRST_NOTE_S
     while left:
-        done, _ = wait(left.values(), timeout=limit_s, return_when=FIRST_COMPLETED)
-        if not done:
+        now = time.monotonic()
+        if now >= last_ready + limit_s:
             raise Stalled(
                 f"no actor became ready for {limit_s:g} s; still starting: {', '.join(left)}; either "
                 "the cluster has no room for them (see `ray status`), or their logs say what they are doing"
             )
+        if now >= note_at:
+            log(f"still starting after {now - started:.0f} s: {', '.join(left)}")
+            note_at = now + NOTE_S
+        done, _ = wait(left.values(), timeout=min(last_ready + limit_s, note_at) - now, return_when=FIRST_COMPLETED)
         for future in done:
             future.result()
-        left = {name: future for name, future in left.items() if future not in done}
+        if done:
+            last_ready = time.monotonic()
+            left = {name: future for name, future in left.items() if future not in done}

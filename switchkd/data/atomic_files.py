@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY")
 """Environment variables whose values are never written to a file."""
 
 CONFIG = "config.yaml"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from runs import config_file
 
+from switchkd.controller import watchdog as watchdog_module
 from switchkd.controller.handles import Heartbeat
 from switchkd.controller.recovery import RestartPolicy, retry
 from switchkd.controller.watchdog import Stalled, Watchdog, wait_for_all
@@ -96,11 +97,23 @@ def test_actors_that_are_not_ready_are_named(tmp_path):
     ready: Future[None] = Future()
     threading.Timer(0.05, ready.set_result, [None]).start()
     with pytest.raises(Stalled, match="still starting: teacher 1; either"):
-        wait_for_all({"teacher 0": ready, "teacher 1": Future()}, 0.3)
+        wait_for_all({"teacher 0": ready, "teacher 1": Future()}, 0.3, list[str]().append)
     broken: Future[None] = Future()
     broken.set_exception(ValueError("no such model"))
     with pytest.raises(ValueError, match="no such model"):
-        wait_for_all({"teacher 0": broken, "teacher 1": Future()}, 5)
+        wait_for_all({"teacher 0": broken, "teacher 1": Future()}, 5, list[str]().append)
+
+
+def test_actors_that_start_slowly_are_logged(monkeypatch):
+    """A line names the actors that are still starting, first after FIRST_NOTE_S and then every NOTE_S."""
+    monkeypatch.setattr(watchdog_module, "FIRST_NOTE_S", 0.2)
+    monkeypatch.setattr(watchdog_module, "NOTE_S", 0.4)
+    slow: dict[str, Future[None]] = {"replay": Future(), "learner": Future()}
+    for name, seconds in (("replay", 0.4), ("learner", 0.8)):
+        threading.Timer(seconds, slow[name].set_result, [None]).start()
+    notes: list[str] = []
+    wait_for_all(slow, 60, notes.append)
+    assert notes == ["still starting after 0 s: replay, learner", "still starting after 1 s: learner"]
 
 
 def test_restarts_are_counted_and_pause_longer():
