@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from switchkd.config.errors import ConfigError
+from switchkd.config.resources import role_of
 from switchkd.config.schema import Config, DepthPruneConfig, LoraConfig, ModelConfig
 from switchkd.engines.models.demo import resolve_path
 from switchkd.engines.models.depth_prune import chosen_layers, pruned_config
@@ -45,12 +46,13 @@ class Shape:
 
 
 def shapes(config: Config) -> dict[str, Shape]:
-    """The shape of `student`, and of `teacher` where a stage needs one. `demo` is fetched; `student.prune` prunes the
-    config only. Raises ConfigError."""
+    """The shape of `student`, and of `teacher` (of several the first) where a stage needs one. `demo` is fetched;
+    `student.prune` prunes the config only. Raises ConfigError."""
     prune, lora = config.student.prune, config.learner.lora
     shapes_by_role: dict[str, Shape] = {}
     if config.needs_teacher:
-        shapes_by_role["teacher"] = read_shape(config.teacher, "teacher.path")
+        name = config.teacher_names[0]
+        shapes_by_role["teacher"] = read_shape(config.of_teacher(name).teacher, f"{role_of(name)}.path")
     section, key = (config.student, "student.path") if prune is None else (config.teacher, "teacher.path")
     return shapes_by_role | {"student": read_shape(section, key, prune=prune, lora=lora)}
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from switchkd.config.schema import Config, ModelConfig
+from switchkd.controller.memory_fit import in_one_process
 from switchkd.controller.preflight import PreparedRun
 from switchkd.engines.base import Teacher
 from switchkd.engines.build import make_teacher, max_len
@@ -97,9 +98,7 @@ def data(ready: PreparedRun) -> Iterator[CheckResult]:
 
 def with_weights(ready: PreparedRun, index: int) -> Iterator[CheckResult]:
     """Check each teacher's determinism, then run one prompt of stage `index` through teacher, student and learner."""
-    run = ready.config.run.model_copy(update={"mode": "inprocess"})
-    learner = ready.config.learner.model_copy(update={"num_ranks": 1})
-    config = ready.config.model_copy(update={"run": run, "learner": learner})
+    config = in_one_process(ready.config)
     teachers: dict[str, Any] = {}
     for name in config.teacher_names:
         teacher_config = config.of_teacher(name)
