@@ -29,6 +29,7 @@ from switchkd.data.recorded import HEADS, load_heads
 from switchkd.data.rollout_io import find_shards, read_column, read_records
 from switchkd.engines.build import make_tokenizer, max_len
 from switchkd.engines.fake import END
+from switchkd.engines.hf.kv_cache import layer_windows
 from switchkd.engines.models.demo import resolve_path
 from switchkd.engines.models.layer_importance import Texts, is_measured
 from switchkd.engines.models.loading import (
@@ -113,8 +114,9 @@ def prepare_teacher(config: Config) -> tuple[Config, int]:
     _check_teacher_folder(config.teacher, "teacher")
     config = resolve_models(without_pruning(config), ())
     tokenizer = read_tokenizer(config.teacher, "teacher.path")
-    _check_model(config, read_config(config.teacher, "teacher.path"), config.teacher, "teacher")
-    return config, shared_vocab(tokenizer)
+    vocab_size = shared_vocab(tokenizer)
+    _check_model(config, read_config(config.teacher, "teacher.path"), config.teacher, "teacher", vocab_size)
+    return config, vocab_size
 
 
 # --- from the config and the disk ------------------------------------------------------------------------------------
@@ -255,12 +257,12 @@ def check_models(config: Config) -> tuple[Any, frozenset[int]]:
             )
     for role, section in roles:
         model = read_config(section, f"{role}.path")
-        _check_model(config, model, section, role)
+        _check_model(config, model, section, role, shared_vocab(student))
         ends |= stop_ids(model, student)
     return student, ends
 
 
-def _check_model(config: Config, model: Any, section: ModelConfig, role: str) -> None:
+def _check_model(config: Config, model: Any, section: ModelConfig, role: str, vocab_size: int) -> None:
     on_vllm = isinstance(section, TeacherConfig) and section.backend == "vllm"
     (limit, positions), prompt = position_limit(model.config, slots=not on_vllm), config.data.max_prompt_tokens
     needed = max_len(config) + on_vllm  # vLLM needs a position for a generated token
@@ -270,8 +272,19 @@ def _check_model(config: Config, model: Any, section: ModelConfig, role: str) ->
             f"completion ({needed - prompt}) need {needed}; lower data.max_prompt_tokens, data.max_reference_tokens or "
             "max_new_tokens"
         )
+    rows = getattr(model.config.get_text_config(decoder=True), "vocab_size", vocab_size)
+    if rows < vocab_size:
+        raise ConfigError(
+            f"{role}.path={section.path}: the tokenizer has {vocab_size} ids and the embedding table {rows} rows; add "
+            f"rows with model.resize_token_embeddings({vocab_size}) and save it, or save the tokenizer of its training "
+            "there"
+        )
     if not on_vllm:
         check_attention(model.config, section.attn, section.path, f"{role}.attn")
+        try:
+            layer_windows(model.config)
+        except ConfigError as error:
+            raise ConfigError(f"{role}.path={section.path}: {error}") from None
 
 
 def check_topk(stage: StageConfig, teacher: TeacherConfig) -> None:

@@ -322,6 +322,36 @@ class TestModels:
         own = a_config(here, **paths, data={"template": "Q: {prompt}"})
         assert one(of(model_checks.chat_templates, own), "chat templates", "ok").text.startswith("data.template")
 
+    @pytest.mark.parametrize(
+        ("template", "missing"),
+        [
+            ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}", "'<assistant>'"),
+            (
+                "{% for m in messages %}{{ m.content }}{{ '[/I]' if m.role == 'user' }}{% endfor %}",
+                "",
+            ),
+        ],
+    )
+    def test_a_missing_generation_prompt_gives_a_warning(self, here, template, missing):
+        """A template that ignores add_generation_prompt gives one warning with the missing header; one whose answers
+        have no header gives none."""
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = template
+        folder = save_tiny(here / "own")
+        (folder / "chat_template.jinja").unlink()
+        tokenizer.save_pretrained(folder)
+        both = a_config(here, student={"path": "./own"}, teacher={"path": "./own"})
+        texts = [each.text for each in of(model_checks.chat_templates, both) if each.status == "warn"]
+        assert len(texts) == bool(missing) and all(f"prompts end without {missing}" in text for text in texts)
+
+    def test_a_narrow_table_is_refused(self, here):
+        """A tokenizer with more ids than the student's embedding table has rows is refused, before weights are loaded,
+        with remedies for a student."""
+        save_tiny(here / "narrow", vocab_size=100)
+        result = one(quick(here, student={"path": "./narrow"}), "models", "fail")
+        assert "student.path=" in result.text and "has 120 ids and the embedding table 100 rows" in result.text
+        assert "resize_token_embeddings(120)" in result.remedy and "teacher.output" not in result.line
+
     def test_data_problems_are_reported(self, here):
         """Malformed data and too many skipped prompts fail; a few skipped prompts give a warning."""
         (here / "broken.jsonl").write_text('{"prompt": "a", "reference": "b"}\n{"prompt": \n')

@@ -66,7 +66,7 @@ def load_model(
             name,
             f"model={name}",
             dtype=getattr(torch, dtype),
-            attn_implementation=attn,
+            attn_implementation=attn_implementation(attn),
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             revision=revision,
@@ -201,6 +201,11 @@ def refuse_own_code(error: Exception, subject: str) -> None:
             f"{subject} brings Python code of its own, which is not run; read it, then set trust_remote_code: true for "
             "this model, or take another one"
         ) from error
+
+
+def attn_implementation(attn: str) -> str | None:
+    """transformers' argument for `attn`. None chooses sdpa where the architecture has it, else eager."""
+    return None if attn == "sdpa" else attn
 
 
 def check_attention(config: Any, attn: str, name: str, key: str = "attn") -> None:

@@ -42,6 +42,9 @@ def tokenizers(ready: PreparedRun) -> Iterator[CheckResult]:
 def chat_templates(config: Config) -> Iterator[CheckResult]:
     """Compare the templates: prompts are formatted with the student's, also for the teacher."""
     student = _template(config.student)
+    if config.data.template is None and (header := _missing_header(config.student)):
+        text = f"the student's ignores add_generation_prompt: prompts end without {_short(header)}"
+        yield warn("chat templates", text, "let the template write it, or set data.template")
     if config.data.template is not None:
         yield ok("chat templates", "data.template is used instead")
         return
@@ -72,6 +75,25 @@ def _template(section: ModelConfig) -> str:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except Exception as error:
         return f"an error ({' '.join(str(error).split())[:80]})"
+
+
+def _missing_header(section: ModelConfig) -> str:
+    """Return what the model's template writes before an answer and not at the end of a prompt; empty where the prompt
+    has a generation prompt, or an answer follows it directly."""
+    tokenizer = load_tokenizer(section.path, trust_remote_code=section.trust_remote_code, revision=section.revision)
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    messages = [{"role": "user", "content": "question"}]
+    whole = [*messages, {"role": "assistant", "content": "answer"}]
+    try:  # a template is a program
+        asked, bare = (
+            str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add))
+            for add in (True, False)
+        )
+        answered = str(tokenizer.apply_chat_template(whole, tokenize=False))
+    except Exception:
+        return ""  # `_template` shows the error
+    return answered.removeprefix(asked).partition("answer")[0].strip() if asked == bare else ""
 
 
 def _short(text: str) -> str:
