@@ -16,6 +16,7 @@ from typing import Any
 from switchkd.config.errors import ConfigError, first_line
 from switchkd.config.schema import ModelConfig
 from switchkd.engines.models.demo import HUB_TIMEOUT_S
+from switchkd.engines.models.hub import reason, unreachable
 from switchkd.engines.models.sources import check_model_folder, looks_local, tensor_shapes
 
 # Texts on which tokenizers with equal vocabularies may differ: merges, normalizers, splitting, special tokens.
@@ -242,6 +243,7 @@ def read_config(section: ModelConfig, key: str) -> Any:
     """The model's `config` and `generation_config`, as attributes of one object. Raises ConfigError."""
     from transformers import AutoConfig, GenerationConfig
 
+    _fetch_small_files(section, key)
     options: dict[str, Any] = {"revision": section.revision, "token": _token()}
     try:  # external files, or the hub
         config = AutoConfig.from_pretrained(section.path, trust_remote_code=section.trust_remote_code, **options)
@@ -256,12 +258,12 @@ def read_config(section: ModelConfig, key: str) -> Any:
 
 
 def _fetch_small_files(section: ModelConfig, key: str) -> None:
-    """Fetch a hub name's small files, or find them in the cache. Without a network transformers alone would try each
-    file for half a minute."""
+    """Fetch a hub name's small files, or find them in the cache, without delay also where the hub is not reached."""
     from huggingface_hub import snapshot_download
 
     if looks_local(section.path):
         return
+    unreachable()
     try:  # a network boundary
         snapshot_download(
             section.path,
@@ -272,6 +274,6 @@ def _fetch_small_files(section: ModelConfig, key: str) -> None:
         )
     except Exception as error:
         raise ConfigError(
-            f"{key}={section.path} is no folder here, and the hub does not give it: {first_line(error)}; check the "
+            f"{key}={section.path} is no folder here, and the hub does not give it: {reason(error)}; check the "
             "name, set HF_TOKEN for a gated model, or give a folder"
         ) from None
