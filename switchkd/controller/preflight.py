@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from switchkd.engines.models.sources import check_model_folder
 from switchkd.learner.build import build_loss
 from switchkd.rollout.rules import build_rule
 
+_ADDRESS = re.compile(r"|auto|local|(ray://)?\S+:\d+")
 _JOB_VARIABLES = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_ID")
 
 
@@ -125,6 +127,9 @@ def prepare_teacher(config: Config) -> tuple[Config, int]:
 def check(config: Config) -> None:
     """Run the checks that need no model in memory. Raises ConfigError."""
     _check_run_dir(config)
+    address = config.cluster.address
+    if not _ADDRESS.fullmatch(address):
+        raise ConfigError(f"cluster.address={address} is no address; give host:port or auto, or leave it empty")
     if config.metrics.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"metrics.wandb={config.metrics.wandb!r} needs wandb: pip install 'switchkd[wandb]'")
     for name in config.teacher_names or ("",):
@@ -225,6 +230,8 @@ def _check_data(config: Config) -> None:
     if not config.data.path:
         raise ConfigError("data.path is empty; name a JSONL or parquet file, or a data set of the hub")
     for key, name in (("data.path", config.data.path), ("eval.data", config.eval.data)):
+        if name and Path(name).expanduser().is_dir():
+            raise ConfigError(f"{key}={name} is a folder; give a .jsonl or .parquet file")
         if Path(name).is_absolute() and not Path(name).is_file():
             raise ConfigError(f"{key}={name}: there is no such file; relative paths start at the config file's folder")
 

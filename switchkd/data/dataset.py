@@ -87,6 +87,8 @@ def read_records(data: DataConfig) -> list[Record]:
     else:
         rows = _sliced(_read_file(path, str(path)), data.split)
     records = list(islice(rows, data.num_rows))
+    if not records and "[" in data.split:
+        raise ConfigError(f"{data.path} has no rows in split {data.split!r}; give another slice")
     if not records:
         raise ConfigError(f"{data.path} holds no rows; each line is an object such as {_EXAMPLE}")
     return records

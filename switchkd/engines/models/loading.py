@@ -86,6 +86,7 @@ def load_model(
 def load_whole(from_pretrained: Callable[..., Any], name: str | None, subject: str, **options: Any) -> Any:
     """The model that a class's `from_pretrained` loads. Raises ConfigError where weights are missing or have another
     shape: transformers would draw them at random. Tied weights, and buffers that are not saved, may be missing."""
+    quiet_transformers()
     try:  # external files
         model, info = from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except RuntimeError as error:
@@ -99,11 +100,19 @@ def load_whole(from_pretrained: Callable[..., Any], name: str | None, subject: s
     return model
 
 
+def quiet_transformers() -> None:
+    """Turn off transformers' progress bars, tables of missing tensors and warnings in this process: what matters of
+    them is raised as an error here."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def check_tensors(section: ModelConfig, key: str) -> None:
     """Raise ConfigError where a folder's weights are not whole, from config and headers alone: transformers loads
     tensors without data. Hub names, folders without weights and quantized models are left to `load_model`."""
     import torch
-    from transformers.utils import logging
 
     folder = Path(section.path).expanduser()
     if not any(folder.glob("*.safetensors")):
@@ -113,14 +122,10 @@ def check_tensors(section: ModelConfig, key: str) -> None:
     if not shapes or getattr(config, "quantization_config", None):
         return
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    kind, verbosity = type(meta_model(config, section, key)), logging.get_verbosity()
-    logging.set_verbosity_error()  # no table of all missing tensors
-    try:
-        load_whole(
-            kind.from_pretrained, None, f"{key}={section.path}", config=config, state_dict=tensors, device_map="meta"
-        )
-    finally:
-        logging.set_verbosity(verbosity)
+    kind = type(meta_model(config, section, key))
+    load_whole(
+        kind.from_pretrained, None, f"{key}={section.path}", config=config, state_dict=tensors, device_map="meta"
+    )
 
 
 def meta_model(config: Any, section: ModelConfig, key: str) -> Any:
@@ -143,6 +148,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str 
     from transformers import AutoTokenizer
 
     check_model_folder(name, "tokenizer", "tokenizer")
+    quiet_transformers()
     try:
         return AutoTokenizer.from_pretrained(
             name, trust_remote_code=trust_remote_code, revision=revision, token=_token()
