@@ -162,13 +162,14 @@ def doctor(
     config: ConfigFile,
     overrides: Overrides = None,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out what loads models.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Load models also where memory seems too small.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check everything that CONFIG needs, and say what to correct. Exit code 2 where something fails."""
     loaded = _load(config, overrides)
     from switchkd.tools.doctor.doctor import run_checks, show
 
-    if not show(run_checks(loaded, quick=quick), as_json):
+    if not show(run_checks(loaded, quick=quick, force=force), as_json):
         raise typer.Exit(2)
 
 

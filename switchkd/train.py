@@ -32,6 +32,7 @@ from switchkd.controller.checkpoint import Checkpoint, RunFolder, TrainState, op
 from switchkd.controller.dispatcher import NothingFinishes, TaskDispatcher, id_range
 from switchkd.controller.evaluation import Evaluator, aggregate, evaluate_with_retries, stops_early, update_best
 from switchkd.controller.handles import ActorHandles
+from switchkd.controller.memory_fit import memory_fit
 from switchkd.controller.metrics import MetricsLog, StageScores
 from switchkd.controller.model_card import exported_step, model_card
 from switchkd.controller.preflight import PreparedRun, prepare
@@ -321,6 +322,8 @@ def train(config: Config, *, resume: bool = False) -> Summary:
     with ExitStack() as opened:
         opened.enter_context(_sigterm_exits(config.run.dir, log))
         _check_capacity(config, log)
+        if resources.is_private(config) and not config.is_fake and not (fit := memory_fit(config)).fits:
+            log.info(f"warning: memory: {fit.text}; {fit.remedy}")
         folder = opened.enter_context(open_run(config, resume, prompts=prompts))
         trainer = _train(ready, folder, log)
         stopped = bool(trainer.stop_signal)

@@ -108,6 +108,7 @@ class ModelConfig(Section):
     device: Device = "auto"
     """`auto` (a GPU when the process sees one), `cpu`, `cuda`, `cuda:1`."""
     attn: Literal["sdpa", "eager"] = "sdpa"
+    """transformers' attention. Architectures without `sdpa` (GPT-OSS, GPT-J, MPT) use `eager` also then."""
     graphs: Switch = "auto"
     """Record short forward passes as CUDA graphs. `auto`: models on one GPU (teachers: with output `hidden_states`)."""
     prepack: Switch = "auto"

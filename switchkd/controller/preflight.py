@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from switchkd.data.recorded import HEADS, load_heads
 from switchkd.data.rollout_io import find_shards, read_column, read_records
 from switchkd.engines.build import make_tokenizer, max_len
 from switchkd.engines.fake import END
+from switchkd.engines.hf.kv_cache import layer_windows
 from switchkd.engines.models.demo import resolve_path
 from switchkd.engines.models.layer_importance import Texts, is_measured
 from switchkd.engines.models.loading import (
@@ -47,6 +49,7 @@ from switchkd.engines.models.shape import check_adapters
 from switchkd.engines.models.sources import check_model_folder
 from switchkd.learner import deepspeed
 
+_ADDRESS = re.compile(r"|auto|local|(ray://)?\S+:\d+")
 _JOB_VARIABLES = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_ID")
 
 
@@ -114,8 +117,9 @@ def prepare_teacher(config: Config) -> tuple[Config, int]:
     _check_teacher_folder(config.teacher, "teacher")
     config = resolve_models(without_pruning(config), ())
     tokenizer = read_tokenizer(config.teacher, "teacher.path")
-    _check_model(config, read_config(config.teacher, "teacher.path"), config.teacher, "teacher")
-    return config, shared_vocab(tokenizer)
+    vocab_size = shared_vocab(tokenizer)
+    _check_model(config, read_config(config.teacher, "teacher.path"), config.teacher, "teacher", vocab_size)
+    return config, vocab_size
 
 
 # --- from the config and the disk ------------------------------------------------------------------------------------
@@ -124,6 +128,9 @@ def prepare_teacher(config: Config) -> tuple[Config, int]:
 def check(config: Config) -> None:
     """Run the checks that need no model in memory. Raises ConfigError."""
     _check_run_dir(config)
+    address = config.cluster.address
+    if not _ADDRESS.fullmatch(address):
+        raise ConfigError(f"cluster.address={address} is no address; give host:port or auto, or leave it empty")
     if config.metrics.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"metrics.wandb={config.metrics.wandb!r} needs wandb: pip install 'switchkd[wandb]'")
     for name in config.teacher_names or ("",):
@@ -193,6 +200,8 @@ def _check_data(config: Config) -> None:
     if not config.data.path:
         raise ConfigError("data.path is empty; name a JSONL or parquet file, or a data set of the hub")
     for key, name in (("data.path", config.data.path), ("eval.data", config.eval.data)):
+        if name and Path(name).expanduser().is_dir():
+            raise ConfigError(f"{key}={name} is a folder; give a .jsonl or .parquet file")
         if Path(name).is_absolute() and not Path(name).is_file():
             raise ConfigError(f"{key}={name}: there is no such file; relative paths start at the config file's folder")
 
@@ -225,14 +234,14 @@ def check_models(config: Config) -> tuple[Any, frozenset[int]]:
             )
     for role, section in roles:
         model = read_config(section, f"{role}.path")
-        _check_model(config, model, section, role)
+        _check_model(config, model, section, role, shared_vocab(student))
         ends |= stop_ids(model, student)
     if lora := config.learner.lora:
         check_adapters(config.student, "student.path", lora)
     return student, ends
 
 
-def _check_model(config: Config, model: Any, section: ModelConfig, role: str) -> None:
+def _check_model(config: Config, model: Any, section: ModelConfig, role: str, vocab_size: int) -> None:
     on_vllm = isinstance(section, TeacherConfig) and section.backend == "vllm"
     (limit, positions), prompt = position_limit(model.config, slots=not on_vllm), config.data.max_prompt_tokens
     needed = max_len(config) + on_vllm  # vLLM needs a position for a generated token
@@ -242,8 +251,19 @@ def _check_model(config: Config, model: Any, section: ModelConfig, role: str) ->
             f"completion ({needed - prompt}) need {needed}; lower data.max_prompt_tokens, data.max_reference_tokens or "
             "max_new_tokens"
         )
+    rows = getattr(model.config.get_text_config(decoder=True), "vocab_size", vocab_size)
+    if rows < vocab_size:
+        raise ConfigError(
+            f"{role}.path={section.path}: the tokenizer has {vocab_size} ids and the embedding table {rows} rows; add "
+            f"rows with model.resize_token_embeddings({vocab_size}) and save it, or save the tokenizer of its training "
+            "there"
+        )
     if not on_vllm:
         check_attention(model.config, section.attn, section.path, f"{role}.attn")
+        try:
+            layer_windows(model.config)
+        except ConfigError as error:
+            raise ConfigError(f"{role}.path={section.path}: {error}") from None
 
 
 def check_topk(stage: StageConfig, teacher: TeacherConfig) -> None:

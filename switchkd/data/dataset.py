@@ -18,6 +18,7 @@ from typing import Any
 from switchkd.config.contradictions import is_hub_name
 from switchkd.config.errors import ConfigError, first_line
 from switchkd.config.schema import DataConfig
+from switchkd.engines.models.hub import reason, unreachable
 
 _JSON = (".jsonl", ".json")
 _HUB_FILE = re.compile(r"hf://datasets/([^/]+/[^/]+)/(.+)")
@@ -86,6 +87,8 @@ def read_records(data: DataConfig) -> list[Record]:
     else:
         rows = _sliced(_read_file(path, str(path)), data.split)
     records = list(islice(rows, data.num_rows))
+    if not records and "[" in data.split:
+        raise ConfigError(f"{data.path} has no rows in split {data.split!r}; give another slice")
     if not records:
         raise ConfigError(f"{data.path} holds no rows; each line is an object such as {_EXAMPLE}")
     return records
@@ -109,11 +112,12 @@ def _fetch(name: str) -> Path:
     match = _HUB_FILE.fullmatch(name)
     if match is None:
         raise ConfigError(f"data {name!r} is not of the form hf://datasets/owner/name/file.jsonl")
+    unreachable()
     try:  # the network
         fetched = hf_hub_download(match[1], match[2], repo_type="dataset", token=os.environ.get("HF_TOKEN") or False)
     except Exception as error:
         raise ConfigError(
-            f"data {name!r} cannot be had from the hub: {first_line(error)[:200]}; check the name, set HF_TOKEN for a "
+            f"data {name!r} cannot be had from the hub: {reason(error)}; check the name, set HF_TOKEN for a "
             "gated one, or give a file"
         ) from None
     return Path(fetched)
@@ -161,6 +165,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[Record]:
 
 def _read_hub(name: str, split: str) -> Iterator[Record]:
     """Read `owner/name`, or `owner/name:subset` where the data set has several."""
+    unreachable()  # before `datasets` is loaded, which reads this setting once
     from datasets import load_dataset
 
     repo, _, subset = name.partition(":")
@@ -169,7 +174,7 @@ def _read_hub(name: str, split: str) -> Iterator[Record]:
     except Exception as error:
         raise ConfigError(
             f"data {name!r} (split {split!r}) is neither a .jsonl or .parquet file nor a split that can be had from "
-            f"the hub: {first_line(error)[:200]}"
+            f"the hub: {reason(error)}"
         ) from None
     return (Record(f"{name}/{split}:{i}", row) for i, row in enumerate(rows, start=1))
 

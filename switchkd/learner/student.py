@@ -13,7 +13,7 @@ import torch
 
 from switchkd.config.schema import LoraConfig
 from switchkd.engines.models.lm_head import lm_head_of, logit_scales
-from switchkd.engines.models.loading import load_model, load_whole
+from switchkd.engines.models.loading import attn_implementation, load_model, load_whole
 from switchkd.learner.loss_module import Gather, StudentModule, causal_model, full_tensors
 from switchkd.learner.settings import LearnerSettings
 
@@ -92,7 +92,7 @@ def _load_partitioned(settings: LearnerSettings, config: dict[str, Any]) -> Any:
         student.path,
         f"student.path={student.path}",
         dtype=getattr(torch, settings.learner.dtype),
-        attn_implementation=student.attn,
+        attn_implementation=attn_implementation(student.attn),
         use_safetensors=True,
         trust_remote_code=student.trust_remote_code,
         revision=student.revision,

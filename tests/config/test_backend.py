@@ -125,9 +125,9 @@ def test_vllm_needs_one_more_position(installed):
     model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda **_: text))
     made = config(VLLM, data={"path": "x", "max_prompt_tokens": 128, "max_reference_tokens": 512})
     with pytest.raises(ConfigError, match=r"has 640 positions, .* need 641"):
-        _check_model(made, model, made.teacher, "teacher")
+        _check_model(made, model, made.teacher, "teacher", 128)
     text.max_position_embeddings = 641
-    _check_model(made, model, made.teacher, "teacher")
+    _check_model(made, model, made.teacher, "teacher", 128)
 
 
 QUANTIZED = {"quantization": "fp8", "max_num_seqs": 8}

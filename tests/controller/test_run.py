@@ -66,6 +66,16 @@ def loads(folder: Path) -> torch.nn.Module:
     return model
 
 
+def test_a_run_that_does_not_fit_gives_a_warning(place, notes, monkeypatch):
+    """A run that needs more memory than is free says so, with each role's share and what helps, before it starts."""
+    from switchkd.controller import memory_fit
+
+    monkeypatch.setattr(memory_fit, "free_bytes", lambda: 1e6)
+    train(config(place, [{**WARM_UP, "steps": 1}]))
+    (warning,) = [line for line in notes if line.startswith("warning: memory")]
+    assert "(teacher " in warning and "rollout " in warning and "learner " in warning and "free; " in warning
+
+
 # --- from start to end -----------------------------------------------------------------------------------------------
 
 

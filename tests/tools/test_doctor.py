@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import stat
@@ -20,6 +21,8 @@ from tiny import save_tiny, tiny_tokenizer
 
 from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config
+from switchkd.controller import memory_fit
+from switchkd.engines import build
 from switchkd.tools.doctor import doctor, machine
 from switchkd.tools.doctor import models as model_checks
 from switchkd.tools.doctor.check import CheckResult, from_config_error, run_check
@@ -216,12 +219,31 @@ class TestMachine:
             assert (status == "fail") == ("keep_last" in result.remedy)
 
     def test_memory_is_checked(self, here, monkeypatch):
-        """Memory below the sum of all processes gives a warning."""
-        from switchkd.engines.models.shape import shapes
+        """Memory below the sum of all processes fails with each role's share and the changes that save some, and no
+        others; with --force it gives a warning."""
+        settings = a_config(here, run={"mode": "ray"}, rollout={"num_workers": 2}, learner={"lora": {}})
+        monkeypatch.setattr(memory_fit, "free_bytes", lambda: 1e12)
+        one(of(machine.host_memory, settings), "memory", "ok")
+        need = sum(memory_fit.memory_fit(settings).needed.values())
+        monkeypatch.setattr(memory_fit, "free_bytes", lambda: need - 10 * 2**20)
+        result = one(of(machine.host_memory, settings), "memory", "fail")
+        assert re.search(r"about \S+ GiB \(teacher \S+, rollout \S+, learner \S+, libraries 2.4\) of", result.text)
+        assert "rollout.num_workers=1 (saves 0.6" in result.remedy and "learner.micro_batch_tokens" in result.remedy
+        assert "lora" not in result.remedy and "zero" not in result.remedy
+        assert one(of(machine.host_memory, settings, True), "memory", "warn").remedy == result.remedy
 
-        for free, status in ((1e9, "warn"), (1e12, "ok")):
-            monkeypatch.setattr(machine, "_available", lambda free=free: free)
-            one(of(machine.host_memory, a_config(here), shapes(a_config(here))), "memory", status)
+    @pytest.mark.parametrize(("slowdown", "named"), [(1.0, True), (9.0, False)])
+    def test_bfloat16_is_proposed_where_it_is_fast(self, here, monkeypatch, slowdown, named):
+        """Where memory is short bfloat16 is proposed only on a CPU that is not slow in it; packing off where packed."""
+        monkeypatch.setattr(memory_fit, "bfloat16_slowdown", lambda: slowdown)
+        monkeypatch.setattr(memory_fit, "MAX_CHANGES", 99)
+        settings = a_config(here, data={"max_prompt_tokens": 900})
+        need = sum(memory_fit.memory_fit(settings).needed.values())
+        monkeypatch.setattr(memory_fit, "free_bytes", lambda: need - 2**18)
+        remedy = memory_fit.memory_fit(settings).remedy
+        assert ("teacher.dtype=bfloat16" in remedy, "student.dtype=bfloat16" in remedy) == (named, named)
+        packed = memory_fit.memory(settings, memory_fit.shapes(settings))["teacher"].get("packed copies", 0)
+        assert ("teacher.prepack=off" in remedy) == (packed > 0.1 * 2**18)
 
     def test_object_store_must_fit(self, here, monkeypatch):
         """A private cluster's object store, by config or two student versions, must fit into shared memory."""
@@ -299,6 +321,36 @@ class TestModels:
         assert said in result.text and (status == "ok" or "data.template" in result.remedy)
         own = a_config(here, **paths, data={"template": "Q: {prompt}"})
         assert one(of(model_checks.chat_templates, own), "chat templates", "ok").text.startswith("data.template")
+
+    @pytest.mark.parametrize(
+        ("template", "missing"),
+        [
+            ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}", "'<assistant>'"),
+            (
+                "{% for m in messages %}{{ m.content }}{{ '[/I]' if m.role == 'user' }}{% endfor %}",
+                "",
+            ),
+        ],
+    )
+    def test_a_missing_generation_prompt_gives_a_warning(self, here, template, missing):
+        """A template that ignores add_generation_prompt gives one warning with the missing header; one whose answers
+        have no header gives none."""
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = template
+        folder = save_tiny(here / "own")
+        (folder / "chat_template.jinja").unlink()
+        tokenizer.save_pretrained(folder)
+        both = a_config(here, student={"path": "./own"}, teacher={"path": "./own"})
+        texts = [each.text for each in of(model_checks.chat_templates, both) if each.status == "warn"]
+        assert len(texts) == bool(missing) and all(f"prompts end without {missing}" in text for text in texts)
+
+    def test_a_narrow_table_is_refused(self, here):
+        """A tokenizer with more ids than the student's embedding table has rows is refused, before weights are loaded,
+        with remedies for a student."""
+        save_tiny(here / "narrow", vocab_size=100)
+        result = one(quick(here, student={"path": "./narrow"}), "models", "fail")
+        assert "student.path=" in result.text and "has 120 ids and the embedding table 100 rows" in result.text
+        assert "resize_token_embeddings(120)" in result.remedy and "teacher.output" not in result.line
 
     def test_data_problems_are_reported(self, here):
         """Malformed data and too many skipped prompts fail; a few skipped prompts give a warning."""
@@ -386,6 +438,26 @@ class TestWithWeights:
         results = list(doctor.run_checks(config(here, [stage])))
         result = one(results, "dry pass", "fail")
         assert "loss on it is nan" in result.text and "rollout CONFIG" in result.remedy
+
+    def test_what_does_not_fit_is_not_loaded(self, here, monkeypatch):
+        """Models that do not fit into the free memory are not loaded, also not to rank layers; --force loads them."""
+        from switchkd.engines.models import layer_importance
+
+        def load(*args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError("weights are read")
+
+        monkeypatch.setattr(build, "load_model", load)
+        monkeypatch.setattr(layer_importance, "load_model", load)
+        monkeypatch.setattr(memory_fit, "free_bytes", lambda: 1e6)
+        for student_section in ({"path": "student"}, {"prune": {"num_layers": 2}}):
+            settings = a_config(here, student=student_section)
+            results = list(doctor.run_checks(settings))
+            assert one(results, "memory", "fail") and one(results, "tokenizers", "ok")
+            result = one(results, "dry pass", "warn")
+            assert result.text.startswith("not tried, it needs about") and "--force" in result.remedy
+            results = list(doctor.run_checks(settings, force=True))
+            assert one(results, "memory", "warn")
+            assert [each.text for each in results if each.status == "fail"] == ["RuntimeError: weights are read"]
 
     def test_a_run_without_a_teacher_passes(self, here):
         """A run without a teacher skips the teacher's checks."""

@@ -16,9 +16,9 @@ from tiny import save_tiny, tiny_model
 
 from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config, LoraConfig, ModelConfig
+from switchkd.controller.memory import layer_activations, memory, states
 from switchkd.engines.models.shape import Shape, read_shape, shapes
 from switchkd.engines.models.sources import num_params
-from switchkd.tools.plan.memory import layer_activations, memory, states
 from switchkd.tools.plan.plan import make_plan
 
 LLAMA_7B = {

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from switchkd.algo.transfer import to_device
-from switchkd.config.errors import ConfigError
+from switchkd.config.errors import ConfigError, with_type
 from switchkd.engines.hf.cuda_graphs import MAX_WIDTH, Capture, StepGraphs, few_lengths, few_rows, few_widths
 from switchkd.engines.hf.kv_cache import (
     ForwardContext,
@@ -28,7 +28,7 @@ from switchkd.engines.hf.kv_cache import (
     round_up,
     use_grouped_sdpa,
 )
-from switchkd.engines.models.lm_head import final_hidden, own_logits
+from switchkd.engines.models.lm_head import check_finite, final_hidden, own_logits
 from switchkd.engines.models.loading import position_limit
 
 Output = Literal["hidden_states", "logits"]
@@ -37,6 +37,8 @@ MAX_FORWARD_TOKENS = 4096  # padded tokens of one forward pass: bounds the memor
 # Padded tokens that cost as much as one more forward pass. 135M on a CPU: 26 (fp32) to 35 (bf16), and a split batch
 # also gathers its slots. The value for a GPU, where a few hundred tokens hardly cost time, is not measured.
 FORWARD_COST = {"cpu": 64, "cuda": 512}
+
+_REMEDY = "choose another model, or teacher.backend: vllm where it is the teacher"
 
 
 class ModelRunner:
@@ -62,7 +64,15 @@ class ModelRunner:
         if capture is not None and output == "hidden_states":
             size = num_slots * (4 * MAX_WIDTH + 1)
             self._graphs = StepGraphs(capture, num_inputs=size, device=model.device)
-        self._check_model()
+        try:  # another library's code
+            self._check_model()
+        except (ConfigError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"model type {model.config.model_type} does not work with a cache with a length per row "
+                f"({with_type(error)}); {_REMEDY}"
+            ) from error
 
     def extend(self, slots: np.ndarray, starts: np.ndarray, token_ids: np.ndarray, lengths: np.ndarray,
                keep: np.ndarray | None = None) -> torch.Tensor:  # fmt: skip
@@ -179,12 +189,13 @@ class ModelRunner:
         ones = torch.ones_like(whole)  # without it GPT-2 warns of padding
         tail_rows = torch.arange(num - 3, num, device=whole.device)
         expected = self._read(tail_rows, input_ids=whole, attention_mask=ones, use_cache=False)
+        check_finite(self.model, expected)
         expected = expected.float().repeat(rows, 1)
         error = float((tail.float() - expected).norm() / expected.norm())
         if not error <= (1e-3 if self.model.dtype == torch.float32 else 0.1):
             raise ConfigError(
                 f"model type {self.model.config.model_type} reads wrongly from a cache with a length per row "
-                f"(relative error {error:.2g}); choose another model, or teacher.backend: vllm where it is the teacher"
+                f"(relative error {error:.2g}); {_REMEDY}"
             )
         self.reset()
         self.num_positions_read = 0

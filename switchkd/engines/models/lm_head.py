@@ -114,13 +114,14 @@ def lm_head_of(model: Any, vocab_size: int, dtype: torch.dtype = torch.float32) 
     if weight is None or weight.ndim != 2 or weight.shape[0] < vocab_size:
         shape = None if weight is None else tuple(weight.shape)
         raise ConfigError(
-            f"the output layer of {name} has a weight of shape {shape}, {vocab_size} rows are needed; set "
-            f"teacher.output: logits, or take a model that knows the whole tokenizer"
+            f"the output layer of {name} has a weight of shape {shape}, {vocab_size} rows are needed; take a model "
+            "that knows the whole tokenizer, or add rows with model.resize_token_embeddings and save it"
         )
     bias = getattr(layer, "bias", None)
     weight = weight.detach()[:vocab_size].to(dtype)
     bias = None if bias is None else bias.detach()[:vocab_size].to(dtype)
     hidden, logits = _probe(model)
+    check_finite(model, logits)
     return fit_lm_head(weight, bias, model.config.get_text_config(), hidden, logits, dtype=model.dtype, name=name)
 
 
@@ -133,7 +134,7 @@ def fit_lm_head(
     *,
     dtype: torch.dtype,
     name: str,
-    remedy: str = "set teacher.output: logits",
+    remedy: str = "set teacher.output: logits where it is the teacher; a student has to be another model",
 ) -> LMHead:
     """The LM head with the scale and the soft-cap that reproduce a model's logits [N, its vocabulary] from its hidden
     states [N, D], within rounding of the model's `dtype`. Raises ConfigError where no scale does."""
@@ -148,6 +149,24 @@ def fit_lm_head(
     raise ConfigError(
         f"the logits of {name} cannot be rebuilt from its last hidden state (relative error {min(errors):.2g}, limit "
         f"{limit:.2g}); {remedy}"
+    )
+
+
+def check_finite(model: Any, values: torch.Tensor) -> None:
+    """Raise ConfigError where values that the model computed hold NaN or infinity (masked logits may be -inf), and say
+    whether its weights do."""
+    if not bool((values.isnan() | values.isposinf()).any()):
+        return
+    name, dtype = model.config.name_or_path or type(model).__name__, str(model.dtype).removeprefix("torch.")
+    broken = [key for key, tensor in model.named_parameters() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise ConfigError(
+            f"model {name} computes NaN or infinity: {len(broken)} of its weight tensors hold them, first {broken[0]} "
+            f"(loaded as {dtype}); copy the model again, take an earlier checkpoint, or another dtype"
+        )
+    raise ConfigError(
+        f"model {name} computes NaN or infinity in {dtype}, from finite weights; load it with dtype: float32 (or "
+        "bfloat16 instead of float16), or set attn: eager"
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from switchkd.config.errors import ConfigError, first_line
 from switchkd.config.schema import ModelConfig
 from switchkd.engines.models.demo import HUB_TIMEOUT_S
+from switchkd.engines.models.hub import reason, unreachable
 from switchkd.engines.models.sources import check_model_folder, looks_local, tensor_shapes
 
 # Texts on which tokenizers with equal vocabularies may differ: merges, normalizers, splitting, special tokens.
@@ -66,7 +67,7 @@ def load_model(
             name,
             f"model={name}",
             dtype=getattr(torch, dtype),
-            attn_implementation=attn,
+            attn_implementation=attn_implementation(attn),
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             revision=revision,
@@ -85,6 +86,7 @@ def load_model(
 def load_whole(from_pretrained: Callable[..., Any], name: str | None, subject: str, **options: Any) -> Any:
     """The model that a class's `from_pretrained` loads. Raises ConfigError where weights are missing or have another
     shape: transformers would draw them at random. Tied weights, and buffers that are not saved, may be missing."""
+    quiet_transformers()
     try:  # external files
         model, info = from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except RuntimeError as error:
@@ -98,11 +100,19 @@ def load_whole(from_pretrained: Callable[..., Any], name: str | None, subject: s
     return model
 
 
+def quiet_transformers() -> None:
+    """Turn off transformers' progress bars, tables of missing tensors and warnings in this process: what matters of
+    them is raised as an error here."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def check_tensors(section: ModelConfig, key: str) -> None:
     """Raise ConfigError where a folder's weights are not whole, from config and headers alone: transformers loads
     tensors without data. Hub names, folders without weights and quantized models are left to `load_model`."""
     import torch
-    from transformers.utils import logging
 
     folder = Path(section.path).expanduser()
     if not any(folder.glob("*.safetensors")):
@@ -112,14 +122,10 @@ def check_tensors(section: ModelConfig, key: str) -> None:
     if not shapes or getattr(config, "quantization_config", None):
         return
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    kind, verbosity = type(meta_model(config, section, key)), logging.get_verbosity()
-    logging.set_verbosity_error()  # no table of all missing tensors
-    try:
-        load_whole(
-            kind.from_pretrained, None, f"{key}={section.path}", config=config, state_dict=tensors, device_map="meta"
-        )
-    finally:
-        logging.set_verbosity(verbosity)
+    kind = type(meta_model(config, section, key))
+    load_whole(
+        kind.from_pretrained, None, f"{key}={section.path}", config=config, state_dict=tensors, device_map="meta"
+    )
 
 
 def meta_model(config: Any, section: ModelConfig, key: str) -> Any:
@@ -142,6 +148,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str 
     from transformers import AutoTokenizer
 
     check_model_folder(name, "tokenizer", "tokenizer")
+    quiet_transformers()
     try:
         return AutoTokenizer.from_pretrained(
             name, trust_remote_code=trust_remote_code, revision=revision, token=_token()
@@ -203,6 +210,11 @@ def refuse_own_code(error: Exception, subject: str) -> None:
         ) from error
 
 
+def attn_implementation(attn: str) -> str | None:
+    """transformers' argument for `attn`. None chooses sdpa where the architecture has it, else eager."""
+    return None if attn == "sdpa" else attn
+
+
 def check_attention(config: Any, attn: str, name: str, key: str = "attn") -> None:
     """Raise ConfigError for sdpa with Gemma-2's soft-cap of attention scores, which transformers silently omits."""
     cap = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
@@ -237,6 +249,7 @@ def read_config(section: ModelConfig, key: str) -> Any:
     """The model's `config` and `generation_config`, as attributes of one object. Raises ConfigError."""
     from transformers import AutoConfig, GenerationConfig
 
+    _fetch_small_files(section, key)
     options: dict[str, Any] = {"revision": section.revision, "token": _token()}
     try:  # external files, or the hub
         config = AutoConfig.from_pretrained(section.path, trust_remote_code=section.trust_remote_code, **options)
@@ -251,12 +264,12 @@ def read_config(section: ModelConfig, key: str) -> Any:
 
 
 def _fetch_small_files(section: ModelConfig, key: str) -> None:
-    """Fetch a hub name's small files, or find them in the cache. Without a network transformers alone would try each
-    file for half a minute."""
+    """Fetch a hub name's small files, or find them in the cache, without delay also where the hub is not reached."""
     from huggingface_hub import snapshot_download
 
     if looks_local(section.path):
         return
+    unreachable()
     try:  # a network boundary
         snapshot_download(
             section.path,
@@ -267,6 +280,6 @@ def _fetch_small_files(section: ModelConfig, key: str) -> None:
         )
     except Exception as error:
         raise ConfigError(
-            f"{key}={section.path} is no folder here, and the hub does not give it: {first_line(error)}; check the "
+            f"{key}={section.path} is no folder here, and the hub does not give it: {reason(error)}; check the "
             "name, set HF_TOKEN for a gated model, or give a folder"
         ) from None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from switchkd.config.errors import ConfigError, first_line
+from switchkd.config.resources import role_of
 from switchkd.config.schema import Config, DepthPruneConfig, LoraConfig, ModelConfig
 from switchkd.engines.models.demo import resolve_path
 from switchkd.engines.models.depth_prune import chosen_layers, pruned_config
@@ -46,12 +47,13 @@ class Shape:
 
 
 def shapes(config: Config) -> dict[str, Shape]:
-    """The shape of `student`, and of `teacher` where a stage needs one. `demo` is fetched; `student.prune` prunes the
-    config only. Raises ConfigError."""
+    """The shape of `student`, and of `teacher` (of several the first) where a stage needs one. `demo` is fetched;
+    `student.prune` prunes the config only. Raises ConfigError."""
     prune, lora = config.student.prune, config.learner.lora
     shapes_by_role: dict[str, Shape] = {}
     if config.needs_teacher:
-        shapes_by_role["teacher"] = read_shape(config.teacher, "teacher.path")
+        name = config.teacher_names[0]
+        shapes_by_role["teacher"] = read_shape(config.of_teacher(name).teacher, f"{role_of(name)}.path")
     section, key = (config.student, "student.path") if prune is None else (config.teacher, "teacher.path")
     return shapes_by_role | {"student": read_shape(section, key, prune=prune, lora=lora)}
 
@@ -71,8 +73,8 @@ def read_shape(
     params = sum(parameter.numel() for parameter in model.parameters())
     rows, head_width = _output_layer(model, section, key)
     text = config.get_text_config(decoder=True)
-    heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    heads = getattr(text, "num_attention_heads", None) or 1  # RWKV has none
+    head_dim = _head_dim(text) or text.hidden_size // heads
     names = [name for name, _ in model.named_modules()]
     return Shape(
         name=section.path,
@@ -118,6 +120,12 @@ def _products(model: Any) -> int:
     return sum(weight.numel() for weight in weights if min(weight.shape) >= MIN_SIZE)
 
 
+def _head_dim(text: Any) -> int | None:
+    """The width of a head, of the widest layer where they differ (Gemma 4); None where the config does not say."""
+    layers = getattr(text, "per_layer_config", None) or [text]
+    return max((width for layer in layers if (width := getattr(layer, "head_dim", None))), default=None)
+
+
 def _ffn(text: Any) -> int:
     width = next((value for name in _FFN if (value := getattr(text, name, None))), 4 * text.hidden_size)
     experts = getattr(text, "num_experts_per_tok", None) or 0
@@ -143,7 +151,7 @@ def _adapters(model: Any, lora: LoraConfig) -> int:
 
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     settings = LoraConfig(r=lora.r, target_modules=targets, task_type="CAUSAL_LM")
-    try:
+    try:  # another library
         wrapped = get_peft_model(model, settings, autocast_adapter_dtype=False)
     except (ValueError, re.error) as error:
         raise ConfigError(

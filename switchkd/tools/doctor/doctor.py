@@ -12,6 +12,7 @@ from dataclasses import asdict
 
 from switchkd.config import resources
 from switchkd.config.schema import Config
+from switchkd.controller.memory_fit import in_one_process, memory_fit
 from switchkd.controller.preflight import PreparedRun, check, prepare
 from switchkd.engines.models.demo import NAME, cache_dir
 from switchkd.engines.models.resolve import reads_teacher, without_pruning
@@ -20,8 +21,9 @@ from switchkd.tools.doctor.check import CheckResult, fail, ok, run_check, warn
 from switchkd.tools.offline import stage_index
 
 
-def run_checks(config: Config, *, quick: bool = False) -> Iterator[CheckResult]:
-    """Yield each result as soon as its check has ended. `quick` leaves out the checks that load models."""
+def run_checks(config: Config, *, quick: bool = False, force: bool = False) -> Iterator[CheckResult]:
+    """Yield each result as soon as its check has ended. `quick` leaves out the checks that load models; what does not
+    fit into this machine's memory is left out too, unless `force`."""
     yield from run_check("versions", machine.versions)
     config_passed = yield from run_check("config", lambda: _config(config))
     processors_passed = yield from run_check("processors", lambda: machine.processors(config))
@@ -42,20 +44,27 @@ def run_checks(config: Config, *, quick: bool = False) -> Iterator[CheckResult]:
     elif quick and _is_demo_missing(config):
         yield warn("models", f"{NAME} is not fetched yet: models are not checked", "switchkd fetch-demo")
     else:
-        yield from _check_models(config, quick, processors_passed)
+        yield from _check_models(config, quick, force, processors_passed)
 
 
-def _check_models(config: Config, quick: bool, processors_passed: bool) -> Iterator[CheckResult]:
+def _check_models(config: Config, quick: bool, force: bool, processors_passed: bool) -> Iterator[CheckResult]:
     from switchkd.tools.doctor import models
 
     prepared: list[PreparedRun] = []
+    too_large: list[CheckResult] = []
+
+    def sizes() -> Iterator[CheckResult]:
+        yield from _sizes(config, force)
+        if not quick and not force and not (fit := memory_fit(in_one_process(config))).fits:
+            too_large.append(warn("dry pass", f"not tried, it needs {fit.text}", "`doctor --force` tries it"))
 
     def tokenizers_and_data() -> Iterator[CheckResult]:
-        prepared.append(prepare(without_pruning(config) if quick else config))
+        # ranking the layers of a pruned student loads the teacher
+        prepared.append(prepare(without_pruning(config) if quick or too_large else config))
         yield from models.tokenizers(prepared[0])
         yield from models.data(prepared[0])
 
-    yield from run_check("disk", lambda: _sizes(config))
+    yield from run_check("disk", sizes)
     models_passed = yield from run_check("models", tokenizers_and_data)
     if not models_passed:
         return
@@ -64,8 +73,10 @@ def _check_models(config: Config, quick: bool, processors_passed: bool) -> Itera
         return
     if not processors_passed:
         yield _left_out("dry pass", "processors")
-        return
-    yield from run_check("dry pass", lambda: models.with_weights(prepared[0], stage_index(config, None)))
+    elif too_large:
+        yield from too_large
+    else:
+        yield from run_check("dry pass", lambda: models.with_weights(prepared[0], stage_index(config, None)))
 
 
 def _data_for_fakes(config: Config) -> Iterator[CheckResult]:
@@ -85,12 +96,12 @@ def _config(config: Config) -> Iterator[CheckResult]:
     yield ok("config", f"rules, losses and files are there; stages {stages}")
 
 
-def _sizes(config: Config) -> Iterator[CheckResult]:
+def _sizes(config: Config, force: bool) -> Iterator[CheckResult]:
     from switchkd.engines.models.shape import shapes
 
     sizes = shapes(config)
     yield from machine.disk(config, sizes)
-    yield from machine.host_memory(config, sizes)
+    yield from machine.host_memory(config, force)
     yield from machine.object_store(config, sizes)
 
 

@@ -20,18 +20,17 @@ from pathlib import Path
 from switchkd.config import resources
 from switchkd.config.schema import Config
 from switchkd.controller.local import check_single, this_machine
+from switchkd.controller.memory import GIB, checkpoint_bytes
+from switchkd.controller.memory_fit import memory_fit
 from switchkd.controller.run_lock import LOCK, _read
 from switchkd.data.atomic_files import CONFIG
 from switchkd.engines.cpu_dtype import slow_bfloat16
 from switchkd.engines.models.shape import Shape, object_store_bytes
 from switchkd.engines.models.sources import looks_local
 from switchkd.tools.doctor.check import CheckResult, fail, ok, warn
-from switchkd.tools.plan.memory import GIB, checkpoint_bytes, memory
 
 PROBE = ".switchkd-doctor-"
 DASHBOARD_PORT = 8265
-LIBRARIES = 0.6 * GIB
-"""Memory of torch, transformers and Ray in every process."""
 
 
 def versions() -> Iterator[CheckResult]:
@@ -229,25 +228,15 @@ def disk(config: Config, shapes: dict[str, Shape]) -> Iterator[CheckResult]:
         yield ok("disk", text)
 
 
-def host_memory(config: Config, shapes: dict[str, Shape]) -> Iterator[CheckResult]:
-    """Compare the memory of a private cluster's processes, by the formulas of `plan`, with this machine's."""
+def host_memory(config: Config, force: bool = False) -> Iterator[CheckResult]:
+    """Compare the memory of a private cluster's processes with this machine's."""
     if not resources.is_private(config):
         return
-    parts, numbers = memory(config, shapes), resources.counts(config)
-    on_gpus = {role for role in parts if getattr(config.resources, role).num_gpus}
-    on_cpu = {role: sum(sizes.values()) + LIBRARIES for role, sizes in parts.items() if role not in on_gpus}
-    needed = sum(size * numbers.get(role, 0) for role, size in on_cpu.items())
-    available = _available()
-    text = f"about {needed / GIB:.3g} GiB of {available / GIB:.3g} free"
-    remedy = "lower learner.micro_batch_tokens, teacher.max_sessions or rollout.batch_size (see `switchkd plan`)"
-    yield ok("memory", text) if needed <= available else warn("memory", text, remedy)
-
-
-def _available() -> float:
-    path = Path("/proc/meminfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    kilobytes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return float(kilobytes[0]) * 1024 if kilobytes else float("inf")
+    fit = memory_fit(config)
+    if fit.fits:
+        yield ok("memory", fit.text)
+    else:
+        yield (warn if force else fail)("memory", fit.text, fit.remedy)
 
 
 def object_store(config: Config, shapes: dict[str, Shape]) -> Iterator[CheckResult]:

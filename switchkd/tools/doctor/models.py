@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from switchkd.config.schema import Config, ModelConfig
+from switchkd.controller.memory_fit import in_one_process
 from switchkd.controller.preflight import PreparedRun
 from switchkd.engines.base import Teacher
 from switchkd.engines.build import make_teacher, max_len
@@ -41,6 +42,9 @@ def tokenizers(ready: PreparedRun) -> Iterator[CheckResult]:
 def chat_templates(config: Config) -> Iterator[CheckResult]:
     """Compare the templates: prompts are formatted with the student's, also for the teacher."""
     student = _template(config.student)
+    if config.data.template is None and (header := _missing_header(config.student)):
+        text = f"the student's ignores add_generation_prompt: prompts end without {_short(header)}"
+        yield warn("chat templates", text, "let the template write it, or set data.template")
     if config.data.template is not None:
         yield ok("chat templates", "data.template is used instead")
         return
@@ -73,6 +77,25 @@ def _template(section: ModelConfig) -> str:
         return f"an error ({' '.join(str(error).split())[:80]})"
 
 
+def _missing_header(section: ModelConfig) -> str:
+    """Return what the model's template writes before an answer and not at the end of a prompt; empty where the prompt
+    has a generation prompt, or an answer follows it directly."""
+    tokenizer = load_tokenizer(section.path, trust_remote_code=section.trust_remote_code, revision=section.revision)
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    messages = [{"role": "user", "content": "question"}]
+    whole = [*messages, {"role": "assistant", "content": "answer"}]
+    try:  # a template is a program
+        asked, bare = (
+            str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add))
+            for add in (True, False)
+        )
+        answered = str(tokenizer.apply_chat_template(whole, tokenize=False))
+    except Exception:
+        return ""  # `_template` shows the error
+    return answered.removeprefix(asked).partition("answer")[0].strip() if asked == bare else ""
+
+
 def _short(text: str) -> str:
     return repr(text) if len(text) <= 60 else f"{text[:57]!r}..."
 
@@ -97,9 +120,7 @@ def data(ready: PreparedRun) -> Iterator[CheckResult]:
 
 def with_weights(ready: PreparedRun, index: int) -> Iterator[CheckResult]:
     """Check each teacher's determinism, then run one prompt of stage `index` through teacher, student and learner."""
-    run = ready.config.run.model_copy(update={"mode": "inprocess"})
-    learner = ready.config.learner.model_copy(update={"num_ranks": 1})
-    config = ready.config.model_copy(update={"run": run, "learner": learner})
+    config = in_one_process(ready.config)
     teachers: dict[str, Any] = {}
     for name in config.teacher_names:
         teacher_config = config.of_teacher(name)

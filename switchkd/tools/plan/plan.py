@@ -19,10 +19,10 @@ from switchkd.config import resources
 from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config, StageConfig
 from switchkd.controller.dispatcher import PREFETCH
+from switchkd.controller.memory import GIB, Parts, memory
 from switchkd.engines.cpu_dtype import slow_bfloat16
 from switchkd.engines.models.shape import BYTES, Shape, object_store_bytes, shapes
 from switchkd.tools.offline import stage_index
-from switchkd.tools.plan.memory import GIB, Parts, memory
 
 RECORD_BYTES = 21
 """One token of a rollout without its row: id, source, version, statistic, threshold, uncertainty."""
