@@ -64,10 +64,10 @@ def check(device: torch.device) -> None:
     num, vocab, seed = 4, 100, 2**63 + 5
     keys = torch.arange(num, device=device)
     logits = torch.linspace(-2, 2, vocab, device=device).repeat(num, 1)
-    bits = np.stack([noise_bits(seed, row, row, Purpose.SKD, vocab) for row in range(num)])
+    bits = np.stack([noise_bits(seed, row, row, Purpose.GUMBEL, vocab) for row in range(num)])
     scores = logits.cpu().double().numpy() + gumbel(bits)
     for top_k, top_p, first in ((0, 1.0, 0), (7, 1 - 1e-9, vocab - 7)):
-        tokens, _ = draw(logits, seed, keys, keys, purpose=Purpose.SKD, temperature=1.0, top_k=top_k, top_p=top_p,
+        tokens, _ = draw(logits, seed, keys, keys, purpose=Purpose.GUMBEL, temperature=1.0, top_k=top_k, top_p=top_p,
                          near_tie=1e-4, tie=1e-12)  # fmt: skip
         found = tokens.tolist()
         wanted = (first + scores[:, first:].argmax(axis=1)).tolist()
