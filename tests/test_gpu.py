@@ -20,7 +20,8 @@ from test_rollout import MAX_NEW, RULES, SAMPLINGS
 from test_slot_cache import check_random_history, clean, extend
 from tiny import EOS, NUM_TOKENS, tiny_model
 
-from switchkd.algo.noise import Purpose
+from switchkd.algo import divergence, kernels
+from switchkd.algo.noise import Purpose, gumbel, noise_bits
 from switchkd.algo.sampling import SamplingParams, draw
 from switchkd.algo.transfer import to_host
 from switchkd.engines.hf import cuda_graphs, model_runner
@@ -195,6 +196,69 @@ def test_draws_equal_those_of_a_cpu(sampling):
         assert ((tokens == there) | (margins < 1e-9)).all()
         finite = np.isfinite(margins)
         np.testing.assert_allclose(leads[finite], margins[finite], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["draw", "divergence"])
+def test_kernels_are_found(name):
+    """Triton compiles and runs the kernels here: the tests below are theirs."""
+    pytest.importorskip("triton")
+    assert kernels.find(name, torch.zeros(1, device=DEVICE)) is not None
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_kernel_scores_are_near_float64(temperature):
+    """Words are NumPy's, and scores are within 4 ulp of its float64 ones (of 1 for smaller numbers)."""
+    pytest.importorskip("triton")
+    from noise_kernel import noise_and_scores
+
+    logits = torch.randn(8, 8192, generator=torch.Generator().manual_seed(1)) * 3
+    ids, positions = torch.arange(8, device=DEVICE) - 4, torch.arange(8, device=DEVICE)
+    bits, scores = noise_and_scores(logits.to(DEVICE), -3, ids, positions, int(Purpose.SKD), temperature)
+    for n in range(8):
+        wanted = noise_bits(-3, n - 4, n, Purpose.SKD, 8192)
+        np.testing.assert_array_equal(bits[n], wanted)
+        exact = logits[n].double().numpy() / temperature + gumbel(wanted)
+        assert (np.abs(scores[n].numpy() - exact) <= 4 * np.spacing(np.maximum(np.abs(exact), 1))).all()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [SamplingParams(), SamplingParams(temperature=0.0), SamplingParams(temperature=0.7, top_k=40, top_p=0.9)],
+    ids=str,
+)
+def test_kernel_draws_are_those_of_numpy(setting):
+    """Tokens of 64 large rows equal NumPy's except where the margin is below 1e-12, and margins agree."""
+    logits = torch.randn(64, 151_936, generator=torch.Generator().manual_seed(2)) * 3
+    key = {"run_seed": 2**63 + 1, "rollout_ids": range(64), "positions": range(64), "purpose": Purpose.GUMBEL}
+    tokens, margins = draw(logits, **key, sampling=setting, return_margin=True)
+    there, leads = draw(logits.to(DEVICE), **key, sampling=setting, return_margin=True)
+    assert ((tokens == there) | (margins < 1e-12)).all()
+    finite = np.isfinite(margins)
+    np.testing.assert_allclose(leads[finite], margins[finite], atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "function, numbers",
+    [
+        (divergence.forward_kl, {}),
+        (divergence.reverse_kl, {}),
+        (divergence.jsd, {"beta": 0.1}),
+        (divergence.skew_kl, {}),
+        (divergence.skew_reverse_kl, {"alpha": 0.7}),
+        (divergence.tvd, {}),
+    ],
+)
+def test_kernel_divergences_are_near_float64(function, numbers):
+    """Values and gradients of large float32 rows are near those of plain float64 on the CPU."""
+    p = torch.randn(4, 151_936, generator=torch.Generator().manual_seed(3)) * 3
+    q = p + torch.randn(p.shape, generator=torch.Generator().manual_seed(4))
+    want, got = p.double(), p.to(DEVICE)
+    q_want, q_got = q.double().requires_grad_(), q.to(DEVICE).requires_grad_()
+    values = function(want, q_want, **numbers), function(got, q_got, **numbers)
+    torch.testing.assert_close(values[1].detach().cpu().double(), values[0].detach(), atol=2e-6, rtol=2e-6)
+    for value in values:
+        value.sum().backward()
+    torch.testing.assert_close(q_got.grad.cpu().double(), q_want.grad, atol=1e-6, rtol=1e-5)
 
 
 def write(models, params: RolloutParams, *, device: str, with_graphs: bool, max_draft_tokens: int, drafter: str):

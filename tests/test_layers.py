@@ -31,6 +31,7 @@ LAYERS = [
 HEAVY = {
     "ray": ("actors/", "tools/bench/ray_cluster.py"),
     "deepspeed": ("learner/deepspeed.py",),
+    "triton": ("algo/kernels/draw.py", "algo/kernels/divergence.py"),
     "vllm": ("engines/vllm/engine.py", "engines/vllm/teacher.py", "engines/vllm/worker.py"),
 }
 """The only places that import these packages. DeepSpeed and vLLM cannot share a process."""
@@ -144,8 +145,10 @@ def test_heavy_packages_are_imported_in_their_place_only(package):
 
 
 def test_algo_imports_no_other_package():
-    """algo/ imports torch, NumPy, the standard library and itself."""
-    allowed = {"torch", "numpy", *sys.stdlib_module_names}
+    """algo/ imports torch, NumPy, the standard library and itself; its kernels also Triton, when they are chosen."""
+    allowed = {"torch", "numpy", "triton", *sys.stdlib_module_names}
+    kernels = {"algo/kernels/draw.py", "algo/kernels/divergence.py"}
+    assert not [file for file, targets in graph().items() if targets & kernels]
     for file in (file for file in FILES if file.startswith("algo/")):
         names = [name for name in imports(file) if name.split(".")[0] not in allowed]
         assert not [name for name in names if not name.startswith("switchkd.algo")], file

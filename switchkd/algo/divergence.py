@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from switchkd.algo import kernels
+
 _FLOOR = -1e4  # in place of log 0: exp gives 0, and the difference of two is 0 instead of NaN
 _CPU_ELEMENTS = 2**16  # of a chunk that fits the cache of a core
 DEVICE_ELEMENTS = 2**24
@@ -20,11 +22,15 @@ DEVICE_ELEMENTS = 2**24
 
 def forward_kl(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     """KL(p‖q) = sum p ln(p / q)."""
+    if fused := _kernel(student_logits):
+        return fused("forward_kl", teacher_logits, student_logits)
     return _kl(*_logs(teacher_logits, student_logits))
 
 
 def reverse_kl(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     """KL(q‖p) = sum q ln(q / p)."""
+    if fused := _kernel(student_logits):
+        return fused("reverse_kl", teacher_logits, student_logits)
     log_p, log_q = _logs(teacher_logits, student_logits)
     return _kl(log_q, log_p)
 
@@ -38,6 +44,8 @@ def jsd(teacher_logits: Tensor, student_logits: Tensor, *, beta: float = 0.5, lo
         raise ValueError(f"beta is {beta}: the JSD is zero at 0 and 1; choose between them, or forward_kl, reverse_kl")
     if not log_base > 1:
         raise ValueError(f"log_base is {log_base}: choose a base above 1, such as 2 (JSD in [0, 1]) or e (nats)")
+    if fused := _kernel(student_logits):
+        return fused("jsd", teacher_logits, student_logits, beta) / math.log(log_base)
     p, q = (x.softmax(dim=-1) for x in _inputs(teacher_logits, student_logits))
     # p/m = 1 + (1 - beta) d and q/m = 1 - beta d with d = (p-q)/m: log1p keeps its digits where p is close to q, if
     # both terms of an id are added before the ids are. In place where autograd allows it, since rules wait for this.
@@ -52,17 +60,25 @@ def jsd(teacher_logits: Tensor, student_logits: Tensor, *, beta: float = 0.5, lo
 
 def skew_kl(teacher_logits: Tensor, student_logits: Tensor, *, alpha: float = 0.1) -> Tensor:
     """KL(p ‖ alpha p + (1 - alpha) q) (DistiLLM, arXiv 2402.03898, eq. 4)."""
+    _check_alpha(alpha)
+    if fused := _kernel(student_logits):
+        return fused("skew_kl", teacher_logits, student_logits, alpha)
     return _skewed(*_logs(teacher_logits, student_logits), alpha)
 
 
 def skew_reverse_kl(teacher_logits: Tensor, student_logits: Tensor, *, alpha: float = 0.1) -> Tensor:
     """KL(q ‖ (1 - alpha) p + alpha q) (DistiLLM; the loss of SWITCH's main results)."""
+    _check_alpha(alpha)
+    if fused := _kernel(student_logits):
+        return fused("skew_reverse_kl", teacher_logits, student_logits, alpha)
     log_p, log_q = _logs(teacher_logits, student_logits)
     return _skewed(log_q, log_p, alpha)
 
 
 def tvd(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     """Total variation distance, 1/2 sum |p - q|."""
+    if fused := _kernel(student_logits):
+        return fused("tvd", teacher_logits, student_logits)
     p, q = (x.softmax(dim=-1) for x in _inputs(teacher_logits, student_logits))
     return (p - q).abs().sum(dim=-1) / 2
 
@@ -94,6 +110,12 @@ def agreement(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 # --- shared parts ----------------------------------------------------------------------------------------------------
 
 
+def _kernel(logits: Tensor) -> Callable[..., Tensor] | None:
+    """The Triton kernels of all divergences and their gradients where the logits' device runs them."""
+    module = kernels.find("divergence", logits)
+    return module.row_divergence if module else None
+
+
 def _inputs(teacher_logits: Tensor, student_logits: Tensor) -> tuple[Tensor, Tensor]:
     """Both in one dtype, at least fp32, the teacher's without a gradient."""
     dtype = torch.promote_types(torch.promote_types(teacher_logits.dtype, student_logits.dtype), torch.float32)
@@ -112,15 +134,21 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 def _skewed(log_a: Tensor, log_b: Tensor, alpha: float) -> Tensor:
     """KL(a ‖ alpha a + (1 - alpha) b) = -sum a ln(alpha + (1 - alpha) b / a)."""
-    if not 0 <= alpha < 1:
-        raise ValueError(f"alpha is {alpha}: give a share from 0 up to, but not, 1; the papers use 0.1")
     if alpha == 0:
         return _kl(log_a, log_b)
     share = log_a.new_full((), math.log(alpha))
     return -(log_a.exp() * torch.logaddexp(share, log_b - log_a + math.log1p(-alpha))).sum(dim=-1)
 
 
+def _check_alpha(alpha: float) -> None:
+    if not 0 <= alpha < 1:
+        raise ValueError(f"alpha is {alpha}: give a share from 0 up to, but not, 1; the papers use 0.1")
+
+
 def _entropy(logits: Tensor) -> Tensor:
+    if module := kernels.find("divergence", logits):
+        found: Tensor = module.entropy(logits)
+        return found
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1).clamp(min=_FLOOR)
     return -(log_p.exp() * log_p).sum(dim=-1)
 

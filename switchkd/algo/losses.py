@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from switchkd.algo import divergence
+from switchkd.algo import divergence, kernels
 
 
 def forward_kl(p_logits: Tensor, q_logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
@@ -86,6 +86,9 @@ def atkd_tokens(
 @torch.no_grad()
 def uncertainty(p_logits: Tensor, labels: Tensor) -> Tensor:
     """ATKD's UnC = 1 - p_g, [N], summed over the other ids: the difference 1 - p_g loses all digits near p_g = 1."""
+    if fused := kernels.find("divergence", p_logits):
+        found: Tensor = fused.uncertainty(p_logits, labels)
+        return found
     log_p = _at_least_fp32(p_logits).log_softmax(dim=-1)
     return log_p.scatter_(1, labels[:, None].to(log_p.device), -math.inf).exp_().sum(dim=-1)
 
@@ -120,7 +123,9 @@ def atkd_weights(mask: Tensor, hard: Tensor, *, num_easy: float | None = None, n
 def _masked(
     function: Callable[..., Tensor], p_logits: Tensor, q_logits: Tensor, mask: Tensor, **numbers: float
 ) -> Tensor:
-    return function(_clean(p_logits, mask), _clean(q_logits, mask), **numbers).masked_fill(~mask, 0)
+    if not kernels.find("divergence", q_logits):  # a kernel's gradient of a masked row is 0 for any content
+        p_logits, q_logits = _clean(p_logits, mask), _clean(q_logits, mask)
+    return function(p_logits, q_logits, **numbers).masked_fill(~mask, 0)
 
 
 def _clean(logits: Tensor, mask: Tensor) -> Tensor:

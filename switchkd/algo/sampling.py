@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from switchkd.algo.noise import UNIT, WORD, Purpose, gumbel, noise_bits
+from switchkd.algo import kernels
+from switchkd.algo.noise import PHILOX_MULTIPLIERS, PHILOX_WEYL, UNIT, WORD, Purpose, gumbel, noise_bits
 from switchkd.algo.transfer import to_device, to_host
 
 NEAR_TIE = 1e-4
@@ -24,8 +25,6 @@ NEAR_TIE = 1e-4
 batch shape; so may an id whose log-prob, or the mass before it, is this close to the edge of top_k or top_p. Such
 tokens are counted, not hidden."""
 _NO_ROW = "a row to draw from needs finite logits, or -inf for some of them, and no NaN"
-_MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)  # Philox4x64 (Salmon et al., SC 2011)
-_WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 _ROUNDS = 10
 _DEPTH = 5.0  # nats below the best logit within which entries are scored first ...
 _MAX_SCORED = 2048  # ... and their largest number; both change the speed only
@@ -71,10 +70,10 @@ def noise_bits_torch(run_seed: int, rollout_ids: Tensor, positions: Tensor, purp
     words = (block, zero, zero + positions.long()[:, None], zero + _signed(purpose))
     rollout_key = rollout_ids.long()[:, None]
     for i in range(_ROUNDS):
-        key_0 = _signed(run_seed + i * _WEYL[0])
-        key_1 = rollout_key + _signed(i * _WEYL[1])
-        high_0, low_0 = _multiply(words[0], _MULTIPLIERS[0])
-        high_1, low_1 = _multiply(words[2], _MULTIPLIERS[1])
+        key_0 = _signed(run_seed + i * PHILOX_WEYL[0])
+        key_1 = rollout_key + _signed(i * PHILOX_WEYL[1])
+        high_0, low_0 = _multiply(words[0], PHILOX_MULTIPLIERS[0])
+        high_1, low_1 = _multiply(words[2], PHILOX_MULTIPLIERS[1])
         words = (high_1 ^ words[1] ^ key_0, low_1, high_0 ^ words[3] ^ key_1, low_0)
     return torch.stack(words, dim=-1).flatten(1)[:, :num]
 
@@ -333,8 +332,15 @@ def draw_there(
 def draw_on_device(
     logits: Tensor, run_seed: int, rollout_ids: Tensor, positions: Tensor, *, purpose: Purpose, sampling: SamplingParams
 ) -> tuple[Tensor, Tensor]:
-    """`draw` in plain torch operations, without pruning or a copy to the host: (token ids int64 [N], margin [N]). The
-    margin of a row that is no distribution is NaN, and its token any id."""
+    """`draw` without pruning or a copy to the host: (token ids int64 [N], margin [N]), by one Triton kernel where the
+    device runs it, else by plain torch operations. The margin of a row that is no distribution is NaN, and its token
+    any id."""
+    if fused := kernels.find("draw", logits):
+        tokens, margins = fused.draw(
+            logits, run_seed, rollout_ids, positions, purpose=purpose, temperature=sampling.temperature,
+            top_k=sampling.top_k, top_p=sampling.top_p, near_tie=NEAR_TIE, tie=_TIE,
+        )  # fmt: skip
+        return tokens, margins
     values = logits.detach().float()
     if sampling.temperature == 0:
         scores = values.double()
