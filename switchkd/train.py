@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -60,8 +61,10 @@ class Trainer:
         log: MetricsLog,
         evaluator: Evaluator,
         watchdog: Watchdog,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
+        self.now = now
         self.schedule = schedule
         self.handles = handles
         self.log = log
@@ -70,7 +73,7 @@ class Trainer:
         self.quarantine = Quarantine(folder.path, config.data.max_quarantined_frac, schedule.num_tasks)
         self.dispatcher = TaskDispatcher(config, schedule, handles, log, watchdog, self.quarantine)
         self.recovery = Recovery(self.dispatcher, folder, log, config.run.max_restarts)
-        self.reporter = StepReporter(config.replay, self.dispatcher, log, folder.path)
+        self.reporter = StepReporter(config.replay, self.dispatcher, log, folder.path, now)
         self.hard_fracs = [build_loss(stage).hard_frac for stage in schedule.stages]  # ATKD's
         self.state = TrainState()
         self.weights: WeightRef | None = None  # of `state.version`, where a call needs them
@@ -143,11 +146,11 @@ class Trainer:
     # ── one step ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _one_step(self) -> None:
-        started, step = time.monotonic(), self.state.step
+        started, step = self.now(), self.state.step
         entries = self._next_batch()
         if entries is None:  # stopped
             return
-        wait_s, staleness = time.monotonic() - started, self._staleness(entries)
+        wait_s, staleness = self.now() - started, self._staleness(entries)
         result = self._learn(entries)
         self._commit(entries, result)
         self.reporter.step(step, entries, staleness, result, wait_s)
