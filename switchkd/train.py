@@ -33,7 +33,7 @@ from switchkd.controller.evaluation import Evaluator, aggregate, evaluate_with_r
 from switchkd.controller.handles import ActorHandles
 from switchkd.controller.metrics import MetricsLog, StageScores
 from switchkd.controller.model_card import exported_step, model_card
-from switchkd.controller.preflight import PreparedRun, prepare
+from switchkd.controller.preflight import PreparedRun, in_flight, prepare
 from switchkd.controller.quarantine import Quarantine
 from switchkd.controller.recovery import Recovery, retry
 from switchkd.controller.resume import with_stored_date
@@ -317,6 +317,9 @@ def train(config: Config, *, resume: bool = False) -> Summary:
         log.info(f"evaluation: {ready.eval_prompts.report()}")
     if warning := slow_bfloat16(config):
         log.info(f"warning: {warning}")
+    generating = [stage for stage in config.train.stages if stage.mix.rollout > 0 and stage.steps]
+    if generating and not config.rollout.recorded:
+        log.info(f"stage {generating[-1].name}: {in_flight(config, generating[-1])}")
     _check_capacity(config, log)
     with open_run(config, resume, prompts=prompts) as folder:
         trainer = _train(ready, folder, log)
