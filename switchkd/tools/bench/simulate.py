@@ -169,16 +169,16 @@ MODES = (("finish", 0), ("finish", 2), ("reprefill", 0), ("reprefill", 2))
 
 
 def run(options: Options, size: Size, costs: Costs, *, num_steps: int) -> Table:
-    """Simulate each of MODES, and the last one with FACTOR times as many processes and rollouts."""
+    """Simulate each of MODES, and one step of the last one with FACTOR times as many processes and rollouts."""
     if options.smoke:
         size, num_steps = replace(size, workers=2, teachers=1, ranks=1, slots=2), 1
 
-    def side(size: Size, mode: str, limit: int) -> Simulated:
-        num = UNMEASURED + num_steps + limit + 2  # steps are left when the measurement ends
-        return simulate(config_of(size, on_new_weights=mode, max_staleness=limit, num_steps=num), costs, num_steps)
+    def side(size: Size, mode: str, limit: int, num_measured: int) -> Simulated:
+        num = UNMEASURED + num_measured + limit + 2  # steps are left when the measurement ends
+        return simulate(config_of(size, on_new_weights=mode, max_staleness=limit, num_steps=num), costs, num_measured)
 
-    measured = [side(size, mode, limit) for mode, limit in MODES]
-    large = side(size.times(FACTOR), *MODES[-1])
+    measured = [side(size, mode, limit, num_steps) for mode, limit in MODES]
+    large = side(size.times(FACTOR), *MODES[-1], 1)
     rows = [_row(size, mode, limit, one) for (mode, limit), one in zip(MODES, measured, strict=True)]
     rows.append(_row(size.times(FACTOR), *MODES[-1], large))
     notes = {**asdict(size), **asdict(costs), "steps": num_steps}

@@ -1,7 +1,8 @@
 """`switchkd plan`: memory of each process, bytes on the wire, and each role's share of the machines.
 
 In: a checked config. Out: a `Plan`, printed as tables or as JSON. No weights are read. Speed is not estimated: it
-depends on how many drafted tokens are rejected. Only a dtype that is slow on this machine's CPU is warned of.
+depends on how many drafted tokens are rejected (`from_run.py` reads what a run measured). Only a dtype that is slow on
+this machine's CPU is warned of.
 
 Bytes on the wire, with D = the teacher's hidden width, d = bytes of its dtype, V = shared vocabulary: the teacher sends
 one row for every drafted token, D x d bytes (`hidden_states`), 4 V (`logits`) or 8 k + 8 (`top_logprobs`). A rollout
