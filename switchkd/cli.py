@@ -149,8 +149,23 @@ def rollout(
 
 
 @app.command()
-def plan(config: ConfigFile, overrides: Overrides = None, stage: Stage = None, as_json: AsJson = False) -> None:
-    """Memory, bytes on the wire, and what each role gets of the machines."""
+def plan(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file; not with --from-run.")] = None,
+    overrides: Overrides = None,
+    stage: Stage = None,
+    from_run: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Say who waits for whom in this run, and what to add.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Memory, bytes on the wire, and what each role gets of the machines; or what limits a run."""
+    if (config is None) == (from_run is None):
+        raise ConfigError("plan: give either CONFIG or --from-run RUN")
+    if from_run is not None:
+        from switchkd.tools.plan import from_run as waits
+
+        return waits.show(waits.wait_report(from_run), as_json)
+    assert config is not None
     loaded = _load(config, overrides)
     from switchkd.tools.plan.plan import make_plan, show
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -24,7 +24,6 @@ from types import FrameType
 from typing import Any
 
 from switchkd.config import resources
-from switchkd.config.loader import sampling_notes
 from switchkd.config.schema import Config
 from switchkd.controller import local
 from switchkd.controller.build import build_evaluator, build_schedule
@@ -32,7 +31,6 @@ from switchkd.controller.checkpoint import Checkpoint, RunFolder, TrainState, op
 from switchkd.controller.dispatcher import NothingFinishes, TaskDispatcher, id_range
 from switchkd.controller.evaluation import Evaluator, aggregate, evaluate_with_retries, stops_early, update_best
 from switchkd.controller.handles import ActorHandles
-from switchkd.controller.memory_fit import memory_fit
 from switchkd.controller.metrics import MetricsLog, StageScores
 from switchkd.controller.model_card import exported_step, model_card
 from switchkd.controller.preflight import PreparedRun, prepare
@@ -40,12 +38,12 @@ from switchkd.controller.quarantine import Quarantine
 from switchkd.controller.recovery import Recovery, retry
 from switchkd.controller.resume import with_stored_date
 from switchkd.controller.schedule import Schedule
+from switchkd.controller.start_lines import start_lines
 from switchkd.controller.step_report import StepReporter
 from switchkd.controller.summary import Summary, summarize
 from switchkd.controller.watchdog import POLL_S, Stalled, Watchdog
 from switchkd.data.atomic_files import write_json_atomic
 from switchkd.data.prompts import prompts_digest
-from switchkd.engines.cpu_dtype import slow_bfloat16
 from switchkd.learner.batching import assign_batch
 from switchkd.learner.build import build_loss
 from switchkd.types import CompletionSource, Entry, StateLost, StepResult, WeightRef
@@ -63,8 +61,10 @@ class Trainer:
         log: MetricsLog,
         evaluator: Evaluator,
         watchdog: Watchdog,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
+        self.now = now
         self.schedule = schedule
         self.handles = handles
         self.log = log
@@ -73,7 +73,7 @@ class Trainer:
         self.quarantine = Quarantine(folder.path, config.data.max_quarantined_frac, schedule.num_tasks)
         self.dispatcher = TaskDispatcher(config, schedule, handles, log, watchdog, self.quarantine)
         self.recovery = Recovery(self.dispatcher, folder, log, config.run.max_restarts)
-        self.reporter = StepReporter(config.replay, self.dispatcher, log, folder.path)
+        self.reporter = StepReporter(config.replay, self.dispatcher, log, folder.path, now)
         self.hard_fracs = [build_loss(stage).hard_frac for stage in schedule.stages]  # ATKD's
         self.state = TrainState()
         self.weights: WeightRef | None = None  # of `state.version`, where a call needs them
@@ -146,11 +146,11 @@ class Trainer:
     # ── one step ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _one_step(self) -> None:
-        started, step = time.monotonic(), self.state.step
+        started, step = self.now(), self.state.step
         entries = self._next_batch()
         if entries is None:  # stopped
             return
-        wait_s, staleness = time.monotonic() - started, self._staleness(entries)
+        wait_s, staleness = self.now() - started, self._staleness(entries)
         result = self._learn(entries)
         self._commit(entries, result)
         self.reporter.step(step, entries, staleness, result, wait_s)
@@ -312,18 +312,11 @@ def train(config: Config, *, resume: bool = False) -> Summary:
     ready = prepare(with_stored_date(config) if resume else config)
     config, prompts = ready.config, prompts_digest(ready.prompts, ready.eval_prompts)
     log = MetricsLog(config.metrics)
-    log.info(f"data: {config.rollout.recorded or ready.prompts.report()}")
-    if ready.eval_prompts and ready.eval_prompts.num_skipped:
-        log.info(f"evaluation: {ready.eval_prompts.report()}")
-    for note in sampling_notes(config):
-        log.info(note)
-    if warning := slow_bfloat16(config):
-        log.info(f"warning: {warning}")
+    for line in start_lines(ready):
+        log.info(line)
     with ExitStack() as opened:
         opened.enter_context(_sigterm_exits(config.run.dir, log))
         _check_capacity(config, log)
-        if resources.is_private(config) and not config.is_fake and not (fit := memory_fit(config)).fits:
-            log.info(f"warning: memory: {fit.text}; {fit.remedy}")
         folder = opened.enter_context(open_run(config, resume, prompts=prompts))
         trainer = _train(ready, folder, log)
         stopped = bool(trainer.stop_signal)

@@ -43,10 +43,21 @@ SESSION_BITS = 42
 
 
 class TeacherRouter:
-    """`namespace`: the run's number in a shared pool. `first`: the replica that this worker prefers at equal load."""
+    """`namespace`: the run's number in a shared pool. `first`: the replica that this worker prefers at equal load.
+    `get`, `now` and `sleep` replace those of Ray and of the wall clock."""
 
-    def __init__(self, pool: PoolClient, *, namespace: int = 0, first: int = 0) -> None:
+    def __init__(
+        self,
+        pool: PoolClient,
+        *,
+        namespace: int = 0,
+        first: int = 0,
+        get: Callable[[Any], Any] | None = None,
+        now: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] | None = None,
+    ) -> None:
         self._pool = pool
+        self._get, self._now, self._sleep = get or ray.get, now, sleep or time.sleep
         self._offset = namespace << SESSION_BITS
         self._first = first
         self._view = ReplicaView(ready={}, draining={}, sessions={})
@@ -120,7 +131,7 @@ class TeacherRouter:
             number = self._least_loaded(set())
             if number is not None:
                 try:
-                    return ray.get(self._view.ready[number].lm_head_state.remote())
+                    return self._get(self._view.ready[number].lm_head_state.remote())
                 except RayActorError as error:
                     self._lose(number, error)
             next(retries)
@@ -150,15 +161,15 @@ class TeacherRouter:
     def _retries(self, most_s: float = MAX_PAUSE_S) -> Iterator[None]:
         """Pause and update the view at each turn; the pause doubles up to `most_s`. Raises RuntimeError after
         RETRY_FOR_S in which no replica was starting."""
-        deadline, pause, hopeful = time.monotonic() + RETRY_FOR_S, PAUSE_S, False
+        deadline, pause, hopeful = self._now() + RETRY_FOR_S, PAUSE_S, False
         while True:
-            time.sleep(pause)
+            self._sleep(pause)
             pause = min(2 * pause, most_s)
             self._update(self._pool.ask(self._load()))
             was_hopeful, hopeful = hopeful, bool(self._view.num_starting) and not self._view.ready
             if hopeful or was_hopeful:
-                deadline = time.monotonic() + RETRY_FOR_S
-            if time.monotonic() > deadline:
+                deadline = self._now() + RETRY_FOR_S
+            if self._now() > deadline:
                 raise RuntimeError(f"no teacher replica answered for {RETRY_FOR_S:g} s; see the teachers' logs")
             yield
 
@@ -167,7 +178,7 @@ class TeacherRouter:
 
     def _lose(self, number: int, error: RayActorError) -> bool:
         """Quarantine a replica that died or cannot be reached. Returns whether it could be reached before."""
-        self._quarantined_until[number] = time.monotonic() + QUARANTINE_S
+        self._quarantined_until[number] = self._now() + QUARANTINE_S
         if isinstance(error, ActorDiedError):
             self._pool.lost()
         was_reachable = number not in self._unreachable
@@ -209,7 +220,7 @@ class TeacherRouter:
         for number, call in calls.items():
             indices = by_replica[number]
             try:
-                answer = ray.get(call)
+                answer = self._get(call)
             except UnknownSession as error:
                 lost += error.session_ids
             except RayActorError as error:
@@ -256,7 +267,7 @@ class TeacherRouter:
                 next(retries)
                 continue
             try:
-                ray.get(self._view.ready[number].open.remote(sessions))
+                self._get(self._view.ready[number].open.remote(sessions))
                 self._replica_of.update(dict.fromkeys(tokens, number))
                 self._unreachable.discard(number)
                 return
@@ -269,7 +280,7 @@ class TeacherRouter:
 
     def _least_loaded(self, without: set[int]) -> int | None:
         """The first replica by health, load (of all workers), and distance from this worker's first replica."""
-        now, load, ready = time.monotonic(), self._load(), self._view.ready
+        now, load, ready = self._now(), self._load(), self._view.ready
 
         def order(number: int) -> tuple[bool, int, int]:
             sessions = load[number] + self._view.sessions.get(number, 0)

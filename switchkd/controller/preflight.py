@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from safetensors import SafetensorError
 
 from switchkd.algo import switching, topk_losses
 from switchkd.config.errors import ConfigError
-from switchkd.config.resources import role_of
-from switchkd.config.schema import Config, ModelConfig, StageConfig, TeacherConfig
+from switchkd.config.resources import role_of, spans
+from switchkd.config.schema import Config, ModelConfig, ReplicaRange, StageConfig, TeacherConfig
 from switchkd.config.teacher_backend import check_backend
 from switchkd.config.yaml_file import read_yaml
 from switchkd.controller.evaluation import WITH_TEACHER
@@ -120,6 +121,48 @@ def prepare_teacher(config: Config) -> tuple[Config, int]:
     vocab_size = shared_vocab(tokenizer)
     _check_model(config, read_config(config.teacher, "teacher.path"), config.teacher, "teacher", vocab_size)
     return config, vocab_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InFlight:
+    """Upper bounds of the rollouts of a stage that both models generate at the same time."""
+
+    slots: int  # of all workers
+    admitted: int  # by staleness
+    sessions: int | None  # of all teachers; None where they are served elsewhere or not needed
+
+    @property
+    def limited_by(self) -> str:
+        """The keys of the lowest bound."""
+        keys = {
+            "rollout.batch_size, rollout.num_workers": self.slots,
+            "replay.max_staleness, batch_size": self.admitted,
+            "teacher.max_sessions, teacher.replicas": math.inf if self.sessions is None else self.sessions,
+        }
+        return min(keys, key=lambda key: keys[key])
+
+    def __str__(self) -> str:
+        most = min(self.slots, self.admitted, self.slots if self.sessions is None else self.sessions)
+        sessions = "" if self.sessions is None else f", {self.sessions} teacher sessions"
+        return (
+            f"at most {most} rollouts in flight: {self.slots} slots x workers, {self.admitted} admitted (batch x "
+            f"(max_staleness + 1) x rollout share){sessions}; limited by {self.limited_by}"
+        )
+
+
+def in_flight(config: Config, stage: StageConfig) -> InFlight:
+    """Return the bounds of a stage, with all pools at their largest."""
+    mix, sessions = stage.mix, None
+    if stage.needs_teacher:
+        teachers = [config.of_teacher(name).teacher for name in config.teacher_names]
+        if not any(teacher.attach for teacher in teachers):
+            sessions = sum(ReplicaRange.of(teacher.replicas).max * teacher.max_sessions for teacher in teachers)
+    share = mix.rollout / (mix.rollout + mix.dataset + mix.teacher)
+    return InFlight(
+        slots=config.rollout.batch_size * spans(config)["rollout"].max,
+        admitted=math.ceil(stage.batch_size * (config.replay.max_staleness + 1) * share),
+        sessions=sessions,
+    )
 
 
 # --- from the config and the disk ------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from switchkd.config.schema import ReplayConfig
@@ -24,7 +24,14 @@ MAX_SKIPPED = 3
 class StepReporter:
     """Writes rows and warnings; compares each step with those since the last `restart`."""
 
-    def __init__(self, replay: ReplayConfig, dispatcher: TaskDispatcher, log: MetricsLog, run_dir: Path) -> None:
+    def __init__(
+        self,
+        replay: ReplayConfig,
+        dispatcher: TaskDispatcher,
+        log: MetricsLog,
+        run_dir: Path,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         # rollouts from the reuse buffer are old on purpose
         self.max_staleness = math.inf if replay.policy == "adaptive" else replay.max_staleness
         self.dispatcher = dispatcher
@@ -33,7 +40,8 @@ class StepReporter:
         self.watchdog = dispatcher.watchdog
         self.log = log
         self.run_dir = run_dir
-        self.last_end = time.monotonic()
+        self.now = now
+        self.last_end = now()
         self.restart([])
 
     def restart(self, evaluations: Iterable[Mapping[str, float]]) -> None:
@@ -47,7 +55,7 @@ class StepReporter:
         self, step: int, entries: Sequence[Entry], staleness: Sequence[int], result: StepResult, wait_s: float
     ) -> None:
         """Write the row of a step, for whose rollouts the learner waited `wait_s`."""
-        now = time.monotonic()
+        now = self.now()
         step_s, self.last_end = now - self.last_end, now
         stage, num_quarantined = self.schedule.stage(step), len(self.dispatcher.quarantine.ids)
         row = {
@@ -68,7 +76,7 @@ class StepReporter:
         """Write the scores after `num_done` steps. The evaluation's time counts towards no step."""
         self.log.evaluation(num_done, stage_end, scores, sample)
         self._warn(self.alerts.evaluation(scores))
-        self.last_end = time.monotonic()
+        self.last_end = self.now()
 
     def _queue_metrics(self) -> dict[str, float]:
         """Rollouts that wait for the learner, and rollouts in flight."""

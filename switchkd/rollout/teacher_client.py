@@ -32,9 +32,17 @@ class TeacherRow(Protocol):
 
 
 class TeacherClient:
-    """`reader` learns the format of the teacher's output."""
+    """`reader` learns the format of the teacher's output. `now` and `sleep` replace those of the wall clock."""
 
-    def __init__(self, teacher: Teacher | None, reader: TeacherLogits | None) -> None:
+    def __init__(
+        self,
+        teacher: Teacher | None,
+        reader: TeacherLogits | None,
+        *,
+        now: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._now, self._sleep = now, sleep
         self._teacher = teacher
         self.reader: Any = reader  # None: with fake models
         self.num_calls = 0  # calls that the teacher computes for
@@ -72,11 +80,11 @@ class TeacherClient:
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        started = time.monotonic()
+        started = self._now()
         try:
             yield
         finally:
-            self.wait_s += time.monotonic() - started
+            self.wait_s += self._now() - started
 
     def open(self, tasks: Sequence[RolloutTask]) -> None:
         """Open the tasks' sessions. Raises TeacherBusy when they do not all fit."""
@@ -94,7 +102,7 @@ class TeacherClient:
                 return num
             except TeacherBusy:
                 if num == 1:
-                    time.sleep(BUSY_S)
+                    self._sleep(BUSY_S)
                 num = max(num // 2, 1)
 
     def close(self, session_ids: Sequence[int]) -> None:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 
 class RolloutWorker:
-    """`generators` by teacher, all with the same student. `evaluate`: instead of `evaluate.ShardEvaluator`."""
+    """`generators` by teacher, all with the same student. `evaluate`: instead of `evaluate.ShardEvaluator`. `now`: the
+    clock of the reports, in seconds."""
 
     def __init__(
         self,
@@ -37,6 +38,7 @@ class RolloutWorker:
         stage_params: Sequence[StageParams],
         decode: Callable[[Sequence[int]], str],
         evaluate: Callable[[EvalShard], list[EvalRow]] | None = None,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.generators = dict(generators)
         self.stage_params = list(stage_params)
@@ -44,7 +46,8 @@ class RolloutWorker:
         self._first = next(iter(self.generators.values()))
         self.student = self._first.student
         self._evaluate = evaluate or self._evaluate_shard
-        self._free_since = time.monotonic()
+        self.now = now
+        self._free_since = now()
 
     @property
     def progress_counter(self) -> int:
@@ -63,15 +66,15 @@ class RolloutWorker:
 
     def generate(self, tasks: Sequence[RolloutTask], put: Emit) -> WorkReport:
         """Generate all rollouts; each finished one goes to `put` at once."""
-        started, calls, waited = time.monotonic(), self._num_calls(), self._waited_s()
+        started, calls, waited = self.now(), self._num_calls(), self._waited_s()
         num_rollouts, put_s, stats = 0, 0.0, RolloutStats()
         sources: Counter[int] = Counter()
 
         def emit(rollouts: list[Rollout]) -> None:
             nonlocal num_rollouts, put_s, stats
-            since = time.monotonic()
+            since = self.now()
             put(rollouts)
-            put_s += time.monotonic() - since
+            put_s += self.now() - since
             num_rollouts += len(rollouts)
             for rollout in rollouts:
                 sources.update(rollout.sources.tolist())
@@ -86,7 +89,7 @@ class RolloutWorker:
             ]
             self._run(requests, emit)
         idle_s = started - self._free_since
-        self._free_since = time.monotonic()
+        self._free_since = self.now()
         return WorkReport(
             num_rollouts=num_rollouts,
             num_tokens=sources.total(),
@@ -104,7 +107,7 @@ class RolloutWorker:
         """Rows with the student's completions per seed, and with its comparison with the teacher, see
         `ShardEvaluator`."""
         rows = self._evaluate(shard)
-        self._free_since = time.monotonic()
+        self._free_since = self.now()
         return rows
 
     def _evaluate_shard(self, shard: EvalShard) -> list[EvalRow]:

@@ -10,7 +10,7 @@ from tiny import NUM_TOKENS, save_tiny, tiny_tokenizer
 
 from switchkd.config.errors import ConfigError
 from switchkd.config.loader import parse
-from switchkd.controller.preflight import check, check_models, prepare, prepare_teacher
+from switchkd.controller.preflight import check, check_models, in_flight, prepare, prepare_teacher
 from switchkd.engines.models import demo, depth_prune, layer_importance
 from switchkd.engines.models.resolve import resolve_models
 
@@ -408,3 +408,44 @@ class TestResolve:
         stage = {"mix": {"dataset": 1}, "loss": {"type": "cross_entropy"}}
         resolve_models(config(stage, teacher={"path": "demo"}), ())
         assert len(calls) == 1 and demo.NAME == "SmolLM2-135M-Instruct"
+
+
+class TestInFlight:
+    """The bounds of the rollouts in flight."""
+
+    @pytest.mark.parametrize(
+        ("sections", "bounds", "key"),
+        [
+            ({"rollout": {"batch_size": 16}}, (16, 8, 64), "replay.max_staleness, batch_size"),
+            ({"replay": {"max_staleness": 2}}, (8, 24, 64), "rollout.batch_size, rollout.num_workers"),
+            (
+                {"replay": {"max_staleness": 2}, "teacher": {"max_sessions": 3, "replicas": 2}},
+                (8, 24, 6), "teacher.max_sessions, teacher.replicas",
+            ),
+            ({"rollout": {"num_workers": {"min": 1, "max": 3}}}, (24, 8, 64), "replay.max_staleness, batch_size"),
+        ],
+    )  # fmt: skip
+    def test_lowest_bound_names_its_keys(self, sections, bounds, key):
+        """Slots x workers, admitted rollouts and teacher sessions are counted, and the lowest names its keys."""
+        backends = {role: {"backend": "fake", **sections.get(role, {})} for role in ("teacher", "student", "learner")}
+        config = parse(
+            {"run": {"dir": "run"}, "data": {"path": "x"}, "train": {"num_steps": 1}, **sections, **backends}
+        )
+        found = in_flight(config, config.train.stages[0])
+        assert (found.slots, found.admitted, found.sessions) == bounds
+        assert found.limited_by == key
+        assert f"at most {min(bounds)} rollouts in flight" in str(found)
+
+    def test_data_set_completions_are_not_in_flight(self):
+        """The data set's share is not admitted as rollouts, and a teacher that is served elsewhere has no bound."""
+        backends = {role: {"backend": "fake"} for role in ("student", "learner")}
+        teacher = {"backend": "fake", "attach": "shared"}
+        stage = {"name": "mixed", "steps": 2, "mix": {"rollout": 1, "dataset": 3}}
+        config = parse(
+            {
+                "run": {"dir": "run"}, "data": {"path": "x"}, "teacher": teacher, "cluster": {"address": "auto"},
+                "train": {"batch_size": 32, "stages": [stage]}, **backends,
+            }
+        )  # fmt: skip
+        found = in_flight(config, config.train.stages[0])
+        assert (found.admitted, found.sessions) == (8, None)

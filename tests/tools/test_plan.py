@@ -293,6 +293,7 @@ class TestCommand:
         code, out, err = run("plan", config_file(here, [WARM_UP, SWITCH]))
         assert code == 0, err
         assert all(title in out for title in ("What each process gets", "Memory of one process", "Bytes on the wire"))
+        assert "At most 3 rollouts in flight" in out and "limited by replay.max_staleness" in out
         plan = json.loads(run("plan", "config.yaml", "--json")[1])
         assert plan["stage"] == "switch" and plan["shares"]["learner"]["num_processes"] == 1
         parts = plan["memory"]["learner"]

@@ -1,4 +1,4 @@
-"""The benches: `switchkd bench switching|trainer|learner|weights|scale|overlap|soak|quality`.
+"""The benches: `switchkd bench switching|trainer|learner|weights|scale|overlap|simulate|soak|quality`.
 
 In: a command line. Out: one table on stdout, and as JSON with --json. A missing device, model or peer is a ConfigError
 of one line (exit code 2). Imports nothing heavy until a command runs.
@@ -148,6 +148,45 @@ def overlap(
 
     seconds = {"student_s": student_ms / 1e3, "teacher_s": teacher_ms / 1e3, "learner_s": learner_ms / 1e3}
     _finish(run(options, **seconds), json)
+
+
+@app.command()
+def simulate(
+    smoke: Smoke = False,
+    workers: Annotated[int, typer.Option(min=1, help="Rollout workers.")] = 64,
+    teachers: Annotated[int, typer.Option(min=1, help="Teacher replicas.")] = 16,
+    ranks: Annotated[int, typer.Option(min=1, help="Learner ranks.")] = 8,
+    slots: Annotated[int, typer.Option(min=1, help="Completions that a worker generates at a time.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Measured optimizer steps.")] = 4,
+    student_ms: Annotated[float, typer.Option(min=0, help="A student pass.")] = 2.0,
+    teacher_ms: Annotated[float, typer.Option(min=0, help="A teacher call, or a token that it writes.")] = 10.0,
+    teacher_token_us: Annotated[float, typer.Option(min=0, help="Each token that a teacher reads.")] = 25.0,
+    learner_ms: Annotated[float, typer.Option(min=0, help="An optimizer step.")] = 50.0,
+    learner_token_us: Annotated[float, typer.Option(min=0, help="Each token of a rank.")] = 30.0,
+    weights_ms: Annotated[float, typer.Option(min=0, help="Publishing a version, and loading it.")] = 300.0,
+    row_bytes: Annotated[int, typer.Option(min=1, help="Teacher output of a token.")] = 7168,
+    median_len: Annotated[float, typer.Option(min=1, help="Median completion length, tokens.")] = 96.0,
+    sigma: Annotated[float, typer.Option(min=0, help="Deviation of the log-normal length's logarithm.")] = 0.8,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit of a completion.")] = 512,
+    teacher_frac: Annotated[float, typer.Option(min=0, max=1, help="Tokens that the teacher writes.")] = 0.3,
+    reject_frac: Annotated[float, typer.Option(min=0, max=1, help="Positions where the draws differ.")] = 0.1,
+    json: Json = None,
+) -> None:
+    """Occupancy, staleness, waits and what is full first with many processes: the real control code in virtual time."""
+    options = _options(smoke, 1, 1, json)
+    from switchkd.tools.bench.simulate import Size, run
+    from switchkd.tools.bench.simulated_teachers import Costs
+
+    size = Size(
+        workers=workers, teachers=teachers, ranks=ranks, slots=slots, max_new_tokens=max_new_tokens,
+        teacher_frac=teacher_frac,
+    )  # fmt: skip
+    costs = Costs(
+        student_s=student_ms / 1e3, teacher_s=teacher_ms / 1e3, teacher_token_s=teacher_token_us / 1e6,
+        learner_s=learner_ms / 1e3, learner_token_s=learner_token_us / 1e6, weights_s=weights_ms / 1e3,
+        row_bytes=row_bytes, median_len=median_len, sigma=sigma, reject_frac=reject_frac,
+    )  # fmt: skip
+    _finish(run(options, size, costs, num_steps=steps), json)
 
 
 @app.command()

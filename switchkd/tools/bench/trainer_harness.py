@@ -7,6 +7,7 @@ and without a student when `on_step` raises `StopTraining`.
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,6 +16,7 @@ from switchkd.config.schema import Config
 
 if TYPE_CHECKING:
     from switchkd.controller.handles import ActorHandles
+    from switchkd.controller.watchdog import Watchdog
     from switchkd.types import Prompt
 
 NUM_STEPS = 10_000
@@ -62,12 +64,16 @@ def run(
     prompts: Sequence[Prompt],
     start_actors: Callable[[Config, Path, frozenset[int], Any], ActorHandles],
     on_step: Callable[[Mapping[str, Any]], None],
+    *,
+    watchdog: Watchdog | None = None,
+    now: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Train in a temporary folder until `on_step` raises StopTraining. Without stop ids completions are full-length."""
+    """Train in a temporary folder until `on_step` raises StopTraining. Without stop ids completions are full-length.
+    `watchdog` and `now` replace those of the wall clock."""
+    from switchkd.controller import watchdog as watching
     from switchkd.controller.checkpoint import open_run
     from switchkd.controller.evaluation import Evaluator
     from switchkd.controller.schedule import Schedule
-    from switchkd.controller.watchdog import Watchdog
     from switchkd.data.prompts import PromptStream
     from switchkd.train import Trainer
 
@@ -79,8 +85,9 @@ def run(
             handles = start_actors(config, folder.path, frozenset(), log)
             try:
                 evaluator = Evaluator(config.eval, (), has_teacher=False)
-                watchdog = Watchdog(config.run.watchdog_s, folder.path, log.info)  # not started: a bench may sleep
-                Trainer(config, schedule, handles, folder, log, evaluator, watchdog).run()
+                # not started: a bench may sleep
+                watchdog = watchdog or watching.Watchdog(config.run.watchdog_s, folder.path, log.info)
+                Trainer(config, schedule, handles, folder, log, evaluator, watchdog, now).run()
             except StopTraining:
                 pass
             finally:

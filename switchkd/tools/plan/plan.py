@@ -1,7 +1,8 @@
 """`switchkd plan`: memory of each process, bytes on the wire, and each role's share of the machines.
 
 In: a checked config. Out: a `Plan`, printed as tables or as JSON. No weights are read. Speed is not estimated: it
-depends on how many drafted tokens are rejected. Only a dtype that is slow on this machine's CPU is warned of.
+depends on how many drafted tokens are rejected (`from_run.py` reads what a run measured). Only a dtype that is slow on
+this machine's CPU is warned of.
 
 Bytes on the wire, with D = the teacher's hidden width, d = bytes of its dtype, V = shared vocabulary: the teacher sends
 one row for every drafted token, D x d bytes (`hidden_states`), 4 V (`logits`) or 8 k + 8 (`top_logprobs`). A rollout
@@ -20,6 +21,7 @@ from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config, StageConfig
 from switchkd.controller.dispatcher import PREFETCH
 from switchkd.controller.memory import GIB, Parts, memory
+from switchkd.controller.preflight import InFlight, in_flight
 from switchkd.engines.cpu_dtype import slow_bfloat16
 from switchkd.engines.models.shape import BYTES, Shape, object_store_bytes, shapes
 from switchkd.tools.offline import stage_index
@@ -56,6 +58,7 @@ class Plan:
     shapes: dict[str, Shape]
     shares: dict[str, Share]
     rows_per_worker: int  # completions that a worker generates at the same time
+    in_flight: InFlight | None  # None where the stage generates no rollouts
     memory: dict[str, Parts]  # bytes of one process
     wire: Wire
     replay_rollouts: int  # at most
@@ -87,6 +90,7 @@ def make_plan(config: Config, stage_name: str | None = None) -> Plan:
         shapes=sizes,
         shares={role: _share(config, role, num) for role, num in num_processes.items()},
         rows_per_worker=min(config.rollout.batch_size, -(-stage.batch_size // num_processes.get("rollout", 1))),
+        in_flight=in_flight(config, stage) if stage.mix.rollout and "rollout" in num_processes else None,
         memory=memory(config, sizes),
         wire=bytes_on_wire,
         replay_rollouts=num_rollouts,
@@ -145,7 +149,10 @@ def show(plan: Plan, as_json: bool) -> None:
 
     console = Console()
     console.print(_shares_table(plan))
-    console.print(f"In stage {plan.stage} a rollout worker generates {plan.rows_per_worker} completions at a time.\n")
+    console.print(f"In stage {plan.stage} a rollout worker generates {plan.rows_per_worker} completions at a time.")
+    if plan.in_flight is not None:
+        console.print(f"{str(plan.in_flight).capitalize()}.", highlight=False, markup=False, soft_wrap=True)
+    console.print()
     console.print(_memory_table(plan))
     console.print(_wire_table(plan))
     if plan.warning:
