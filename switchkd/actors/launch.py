@@ -6,6 +6,7 @@ In: a checked config. Out: `ActorHandles` for `train.py`. A run that does not fi
 from __future__ import annotations
 
 import os
+from concurrent.futures import wait
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -20,7 +21,7 @@ from switchkd.actors.learner_actor import LearnerActor, LearnerGroup
 from switchkd.actors.placement_group import ProcessPlacement, beside_driver, resolve_resources, wait_for_placements
 from switchkd.actors.process_setup import Secrets
 from switchkd.actors.prometheus import Exporter
-from switchkd.actors.ray_futures import retry_until_alive, shut_down
+from switchkd.actors.ray_futures import CALL_S, retry_until_alive, shut_down
 from switchkd.actors.replay_actor import RayReplayHandle, ReplayActor
 from switchkd.actors.rollout_actor import RolloutActor
 from switchkd.actors.shared_teacher import TeacherPoolHandle, attach
@@ -90,6 +91,7 @@ def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int], log: M
         wait_for_all({**ready, "learner": learner.start(heads)}, patience)
         replay_handle = RayReplayHandle(replay)
         replay_handle.restore(None, 0).result()
+        opened.callback(lambda: wait([replay_handle.close()], timeout=CALL_S))  # it may have lines to write
         if config.metrics.prometheus:
             log.export(Exporter(run_dir.resolve().name))
         return ActorHandles(

@@ -30,7 +30,7 @@ from typing import Any
 from switchkd.config.errors import ConfigError
 from switchkd.config.loader import dump_yaml
 from switchkd.config.schema import FORMAT, Config
-from switchkd.controller.resume import RESUME_REMEDY, check_format, check_same, truncate_history
+from switchkd.controller.resume import RESUME_REMEDY, check_format, check_same, cut_shards, truncate_history
 from switchkd.controller.run_lock import RunLock
 from switchkd.data.atomic_files import CONFIG, HISTORY, PROMPTS, fsync_dir, redact, seal, unseal, write_text_atomic
 
@@ -221,6 +221,7 @@ def open_run(config: Config, resume: bool = False, *, prompts: str = "") -> RunF
         if resume:
             check_same(path, config, prompts)
             checkpoint = load_latest(path)
+            cut_shards(path, checkpoint.step if checkpoint else None, keep=config.rollout.save_teacher_output)
         elif any((path / name).exists() for name in (CONFIG, "checkpoints", *HISTORY)):
             if not config.run.overwrite:
                 raise ConfigError(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from switchkd.data.replay import Replay
+from switchkd.data.trained import TrainedRollouts
 from switchkd.types import CompletionSource, Entry, ReplayFull, Rollout
 
 BATCH = 4
@@ -158,9 +159,9 @@ def test_commit_of_other_rollouts_than_taken_is_refused():
 
 
 @pytest.mark.parametrize("policy", ["fifo", "first_finished"])
-def test_rewound_steps_get_the_same_rollouts(policy):
+def test_rewound_steps_get_the_same_rollouts(policy, tmp_path):
     """After a rewind each step since the checkpoint gets the rollouts that it had before."""
-    replay = Replay(capacity=100, policy=policy)
+    replay = Replay(capacity=100, policy=policy, trained=TrainedRollouts(tmp_path))
     replay.put([rollout(i) for i in random.Random(0).sample(range(12), 12)])
     before = {}
     for step in range(3):
@@ -176,12 +177,13 @@ def test_rewound_steps_get_the_same_rollouts(policy):
     assert not replay.rewind(0, 16), "what step 0 was trained on is forgotten"
 
 
-def test_release_before_frees_earlier_steps():
-    """`release_before` frees the rollouts of earlier steps only."""
-    replay = filled(2 * BATCH)
+def test_release_before_frees_earlier_steps(tmp_path):
+    """`release_before` frees the rollouts of earlier steps only, in memory and on disk."""
+    replay = filled(2 * BATCH, trained=TrainedRollouts(tmp_path))
     for step in range(2):
         replay.commit(step, ids(replay.take(step, BATCH, 0, 0)))
     replay.release_before(1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.safetensors"]
     assert replay.fetch([4])[0].rollout_id == 4
     with pytest.raises(KeyError):
         replay.fetch([3])
@@ -233,12 +235,13 @@ def test_stats_count_rollouts_staleness_and_bytes():
 
 @pytest.mark.parametrize("policy", ["fifo", "first_finished"])
 @pytest.mark.parametrize("seed", range(12))
-def test_no_rollout_is_lost_or_trained_twice(policy, seed):
+def test_no_rollout_is_lost_or_trained_twice(policy, seed, tmp_path):
     """Under any order of puts, takes, expiries, rewinds, checkpoints and restarts each rollout is trained once, and a
     repeated step gets the same rollouts."""
     rng = random.Random(seed)
     num_steps, clock = 12, Clock()
-    settings = {"capacity": 2 * BATCH, "policy": policy, "lease_s": 5.0, "clock": clock}
+    trained_rollouts = TrainedRollouts(tmp_path)
+    settings = {"capacity": 2 * BATCH, "policy": policy, "lease_s": 5.0, "clock": clock, "trained": trained_rollouts}
     replay = Replay(**settings)
     trained: dict[int, list[int]] = {}
     step = durable = 0
