@@ -96,6 +96,7 @@ class Replay:
         rollouts = state["rollouts"] if self._buffer is None else self._buffer.load_state_dict(state)
         # in memory, in order of arrival
         self._rollouts: dict[int, Rollout] = {rollout.rollout_id: rollout for rollout in rollouts}
+        self._entries: dict[int, Entry] = {}  # of those that were put: `take` answers while the writer needs the lock
         self._on_disk: dict[int, int] = {}  # step that trained on it, by rollout id
         self._leases: dict[int, _Lease] = {}  # by step
         self._committed: dict[int, tuple[int, ...]] = {done: tuple(ids) for done, ids in state["committed"]}
@@ -121,6 +122,7 @@ class Replay:
                 refused.append(rollout_id)
                 continue
             self._rollouts[rollout_id] = rollout
+            self._entries[rollout_id] = entry_of(rollout)
             self._waiting.add(rollout_id)
             accepted.append(rollout_id)
         self.num_put += len(accepted)
@@ -145,8 +147,9 @@ class Replay:
         self._waiting.difference_update(rollout_ids)
         rollouts = self.fetch(rollout_ids)
         self._rollouts.update((rollout.rollout_id, rollout) for rollout in rollouts)
-        self._last_staleness = [version - rollout.oldest_version for rollout in rollouts]
-        return [entry_of(rollout) for rollout in rollouts]
+        entries = [self._entries.get(rollout.rollout_id) or entry_of(rollout) for rollout in rollouts]
+        self._last_staleness = [version - entry.oldest_version for entry in entries]
+        return entries
 
     def draw(self, step: int, num: int, version: int) -> list[Entry]:
         """Draw `num` rollouts that earlier steps trained on (`replay.policy: adaptive`)."""
@@ -187,6 +190,7 @@ class Replay:
         for rollout_id in ids:
             self._on_disk[rollout_id] = step
             self._rollouts.pop(rollout_id, None)
+            self._entries.pop(rollout_id, None)
         if self._buffer is not None:
             self._buffer.add(step, rollouts)
         return True
