@@ -241,11 +241,11 @@ class Trainer:
         return self.watchdog.wait_for(learning, waits_for)
 
     def _commit(self, entries: list[Entry], result: StepResult) -> None:
-        """Commit a step in the replay, which keeps its rollouts until a checkpoint is saved, and advance the state."""
+        """Commit a step in the replay, which writes its rollouts meanwhile, and advance the state."""
         step, rollout_ids = self.state.step, [entry.rollout_id for entry in entries]
         commit = self.handles.replay.commit
         retry(
-            f"writing the rollouts of step {step}",
+            "writing trained rollouts",
             lambda: self.watchdog.wait_for(commit(step, rollout_ids), "the replay to note the step"),
             self.log.info,
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import wait
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -22,7 +23,7 @@ from switchkd.actors.learner_actor import LearnerActor, LearnerGroup
 from switchkd.actors.placement_group import ProcessPlacement, beside_driver, resolve_resources, wait_for_placements
 from switchkd.actors.process_setup import Secrets
 from switchkd.actors.prometheus import Exporter
-from switchkd.actors.ray_futures import retry_until_alive
+from switchkd.actors.ray_futures import CALL_S, retry_until_alive
 from switchkd.actors.replay_actor import RayReplayHandle, ReplayActor
 from switchkd.actors.rollout_actor import RolloutActor
 from switchkd.actors.shared_teacher import TeacherPoolHandle, attach
@@ -95,6 +96,7 @@ def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int], log: M
         wait_for_all({**ready, "learner": learner.start(heads)}, patience, log.info)
         replay_handle = RayReplayHandle(replay)
         replay_handle.restore(None, 0).result()
+        opened.callback(lambda: wait([replay_handle.close()], timeout=CALL_S))  # it may have lines to write
         if config.metrics.prometheus:
             log.export(Exporter(run_dir.resolve().name))
         return ActorHandles(

@@ -24,7 +24,7 @@ RESTART_S = 600.0
 GRACE_S = 10.0
 """Time that a rank's failure waits for Ray to report that another rank died: the others notice before Ray does."""
 CALL_S = 5.0
-"""Time limit for starting a remote call, which takes milliseconds."""
+"""Time limit for starting a remote call, which takes milliseconds, and for the replay to write its last step."""
 
 
 class _CallGate:

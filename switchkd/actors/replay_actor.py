@@ -1,4 +1,4 @@
-"""The replay behind Ray. It writes rollouts.jsonl and its part of the checkpoint itself.
+"""The replay behind Ray. It writes trained rollouts and its part of the checkpoint itself.
 
 Ray restarts a dead one empty: until `restore` has filled it, every call raises StateLost.
 """
@@ -30,9 +30,10 @@ class ReplayActor(HeartbeatActor):
         return self.replay.num_put
 
     def call(self, method: str, *args: Any) -> Any:
-        """Call a method of `data.replay.Replay`. Raises StateLost before `restore`; `rewind` then returns False."""
+        """Call a method of `data.replay.Replay`. Raises StateLost before `restore`; `rewind` then returns False, and
+        `flush` has nothing to write."""
         if not self.restored and method != "restore":
-            if method == "rewind":
+            if method in ("rewind", "flush"):
                 return False
             raise StateLost("the replay died")
         answer = getattr(self.replay, method)(*args)

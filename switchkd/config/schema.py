@@ -387,7 +387,8 @@ class RolloutConfig(Section):
     save_top_logprobs: NonNegativeInt = 0
     """Number of each model's most likely tokens in rollouts.jsonl, for each token, for `switchkd report`."""
     save_teacher_output: bool = False
-    """Keep trained rollouts with the teacher's output in `teacher_output/`, for `train --from-rollouts`."""
+    """Keep trained rollouts with the teacher's output in `teacher_output/`, for `train --from-rollouts`; without it a
+    checkpoint deletes them."""
     recorded: File = ""
     """A run folder with `teacher_output/`: train on its rollouts, without a teacher and rollout workers."""
     repeat_recorded: bool = False

@@ -30,7 +30,14 @@ from typing import Any
 from switchkd.config.errors import ConfigError
 from switchkd.config.loader import dump_yaml
 from switchkd.config.schema import FORMAT, Config
-from switchkd.controller.resume import RESUME_REMEDY, check_format, check_history, check_same, truncate_history
+from switchkd.controller.resume import (
+    RESUME_REMEDY,
+    check_format,
+    check_history,
+    check_same,
+    cut_shards,
+    truncate_history,
+)
 from switchkd.controller.run_lock import RunLock
 from switchkd.data.atomic_files import (
     CONFIG,
@@ -231,6 +238,7 @@ def open_run(config: Config, resume: bool = False, *, prompts: str = "") -> RunF
         if resume:
             check_same(path, config, prompts)
             checkpoint = load_latest(path, resumes=True)
+            cut_shards(path, checkpoint.step if checkpoint else None, keep=config.rollout.save_teacher_output)
         elif holds_run(path):
             if not config.run.overwrite:
                 raise ConfigError(

@@ -49,12 +49,16 @@ class ReplayHandle(Protocol):
         """Draw a step's rollouts from those that were trained on before (`replay.policy: adaptive`)."""
 
     def commit(self, step: int, rollout_ids: list[int]) -> Future[None]:
-        """Write trained rollouts to rollouts.jsonl and keep them until `release_before`."""
+        """Begin to write trained rollouts, which can be taken again until `release_before`. OSError: those of the step
+        before could not be written; commit again."""
+
+    def flush(self) -> Future[None]:
+        """Wait until the rollouts of all committed steps are written."""
 
     def release_before(self, step: int) -> Future[None]: ...
 
     def save(self, path: Path, step: int) -> Future[None]:
-        """Write the state that a run resumed at `step` needs."""
+        """Write the state that a run resumed at `step` needs, after `flush`."""
 
     def save_batch(self, path: Path, rollout_ids: list[int]) -> Future[None]:
         """Write these rollouts for inspection (`rollout_io.load_rollouts`)."""
@@ -64,7 +68,7 @@ class ReplayHandle(Protocol):
 
     def rewind(self, step: int, num_started: int) -> Future[bool]:
         """Let rollouts that were trained from `step` on wait again, for the same steps. False: some are forgotten, or
-        this replay is new; `restore` it."""
+        this replay is new; `restore` it, which also reads those that are on disk."""
 
     def missing(self, num_started: int) -> Future[list[int]]:
         """Ids of started rollouts that never arrived."""

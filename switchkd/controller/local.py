@@ -102,6 +102,11 @@ def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int]) -> Act
     replay = make_replay(config, run_dir)
     workers = [] if config.rollout.recorded else [make_worker(config, teachers, stop_ids)]
     learner = make_rank(config, RankInfo(), heads, replay.fetch)
+
+    def close() -> None:
+        learner.close()
+        replay.close()
+
     return ActorHandles(
         workers=[LocalWorkerHandle(worker, replay) for worker in workers],
         replay=LocalHandle(replay),
@@ -110,5 +115,5 @@ def start_actors(config: Config, run_dir: Path, stop_ids: frozenset[int]) -> Act
             Heartbeat(name=f"rollout worker {i}", progress_counter=worker.progress_counter)
             for i, worker in enumerate(workers)
         ],
-        close=learner.close,
+        close=close,
     )

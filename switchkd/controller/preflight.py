@@ -29,7 +29,8 @@ from switchkd.controller.trial import check_stage
 from switchkd.data.atomic_files import CONFIG, TEACHER_OUTPUT
 from switchkd.data.prompts import PromptSet, answer_end, eval_data, layer_texts, load_prompts
 from switchkd.data.recorded import HEADS, load_heads
-from switchkd.data.rollout_io import find_shards, read_column, read_records
+from switchkd.data.rollout_io import read_column, read_records
+from switchkd.data.trained import find_shards
 from switchkd.engines.build import make_tokenizer, max_len
 from switchkd.engines.fake import END
 from switchkd.engines.hf.kv_cache import layer_windows

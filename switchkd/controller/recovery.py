@@ -162,6 +162,8 @@ class Recovery:
         self.log.close()
         self.watchdog.wait_for(self.handles.learner.restart(), "the learner to start again")
         self.folder.check()
+        flush = self.handles.replay.flush  # before the history is cut
+        retry("writing trained rollouts", lambda: self.watchdog.wait_for(flush(), "the replay"), self.log.info)
         state = self._load(load_latest(self.folder.path), keep_replay=True)
         self.log.open(self.folder.path, self.schedule.num_steps, state)
         again = step - state.step
@@ -173,7 +175,8 @@ class Recovery:
 
     def _load(self, checkpoint: Checkpoint | None, *, keep_replay: bool) -> TrainState:
         """Load a checkpoint into learner, replay and dispatcher. A kept replay rewinds and gives each step the same
-        rollouts again. A replay that died is filled from the checkpoint, and what it lacks is written again."""
+        rollouts again. A replay that died is filled from the checkpoint and from trained steps on disk; what it lacks
+        is written again."""
         learner, replay, wait_for = self.handles.learner, self.handles.replay, self.watchdog.wait_for
         state = checkpoint.state if checkpoint else TrainState()
         if checkpoint:

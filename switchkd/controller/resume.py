@@ -169,28 +169,28 @@ def truncate_history(run_dir: Path, step: int | None, quarantined: Collection[in
     """Cut metrics.jsonl and rollouts.jsonl to rows of steps before `step` (None: all rows), and quarantined.jsonl to
     the rollouts in `quarantined`. Returns the number of cut lines by file.
 
-    Cut lines, a partly written last one included, are appended to `lost/<file>`. The shards of those
-    steps (`rollout.save_teacher_output`) are moved there too.
+    Cut lines, a partly written last one included, are appended to `lost/<file>`.
     """
 
     def known(row: dict[str, Any]) -> bool:
         return row.get("rollout_id") in quarantined
 
     rules: dict[str, KeepRow] = {**dict.fromkeys(HISTORY, partial(_is_before, step=step)), QUARANTINED: known}
-    cut = {name: _cut_file(run_dir / name, stays) for name, stays in rules.items() if (run_dir / name).exists()}
-    moved = _cut_shards(run_dir, step)
-    return {**cut, TEACHER_OUTPUT: moved} if moved else cut
+    return {name: _cut_file(run_dir / name, stays) for name, stays in rules.items() if (run_dir / name).exists()}
 
 
-def _cut_shards(run_dir: Path, step: int | None) -> int:
-    """Move the recorded rollouts of the cut steps to `lost/`. Returns the number of files."""
-    shards = (run_dir / TEACHER_OUTPUT).glob("step-*")
-    late = [path for path in shards if step is None or path.stem >= f"step-{step:08d}"]
-    for path in late:
+def cut_shards(run_dir: Path, step: int | None, *, keep: bool) -> None:
+    """Move the files with trained rollouts of the cut steps to `lost/` (`keep`: `rollout.save_teacher_output`), or
+    delete them."""
+    for path in (run_dir / TEACHER_OUTPUT).glob("step-*"):
+        if step is not None and path.stem < f"step-{step:08d}":
+            continue
+        if not keep:
+            path.unlink()
+            continue
         lost = run_dir / "lost" / TEACHER_OUTPUT / path.name
         lost.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, lost)
-    return len(late)
 
 
 def _stored(path: Path) -> dict[str, Any]:

@@ -28,7 +28,8 @@ METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
 HISTORY = (METRICS, ROLLOUTS)
 QUARANTINED = "quarantined.jsonl"
 TEACHER_OUTPUT = "teacher_output"
-"""Folder of `rollout.save_teacher_output`: a file per step, `step-00000012.safetensors`, and the teachers' LM heads."""
+"""Folder of trained rollouts: a file per step, `step-00000012.safetensors`, until a checkpoint deletes them; with
+`rollout.save_teacher_output` of all steps, and the teachers' LM heads."""
 
 
 def holds_run(folder: Path) -> bool:

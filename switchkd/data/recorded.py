@@ -8,7 +8,7 @@ were trained on, and repeat when they run out (`rollout.repeat_recorded`).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
@@ -22,7 +22,8 @@ from switchkd.config.errors import ConfigError, one_line
 from switchkd.config.schema import Config
 from switchkd.data.atomic_files import TEACHER_OUTPUT, write_atomic
 from switchkd.data.replay import EMPTY, Replay
-from switchkd.data.rollout_io import find_shards, load_rollouts, read_records, save_replay_state
+from switchkd.data.rollout_io import load_rollouts, read_records, save_replay_state
+from switchkd.data.trained import TrainedRollouts, find_shards
 from switchkd.types import Entry
 
 if TYPE_CHECKING:
@@ -79,12 +80,11 @@ class RecordedRollouts(Replay):
         self,
         run_dir: Path,
         batch_sizes: Sequence[int],
-        rollouts_file: Path | None,
-        decode: Callable[[Sequence[int]], str],
+        trained: TrainedRollouts,
     ) -> None:
         self._order = [(step, path, i) for step, path in find_shards(run_dir) for i in range(len(read_records(path)))]
         self._first_ids = [0, *accumulate(batch_sizes)]
-        super().__init__(capacity=len(self._order), rollouts_file=rollouts_file, decode=decode)
+        super().__init__(capacity=len(self._order), trained=trained)
 
     def take(self, step: int, num: int, version: int, stage: int) -> list[Entry] | None:
         ids = range(self._first_ids[step], self._first_ids[step] + num)
@@ -105,6 +105,7 @@ class RecordedRollouts(Replay):
 
     def save(self, path: Path, step: int) -> None:
         """Write an empty state: a resumed run reads the shards again."""
+        self.flush()
         save_replay_state(path, EMPTY)
 
     def restore(self, path: Path | None, num_started: int) -> list[int]:

@@ -6,7 +6,7 @@ rollouts of the student, a function of (seed, step, rollouts trained before). Pl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,64 +16,68 @@ from switchkd.types import CompletionSource, Rollout
 
 
 class ReuseBuffer:
-    """A FIFO buffer. Rollouts that a rewound step may draw are kept until a later checkpoint is durable."""
+    """A FIFO buffer. In memory are the rollouts that the step after the last durable checkpoint may draw. Those that
+    later steps trained on are read with `load`, which gets the step by rollout id, when a step draws them."""
 
-    def __init__(self, capacity: int, seed: int) -> None:
-        self._capacity, self._seed = capacity, seed
-        self._rollouts: dict[int, Rollout] = {}
-        self._added: list[tuple[int, int]] = []  # step that first trained on it, rollout id; in order
+    def __init__(self, capacity: int, seed: int, load: Callable[[Mapping[int, int]], dict[int, Rollout]]) -> None:
+        self._capacity, self._seed, self._load = capacity, seed, load
+        self._held: dict[int, Rollout] = {}
+        self._drawn: dict[int, Rollout] = {}  # by the last draw
+        self._added: dict[int, int] = {}  # step that first trained on it, by rollout id; in order
 
     def __len__(self) -> int:
         return min(len(self._added), self._capacity)
 
+    @property
+    def in_memory(self) -> list[Rollout]:
+        return [*self._held.values(), *self._drawn.values()]
+
     def add(self, step: int, rollouts: Iterable[Rollout]) -> None:
         """Add a trained step's rollouts, without those that the data set or the teacher alone wrote."""
         for rollout in sorted(rollouts, key=lambda rollout: rollout.rollout_id):
-            if rollout.completion_source == CompletionSource.ROLLOUT and rollout.rollout_id not in self._rollouts:
-                self._rollouts[rollout.rollout_id] = rollout
-                self._added.append((step, rollout.rollout_id))
+            if rollout.completion_source == CompletionSource.ROLLOUT:
+                self._added.setdefault(rollout.rollout_id, step)
 
     def draw(self, step: int, num: int) -> list[Rollout]:
         """Draw `num` different rollouts (fewer where it holds fewer), sorted by id; the same at every call."""
         ids = self._as_of(step)
         words = noise_bits(self._seed, step, 0, Purpose.REUSE, len(ids))
-        drawn = np.argsort(words, kind="stable")[:num]
-        return self.fetch(sorted(ids[place] for place in drawn.tolist()))
+        places = np.argsort(words, kind="stable")[:num]
+        drawn = self.fetch(sorted(ids[place] for place in places.tolist()))
+        self._drawn = {rollout.rollout_id: rollout for rollout in drawn}
+        return drawn
 
     def holds(self, rollout_ids: Sequence[int]) -> bool:
         """Whether the buffer holds all of them."""
-        return all(rollout_id in self._rollouts for rollout_id in rollout_ids)
+        return all(rollout_id in self._added for rollout_id in rollout_ids)
 
     def fetch(self, rollout_ids: Sequence[int]) -> list[Rollout]:
-        return [self._rollouts[rollout_id] for rollout_id in rollout_ids]
+        found = {**self._held, **self._drawn}
+        found.update(self._load({i: self._added[i] for i in rollout_ids if i not in found}))
+        return [found[rollout_id] for rollout_id in rollout_ids]
 
     def release_before(self, step: int) -> None:
-        """Forget rollouts that only steps before `step` could draw: these are never trained again."""
-        first = set(self._as_of(step))
-        self._keep([(done, i) for done, i in self._added if done >= step or i in first])
+        """Forget rollouts that only steps before `step` could draw: these are never trained again. `load` needs those
+        of steps before `step` no more."""
+        first = self._as_of(step)
+        self._held = {rollout.rollout_id: rollout for rollout in self.fetch(first)}
+        self._added = {i: done for i, done in self._added.items() if done >= step or i in self._held}
 
     def rewind(self, step: int) -> None:
-        self._keep([(done, i) for done, i in self._added if done < step])
+        self._added = {i: done for i, done in self._added.items() if done < step}
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """Return the state that a run resumed at `step` needs: "rollouts", and "buffer" in plain JSON values."""
-        ids = set(self._as_of(step))
-        return {
-            "rollouts": [rollout for i, rollout in self._rollouts.items() if i in ids],
-            "buffer": [[done, i] for done, i in self._added if i in ids],
-        }
+        ids = self._as_of(step)
+        return {"rollouts": self.fetch(ids), "buffer": [[self._added[i], i] for i in ids]}
 
     def load_state_dict(self, state: dict[str, Any]) -> list[Rollout]:
         """Replace the state by one of `state_dict`. Returns the rollouts that are not buffered."""
-        self._added = [(done, i) for done, i in state.get("buffer", ())]
-        ids = {i for _, i in self._added}
-        self._rollouts = {rollout.rollout_id: rollout for rollout in state["rollouts"] if rollout.rollout_id in ids}
-        return [rollout for rollout in state["rollouts"] if rollout.rollout_id not in ids]
+        self._added = {i: done for done, i in state.get("buffer", ())}
+        self._held = {one.rollout_id: one for one in state["rollouts"] if one.rollout_id in self._added}
+        self._drawn = {}
+        return [rollout for rollout in state["rollouts"] if rollout.rollout_id not in self._added]
 
     def _as_of(self, step: int) -> list[int]:
         """Ids of the buffered rollouts at the start of a step."""
-        return [i for done, i in self._added if done < step][-self._capacity :]
-
-    def _keep(self, added: list[tuple[int, int]]) -> None:
-        self._added = added
-        self._rollouts = {i: self._rollouts[i] for _, i in added}
+        return [i for i, done in self._added.items() if done < step][-self._capacity :]

@@ -8,19 +8,19 @@ is not). Every array is restored bit for bit, NaN included.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
-from itertools import groupby, pairwise
+from functools import partial
+from itertools import accumulate, groupby, pairwise
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from switchkd.config.errors import ConfigError
-from switchkd.data.atomic_files import TEACHER_OUTPUT, append_whole, json_lines, json_safe, write_atomic
+from switchkd.data.atomic_files import append_whole, json_safe, write_atomic
 from switchkd.types import CompletionSource, Ragged, Rollout, RolloutStats, TeacherOutput, TokenSource, TopLogprobs
 
 FORMAT = {"format": "switchkd-rollouts", "version": "1"}
@@ -45,6 +45,9 @@ CANDIDATE_FIELDS = {
 
 PLAIN_FIELDS = ("rollout_id", "batch", "stage", "prompt_id", "finish_reason", "approximate", "teacher")
 
+BatchDecode = Callable[[Sequence[Sequence[int]]], list[str]]
+"""The texts of several sequences of token ids, such as a tokenizer's `batch_decode`."""
+
 
 def save_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:
     """Write the file, completely or not at all."""
@@ -62,8 +65,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return json.loads(read_column(path, "records").tobytes())["rollouts"]
 
 
-def load_rollouts(path: Path) -> list[Rollout]:
-    return _load(path)[0]
+def load_rollouts(path: Path, rollout_ids: Collection[int] | None = None) -> list[Rollout]:
+    """Read all rollouts of a file, or those with these ids and nothing else, in the order of the file."""
+    return _load(path, rollout_ids)[0]
 
 
 def save_replay_state(path: Path, state: dict[str, Any]) -> None:
@@ -102,29 +106,55 @@ def rollout_to_row(
         ],
         "num_tokens": rollout.num_tokens,
         "teacher_frac": sum(num for source, num in runs if source == TokenSource.TEACHER) / max(rollout.num_tokens, 1),
-        "token_ids": rollout.token_ids,
+        "token_ids": rollout.token_ids.tolist(),
         "pieces": pieces,
         "statistic": _rounded(rollout.statistic),
         "threshold": _rounded(rollout.threshold),
         "uncertainty": _rounded(rollout.uncertainty),
         "versions": [list(run) for run in _runs(rollout.weight_versions)],
         "candidates": None if rollout.top_logprobs is None else _candidates_row(rollout.top_logprobs, decode),
-        "stats": asdict(rollout.stats),
+        "stats": json_safe(asdict(rollout.stats)),
     }
-    return json_safe(row)
+    # trap: `json_safe` of every token's values takes longer than their texts
+    return {**row, **json_safe({name: row[name] for name in PLAIN_FIELDS})}
 
 
-def rollout_lines(rollouts: Iterable[Rollout], decode: Callable[[Sequence[int]], str], step: int | None = None) -> str:
+def rollout_lines(rollouts: Sequence[Rollout], decode: BatchDecode, step: int | None = None) -> str:
     """The lines of a rollouts.jsonl, which `switchkd rollout --out` writes too: one per rollout."""
-    rows = (rollout_to_row(rollout, decode(rollout.prompt_ids.tolist()), decode, step) for rollout in rollouts)
-    return json_lines(rows)
+    text_of = _decoded(rollouts, decode)
+    rows = [rollout_to_row(rollout, text_of(rollout.prompt_ids.tolist()), text_of, step) for rollout in rollouts]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def append_rows(
-    path: Path, rollouts: Sequence[Rollout], decode: Callable[[Sequence[int]], str], step: int | None = None
-) -> None:
+def append_rows(path: Path, rollouts: Sequence[Rollout], decode: BatchDecode, step: int | None = None) -> None:
     """Append a line per rollout to a rollouts.jsonl. Raises OSError, and then appends none."""
     append_whole(path, rollout_lines(rollouts, decode, step))
+
+
+def _decoded(rollouts: Sequence[Rollout], decode: BatchDecode) -> Callable[[Sequence[int]], str]:
+    """Return a decoder that knows the texts of almost all sequences that the rollouts' rows ask for: decoding them one
+    by one takes longer than everything else."""
+    sequences = list(dict.fromkeys(sequence for rollout in rollouts for sequence in _sequences(rollout)))
+    texts = dict(zip(sequences, decode(sequences), strict=True)) if sequences else {}
+
+    def text_of(token_ids: Sequence[int]) -> str:
+        text = texts.get(key := tuple(token_ids))
+        return decode([key])[0] if text is None else text
+
+    return text_of
+
+
+def _sequences(rollout: Rollout) -> Iterator[tuple[int, ...]]:
+    """The sequences that `rollout_to_row` decodes where no character spans two tokens."""
+    token_ids = rollout.token_ids.tolist()
+    yield tuple(rollout.prompt_ids.tolist())
+    yield tuple(token_ids)
+    yield ()
+    yield from ((token,) for token in token_ids)
+    yield from pairwise(token_ids)
+    if (top := rollout.top_logprobs) is not None:
+        candidates = np.unique(np.concatenate([top.teacher_ids, top.student_ids]))
+        yield from ((token,) for token in candidates[candidates >= 0].tolist())
 
 
 def _candidates_row(top: TopLogprobs, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
@@ -133,7 +163,7 @@ def _candidates_row(top: TopLogprobs, decode: Callable[[Sequence[int]], str]) ->
     names = {i: decode([i]) for ids, _ in sides.values() for i in np.unique(ids[ids >= 0]).tolist()}
     return {
         side: {
-            "ids": [row[row >= 0] for row in ids],
+            "ids": [row[row >= 0].tolist() for row in ids],
             "texts": [[names[i] for i in row if i >= 0] for row in ids.tolist()],
             "logprobs": [_rounded(row[kept >= 0], 4) for kept, row in zip(ids, logprobs, strict=True)],
         }
@@ -179,41 +209,54 @@ def _save(path: Path, rollouts: Sequence[Rollout], rest: dict[str, Any]) -> None
     write_atomic(path, lambda beside: save_file(tensors, beside, metadata=FORMAT))
 
 
-def _load(path: Path) -> tuple[list[Rollout], dict[str, Any]]:
-    tensors = load_file(path)
-    if "records" not in tensors:
-        raise ValueError(f"{path} holds no rollouts of this program (no tensor `records`)")
-    content = json.loads(tensors["records"].tobytes())
-    records = content["rollouts"]
-    prompts = _split(tensors["prompt_ids"], [record["prompt_length"] for record in records])
-    lengths = [record["length"] for record in records]
-    columns: dict[str, list[Any]] = {name: _split(tensors[name], lengths) for name in TOKEN_FIELDS}
-    teacher_outputs = _split_teacher_outputs(tensors, records)
-    tops = _split_candidates(tensors, records)
+Read = Callable[[str, Mapping[int, int]], dict[int, np.ndarray]]
+"""Reads the parts of a flat tensor by record: the name of the tensor, and the length of each record's part."""
+
+
+def _load(path: Path, rollout_ids: Collection[int] | None = None) -> tuple[list[Rollout], dict[str, Any]]:
+    with safe_open(path, framework="numpy") as file:
+        if "records" not in file.keys():  # noqa: SIM118 (not a dict)
+            raise ValueError(f"{path} holds no rollouts of this program (no tensor `records`)")
+        content = json.loads(file.get_tensor("records").tobytes())
+        all_records = dict(enumerate(content["rollouts"]))
+        records = {i: one for i, one in all_records.items() if rollout_ids is None or one["rollout_id"] in rollout_ids}
+        read = partial(_read_parts, file, records)
+        prompts = read("prompt_ids", {i: record["prompt_length"] for i, record in all_records.items()})
+        lengths = {i: record["length"] for i, record in all_records.items()}
+        columns: dict[str, dict[int, Any]] = {name: read(name, lengths) for name in TOKEN_FIELDS}
+        teacher_outputs = _read_teacher_outputs(read, all_records)
+        tops = _read_candidates(read, all_records)
     rollouts = [
         Rollout(
             **{name: record[name] for name in PLAIN_FIELDS},
             completion_source=CompletionSource(record["origin"]),
             prompt_ids=prompts[i],
             **{name: column[i] for name, column in columns.items()},
-            teacher_output=teacher_outputs[i],
+            teacher_output=teacher_outputs.get(i),
             stats=RolloutStats(**record["stats"]),
-            top_logprobs=tops[i],
+            top_logprobs=tops.get(i),
         )
-        for i, record in enumerate(records)
+        for i, record in records.items()
     ]
     return rollouts, content["rest"]
 
 
-def _split_candidates(tensors: dict[str, np.ndarray], records: list[dict[str, Any]]) -> list[TopLogprobs | None]:
-    lengths = [record["length"] if record.get("candidates") else 0 for record in records]
-    if not any(record.get("candidates") for record in records):
-        return [None] * len(records)
-    columns = {name: _split(tensors[f"candidates.{name}"], lengths) for name in CANDIDATE_FIELDS}
-    return [
-        TopLogprobs(**{name: column[i] for name, column in columns.items()}) if record.get("candidates") else None
-        for i, record in enumerate(records)
-    ]
+def _read_parts(file: Any, chosen: Collection[int], name: str, lengths: Mapping[int, int]) -> dict[int, np.ndarray]:
+    """Read the parts of the chosen records as copies: one rollout must not keep all others in memory."""
+    column = file.get_slice(name)
+    if not column.get_shape()[0]:  # a slice of an empty tensor is an error
+        column = file.get_tensor(name)
+    ends = accumulate(lengths.values())
+    return {
+        i: column[end - num : end].copy() for (i, num), end in zip(lengths.items(), ends, strict=True) if i in chosen
+    }
+
+
+def _read_candidates(read: Read, records: Mapping[int, dict[str, Any]]) -> dict[int, TopLogprobs]:
+    lengths = {i: record["length"] for i, record in records.items() if record.get("candidates")}
+    columns = {name: read(f"candidates.{name}", lengths) for name in (CANDIDATE_FIELDS if lengths else ())}
+    chosen = columns["teacher_ids"] if lengths else ()
+    return {i: TopLogprobs(**{name: column[i] for name, column in columns.items()}) for i in chosen}
 
 
 def _record(rollout: Rollout) -> dict[str, Any]:
@@ -238,25 +281,21 @@ def _group(teacher_output: TeacherOutput) -> str:
     return f"{values.dtype.name}x{'x'.join(map(str, values.shape[1:]))}"
 
 
-def _split_teacher_outputs(tensors: dict[str, np.ndarray], records: list[dict[str, Any]]) -> list[TeacherOutput | None]:
-    teacher_outputs: list[TeacherOutput | None] = [None] * len(records)
-    present = [(i, record["teacher_output"]) for i, record in enumerate(records) if record["teacher_output"]]
-    for group in sorted({one["group"] for _, one in present}):
-        members = [(i, one) for i, one in present if one["group"] == group]
-        values = _split(tensors[f"values.{group}"], [one["num_rows"] for _, one in members])
-        lengths = _split(tensors[f"lengths.{group}"], [one["num_lengths"] for _, one in members])
-        for (i, one), rows, counts in zip(members, values, lengths, strict=True):
-            teacher_outputs[i] = TeacherOutput(kind=one["kind"], dtype=one["dtype"], rows=Ragged(rows, counts))
-    return teacher_outputs
+def _read_teacher_outputs(read: Read, records: Mapping[int, dict[str, Any]]) -> dict[int, TeacherOutput]:
+    present = {i: record["teacher_output"] for i, record in records.items() if record["teacher_output"]}
+    outputs: dict[int, TeacherOutput] = {}
+    for group in sorted({one["group"] for one in present.values()}):
+        members = {i: one for i, one in present.items() if one["group"] == group}
+        values = read(f"values.{group}", {i: one["num_rows"] for i, one in members.items()})
+        lengths = read(f"lengths.{group}", {i: one["num_lengths"] for i, one in members.items()})
+        for i, rows in values.items():
+            one = members[i]
+            outputs[i] = TeacherOutput(kind=one["kind"], dtype=one["dtype"], rows=Ragged(rows, lengths[i]))
+    return outputs
 
 
 def _flat(arrays: list[np.ndarray], dtype: Any) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype), *(array.astype(dtype, copy=False) for array in arrays)])
-
-
-def _split(flat: np.ndarray, lengths: list[int]) -> list[np.ndarray]:
-    """Split into copies, not views: one rollout must not keep all others in memory."""
-    return [part.copy() for part in Ragged(flat, np.array(lengths, np.int64)).split()]
 
 
 def _runs(values: np.ndarray) -> list[tuple[int, int]]:
@@ -264,9 +303,9 @@ def _runs(values: np.ndarray) -> list[tuple[int, int]]:
     return [(int(value), sum(1 for _ in run)) for value, run in groupby(values.tolist())]
 
 
-def _rounded(values: np.ndarray, digits: int = 6) -> list[float]:
-    """Round to six digits, the precision of float32."""
-    return [float(f"{value:.{digits}g}") for value in values.tolist()]
+def _rounded(values: np.ndarray, digits: int = 6) -> list[float | None]:
+    """Round to six digits, the precision of float32; NaN and infinity become None."""
+    return [float(f"{value:.{digits}g}") if isfinite(value) else None for value in values.tolist()]
 
 
 def rollout_features() -> Any:
@@ -288,26 +327,3 @@ def rollout_features() -> Any:
             "versions": List(List(integer)), "candidates": {"teacher": side, "student": side}, "stats": stats,
         }
     )  # fmt: skip
-
-
-_SHARD = re.compile(r"step-(\d{8})\.safetensors")
-
-
-def shard(teacher_output_dir: Path, step: int) -> Path:
-    """Path of the file with the rollouts that a step trained on; makes its folder."""
-    teacher_output_dir.mkdir(parents=True, exist_ok=True)
-    return teacher_output_dir / f"step-{step:08d}.safetensors"
-
-
-def find_shards(run_dir: Path) -> list[tuple[int, Path]]:
-    """Step and file of all shards of a run, in order. Raises ConfigError where there are none."""
-    if not run_dir.is_dir():
-        raise ConfigError(f"--from-rollouts {run_dir}: there is no such folder; give the folder of a run")
-    named = [(_SHARD.fullmatch(path.name), path) for path in (run_dir / TEACHER_OUTPUT).glob("step-*.safetensors")]
-    shards = sorted((int(name[1]), path) for name, path in named if name)
-    if not shards:
-        raise ConfigError(
-            f"--from-rollouts {run_dir}: it has no {TEACHER_OUTPUT}/ with the teacher's output; run it with "
-            "rollout.save_teacher_output=true"
-        )
-    return shards

@@ -91,6 +91,9 @@ class FakeTokenizer:
         text = bytes(i for i in token_ids if i != END).decode(errors="replace")
         return text + "</s>" * (END in token_ids and not skip_special_tokens)
 
+    def batch_decode(self, sequences: Sequence[Sequence[int]], skip_special_tokens: bool = False) -> list[str]:
+        return [self.decode(token_ids, skip_special_tokens) for token_ids in sequences]
+
 
 class FakeStudent:
     """The student's weights, one number, and its draws."""

@@ -44,8 +44,11 @@ def show_rollouts(config: Config, num: int, stage: str | None, out: Path | None)
     if out.suffix == ".svg":
         write_text_atomic(out, _picture(rollouts, decode))
     else:  # as a run's replay writes them
-        of_all = partial(decode, skip_special_tokens=False)
-        write_text_atomic(out, rollout_lines((rollout for _, rollout in rollouts), of_all))
+
+        def decode_all(sequences: Sequence[Sequence[int]]) -> list[str]:
+            return [decode(token_ids, skip_special_tokens=False) for token_ids in sequences]
+
+        write_text_atomic(out, rollout_lines([rollout for _, rollout in rollouts], decode_all))
     print(out)
 
 

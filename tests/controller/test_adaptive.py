@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,13 +123,18 @@ def test_a_step_opens_with_the_evaluations_before_it():
 # --- the buffer ------------------------------------------------------------------------------------------------------
 
 
+def read(steps: Mapping[int, int]) -> dict[int, Any]:
+    """The trained rollouts, as from disk."""
+    return {i: rollout(i) for i in steps}
+
+
 def ids(rollouts: list[Any]) -> list[int]:
     return [one.rollout_id for one in rollouts]
 
 
 def test_buffer_draws_repeatably_from_the_last_rollouts():
     """A draw is `num` different rollouts of the last `capacity` from earlier steps, a function of (seed, step)."""
-    buffer = ReuseBuffer(6, seed=3)
+    buffer = ReuseBuffer(6, seed=3, load=read)
     for step in range(4):
         buffer.add(step, [rollout(3 * step + i) for i in range(3)])
     assert len(buffer) == 6 and ids(buffer.draw(2, 9)) == [0, 1, 2, 3, 4, 5]
@@ -137,14 +143,14 @@ def test_buffer_draws_repeatably_from_the_last_rollouts():
     assert drawn == {step: ids(buffer.draw(step, 2)) for step in drawn}
     assert {i for own in drawn.values() for i in own} == set(range(6, 12))
     assert all(len(set(own)) == 2 for own in drawn.values())
-    assert ids(ReuseBuffer(6, seed=4).draw(4, 2)) == []
+    assert ids(ReuseBuffer(6, seed=4, load=read).draw(4, 2)) == []
 
 
 def test_buffer_keeps_rollouts_only():
     """The buffer keeps rollouts only, not completions of the data set or of the teacher alone."""
     from dataclasses import replace
 
-    buffer = ReuseBuffer(6, seed=0)
+    buffer = ReuseBuffer(6, seed=0, load=read)
     buffer.add(
         0,
         [
@@ -157,7 +163,7 @@ def test_buffer_keeps_rollouts_only():
 
 def test_buffer_rewinds_and_restores():
     """After a rewind, and after a restored state, each step draws what it drew before."""
-    buffer = ReuseBuffer(4, seed=1)
+    buffer = ReuseBuffer(4, seed=1, load=read)
     before = {}
     for step in range(6):
         before[step] = ids(buffer.draw(step, 3))
@@ -167,7 +173,7 @@ def test_buffer_rewinds_and_restores():
     buffer.release_before(4)
     buffer.rewind(4)
     assert buffer.holds([4, 5, 6, 7]) and not buffer.holds([3]) and not buffer.holds([8])
-    other = ReuseBuffer(4, seed=1)
+    other = ReuseBuffer(4, seed=1, load=read)
     assert ids(other.load_state_dict({**state, "rollouts": [*state["rollouts"], rollout(99)]})) == [99]
     for again in (buffer, other):
         for step in (4, 5):

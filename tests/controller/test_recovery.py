@@ -35,7 +35,7 @@ class Mortal:
             self.dead = False
         if not self.dead:
             return lambda *args: completed(getattr(self.target, name, lambda: None), *args)
-        if name == "rewind":  # of a replay that restarted empty
+        if name in ("rewind", "flush"):  # of a replay that restarted empty
             return lambda *args: completed(lambda: False)
         return lambda *args: failed(StateLost(f"the {self.revive} is missing"))
 

@@ -197,13 +197,15 @@ def test_resume_after_sigkill_equals_the_whole_run(place, whole, monkeypatch, ca
         [sys.executable, "-c", DIE_AFTER.format(step=4, signal="SIGKILL")], capture_output=True, text=True, check=False
     )
     assert died.returncode == -signal.SIGKILL, died.stderr
-    assert [row["step"] for row in steps(Path("run"))] == [0, 1, 2, 3, 4] and len(rollouts(Path("run"))) == 20
+    written = len(rollouts(Path("run")))
+    assert [row["step"] for row in steps(Path("run"))] == [0, 1, 2, 3, 4]
+    assert 16 <= written <= 20, "the lines of the last step are written while the run goes on"
     assert not Path("run/student").exists()
     code, out, err = command(monkeypatch, capsys, "train", "config.yaml", "--resume")
     assert code == 0, err
     assert "step 4/10" in out and "step 3/10" not in out, "from the checkpoint of step 3"
     assert [row["step"] for row in lines(Path("run/lost/metrics.jsonl"))] == [3, 4]
-    assert len(lines(Path("run/lost/rollouts.jsonl"))) == 8
+    assert len(lines(Path("run/lost/rollouts.jsonl"))) == written - 12
     assert rollouts(Path("run")) == rollouts(whole[0])
     assert [row["loss/total"] for row in steps(Path("run"))] == [row["loss/total"] for row in steps(whole[0])]
     assert distance(Path("run/student"), whole[0] / "student") == 0

@@ -13,7 +13,7 @@ from runs import ADASWITCH, NUM_ROLLOUTS, STAGES, WARM_UP, command, config, conf
 from tiny import tiny_tokenizer
 
 from switchkd.config.errors import ConfigError
-from switchkd.controller.resume import truncate_history
+from switchkd.controller.resume import cut_shards
 from switchkd.data.atomic_files import TEACHER_OUTPUT
 from switchkd.data.rollout_io import load_rollouts, save_rollouts
 from switchkd.rollout.top_logprobs import TopTokens, top_logprobs
@@ -210,7 +210,7 @@ def test_training_from_rollouts_equals_the_run(online, here, tmp_path, monkeypat
 def test_a_resume_moves_later_records_to_lost(online, tmp_path):
     """Records of steps that a resume cuts move to lost/."""
     shutil.copytree(online / TEACHER_OUTPUT, tmp_path / TEACHER_OUTPUT)
-    assert truncate_history(tmp_path, 7) == {TEACHER_OUTPUT: 3}
+    cut_shards(tmp_path, 7, keep=True)
     assert [int(path.stem[-2:]) for path in sorted((tmp_path / TEACHER_OUTPUT).glob("step-*"))] == list(range(7))
     assert (
         len(list((tmp_path / "lost" / TEACHER_OUTPUT).iterdir())) == 3

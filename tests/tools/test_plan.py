@@ -260,14 +260,14 @@ class TestStores:
     """Rollouts in the replay, processes, and the object store."""
 
     def test_replay_counts_rollouts_ahead(self, here):
-        """The replay plans two batches ahead and three trained ones, each of 12 tokens."""
+        """The replay plans two batches ahead and the last trained one, each of 12 tokens."""
         settings = planned(here)
         plan = make_plan(settings)
-        assert plan.replay_rollouts == (1 + 2) * 4 + 3 * 4
+        assert plan.replay_rollouts == (1 + 2) * 4 + 4
         assert plan.replay_bytes == plan.replay_rollouts * 12 * (4 * 32 + 21)
         stage = {**SWITCH, "mix": {"rollout": 1}}
         strict = planned(here, [stage], replay={"max_staleness": 0})
-        assert make_plan(strict).replay_rollouts == 4 + 3 * 4
+        assert make_plan(strict).replay_rollouts == 4 + 4
 
     def test_workers_share_a_batch(self, here):
         """A batch of four over two workers is two rows per worker."""

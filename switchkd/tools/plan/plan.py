@@ -133,11 +133,10 @@ def row_bytes(config: Config, teacher: Shape) -> float:
 
 
 def replay_rollouts(config: Config, stage: StageConfig) -> int:
-    """Return the most rollouts that the replay holds: admitted, trained since a checkpoint, and kept to draw again."""
+    """Return the most rollouts in the replay's memory: admitted, of the last trained step, and kept to draw again."""
     ahead = max(config.replay.max_staleness, PREFETCH if stage.mix.dataset + stage.mix.teacher else 0)
     untrained = min(config.replay.capacity, (1 + ahead) * stage.batch_size)
-    trained = min(config.train.checkpoint_every or stage.steps, stage.steps) * stage.batch_size
-    return untrained + trained + (config.replay.capacity if config.replay.policy == "adaptive" else 0)
+    return untrained + stage.batch_size + (config.replay.capacity if config.replay.policy == "adaptive" else 0)
 
 
 def show(plan: Plan, as_json: bool) -> None:
