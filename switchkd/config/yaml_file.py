@@ -58,6 +58,14 @@ def _num_nodes(node: Any, known: dict[int, int]) -> int:
     return num
 
 
+def _load(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def read_yaml(path: Path, what: str, example: str) -> dict[str, Any]:
     """Read the keys of a file. The ConfigError calls the file a `what` and names `example` as a valid one."""
     try:
@@ -65,7 +73,7 @@ def read_yaml(path: Path, what: str, example: str) -> dict[str, Any]:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise ConfigError(f"{what} {path} has over {MAX_BYTES} bytes; see {example} for an example")
-        raw = yaml.load(data.decode("utf-8-sig"), _Loader)
+        raw = _load(data.decode("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{what} {path} does not exist; give a path such as {example}") from None
     except UnicodeDecodeError as error:
@@ -92,7 +100,7 @@ def _unshared(value: Any) -> Any:
 def read_value(text: str, key: str) -> Any:
     """The value of the override of `key`; what is no YAML is a text. Raises ConfigError."""
     try:
-        return yaml.load(text, _Loader) if text.strip() else ""
+        return _load(text) if text.strip() else ""
     except _Refused as error:
         raise ConfigError(f"override {key}: {error}") from None
     except (yaml.YAMLError, ValueError, RecursionError):

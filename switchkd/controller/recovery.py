@@ -89,8 +89,6 @@ class Recovery:
             return state
         self.log.now(learner=f"saves checkpoint {state.step}")
         extra = self.dispatcher.state_dict()
-        history = [path for name in HISTORY if (path := self.folder.path / name).is_file()]
-        extra["history"] = {path.name: path.stat().st_size for path in history}
         if self.schedule.adaptive:
             extra["adaptive"] = self.schedule.adaptive.state_dict()
         retry(
@@ -110,7 +108,10 @@ class Recovery:
             self.watchdog.wait_for(learner.save(draft.learner_folder, draft.tag), "the learner to save its state")
             self.watchdog.wait_for(learner.export(draft.student_folder), "the learner to write the student")
             self.watchdog.wait_for(replay.save(draft.replay_file, state.step), "the replay to save its state")
-            self.folder.finish(draft, state)
+            # after the replay has written its lines
+            history = [path for name in HISTORY if (path := self.folder.path / name).is_file()]
+            sizes = {path.name: path.stat().st_size for path in history}
+            self.folder.finish(draft, replace(state, extra={**state.extra, "history": sizes}))
         except Exception:
             shutil.rmtree(draft.path, ignore_errors=True)  # the next try may need its space
             raise

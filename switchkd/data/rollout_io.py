@@ -98,7 +98,7 @@ def rollout_to_row(
         **{name: getattr(rollout, name) for name in PLAIN_FIELDS},
         "origin": CompletionSource(rollout.completion_source).name.lower(),
         "prompt": prompt_text,
-        "prompt_token_ids": rollout.prompt_ids,
+        "prompt_token_ids": rollout.prompt_ids.tolist(),
         "completion": decode(rollout.token_ids.tolist()),
         "segments": [
             {"source": TokenSource(source).name.lower(), "num_tokens": num, "text": text}

@@ -30,7 +30,7 @@ class Killed(BaseException):
 
 def config_of(run_dir: Path, **sections: Any) -> Config:
     stages = [{"steps": 2, "name": "warm"}, {"steps": 4}]
-    raw = {"run": {"dir": str(run_dir)}, "train": {"stages": stages}}
+    raw = {"run": {"dir": str(run_dir)}, "train": {"stages": stages}, "eval": {"data": "eval.jsonl"}}
     for key, value in sections.items():
         raw[key] = {**raw.get(key, {}), **value} if isinstance(value, dict) else value
     return parse(raw)

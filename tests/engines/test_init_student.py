@@ -108,7 +108,6 @@ def test_the_written_folder_is_complete(tmp_path):
         ({"num_layers": 1}, "num_layers=1 of 2 layers: choose 2 to 2"),
         ({"layers": [0, 2]}, "layers=0,2: list some of 0 to 1"),
         ({"layers": [1, 0]}, "rising"),
-        ({"layers": []}, "list some of"),
     ],
 )
 def test_invalid_layers_are_refused(tmp_path, which, message):

@@ -430,9 +430,10 @@ class TestWithWeights:
         assert result.text == "RuntimeError: out of everything" and "rollout CONFIG" in result.remedy
 
     def test_a_loss_of_nan_fails(self, here, monkeypatch):
-        """A loss of NaN fails the dry pass."""
+        """A loss that is NaN with the models' vocabulary fails the dry pass."""
         (here / "my_losses.py").write_text(
-            "def broken(p_logits, q_logits, labels, mask): return (q_logits.sum(-1) - q_logits.sum(-1)) / 0\n"
+            "def broken(p_logits, q_logits, labels, mask):\n"
+            "    return q_logits.sum(-1) * (1.0 if q_logits.shape[-1] > 100_000 else float('nan'))\n"
         )
         stage = {**SWITCH, "loss": {"type": "my_losses:broken"}}
         results = list(doctor.run_checks(config(here, [stage])))
