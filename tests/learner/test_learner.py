@@ -309,6 +309,6 @@ def test_a_student_whose_weights_are_not_finite_is_refused(build: Build, tmp_pat
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(
         ConfigError,
-        match=r"^model .* computes NaN or infinity: 1 of its weight tensors hold them, first lm_head.weight",
+        match=r"^model .* computes NaN or infinity: 1 of its weight tensors .*lm_head.weight",
     ):
         build(folder)
