@@ -54,6 +54,7 @@ class Rule:
     replacement: Purpose = Purpose.GUMBEL  # noise of the teacher's token
     needs_rows: bool = True  # False: p_logits and q_logits may be None
     needs_draft: bool = False  # True: the statistic depends on the drafted id
+    needs_coins: bool = False  # True: the statistic reads `coins`, which are None otherwise
     student_only: bool = False  # True: the teacher writes no token; the statistic is not computed
     bounds: Callable[..., tuple[Tensor, Tensor]] | None = None
     """The statistic's smallest and largest value where log-probs are off by less than NEAR_TIE, float64 [N] each, from
@@ -95,7 +96,9 @@ def random(*, prob: float = 0.5) -> Rule:
     in every rule.
     """
     _check_share("prob", prob)
-    return Rule(name="random", statistic=_coin, threshold=partial(_fixed, value=1 - prob), needs_rows=False)
+    return Rule(
+        name="random", statistic=_coin, threshold=partial(_fixed, value=1 - prob), needs_rows=False, needs_coins=True
+    )
 
 
 def mixture(*, alpha: float = 0.2) -> Rule:
@@ -108,7 +111,7 @@ def mixture(*, alpha: float = 0.2) -> Rule:
 
 
 def _zero(*, p_logits: Tensor | None, q_logits: Tensor | None, drafted: Tensor, coins: Tensor) -> Tensor:
-    return torch.zeros_like(coins)
+    return torch.zeros(len(drafted), dtype=torch.float64)
 
 
 def _coin(*, p_logits: Tensor | None, q_logits: Tensor | None, drafted: Tensor, coins: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -26,7 +26,6 @@ from torch.utils._pytree import tree_leaves
 from switchkd.algo import divergence, sampling, switching
 from switchkd.algo.noise import Purpose
 from switchkd.algo.sampling import SamplingParams
-from switchkd.rollout import verify
 from switchkd.rollout.generator import GenerationRequest, SwitchingGenerator
 from switchkd.rollout.state import RolloutParams
 from switchkd.tools.bench.table import Options, Spread, Table
@@ -54,10 +53,30 @@ RULES = {
     "on-policy": switching.student(),
 }
 _VIEWS = frozenset(
-    "view _unsafe_view expand unsqueeze squeeze slice select t transpose permute detach alias unbind split as_strided "
-    "_reshape_alias lift_fresh narrow chunk split_with_sizes".split()
+    [
+        "view",
+        "_unsafe_view",
+        "expand",
+        "unsqueeze",
+        "squeeze",
+        "slice",
+        "select",
+        "t",
+        "transpose",
+        "permute",
+        "detach",
+        "alias",
+        "unbind",
+        "split",
+        "as_strided",
+        "_reshape_alias",
+        "lift_fresh",
+        "narrow",
+        "chunk",
+        "split_with_sizes",
+    ]
 )
-_WAITS = frozenset("cpu item tolist __bool__ __int__ __float__ __index__ nonzero".split())
+_WAITS = frozenset(["cpu", "item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero"])
 
 
 class Operations(TorchDispatchMode):
@@ -169,7 +188,7 @@ class FreeTeacher:
 
 
 class FreeDraw:
-    """`algo.sampling.draw` with prepared tokens: a function of the position, and another one in a share of the calls."""
+    """`algo.sampling.draw` with prepared tokens: a function of the position, in a share of the calls another one."""
 
     def __init__(self, spent: Spent) -> None:
         self._spent, self._rng = spent, np.random.default_rng(3)
@@ -205,6 +224,7 @@ class Case:
             head=FreeHead(spent),
             stop_ids=frozenset({0}),
             max_draft_tokens=self.num_drafted,
+            draw=draw or (sampling.draw if self.real_draws else FreeDraw(spent)),
         )
         params = RolloutParams(
             rule=RULES[self.rule],
@@ -215,7 +235,7 @@ class Case:
         )
         requests = [GenerationRequest(task=_task(i), params=params) for i in range(self.num_rows)]
         rollouts: list[Rollout] = []
-        with _drawing_with(draw or (FreeDraw(spent) if not self.real_draws else sampling.draw)), mode or nullcontext():
+        with mode or nullcontext():
             start = time.process_time()
             generator.run(requests, rollouts.extend)
             seconds = time.process_time() - start - spent.seconds
@@ -228,12 +248,6 @@ class Case:
             "bytes": sum(rollout.stats.output_bytes for rollout in rollouts),
             **spent.counts,
         }
-
-
-@contextmanager
-def _drawing_with(draw: Callable[..., Any]) -> Iterator[None]:
-    with mock.patch.object(verify, "draw", draw):
-        yield
 
 
 def _task(rollout_id: int) -> RolloutTask:
@@ -288,7 +302,7 @@ def _device_rows() -> list[dict[str, Any]]:
     ids = torch.empty(LARGE_ROWS, dtype=torch.int64, device="meta")
     draws = {"draw": SamplingParams(), "draw, top_p 0.5": SamplingParams(temperature=0.5, top_p=0.5)}
     calls: dict[str, Callable[[], Any]] = {
-        name: lambda how=how: sampling.draw_on_device(p, 0, ids, ids, purpose=Purpose.GUMBEL, sampling=how)
+        name: partial(sampling.draw_on_device, p, 0, ids, ids, purpose=Purpose.GUMBEL, sampling=how)
         for name, how in draws.items()
     }
     calls["jsd"] = lambda: divergence.per_row(divergence.jsd, p, q, log_base=2)
