@@ -4,7 +4,7 @@ In: a key. Out: bits of a counter-based generator, and Gumbel numbers and coins 
 process without models needs no torch; `algo/sampling.py` makes the same bits on a device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import IntEnum, unique
 
 import numpy as np
@@ -42,6 +42,20 @@ def noise_bits(seed: int, index: int, position: int, purpose: Purpose, num: int)
     return np.random.Philox(key=key, counter=counter).random_raw(num)
 
 
+def noise_streams(keys: Iterable[tuple[int, int, int, int]]) -> Iterator[Callable[[int], np.ndarray]]:
+    """For each key (seed, index, position, purpose) in turn, a function of `num` that returns its `noise_bits`. To make
+    a generator costs more than a short stream, so one generator moves from key to key."""
+    generator = np.random.Philox(key=0)
+    state = generator.state
+    for seed, index, position, purpose in keys:
+        state["state"] = {
+            "counter": np.array([0, 0, position & WORD, purpose & WORD], np.uint64),
+            "key": np.array([seed & WORD, index & WORD], np.uint64),
+        }
+        generator.state = state
+        yield generator.random_raw
+
+
 def gumbel(bits: np.ndarray) -> np.ndarray:
     """Gumbel numbers, float64, of uint64 bits: -log(-log U), U = top 53 bits in [0, 1). U = 0 gives -inf."""
     with np.errstate(divide="ignore"):
@@ -56,6 +70,6 @@ def coin(
 ) -> np.ndarray:
     """One uniform number in [0, 1) with 53 random bits per (index, position), float64 [N]; by default the coins of
     rules, whose index is the rollout id."""
-    keys = zip(indices, positions, strict=True)
-    bits = [noise_bits(seed, int(i), int(t), purpose, 1)[0] for i, t in keys]
+    keys = ((seed, int(i), int(t), purpose) for i, t in zip(indices, positions, strict=True))
+    bits = [stream(1)[0] for stream in noise_streams(keys)]
     return (np.array(bits, dtype=np.uint64) >> np.uint64(11)) * UNIT

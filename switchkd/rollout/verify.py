@@ -173,7 +173,7 @@ class _Window:
             self._student[self._i, self._j] = drawn
 
     def values(self) -> np.ndarray:
-        """The rule's statistic, and the smallest and largest value that rounding might give it: float64 [3, n, W], NaN
+        """The rule's statistic, and the smallest and largest value that rounding might give it: float64 [3, n, W], 0
         where nothing was drafted."""
         i, j, rule = self._i, self._j, self.params.rule
         p_logits, q_logits, coins = self._p, self._q, None
@@ -184,7 +184,7 @@ class _Window:
             coins = torch.from_numpy(coin(self.params.seed, self.state.rollout_ids[self.slots[i]], self.t[i, j]))
         drafted = self.drafted if self._student is None else self._student
         tokens = torch.from_numpy(drafted[i, j])
-        values = np.full((3, *self.live.shape), np.nan)
+        values = np.zeros((3, *self.live.shape))
         inputs = {"p_logits": p_logits, "q_logits": q_logits, "drafted": tokens, "coins": coins}
         values[:, i, j] = to_host(_values(rule, **inputs)).numpy()
         return values
@@ -268,8 +268,8 @@ def _decide(window: _Window) -> _Decision:
         memory[0] = window.state.memory[window.slots, : rule.memory_size]
         for k in range(t.shape[1]):
             shown[:, k], threshold[:, k], memory[k + 1] = _step(rule, statistic[:, k], t[:, k], steps, memory[k])
-    settled = np.isnan(shown) & ~np.isnan(statistic)  # after its switch a rule has no statistic: any number
-    wants = np.where(settled, 0.0, statistic) > threshold
+    switched = np.isnan(shown) & ~np.isnan(statistic)  # a rule has no statistic after a permanent switch
+    wants = np.where(switched, 0.0, statistic) > threshold
     if window.params.teacher_budget is not None:
         spent = window.state.num_teacher[window.slots, None] + np.cumsum(wants, 1) - wants
         wants &= spent < window.params.teacher_budget
