@@ -99,8 +99,8 @@ def draw(
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """One token per row of logits [N, V]: int64 [N], and with `return_margin` its lead over the second best score.
 
-    Rows on a CPU are drawn with exact pruning, rows on a device without (`draw_on_device`). Both draw the
-    same token unless two scores differ by less than rounding; the margin (float64 [N]) shows such near ties. Ids that
+    Rows on a CPU are drawn with exact pruning, rows on a device without (`draw_on_device`). Both draw the same
+    token unless two scores differ by less than rounding; the margin (float64 [N]) shows such near ties. Ids that
     top_k and top_p cut by less than NEAR_TIE count as rivals there, and a winner that they kept by less has margin 0.
     Raises ValueError for a row whose best logit is not finite.
     """
@@ -136,7 +136,8 @@ def _draw_rows(
     if _cuts(sampling, rows.shape[1]):
         return _draw_cut(rows, keys, best, sampling, exact_margin)
     streams = noise_streams(keys)
-    bits = np.stack([next(streams)(rows.shape[1]) for _ in rows])
+    drawn = [next(streams)(rows.shape[1])[None] for _ in rows]
+    bits = drawn[0] if len(drawn) == 1 else np.concatenate(drawn)
     return _best_scores(rows, bits, best, sampling.temperature, exact_margin)
 
 
@@ -151,7 +152,7 @@ def _best_scores(
     floor = (best - _DEPTH * temperature).astype(np.float32)
     scored = values >= floor
     ceiling = floor.astype(np.float64)
-    if (many := scored.sum(axis=1) > _MAX_SCORED).any():
+    if np.count_nonzero(scored) > _MAX_SCORED and (many := scored.sum(axis=1) > _MAX_SCORED).any():
         scored[many] &= np.cumsum(scored[many], axis=1) <= _MAX_SCORED
         ceiling = np.where(many[:, None], best, ceiling)
     _, some_values, some_bits = _packed(scored, values, bits)
@@ -168,14 +169,18 @@ def _best_scores(
 def _packed(mask: np.ndarray, *arrays: np.ndarray) -> list[np.ndarray]:
     """The ids, ascending, and the entries of `mask` [N, V] in each array, side by side: [N, largest number]. Behind a
     row's own ids are -1, floats -inf and integers 0."""
-    rows, ids = np.nonzero(mask)
+    flat = np.flatnonzero(mask)  # much faster than nonzero of two axes
+    if len(mask) == 1:
+        return [x[None] for x in (flat, *(array[0, flat] for array in arrays))]
+    rows = flat // mask.shape[1]
+    ids = flat - rows * mask.shape[1]
     counts = np.bincount(rows, minlength=len(mask))
     places = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
     packed = [np.full((len(mask), int(places.max()) + 1), -1)]
     packed[0][rows, places] = ids
     for array in arrays:
         packed.append(np.full(packed[0].shape, -math.inf if array.dtype.kind == "f" else 0, array.dtype))
-        packed[-1][rows, places] = array[rows, ids]
+        packed[-1][rows, places] = array.ravel()[flat]
     return packed
 
 

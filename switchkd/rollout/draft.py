@@ -44,6 +44,7 @@ class Drafter:
         self.stop_ids = stop_ids
         self.costs = costs
         self.draw = draw
+        self.on_device = reader.device.type != "cpu"
 
     def draft(self, state: RolloutSlots, slots: np.ndarray, size: int) -> Draft:
         """The student writes up to `size` tokens a slot with its keyed draws; nothing is drafted past a stop."""
@@ -139,7 +140,7 @@ class Drafter:
         return {
             "p_rows": lambda rows, positions: self.reader.logits(values(rows, positions)),
             "top_rows": top_rows,
-            "on_device": self.reader.device.type != "cpu",
+            "on_device": self.on_device,
         }
 
     def _read(self, cache_slots: np.ndarray, starts: np.ndarray, ids: np.ndarray, lengths: np.ndarray) -> torch.Tensor:

@@ -208,7 +208,7 @@ def device_draw(logits: torch.Tensor, *, run_seed: int, rollout_ids: Any, positi
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One measured case. draw None: real draws on the CPU."""
+    """One measured case: real draws, or prepared ones."""
 
     rule: str
     num_rows: int
@@ -216,7 +216,7 @@ class Case:
     real_draws: bool = False
 
     def run(self, num_tokens: int, draw: Callable[..., Any] | None, mode: Any = None) -> dict[str, float]:
-        """Generate one completion per row. Returns sums over the run."""
+        """Generate one completion per row, with `draw` instead of the case's own. Returns sums over the run."""
         spent = Spent()
         generator = SwitchingGenerator(
             student=FreeStudent(self.num_rows, spent),
@@ -233,6 +233,7 @@ class Case:
             max_new_tokens=num_tokens,
             seed=0,
         )
+        generator.drafter.on_device = draw is device_draw
         requests = [GenerationRequest(task=_task(i), params=params) for i in range(self.num_rows)]
         rollouts: list[Rollout] = []
         with mode or nullcontext():
