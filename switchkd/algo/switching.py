@@ -8,7 +8,8 @@ A rule is three small functions, and the teacher writes token t iff statistic > 
 
 p = teacher, q = student, temperature 1, not truncated; t = index of the completion token, 0 for the first; step =
 training step of each row's rollout, 0 for the first of its stage. The statistic's arguments are passed by name, the
-others by position. `threshold` depends on the tokens before t only. A user's rule is any function that returns a Rule:
+others by position. `coins` is None unless the rule declares `needs_coins`, the logits are None with `needs_rows`
+False. `threshold` depends on the tokens before t only. A user's rule is any function that returns a Rule:
 
     def entropy_limit(*, nats: float = 2.0) -> Rule:
         '''The teacher writes where the student's entropy exceeds `nats`.'''
