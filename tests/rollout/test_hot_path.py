@@ -6,13 +6,17 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from test_rollout import RULES as ROLLOUT_RULES
+from test_rollout import params, write
 
 from switchkd.algo import noise, sampling, switching
 from switchkd.algo.noise import Purpose
 from switchkd.algo.sampling import SamplingParams
 from switchkd.rollout import verify
+from switchkd.rollout.draft import Drafter
 from switchkd.tools.bench.overhead import RULES, Case, HostWaits, Operations, device_draw
 
 
@@ -73,3 +77,20 @@ def test_a_round_waits_for_the_device_at_most_three_times_and_once_per_step(rule
     waits = HostWaits()
     rounds = Case(rule, 64, num_drafted).run(40, device_draw, waits)["rounds"]
     assert waits.num <= (3 + num_drafted) * rounds
+
+
+@pytest.mark.parametrize("drafter", ["student", "teacher", "auto"])
+@pytest.mark.parametrize("name", ["switch-constant", "adaswitch", "skd", "random", "budget"])
+def test_whole_blocks_give_the_same_rollouts(name: str, drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that is verified at once has the tokens, writers and statistics of one verified in parts."""
+    how = params(ROLLOUT_RULES["random"], teacher_budget=3) if name == "budget" else params(ROLLOUT_RULES[name])
+    few, _ = write(how, range(9), max_draft_tokens=8, slots=4, drafter=drafter)
+    whole = property(lambda self: True, lambda self, _: None)
+    monkeypatch.setattr(Drafter, "on_device", whole, raising=False)
+    once, worker = write(how, range(9), max_draft_tokens=8, slots=4, drafter=drafter)
+    assert worker.drafter.on_device
+    for i, rollout in few.items():
+        assert once[i].token_ids.tolist() == rollout.token_ids.tolist()
+        assert once[i].sources.tolist() == rollout.sources.tolist()
+        np.testing.assert_allclose(once[i].statistic, rollout.statistic, atol=1e-6)
+        np.testing.assert_array_equal(once[i].threshold, rollout.threshold)
