@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from switchkd.algo import sampling
-from switchkd.algo.noise import Purpose, coin, gumbel, noise_bits
+from switchkd.algo.noise import Purpose, coin, first_words, gumbel, noise_bits
 from switchkd.algo.sampling import NEAR_TIE, SamplingParams, draw, noise_bits_torch
 
 torch.set_num_threads(1)
@@ -307,3 +307,12 @@ def test_a_draw_that_rounding_changes_is_a_near_tie(case: str) -> None:
         assert changed.mean() > 0.1, "the case has an edge"
         assert (margins[changed] < NEAR_TIE).all()
         assert (margins < NEAR_TIE).mean() < changed.mean() + 0.01
+
+
+def test_first_words_equal_the_streams() -> None:
+    """The first word of many keys at once is NumPy's Philox for any 64-bit key."""
+    rng = np.random.default_rng(0)
+    ids, positions = (rng.integers(-(2**63), 2**63 - 1, 50) for _ in range(2))
+    for run_seed, purpose in ((0, 0), (-1, 1), (2**63 + 5, 3)):
+        expected = [noise_bits(run_seed, int(i), int(t), purpose, 1)[0] for i, t in zip(ids, positions, strict=True)]
+        np.testing.assert_array_equal(first_words(run_seed, ids, positions, purpose), expected)
