@@ -8,7 +8,7 @@ In: logits [N, V] and the key of each row. Out: token ids [N]. Equal values are 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, overload
 
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from switchkd.algo import kernels
-from switchkd.algo.noise import PHILOX_MULTIPLIERS, PHILOX_WEYL, UNIT, WORD, Purpose, gumbel, noise_bits
+from switchkd.algo.device_noise import gumbel_torch, noise_bits_torch
+from switchkd.algo.divergence import few_rows
+from switchkd.algo.noise import Purpose, gumbel, noise_streams
 from switchkd.algo.transfer import to_device, to_host
 
 NEAR_TIE = 1e-4
@@ -25,7 +27,6 @@ NEAR_TIE = 1e-4
 batch shape; so may an id whose log-prob, or the mass before it, is this close to the edge of top_k or top_p. Such
 tokens are counted, not hidden."""
 _NO_ROW = "a row to draw from needs finite logits, or -inf for some of them, and no NaN"
-_ROUNDS = 10
 _DEPTH = 5.0  # nats below the best logit within which entries are scored first ...
 _MAX_SCORED = 2048  # ... and their largest number; both change the speed only
 _NUCLEUS_DEPTHS = (2.0, 4.0, 8.0, 16.0, math.inf)  # nats below the best logit, tried in turn for the nucleus
@@ -56,48 +57,6 @@ def within_top(sampling: SamplingParams, k: int) -> SamplingParams:
     """`sampling` restricted to the k most likely ids, renormalised, for a model of which only these are known. It
     changes nothing where `sampling` keeps at most k ids by its top_k or temperature 0."""
     return replace(sampling, top_k=min(sampling.top_k or k, k))
-
-
-# --- noise on a device -----------------------------------------------------------------------------------------------
-
-
-def noise_bits_torch(run_seed: int, rollout_ids: Tensor, positions: Tensor, purpose: Purpose, num: int) -> Tensor:
-    """`noise_bits` of many keys on any device: int64 [N], int64 [N] -> int64 [N, num], the same 64 bits."""
-    num_blocks = -(-num // 4)
-    # numpy steps the counter before its first block
-    block = torch.arange(1, num_blocks + 1, device=rollout_ids.device).expand(rollout_ids.shape[0], -1)
-    zero = torch.zeros_like(block)
-    words = (block, zero, zero + positions.long()[:, None], zero + _signed(purpose))
-    rollout_key = rollout_ids.long()[:, None]
-    for i in range(_ROUNDS):
-        key_0 = _signed(run_seed + i * PHILOX_WEYL[0])
-        key_1 = rollout_key + _signed(i * PHILOX_WEYL[1])
-        high_0, low_0 = _multiply(words[0], PHILOX_MULTIPLIERS[0])
-        high_1, low_1 = _multiply(words[2], PHILOX_MULTIPLIERS[1])
-        words = (high_1 ^ words[1] ^ key_0, low_1, high_0 ^ words[3] ^ key_1, low_0)
-    return torch.stack(words, dim=-1).flatten(1)[:, :num]
-
-
-def _signed(word: int) -> int:
-    """The int64 with the 64 low bits of `word`."""
-    word &= WORD
-    return word - 2**64 if word >= 2**63 else word
-
-
-def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low 64 bits of the unsigned product, from 32-bit halves, since torch has no wider integer."""
-    low = 0xFFFFFFFF
-    a_high, a_low = (a >> 32) & low, a & low
-    b_high, b_low = b >> 32, b & low
-    middle = a_high * b_low + (((a_low * b_low) >> 32) & low)
-    cross = a_low * b_high + (middle & low)
-    return a_high * b_high + ((middle >> 32) & low) + ((cross >> 32) & low), a * _signed(b)
-
-
-def gumbel_torch(bits: Tensor) -> Tensor:
-    """`gumbel` of an int64 bit pattern, float64, on its device."""
-    uniform = ((bits >> 11) & (2**53 - 1)).double() * UNIT
-    return -torch.log(-torch.log(uniform))
 
 
 # --- draws -----------------------------------------------------------------------------------------------------------
@@ -141,8 +100,8 @@ def draw(
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """One token per row of logits [N, V]: int64 [N], and with `return_margin` its lead over the second best score.
 
-    Rows on a CPU are drawn one by one with exact pruning, rows on a device without (`draw_on_device`). Both draw the
-    same token unless two scores differ by less than rounding; the margin (float64 [N]) shows such near ties. Ids that
+    Rows on a CPU are drawn with exact pruning, rows on a device without (`draw_on_device`). Both draw the same
+    token unless two scores differ by less than rounding; the margin (float64 [N]) shows such near ties. Ids that
     top_k and top_p cut by less than NEAR_TIE count as rivals there, and a winner that they kept by less has margin 0.
     Raises ValueError for a row whose best logit is not finite.
     """
@@ -156,78 +115,98 @@ def draw(
     else:
         tokens, margins = np.empty(len(positions), dtype=np.int64), np.empty(len(positions))
         rows = logits.detach().float().contiguous().numpy()
-        for n, (row, rollout_id, position) in enumerate(zip(rows, rollout_ids, positions, strict=True)):
-            key = (run_seed, int(rollout_id), int(position), purpose)
-            tokens[n], margins[n] = draw_row(row, key, sampling, exact_margin=return_margin)
+        keys = [(run_seed, int(i), int(t), purpose) for i, t in zip(rollout_ids, positions, strict=True)]
+        for some in few_rows(len(rows), rows.shape[1], logits.device):
+            tokens[some], margins[some] = _draw_rows(rows[some], keys[some], sampling, exact_margin=return_margin)
     return (tokens, margins) if return_margin else tokens
 
 
-def draw_row(
-    row: np.ndarray, key: tuple[int, int, int, Purpose], sampling: SamplingParams, *, exact_margin: bool
-) -> tuple[int, float]:
-    """Draw from one float32 row [V] with the noise of `key` = (run seed, rollout id, position, purpose).
+def _draw_rows(
+    rows: np.ndarray, keys: Iterable[tuple[int, int, int, Purpose]], sampling: SamplingParams, *, exact_margin: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw from float32 rows [N, V] with the noise of `keys`, each (run seed, rollout id, position, purpose).
 
-    Returns (token id, best minus second best score); the second is an upper bound unless `exact_margin`.
+    Returns token ids [N] and the leads over the second best scores [N]; these are upper bounds unless `exact_margin`.
     """
-    best = float(row.max())
-    if not math.isfinite(best):
-        raise ValueError(f"{_NO_ROW}: its best logit is {best}")
+    best = rows.max(axis=1)
+    if not np.isfinite(best).all():
+        raise ValueError(f"{_NO_ROW}: its best logit is {best[~np.isfinite(best)][0]}")
     if sampling.temperature == 0:
-        token = int(row.argmax())
-        return token, best - _second_best(row, token) if exact_margin else math.inf
-    if not _cuts(sampling, row.size):
-        return _best_score(row, noise_bits(*key, num=row.size), best, sampling.temperature, exact_margin)
-    cut = _cut(row, best, sampling)
-    if cut.ids.size == 1:
-        return int(cut.ids[0]), math.inf
-    bits, values = noise_bits(*key, num=int(cut.ids[-1]) + 1)[cut.ids], row[cut.ids]
-    kept = np.flatnonzero(cut.kept)
-    index, margin = _best_score(values[kept], bits[kept], best, sampling.temperature, exact_margin)
-    winner = int(kept[index])
-    if exact_margin:
-        margin = min(margin, _edge_margin(cut, winner, values, bits, best, sampling))
-    return int(cut.ids[winner]), margin
+        return _best(rows) if exact_margin else (rows.argmax(axis=1), np.full(len(rows), math.inf))
+    best = best.astype(np.float64)[:, None]
+    if _cuts(sampling, rows.shape[1]):
+        return _draw_cut(rows, keys, best, sampling, exact_margin)
+    streams = noise_streams(keys)
+    drawn = [next(streams)(rows.shape[1])[None] for _ in rows]
+    bits = drawn[0] if len(drawn) == 1 else np.concatenate(drawn)
+    return _best_scores(rows, bits, best, sampling.temperature, exact_margin)
 
 
-def _best_score(
-    values: np.ndarray, bits: np.ndarray, best: float, temperature: float, exact_margin: bool
-) -> tuple[int, float]:
-    """Arg max of values / temperature + Gumbel(bits), with logarithms of the entries that can win only.
+def _best_scores(
+    values: np.ndarray, bits: np.ndarray, best: np.ndarray, temperature: float, exact_margin: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Arg max of values / temperature + Gumbel(bits), [N, V], with logarithms of the entries that can win only.
 
     Some entries near the top are scored first. Any other entry has a value of at most `ceiling`, so it can only win
     with a Gumbel above (score to beat - ceiling), which is one integer threshold on its bits, rounded to the safe side.
     """
-    floor = np.float32(best - _DEPTH * temperature)
-    scored = np.flatnonzero(values >= floor)
-    ceiling = float(floor)
-    if scored.size > _MAX_SCORED:
-        scored, ceiling = scored[:_MAX_SCORED], best
-    scores = _scores(values[scored], bits[scored], temperature)
-    to_beat = _second_best(scores, int(scores.argmax())) if exact_margin else float(scores.max())
-    can_win = bits >= _threshold_bits(to_beat, ceiling / temperature)
-    can_win[scored] = True
-    candidates = np.flatnonzero(can_win)
-    scores = _scores(values[candidates], bits[candidates], temperature)
-    winner = int(scores.argmax())
-    return int(candidates[winner]), float(scores[winner]) - _second_best(scores, winner)
+    floor = (best - _DEPTH * temperature).astype(np.float32)
+    scored = values >= floor
+    ceiling = floor.astype(np.float64)
+    if np.count_nonzero(scored) > _MAX_SCORED and (many := scored.sum(axis=1) > _MAX_SCORED).any():
+        scored[many] &= np.cumsum(scored[many], axis=1) <= _MAX_SCORED
+        ceiling = np.where(many[:, None], best, ceiling)
+    _, some_values, some_bits = _packed(scored, values, bits)
+    scores = _scores(some_values, some_bits, temperature)
+    winner, lead = _best(scores)
+    to_beat = scores[np.arange(len(winner)), winner]
+    to_beat = np.where(np.isfinite(lead), to_beat - lead, -math.inf) if exact_margin else to_beat
+    scored |= bits >= _threshold_bits(to_beat, ceiling[:, 0] / temperature)[:, None]
+    ids, some_values, some_bits = _packed(scored, values, bits)
+    winner, lead = _best(_scores(some_values, some_bits, temperature))
+    return ids[np.arange(len(ids)), winner], lead
+
+
+def _packed(mask: np.ndarray, *arrays: np.ndarray) -> list[np.ndarray]:
+    """The ids, ascending, and the entries of `mask` [N, V] in each array, side by side: [N, largest number]. Behind a
+    row's own ids are -1, floats -inf and integers 0."""
+    flat = np.flatnonzero(mask)  # much faster than nonzero of two axes
+    if len(mask) == 1:
+        return [x[None] for x in (flat, *(array[0, flat] for array in arrays))]
+    rows = flat // mask.shape[1]
+    ids = flat - rows * mask.shape[1]
+    counts = np.bincount(rows, minlength=len(mask))
+    places = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    packed = [np.full((len(mask), int(places.max()) + 1), -1)]
+    packed[0][rows, places] = ids
+    for array in arrays:
+        packed.append(np.full(packed[0].shape, -math.inf if array.dtype.kind == "f" else 0, array.dtype))
+        packed[-1][rows, places] = array.ravel()[flat]
+    return packed
 
 
 def _scores(values: np.ndarray, bits: np.ndarray, temperature: float) -> np.ndarray:
     return values.astype(np.float64) / temperature + gumbel(bits)
 
 
-def _threshold_bits(to_beat: float, value: float) -> np.uint64:
-    """A lower bound, slightly too small, of the noise bits with which an entry at `value` reaches `to_beat`."""
-    if not (math.isfinite(to_beat) and math.isfinite(value)):
-        return np.uint64(0)
-    needed = to_beat - value - 1e-9 * (1 + abs(to_beat) + abs(value))
-    uniform = math.exp(-math.exp(min(-needed, 700.0)))
-    return np.uint64(max(int(uniform * 2**53) - 4, 0) << 11)
+def _threshold_bits(to_beat: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Lower bounds, slightly too small, of the noise bits with which an entry at `value` reaches `to_beat`: [N]."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        needed = to_beat - value - 1e-9 * (1 + np.abs(to_beat) + np.abs(value))
+        uniform = np.exp(-np.exp(np.minimum(-needed, 700.0)))
+    uniform[~(np.isfinite(to_beat) & np.isfinite(value))] = 0
+    return np.maximum(uniform * 2**53 - 4, 0).astype(np.uint64) << np.uint64(11)
 
 
-def _second_best(values: np.ndarray, winner: int) -> float:
-    others = np.concatenate([values[:winner], values[winner + 1 :]])
-    return float(others.max()) if others.size else -math.inf
+def _best(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first largest entry of each row [N, m], and its lead over the second, infinite without one."""
+    winner = scores.argmax(axis=1)
+    each = np.arange(len(scores))
+    others = scores.astype(np.float64)
+    best = others[each, winner]
+    others[each, winner] = -math.inf
+    with np.errstate(invalid="ignore"):  # a row without any score
+        return winner, best - others.max(axis=1)
 
 
 def _cuts(sampling: SamplingParams, vocab_size: int) -> bool:
@@ -235,68 +214,107 @@ def _cuts(sampling: SamplingParams, vocab_size: int) -> bool:
 
 
 class _Cut(NamedTuple):
-    """The ids of one row that top_k and then top_p keep, or would keep with log-probs off by less than NEAR_TIE."""
+    """The ids of each row that top_k and then top_p keep, or would keep with log-probs off by less than NEAR_TIE: side
+    by side, [N, largest number]."""
 
-    ids: np.ndarray  # ascending
-    kept: np.ndarray  # bool, of `ids`: those that they keep. Order: logit descending, then id ascending
-    total: float  # mass of the ids that top_k keeps
-    num_safe: int  # so many ids, the first in order, are kept in any case
+    ids: np.ndarray  # ascending, -1 behind them
+    values: np.ndarray  # -inf behind them
+    kept: np.ndarray  # bool, those that they keep. Order: logit descending, then id ascending
+    total: np.ndarray  # [N, 1], mass of the ids that top_k keeps
+    num_safe: np.ndarray  # [N], so many ids, the first in order, are kept in any case
 
 
-def _cut(row: np.ndarray, best: float, sampling: SamplingParams) -> _Cut:
-    top_k = sampling.top_k if sampling.top_k < row.size else 0
+def _draw_cut(
+    rows: np.ndarray,
+    keys: Iterable[tuple[int, int, int, Purpose]],
+    best: np.ndarray,
+    sampling: SamplingParams,
+    exact_margin: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws among the ids that top_k and then top_p keep. A row of one id needs no noise."""
+    cut = _cut(rows, best, sampling)
+    bits, streams = np.zeros(cut.ids.shape, np.uint64), noise_streams(keys)
+    nums = (cut.ids >= 0).sum(axis=1).tolist()
+    for n, (ids, num, stream) in enumerate(zip(cut.ids, nums, streams, strict=True)):
+        if num > 1:
+            bits[n, :num] = stream(int(ids[num - 1]) + 1)[ids[:num]]
+    scores = _scores(cut.values, bits, sampling.temperature)
+    winner, margins = _best(np.where(cut.kept, scores, -math.inf))
+    each = np.arange(len(rows))
+    if exact_margin:
+        margins = np.minimum(margins, _edge_margins(cut, winner, scores, best, sampling))
+    margins[np.array(nums) == 1] = math.inf
+    return cut.ids[each, winner], margins
+
+
+def _cut(rows: np.ndarray, best: np.ndarray, sampling: SamplingParams) -> _Cut:
+    """Cut rows [N, V] with best logits [N, 1]."""
+    top_k = sampling.top_k if sampling.top_k < rows.shape[1] else 0
     loose, tight = (min(sampling.top_p + error, 1) if sampling.top_p < 1 else 1 for error in (NEAR_TIE, -NEAR_TIE))
     if top_k:
-        values = torch.topk(torch.from_numpy(row), top_k).values.numpy()
-        total = _mass(values, best, sampling.temperature).sum()
+        values = torch.topk(torch.from_numpy(rows), top_k).values.numpy()
+        num_values = np.full(len(rows), top_k)
+        total = _mass(values, best, sampling.temperature).sum(axis=1, keepdims=True)
     else:
-        total = _mass(row, best, sampling.temperature).sum()
-        values = _descending_to_mass(row, best, sampling.temperature, loose * total)
-    upto = np.cumsum(_mass(values, best, sampling.temperature))
-    size, num_nearly, num_safe = (_nucleus_size(upto, total, top_p) for top_p in (sampling.top_p, loose, tight))
-    ids = np.flatnonzero(row >= _below(values[num_nearly - 1], sampling))
-    kept = row[ids] >= values[size - 1]
-    if surplus := np.count_nonzero(kept) - size:  # among equal values low ids are kept
-        kept[np.flatnonzero(row[ids] == values[size - 1])[-surplus:]] = False
-    return _Cut(ids, kept, total, num_safe)
+        total = _mass(rows, best, sampling.temperature).sum(axis=1, keepdims=True)
+        values, num_values = _descending_to_mass(rows, best, sampling.temperature, loose * total)
+    upto = np.cumsum(_mass(values, best, sampling.temperature), axis=1)
+    size, num_nearly, num_safe = (_nucleus_sizes(upto, total, num_values, p) for p in (sampling.top_p, loose, tight))
+    each = np.arange(len(rows))
+    last, nearly_last = (values[each, num - 1][:, None] for num in (size, num_nearly))
+    ids, values = _packed(rows >= _below(nearly_last, sampling), rows)
+    ties = (values == last) & (ids >= 0)
+    before = (values > last).sum(axis=1, keepdims=True)
+    kept = (values > last) | (ties & (np.cumsum(ties, axis=1) <= size[:, None] - before))  # low ids first
+    return _Cut(ids, values, kept, total, num_safe)
 
 
-def _below(value: np.float32, sampling: SamplingParams) -> np.float32:
-    """The logit that is NEAR_TIE below another one, as log-probs of the tempered distribution."""
-    return np.float32(float(value) - NEAR_TIE * sampling.temperature)
+def _below(values: np.ndarray, sampling: SamplingParams) -> np.ndarray:
+    """The logits that are NEAR_TIE below others, as log-probs of the tempered distribution."""
+    return (values.astype(np.float64) - NEAR_TIE * sampling.temperature).astype(np.float32)
 
 
-def _edge_margin(
-    cut: _Cut, winner: int, values: np.ndarray, bits: np.ndarray, best: float, sampling: SamplingParams
-) -> float:
-    """The winner's lead over ids that are nearly kept; 0 where it is nearly cut itself."""
-    first = values[values >= _below(values[winner], sampling)]  # the ids before the winner, and itself
-    if first.size > cut.num_safe:
-        mass = _mass(first, best, sampling.temperature).sum() - _mass(values[winner], best, sampling.temperature)
-        if not _stays(first.size, mass / cut.total, sampling):
-            return 0.0
-    rivals = np.append(np.flatnonzero(~cut.kept), winner)
-    scores = _scores(values[rivals], bits[rivals], sampling.temperature)
-    return float(scores[-1] - scores[:-1].max(initial=-math.inf))
+def _edge_margins(
+    cut: _Cut, winner: np.ndarray, scores: np.ndarray, best: np.ndarray, sampling: SamplingParams
+) -> np.ndarray:
+    """The winners' leads over ids that are nearly kept, [N]; 0 where the winner is nearly cut itself."""
+    each, mine = np.arange(len(winner)), cut.ids >= 0
+    won = cut.values[each, winner][:, None]
+    first = (cut.values >= _below(won, sampling)) & mine  # the ids before the winner, and itself
+    mass = np.where(first, _mass(cut.values, best, sampling.temperature), 0).sum(axis=1, keepdims=True)
+    before = (mass - _mass(won, best, sampling.temperature)) / cut.total
+    rank = first.sum(axis=1)
+    stays = (rank <= cut.num_safe) | _stays(rank, before[:, 0], sampling)
+    rivals = np.where(mine & ~cut.kept, scores, -math.inf).max(axis=1)
+    with np.errstate(invalid="ignore"):  # a row of one id has no noise, hence no score
+        return np.where(stays, scores[each, winner] - rivals, 0.0)
 
 
-def _descending_to_mass(row: np.ndarray, best: float, temperature: float, mass: float) -> np.ndarray:
-    """The largest values of a row, descending, with a sum of at least `mass`; all of them only if necessary."""
-    for depth in _NUCLEUS_DEPTHS:
-        values = row[row >= np.float32(best - depth * temperature)]
-        if _mass(values, best, temperature).sum() >= mass:
+def _descending_to_mass(
+    rows: np.ndarray, best: np.ndarray, temperature: float, mass: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The largest values of each row, descending, with a sum of at least `mass` [N, 1], all of them only if necessary:
+    [N, largest number], -inf behind a row's own; and their numbers [N]."""
+    depth = np.zeros((len(rows), 1))
+    short = np.ones(len(rows), bool)
+    for depth_now in _NUCLEUS_DEPTHS:
+        depth[short] = depth_now
+        near = rows >= (best - depth * temperature).astype(np.float32)
+        ids, values = _packed(near, rows)
+        short = _mass(values, best, temperature).sum(axis=1) < mass[:, 0]
+        if not short.any():
             break
-    return np.sort(values)[::-1]
+    return -np.sort(-values, axis=1), (ids >= 0).sum(axis=1)
 
 
-def _mass(values: np.ndarray, best: float, temperature: float) -> np.ndarray:
+def _mass(values: np.ndarray, best: np.ndarray, temperature: float) -> np.ndarray:
     return np.exp((values.astype(np.float64) - best) / temperature)
 
 
-def _nucleus_size(upto: np.ndarray, total: float, top_p: float) -> int:
-    """The number of ordered masses to keep: those with less than top_p of the total before them, at least one. `upto`
-    are the sums up to and with each."""
-    return upto.size if top_p == 1 else 1 + int(np.searchsorted(upto[:-1], (top_p - _TIE) * total))
+def _nucleus_sizes(upto: np.ndarray, total: np.ndarray, num: np.ndarray, top_p: float) -> np.ndarray:
+    """How many of `num` [N] ordered masses to keep: those with less than top_p of the total before them, at least one.
+    `upto` are the sums up to and with each."""
+    return num if top_p == 1 else np.minimum(1 + (upto[:, :-1] < (top_p - _TIE) * total).sum(axis=1), num)
 
 
 def _stays(rank: Any, before: Any, sampling: SamplingParams) -> Any:

@@ -7,9 +7,9 @@ A rule is three small functions, and the teacher writes token t iff statistic > 
     update(memory [B, M], statistic [B], threshold [B]) -> the memory [B, M] after this token
 
 p = teacher, q = student, temperature 1, not truncated; t = index of the completion token, 0 for the first; step =
-training step of each row's rollout, 0 for the first of its stage. The statistic's arguments are passed by name (the
-logits and `drafted` are None where the rule does not declare to read them), the others by position. `threshold` depends
-on the tokens before t only. A user's rule is any function that returns a Rule:
+training step of each row's rollout, 0 for the first of its stage. The statistic's arguments are passed by name (None
+where the rule does not declare to read them: `needs_rows`, `needs_draft`, `needs_coins`), the others by position.
+`threshold` depends on the tokens before t only. A user's rule is any function that returns a Rule:
 
     def entropy_limit(*, nats: float = 2.0) -> Rule:
         '''The teacher writes where the student's entropy exceeds `nats`.'''
@@ -56,6 +56,7 @@ class Rule:
     replacement: Purpose = Purpose.GUMBEL  # noise of the teacher's token
     needs_rows: bool = True  # False: p_logits and q_logits are None
     needs_draft: bool = False  # True: the statistic depends on the drafted id; False: drafted is None
+    needs_coins: bool = False  # True: the statistic reads `coins`; False: they are None
     student_only: bool = False  # True: the teacher writes no token; the statistic is not computed
     bounds: Callable[..., tuple[Tensor, Tensor]] | None = None
     """The statistic's smallest and largest value where log-probs are off by less than NEAR_TIE, float64 [N] each, from
@@ -97,7 +98,9 @@ def random(*, prob: float = 0.5) -> Rule:
     in every rule.
     """
     _check_share("prob", prob)
-    return Rule(name="random", statistic=_coin, threshold=partial(_fixed, value=1 - prob), needs_rows=False)
+    return Rule(
+        name="random", statistic=_coin, threshold=partial(_fixed, value=1 - prob), needs_rows=False, needs_coins=True
+    )
 
 
 def mixture(*, alpha: float = 0.2) -> Rule:
@@ -109,8 +112,8 @@ def mixture(*, alpha: float = 0.2) -> Rule:
     return replace(random(prob=alpha), name="mixture")
 
 
-def _zero(*, p_logits: Tensor | None, q_logits: Tensor | None, drafted: Tensor | None, coins: Tensor) -> Tensor:
-    return torch.zeros_like(coins)
+def _zero(**inputs: Tensor | None) -> Tensor:
+    return torch.zeros(1, dtype=torch.float64)
 
 
 def _coin(*, p_logits: Tensor | None, q_logits: Tensor | None, drafted: Tensor | None, coins: Tensor) -> Tensor:

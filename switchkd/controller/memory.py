@@ -86,7 +86,9 @@ def worker_memory(config: Config, shapes: dict[str, Shape]) -> Parts:
     parts |= _packed(config, "rollout", shape, heads)
     # drafted rows that are kept, both models' rows of one window, and the copies of a draw
     block = config.rollout.max_draft_tokens
-    parts["rows"] = 4.0 * shape.vocab * rows * (block + 2 * min(VERIFY_COLUMNS, block) + 3)
+    on_cpu = not config.resources.rollout.num_gpus and device_of(config.student) == "cpu"
+    window = min(VERIFY_COLUMNS, block) if on_cpu else block
+    parts["rows"] = 4.0 * shape.vocab * rows * (block + 2 * window + 3)
     return parts
 
 

@@ -23,7 +23,7 @@ from switchkd.rollout.rules import build_rule
 NUM_ROWS = 3
 VOCAB = 1 << 18
 """At least as large as real vocabularies: the user's code may read the logit of a certain token id."""
-_UNDECLARED = " (logits are None with needs_rows=False, drafted is None without needs_draft=True)"
+_UNDECLARED = " (None without: logits needs_rows=True, drafted needs_draft=True, coins needs_coins=True)"
 
 
 def check_stage(stage: StageConfig) -> None:
@@ -81,13 +81,14 @@ def _statistic(rule: Rule, what: str) -> Tensor:
         "p_logits": p_logits if rule.needs_rows else None,
         "q_logits": q_logits if rule.needs_rows else None,
         "drafted": torch.arange(NUM_ROWS) if rule.needs_draft else None,
-        "coins": torch.linspace(0, 0.9, NUM_ROWS, dtype=torch.float64),
+        "coins": torch.linspace(0, 0.9, NUM_ROWS, dtype=torch.float64) if rule.needs_coins else None,
     }
     statistic = rule.statistic(**inputs)
-    _check(f"{what}: statistic", rule.statistic, statistic, [NUM_ROWS])
+    reads = rule.needs_rows or rule.needs_draft or rule.needs_coins
+    _check(f"{what}: statistic", rule.statistic, statistic, [NUM_ROWS] if reads else [1])
     for limit in rule.bounds(**inputs) if rule.bounds is not None else ():
         _check(f"{what}: bounds", rule.bounds, limit, [NUM_ROWS])
-    return statistic.double()
+    return statistic.double().expand(NUM_ROWS)
 
 
 def _try_loss(stage: StageConfig) -> None:

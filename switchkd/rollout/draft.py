@@ -1,25 +1,25 @@
 """The student's part of a round: it drafts a block token by token, or reads the one that the teacher drafted.
 
-In: rows. Out: a `DraftBlock` (verify.py) with both models' distributions at every drafted position, made on request.
+In: slots. Out: a `DraftBlock` (verify.py) with both models' distributions at every drafted position, made on request.
 
-Shapes: R rows, K drafted positions, D hidden width, V shared vocabulary.
+Shapes: R slots, K drafted positions, D hidden width, V shared vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from switchkd.algo.transfer import to_device
 from switchkd.engines.base import StudentEngine
 from switchkd.rollout.speculation import LatencyModel
-from switchkd.rollout.state import RolloutState
-from switchkd.rollout.teacher_logits import TeacherLogits, lazy
+from switchkd.rollout.state import RolloutParams, RolloutSlots, ragged_index
+from switchkd.rollout.teacher_logits import TeacherLogits
 from switchkd.rollout.top_logprobs import TopTokens
-from switchkd.rollout.verify import DraftBlock, draws
+from switchkd.rollout.verify import DraftBlock, Draw, keyed_draws
 from switchkd.types import Blocks, TokenSource, WriteRequest, Written
 
 
@@ -30,147 +30,181 @@ class Draft:
     tokens: np.ndarray
     counts: np.ndarray
     q_logits: torch.Tensor | None
-    read: np.ndarray  # int [R], tokens of each row that the student's cache holds now
+    read: np.ndarray  # int [R], tokens of each slot that the student's cache holds now
 
 
 class Drafter:
-    def __init__(
-        self, student: StudentEngine, reader: TeacherLogits, stop_ids: frozenset[int], costs: LatencyModel
-    ) -> None:
-        self.student, self.reader, self.stop_ids, self.costs = student, reader, stop_ids, costs
-        self._stops = np.array(sorted(stop_ids))
+    """`draw`: `algo.sampling.draw`, or a function that draws the same tokens."""
 
-    def draft(self, rows: list[RolloutState], size: int) -> Draft:
-        """The student writes up to `size` tokens a row with its keyed draws; nothing is drafted past a stop."""
-        limits = np.array([min(size, row.max_new_tokens - row.t) for row in rows])
-        keep = any((row.params.rule.needs_rows and row.params.scored) or row.params.top_logprobs for row in rows)
-        tokens = np.full((len(rows), int(limits.max())), -1, np.int64)
-        counts = np.zeros(len(rows), np.int64)
-        read = np.array([row.student_len for row in rows])
-        pending = [row.tokens[row.student_len :] for row in rows]
+    def __init__(
+        self, student: StudentEngine, reader: TeacherLogits, stop_ids: np.ndarray, costs: LatencyModel, draw: Draw
+    ) -> None:
+        self.student = student
+        self.reader = reader
+        self.stop_ids = stop_ids
+        self.costs = costs
+        self.draw = draw
+        self.on_device = reader.device.type != "cpu"
+
+    def draft(self, state: RolloutSlots, slots: np.ndarray, size: int) -> Draft:
+        """The student writes up to `size` tokens a slot with its keyed draws; nothing is drafted past a stop."""
+        starts = state.lens[slots]
+        limits = np.minimum(size, state.max_lens[slots] - starts)
+        groups = list(state.groups(slots))
+        keep = any((params.rule.needs_rows and params.scored) or params.top_logprobs for params, _ in groups)
+        tokens = np.full((len(slots), int(limits.max())), -1, np.int64)
+        counts, read = np.zeros(len(slots), np.int64), state.student_lens[slots]
         q_logits: torch.Tensor | None = None
-        alive = np.arange(len(rows))
+        alive = np.arange(len(slots))
         for k in range(tokens.shape[1]):
-            with self.costs.timed("student", sum(len(pending[r]) for r in alive)):
-                hidden = self._read([rows[r] for r in alive], read[alive], [pending[r] for r in alive])
-                lasts = np.cumsum([len(pending[r]) for r in alive]) - 1
-                logits = self.student.head.logits(_taken(hidden, lasts))
-                read[alive] += [len(pending[r]) for r in alive]
-                tokens[alive, k] = self._draws(rows, alive, k, logits)
-            if keep:
-                if len(alive) == len(rows) and tokens.shape[1] == 1:
-                    q_logits = logits[:, None]
-                else:
-                    q_logits = logits.new_empty((*tokens.shape, logits.shape[-1])) if q_logits is None else q_logits
-                    q_logits[torch.from_numpy(alive).to(logits.device), k] = logits
+            if k == 0:
+                unread = state.unread(slots, read, starts)
+                ids, lengths = unread.values, unread.lengths
+            else:
+                ids, lengths = tokens[alive, k - 1], np.ones(len(alive), np.int32)
+            with self.costs.timed("student", len(ids)):
+                hidden = self._read(state.cache_slots[slots[alive]], read[alive], ids, lengths)
+                logits = self.student.head.logits(_taken(hidden, np.cumsum(lengths) - 1))
+                read[alive] += lengths
+                tokens[alive, k] = self._draws(state, slots, groups, alive, k, logits)
+            if keep and len(alive) == len(slots) and tokens.shape[1] == 1:
+                q_logits = logits[:, None]
+            elif keep:
+                q_logits = logits.new_empty((*tokens.shape, logits.shape[-1])) if q_logits is None else q_logits
+                q_logits[to_device(alive, logits.device), k] = logits
             counts[alive] += 1
-            for r in alive:
-                pending[r] = [int(tokens[r, k])]
-            alive = alive[(limits[alive] > k + 1) & ~np.isin(tokens[alive, k], self._stops)]
+            alive = alive[(limits[alive] > k + 1) & ~np.isin(tokens[alive, k], self.stop_ids)]
             if len(alive) == 0:
                 break
+        _store_draft(state, slots, tokens, counts)
         return Draft(tokens=tokens, counts=counts, q_logits=q_logits, read=read)
 
-    def step_alone(self, rows: list[RolloutState], version: int) -> None:
-        """One token for rows that the student generates alone."""
-        draft = self.draft(rows, 1)
-        for r, row in enumerate(rows):
-            row.student_len = int(draft.read[r])
-            row.accept(int(draft.tokens[r, 0]), TokenSource.STUDENT, version, self.stop_ids)
-            if row.params.top_logprobs and draft.q_logits is not None:
-                row.student_top.append(TopTokens.of(draft.q_logits[r], row.params.top_logprobs))
+    def step_alone(self, state: RolloutSlots, slots: np.ndarray, version: int) -> None:
+        """One token for slots that the student generates alone."""
+        draft = self.draft(state, slots, 1)
+        t = state.t(slots)
+        state.student_lens[slots] = draft.read
+        for params, members in state.groups(slots):
+            if params.top_logprobs and draft.q_logits is not None:
+                logits = draft.q_logits[to_device(members, draft.q_logits.device), 0]
+                state.keep_tops(slots[members], t[members], None, TopTokens.of(logits, params.top_logprobs))
+        state.emit(slots, draft.counts, sources=int(TokenSource.STUDENT), version=version, stop_ids=self.stop_ids)
 
-    def student_block(self, draft: Draft, row_pieces: Sequence[np.ndarray]) -> DraftBlock:
-        """The student drafted; `row_pieces` are the teacher's rows [>= counts[r], D] from its next position on."""
+    def student_block(self, state: RolloutSlots, slots: np.ndarray, draft: Draft) -> DraftBlock:
+        """The student drafted; `state` holds the teacher's rows of the drafted positions."""
 
         def q_rows(rows: np.ndarray, positions: np.ndarray) -> torch.Tensor:
             assert draft.q_logits is not None, "the rule reads rows, so the draft has kept them"
-            device = draft.q_logits.device
-            return draft.q_logits[torch.from_numpy(rows).to(device), torch.from_numpy(positions).to(device)]
+            flat = draft.q_logits.flatten(0, 1)
+            index = rows * draft.tokens.shape[1] + positions
+            return _taken(flat, index)
 
         return DraftBlock(
             tokens=draft.tokens,
             counts=draft.counts,
             by_teacher=False,
-            **self._teacher_rows(row_pieces, draft.counts),
             q_rows=q_rows,
+            **self._teacher_rows(state, slots),
         )
 
-    def teacher_block(self, rows: list[RolloutState], written: Written, row_pieces: Sequence[np.ndarray]) -> DraftBlock:
+    def teacher_block(self, state: RolloutSlots, slots: np.ndarray, written: Written) -> DraftBlock:
         """The teacher drafted; the student reads all but the last token, in one pass."""
         counts = written.tokens.lengths.astype(np.int64)
-        tokens = np.full((len(rows), int(counts.max())), -1, np.int64)
-        for r, part in enumerate(written.tokens.split()):
-            tokens[r, : len(part)] = part
-        unread = [row.tokens[row.student_len :] + tokens[r, : counts[r] - 1].tolist() for r, row in enumerate(rows)]
-        lengths = np.array([len(part) for part in unread])
+        tokens = np.full((len(slots), int(counts.max())), -1, np.int64)
+        owners, positions = ragged_index(np.zeros(len(slots), np.int64), counts)
+        tokens[owners, positions] = written.tokens.values
+        _store_draft(state, slots, tokens, counts)
+        unread = state.unread(slots, state.student_lens[slots], state.lens[slots] + counts - 1)
+        lengths = unread.lengths
         ends = np.cumsum(lengths)
         with self.costs.timed("check", int(lengths.sum())):
-            hidden = self._read(rows, np.array([row.student_len for row in rows]), unread)
+            hidden = self._read(state.cache_slots[slots], state.student_lens[slots], unread.values, lengths)
         return DraftBlock(
             tokens=tokens,
             counts=counts,
             by_teacher=True,
-            **self._teacher_rows(row_pieces, counts),
             q_rows=lambda r, k: self.student.head.logits(_taken(hidden, ends[r] - counts[r] + k)),
+            **self._teacher_rows(state, slots),
         )
 
-    def _teacher_rows(self, row_pieces: Sequence[np.ndarray], counts: np.ndarray) -> dict[str, Any]:
-        """The teacher's side of a `DraftBlock`."""
-        brief = self.reader.kind == "top_logprobs"
+    def _teacher_rows(self, state: RolloutSlots, slots: np.ndarray) -> dict[str, Any]:
+        """The teacher's side of a `DraftBlock`. Only what is asked for meets the LM head."""
+        first = state.t(slots)
+
+        def values(rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+            return state.teacher_rows[slots[rows], first[rows] + positions]
+
+        top_rows = None
+        if self.reader.kind == "top_logprobs":
+            top_rows = lambda rows, positions: self.reader.top_rows(values(rows, positions))  # noqa: E731
         return {
-            "p_rows": lazy(self.reader.logits, row_pieces, counts),
-            "top_rows": lazy(self.reader.top_rows, row_pieces, counts) if brief else None,
+            "p_rows": lambda rows, positions: self.reader.logits(values(rows, positions)),
+            "top_rows": top_rows,
+            "on_device": self.on_device,
         }
 
-    def _read(self, rows: Sequence[RolloutState], starts: np.ndarray, tokens: Sequence[list[int]]) -> torch.Tensor:
-        """Read tokens into the rows' slots: the hidden state after each, [N, D]."""
-        return self.student.extend(
-            np.array([row.slot for row in rows], np.int64),
-            starts.astype(np.int32),
-            np.concatenate([np.asarray(part, np.int32) for part in tokens]),
-            np.array([len(part) for part in tokens], np.int32),
-        )
+    def _read(self, cache_slots: np.ndarray, starts: np.ndarray, ids: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
+        """Read tokens into the student's cache: the hidden state after each, [N, D]."""
+        return self.student.extend(cache_slots, starts.astype(np.int32), ids.astype(np.int32), lengths.astype(np.int32))
 
-    @staticmethod
-    def _draws(rows: list[RolloutState], alive: np.ndarray, k: int, logits: torch.Tensor) -> np.ndarray:
-        tokens = np.zeros(len(alive), np.int64)
-        for members in grouped(alive, lambda r: (rows[r].params.student, rows[r].params.seed, rows[r].params.purpose)):
-            params = rows[alive[members[0]]].params
-            row_logits = logits if len(members) == len(alive) else logits[members]
-            ahead = np.full(len(members), k)
-            tokens[members] = draws(rows, alive[members], ahead, row_logits, params.student, params.purpose)
+    def _draws(
+        self,
+        state: RolloutSlots,
+        slots: np.ndarray,
+        groups: list[tuple[RolloutParams, np.ndarray]],
+        alive: np.ndarray,
+        k: int,
+        logits: torch.Tensor,
+    ) -> np.ndarray:
+        """The student's draws of position k of the live slots: int64 [n]."""
+        t = state.t(slots[alive]) + k
+        tokens = np.empty(len(alive), np.int64)
+        for params, members in groups:
+            some = np.arange(len(alive)) if len(groups) == 1 else np.flatnonzero(np.isin(alive, members))
+            tokens[some] = keyed_draws(
+                state,
+                slots[alive[some]],
+                t[some],
+                _taken(logits, some),
+                draw=self.draw,
+                params=params,
+                sampling=params.student,
+                purpose=params.purpose,
+            )
         return tokens
 
 
 def write_request(
-    rows: list[RolloutState], blocks: Blocks, counts: np.ndarray, stop_ids: frozenset[int]
+    state: RolloutSlots,
+    slots: np.ndarray,
+    *,
+    params: RolloutParams,
+    blocks: Blocks,
+    counts: np.ndarray,
+    stop_ids: np.ndarray,
 ) -> WriteRequest:
-    """The teacher reads `blocks` and continues with its own keyed draws; all rows share `RolloutParams`."""
-    params = rows[0].params
+    """The teacher reads `blocks` and continues with its own keyed draws; all slots share `params`."""
     return WriteRequest(
         blocks=blocks,
         counts=counts.astype(np.int32),
-        rollout_ids=np.array([row.task.rollout_id for row in rows], np.int64),
-        positions=np.array([row.t for row in rows], np.int32),
+        rollout_ids=state.rollout_ids[slots],
+        positions=state.t(slots).astype(np.int32),
         run_seed=params.seed,
         purpose=int(params.purpose),
         temperature=params.teacher.temperature,
         top_p=params.teacher.top_p,
         top_k=params.teacher.top_k,
-        stop_ids=np.array(sorted(stop_ids), np.int64),
+        stop_ids=stop_ids,
     )
 
 
-def grouped(items: Sequence[Any] | np.ndarray, key: Callable[[Any], object]) -> list[list[int]]:
-    """Indices of items that share a key, in order of first appearance."""
-    groups: dict[object, list[int]] = {}
-    for i, item in enumerate(items):
-        groups.setdefault(key(item), []).append(i)
-    return list(groups.values())
+def _store_draft(state: RolloutSlots, slots: np.ndarray, tokens: np.ndarray, counts: np.ndarray) -> None:
+    """Put drafted tokens behind the completion's own."""
+    rows, positions = np.nonzero(np.arange(tokens.shape[1]) < counts[:, None])
+    state.tokens[slots[rows], state.lens[slots[rows]] + positions] = tokens[rows, positions]
 
 
-def _taken(hidden: torch.Tensor, index: np.ndarray) -> torch.Tensor:
-    if len(index) == len(hidden) and (index == np.arange(len(index))).all():
-        return hidden
-    return hidden[torch.from_numpy(index).to(hidden.device)]
+def _taken(rows: torch.Tensor, index: np.ndarray) -> torch.Tensor:
+    if len(index) == len(rows) and (index == np.arange(len(index))).all():
+        return rows
+    return rows[to_device(index, rows.device)]

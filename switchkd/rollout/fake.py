@@ -22,9 +22,10 @@ from switchkd.config.schema import Config, StageConfig
 from switchkd.engines import fake
 from switchkd.engines.base import Teacher
 from switchkd.rollout.request import Emit, GenerationRequest
-from switchkd.rollout.teacher_client import TeacherClient, blocks_of
+from switchkd.rollout.teacher_client import TeacherClient
 from switchkd.types import (
     GREEDY,
+    Blocks,
     CompletionSource,
     EvalRow,
     EvalShard,
@@ -136,7 +137,7 @@ class FakeGenerator:
                 self._verify(row, draft, [None] * len(draft))
             return
         unread = [row.tokens[row.teacher_len :] + draft for row, draft in zip(drafting, drafts, strict=True)]
-        output = self.calls.score(blocks_of(drafting, unread, [len(row.tokens) - 1 for row in drafting]))
+        output = self.calls.score(_blocks_of(drafting, unread, [len(row.tokens) - 1 for row in drafting]))
         for row, draft, part in zip(drafting, drafts, output.rows.split(), strict=True):
             row.stats.num_scored_rows += len(part)
             row.stats.output_bytes += part.nbytes
@@ -181,7 +182,7 @@ class FakeGenerator:
     def _teacher_writes(self, rows: Sequence[_Row]) -> None:
         num = self.config.rollout.max_draft_tokens
         request = WriteRequest(
-            blocks=blocks_of(rows, [row.tokens[row.teacher_len :] for row in rows], [len(r.tokens) - 1 for r in rows]),
+            blocks=_blocks_of(rows, [row.tokens[row.teacher_len :] for row in rows], [len(r.tokens) - 1 for r in rows]),
             counts=np.array([min(num, row.max_new_tokens - row.t) for row in rows], np.int32),
             rollout_ids=np.array([row.task.rollout_id for row in rows], np.int64),
             positions=np.array([row.t for row in rows], np.int32),
@@ -220,6 +221,17 @@ class FakeGenerator:
 
     def _key(self, row: _Row, position: int) -> int:
         return fake.draw_key(self.config.seed, row.task.rollout_id, position, Purpose.GUMBEL)
+
+
+def _blocks_of(rows: Sequence[_Row], new_tokens: Sequence[list[int]], first_positions: Sequence[int]) -> Blocks:
+    """The blocks of one call: each row's session continues after `teacher_len` with `new_tokens`; rows are requested
+    from `first_positions` on."""
+    return Blocks(
+        session_ids=np.array([row.task.rollout_id for row in rows], np.int64),
+        base_lens=np.array([row.teacher_len for row in rows], np.int32),
+        first_rows=np.array(first_positions, np.int32),
+        tokens=Ragged.concat(new_tokens, np.int32),
+    )
 
 
 def _rollout(row: _Row) -> Rollout:
@@ -289,7 +301,7 @@ def _compare(generators: Mapping[str, FakeGenerator], shard: EvalShard, index: i
     request = GenerationRequest(task=task, params=generator.config.train.stages[0])  # type: ignore[arg-type]
     row = _Row.start(request, generator.config)
     generator.calls.open([task])
-    output = generator.calls.score(blocks_of([row], [row.given], [len(row.tokens) - 1]))
+    output = generator.calls.score(_blocks_of([row], [row.given], [len(row.tokens) - 1]))
     generator.calls.close([task.rollout_id])
     pairs = zip(output.rows.values[:-1, 0].astype(int), _digests(row.tokens, row.given), strict=True)
     distances = [fake.distance(int(p_row), generator.student.row(digest)) for p_row, digest in pairs]

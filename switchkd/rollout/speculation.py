@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import fmean, linear_regression, median
 from typing import Literal, NamedTuple
@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from switchkd.algo.noise import Purpose
-from switchkd.rollout.state import RolloutState
+from switchkd.algo.switching import Rule
 
 DraftedBy = Literal["student", "teacher", "none"]
 
@@ -107,15 +107,18 @@ class _Rates:
     def __init__(self) -> None:
         self._breaks, self._chances, self._prior = np.zeros(1), np.zeros(1), np.full(1, _PRIOR_WEIGHT)
 
-    def observe(self, t: int, broke: bool) -> None:
+    def observe(self, t: np.ndarray, broke: np.ndarray) -> None:
+        """Record chances at places t [N], and whether the block ended there; those of one call have no order."""
         bucket = t // _BUCKET
-        if bucket >= len(self._breaks):
-            more = bucket + 1 - len(self._breaks)
+        if (more := int(bucket.max(initial=0)) + 1 - len(self._breaks)) > 0:
             self._breaks, self._chances = (np.pad(x, (0, more)) for x in (self._breaks, self._chances))
             self._prior = np.pad(self._prior, (0, more), constant_values=_PRIOR_WEIGHT)
-        self._breaks[bucket] = self._breaks[bucket] * _MEMORY + broke
-        self._chances[bucket] = self._chances[bucket] * _MEMORY + 1
-        self._prior[bucket] *= _MEMORY
+        num = np.bincount(bucket, minlength=len(self._breaks))
+        left = _MEMORY**num
+        weight = (1 - left) / (1 - _MEMORY)  # of `num` new chances
+        self._breaks = self._breaks * left + np.bincount(bucket, broke, len(num)) * weight / np.maximum(num, 1)
+        self._chances = self._chances * left + weight
+        self._prior = self._prior * left
 
     def at(self, t: np.ndarray) -> np.ndarray:
         """The rate at places t; where nothing was seen yet that of the last place before it which was."""
@@ -137,9 +140,10 @@ class SpeculationPolicy:
         self._unseen = 0  # rounds since no draft was taken
         self._rates: dict[str, dict[str, _Rates]] = {}
 
-    def choose(self, rows: Sequence[RolloutState]) -> DraftPlan:
-        """For the coming round of rows that share a rule."""
-        plan = self._choose(rows)
+    def choose(self, rule: Rule, t: np.ndarray, limits: np.ndarray) -> DraftPlan:
+        """For the coming round of R completions that share a rule: their next tokens t [R], and how many tokens each
+        can still have, limits [R]."""
+        plan = self._choose(rule, t, limits)
         self.rounds[plan] = self.rounds.get(plan, 0) + 1
         self._unseen = 0 if plan == NO_DRAFT else self._unseen + 1
         return plan
@@ -152,21 +156,19 @@ class SpeculationPolicy:
     def record_outcome(self, rule: str, by_teacher: bool, t: np.ndarray, owned: np.ndarray, differ: np.ndarray) -> None:
         """Verified positions (see `verify.RecordOutcome`): whether a student's or a teacher's block ends there."""
         rates = self._of(rule)
-        for place, own, other in zip(t.tolist(), owned.tolist(), differ.tolist(), strict=True):
-            if other >= 0 or not own:
-                rates["student"].observe(place, bool(own and other == 1))
-            if other >= 0 or own:
-                rates["teacher"].observe(place, bool(not own and other == 1))
+        for model, owns in (("student", ~owned), ("teacher", owned)):
+            known = (differ >= 0) | owns
+            rates[model].observe(t[known], ~owns[known] & (differ[known] == 1))
 
     def _of(self, rule: str) -> dict[str, _Rates]:
         return self._rates.setdefault(rule, {"student": _Rates(), "teacher": _Rates()})
 
-    def _choose(self, rows: Sequence[RolloutState]) -> DraftPlan:
+    def _choose(self, rule: Rule, t: np.ndarray, limits: np.ndarray) -> DraftPlan:
         if self.drafter == "none" or (self.drafter == "auto" and self.max_draft_tokens == 1):
             return NO_DRAFT
         if self.drafter in ("student", "teacher"):
             return DraftPlan(self.drafter, self.max_draft_tokens)  # type: ignore[arg-type]
-        ways = self._ways(rows)
+        ways = self._ways(rule, limits)
         for way in (
             DraftPlan("student", min(4, self.max_draft_tokens)),
             DraftPlan("teacher", min(4, self.max_draft_tokens)),
@@ -174,14 +176,13 @@ class SpeculationPolicy:
         ):
             if way in ways and self.trials.get(way, 0) < _TRIALS:
                 return way
-        expected_throughput = self.expected_throughput(rows, max(way.num_tokens for way in ways))
+        expected_throughput = self.expected_throughput(rule, t, limits, max(way.num_tokens for way in ways))
         best = max(ways, key=lambda way: expected_throughput[way])
         gain = expected_throughput[best] / expected_throughput[NO_DRAFT]
         return NO_DRAFT if gain < _SURE or (gain < _NEAR and self._unseen >= _AGAIN) else best
 
-    def _ways(self, rows: Sequence[RolloutState]) -> list[DraftPlan]:
-        rule = rows[0].params.rule
-        most = min(self.max_draft_tokens, max(row.max_new_tokens - row.t for row in rows))
+    def _ways(self, rule: Rule, limits: np.ndarray) -> list[DraftPlan]:
+        most = min(self.max_draft_tokens, int(limits.max()))
         sizes = [size for size in SIZES if size <= most]
         ways = [NO_DRAFT, *(DraftPlan("student", size) for size in sizes)]
         # a teacher's block ends under SKD wherever the two draws differ, or the replacement's noise does
@@ -189,17 +190,15 @@ class SpeculationPolicy:
             ways += [DraftPlan("teacher", size) for size in sizes]
         return ways
 
-    def expected_throughput(self, rows: Sequence[RolloutState], most: int) -> dict[DraftPlan, float]:
+    def expected_throughput(self, rule: Rule, t: np.ndarray, limits: np.ndarray, most: int) -> dict[DraftPlan, float]:
         """Expected emitted tokens per second of a round, for every way to take it with blocks up to `most`."""
-        num, cost = len(rows), self.costs.of
-        t = np.array([row.t for row in rows])
-        limits = np.array([row.max_new_tokens for row in rows]) - t
+        num, cost = len(t), self.costs.of
         ahead = np.arange(most)
         live = ahead < limits[:, None]
         widths = live.sum(0)
         throughput = {NO_DRAFT: num / sum(cost(kind, num) for kind in ("student", "read", "walk student"))}
         for who, step, block in (("student", "student", "read"), ("teacher", "write", "check")):
-            stays = 1 - self._of(rows[0].params.rule.name)[who].at(t[:, None] + ahead)
+            stays = 1 - self._of(rule.name)[who].at(t[:, None] + ahead)
             reached = np.cumprod(np.concatenate([np.ones((num, 1)), stays[:, :-1]], axis=1), axis=1) * live
             kept, drafted = reached.sum(0).cumsum(), widths.cumsum()
             steps = np.cumsum([cost(step, float(width)) for width in widths])

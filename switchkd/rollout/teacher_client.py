@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,13 +22,6 @@ if TYPE_CHECKING:
 
 BUSY_S = 0.05
 """Pause before a worker calls a busy teacher again."""
-
-
-class TeacherRow(Protocol):
-    """A row that a teacher reads: its task, and how many of its tokens the session holds."""
-
-    task: RolloutTask
-    teacher_len: int
 
 
 class TeacherClient:
@@ -105,9 +98,9 @@ class TeacherClient:
                     self._sleep(BUSY_S)
                 num = max(num // 2, 1)
 
-    def close(self, session_ids: Sequence[int]) -> None:
-        if session_ids:
-            self.result(self.submit(self.teacher.close, np.array(session_ids, np.int64)))
+    def close(self, session_ids: Sequence[int] | np.ndarray) -> None:
+        if len(session_ids):
+            self.result(self.submit(self.teacher.close, np.asarray(session_ids, np.int64)))
 
     def score(self, blocks: Blocks) -> TeacherOutput:
         self.num_calls += 1
@@ -115,14 +108,3 @@ class TeacherClient:
         if self.reader is not None:
             self.reader.set_format(teacher_output)
         return teacher_output
-
-
-def blocks_of(rows: Sequence[TeacherRow], new_tokens: Sequence[list[int]], first_positions: Sequence[int]) -> Blocks:
-    """The blocks of one call: each row's session continues after `teacher_len` with `new_tokens`; rows are requested
-    from `first_positions` on."""
-    return Blocks(
-        session_ids=np.array([row.task.rollout_id for row in rows], np.int64),
-        base_lens=np.array([row.teacher_len for row in rows], np.int32),
-        first_rows=np.array(first_positions, np.int32),
-        tokens=Ragged.concat(new_tokens, np.int32),
-    )

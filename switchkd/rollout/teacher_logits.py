@@ -6,9 +6,6 @@ positions that are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,8 +16,6 @@ from switchkd.engines.base import OutputHead
 from switchkd.engines.wire import from_numpy
 from switchkd.rollout.top_logprobs import TopTokens
 from switchkd.types import Ragged, TeacherOutput
-
-T = TypeVar("T")
 
 
 class TeacherLogits:
@@ -72,19 +67,3 @@ class TeacherLogits:
 
     def teacher_output(self, values: np.ndarray) -> TeacherOutput:
         return TeacherOutput(kind=self.kind, dtype=self.dtype, rows=Ragged(values, np.array([len(values)], np.int32)))
-
-
-def lazy(
-    read: Callable[[np.ndarray], T], row_pieces: Sequence[np.ndarray], counts: np.ndarray
-) -> Callable[[np.ndarray, np.ndarray], T]:
-    """A function (rows, positions) -> what `read` makes of position `positions[i]` of piece `rows[i]`. Only what is
-    asked for meets the output head."""
-    values = np.concatenate([teacher_rows[:num] for teacher_rows, num in zip(row_pieces, counts, strict=True)])
-    offsets = np.cumsum(counts) - counts
-
-    def rows_of(rows: np.ndarray, positions: np.ndarray) -> T:
-        flat = offsets[rows] + positions
-        everything = len(flat) == len(values) and (flat == np.arange(len(flat))).all()
-        return read(values if everything else values[flat])
-
-    return rows_of

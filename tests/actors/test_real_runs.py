@@ -98,22 +98,22 @@ def rule():
 
 def arm():
     from switchkd.actors.teacher_router import SESSION_BITS, TeacherRouter
-    from switchkd.rollout.state import RolloutState
+    from switchkd.rollout.state import RolloutSlots
 
-    start, place = RolloutState.start, TeacherRouter._open_somewhere
+    add, place = RolloutSlots.add, TeacherRouter._open_somewhere
 
-    def started(task, params, slot):
+    def added(self, task, params, cache_slot):
         if task.rollout_id == KILLS:
             os._exit(1)
         if task.rollout_id == BREAKS:
             raise ValueError("no rule for this prompt")
-        return start(task, params, slot)
+        return add(self, task, params, cache_slot)
 
     def placed(self, sessions):
         empty = np.zeros(0, np.int32)
         return place(self, {i: empty if i == BREAKS_THE_TEACHER else ids for i, ids in sessions.items()})
 
-    RolloutState.start = staticmethod(started)
+    RolloutSlots.add = added
     TeacherRouter._open_somewhere = placed
 """
 """A user's rule: it ends its process at one prompt, raises at the next, and at the last sends a session without tokens,

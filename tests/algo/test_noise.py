@@ -14,7 +14,7 @@ ROOT = Path(switchkd.__file__).parent
 TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
 DRAWS = {Purpose.GUMBEL, Purpose.EVAL}
 """Purposes of more than one place: real and fake models draw with them."""
-PLACES = {"noise_bits": 3, "noise_bits_torch": 3, "coin": 3, "draw_key": 3, "draws": 5, "_coin": 1, "_seed": 2}
+PLACES = {"noise_bits": 3, "noise_bits_torch": 3, "coin": 3, "draw_key": 3, "first_words": 3, "_coin": 1, "_seed": 2}
 """Functions that take a purpose by position, and which argument it is."""
 NAMES = {"purpose", "replacement"}
 """What a purpose is called where it is passed on."""

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from switchkd.algo import sampling
-from switchkd.algo.noise import Purpose, coin, gumbel, noise_bits
+from switchkd.algo.noise import Purpose, coin, first_words, gumbel, noise_bits
 from switchkd.algo.sampling import NEAR_TIE, SamplingParams, draw, noise_bits_torch
 
 torch.set_num_threads(1)
@@ -230,10 +230,10 @@ def test_both_truncations_keep_the_same_ids(setting: SamplingParams) -> None:
     mass = ((logits.double() - logits.double().amax(-1, keepdim=True)) / setting.temperature).exp()
     keep, last, _ = sampling._cut_rows(logits, mass, setting)
     nearly = logits >= (last.double() - NEAR_TIE * setting.temperature).float()
-    for row, expected, nearly_kept in zip(logits.numpy(), keep, nearly, strict=True):
-        cut = sampling._cut(row, float(row.max()), setting)
-        assert cut.ids[cut.kept].tolist() == expected.nonzero()[:, 0].tolist()
-        assert cut.ids.tolist() == nearly_kept.nonzero()[:, 0].tolist()
+    cut = sampling._cut(logits.numpy(), logits.double().amax(-1, keepdim=True).numpy(), setting)
+    for ids, kept, expected, nearly_kept in zip(cut.ids, cut.kept, keep, nearly, strict=True):
+        assert ids[kept].tolist() == expected.nonzero()[:, 0].tolist()
+        assert ids[ids >= 0].tolist() == nearly_kept.nonzero()[:, 0].tolist()
 
 
 def slow_margin(logits: torch.Tensor, key: tuple[int, int, int, int], s: SamplingParams) -> float:
@@ -307,3 +307,12 @@ def test_a_draw_that_rounding_changes_is_a_near_tie(case: str) -> None:
         assert changed.mean() > 0.1, "the case has an edge"
         assert (margins[changed] < NEAR_TIE).all()
         assert (margins < NEAR_TIE).mean() < changed.mean() + 0.01
+
+
+def test_first_words_equal_the_streams() -> None:
+    """The first word of many keys at once is NumPy's Philox for any 64-bit key."""
+    rng = np.random.default_rng(0)
+    ids, positions = (rng.integers(-(2**63), 2**63 - 1, 50) for _ in range(2))
+    for run_seed, purpose in ((0, 0), (-1, 1), (2**63 + 5, 3)):
+        expected = [noise_bits(run_seed, int(i), int(t), purpose, 1)[0] for i, t in zip(ids, positions, strict=True)]
+        np.testing.assert_array_equal(first_words(run_seed, ids, positions, purpose), expected)

@@ -19,6 +19,8 @@ def owners(rule: Rule, p: Tensor, q: Tensor, drafted: Tensor, coins: Tensor, ste
     rows = {"p_logits": p, "q_logits": q} if rule.needs_rows else {"p_logits": None, "q_logits": None}
     statistic = rule.statistic(**rows, drafted=drafted, coins=coins)
     assert statistic.dtype == torch.float64
+    if not (rule.needs_rows or rule.needs_draft or rule.needs_coins):
+        statistic = statistic.expand(len(p))
     memory, owned = switching.init_memory(rule, 1), []
     for t in range(len(statistic)):
         now, limit = statistic[t : t + 1], rule.threshold(torch.tensor([t]), torch.tensor([step]), memory)

@@ -17,21 +17,21 @@ from switchkd.controller import dispatcher
 from switchkd.controller.local import LocalWorkerHandle
 from switchkd.controller.metrics import MetricsLog
 from switchkd.controller.quarantine import MAX_FAILURES, MAX_STRIKES, Strikes
-from switchkd.rollout.state import RolloutState
+from switchkd.rollout.state import RolloutSlots
 from switchkd.train import train
 from switchkd.types import TeacherLost, Unreachable, WorkerLost
 
 
 def break_rollouts(patch: pytest.MonkeyPatch, broken: set[int]) -> None:
     """Make the start of these rollouts raise, alone or in a batch."""
-    start = RolloutState.start
+    add = RolloutSlots.add
 
-    def started(task: Any, params: Any, slot: int) -> RolloutState:
+    def added(self: RolloutSlots, task: Any, params: Any, cache_slot: int) -> int:
         if task.rollout_id in broken:
             raise ValueError(f"cannot write {task.rollout_id}")
-        return start(task, params, slot)
+        return add(self, task, params, cache_slot)
 
-    patch.setattr(RolloutState, "start", staticmethod(started))
+    patch.setattr(RolloutSlots, "add", added)
 
 
 def test_two_broken_prompts_are_quarantined(place, monkeypatch, capsys):

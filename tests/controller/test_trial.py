@@ -168,9 +168,10 @@ def test_right_code_passes(own, fake_place):
 
 
 @pytest.mark.parametrize(("needs", "reads", "hint"), [
-    ("needs_rows=False", "q_logits", "logits are None with needs_rows=False"),
-    ("needs_rows=False", "p_logits", "logits are None with needs_rows=False"),
-    ("needs_rows=True", "drafted", "drafted is None without needs_draft=True"),
+    ("needs_rows=False", "q_logits", "logits needs_rows=True"),
+    ("needs_rows=False", "p_logits", "logits needs_rows=True"),
+    ("needs_rows=True", "drafted", "drafted needs_draft=True"),
+    ("needs_rows=True", "coins", "coins needs_coins=True"),
 ])  # fmt: skip
 def test_a_rule_reads_only_what_it_declares(fake_place, monkeypatch, capfd, needs, reads, hint):
     """What a rule does not declare is None in the trial, and a rule that reads it is refused with the remedy."""
@@ -179,7 +180,7 @@ def test_a_rule_reads_only_what_it_declares(fake_place, monkeypatch, capfd, need
     (fake_place / f"{name}.py").write_text(
         f"import torch\nfrom switchkd.algo.switching import Rule\ndef rule():\n"
         f"    return Rule(name='own', {needs}, statistic=lambda *, p_logits, q_logits, drafted, coins:\n"
-        f"        coins + {reads}.sum(), threshold=lambda t, step, memory: torch.zeros(len(t)))\n"
+        f"        {reads}.sum().repeat(3), threshold=lambda t, step, memory: torch.zeros(len(t)))\n"
     )
     config_file(fake_place, [{"name": "own", "steps": 1, "rule": {"type": f"{name}:rule"}}], fake=True)
     line = check_refusal(monkeypatch, capfd, rf"rule {name}:rule: {name}.py:5: ", "train", "config.yaml")

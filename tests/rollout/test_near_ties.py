@@ -81,6 +81,7 @@ def test_other_rules_count_statistics_near_their_threshold(distance: float) -> N
         name="fixed",
         statistic=lambda *, p_logits, q_logits, drafted, coins: torch.full_like(coins, 0.5 + distance),
         threshold=lambda t, step, memory: torch.full(t.shape, 0.5, dtype=torch.float64),
+        needs_coins=True,
     )
     (rollout,) = near_ties(params(rule), row + torch.arange(VOCAB), 3, "student")
     assert rollout.stats.num_near_ties == (abs(distance) == NEAR)

@@ -1,4 +1,4 @@
-"""The benches: `switchkd bench switching|trainer|learner|weights|scale|overlap|simulate|soak|quality`.
+"""The benches: `switchkd bench switching|overhead|trainer|learner|weights|scale|overlap|simulate|soak|quality`.
 
 In: a command line. Out: one table on stdout, and as JSON with --json. A missing device, model or peer is a ConfigError
 of one line (exit code 2). Imports nothing heavy until a command runs.
@@ -58,6 +58,25 @@ def switching(
     from switchkd.tools.bench.switching import run
 
     _finish(run(options, teacher, student, rule or (), prompts), json)
+
+
+@app.command()
+def overhead(
+    smoke: Smoke = False,
+    repeats: NumRepeats = None,
+    threads: Threads = 1,
+    rule: Annotated[
+        list[str] | None, typer.Option(help="switch, adaswitch, skd, random or on-policy; may be repeated.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Host time, operations, bytes and waits of generation, with engines that cost nothing."""
+    options = _options(smoke, repeats, 3, json, threads=threads)
+    from switchkd.tools.bench.overhead import RULES, run
+
+    if unknown := set(rule or ()) - set(RULES):
+        raise ConfigError(f"--rule {min(unknown)}: choose {', '.join(RULES)}")
+    _finish(run(options, rule or ()), json)
 
 
 @app.command()

@@ -18,6 +18,7 @@ import numpy as np
 
 from switchkd.actors.replicas import SessionReports
 from switchkd.actors.teacher_router import TeacherRouter
+from switchkd.algo.noise import Purpose
 from switchkd.config import resources
 from switchkd.config.schema import Config
 from switchkd.controller.handles import ActorHandles
@@ -52,7 +53,7 @@ FULL_S = 0.2
 
 @dataclass(slots=True)
 class SimulatedRow:
-    """A completion that is being generated: what `SpeculationPolicy` reads of a row, and what the rule would find."""
+    """A completion that is being generated: how far it is, and what the rule would find."""
 
     task: RolloutTask
     params: Any
@@ -107,7 +108,9 @@ class SimulatedGenerator:
                 rows += [self._start(waiting.popleft()) for _ in range(opened)]
             self.row_s += num * (self.clock.now() - since)
             since = self.clock.now()
-            self._round(rows, self.speculation.choose(cast(Any, rows)))
+            t = np.array([row.t for row in rows])
+            limits = np.array([row.max_new_tokens for row in rows]) - t
+            self._round(rows, self.speculation.choose(rows[0].params.rule, t, limits))
             self.row_s += len(rows) * (self.clock.now() - since)
             if done := [row for row in rows if row.t == len(row.owned)]:
                 self.calls.close([row.task.rollout_id for row in done])
@@ -162,7 +165,7 @@ class SimulatedGenerator:
         ids = np.array([row.task.rollout_id for row in rows], np.int64)
         request = WriteRequest(
             blocks=_blocks(rows, np.ones_like(counts)), counts=counts, rollout_ids=ids,
-            positions=np.array([row.t for row in rows], np.int32), run_seed=0, purpose=0, temperature=1.0, top_p=1.0,
+            positions=np.array([row.t for row in rows], np.int32), run_seed=0, purpose=Purpose.GUMBEL, temperature=1.0, top_p=1.0,
             top_k=0, stop_ids=np.zeros(0, np.int64),
         )  # fmt: skip
         since, steps = self.clock.now(), int(counts.max())
