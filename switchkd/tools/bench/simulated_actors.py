@@ -165,8 +165,8 @@ class SimulatedGenerator:
         ids = np.array([row.task.rollout_id for row in rows], np.int64)
         request = WriteRequest(
             blocks=_blocks(rows, np.ones_like(counts)), counts=counts, rollout_ids=ids,
-            positions=np.array([row.t for row in rows], np.int32), run_seed=0, purpose=Purpose.GUMBEL, temperature=1.0, top_p=1.0,
-            top_k=0, stop_ids=np.zeros(0, np.int64),
+            positions=np.array([row.t for row in rows], np.int32), run_seed=0, purpose=Purpose.GUMBEL,
+            temperature=1.0, top_p=1.0, top_k=0, stop_ids=np.zeros(0, np.int64),
         )  # fmt: skip
         since, steps = self.clock.now(), int(counts.max())
         self.calls.num_calls += 1
