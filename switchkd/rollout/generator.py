@@ -294,7 +294,7 @@ class SwitchingGenerator:
         record_outcome = None
         if self.speculation.drafter == "auto":
             record_outcome = partial(self.speculation.record_outcome, params.rule.name, block.by_teacher)
-        with self.speculation.costs.timed("walk teacher" if block.by_teacher else "walk student", num_drafted):
+        with self.speculation.costs.timed("verify teacher" if block.by_teacher else "verify student", num_drafted):
             num_emitted, num_accepted = verify(
                 state,
                 slots,
