@@ -59,9 +59,6 @@ def within_top(sampling: SamplingParams, k: int) -> SamplingParams:
     return replace(sampling, top_k=min(sampling.top_k or k, k))
 
 
-# --- draws -----------------------------------------------------------------------------------------------------------
-
-
 @overload
 def draw(
     logits: Tensor,
@@ -158,8 +155,8 @@ def _best_scores(
         ceiling = np.where(many[:, None], best, ceiling)
     _, some_values, some_bits = _packed(scored, values, bits)
     scores = _scores(some_values, some_bits, temperature)
-    winner, lead = _best(scores)
-    to_beat = scores[np.arange(len(winner)), winner]
+    _, lead = _best(scores)
+    to_beat = scores.max(axis=1)
     to_beat = np.where(np.isfinite(lead), to_beat - lead, -math.inf) if exact_margin else to_beat
     scored |= bits >= _threshold_bits(to_beat, ceiling[:, 0] / temperature)[:, None]
     ids, some_values, some_bits = _packed(scored, values, bits)

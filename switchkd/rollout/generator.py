@@ -100,8 +100,8 @@ class SwitchingGenerator:
             tasks = [request.task for request in members]
             self.reference_scorer.score(tasks, members[0].params, version=self.version, emit=emit)
         waiting = deque(r for r in requests if r.task.completion_source != CompletionSource.DATASET)
-        num_slots = min(self.student.num_slots, len(waiting))
-        self.state = state = RolloutSlots([(request.task, request.params) for request in waiting], num_slots)
+        pairs = [(request.task, request.params) for request in waiting]
+        self.state = state = RolloutSlots(pairs, min(self.student.num_slots, len(pairs)))
         self._running = np.zeros(0, np.int64)  # slots in the order of admission
         pending: deque[PendingCall] = deque()
         if self.overlap:
@@ -121,6 +121,7 @@ class SwitchingGenerator:
         finally:
             self.calls.end_thread()
             self._close(self._running)
+            self.state = RolloutSlots((), 0)  # a worker that waits keeps no teacher rows
 
     # ── admit, finish ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -207,8 +208,7 @@ class SwitchingGenerator:
         if not len(both):
             return None
         params, members = next(state.groups(both))
-        half = -(-width // 2) if self.overlap else width
-        chosen = both[members[:half]]
+        chosen = both[members[: -(-width // 2) if self.overlap else width]]
         plan = self.speculation.choose(params.rule, state.t(chosen), state.max_lens[chosen] - state.lens[chosen])
         if plan.drafter == "teacher":
             return self._teacher_drafts(chosen, params, plan)
@@ -294,7 +294,7 @@ class SwitchingGenerator:
         record_outcome = None
         if self.speculation.drafter == "auto":
             record_outcome = partial(self.speculation.record_outcome, params.rule.name, block.by_teacher)
-        with self.speculation.costs.timed("walk teacher" if block.by_teacher else "walk student", num_drafted):
+        with self.speculation.costs.timed("verify teacher" if block.by_teacher else "verify student", num_drafted):
             num_emitted, num_accepted = verify(
                 state,
                 slots,

@@ -196,7 +196,7 @@ class SpeculationPolicy:
         ahead = np.arange(most)
         live = ahead < limits[:, None]
         widths = live.sum(0)
-        throughput = {NO_DRAFT: num / sum(cost(kind, num) for kind in ("student", "read", "walk student"))}
+        throughput = {NO_DRAFT: num / sum(cost(kind, num) for kind in ("student", "read", "verify student"))}
         for who, step, block in (("student", "student", "read"), ("teacher", "write", "check")):
             stays = 1 - self._of(rule.name)[who].at(t[:, None] + ahead)
             reached = np.cumprod(np.concatenate([np.ones((num, 1)), stays[:, :-1]], axis=1), axis=1) * live
@@ -205,6 +205,6 @@ class SpeculationPolicy:
             for size in (size for size in SIZES if size <= most):
                 # after a rejection the teacher also reads the token that replaced the drafted one
                 read = drafted[size - 1] + (num * 0.5 if who == "student" else 0)
-                seconds = steps[size - 1] + cost(block, read) + cost(f"walk {who}", drafted[size - 1])
+                seconds = steps[size - 1] + cost(block, read) + cost(f"verify {who}", drafted[size - 1])
                 throughput[DraftPlan(who, size)] = kept[size - 1] / seconds  # type: ignore[arg-type]
         return throughput

@@ -23,7 +23,7 @@ def speculation(*, student_step: float = 1.0, teacher_step: float = 1.0, per_tok
                         ("read", teacher_step)):  # fmt: skip
         for tokens in (1, 8, 256):
             found.costs.add(kind, tokens, fixed + per_token * tokens)
-    for kind in ("walk student", "walk teacher"):
+    for kind in ("verify student", "verify teacher"):
         found.costs.add(kind, 8, 0.0)
     found.trials = {DraftPlan("student", 4): 2, DraftPlan("teacher", 4): 2, NO_DRAFT: 2}
     return found
@@ -57,7 +57,7 @@ def test_lockstep_if_every_block_is_rejected() -> None:
     found = speculation()
     for i in range(200):
         see(found, owned=i % 2 == 0, differ=True, times=1)
-    found.costs.add("walk teacher", 8, 0.1)
+    found.costs.add("verify teacher", 8, 0.1)
     assert found.choose(*rows(8)) in (NO_DRAFT, DraftPlan("student", 1))
 
 

@@ -332,6 +332,18 @@ ROWS = {
     "trainer": ("side", {"switchkd, one process", "TRL"}),
     "learner": ("form", {"switchkd (chunks)", "naive (whole rows)", "TRL (tiles)", "model alone"}),
     "weights": ("way", {"one process", "Ray object store"}),
+    "overhead": (
+        "case",
+        {
+            "random, R 64, K 4",
+            "random, R 64, K 8",
+            "switch, R 64, K 4, real draws",
+            "draw, R 64",
+            "draw, top_p 0.5, R 64",
+            "jsd, R 64",
+            "kl, R 64",
+        },
+    ),
     "scale": ("workers", {1, 2}),
     "overlap": ("max_staleness", {"0", "1"}),
     "switching": ("rule", {"switch", "adaswitch", "skd"}),
@@ -341,7 +353,7 @@ ROWS = {
 def smoke(models: Path, place: Path, command: str, *args: object) -> dict[str, Any]:
     """The table of the real command on tiny models."""
     path = place / "table.json"
-    given = [] if command in ("learner", "scale", "overlap") else ["--teacher", models / "teacher"]
+    given = [] if command in ("learner", "overhead", "scale", "overlap") else ["--teacher", models / "teacher"]
     given += ["--student", models / "student"] if given else []
     call = [sys.executable, "-m", "switchkd.cli", "--debug", "bench", command, "--smoke", "--json", path, *given, *args]
     done = subprocess.run([str(part) for part in call], capture_output=True, text=True, cwd=place, env=ENVIRONMENT,
@@ -382,6 +394,16 @@ def test_learner_forms_agree(models, tmp_path):
 def test_weights_have_rates(models, tmp_path):
     for row in smoke(models, tmp_path, "weights")["rows"]:
         assert row["GB/s"]["median"] > 0 and row["rollouts paused, s"]["median"] > 0
+
+
+@pytest.mark.slow
+def test_overhead_counts_a_round(models, tmp_path):
+    """Every case has a time, operations and waits; a draw of a device and a divergence have operations and traffic."""
+    for row in smoke(models, tmp_path, "overhead", "--rule", "random")["rows"]:
+        if "us/token" in row:
+            assert row["us/token"]["median"] > 0 and row["ops/round"] > 0 and 0 < row["waits/round"] < 12
+        else:
+            assert row["ops"] > 0 and row["GB"] > 0
 
 
 @pytest.mark.slow
