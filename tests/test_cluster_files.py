@@ -433,7 +433,8 @@ def test_pins_are_within_the_projects_ranges():
     from packaging.version import Version
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    ranges = {need.name: need.specifier for need in map(Requirement, project["dependencies"])}
+    needs = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    ranges = {need.name: need.specifier for need in map(Requirement, needs)}
     for path in (ROOT / "docker").glob("constraints-*.txt"):
         pins = [Requirement(line) for line in path.read_text().splitlines() if line and not line.startswith("#")]
         for pin in pins:

@@ -6,12 +6,13 @@ from typing import Any, ClassVar, get_args
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from runs import command
 from tiny import save_tiny
 
 from switchkd.algo.noise import Purpose
-from switchkd.algo.sampling import draw_row
+from switchkd.algo.sampling import draw
 from switchkd.config import renamed
 from switchkd.config.errors import ConfigError
 from switchkd.config.loader import RULES, apply_override, dump_yaml, load, parse, resolved, sampling_notes
@@ -342,10 +343,11 @@ class TestSampling:
         greedy = {"temperature": 0}
         config = parse(tree(rollout={"rule": {"type": kind}}, student=greedy, teacher=greedy))
         rule = config.train.stages[0].rule
-        row = np.random.default_rng(0).normal(size=50).astype(np.float32)
+        row = torch.from_numpy(np.random.default_rng(0).normal(size=50).astype(np.float32))
         for sampling in map(sampling_params, (rule.student, rule.teacher)):
-            keys = [(3, i, 0, Purpose.GUMBEL) for i in range(20)]
-            assert {draw_row(row, key, sampling, exact_margin=False)[0] for key in keys} == {row.argmax()}
+            keys = {"run_seed": 3, "rollout_ids": range(20), "positions": [0] * 20, "purpose": Purpose.GUMBEL}
+            tokens = draw(row.expand(20, -1), **keys, sampling=sampling)
+            assert set(tokens.tolist()) == {int(row.argmax())}
         assert sampling_notes(config) == []
 
     def test_top_p_of_a_paper_is_said_where_only_the_temperature_is_given(self):
