@@ -224,8 +224,9 @@ class TestRulesAndLosses:
         def good_rule(): return student()
         def no_rule(): return 5
         def fixed(*, p_logits, q_logits, drafted, coins): return 1 - coins
-        def old_rule(): return Rule(name="old", statistic=fixed, needs_coins=True, threshold=lambda t, step, memory: t * min(step / 9, 1))
-        def scalar_rule(): return Rule(name="scalar", statistic=fixed, needs_coins=True, threshold=lambda t, step, memory: 0.5)
+        coin = {"name": "coin", "statistic": fixed, "needs_coins": True}
+        def old_rule(): return Rule(**coin, threshold=lambda t, step, memory: t * min(step / 9, 1))
+        def scalar_rule(): return Rule(**coin, threshold=lambda t, step, memory: 0.5)
         def sulks(): raise RuntimeError("no\\nthanks")
         def good_loss(p_logits, q_logits, labels, mask, *, w=1.0): return (p_logits - q_logits).abs().sum(-1) * mask * w
         def scalar_loss(p_logits, q_logits, labels, mask): return q_logits.sum()
