@@ -20,7 +20,13 @@ from ray import cloudpickle
 from switchkd.actors.cluster import connect, start_private
 from switchkd.actors.heartbeat import heartbeats
 from switchkd.actors.learner_actor import LearnerActor, LearnerGroup
-from switchkd.actors.placement_group import ProcessPlacement, beside_driver, resolve_resources, wait_for_placements
+from switchkd.actors.placement_group import (
+    ProcessPlacement,
+    beside_driver,
+    check_possible,
+    resolve_resources,
+    wait_for_placements,
+)
 from switchkd.actors.process_setup import Secrets
 from switchkd.actors.prometheus import Exporter
 from switchkd.actors.ray_futures import CALL_S, retry_until_alive
@@ -125,9 +131,10 @@ def _end_process(run_dir: Path, log: MetricsLog) -> Callable[[str], None]:
 
 def _reserve(config: Config, opened: ExitStack, log: MetricsLog) -> dict[str, list[ProcessPlacement]]:
     """Reserve a placement for every initial process of the run. Raises ConfigError."""
+    num = {role: span.min for role, span in resources.spans(config).items()}
+    check_possible(config, num, log.info)
     placements = {
-        role: [ProcessPlacement(resources.of_role(config, role)) for _ in range(span.min)]
-        for role, span in resources.spans(config).items()
+        role: [ProcessPlacement(resources.of_role(config, role)) for _ in range(each)] for role, each in num.items()
     }
     for placement in chain.from_iterable(placements.values()):
         opened.callback(placement.free)

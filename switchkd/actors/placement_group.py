@@ -118,42 +118,46 @@ RELEASE_S = 15.0
 """Time that Ray may take to release the placements of a run that has just ended."""
 
 
+def check_possible(config: Config, num: Mapping[str, int], log: Callable[[str], None]) -> None:
+    """Raise ConfigError where `cluster.wait_s` is 0 and no node has the labels of a role, or each is too small for one
+    of its processes: the end of other runs does not help. `num`: processes by role."""
+    if config.cluster.wait_s:
+        return
+    there = nodes()
+    check_labels(config, num, there)
+    if too_large := _larger_than_nodes(config, num, there):
+        raise _refusal(config, num, too_large, there, log)
+
+
 def wait_for_placements(
     config: Config, placements: Mapping[str, Sequence[ProcessPlacement]], log: Callable[[str], None]
 ) -> None:
     """Wait `cluster.wait_s`, at least RELEASE_S, until each process has its placement. Raises ConfigError that names a
-    role without enough of them, after logging a table of requested and free resources: at once where `cluster.wait_s`
-    is 0 and a process is larger than every node."""
+    role without enough of them, after logging a table of requested and free resources."""
     wait_s = config.cluster.wait_s
     deadline = time.monotonic() + max(wait_s, RELEASE_S)
-    if not wait_s:  # no end of another run helps a process that is larger than every node
-        there = nodes()
-        check_labels(config, placements, there)
-        if too_large := _larger_than_nodes(config, placements, there):
-            raise _refusal(config, placements, too_large, there, log)
+    num = {role: len(each) for role, each in placements.items()}
     first_look = min(time.monotonic() + 1.0, deadline)
     if wait_s and (lacking := _lacking(placements, first_look)):
-        log(f"waiting up to {wait_s:g} s: {shortage(config, placements, lacking, nodes())}")
+        log(f"waiting up to {wait_s:g} s: {shortage(config, num, lacking, nodes())}")
     if lacking := _lacking(placements, deadline):
         there = nodes()
         check_labels(config, placements, there)
-        raise _refusal(config, placements, lacking, there, log)
+        raise _refusal(config, num, lacking, there, log)
 
 
 def _refusal(
     config: Config,
-    placements: Mapping[str, Sequence[object]],
+    num: Mapping[str, int],
     lacking: Mapping[str, int],
     there: Sequence[Node],
     log: Callable[[str], None],
 ) -> ConfigError:
-    log(table(config, placements, lacking, there))
-    return ConfigError(shortage(config, placements, lacking, there))
+    log(table(config, num, lacking, there))
+    return ConfigError(shortage(config, num, lacking, there))
 
 
-def _larger_than_nodes(
-    config: Config, placements: Mapping[str, Sequence[object]], there: Sequence[Node]
-) -> dict[str, int]:
+def _larger_than_nodes(config: Config, num: Mapping[str, int], there: Sequence[Node]) -> dict[str, int]:
     """Numbers of processes by role, for roles of which a process fits no node that is empty."""
 
     def fits(role: str, node: Node) -> bool:
@@ -163,7 +167,7 @@ def _larger_than_nodes(
             node.total.get(name, 0.0) >= (requested or 0.0) for name, requested in needs.items()
         )
 
-    return {role: len(each) for role, each in placements.items() if not any(fits(role, node) for node in there)}
+    return {role: each for role, each in num.items() if not any(fits(role, node) for node in there)}
 
 
 def _lacking(placements: Mapping[str, Sequence[ProcessPlacement]], deadline: float) -> dict[str, int]:
@@ -187,11 +191,9 @@ def check_labels(config: Config, roles: Iterable[str], there: Sequence[Node]) ->
             )
 
 
-def shortage(
-    config: Config, placements: Mapping[str, Sequence[object]], lacking: Mapping[str, int], there: Sequence[Node]
-) -> str:
+def shortage(config: Config, num: Mapping[str, int], lacking: Mapping[str, int], there: Sequence[Node]) -> str:
     """Error text: the role that lacks placements, the needs of each process, the free resources, the remedies."""
-    role, num = next(iter(lacking.items()))
+    role, num_lacking = next(iter(lacking.items()))
     each = resources.of_role(config, role)
     suited = [node for node in there if each.labels.items() <= node.labels.items()]
     most = " and ".join(
@@ -203,20 +205,18 @@ def shortage(
     needs = " and ".join([f"{each.num_cpus:g} CPUs"] * bool(each.num_cpus) + [gpus] * bool(each.num_gpus))
     labels = f" with labels {_listed(each.labels)}" if each.labels else ""
     return (
-        f"{resources.key_of(role)}={len(placements[role])}: {num} cannot be placed, each needs {needs} on one node"
+        f"{resources.key_of(role)}={num[role]}: {num_lacking} cannot be placed, each needs {needs} on one node"
         f"{labels}, and beside the rest of the run at most {most} are free on one; wait until other runs end, ask for "
         f"less (resources.{role}), add nodes, or raise cluster.wait_s={config.cluster.wait_s:g}"
     )
 
 
-def table(
-    config: Config, placements: Mapping[str, Sequence[object]], lacking: Mapping[str, int], there: Sequence[Node]
-) -> str:
+def table(config: Config, num: Mapping[str, int], lacking: Mapping[str, int], there: Sequence[Node]) -> str:
     """Table of the resources that each role requests and lacks, and of the free ones of each node."""
     rows = [("role", "number", "CPUs each", "GPUs each", "labels", "not placed")]
-    for role, members in placements.items():
+    for role, num_role in num.items():
         each = resources.of_role(config, role)
-        amounts = (str(len(members)), f"{each.num_cpus:g}", f"{each.num_gpus:g}")
+        amounts = (str(num_role), f"{each.num_cpus:g}", f"{each.num_gpus:g}")
         rows.append((resources.key_of(role), *amounts, _listed(each.labels), str(lacking.get(role, 0))))
     rows.append(("node", "", "CPUs free", "GPUs free", "labels", ""))
     for node in there:

@@ -16,7 +16,13 @@ from ray import cloudpickle
 from ray.exceptions import GetTimeoutError, RayError
 
 from switchkd.actors.cluster import connect
-from switchkd.actors.placement_group import ProcessPlacement, free_all, resolve_resources, wait_for_placements
+from switchkd.actors.placement_group import (
+    ProcessPlacement,
+    check_possible,
+    free_all,
+    resolve_resources,
+    wait_for_placements,
+)
 from switchkd.actors.pool_client import PoolClient
 from switchkd.actors.process_setup import Secrets
 from switchkd.actors.ray_futures import cause_of, retry_until_alive
@@ -194,6 +200,7 @@ def _start(config: Config, name: str, vocab_size: int, log: Callable[[str], None
     patience = max(config.run.watchdog_s, START_S)
     each = resources.of_role(config, "teacher")
     span = ReplicaRange.of(config.teacher.replicas)
+    check_possible(config, {"teacher": span.min}, log)
     placements = [ProcessPlacement(each, name=replica_name(name, i), detached=True) for i in range(span.min)]
     pool = None
     try:

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from switchkd.actors import placement_group
-from switchkd.actors.placement_group import Node, wait_for_placements
+from switchkd.actors.placement_group import Node, check_possible, wait_for_placements
 from switchkd.config import resources
 from switchkd.config.errors import ConfigError
 from switchkd.config.loader import parse
@@ -56,6 +56,7 @@ def refused(wanted: Config, placements: dict[str, list[Placement]]) -> tuple[str
     """The error, which has one line, and the lines logged before."""
     notes: list[str] = []
     with pytest.raises(ConfigError) as error:
+        check_possible(wanted, {role: len(each) for role, each in placements.items()}, notes.append)
         wait_for_placements(wanted, placements, notes.append)
     assert "\n" not in str(error.value)
     return str(error.value), notes

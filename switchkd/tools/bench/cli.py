@@ -177,6 +177,7 @@ def simulate(
     ranks: Annotated[int, typer.Option(min=1, help="Learner ranks.")] = 8,
     slots: Annotated[int, typer.Option(min=1, help="Completions that a worker generates at a time.")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="Measured optimizer steps.")] = 4,
+    times: Annotated[int, typer.Option(min=1, help="Also one step with so many times as many processes.")] = 1,
     student_ms: Annotated[float, typer.Option(min=0, help="A student pass.")] = 2.0,
     teacher_ms: Annotated[float, typer.Option(min=0, help="A teacher call, or a token that it writes.")] = 10.0,
     teacher_token_us: Annotated[float, typer.Option(min=0, help="Each token that a teacher reads.")] = 25.0,
@@ -205,7 +206,7 @@ def simulate(
         learner_s=learner_ms / 1e3, learner_token_s=learner_token_us / 1e6, weights_s=weights_ms / 1e3,
         row_bytes=row_bytes, median_len=median_len, sigma=sigma, reject_frac=reject_frac,
     )  # fmt: skip
-    _finish(run(options, size, costs, num_steps=steps), json)
+    _finish(run(options, size, costs, num_steps=steps, times=times), json)
 
 
 @app.command()

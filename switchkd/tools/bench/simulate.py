@@ -30,7 +30,6 @@ RPC_S = 1e-3
 """Seconds of the replay's or a driver's process for one remote call, beside the measured CPU seconds."""
 LINK_BYTES_S = 12.5e9
 """Bytes per second into and out of the replay's process: a link of 100 Gb/s."""
-FACTOR = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,8 +167,8 @@ MODES = (("finish", 0), ("finish", 2), ("reprefill", 0), ("reprefill", 2))
 """`rollout.on_new_weights`, `replay.max_staleness`."""
 
 
-def run(options: Options, size: Size, costs: Costs, *, num_steps: int) -> Table:
-    """Simulate each of MODES, and one step of the last one with FACTOR times as many processes and rollouts."""
+def run(options: Options, size: Size, costs: Costs, *, num_steps: int, times: int) -> Table:
+    """Simulate each of MODES, and one step of the last one with `times` as many processes and rollouts (1: not)."""
     if options.smoke:
         size, num_steps = replace(size, workers=2, teachers=1, ranks=1, slots=2), 1
 
@@ -178,12 +177,14 @@ def run(options: Options, size: Size, costs: Costs, *, num_steps: int) -> Table:
         return simulate(config_of(size, on_new_weights=mode, max_staleness=limit, num_steps=num), costs, num_measured)
 
     measured = [side(size, mode, limit, num_steps) for mode, limit in MODES]
-    large = side(size.times(FACTOR), *MODES[-1], 1)
     rows = [_row(size, mode, limit, one) for (mode, limit), one in zip(MODES, measured, strict=True)]
-    rows.append(_row(size.times(FACTOR), *MODES[-1], large))
     notes = {**asdict(size), **asdict(costs), "steps": num_steps}
-    remarks = (_limits(size, measured[-1]), _limits(size.times(FACTOR), large))
-    return Table(title="The control plane in virtual time", rows=rows, notes=notes, remarks=remarks)
+    remarks = [_limits(size, measured[-1])]
+    if times > 1:
+        large = side(size.times(times), *MODES[-1], 1)
+        rows.append(_row(size.times(times), *MODES[-1], large))
+        remarks.append(_limits(size.times(times), large))
+    return Table(title="The control plane in virtual time", rows=rows, notes=notes, remarks=tuple(remarks))
 
 
 def _row(size: Size, mode: str, limit: int, one: Simulated) -> dict[str, Cell]:
