@@ -59,6 +59,7 @@ def ended(driver: subprocess.Popen[str], number: int, pid: int, seen: dict[int, 
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_the_death_of_a_raylet_or_gcs_ends_the_run_in_one_line(fake_alone, fake_place):
     """A run whose raylet or GCS server is killed ends within 15 s with exit code 1, one line that names the process and
@@ -89,9 +90,9 @@ def test_the_death_of_a_raylet_or_gcs_ends_the_run_in_one_line(fake_alone, fake_
 @pytest.mark.parametrize(
     ("process", "number", "code"),
     [
-        ("/raylet ", signal.SIGTERM, 143),
+        pytest.param("/raylet ", signal.SIGTERM, 143, marks=pytest.mark.slow),
         ("ray::ReplayActor", signal.SIGTERM, 143),
-        ("ray::ReplayActor", signal.SIGINT, 130),
+        pytest.param("ray::ReplayActor", signal.SIGINT, 130, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_while_actors_start_ends_the_run_in_one_line(fake_place, process, number, code):

@@ -30,6 +30,7 @@ def run(tmp_path: Path, *command: str, **environment: str) -> str:
 
 
 @NEEDS_TRITON
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_interpreted_kernels_equal_the_references(tmp_path: Path) -> None:
     """Every test of `kernels_interpreted.py` passes and none is skipped."""
@@ -39,6 +40,7 @@ def test_the_interpreted_kernels_equal_the_references(tmp_path: Path) -> None:
     assert " passed" in out and "skipped" not in out
 
 
+@pytest.mark.slow
 @NEEDS_TRITON
 def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     """Every kernel compiles to machine code of an H100, which the interpreter does not show."""

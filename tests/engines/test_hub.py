@@ -48,7 +48,9 @@ def with_hub(place: Path, endpoint: str) -> dict[str, str]:
 
 
 @pytest.mark.bad_input("no hub")
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "train" else pytest.mark.slow) for name in COMMANDS]
+)
 def test_a_refused_connection_is_one_line(name, models, tmp_path):
     """Every command that needs a hub which refuses connections says so in one line without the libraries' retries."""
     place = tmp_path / "place"
