@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from switchkd.config import user_code
 from switchkd.config.errors import ConfigError
 from switchkd.config.schema import Config, ModelConfig, StudentConfig, TeacherConfig
+from switchkd.config.secret_keys import check_no_secrets
 from switchkd.engines.models.loading import load_model
 from switchkd.engines.models.sources import check_model_folder
 from switchkd.tools.init_student import init_student
@@ -303,6 +304,11 @@ def test_a_secret_in_a_config_is_refused(place, refused, key, variable):
     line = refused("train", "config.yaml", f"{key}=9f8e7d6c5b4a")
     assert f"{key} holds a secret" in line and f"set the environment variable {variable}" in line
     assert "9f8e7d6c5b4a" not in line and not (place / "run").exists()
+
+
+def test_a_token_of_text_is_no_secret():
+    """Parameters such as `stop_token` are no secrets."""
+    check_no_secrets({"rollout": {"rule": {"params": {"stop_token": "Wait", "pad_token": "<pad>"}}}})
 
 
 # --- Ray's token and ports -------------------------------------------------------------------------------------------

@@ -104,14 +104,21 @@ def start_private(config: Config, lost: Callable[[str], None]) -> Callable[[], N
 def _kill_rest(folder: Path) -> None:
     """Kill what Ray leaves of this process's clusters (its agents, for up to half a minute): processes that write into
     the logs of one. Ray's folder for a cluster has the process id of its driver at the end of its name."""
-    logs = re.compile(rf"{re.escape(str(folder))}/session_[-_0-9]+_{os.getpid()}/logs/")
+    logs = re.compile(rf"{re.escape(str(folder.resolve()))}/session_[-_0-9]+_{os.getpid()}/logs/")
     package = os.path.dirname(ray.__file__).encode()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended, or is another user's
             command = (process / "cmdline").read_bytes()
             is_rays = command.startswith(b"ray::") or package in command  # not the user's reader of a log
-            if is_rays and any(logs.match(os.readlink(file)) for file in (process / "fd").iterdir()):
+            if is_rays and any(logs.match(_target(file)) for file in (process / "fd").iterdir()):
                 os.kill(int(process.name), signal.SIGKILL)
+
+
+def _target(link: Path) -> str:
+    try:
+        return os.readlink(link)
+    except OSError:  # closed in between
+        return ""
 
 
 def private_folder() -> Path:
@@ -119,8 +126,12 @@ def private_folder() -> Path:
     folders that it makes. Raises ConfigError where it belongs to somebody else."""
     parent = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     folder = Path(parent if len(parent) <= MAX_TEMP_DIR else "/tmp") / f"switchkd-{os.getuid()}"
-    with suppress(FileExistsError):
+    try:
         folder.mkdir(mode=0o700)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be made ({error.strerror}); set RAY_TMPDIR to a folder of yours") from None
     if folder.is_symlink() or not folder.is_dir() or folder.stat().st_uid != os.getuid():
         raise ConfigError(f"{folder} is not a folder of this user; remove it, or set RAY_TMPDIR to a folder of yours")
     folder.chmod(0o700)

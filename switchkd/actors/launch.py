@@ -37,7 +37,7 @@ from switchkd.actors.teacher_pool import TeacherPoolActor
 from switchkd.actors.worker_pool import WorkerPool
 from switchkd.config import resources
 from switchkd.config.schema import Config
-from switchkd.controller.checkpoint import latest
+from switchkd.controller.checkpoint import latest_step
 from switchkd.controller.handles import ActorHandles
 from switchkd.controller.metrics import MetricsLog
 from switchkd.controller.watchdog import START_S, wait_for_all
@@ -119,12 +119,14 @@ def _end_process(run_dir: Path, log: MetricsLog) -> Callable[[str], None]:
     """Return the function that ends this process because its private cluster is lost."""
 
     def lost(reason: str) -> None:
-        log.stop_live()
-        last = latest(run_dir)
-        goes_on = f"from checkpoint {last.step}" if last else "at step 0, as there is no checkpoint"
-        print(f"switchkd: error: {reason}; --resume goes on {goes_on}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(1)  # calls to Ray no longer return
+        try:
+            log.stop_live()
+            step = latest_step(run_dir)
+            goes_on = "at step 0, as there is no checkpoint" if step is None else f"from checkpoint {step}"
+            print(f"switchkd: error: {reason}; --resume goes on {goes_on}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+        finally:
+            os._exit(1)  # calls to Ray no longer return
 
     return lost
 

@@ -1,7 +1,7 @@
 """Keyed random numbers: every number of a run that is drawn is a function of (seed, index, position, purpose).
 
 In: a key. Out: bits of a counter-based generator, and Gumbel numbers and coins made of them. NumPy only, so that a
-process without models needs no torch; `algo/sampling.py` makes the same bits on a device.
+process without models needs no torch; `algo/device_noise.py` makes the same bits on a device.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -25,7 +25,7 @@ from switchkd.algo.transfer import to_device, to_host
 NEAR_TIE = 1e-4
 """Two scores (log-prob + Gumbel), or a statistic and its threshold, closer than this may fall either way under another
 batch shape; so may an id whose log-prob, or the mass before it, is this close to the edge of top_k or top_p. Such
-tokens are counted, not hidden."""
+draws are counted, not hidden."""
 _NO_ROW = "a row to draw from needs finite logits, or -inf for some of them, and no NaN"
 _DEPTH = 5.0  # nats below the best logit within which entries are scored first ...
 _MAX_SCORED = 2048  # ... and their largest number; both change the speed only

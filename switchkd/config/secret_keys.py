@@ -7,7 +7,11 @@ from typing import Any
 
 from switchkd.config.errors import ConfigError
 
-_SECRET = re.compile(r"(^|_)(api_?key|access_?key|token|password|passwd|secret|credentials?)$", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(^|_)(api_?key|access_?key|(hf|hub|api|access|auth|bearer|wandb|comet)_?token|password|passwd|secret|credentials?)$"
+    r"|^token$",  # not `stop_token` or `pad_token`
+    re.IGNORECASE,
+)
 _VARIABLES = {"wandb": "WANDB_API_KEY", "comet": "COMET_API_KEY", "token": "HF_TOKEN"}
 """The environment variable to use instead, by a part of the key."""
 

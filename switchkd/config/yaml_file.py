@@ -23,32 +23,35 @@ class _Loader(yaml.SafeLoader):
     def get_single_node(self) -> Any:
         node = super().get_single_node()
         if node is not None:
-            _num_nodes(node, {})
+            _num_nodes(node, {})  # before `<<` merges keys into mappings
         return node
-
-    def flatten_mapping(self, node: Any) -> None:
-        first: dict[str, int] = {}
-        for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:merge" or not isinstance(key, yaml.ScalarNode):
-                continue
-            line = key.start_mark.line + 1
-            if key.value in first:
-                raise _Refused(f"line {line}: {key.value!r} stands twice, first in line {first[key.value]}; remove one")
-            first[key.value] = line
-        super().flatten_mapping(node)
 
 
 class _Refused(yaml.YAMLError):
     pass
 
 
+def _check_keys(node: yaml.MappingNode) -> None:
+    first: dict[str, int] = {}
+    for key, _ in node.value:
+        if key.tag == "tag:yaml.org,2002:merge" or not isinstance(key, yaml.ScalarNode):
+            continue
+        line = key.start_mark.line + 1
+        if key.value in first:
+            raise _Refused(f"line {line}: {key.value!r} stands twice, first in line {first[key.value]}; remove one")
+        first[key.value] = line
+
+
 def _num_nodes(node: Any, known: dict[int, int]) -> int:
-    """Number of values below a node. Raises where it contains itself, or they are more than MAX_NODES."""
+    """Number of values below a node. Raises where it contains itself or a key twice, or they are more than
+    MAX_NODES."""
     if id(node) in known:
         if known[id(node)] < 0:
             raise _Refused(f"line {node.start_mark.line + 1}: an alias stands inside what it names; remove it")
         return known[id(node)]
     known[id(node)] = -1
+    if isinstance(node, yaml.MappingNode):
+        _check_keys(node)
     children = node.value if isinstance(node, yaml.CollectionNode) else ()
     parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
     num = 1 + sum(_num_nodes(part, known) for part in parts)

@@ -146,6 +146,13 @@ def finish(draft: PartialCheckpoint, state: TrainState, keep_last: int = 2) -> C
     return checkpoint
 
 
+def latest_step(run_dir: Path) -> int | None:
+    """The step of the checkpoint that LATEST points to, whose files are not checked."""
+    path = run_dir / "checkpoints" / LATEST
+    pointed = path.read_text().strip() if path.exists() else ""
+    return _step_of(Path(pointed)) if re.fullmatch(r"step-\d+", pointed) else None
+
+
 def latest(run_dir: Path) -> Checkpoint | None:
     """The checkpoint that LATEST points to or, if that one is damaged, the newest intact one before it, with a warning.
     Raises ConfigError where that one has another format.

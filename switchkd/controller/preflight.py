@@ -130,14 +130,14 @@ class InFlight:
 
     slots: int  # of all workers
     admitted: int  # by staleness
-    sessions: int | None  # of all teachers; None where they are served elsewhere or not needed
+    sessions: int | None  # of all teachers; None where they are served elsewhere or not needed to generate
 
     @property
     def limited_by(self) -> str:
         """The keys of the lowest bound."""
         keys = {
             "rollout.batch_size, rollout.num_workers": self.slots,
-            "replay.max_staleness, batch_size": self.admitted,
+            "replay.max_staleness, train.batch_size": self.admitted,
             "teacher.max_sessions, teacher.replicas": math.inf if self.sessions is None else self.sessions,
         }
         return min(keys, key=lambda key: keys[key])
@@ -154,7 +154,7 @@ class InFlight:
 def in_flight(config: Config, stage: StageConfig) -> InFlight:
     """Return the bounds of a stage, with all pools at their largest."""
     mix, sessions = stage.mix, None
-    if stage.needs_teacher:
+    if stage.needs_teacher and stage.rule.type != "student":  # it opens sessions when completions have ended
         teachers = [config.of_teacher(name).teacher for name in config.teacher_names]
         if not any(teacher.attach for teacher in teachers):
             sessions = sum(ReplicaRange.of(teacher.replicas).max * teacher.max_sessions for teacher in teachers)

@@ -180,13 +180,13 @@ def truncate_history(run_dir: Path, step: int | None, quarantined: Collection[in
 
 
 def cut_shards(run_dir: Path, step: int | None, *, keep: bool) -> None:
-    """Move the files with trained rollouts of the cut steps to `lost/` (`keep`: `rollout.save_teacher_output`), or
-    delete them."""
+    """Move the files with trained rollouts of the cut steps to `lost/` (`keep`: `rollout.save_teacher_output`).
+    Without `keep` delete all: a run may have ended between a checkpoint and the deletion of the steps before it."""
     for path in (run_dir / TEACHER_OUTPUT).glob("step-*"):
-        if step is not None and path.stem < f"step-{step:08d}":
-            continue
         if not keep:
             path.unlink()
+            continue
+        if step is not None and path.stem < f"step-{step:08d}":
             continue
         lost = run_dir / "lost" / TEACHER_OUTPUT / path.name
         lost.parent.mkdir(parents=True, exist_ok=True)

@@ -68,12 +68,14 @@ class LatencyModel:
         recent = self._seen.setdefault(kind, {}).setdefault(tokens, [])
         recent.append(seconds)
         del recent[: -self._keep]
-        sizes, medians = self._lines.setdefault(kind, ([], []))
+        known_sizes, known_medians = self._lines.get(kind, ([], []))
+        sizes, medians = list(known_sizes), list(known_medians)
         place = bisect_left(sizes, tokens)
         if place == len(sizes) or sizes[place] != tokens:
             sizes.insert(place, tokens)
             medians.insert(place, 0.0)
         medians[place] = median(recent)
+        self._lines[kind] = (sizes, medians)  # at once: another thread may read them
 
     def of(self, kind: str, tokens: float) -> float:
         """Expected seconds; NaN before anything of this kind was seen. Below the sizes seen half the tokens

@@ -16,6 +16,7 @@ from schema_keys import KEYS
 from switchkd.config.explain import all_keys
 from switchkd.config.loader import load
 from switchkd.config.words import WORDS, meant_keys
+from switchkd.config.yaml_file import read_yaml
 
 STAGE = {"name": "train", "steps": 1}
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -85,6 +86,14 @@ def test_an_override_of_a_text_is_that_text(fake_place, override, value):
     config = load(config_file(fake_place, [STAGE]), [override])
     section, name = override.partition("=")[0].split(".")
     assert getattr(getattr(config, section), name) == value
+
+
+def test_merges_of_merges_may_repeat_keys(tmp_path):
+    """A key that a mapping writes replaces the one that it merges, through any number of merges."""
+    text = "a: &a {x: 1, y: 1}\nb: &b {<<: *a, x: 2}\nc: &c {<<: *b, x: 3}\nd: {<<: *c, x: 4}\n"
+    (tmp_path / "merges.yaml").write_text(text)
+    found = read_yaml(tmp_path / "merges.yaml", "file", "another")
+    assert [found[name]["x"] for name in "abcd"] == [1, 2, 3, 4] and found["d"]["y"] == 1
 
 
 def test_an_override_changes_one_place_of_an_alias(tmp_path):

@@ -417,13 +417,13 @@ class TestInFlight:
     @pytest.mark.parametrize(
         ("sections", "bounds", "key"),
         [
-            ({"rollout": {"batch_size": 16}}, (16, 8, 64), "replay.max_staleness, batch_size"),
+            ({"rollout": {"batch_size": 16}}, (16, 8, 64), "replay.max_staleness, train.batch_size"),
             ({"replay": {"max_staleness": 2}}, (8, 24, 64), "rollout.batch_size, rollout.num_workers"),
             (
                 {"replay": {"max_staleness": 2}, "teacher": {"max_sessions": 3, "replicas": 2}},
                 (8, 24, 6), "teacher.max_sessions, teacher.replicas",
             ),
-            ({"rollout": {"num_workers": {"min": 1, "max": 3}}}, (24, 8, 64), "replay.max_staleness, batch_size"),
+            ({"rollout": {"num_workers": {"min": 1, "max": 3}}}, (24, 8, 64), "replay.max_staleness, train.batch_size"),
         ],
     )  # fmt: skip
     def test_lowest_bound_names_its_keys(self, sections, bounds, key):

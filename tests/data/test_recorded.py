@@ -218,6 +218,14 @@ def test_a_resume_moves_later_records_to_lost(online, tmp_path):
     )
 
 
+def test_a_resume_deletes_records_without_save_teacher_output(online, tmp_path):
+    """Without `save_teacher_output` a resume leaves no record, also of steps before the checkpoint: the run may have
+    ended before it deleted them."""
+    shutil.copytree(online / TEACHER_OUTPUT, tmp_path / TEACHER_OUTPUT)
+    cut_shards(tmp_path, 7, keep=False)
+    assert not list((tmp_path / TEACHER_OUTPUT).glob("step-*"))
+
+
 def test_recorded_rollouts_serve_other_losses_and_longer_runs(online, here, tmp_path):
     """Recorded rollouts serve another loss and batch size, and start again when they run out."""
     only = [{"name": "only", "steps": 7, "batch_size": 8, "loss": {"type": "reverse_kl"}}]

@@ -96,6 +96,7 @@ def test_events_in_virtual_time_are_those_in_wall_time(events, mode):
 def test_control_is_the_production_code(monkeypatch):
     """The simulation's dispatcher, replay, router, worker, drafting policy and loop are the production classes."""
     made: list[Any] = []
+    policies: list[SpeculationPolicy] = []
     for owner, name in (
         (train, "TaskDispatcher"), (trainer_harness, "run"), (simulated_actors, "TeacherRouter"),
         (simulated_actors, "RolloutWorker"), (simulated_actors, "SpeculationPolicy"),
@@ -104,11 +105,17 @@ def test_control_is_the_production_code(monkeypatch):
 
         def record(*args: Any, original: Any = original, **options: Any) -> Any:
             made.append(original)
-            return original(*args, **options)
+            result = original(*args, **options)
+            if isinstance(result, SpeculationPolicy):
+                policies.append(result)
+            return result
 
         monkeypatch.setattr(owner, name, record)
     simulate.simulate(config_of(SIZE, on_new_weights="finish", max_staleness=0, num_steps=9), COSTS, num_steps=1)
     assert {TaskDispatcher, TeacherRouter, RolloutWorker, SpeculationPolicy} <= set(made)
+    assert all(
+        np.isfinite(policy.costs.of(f"verify {who}", 4)) for policy in policies for who in ("student", "teacher")
+    )
     assert TimedReplay.__mro__[1] is Replay
     assert not {"put", "take", "commit", "release_before", "stats"} & set(vars(TimedReplay))
 

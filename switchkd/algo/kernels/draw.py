@@ -133,13 +133,6 @@ def _place(values, ids):
 
 
 @triton.jit
-def _value(place):
-    """The logit of a place, float32."""
-    bits = (place >> 32).to(tl.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _between(row, vocab, low, high, best, TEMPERATURE: tl.constexpr, MASS: tl.constexpr, BLOCK: tl.constexpr):
     """The number of ids with places in [low, high), and with MASS their mass."""
     num = tl.full((), 0, tl.int32)

@@ -26,7 +26,8 @@ def unreachable() -> str:
     if constants.HF_HUB_OFFLINE:
         return ""
     url = urlsplit(constants.ENDPOINT)
-    proxy = None if proxy_bypass(url.netloc) else getproxies().get(url.scheme)
+    proxies = getproxies()
+    proxy = None if proxy_bypass(url.netloc) else proxies.get(url.scheme) or proxies.get("all")
     address = urlsplit(proxy if "://" in proxy else f"http://{proxy}") if proxy else url
     port = address.port or (443 if address.scheme == "https" else 80)
     try:  # the network

@@ -149,7 +149,7 @@ class SimulatedGenerator:
             self.speculation.record_outcome(
                 name, by_teacher, *(np.concatenate(part) for part in zip(*outcomes, strict=True))
             )
-        self.speculation.costs.add(f"walk {'teacher' if by_teacher else 'student'}", int(counts.sum()), 0.0)
+        self.speculation.costs.add(f"verify {'teacher' if by_teacher else 'student'}", int(counts.sum()), 0.0)
 
     def _teacher_reads(self, rows: list[SimulatedRow], counts: np.ndarray, plan: DraftPlan) -> None:
         """The student drafts, a pass for each token; then the teacher reads the drafts and the last token before."""
