@@ -278,7 +278,7 @@ def test_lost_late_and_repeated_calls_change_no_rollout(alone, place):
     )  # fmt: skip
     fired = Counter(
         (found[1], found[2])
-        for path in Path(logs).glob("ray/session_2*/logs/*")
+        for path in Path(logs).glob("switchkd-*/ray/session_2*/logs/*")
         if path.is_file()
         for found in re.finditer(r"Inject RPC (request|response) failure for (\S+)", path.read_text(errors="replace"))
     )
