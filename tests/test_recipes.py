@@ -164,7 +164,7 @@ def test_commands_in_comments_are_valid(command, offline, tmp_path):
 def test_each_stage_trains_a_step(name, offline):
     """With tiny models each recipe trains a step per stage and writes its student."""
     config = offline(load(ROOT / f"configs/paper/{name}.yaml"))
-    stages = tuple(stage.model_copy(update={"steps": 1, "max_new_tokens": 6}) for stage in config.train.stages)
+    stages = tuple(stage.model_copy(update={"steps": 1, "max_new_tokens": 6, "warmup_steps": 0}) for stage in config.train.stages)
     small = {
         "run": config.run.model_copy(update={"mode": "inprocess"}),
         "train": config.train.model_copy(update={"stages": stages}),
