@@ -123,7 +123,7 @@ def _target(link: Path) -> str:
 
 def private_folder() -> Path:
     """Return a folder that this user alone can enter, for Ray's logs and sockets: Ray lets all users write into the
-    folders that it makes. Raises ConfigError where it belongs to somebody else."""
+    folders that it makes. Raises ConfigError where it belongs to another user."""
     parent = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     folder = Path(parent if len(parent) <= MAX_TEMP_DIR else "/tmp") / f"switchkd-{os.getuid()}"
     try:

@@ -184,7 +184,7 @@ def _terms(prompts: Sequence[Prompt]) -> dict[str, tuple[Value, Value]]:
 
 
 def text_rows(rows: Sequence[EvalRow], metrics: Iterable[str], prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-    """What was scored, a row for each seed and prompt: its texts, and each score that is known of this row.
+    """The scored texts, a row for each seed and prompt: its texts, and each score that is known of this row.
 
     `seed` is null for the greedy completion that is compared with the teacher, and where only the reference is read.
     """

@@ -61,7 +61,7 @@ class DraftBlock:
     top_rows: TopRows | None = None  # `teacher.output: top_logprobs`: all that is known of the teacher's rows
     on_device: bool = False
     """A device verifies all columns at once and makes all draws of a block in one call: waiting for the results of the
-    first ones costs more than draws that nobody needs."""
+    first ones costs more than draws that are not used."""
 
     @property
     def columns(self) -> int:
@@ -137,7 +137,7 @@ def keyed_draws(
 
 class _Window:
     """The live slots of a block at the columns from `first` on: which positions were drafted, and both models'
-    distributions there. Rules that read no rows get none, and LM heads see only rows that somebody asks for."""
+    distributions there. Rules that read no rows get none, and LM heads see only rows that are asked for."""
 
     def __init__(
         self,

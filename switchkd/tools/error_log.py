@@ -45,7 +45,7 @@ def traceback_into(run_dir: str) -> Iterator[None]:
 
 
 def _no_room(error: Exception, folder: Path) -> str:
-    """What to do about a disk without room: an error of a write names no file."""
+    """Return the remedy for a disk without room: an error of a write names no file."""
     if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ""
     free = shutil.disk_usage(folder).free
