@@ -164,7 +164,8 @@ def test_commands_in_comments_are_valid(command, offline, tmp_path):
 def test_each_stage_trains_a_step(name, offline):
     """With tiny models each recipe trains a step per stage and writes its student."""
     config = offline(load(ROOT / f"configs/paper/{name}.yaml"))
-    stages = tuple(stage.model_copy(update={"steps": 1, "max_new_tokens": 6, "warmup_steps": 0}) for stage in config.train.stages)
+    one_step = {"steps": 1, "max_new_tokens": 6, "warmup_steps": 0}
+    stages = tuple(stage.model_copy(update=one_step) for stage in config.train.stages)
     small = {
         "run": config.run.model_copy(update={"mode": "inprocess"}),
         "train": config.train.model_copy(update={"stages": stages}),
