@@ -41,6 +41,7 @@ LIGHT_FILES = [
     "types.py",
     "config/__init__.py",
     "config/schema.py",
+    "config/resources.py",
     "config/kinds.py",
     "config/explain.py",
     "config/contradictions.py",

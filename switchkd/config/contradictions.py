@@ -10,6 +10,7 @@ from typing import Any
 
 from switchkd.config.errors import ConfigError
 from switchkd.config.explain import unknown_value
+from switchkd.config.resources import role_of
 from switchkd.config.schema import AdaptiveScheduleConfig, Config, ModelConfig, ResourcesConfig, StageConfig
 
 
@@ -83,16 +84,16 @@ def _check_devices(config: Config) -> None:
     """Refuse a CUDA device for an actor to which Ray gives no GPU: it sees none."""
     if config.run.mode == "inprocess" or config.is_fake:
         return
-    roles: list[tuple[str, ModelConfig, ResourcesConfig]] = []
+    # of `resources`, of the model
+    roles: list[tuple[str, ResourcesConfig, str, ModelConfig]] = []
     if not config.rollout.recorded:
-        roles.append(("student", config.student, config.resources.rollout))
+        roles.append(("rollout", config.resources.rollout, "student", config.student))
     for name in config.teacher_names:
         alone = config.of_teacher(name)
         if not alone.teacher.attach and alone.teacher.backend != "vllm":
-            roles.append((f"teachers.{name}" if name else "teacher", alone.teacher, alone.resources.teacher))
-    roles.append(("student", config.student, config.resources.learner))
-    keys = ["rollout", *(role for role, *_ in roles if role != "student"), "learner"][-len(roles) :]
-    for key, (role, model, resources) in zip(keys, roles, strict=True):
+            roles.append((role_of(name), alone.resources.teacher, role_of(name), alone.teacher))
+    roles.append(("learner", config.resources.learner, "student", config.student))
+    for key, resources, role, model in roles:
         if model.device.startswith("cuda") and resources.num_gpus == 0:
             raise ConfigError(
                 f"{role}.device={model.device}, but resources.{key}.num_gpus is 0: Ray shows its process no GPU; give "

@@ -159,13 +159,12 @@ def latest(run_dir: Path) -> Checkpoint | None:
 
     Newer folders than LATEST's are ignored: they were never finished, or belong to a history that a resume cut away.
     """
-    root = run_dir / "checkpoints"
-    pointed = (root / LATEST).read_text().strip() if (root / LATEST).exists() else ""
+    root, pointed = run_dir / "checkpoints", latest_step(run_dir)
     folders = sorted(_numbered(root), key=_step_of, reverse=True)
-    if re.fullmatch(r"step-\d+", pointed):
-        folders = [path for path in folders if _step_of(path) <= _step_of(Path(pointed))]
-        if pointed not in {path.name for path in folders}:
-            log.warning("checkpoint %s is gone though %s names it; taking an earlier one", pointed, root / LATEST)
+    if pointed is not None:
+        folders = [path for path in folders if _step_of(path) <= pointed]
+        if (name := _name(pointed)) not in {path.name for path in folders}:
+            log.warning("checkpoint %s is gone though %s names it; taking an earlier one", name, root / LATEST)
     for path in folders:
         try:  # a folder may hold anything after a crash
             stored = unseal(path, STATE)
